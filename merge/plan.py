@@ -1,0 +1,145 @@
+"""What a merge will write, known before a weight is read: output layout = input layout, so every offset is known."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from .binding import BoundAdapter, BoundModule
+from .checkpoint import Checkpoint, read_json
+from .errors import InputError, Problem, raise_all
+from .headers import FLOAT_DTYPES, TensorRef, layout
+
+INDEX = "model.safetensors.index.json"
+
+
+@dataclass(frozen=True)
+class TensorJob:
+    """One output tensor: `source`'s bytes, changed by `edits`, written to `place`."""
+
+    source: TensorRef
+    place: TensorRef
+    edits: tuple[BoundModule, ...] = ()
+
+    @property
+    def is_copy(self) -> bool:
+        return not self.edits and self.source.dtype == self.place.dtype
+
+
+@dataclass(frozen=True)
+class ShardPlan:
+    """One output file: its header's bytes, its tensors in the order of their bytes."""
+
+    file: str
+    header: bytes
+    jobs: tuple[TensorJob, ...]
+
+    @property
+    def nbytes(self) -> int:
+        return max((job.place.stop for job in self.jobs), default=len(self.header))
+
+
+@dataclass(frozen=True)
+class MergePlan:
+    """A merge, ready to run."""
+
+    base: Checkpoint
+    adapters: tuple[BoundAdapter, ...]
+    shards: tuple[ShardPlan, ...]
+    config: Mapping[str, Any] | None  # to write in place of the base's config.json; None: copy that
+    side_files: tuple[Path, ...]
+    operation: str = "merge"  # or "delta"
+
+    @property
+    def nbytes(self) -> int:
+        return sum(shard.nbytes for shard in self.shards)
+
+    def index(self) -> dict[str, Any] | None:
+        """The content of model.safetensors.index.json; None for one shard."""
+        if len(self.shards) == 1:
+            return None
+        placed = {job.place.name: shard.file for shard in self.shards for job in shard.jobs}
+        total = sum(job.place.nbytes for shard in self.shards for job in shard.jobs)
+        return {"metadata": {"total_size": total}, "weight_map": dict(sorted(placed.items()))}
+
+
+def plan_merge(base: Checkpoint, adapters: tuple[BoundAdapter, ...], dtype: str | None = None) -> MergePlan:
+    """Plan the merged checkpoint. `dtype` is a safetensors name for all float tensors; None keeps each one's own."""
+    edits: dict[str, list[BoundModule]] = {}
+    replacements: dict[str, TensorRef] = {}
+    problems: list[Problem] = []
+    for bound in adapters:
+        for module in bound.modules:
+            edits.setdefault(module.name, []).append(module)
+        for name, ref in bound.replacements.items():
+            if name in replacements:
+                problems.append(Problem(f"two adapters replace {name}", hint="merge them one at a time, or drop one"))
+            replacements[name] = ref
+    for name in edits.keys() & replacements.keys():
+        problems.append(Problem(f"{name} is adapted and replaced at once"))
+    raise_all(problems, InputError)
+
+    count = len(base.shards)
+    shards = []
+    for number, shard in enumerate(base.shards, 1):
+        file = "model.safetensors" if count == 1 else f"model-{number:05d}-of-{count:05d}.safetensors"
+        entries = [
+            (replacements.get(ref.name, ref), ref.name, ref.dtype, tuple(edits.get(ref.name, ())))
+            for ref in shard.tensors
+        ]
+        if number == count:
+            for name, modules in edits.items():
+                if name not in base.tensors:  # a head that was tied to the embeddings
+                    entries.append((modules[0].weight, name, modules[0].weight.dtype, tuple(modules)))
+            for name, ref in replacements.items():
+                if name not in base.tensors:
+                    entries.append((ref, name, _main_dtype(base) if ref.dtype in FLOAT_DTYPES else ref.dtype, ()))
+        shards.append(_shard(file, entries, dtype, {"format": "pt", **shard.metadata}))
+    return MergePlan(base, adapters, tuple(shards), _config(base, adapters, dtype), base.side_files)
+
+
+def plan_delta(bound: BoundAdapter, dtype: str = "F32") -> MergePlan:
+    """Plan one file with the dense delta of every adapted weight, by the weight's name."""
+    entries = [(module.weight, module.name, dtype, (module,)) for module in bound.modules]
+    shard = _shard("delta.safetensors", entries, dtype, {"format": "pt"})
+    return MergePlan(bound.base, (bound,), (shard,), None, (), operation="delta")
+
+
+def _shard(
+    file: str,
+    entries: Sequence[tuple[TensorRef, str, str, tuple[BoundModule, ...]]],
+    dtype: str | None,
+    metadata: Mapping[str, str],
+) -> ShardPlan:
+    tensors = [
+        (name, dtype if dtype and own in FLOAT_DTYPES else own, source.shape) for source, name, own, _ in entries
+    ]
+    header, places = layout(Path(file), tensors, metadata)
+    jobs = tuple(
+        TensorJob(source, place, modules) for (source, _, _, modules), place in zip(entries, places, strict=True)
+    )
+    return ShardPlan(file, header, jobs)
+
+
+def _main_dtype(base: Checkpoint) -> str:
+    """The dtype of most of the base's bytes."""
+    sizes: dict[str, int] = {}
+    for ref in base.tensors.values():
+        sizes[ref.dtype] = sizes.get(ref.dtype, 0) + ref.nbytes
+    return max(sizes, key=lambda name: sizes[name])
+
+
+def _config(base: Checkpoint, adapters: tuple[BoundAdapter, ...], dtype: str | None) -> dict[str, Any] | None:
+    """The merged model's config where it must differ from the base's file, else None."""
+    file = base.folder / "config.json"
+    if not file.is_file():
+        return None
+    config = dict(base.config)
+    names = {"F32": "float32", "F16": "float16", "BF16": "bfloat16", "F64": "float64"}
+    if dtype is not None:
+        config["dtype" if "dtype" in config else "torch_dtype"] = names[dtype]
+    if any(module.output for bound in adapters for module in bound.modules):
+        config["tie_word_embeddings"] = False
+    return config if config != read_json(file) else None
