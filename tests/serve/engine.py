@@ -1,0 +1,83 @@
+"""One vLLM engine in a process of its own: a job in JSON on stdin, the answers in JSON in a file.
+
+A process per engine keeps vLLM's warnings, its global state and its plugins apart from the tests, and shows
+the plugin as vLLM loads it, by its entry point. The job:
+
+    {"engine": {LLM arguments}, "adapters": {name: folder}, "batches": [[{"adapter", "prompt", "count"}, ...],
+    ...]}
+
+The answers: per batch, per request, {"tokens", "logprobs"}; or {"error": text} for a batch that vLLM refused.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+
+def main() -> None:
+    job = json.loads(sys.stdin.read())
+    from vllm import LLM, SamplingParams
+    from vllm.lora.request import LoRARequest
+
+    llm: Any = LLM(
+        **{
+            "dtype": "float32",
+            "enforce_eager": True,
+            "max_model_len": 512,
+            "max_num_seqs": 16,
+            "max_num_batched_tokens": 512,
+            "distributed_executor_backend": "uni",
+            "disable_log_stats": True,
+            "skip_tokenizer_init": True,
+            "enable_lora": True,
+            **job["engine"],
+        }
+    )
+    requests = {
+        name: LoRARequest(name, number, folder)
+        for number, (name, folder) in enumerate(job["adapters"].items(), start=1)
+    }
+    answers: list[Any] = []
+    for batch in job["batches"]:
+        if "load" in batch[0]:
+            # The check that vLLM's server makes before it accepts an adapter at run time.
+            try:
+                llm.llm_engine.add_lora(requests[batch[0]["load"]])
+                answers.append("loaded")
+            except Exception as error:
+                answers.append({"error": str(error)})
+            continue
+        outputs = llm.generate(
+            [{"prompt_token_ids": request["prompt"]} for request in batch],
+            [
+                SamplingParams(
+                    temperature=0, max_tokens=request["count"], logprobs=0, detokenize=False, ignore_eos=True
+                )
+                for request in batch
+            ],
+            lora_request=[requests.get(request["adapter"]) for request in batch],
+            use_tqdm=False,
+        )
+        answers.append(
+            [
+                {
+                    "tokens": list(output.outputs[0].token_ids),
+                    "logprobs": [
+                        step[token].logprob
+                        for token, step in zip(output.outputs[0].token_ids, output.outputs[0].logprobs, strict=True)
+                    ],
+                    "cached": output.num_cached_tokens,
+                }
+                for output in outputs
+            ]
+        )
+    from adapter_merge.serve import plugin
+
+    Path(sys.argv[1]).write_text(json.dumps({"plugin": plugin.state, "answers": answers}))
+
+
+if __name__ == "__main__":
+    main()
