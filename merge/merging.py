@@ -11,6 +11,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from .adapter import Adapter
 from .binding import BoundAdapter, bind
 from .cards import adapter_table, card
 from .checkpoint import open_checkpoint
@@ -45,10 +46,10 @@ def open_pair(
     return bind(opened, checkpoint, base_kind)
 
 
-def adapter_sha256(bound: BoundAdapter) -> str:
+def adapter_sha256(adapter: Adapter) -> str:
     """sha256 over the adapter's files, in the order of their names."""
     digest = hashlib.sha256()
-    for file in sorted(bound.adapter.files):
+    for file in sorted(adapter.files):
         digest.update(f"{file.name}\0{sha256(file)}\0".encode())
     return digest.hexdigest()
 
@@ -72,7 +73,7 @@ def describe_inputs(adapters: tuple[BoundAdapter, ...]) -> dict[str, Any]:
                 "replacements": sorted(bound.replacements),
                 "base_kind": bound.base_kind,
                 "evidence": bound.evidence,
-                "sha256": adapter_sha256(bound),
+                "sha256": adapter_sha256(bound.adapter),
             }
             for bound in adapters
         ],
