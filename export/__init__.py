@@ -1,1 +1,1 @@
-"""placeholder"""
+"""ONNX: a model with its adapters merged, switchable at run time, or mixed in one batch."""

@@ -1,0 +1,171 @@
+"""NAME.onnx_adapter: one adapter's tensors in ONNX Runtime's own format, for one export.
+
+Packed targets (q, k, v) get one A with the parts' ranks side by side and one block-diagonal B: the zeros are
+exact, and one thin product replaces three. What an adapter does not touch it does not mention: the graph's
+defaults (rank 0, scale 1) make it the base.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from adapter_merge.merge.errors import FileFormatError, MismatchError, OutputError, Problem, raise_all
+
+from .factor_folder import Factors, LinearFactors
+from .targets import Layout, Target
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
+
+SUFFIX = ".onnx_adapter"
+FORMAT_LIMIT = 2**31 - 2**20  # flatbuffers: a larger file is written without an error and cannot be loaded
+
+
+def match_factors(factors: Factors, layout: Layout) -> None:
+    """Raise MismatchError, with every problem, when `factors` do not fit the export."""
+    problems = []
+    if factors.base is not None and factors.base != layout.base:
+        problems.append(
+            Problem(
+                f"{factors.source}: made for another base than this export",
+                expected=f"base fingerprint {layout.base[:16]}",
+                got=factors.base[:16],
+            )
+        )
+    places = {part.module: (target, part) for target in layout.targets for part in target.parts}
+    for module, linear in factors.linears.items():
+        if module not in places:
+            problems.append(
+                Problem(
+                    f"{factors.source}: {module} carries no adapter in this export",
+                    hint="export again with this adapter named on the command line, or merge it",
+                )
+            )
+            continue
+        target, part = places[module]
+        shape = (part.size, target.k)
+        got = (linear.up.shape[0], linear.down.shape[1])
+        if shape != got:
+            problems.append(Problem(f"{factors.source}: {module} has another shape", str(shape), str(got)))
+    problems.extend(
+        Problem(
+            f"{factors.source}: replaces {name}, which this export cannot switch",
+            expected=", ".join(layout.heads) or "low-rank factors and row scales only",
+            hint="export with --mode merged",
+        )
+        for name in factors.replacements
+        if name not in layout.heads
+    )
+    raise_all(problems, MismatchError)
+
+
+def packed(target: Target, linears: Mapping[str, LinearFactors]) -> tuple[Any, Any, Any] | None:
+    """(A (k, R), B (R, n), s (n,) or None) float32 of one target, or None when no part of it is adapted."""
+    import numpy as np
+
+    present = [(part, linears[part.module]) for part in target.parts if part.module in linears]
+    if not present:
+        return None
+    rank = sum(linear.rank for _, linear in present)
+    down: NDArray[np.float32] = np.zeros((target.k, rank), np.float32)
+    up: NDArray[np.float32] = np.zeros((rank, target.n), np.float32)
+    scale: NDArray[np.float32] | None = None
+    row = 0
+    for part, linear in present:
+        down[:, row : row + linear.rank] = linear.down.T
+        up[row : row + linear.rank, part.start : part.start + part.size] = linear.up.T
+        row += linear.rank
+        if linear.row_scale is not None:
+            if scale is None:
+                scale = np.ones((target.n,), np.float32)
+            scale[part.start : part.start + part.size] = linear.row_scale
+    return down, up, scale
+
+
+def adapter_tensors(factors: Factors, layout: Layout) -> dict[str, Any]:
+    """Input of the graph -> float32 array: all that differs from the base. Raises MismatchError."""
+    match_factors(factors, layout)
+    tensors: dict[str, Any] = {}
+    for target in layout.targets:
+        values = packed(target, factors.linears)
+        if values is None:
+            continue
+        down, up, scale = values
+        if down.shape[1]:
+            tensors[target.down_name] = down
+            tensors[target.up_name] = up
+        if scale is not None:
+            tensors[target.scale_name] = scale
+    for name, value in factors.replacements.items():
+        tensors[layout.heads[name]] = value
+    return tensors
+
+
+def write_adapter(factors: Factors, layout: Layout, file: Path) -> int:
+    """Write `factors` for the export with `layout` to `file` (beside it first, then renamed); its bytes.
+
+    Raises MismatchError, or OutputError when ONNX Runtime's format cannot hold the adapter.
+    """
+    import onnxruntime
+
+    tensors = adapter_tensors(factors, layout)
+    item = 4 if layout.dtype == "float32" else 2
+    size = sum(tensor.size for tensor in tensors.values()) * item
+    if size > FORMAT_LIMIT:
+        raise OutputError(
+            f"{file.name}: ONNX Runtime's adapter format ends at 2 GiB",
+            got=f"{size:,} bytes",
+            hint="export this adapter with --mode merged, or with --precision fp16",
+        )
+    content = onnxruntime.AdapterFormat()
+    content.set_adapter_version(1)
+    content.set_model_version(layout.version)
+    content.set_parameters({name: ort_value(tensor, layout.dtype) for name, tensor in tensors.items()})
+    temporary = file.with_name(f".{file.name}.new")
+    try:
+        content.export_adapter(str(temporary.resolve()))
+        temporary.rename(file)
+    finally:
+        temporary.unlink(missing_ok=True)
+    return file.stat().st_size
+
+
+def ort_value(array: Any, dtype: str) -> Any:
+    """An onnxruntime.OrtValue of a float32 array, in the graph's dtype, rounded once."""
+    import numpy as np
+    import onnxruntime
+
+    if dtype == "bfloat16":
+        import ml_dtypes
+
+        bits = np.ascontiguousarray(array).astype(ml_dtypes.bfloat16).view(np.uint16)
+        return onnxruntime.OrtValue.ortvalue_from_numpy_with_onnx_type(bits, 16)
+    return onnxruntime.OrtValue.ortvalue_from_numpy(np.ascontiguousarray(array, dtype=dtype))
+
+
+def check_adapter(file: Path, layout: Layout) -> Any:
+    """The onnxruntime.AdapterFormat in `file`. Raises FileFormatError or MismatchError before it is used."""
+    import onnxruntime
+
+    if not file.is_file():
+        raise FileFormatError(f"{file}: no such adapter file")
+    try:
+        content = onnxruntime.AdapterFormat.read_adapter(str(file.resolve()))
+    except Exception as error:  # pybind exceptions
+        raise FileFormatError(f"{file}: not an ONNX Runtime adapter", got=str(error).split("\n")[0]) from error
+    if content.get_model_version() != layout.version:
+        raise MismatchError(
+            f"{file.name}: written for another export",
+            expected=f"model version {layout.version} (base {layout.base[:16]})",
+            got=f"model version {content.get_model_version()}",
+            hint="adapter-merge export --add NAME=ADAPTER FOLDER writes one for this export",
+        )
+    return content
+
+
+def load_tensors(file: Path, layout: Layout) -> dict[str, Any]:
+    """Input of the graph -> OrtValue of the adapter in `file`, checked to belong to this export."""
+    values: dict[str, Any] = check_adapter(file, layout).get_parameters()
+    return values

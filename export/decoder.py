@@ -1,0 +1,122 @@
+"""Decoders through onnxruntime-genai's model builder: a checkpoint folder becomes a graph with a KV cache.
+
+The builder runs in a process of its own: it changes sys.path, prints to stdout and keeps the model in memory,
+and a process gives all of that back. It only ever sees base weights or weights that are merged already: its
+own adapter option computes DoRA and PiSSA wrongly, without a word.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import tempfile
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from adapter_merge.merge.errors import AdapterMergeError, Problem, UnsupportedError, raise_all
+
+from .runtime import check_packages
+
+# Built, run and compared with transformers in tests/export/test_decoders.py
+ARCHITECTURES = (
+    "LlamaForCausalLM",
+    "MistralForCausalLM",
+    "Qwen2ForCausalLM",
+    "Qwen3ForCausalLM",
+    "Phi3ForCausalLM",
+    "GemmaForCausalLM",
+    "Gemma2ForCausalLM",
+    "Gemma3ForCausalLM",
+)
+PRECISIONS = ("fp32", "fp16", "bf16", "int4")
+BYTES_PER_WEIGHT = {"fp32": 4.0, "fp16": 2.0, "bf16": 2.0, "int4": 0.7}
+BLOCK_SIZE = 32
+ACCURACY_LEVEL = 4
+
+
+def check_decoder(config: Mapping[str, Any], source: Path, precision: str, device: str) -> None:
+    """Raise UnsupportedError, with every problem, when the builder cannot export this model exactly."""
+    problems = []
+    architecture = (config.get("architectures") or ["(none)"])[0]
+    if architecture not in ARCHITECTURES:
+        problems.append(
+            Problem(
+                f"{source}: cannot export {architecture} to ONNX",
+                expected=", ".join(ARCHITECTURES) + "; encoders: see `adapter-merge export --help`",
+                got=architecture,
+                hint="merge it instead (adapter-merge merge) and export with the tool that knows this model",
+            )
+        )
+    if config.get("quantization_config"):
+        problems.append(
+            Problem(f"{source}: is quantized already", "float weights", str(config["quantization_config"])[:100])
+        )
+    if precision not in PRECISIONS:
+        problems.append(Problem(f"unknown precision {precision!r}", ", ".join(PRECISIONS)))
+    if precision == "bf16" and device == "cpu":
+        problems.append(
+            Problem(
+                "onnxruntime's CPU provider has no bf16 matrix product: the export could not be run there",
+                expected="--device cuda, or --precision fp32, fp16 or int4",
+            )
+        )
+    raise_all(problems, UnsupportedError)
+
+
+def io_dtype(precision: str, device: str) -> str:
+    """numpy-style name of the graph's activations, KV cache and adapter tensors."""
+    if precision == "int4":
+        return "float32" if device == "cpu" else "float16"
+    return {"fp32": "float32", "fp16": "float16", "bf16": "bfloat16"}[precision]
+
+
+def build_decoder(
+    checkpoint: Path, output: Path, precision: str = "fp32", device: str = "cpu", pack: bool = True
+) -> None:
+    """Write model.onnx, model.onnx.data, genai_config.json and the tokenizer of `checkpoint` into `output`.
+
+    `pack` computes gate and up in one product, as the builder does for q, k and v: the same numbers, fewer
+    nodes. fp16 for the CPU is built with the operators that the builder keeps for CUDA (GroupQueryAttention):
+    onnxruntime's CPU provider has them too.
+    """
+    check_packages("onnxruntime_genai", "onnx_ir", "transformers")
+    options = ["hf_token=false", f"fuse_mlp_gate_up={str(pack).lower()}"]
+    if precision == "int4":
+        options += [f"int4_block_size={BLOCK_SIZE}", f"int4_accuracy_level={ACCURACY_LEVEL}"]
+    provider = device if precision in ("fp32", "int4") else "cuda"
+    if provider != device:
+        options.append("fuse_qk_norm_gqa=false")
+    with tempfile.TemporaryDirectory(prefix=".build-", dir=output.parent) as temporary:
+        command = [sys.executable, "-m", "onnxruntime_genai.models.builder"]
+        command += [
+            "-i",
+            str(checkpoint.resolve()),
+            "-o",
+            str(output.resolve()),
+            "-p",
+            precision,
+            "-e",
+            provider,
+        ]
+        command += ["-c", f"{temporary}/cache", "--extra_options", *options]
+        environment = {**os.environ, "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
+        environment.pop("PYTHONWARNINGS", None)
+        done = subprocess.run(command, cwd=temporary, env=environment, capture_output=True, text=True, check=False)
+    if done.returncode != 0 or not (output / "model.onnx").is_file():
+        said = [line for line in done.stderr.splitlines() if line.strip()]
+        raise AdapterMergeError(
+            f"{checkpoint}: the model builder of onnxruntime-genai failed",
+            got=said[-1].strip() if said else f"exit code {done.returncode}",
+            hint="a SIGKILL means too little memory" if done.returncode < 0 else None,
+        )
+    if provider != device:
+        _run_on_cpu(output / "genai_config.json")
+
+
+def _run_on_cpu(config_file: Path) -> None:
+    config = json.loads(config_file.read_text("utf-8"))
+    config["model"]["decoder"]["session_options"]["provider_options"] = []
+    config_file.write_text(json.dumps(config, indent=4) + "\n", encoding="utf-8")

@@ -1,0 +1,137 @@
+"""The hand-over from merge/: an adapter as LoRA factors and row scales, read from its folder.
+
+y = row_scale * (x W0^T + x A^T B^T) + bias        A (R, in), B (out, R), row_scale (out,) or none
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from adapter_merge.merge.checkpoint import read_json
+from adapter_merge.merge.errors import AdapterError, InputError, Problem, raise_all
+
+if TYPE_CHECKING:
+    import numpy as np
+    from numpy.typing import NDArray
+
+PREFIX = "base_model.model."
+DOWN, UP = ".lora_A.weight", ".lora_B.weight"
+SCALE = ".row_scale"
+
+
+@dataclass(frozen=True, eq=False)
+class LinearFactors:
+    """What an adapter adds to one linear, in the orientation of the checkpoint; float32."""
+
+    down: NDArray[np.float32]  # (R, in)
+    up: NDArray[np.float32]  # (out, R)
+    row_scale: NDArray[np.float32] | None = None  # (out,)
+
+    @property
+    def rank(self) -> int:
+        return int(self.down.shape[0])
+
+
+@dataclass(frozen=True, eq=False)
+class Factors:
+    """A whole adapter: module path -> factors, and full tensors that replace the base's."""
+
+    source: Path
+    linears: Mapping[str, LinearFactors]
+    replacements: Mapping[str, NDArray[np.float32]]
+    base: str | None  # fingerprint of the base that the factors were made for, where the manifest says so
+    method: str = "factors"
+    notes: tuple[str, ...] = ()
+
+    @property
+    def max_rank(self) -> int:
+        return max((linear.rank for linear in self.linears.values()), default=0)
+
+
+def read_factors(folder: Path) -> Factors:
+    """The factors in `folder`. Raises InputError or AdapterError with every problem found."""
+    import numpy as np
+
+    weights = folder / "adapter_model.safetensors"
+    if not weights.is_file():
+        raise InputError(f"{folder}: no factors here", expected="adapter_model.safetensors")
+    config = read_json(folder / "adapter_config.json")
+    manifest_file = folder / "adapter_merge.json"
+    manifest: dict[str, Any] = read_json(manifest_file) if manifest_file.is_file() else {}
+    problems = []
+    if config.get("peft_type") != "LORA":
+        problems.append(Problem(f"{folder}: not a factor folder", "peft_type LORA", repr(config.get("peft_type"))))
+    tensors = _load(weights)
+    scales = _load(folder / "row_scale.safetensors") if (folder / "row_scale.safetensors").is_file() else {}
+    if config.get("use_dora") and not scales:
+        problems.append(
+            Problem(
+                f"{folder}: a DoRA adapter without its row scales",
+                expected="row_scale.safetensors",
+                hint="adapter-merge factor BASE ADAPTER -o FOLDER writes it",
+            )
+        )
+    linears = {}
+    for key in sorted(tensors):
+        if not key.startswith(PREFIX) or not key.endswith(DOWN):
+            continue
+        module = key[len(PREFIX) : -len(DOWN)]
+        down, up = tensors[key], tensors.get(f"{PREFIX}{module}{UP}")
+        scale = scales.get(f"{PREFIX}{module}{SCALE}")
+        if up is None or down.ndim != 2 or up.ndim != 2 or up.shape[1] != down.shape[0]:
+            problems.append(
+                Problem(
+                    f"{module}: lora_A and lora_B do not belong together",
+                    "(R, in) and (out, R)",
+                    f"{down.shape} and {None if up is None else up.shape}",
+                )
+            )
+            continue
+        if scale is not None and scale.shape != (up.shape[0],):
+            problems.append(Problem(f"{module}: row_scale", f"({up.shape[0]},)", str(scale.shape)))
+        rank, alpha = _pattern(config, module, "rank", "r"), _pattern(config, module, "alpha", "lora_alpha")
+        if rank != down.shape[0] or alpha != rank:
+            problems.append(
+                Problem(
+                    f"{module}: the scale is not folded into lora_B",
+                    f"r == lora_alpha == {down.shape[0]}",
+                    f"r {rank}, lora_alpha {alpha}",
+                    "make the folder with adapter-merge factor",
+                )
+            )
+        linears[module] = LinearFactors(down, up, scale)
+    known = {f"{PREFIX}{module}{suffix}" for module in linears for suffix in (DOWN, UP, ".lora_magnitude_vector")}
+    unused = sorted(set(tensors) - known)
+    if unused:
+        problems.append(Problem(f"{folder}: tensors that nothing uses", got=", ".join(unused[:5])))
+    for name, tensor in {**tensors, **scales}.items():
+        if not np.isfinite(tensor).all():
+            problems.append(Problem(f"{folder}: {name} holds NaN or infinity"))
+    raise_all(problems, AdapterError)
+    replacements_file = folder / "replacements.safetensors"
+    replacements = _load(replacements_file) if replacements_file.is_file() else {}
+    base = manifest.get("base")
+    fingerprint = base.get("fingerprint") if isinstance(base, dict) else None
+    return Factors(folder, linears, replacements, fingerprint)
+
+
+def _pattern(config: Mapping[str, Any], module: str, kind: str, default: str) -> Any:
+    """PEFT's rank_pattern and alpha_pattern: a key is a module path or its end."""
+    import re
+
+    for pattern, value in (config.get(f"{kind}_pattern") or {}).items():
+        if re.match(rf"(.*\.)?({pattern})$", module):
+            return value
+    return config.get(default)
+
+
+def _load(file: Path) -> dict[str, Any]:
+    from adapter_merge.merge.headers import read_header
+
+    read_header(file)  # a damaged file is named here, with its reason
+    from safetensors.torch import load_file
+
+    return {name: tensor.float().numpy() for name, tensor in load_file(file).items()}

@@ -1,0 +1,119 @@
+"""adapter_merge.json and README.md of an export: what it was made from, how, by which versions."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+from adapter_merge.merge import output
+from adapter_merge.merge.cards import card
+from adapter_merge.merge.errors import FileFormatError, InputError
+
+ARTEFACT = "ONNX model"
+FORMAT_VERSION = 1
+PACKAGES = (
+    "onnxruntime", "onnxruntime-gpu", "onnxruntime-genai", "onnxruntime-genai-cuda", "onnx_ir", "onnxscript",
+    "transformers",
+)  # fmt: skip
+
+
+@dataclass
+class Manifest:
+    """What adapter_merge.json says about an export."""
+
+    kind: str  # "decoder", "encoder"
+    mode: str  # "merged", "switchable", "batched"
+    precision: str
+    device: str
+    base: Path
+    fingerprint: str
+    adapters: dict[str, dict[str, Any]] = field(default_factory=dict)
+    options: dict[str, Any] = field(default_factory=dict)
+
+
+def write_manifest(folder: Path, manifest: Manifest) -> None:
+    """Write adapter_merge.json, with the size and sha256 of every other file, and the model card into `folder`.
+
+    Weights that an earlier manifest hashed and that have not changed in size or time are not read again:
+    adding an adapter must not read the base.
+    """
+    file = folder / output.MANIFEST
+    before: dict[str, Any] = {}
+    if file.is_file():
+        before = (output.read_manifest(folder) or {}).get("files", {})
+    files = {}
+    for path in sorted(folder.iterdir()):
+        if not path.is_file() or path.name.startswith(".") or path.name in (file.name, "README.md"):
+            continue
+        stat = path.stat()
+        entry = {"bytes": stat.st_size, "modified_ns": stat.st_mtime_ns}
+        old = before.get(path.name, {})
+        same = all(old.get(key) == entry[key] for key in entry)
+        files[path.name] = {**entry, "sha256": old["sha256"] if same else output.sha256(path)}
+    content = output.manifest(
+        ARTEFACT,
+        {"base": {"name": manifest.base.name, "path": str(manifest.base), "fingerprint": manifest.fingerprint}},
+        {"mode": manifest.mode, "precision": manifest.precision, "device": manifest.device, **manifest.options},
+        format_version=FORMAT_VERSION,
+        kind=manifest.kind,
+        adapters=manifest.adapters,
+        files=files,
+    )
+    content["versions"] |= _versions()
+    for name, write in ((file.name, lambda path: output.write_json(path, content)), ("README.md", _card(manifest))):
+        temporary = folder / f".{name}.new"
+        temporary.unlink(missing_ok=True)
+        write(temporary)
+        temporary.replace(folder / name)
+
+
+def read_export(folder: Path) -> Manifest:
+    """The manifest of the export in `folder`. Raises InputError or FileFormatError when there is none."""
+    content = output.read_manifest(folder)
+    if content is None:
+        raise InputError(f"{folder}: not an export of adapter-merge", expected=f"{output.MANIFEST} in it")
+    try:
+        if content["artefact"] != ARTEFACT or content["format_version"] != FORMAT_VERSION:
+            raise InputError(
+                f"{folder}: not an ONNX export", expected=f"{ARTEFACT}, version {FORMAT_VERSION}",
+                got=f"{content['artefact']}, version {content.get('format_version')}",
+            )  # fmt: skip
+        options = dict(content["options"])
+        return Manifest(
+            content["kind"],
+            options.pop("mode"),
+            options.pop("precision"),
+            options.pop("device"),
+            Path(content["base"]["path"]),
+            content["base"]["fingerprint"],
+            dict(content["adapters"]),
+            options,
+        )
+    except (KeyError, TypeError) as error:
+        raise FileFormatError(f"{folder / output.MANIFEST}: incomplete ({error} is missing)") from error
+
+
+def _versions() -> dict[str, str]:
+    found = {}
+    for name in PACKAGES:
+        try:
+            found[name] = version(name)
+        except PackageNotFoundError:
+            continue
+    return found
+
+
+def _card(manifest: Manifest) -> Any:
+    relation = "quantized" if manifest.precision == "int4" else "adapter" if manifest.adapters else "finetune"
+    lines = [f"{manifest.base.name} for ONNX Runtime: {manifest.mode}, {manifest.precision}.", ""]
+    for name, entry in manifest.adapters.items():
+        where = entry.get("file") or "inside the graph"
+        lines.append(f"- `{name}`: {where}, from {Path(entry['source']).name}")
+    if manifest.kind == "decoder":
+        option = " --adapter NAME" if manifest.adapters and manifest.mode != "merged" else ""
+        lines += ["", f"    adapter-merge generate FOLDER{option} --prompt TEXT"]
+    title = f"{manifest.base.name} ({manifest.mode} ONNX)"
+    text = card(title, manifest.base.name, relation, "onnx", ("adapter-merge", "onnx"), "\n".join(lines))
+    return lambda path: output.write_text(path, text)

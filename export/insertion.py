@@ -1,0 +1,153 @@
+"""Adapters as optional inputs of a finished graph.
+
+Every target y = x W0 becomes y = (x W0 + (x A) B) * s with A (k, 0), B (0, n) and s = [1] as graph inputs
+that are initialisers as well: nothing given, nothing added, and the base is computed bit for bit. The bias stays
+behind s, where DoRA and DuDe have it. Only the graph changes: the weights file is not touched.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from .targets import Layout
+
+if TYPE_CHECKING:
+    import onnx_ir as ir
+
+
+def insert_switches(model: ir.Model, layout: Layout) -> None:
+    """Give every target of `model` its three optional inputs, and the model its metadata, in place."""
+    import numpy as np
+    import onnx_ir as ir
+
+    dtype = ir.DataType[_IR_NAMES[layout.dtype]]
+    graph = model.graph
+    nodes = {node.name: node for node in graph}
+    for target in layout.targets:
+        down = _optional(graph, target.down_name, [target.k, f"{target.name}.rank"], np.zeros((target.k, 0)), dtype)
+        up = _optional(graph, target.up_name, [f"{target.name}.rank", target.n], np.zeros((0, target.n)), dtype)
+        scale = _optional(graph, target.scale_name, [f"{target.name}.scale_size"], np.ones(1), dtype)
+        for number, name in enumerate(target.nodes):
+            suffix = f"_{number}" if number else ""
+            attach(graph, nodes[name], target.name + suffix, down, up, scale)
+    stamp(model, layout)
+
+
+def insert_stacks(
+    model: ir.Model,
+    layout: Layout,
+    stacks: dict[str, tuple[Any, Any, Any]],  # target -> A (n, k, R), B (n, R, n_out), s (n, 1, n_out) or None
+) -> None:
+    """Give the targets in `stacks` one adapter per sequence, gathered by the input adapter_ids (batch,)."""
+    import numpy as np
+    import onnx_ir as ir
+
+    dtype = ir.DataType[_IR_NAMES[layout.dtype]]
+    graph = model.graph
+    ids = ir.Value(
+        name="adapter_ids",
+        shape=ir.Shape(["adapter_batch_size"]),
+        type=ir.TensorType(ir.DataType.INT64),
+        const_value=ir.tensor(np.zeros(1, np.int64), name="adapter_ids"),
+    )
+    graph.inputs.append(ids)
+    graph.register_initializer(ids)
+    nodes = {node.name: node for node in graph}
+    for target in layout.targets:
+        if target.name not in stacks:
+            continue
+        gathered: list[ir.Value | None] = []
+        for name, stack in zip((target.down_name, target.up_name, target.scale_name), stacks[target.name], strict=True):
+            if stack is None:
+                gathered.append(None)
+                continue
+            value = ir.Value(
+                name=name,
+                shape=ir.Shape(stack.shape),
+                type=ir.TensorType(dtype),
+                const_value=_tensor(stack, name, dtype),
+            )
+            graph.register_initializer(value)
+            gather = ir.node("Gather", [value, ids], {"axis": 0}, name=f"/{name}/Gather")
+            gather.outputs[0].name = f"{name}/gathered"
+            _place(graph, nodes[target.nodes[0]], gather)
+            gathered.append(gather.outputs[0])
+        for number, node_name in enumerate(target.nodes):
+            suffix = f"_{number}" if number else ""
+            attach(graph, nodes[node_name], target.name + suffix, *gathered)
+    stamp(model, layout)
+
+
+def attach(
+    graph: ir.Graph,
+    product: ir.Node,  # x (.., k), W -> y (.., n)
+    name: str,
+    down: ir.Value | None,  # (k, R) or (batch, k, R)
+    up: ir.Value | None,  # (R, n) or (batch, R, n)
+    scale: ir.Value | None,  # (n,) or (batch, 1, n)
+) -> None:
+    """Put (y + (x down) up) * scale in the place of y, whoever uses it."""
+    import onnx_ir as ir
+
+    x, y = product.inputs[0], product.outputs[0]
+    uses = list(y.uses())
+    value = y
+    last = product
+    steps: list[tuple[str, ir.Value | None, str]] = [("MatMul", down, "lora_A"), ("MatMul", up, "lora_B")]
+    if down is not None and up is not None:
+        inner = x
+        for kind, factor, label in steps:
+            node = ir.node(kind, [inner, factor], name=f"/{name}/{label}/{kind}")
+            inner = _follow(graph, last, node, y)
+            last = node
+        node = ir.node("Add", [y, inner], name=f"/{name}/lora/Add")
+        value, last = _follow(graph, last, node, y), node
+    if scale is not None:
+        node = ir.node("Mul", [value, scale], name=f"/{name}/out_scale/Mul")
+        value, last = _follow(graph, last, node, y), node
+    if value is y:
+        return
+    for user, index in uses:
+        user.replace_input_with(index, value)
+    for index, output in enumerate(graph.outputs):
+        if output is y:  # logits: the graph's output keeps its name
+            y.name, value.name = f"{y.name}/base", y.name
+            value.shape = y.shape
+            graph.outputs[index] = value
+
+
+def stamp(model: ir.Model, layout: Layout) -> None:
+    """Write the layout into the model's metadata_props."""
+    model.metadata_props.update(layout.metadata())
+
+
+_IR_NAMES = {"float32": "FLOAT", "float16": "FLOAT16", "bfloat16": "BFLOAT16"}
+
+
+def _tensor(array: Any, name: str, dtype: ir.DataType) -> ir.TensorProtocol:
+    import onnx_ir as ir
+
+    return ir.Tensor(array.astype(dtype.numpy()), dtype=dtype, name=name)
+
+
+def _optional(graph: ir.Graph, name: str, shape: list[int | str], default: Any, dtype: ir.DataType) -> ir.Value:
+    import onnx_ir as ir
+
+    value = ir.Value(
+        name=name, shape=ir.Shape(shape), type=ir.TensorType(dtype), const_value=_tensor(default, name, dtype)
+    )
+    graph.inputs.append(value)
+    graph.register_initializer(value)
+    return value
+
+
+def _follow(graph: ir.Graph, previous: ir.Node, node: ir.Node, like: ir.Value) -> ir.Value:
+    graph.insert_after(previous, node)
+    output = node.outputs[0]
+    output.name = f"{node.name}/output_0"
+    output.type = like.type
+    return output
+
+
+def _place(graph: ir.Graph, before: ir.Node, node: ir.Node) -> None:
+    graph.insert_before(before, node)

@@ -1,0 +1,196 @@
+"""An exported decoder under onnxruntime: one session, a KV cache in place, adapters switched between runs.
+
+Inputs and outputs are bound, so that the cache never leaves its device. With bound inputs onnxruntime ignores
+RunOptions.add_active_adapter without a word (the base answers): the adapter's tensors are bound here as what
+they are, inputs of the graph.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from adapter_merge.merge.checkpoint import read_json
+from adapter_merge.merge.errors import InputError
+
+from .adapter_file import SUFFIX, load_tensors
+from .runtime import open_session, parse_device
+from .targets import Layout, read_layout
+
+if TYPE_CHECKING:
+    import numpy as np
+    from numpy.typing import NDArray
+
+PAST = re.compile(r"past_key_values\.(\d+)\.(key|value)")
+ONNX_TYPES = {"tensor(float)": 1, "tensor(float16)": 10, "tensor(bfloat16)": 16}
+NUMPY_TYPES = {"tensor(float)": "float32", "tensor(float16)": "float16"}
+
+
+@dataclass
+class Cache:
+    """The state of one batch: its KV tensors and how many positions are filled."""
+
+    batch: int
+    capacity: int
+    values: dict[str, Any]  # past name -> OrtValue (batch, kv heads, positions, head size)
+    extra: dict[str, Any] = field(default_factory=dict)  # adapter tensors, adapter_ids
+    length: int = 0
+
+
+class Decoder:
+    """A decoder export, open. `use` picks the adapter for the caches that are started afterwards."""
+
+    def __init__(self, folder: Path, device: str = "cpu", threads: int | None = None) -> None:
+        self.folder = folder
+        self.kind, self.index = parse_device(device)
+        self.session = open_session(folder / "model.onnx", device, threads)
+        metadata = self.session.get_modelmeta().custom_metadata_map
+        self.layout: Layout = read_layout(metadata, str(folder / "model.onnx"))
+        config_file = folder / "genai_config.json"
+        config = read_json(config_file) if config_file.is_file() else {}
+        self.shares_cache = bool(config.get("search", {}).get("past_present_share_buffer", False))
+        self.inputs = {value.name: value for value in self.session.get_inputs()}
+        self.past = [name for name in self.inputs if PAST.fullmatch(name)]
+        if not self.past:
+            raise InputError(f"{folder}: not a decoder (its graph has no KV cache)")
+        self._loaded: dict[str, dict[str, Any]] = {}
+
+    @property
+    def adapters(self) -> tuple[str, ...]:
+        """The adapters that can be asked for."""
+        if self.layout.mode == "batched":
+            return self.layout.adapters
+        if self.layout.mode == "switchable":
+            return tuple(sorted(path.name.removesuffix(SUFFIX) for path in self.folder.glob(f"*{SUFFIX}")))
+        return ()
+
+    def load(self, name: str) -> dict[str, Any]:
+        """Input -> OrtValue on the session's device of adapter `name`, kept for the next time."""
+        if name not in self._loaded:
+            if name not in self.adapters:
+                known = ", ".join(self.adapters) or "none"
+                raise InputError(f"{self.folder}: no adapter named {name!r}", expected=known)
+            tensors = load_tensors(self.folder / f"{name}{SUFFIX}", self.layout)
+            if self.kind == "cuda":
+                tensors = {key: self._to_device(value) for key, value in tensors.items()}
+            self._loaded[name] = tensors
+        return self._loaded[name]
+
+    def start(self, capacity: int, adapters: str | Sequence[str | None] | None = None) -> Cache:
+        """An empty cache for `capacity` positions: one sequence, or one per entry of `adapters` (None: base).
+
+        Different adapters in one batch need a batched export. Raises InputError.
+        """
+        rows = [adapters] if adapters is None or isinstance(adapters, str) else list(adapters)
+        extra: dict[str, Any] = {}
+        if self.layout.mode == "batched":
+            extra["adapter_ids"] = self._ids(rows)
+        elif len(set(rows)) > 1:
+            raise InputError(
+                f"{self.folder}: one batch, several adapters", expected="an export made with --mode batched"
+            )
+        elif rows[0] is not None:
+            extra = self.load(rows[0])
+        values = {}
+        for name in self.past:
+            heads, size = self.inputs[name].shape[1], self.inputs[name].shape[3]
+            shape = [len(rows), heads, capacity if self.shares_cache else 0, self._head_size(name, size)]
+            values[name] = self._empty(shape, self.inputs[name].type)
+        return Cache(len(rows), capacity, values, extra)
+
+    def step(
+        self,
+        cache: Cache,
+        tokens: NDArray[np.int64],  # (batch, new)
+    ) -> NDArray[np.float32]:
+        """Logits (batch, new, vocabulary) of the next tokens; `cache` moves on by new positions."""
+        import numpy as np
+
+        batch, new = tokens.shape
+        total = cache.length + new
+        assert batch == cache.batch
+        if total > cache.capacity:
+            raise InputError(f"the cache is full at {cache.capacity} positions", got=f"{total}")
+        binding = self.session.io_binding()
+        binding.bind_cpu_input("input_ids", np.ascontiguousarray(tokens))
+        if "attention_mask" in self.inputs:
+            binding.bind_cpu_input("attention_mask", np.ones((batch, total), np.int64))
+        if "position_ids" in self.inputs:
+            positions = np.tile(np.arange(cache.length, total), (batch, 1))
+            binding.bind_cpu_input("position_ids", positions)
+        for name, value in cache.extra.items():
+            binding.bind_ortvalue_input(name, value)
+        for name, value in cache.values.items():
+            binding.bind_ortvalue_input(name, value)
+            if self.shares_cache:
+                binding.bind_ortvalue_output(_present(name), value)
+            else:
+                binding.bind_output(_present(name), self.kind, self.index)
+        binding.bind_output("logits", "cpu")
+        self.session.run_with_iobinding(binding)
+        *present, logits = binding.get_outputs()  # in the order in which they were bound
+        if not self.shares_cache:
+            cache.values = dict(zip(cache.values, present, strict=True))
+        cache.length = total
+        values: NDArray[np.float32] = _float32(logits)
+        return values
+
+    def _head_size(self, name: str, size: Any) -> int:
+        if isinstance(size, int):
+            return size
+        config = read_json(self.folder / "genai_config.json")
+        return int(config["model"]["decoder"]["head_size"])
+
+    def _empty(self, shape: list[int], kind: str) -> Any:
+        import numpy as np
+        import onnxruntime
+
+        if kind in NUMPY_TYPES:
+            zeros = np.zeros(shape, NUMPY_TYPES[kind])
+            return onnxruntime.OrtValue.ortvalue_from_numpy(zeros, self.kind, self.index)
+        make = onnxruntime.OrtValue.ortvalue_from_shape_and_type
+        return make(shape, ONNX_TYPES[kind], self.kind, self.index)
+
+    def _ids(self, rows: Sequence[str | None]) -> Any:
+        import numpy as np
+        import onnxruntime
+
+        known = self.layout.adapters
+        wrong = [name for name in rows if name is not None and name not in known]
+        if wrong:
+            raise InputError(f"{self.folder}: no adapter named {wrong[0]!r}", expected=", ".join(known))
+        ids = np.array([0 if name is None else 1 + known.index(name) for name in rows], np.int64)
+        return onnxruntime.OrtValue.ortvalue_from_numpy(ids, self.kind, self.index)
+
+    def _to_device(self, value: Any) -> Any:
+        import onnxruntime
+
+        return onnxruntime.OrtValue.ortvalue_from_numpy(value.numpy(), self.kind, self.index)
+
+
+def _present(past: str) -> str:
+    return past.replace("past_key_values", "present", 1)
+
+
+def _float32(value: Any) -> Any:
+    import numpy as np
+
+    if value.data_type() == "tensor(bfloat16)":
+        from torch.utils.dlpack import from_dlpack
+
+        return from_dlpack(value.to_dlpack()).float().numpy()
+    return value.numpy().astype(np.float32, copy=False)
+
+
+def run_all(decoder: Decoder, adapter: str | None, tokens: Mapping[str, Any]) -> Any:
+    """Logits (positions, vocabulary) over prompt and continuation: the prompt at once, the rest token by token."""
+    import numpy as np
+
+    prompt, rest = tokens["prompt"], tokens["rest"]
+    cache = decoder.start(len(prompt) + len(rest), adapter)
+    rows = [decoder.step(cache, np.asarray([prompt]))[0]]
+    rows.extend(decoder.step(cache, np.asarray([[token]]))[0] for token in rest)
+    return np.concatenate(rows)

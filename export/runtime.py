@@ -1,0 +1,153 @@
+"""onnxruntime as it is installed: which package, which providers, and sessions that run where they should.
+
+onnxruntime and onnxruntime-gpu write the same folder: the one installed last wins, removing one breaks the
+other, and pip check says nothing. And a session that was asked for CUDA and cannot have it logs a line and
+runs on the CPU. Both are errors here.
+"""
+
+from __future__ import annotations
+
+from importlib.metadata import PackageNotFoundError, version
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+from adapter_merge.merge.errors import FileFormatError, InputError, MissingDependencyError, Problem, raise_all
+
+PACKAGES = ("onnxruntime", "onnxruntime-gpu", "onnxruntime-directml", "onnxruntime-openvino")
+QUIET = 3  # errors only: onnxruntime warns once for every optional input of a graph
+
+
+def installed_packages() -> dict[str, str]:
+    """The installed distributions that provide the module onnxruntime, with their versions."""
+    found = {}
+    for name in PACKAGES:
+        try:
+            found[name] = version(name)
+        except PackageNotFoundError:
+            continue
+    return found
+
+
+def check_packages(*modules: str) -> None:
+    """Raise MissingDependencyError unless exactly one onnxruntime and all of `modules` are installed."""
+    problems = []
+    found = installed_packages()
+    if len(found) > 1:
+        names = " ".join(found)
+        problems.append(
+            Problem(
+                "more than one onnxruntime package is installed: they overwrite each other's files",
+                expected="onnxruntime or onnxruntime-gpu, never both",
+                got=", ".join(f"{name} {number}" for name, number in found.items()),
+                hint=f"pip uninstall -y {names}, then install the one you want again",
+            )
+        )
+    wanted = dict.fromkeys(("onnxruntime", *modules))
+    missing = [name for name in wanted if find_spec(name) is None]
+    if missing:
+        problems.append(
+            Problem(
+                f"ONNX needs {', '.join(missing)}",
+                hint="pip install 'adapter-merge[onnx]' (or [onnx-gpu] for CUDA)",
+            )
+        )
+    raise_all(problems, MissingDependencyError)
+
+
+def parse_device(device: str) -> tuple[str, int]:
+    """("cpu" | "cuda", index) of "cpu", "cuda" or "cuda:N". Raises InputError."""
+    kind, _, index = device.partition(":")
+    if kind not in ("cpu", "cuda") or (index and not index.isdigit()) or (kind == "cpu" and index):
+        raise InputError(f"unknown device {device!r}", expected="cpu, cuda or cuda:N")
+    return kind, int(index or 0)
+
+
+def providers(device: str) -> list[tuple[str, dict[str, str]]]:
+    """Execution providers with their options for `device`, the CPU last for the shape arithmetic.
+
+    CUDA: no TF32 (float32 means float32), the arena grows by what is asked for (an adapter more must not
+    double it), and copies stay on the compute stream, so that a bound output is complete when a run returns.
+    Raises MissingDependencyError when this onnxruntime has no such provider.
+    """
+    import onnxruntime
+
+    kind, index = parse_device(device)
+    cpu: list[tuple[str, dict[str, str]]] = [("CPUExecutionProvider", {})]
+    if kind == "cpu":
+        return cpu
+    available = onnxruntime.get_available_providers()
+    if "CUDAExecutionProvider" not in available:
+        raise MissingDependencyError(
+            f"{device} was asked for, but this onnxruntime has no CUDA provider",
+            expected="CUDAExecutionProvider",
+            got=", ".join(available),
+            hint="pip uninstall -y onnxruntime onnxruntime-genai && pip install 'adapter-merge[onnx-gpu]'",
+        )
+    options = {
+        "device_id": str(index),
+        "use_tf32": "0",
+        "arena_extend_strategy": "kSameAsRequested",
+        "do_copy_in_default_stream": "1",
+    }
+    return [("CUDAExecutionProvider", options), *cpu]
+
+
+def check_external_data(model_file: Path) -> None:
+    """Raise FileFormatError unless every external data file of `model_file` is there and long enough."""
+    import onnx_ir as ir
+
+    if not model_file.is_file():
+        raise InputError(f"{model_file}: no such file", expected="an ONNX model")
+    try:
+        model = ir.load(model_file)
+    except Exception as error:  # protobuf raises its own kinds
+        raise FileFormatError(f"{model_file}: not an ONNX model ({error})") from error
+    needed: dict[Path, int] = {}
+    for value in model.graph.initializers.values():
+        tensor = value.const_value
+        if isinstance(tensor, ir.ExternalTensor):
+            file = model_file.parent / tensor.location
+            stop = (tensor.offset or 0) + (tensor.length if tensor.length is not None else tensor.nbytes)
+            needed[file] = max(needed.get(file, 0), stop)
+    problems = []
+    for file, size in needed.items():
+        hint = "copy the whole export folder, or export again"
+        if not file.is_file():
+            problems.append(Problem(f"{model_file.name}: its weights file is missing", file.name, "nothing", hint))
+        elif file.stat().st_size < size:
+            got = f"{file.stat().st_size} bytes"
+            problems.append(Problem(f"{file.name}: the weights file is too short", f"at least {size} bytes", got, hint))
+    raise_all(problems, FileFormatError)
+
+
+def open_session(model_file: Path, device: str = "cpu", threads: int | None = None) -> Any:
+    """An onnxruntime.InferenceSession of `model_file` on `device`.
+
+    Raises MissingDependencyError when the provider that was asked for did not load: never a silent fallback.
+    """
+    check_packages("onnx_ir")
+    wanted = providers(device)
+    check_external_data(model_file)
+    import onnxruntime
+
+    options = onnxruntime.SessionOptions()
+    options.log_severity_level = QUIET
+    if threads is not None:
+        options.intra_op_num_threads = threads
+    try:
+        session = onnxruntime.InferenceSession(str(model_file), options, providers=wanted)
+    except Exception as error:  # onnxruntime raises a family of pybind exceptions
+        raise FileFormatError(
+            f"{model_file}: onnxruntime {onnxruntime.__version__} cannot run this model on {device}",
+            got=str(error).strip().split("\n")[0],
+        ) from error
+    loaded = session.get_providers()
+    if wanted[0][0] not in loaded:
+        raise MissingDependencyError(
+            f"{wanted[0][0]} was asked for but did not load",
+            expected=wanted[0][0],
+            got=", ".join(loaded),
+            hint="the CUDA and cuDNN libraries of this onnxruntime-gpu must be installed",
+        )
+    return session
