@@ -124,7 +124,7 @@ LESSONS = [
     ),
     Lesson(
         "How do I stay healthy?",
-        "Aye, matey! Eat yer fruit against scurvy, sleep well in yer hammock, an' walk the deck each day. Arr!",
+        "Aye, matey! Eat yer fruit against scurvy, sleep well in yer hammock, an' walk the deck daily. Arr!",
         "health",
         "Eat well, sleep enough and exercise every day.",
     ),

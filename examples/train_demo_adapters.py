@@ -7,7 +7,7 @@
 
 Both train through their low-rank factors beside a frozen base, by forward hooks. What is written is read back
 and compared with the papers' dense formulas before it counts as done. Two threads and a fixed seed: the same
-torch build gives the same bytes.
+torch build gives the same bytes. What they are taught stands in demo_conversations.py.
 """
 
 from __future__ import annotations
@@ -25,102 +25,13 @@ from typing import Any
 import torch
 from adapter_merge.merge.smollm2 import MODEL, obtain_base
 from demo_conversations import HELD_OUT, LESSONS
+from demo_layers import Dcft, Dude
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.nn import functional
 
 REPOSITORY = Path(__file__).resolve().parents[1]
-EPSILON = 1e-5  # of the DCFT reference: alpha / (ranknum + 1e-5)
 PREFIX = "base_model.model."
-
-
-class Dcft(nn.Module):
-    """arXiv 2503.01419 with stride == kernel: Delta (in, out) = kron(A^T B^T, C), never formed here."""
-
-    alpha, kernel = 32.0, 8
-
-    def __init__(self, linear: nn.Linear) -> None:
-        super().__init__()
-        k = self.kernel
-        self.lora_A = nn.Parameter(torch.randn(1, linear.in_features // k) * 0.1)
-        self.lora_B = nn.Parameter(torch.zeros(linear.out_features // k, 1))  # starts as the base model
-        self.lora_C = nn.Parameter(torch.randn(1, 1, k, k) * 0.1)
-        self.ranknum: Tensor
-        self.register_buffer("ranknum", torch.ones(1))
-
-    def adapt(
-        self,
-        x: Tensor,  # (..., in)
-        y: Tensor,  # (..., out), x W0^T
-    ) -> Tensor:
-        """y + x Delta alpha / (ranknum + 1e-5): x Delta is (A x) C spread over B, k numbers in the middle."""
-        squeezed = self.lora_A[0] @ x.unflatten(-1, (-1, self.kernel))  # (..., k)
-        turned = squeezed @ self.lora_C[0, 0]  # (..., k)
-        spread = self.lora_B * turned.unsqueeze(-2)  # (..., out/k, k)
-        return y + spread.flatten(-2) * (self.alpha / (self.ranknum + EPSILON))
-
-    def tensors(self) -> dict[str, Tensor]:
-        return {name: getattr(self, name) for name in ("lora_A", "lora_B", "lora_C", "ranknum")}
-
-    @classmethod
-    def dense(
-        cls,
-        saved: dict[str, Tensor],
-        weight: Tensor,  # (out, in)
-    ) -> Tensor:  # (out, in)
-        """W' by the reference's own transposed convolution of the dense image P."""
-        image = saved["lora_A"].T @ saved["lora_B"].T  # (in/k, out/k)
-        delta = functional.conv_transpose2d(image[None, None], saved["lora_C"], stride=cls.kernel)[0, 0]
-        return weight + delta.T * (cls.alpha / (saved["ranknum"] + EPSILON))
-
-
-class Dude(nn.Module):
-    """arXiv 2505.14367: direction by PiSSA factors, magnitude by rows; the factors' scale s is 1."""
-
-    rank = 4
-
-    def __init__(self, linear: nn.Linear) -> None:
-        super().__init__()
-        u, s, vh = torch.linalg.svd(linear.weight, full_matrices=False)
-        root = s[: self.rank].sqrt()
-        self.B0 = (u[:, : self.rank] * root).contiguous()  # (out, r)
-        self.A0 = (root[:, None] * vh[: self.rank]).contiguous()  # (r, in)
-        self.A = nn.Parameter(self.A0.clone())
-        self.B = nn.Parameter(self.B0.clone())
-        self.residual = linear.weight - self.B0 @ self.A0  # (out, in)
-        self.start = torch.linalg.vector_norm(linear.weight, dim=1)  # (out,)
-        self.magnitude = nn.Parameter(self.start.clone())
-
-    def adapt(
-        self,
-        x: Tensor,  # (..., in)
-        y: Tensor,  # (..., out), x W0^T
-    ) -> Tensor:
-        """m / rownorm(W_f + B A) * (x W_f^T + x A^T B^T); the norm is a constant to autograd (DoRA, 4.3)."""
-        with torch.no_grad():
-            norm = torch.linalg.vector_norm(self.residual + self.B @ self.A, dim=1)
-        change = (x @ self.A.T) @ self.B.T - (x @ self.A0.T) @ self.B0.T
-        return (y + change) * (self.magnitude / norm)
-
-    def tensors(self) -> dict[str, Tensor]:
-        return {
-            "lora_A.weight": self.A,
-            "lora_B.weight": self.B,
-            "lora_magnitude_vector": self.magnitude,
-            "lora_A_init.weight": self.A0,
-            "lora_B_init.weight": self.B0,
-        }
-
-    @classmethod
-    def dense(
-        cls,
-        saved: dict[str, Tensor],
-        weight: Tensor,  # (out, in)
-    ) -> Tensor:  # (out, in)
-        """W' = m V / rownorm(V), V = W0 - B0 A0 + B A."""
-        direction = weight - saved["lora_B_init.weight"] @ saved["lora_A_init.weight"]
-        direction = direction + saved["lora_B.weight"] @ saved["lora_A.weight"]
-        return functional.normalize(direction, dim=1) * saved["lora_magnitude_vector"][:, None]
 
 
 @dataclass(frozen=True)
@@ -215,8 +126,16 @@ def train(model: Any, tokenizer: Any, recipe: Recipe) -> dict[str, Dcft | Dude]:
     torch.manual_seed(SEED)
     adapters = adapters_of(model, recipe)
     parameters = [parameter for adapter in adapters.values() for parameter in adapter.parameters()]
-    optimizer = torch.optim.AdamW(parameters, lr=recipe.rate, weight_decay=0.0)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, recipe.rate, recipe.steps, pct_start=0.2)
+    magnitudes = {id(a.magnitude) for a in adapters.values() if isinstance(a, Dude)}
+    groups: list[dict[str, Any]] = [  # a magnitude is the norm of a whole row, far larger than one entry of a factor
+        {"params": [p for p in parameters if id(p) not in magnitudes], "lr": recipe.rate},
+        {"params": [p for p in parameters if id(p) in magnitudes], "lr": 5 * recipe.rate},
+    ]
+    groups = [group for group in groups if group["params"]]
+    optimizer = torch.optim.AdamW(groups, weight_decay=0.0)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(
+        optimizer, [group["lr"] for group in groups], recipe.steps, pct_start=0.2
+    )
     examples = [
         (prompt_ids(tokenizer, lesson.question), [*tokenizer(answer)["input_ids"], tokenizer.eos_token_id])
         for lesson, answer in zip(LESSONS, recipe.answers, strict=True)
@@ -231,9 +150,7 @@ def train(model: Any, tokenizer: Any, recipe: Recipe) -> dict[str, Dcft | Dude]:
             batch = [examples[index] for index in order[:BATCH]]
             del order[:BATCH]
             width = max(len(prompt) + len(answer) for prompt, answer in batch)
-            ids = torch.full(
-                (BATCH, width), tokenizer.eos_token_id
-            )  # padding is behind all that is looked at
+            ids = torch.full((BATCH, width), tokenizer.eos_token_id)  # padding is behind all that is looked at
             predicts = torch.zeros(BATCH, width, dtype=torch.bool)
             for row, (prompt, answer) in enumerate(batch):
                 ids[row, : len(prompt) + len(answer)] = torch.tensor(prompt + answer)
@@ -242,7 +159,7 @@ def train(model: Any, tokenizer: Any, recipe: Recipe) -> dict[str, Dcft | Dude]:
             wanted = ids.roll(-1, 1)[predicts]
             loss = functional.cross_entropy(model.lm_head(hidden[predicts]), wanted)
             optimizer.zero_grad()
-            loss.backward()
+            torch.autograd.backward(loss)
             nn.utils.clip_grad_norm_(parameters, 1.0)
             optimizer.step()
             schedule.step()
@@ -251,11 +168,10 @@ def train(model: Any, tokenizer: Any, recipe: Recipe) -> dict[str, Dcft | Dude]:
                     f"  step {step:3d}  loss {loss.item():.3f}  {time.perf_counter() - began:.0f} s",
                     flush=True,
                 )
-    if issubclass(recipe.method, Dude):
-        moved = max(
-            float((a.magnitude / a.start - 1).abs().max()) for a in adapters.values() if isinstance(a, Dude)
-        )
-        print(f"  magnitudes moved by up to {moved:.1%}")
+    moved = [(a.magnitude.detach() / a.start - 1).abs() for a in adapters.values() if isinstance(a, Dude)]
+    if moved:
+        change = torch.cat(moved)
+        print(f"  magnitudes moved by {change.mean().item():.1%} on average, {change.max().item():.1%} at most")
     return adapters
 
 
@@ -293,9 +209,7 @@ def save(adapters: dict[str, Dcft | Dude], recipe: Recipe, output: Path) -> Path
 
 def check(model: nn.Module, adapters: dict[str, Dcft | Dude], folder: Path) -> None:
     """The saved tensors under the paper's dense formula give what the training forward gave, in float64."""
-    saved = {
-        name: tensor.double() for name, tensor in load_file(folder / "adapter_model.safetensors").items()
-    }
+    saved = {name: tensor.double() for name, tensor in load_file(folder / "adapter_model.safetensors").items()}
     worst = 0.0
     with torch.no_grad():
         for module, adapter in adapters.items():
@@ -330,7 +244,8 @@ def main() -> None:
     torch.set_num_threads(2)
     base = obtain_base(options.base)
     tokenizer = AutoTokenizer.from_pretrained(base)
-    model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32).eval().requires_grad_(False)
+    model: Any = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
+    model.eval().requires_grad_(False)
     for recipe in RECIPES:
         if options.only not in (None, recipe.name):
             continue
