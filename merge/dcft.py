@@ -33,7 +33,7 @@ class DcftModule:
     a: TensorRef  # (r_sub, n0)
     b: TensorRef  # (n1, r_sub)
     c: TensorRef  # (1, 1, k0, k1)
-    ranknum: TensorRef  # one number
+    ranknum: TensorRef | float  # one number; a float where the user had to state it
     alpha: float
     stride: tuple[int, int]
 
@@ -54,7 +54,8 @@ class DcftModule:
 
     @property
     def refs(self) -> tuple[TensorRef, ...]:
-        return self.a, self.b, self.c, self.ranknum
+        stated = () if isinstance(self.ranknum, float) else (self.ranknum,)
+        return (self.a, self.b, self.c, *stated)
 
     @property
     def needs_base(self) -> bool:
@@ -64,7 +65,8 @@ class DcftModule:
         self, read: Callable[[TensorRef], Tensor], weight: Callable[[], Tensor], dtype: torch.dtype
     ) -> CanonicalForm:
         """The canonical form in `dtype`; `weight` is never called."""
-        scale = self.alpha / (float(read(self.ranknum).reshape(-1)[0]) + RANKNUM_EPSILON)
+        number = self.ranknum if isinstance(self.ranknum, float) else float(read(self.ranknum).reshape(-1)[0])
+        scale = self.alpha / (number + RANKNUM_EPSILON)
         up, down = dcft_factors(read(self.a), read(self.b), read(self.c)[0, 0], self.stride, scale)
         return CanonicalForm(up.to(dtype), down.to(dtype))
 

@@ -35,7 +35,9 @@ def holds_dcft(checkpoint: Checkpoint) -> bool:
     return any(name.endswith(".lora_C") and {name[:-1] + "A", name[:-1] + "B"} <= names for name in names)
 
 
-def read_dcft_checkpoint(checkpoint: Checkpoint, alpha: float | None = None, base: Checkpoint | None = None) -> Adapter:
+def read_dcft_checkpoint(
+    checkpoint: Checkpoint, alpha: float | None = None, base: Checkpoint | None = None, ranknum: float | None = None
+) -> Adapter:
     """The adapter in a reference checkpoint. `alpha` overrides config.json's lora_alpha.
 
     Its replacements are the heads that were trained beside the adapter (see `trained_tensors`).
@@ -49,7 +51,7 @@ def read_dcft_checkpoint(checkpoint: Checkpoint, alpha: float | None = None, bas
     shapes = {name: others[f"{name}.weight"].shape for name in groups}
     config = checkpoint.config
     modules, problems = dcft_modules(
-        groups, config.get("lora_alpha") if alpha is None else alpha, None, shapes, weights
+        groups, config.get("lora_alpha") if alpha is None else alpha, None, shapes, weights, ranknum
     )
     raise_all(problems, AdapterError)
     own = Checkpoint(

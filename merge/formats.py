@@ -19,7 +19,8 @@ NATIVE_TYPES = ("DCFT", "DUDE")
 class ReadOptions:
     """What a user may add to an adapter whose files do not say everything."""
 
-    alpha: float | None = None
+    alpha: float | None = None  # DCFT: lora_alpha, where the config does not say it
+    ranknum: float | None = None  # DCFT: ranknum, where loralib's lora_state_dict() dropped it
 
 
 def open_adapter(folder: str | Path, options: ReadOptions | None = None, base: Checkpoint | None = None) -> Adapter:
@@ -30,12 +31,12 @@ def open_adapter(folder: str | Path, options: ReadOptions | None = None, base: C
     if config_file.is_file():
         config = read_json(config_file)
         if config.get("peft_type") in NATIVE_TYPES:
-            return read_native(folder)
+            return read_native(folder, options.alpha, options.ranknum)
         return read_peft(folder)
     if any((folder / name).is_file() for name in CANDIDATES):
         checkpoint = open_checkpoint(folder)
         if holds_dcft(checkpoint):
-            return read_dcft_checkpoint(checkpoint, options.alpha, base)
+            return read_dcft_checkpoint(checkpoint, options.alpha, base, options.ranknum)
         raise AdapterError(
             f"{folder}: a model without an adapter in it",
             expected="adapter_config.json, or a DCFT checkpoint with lora_A, lora_B and lora_C tensors",

@@ -32,8 +32,8 @@ DCFT_ROLE = re.compile(r"(?P<module>.+)\.(?P<role>lora_A|lora_B|lora_C|ranknum)"
 RESIDUAL_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
-def read_native(folder: Path) -> Adapter:
-    """The DCFT or DuDe adapter in `folder`. Raises AdapterError with every problem."""
+def read_native(folder: Path, alpha: float | None = None, ranknum: float | None = None) -> Adapter:
+    """The DCFT or DuDe adapter in `folder`; `alpha` and `ranknum` override its own. Raises AdapterError."""
     config_file = folder / "adapter_config.json"
     config = read_json(config_file)
     weights = find_weights(folder)
@@ -51,7 +51,8 @@ def read_native(folder: Path) -> Adapter:
     shard = read_weights(weights)
     if config["peft_type"] == "DCFT":
         groups, replacements, found = group_dcft(shard.tensors, PREFIX, weights)
-        modules, more = dcft_modules(groups, config.get("lora_alpha"), config.get("stride"), None, weights)
+        chosen = config.get("lora_alpha") if alpha is None else alpha
+        modules, more = dcft_modules(groups, chosen, config.get("stride"), None, weights, ranknum)
         method = "DCFT"
     else:
         lora_groups, replacements, found = group_tensors(shard.tensors, weights)
@@ -114,11 +115,13 @@ def dcft_modules(
     stride: object,
     shapes: Mapping[str, tuple[int, ...]] | None,
     weights: Path,
+    ranknum: float | None = None,
 ) -> tuple[tuple[AdaptedModule, ...], list[Problem]]:
     """The modules of a DCFT adapter, and everything that is wrong with them.
 
     `stride` is [s0, s1] where the config states it; otherwise it follows from `shapes`, the (out, in) of the
-    weight of each module, and None for both means stride == kernel.
+    weight of each module, and None for both means stride == kernel. `ranknum` stands in for (or overrides) the tensors
+    of that name.
     """
     modules: list[AdaptedModule] = []
     problems: list[Problem] = []
@@ -136,7 +139,8 @@ def dcft_modules(
         problems.append(Problem(f"{weights.parent}: stride is wrong in the config", "[s0, s1]", repr(stride)))
         stride = None
     for name, group in sorted(groups.items()):
-        missing = [role for role in ("lora_A", "lora_B", "lora_C", "ranknum") if role not in group]
+        needed = ("lora_A", "lora_B", "lora_C") if ranknum is not None else ("lora_A", "lora_B", "lora_C", "ranknum")
+        missing = [role for role in needed if role not in group]
         if missing:
             hint = None
             if missing == ["ranknum"]:
@@ -178,7 +182,8 @@ def dcft_modules(
                     )
                 )
         if strides is not None:
-            modules.append(DcftModule(name, a, b, c, group["ranknum"], float(alpha), strides))
+            number = group["ranknum"] if ranknum is None else float(ranknum)
+            modules.append(DcftModule(name, a, b, c, number, float(alpha), strides))
     if not groups:
         problems.append(Problem(f"{weights}: holds no DCFT tensors (lora_A, lora_B, lora_C)"))
     return tuple(modules), problems
