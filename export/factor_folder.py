@@ -44,7 +44,7 @@ class Factors:
     replacements: Mapping[str, NDArray[np.float32]]
     base: str | None  # fingerprint of the base that the factors were made for, where the manifest says so
     method: str = "factors"
-    notes: tuple[str, ...] = ()
+    error: float = 0.0  # largest relative error of a weight's change, where factoring measured one
 
     @property
     def max_rank(self) -> int:
@@ -104,18 +104,33 @@ def read_factors(folder: Path) -> Factors:
             )
         linears[module] = LinearFactors(down, up, scale)
     known = {f"{PREFIX}{module}{suffix}" for module in linears for suffix in (DOWN, UP, ".lora_magnitude_vector")}
-    unused = sorted(set(tensors) - known)
+    replacements_file = folder / "replacements.safetensors"
+    replacements = _load(replacements_file) if replacements_file.is_file() else {}
+    for name in replacements:  # PEFT's copies of them
+        module, _, kind = name.rpartition(".")
+        known |= {f"{PREFIX}{name}", f"{PREFIX}{module}.base_layer.{kind}"}
+    embeddings = [name for name in tensors if name.endswith((".lora_embedding_A", ".lora_embedding_B"))]
+    if embeddings:
+        problems.append(
+            Problem(
+                f"{folder}: adapts an embedding, which a graph cannot switch",
+                got=embeddings[0],
+                hint="export with --mode merged",
+            )
+        )
+    unused = sorted(set(tensors) - known - set(embeddings))
     if unused:
         problems.append(Problem(f"{folder}: tensors that nothing uses", got=", ".join(unused[:5])))
     for name, tensor in {**tensors, **scales}.items():
         if not np.isfinite(tensor).all():
             problems.append(Problem(f"{folder}: {name} holds NaN or infinity"))
     raise_all(problems, AdapterError)
-    replacements_file = folder / "replacements.safetensors"
-    replacements = _load(replacements_file) if replacements_file.is_file() else {}
     base = manifest.get("base")
     fingerprint = base.get("fingerprint") if isinstance(base, dict) else None
-    return Factors(folder, linears, replacements, fingerprint)
+    entries = manifest.get("adapters")
+    method = entries[0].get("method", "factors") if isinstance(entries, list) and entries else "factors"
+    errors = [layer.get("relative_error") or 0.0 for layer in manifest.get("layers", {}).values()]
+    return Factors(folder, linears, replacements, fingerprint, method, max(errors, default=0.0))
 
 
 def _pattern(config: Mapping[str, Any], module: str, kind: str, default: str) -> Any:

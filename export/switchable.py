@@ -241,7 +241,7 @@ def figures(factors: Factors) -> dict[str, Any]:
     return {
         "source": str(factors.source),
         "method": factors.method,
-        "notes": list(factors.notes),
+        "relative_error": factors.error,
         "linears": len(factors.linears),
         "max_rank": factors.max_rank,
         "row_scaled": sum(linear.row_scale is not None for linear in factors.linears.values()),
