@@ -83,7 +83,7 @@ def base_evidence(
     a, b = a.to(torch.float32), b.to(torch.float32)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
-        _, singular, _ = torch.svd_lowrank(weight, q=min(a.shape[0] + 4, *weight.shape), niter=2)
+        _, singular, _ = torch.svd_lowrank(weight, q=min(a.shape[0] + 8, *weight.shape), niter=4)
     inner = ((weight.T @ b) * a.T).sum()
     product = torch.sqrt(((b.T @ b) * (a @ a.T)).sum().clamp_min(0))
     return float(inner / (torch.linalg.vector_norm(singular[: a.shape[0]]) * product))

@@ -92,7 +92,11 @@ def factor(
     inputs = (opened.folder,) if bound is None else (opened.folder, bound.base.folder)
     check_output(output, overwrite, inputs)
     opened.check_values()
-    content = manifest("factors", _describe(opened, bound), {"rank": rank, "device": device})
+    content = manifest(
+        "factors",
+        describe_inputs((bound,)) if bound is not None else adapter_only(opened),
+        {"rank": rank, "device": device},
+    )
     if dry_run:
         return content | {"dry_run": True}
 
@@ -131,9 +135,8 @@ def _pairs(opened: Adapter, bound: BoundAdapter | None) -> Iterator[tuple[Adapte
         yield from ((item.module, item) for item in bound.modules)
 
 
-def _describe(opened: Adapter, bound: BoundAdapter | None) -> dict[str, Any]:
-    if bound is not None:
-        return describe_inputs((bound,))
+def adapter_only(opened: Adapter) -> dict[str, Any]:
+    """The manifest's account of an adapter that no base was given for."""
     entry = {
         "name": opened.folder.resolve().name,
         "path": str(opened.folder),

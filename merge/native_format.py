@@ -67,6 +67,7 @@ def read_native(folder: Path, alpha: float | None = None, ranknum: float | None 
         replacements=replacements,
         config=config,
         base_name=config.get("base_model_name_or_path"),
+        fan_in_fan_out=bool(config.get("fan_in_fan_out")),
         files=(config_file, weights),
     )
 

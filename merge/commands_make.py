@@ -1,0 +1,243 @@
+"""The commands that write: convert, merge, delta, factor."""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+from typing import Any
+
+import click
+
+from .cli import (
+    adapter_options,
+    device_option,
+    dry_run_option,
+    emit,
+    output_option,
+    progress_bar,
+    report_options,
+    say,
+)
+
+DTYPES = click.Choice(["float32", "float16", "bfloat16"])
+PAIR = "BASE ADAPTER, or one DCFT checkpoint, which holds its own base"
+
+
+def _pair(inputs: tuple[str, ...]) -> tuple[str | None, str]:
+    """(base, adapter) from the arguments."""
+    if len(inputs) == 1:
+        return None, inputs[0]
+    if len(inputs) == 2:
+        return inputs[0], inputs[1]
+    raise click.UsageError(f"expected {PAIR}; got {len(inputs)} arguments")
+
+
+def _options(alpha: float | None, ranknum: float | None) -> Any:
+    from .formats import ReadOptions
+
+    return ReadOptions(alpha=alpha, ranknum=ranknum)
+
+
+def _done(content: dict[str, Any], output: str, started: float, as_json: bool, quiet: bool) -> None:
+    """The result: JSON, or a few lines for people; warnings on stderr."""
+    for warning in content.get("warnings", ()):
+        say(f"warning: {warning}", quiet=quiet)
+    if as_json:
+        emit(content)
+        return
+    adapters = ", ".join(
+        f"{entry['name']} ({entry['method']}, {entry['modules']} weights)" for entry in content["adapters"]
+    )
+    if content.get("dry_run"):
+        planned = f", {content['bytes'] / 1e6:.1f} MB" if "bytes" in content else ""
+        click.echo(f"would write {output}: {content['artefact']} from {adapters}{planned}")
+        return
+    size = sum(path.stat().st_size for path in Path(output).rglob("*") if path.is_file())
+    seconds = time.perf_counter() - started
+    click.echo(f"{output}: {content['artefact']} from {adapters}; {size / 1e6:.1f} MB in {seconds:.1f} s")
+    for entry in content["adapters"]:
+        if entry.get("evidence"):
+            click.echo(f"  base taken as the {entry['base_kind']}: {entry['evidence']}")
+
+
+@click.command()
+@click.argument("checkpoint")
+@output_option
+@click.option("--base", help="The base, where the adapter needs it (DuDe of PEFT; heads of a DCFT checkpoint).")
+@adapter_options
+@dry_run_option
+@report_options
+def convert(
+    checkpoint: str,
+    output: str,
+    overwrite: bool,
+    base: str | None,
+    base_kind: str | None,
+    alpha: float | None,
+    ranknum: float | None,
+    dry_run: bool,
+    as_json: bool,
+    quiet: bool,
+    verbose: bool,
+) -> None:
+    """Write any adapter file (pickled ones included, without running their code) as a safe adapter folder."""
+    from .conversion import convert as run
+
+    started = time.perf_counter()
+    content = run(
+        checkpoint,
+        output,
+        base=base,
+        base_kind=base_kind,
+        options=_options(alpha, ranknum),
+        overwrite=overwrite,
+        dry_run=dry_run,
+    )
+    _done(content, output, started, as_json, quiet)
+
+
+@click.command()
+@click.argument("inputs", nargs=-1, required=True, metavar="BASE ADAPTER")
+@output_option
+@click.option("--dtype", type=DTYPES, help="For all float tensors of the output; the base's own when not given.")
+@adapter_options
+@device_option
+@dry_run_option
+@report_options
+def merge(
+    inputs: tuple[str, ...],
+    output: str,
+    overwrite: bool,
+    dtype: str | None,
+    base_kind: str | None,
+    alpha: float | None,
+    ranknum: float | None,
+    device: str,
+    dry_run: bool,
+    as_json: bool,
+    quiet: bool,
+    verbose: bool,
+) -> None:
+    """Write the merged model: every adapted weight changed exactly, everything else carried over byte for byte.
+
+    One argument is enough for a DCFT checkpoint, which holds its own base.
+    """
+    from .checkpoint import resolve
+    from .merging import merge as run
+
+    base, adapter = _pair(inputs)
+    started = time.perf_counter()
+    source = resolve(base if base is not None else adapter)
+    total = sum(path.stat().st_size for path in source.iterdir() if path.is_file())
+    with progress_bar("merging", total, quiet or as_json) as progress:
+        content = run(
+            base,
+            adapter,
+            output,
+            device=device,
+            dtype=dtype,
+            base_kind=base_kind,
+            options=_options(alpha, ranknum),
+            overwrite=overwrite,
+            dry_run=dry_run,
+            progress=progress,
+        )
+    _done(content, output, started, as_json, quiet)
+
+
+@click.command()
+@click.argument("inputs", nargs=-1, required=True, metavar="BASE ADAPTER")
+@output_option
+@click.option("--dtype", type=DTYPES, default="float32", show_default=True, help="Of the deltas.")
+@adapter_options
+@device_option
+@dry_run_option
+@report_options
+def delta(
+    inputs: tuple[str, ...],
+    output: str,
+    overwrite: bool,
+    dtype: str,
+    base_kind: str | None,
+    alpha: float | None,
+    ranknum: float | None,
+    device: str,
+    dry_run: bool,
+    as_json: bool,
+    quiet: bool,
+    verbose: bool,
+) -> None:
+    """Write the dense delta of every adapted weight, W' - W0, to OUTPUT/delta.safetensors."""
+    from .merging import delta as run
+
+    base, adapter = _pair(inputs)
+    started = time.perf_counter()
+    content = run(
+        base,
+        adapter,
+        output,
+        device=device,
+        dtype=dtype,
+        base_kind=base_kind,
+        options=_options(alpha, ranknum),
+        overwrite=overwrite,
+        dry_run=dry_run,
+    )
+    _done(content, output, started, as_json, quiet)
+    if content["not_included"]:
+        say(f"not weight deltas, so not in it: {', '.join(content['not_included'])}", quiet=quiet)
+
+
+@click.command()
+@click.argument("inputs", nargs=-1, required=True, metavar="[BASE] ADAPTER")
+@output_option
+@click.option(
+    "--rank", help="A plain LoRA of this rank (16), or that keeps this energy (0.99); truncated, with its error."
+)
+@adapter_options
+@device_option
+@dry_run_option
+@report_options
+def factor(
+    inputs: tuple[str, ...],
+    output: str,
+    overwrite: bool,
+    rank: str | None,
+    base_kind: str | None,
+    alpha: float | None,
+    ranknum: float | None,
+    device: str,
+    dry_run: bool,
+    as_json: bool,
+    quiet: bool,
+    verbose: bool,
+) -> None:
+    """Write LoRA-equivalent factors as a PEFT folder, exact unless --rank is given.
+
+    DCFT, LoRA and PiSSA become a plain LoRA. DoRA and DuDe become a DoRA on the original base plus its row scales.
+    BASE may be left out where no base weight is needed (DCFT, LoRA).
+    """
+    from .factors import factor as run
+    from .factors import parse_rank
+
+    base, adapter = _pair(inputs)
+    started = time.perf_counter()
+    content = run(
+        base,
+        adapter,
+        output,
+        rank=parse_rank(rank) if rank is not None else None,
+        device=device,
+        base_kind=base_kind,
+        options=_options(alpha, ranknum),
+        overwrite=overwrite,
+        dry_run=dry_run,
+    )
+    _done(content, output, started, as_json, quiet)
+    if not as_json and not dry_run:
+        layers = content["layers"].values()
+        errors = [entry["relative_error"] for entry in layers if entry["relative_error"] is not None]
+        ranks = sorted({entry["rank"] for entry in layers})
+        span = str(ranks[0]) if len(ranks) == 1 else f"{ranks[0]} .. {ranks[-1]}"
+        worst = f"; relative error of dW at most {max(errors):.2g}" if errors else "; exact by construction"
+        click.echo(f"  {content['form']}, rank {span}{worst}")
