@@ -122,13 +122,16 @@ def write_adapter(factors: Factors, layout: Layout, file: Path) -> int:
     content = onnxruntime.AdapterFormat()
     content.set_adapter_version(1)
     content.set_model_version(layout.version)
-    content.set_parameters({name: ort_value(tensor, layout.dtype) for name, tensor in tensors.items()})
+    # AdapterFormat keeps pointers into these values, not the values: they must outlive export_adapter
+    values = {name: ort_value(tensor, layout.dtype) for name, tensor in tensors.items()}
+    content.set_parameters(values)
     temporary = file.with_name(f".{file.name}.new")
     try:
         content.export_adapter(str(temporary.resolve()))
         temporary.rename(file)
     finally:
         temporary.unlink(missing_ok=True)
+    del values
     return file.stat().st_size
 
 

@@ -1,8 +1,7 @@
 """Decoders through onnxruntime-genai's model builder: a checkpoint folder becomes a graph with a KV cache.
 
-The builder runs in a process of its own: it changes sys.path, prints to stdout and keeps the model in memory,
-and a process gives all of that back. It only ever sees base weights or weights that are merged already: its
-own adapter option computes DoRA and PiSSA wrongly, without a word.
+The builder runs in a process of its own (builder_process.py). It only ever sees base weights, or weights that
+are merged already: its own adapter option computes DoRA and PiSSA wrongly, without a word.
 """
 
 from __future__ import annotations
@@ -50,6 +49,10 @@ def check_decoder(config: Mapping[str, Any], source: Path, precision: str, devic
                 hint="merge it instead (adapter-merge merge) and export with the tool that knows this model",
             )
         )
+    rope = config.get("rope_scaling") or (config.get("rope_parameters") or {}).get("full_attention") or {}
+    kind = rope.get("rope_type", rope.get("type", "default"))
+    if architecture == "Gemma3ForCausalLM" and kind != "default":
+        problems.append(Problem(f"{source}: Gemma 3 with scaled rotary positions", "rope_type default", kind))
     if config.get("quantization_config"):
         problems.append(
             Problem(f"{source}: is quantized already", "float weights", str(config["quantization_config"])[:100])
@@ -90,18 +93,15 @@ def build_decoder(
     if provider != device:
         options.append("fuse_qk_norm_gqa=false")
     with tempfile.TemporaryDirectory(prefix=".build-", dir=output.parent) as temporary:
-        command = [sys.executable, "-m", "onnxruntime_genai.models.builder"]
-        command += [
-            "-i",
-            str(checkpoint.resolve()),
-            "-o",
-            str(output.resolve()),
-            "-p",
-            precision,
-            "-e",
-            provider,
-        ]
-        command += ["-c", f"{temporary}/cache", "--extra_options", *options]
+        job = {
+            "checkpoint": str(checkpoint.resolve()),
+            "output": str(output.resolve()),
+            "precision": precision,
+            "provider": provider,
+            "cache": f"{temporary}/cache",
+            "options": options,
+        }
+        command = [sys.executable, "-m", "adapter_merge.export.builder_process", json.dumps(job)]
         environment = {**os.environ, "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
         environment.pop("PYTHONWARNINGS", None)
         done = subprocess.run(command, cwd=temporary, env=environment, capture_output=True, text=True, check=False)

@@ -40,7 +40,12 @@ def pico_config(kind: str, **changes: Any) -> Any:
         "gemma2": (t.Gemma2Config, {"tie_word_embeddings": True, "query_pre_attn_scalar": 16, "sliding_window": 32}),
         "gemma3": (
             t.Gemma3TextConfig,
-            {"tie_word_embeddings": True, "query_pre_attn_scalar": 16, "sliding_window": 32},
+            {
+                "tie_word_embeddings": True,
+                "query_pre_attn_scalar": 16,
+                "sliding_window": 32,
+                "layer_types": ["sliding_attention", "full_attention"],
+            },
         ),
     }
     cls, special = classes[kind]

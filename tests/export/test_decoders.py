@@ -1,0 +1,41 @@
+"""Every supported decoder family, exported, run with its KV cache and compared with transformers in float64."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from pico_models import pico_config, save_lora, save_pico
+
+pytest.importorskip("onnxruntime_genai")
+
+from adapter_merge.export.decoder import ARCHITECTURES
+from adapter_merge.export.running import Decoder, run_all
+from adapter_merge.export.switchable import export_switchable
+
+pytestmark = pytest.mark.onnx
+FAMILIES = ("mistral", "mistral-window", "qwen2", "qwen3", "phi3", "gemma", "gemma2", "gemma3")
+TOKENS = {"prompt": [(37 * i + 11) % 250 for i in range(40)], "rest": [7 * i % 250 for i in range(20)]}
+
+
+def test_the_table_of_architectures_is_what_is_tested() -> None:
+    tested = {type(pico_config(kind)).__name__.removesuffix("Config").removesuffix("Text") for kind in FAMILIES}
+    assert {name.removesuffix("ForCausalLM") for name in ARCHITECTURES} == {*tested, "Llama"}
+
+
+@pytest.mark.parametrize("kind", FAMILIES)
+def test_base_and_adapter(
+    kind: str, tmp_path: Path, reference: Callable[[Path, Path | None, list[int]], torch.Tensor]
+) -> None:
+    base = save_pico(tmp_path / "base", kind)
+    dora = save_lora(base, tmp_path / "dora", 3, use_dora=True)
+    export_switchable(base, {"dora": dora}, tmp_path / "out")
+    decoder = Decoder(tmp_path / "out", threads=1)
+    tokens = TOKENS["prompt"] + TOKENS["rest"]
+    for name, adapter in ((None, None), ("dora", dora)):
+        expected = reference(base, adapter, tokens)
+        got = torch.from_numpy(run_all(decoder, name, TOKENS)).double()
+        scale = float(expected.abs().max())
+        assert float((got - expected).abs().max()) < 1e-4 * max(1.0, scale)

@@ -1,0 +1,131 @@
+"""Merged and batched exports, and every precision."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+pytest.importorskip("onnxruntime_genai")
+
+from adapter_merge.export.batched import export_batched
+from adapter_merge.export.folder import read_export
+from adapter_merge.export.merged import export_merged
+from adapter_merge.export.running import Decoder, run_all
+from adapter_merge.export.switchable import export_switchable
+from adapter_merge.merge.errors import InputError
+
+pytestmark = pytest.mark.onnx
+NAMES = ("lora", "rslora", "dora", "dude", "dcft")
+TOKENS = {"prompt": [(37 * i + 11) % 250 for i in range(40)], "rest": [7 * i % 250 for i in range(20)]}
+ALL = TOKENS["prompt"] + TOKENS["rest"]
+BAR = 1e-4
+
+Reference = Callable[[Path, Path | None, list[int]], torch.Tensor]
+
+
+@pytest.fixture(scope="module")
+def batched(pico: Path, adapters: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    output = tmp_path_factory.mktemp("batched") / "export"
+    export_batched(pico, {name: adapters[name] for name in NAMES}, output)
+    return output
+
+
+def difference(logits: np.ndarray, expected: torch.Tensor) -> float:
+    return float((torch.from_numpy(logits).double() - expected).abs().max())
+
+
+@pytest.mark.parametrize("name", ["dude", "dcft"])
+def test_merged(pico: Path, adapters: dict[str, Path], reference: Reference, tmp_path: Path, name: str) -> None:
+    report = export_merged(pico, {name: adapters[name]}, tmp_path / "out")
+    assert report["mode"] == "merged"
+    got = run_all(Decoder(tmp_path / "out", threads=1), None, TOKENS)
+    assert difference(got, reference(pico, adapters[name], ALL)) < BAR
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["out"]
+    assert not (tmp_path / "out" / "merged").exists()
+    assert read_export(tmp_path / "out").adapters[name]["sha256"]
+
+
+def test_merged_takes_one_adapter(pico: Path, adapters: dict[str, Path], tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="one adapter"):
+        export_merged(pico, {name: adapters[name] for name in NAMES}, tmp_path / "out")
+
+
+def test_every_row_of_a_batch_has_its_own_adapter(
+    batched: Path, pico: Path, adapters: dict[str, Path], reference: Reference
+) -> None:
+    rows = [None, *NAMES, "lora"]
+    prompts = np.array([[(31 * i + 7 * row) % 250 for i in range(24)] for row in range(len(rows))])
+    decoder = Decoder(batched, threads=1)
+    cache = decoder.start(30, rows)
+    logits = [decoder.step(cache, prompts)]
+    logits += [decoder.step(cache, np.full((len(rows), 1), 50 + step)) for step in range(6)]
+    together = np.concatenate(logits, axis=1)
+    for row, name in enumerate(rows):
+        tokens = [*map(int, prompts[row]), *range(50, 56)]
+        expected = reference(pico, adapters[name] if name else None, tokens)
+        assert difference(together[row], expected) < BAR
+
+
+def test_a_batched_graph_alone_is_the_base(batched: Path, pico: Path, reference: Reference) -> None:
+    import onnxruntime_genai as og
+
+    model = og.Model(str(batched))  # knows nothing of adapter_ids: their default is the base
+    parameters = og.GeneratorParams(model)
+    parameters.set_search_options(max_length=64, do_sample=False)
+    generator = og.Generator(model, parameters)
+    generator.append_tokens(TOKENS["prompt"])
+    last = torch.from_numpy(generator.get_output("logits")[0][-1].copy()).double()
+    assert float((last - reference(pico, None, TOKENS["prompt"])[-1]).abs().max()) < BAR
+
+
+def test_unknown_adapters_and_mixed_batches_are_refused(
+    batched: Path, pico: Path, adapters: dict[str, Path], tmp_path: Path
+) -> None:
+    with pytest.raises(InputError, match="no adapter named 'nobody'"):
+        Decoder(batched).start(8, ["lora", "nobody"])
+    export_switchable(pico, {"lora": adapters["lora"]}, tmp_path / "out")
+    decoder = Decoder(tmp_path / "out")
+    with pytest.raises(InputError, match="no adapter named 'nobody'"):
+        decoder.start(8, "nobody")
+    with pytest.raises(InputError, match="several adapters"):
+        decoder.start(8, ["lora", None])
+
+
+@pytest.mark.parametrize(("precision", "bar"), [("fp16", 0.05), ("int4", None)])
+def test_other_precisions(
+    pico: Path, adapters: dict[str, Path], reference: Reference, tmp_path: Path, precision: str, bar: float | None
+) -> None:
+    export_switchable(pico, {"dude": adapters["dude"]}, tmp_path / "s", precision=precision)
+    decoder = Decoder(tmp_path / "s", threads=1)
+    base, adapted = (run_all(decoder, name, TOKENS) for name in (None, "dude"))
+    if bar is not None:
+        assert difference(base, reference(pico, None, ALL)) < bar
+        assert difference(adapted, reference(pico, adapters["dude"], ALL)) < bar
+        return
+    # int4: the adapter over the quantised base moves the logits as the adapter over the float base does
+    quantised = torch.from_numpy(adapted - base).double()
+    exact = reference(pico, adapters["dude"], ALL) - reference(pico, None, ALL)
+    cosine = float((quantised * exact).sum() / quantised.norm() / exact.norm())
+    assert cosine > 0.9
+    assert difference(base, reference(pico, None, ALL)) > 1e-3  # it is quantised
+
+
+def test_merging_comes_before_quantising(pico: Path, adapters: dict[str, Path], tmp_path: Path) -> None:
+    import onnx_ir as ir
+    from adapter_merge.export.decoder import build_decoder
+    from adapter_merge.merge.merging import merge
+
+    export_merged(pico, {"dora": adapters["dora"]}, tmp_path / "ours", precision="int4")
+    merge(pico, adapters["dora"], tmp_path / "checkpoint", dtype="float32", device="cpu")
+    (tmp_path / "plain").mkdir()
+    build_decoder(tmp_path / "checkpoint", tmp_path / "plain", "int4")
+    ours = ir.load(tmp_path / "ours" / "model.onnx").graph.initializers
+    plain = ir.load(tmp_path / "plain" / "model.onnx").graph.initializers
+    quantised = [name for name in plain if "_Q4" in name or "scales" in name]
+    assert quantised
+    for name in plain:
+        assert ours[name].const_value.tobytes() == plain[name].const_value.tobytes()
