@@ -1,0 +1,327 @@
+"""Text from an export, streamed: onnxruntime-genai where its configuration is there, onnxruntime otherwise.
+
+onnxruntime-genai knows no adapter_ids, so a batched export always runs in onnxruntime, with the answers of all
+adapters in one batch. An adapter is chosen before the first token of an answer: switching in the middle would
+keep a KV cache that another adapter has written.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+from adapter_merge.merge.checkpoint import read_json
+from adapter_merge.merge.errors import InputError
+
+from .adapter_file import SUFFIX, check_adapter
+from .folder import read_export
+from .running import Decoder
+from .runtime import check_external_data, check_packages, parse_device, providers
+from .switchable import folder_layout
+
+BASE = "base"  # what --adapter calls the model without an adapter
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How the next token is chosen; temperature 0 is greedy."""
+
+    max_tokens: int = 128
+    temperature: float = 0.0
+    top_p: float = 1.0
+    seed: int | None = None
+
+
+@dataclass(frozen=True)
+class Answer:
+    """One finished answer."""
+
+    adapter: str
+    text: str
+    tokens: int
+    prefill_seconds: float
+    decode_seconds: float
+    switch_seconds: float
+    engine: str
+
+    @property
+    def tokens_per_second(self) -> float:
+        """Decoded tokens per second, the first one (prefill) not counted."""
+        return (self.tokens - 1) / self.decode_seconds if self.tokens > 1 and self.decode_seconds else 0.0
+
+
+class Prompter:
+    """Tokenizer and chat template of an export."""
+
+    def __init__(self, folder: Path) -> None:
+        check_packages("transformers")
+        from adapter_merge.merge.reference import quiet_libraries
+        from transformers import AutoTokenizer
+
+        with quiet_libraries():
+            self.tokenizer: Any = AutoTokenizer.from_pretrained(folder)
+        config_file = folder / "genai_config.json"
+        stops = read_json(config_file)["model"]["eos_token_id"] if config_file.is_file() else None
+        if stops is None:
+            stops = self.tokenizer.eos_token_id
+        self.stops = frozenset(stops if isinstance(stops, list) else [stops])
+
+    def encode(self, prompt: str, system: str | None = None, raw: bool = False) -> list[int]:
+        """Token ids of `prompt`, in the chat template where there is one and `raw` does not forbid it."""
+        if raw or not self.tokenizer.chat_template:
+            if system is not None:
+                raise InputError("--system needs a chat template", hint="leave --raw out, or write it into the prompt")
+            ids = self.tokenizer(prompt)["input_ids"]
+        else:
+            messages = [{"role": "system", "content": system}] if system is not None else []
+            messages.append({"role": "user", "content": prompt})
+            text = self.tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
+            ids = self.tokenizer(text, add_special_tokens=False)["input_ids"]
+        if not ids:
+            raise InputError("the prompt is empty")
+        return [int(token) for token in ids]
+
+    def stream(self) -> Callable[[int], str]:
+        """A function from the next token to the text that it completes (bytes of a character may come apart)."""
+        tokens: list[int] = []
+        shown = ""
+
+        def push(token: int) -> str:
+            nonlocal shown
+            tokens.append(token)
+            text = self.tokenizer.decode(tokens, skip_special_tokens=True)
+            if text.endswith("\ufffd"):
+                return ""
+            new, shown = text[len(shown) :], text
+            return str(new)
+
+        return push
+
+
+def generate(
+    folder: Path,
+    prompt: str,
+    adapters: Sequence[str] = (),
+    *,
+    device: str = "cpu",
+    system: str | None = None,
+    raw: bool = False,
+    sampling: Sampling | None = None,
+    engine: str = "auto",
+    threads: int | None = None,
+    show: Callable[[str, str], None] = lambda adapter, text: None,
+) -> list[Answer]:
+    """One answer per name in `adapters` ("base": none); `show` gets (adapter, text) as the text appears.
+
+    engine: auto, genai or onnxruntime. Raises InputError for an unknown adapter before the model is loaded, and
+    MissingDependencyError when the device's provider does not load.
+    """
+    sampling = sampling or Sampling()
+    check_packages("onnx_ir")
+    manifest = read_export(folder)
+    if manifest.kind != "decoder":
+        raise InputError(f"{folder}: a classifier, which generates no text", hint="run it with onnxruntime")
+    layout = folder_layout(folder)
+    names = list(adapters) or [BASE]
+    known = set(layout.adapters) if layout.mode == "batched" else _files(folder)
+    if layout.mode == "merged":
+        known = set()
+    wrong = [name for name in names if name != BASE and name not in known]
+    if wrong:
+        raise InputError(f"{folder}: no adapter named {', '.join(wrong)}", expected=", ".join([BASE, *sorted(known)]))
+    prompter = Prompter(folder)
+    ids = prompter.encode(prompt, system, raw)
+    engine = choose_engine(folder, layout.mode, engine)
+    if engine == "genai":
+        runner: Iterator[Answer] = _with_genai(folder, ids, names, prompter, device, sampling, show)
+    elif layout.mode == "batched" and len(names) > 1:
+        runner = _in_one_batch(folder, ids, names, prompter, device, sampling, threads, show)
+    else:
+        runner = _with_onnxruntime(folder, ids, names, prompter, device, sampling, threads, show)
+    return list(runner)
+
+
+def choose_engine(folder: Path, mode: str, wanted: str) -> str:
+    """genai or onnxruntime. Raises InputError when `wanted` cannot run this export."""
+    possible = mode != "batched" and (folder / "genai_config.json").is_file()
+    installed = find_spec("onnxruntime_genai") is not None
+    if wanted == "auto":
+        return "genai" if possible and installed else "onnxruntime"
+    if wanted == "genai":
+        check_packages("onnxruntime_genai")
+        if not possible:
+            raise InputError(
+                f"{folder}: onnxruntime-genai cannot run this export",
+                expected="a merged or switchable export with genai_config.json",
+                hint="--engine onnxruntime",
+            )
+    return wanted
+
+
+def _files(folder: Path) -> set[str]:
+    return {path.name.removesuffix(SUFFIX) for path in folder.glob(f"*{SUFFIX}")}
+
+
+def _with_genai(
+    folder: Path,
+    ids: list[int],
+    names: list[str],
+    prompter: Prompter,
+    device: str,
+    sampling: Sampling,
+    show: Callable[[str, str], None],
+) -> Iterator[Answer]:
+    import onnxruntime_genai as og
+
+    check_external_data(folder / "model.onnx")
+    layout = folder_layout(folder)
+    for name in names:
+        if name != BASE:
+            check_adapter(folder / f"{name}{SUFFIX}", layout)
+    config = og.Config(str(folder))
+    config.clear_providers()
+    kind, index = parse_device(device)
+    if kind == "cuda":
+        providers(device)  # raises when this onnxruntime has no CUDA
+        config.append_provider("cuda")
+        config.set_provider_option("cuda", "device_id", str(index))
+    model = og.Model(config)
+    if kind == "cuda" and "cuda" not in str(model.device_type).lower():
+        raise InputError(f"{device} was asked for but the model is on {model.device_type}")
+    loaded = og.Adapters(model)
+    known: set[str] = set()
+    for name in names:
+        switching = time.perf_counter()
+        parameters = og.GeneratorParams(model)
+        options: dict[str, Any] = {"max_length": len(ids) + sampling.max_tokens, "do_sample": sampling.temperature > 0}
+        if sampling.temperature > 0:
+            options |= {"temperature": sampling.temperature, "top_p": sampling.top_p}
+            if sampling.seed is not None:
+                options["random_seed"] = sampling.seed
+        parameters.set_search_options(**options)
+        generator = og.Generator(model, parameters)
+        if name != BASE:
+            if name not in known:
+                loaded.load(str((folder / f"{name}{SUFFIX}").resolve()), name)
+                known.add(name)
+            generator.set_active_adapter(loaded, name)
+        started = time.perf_counter()
+        generator.append_tokens(ids)
+        push, text, count = prompter.stream(), "", 0
+        first = started
+        while not generator.is_done():
+            generator.generate_next_token()
+            token = int(generator.get_next_tokens()[0])
+            count += 1
+            if count == 1:
+                first = time.perf_counter()
+            if token in prompter.stops:
+                break
+            piece = push(token)
+            text += piece
+            show(name, piece)
+        done = time.perf_counter()
+        yield Answer(name, text, count, first - started, done - first, started - switching, "onnxruntime-genai")
+        del generator
+
+
+def _with_onnxruntime(
+    folder: Path,
+    ids: list[int],
+    names: list[str],
+    prompter: Prompter,
+    device: str,
+    sampling: Sampling,
+    threads: int | None,
+    show: Callable[[str, str], None],
+) -> Iterator[Answer]:
+    import numpy as np
+
+    decoder = Decoder(folder, device, threads)
+    for name in names:
+        switching = time.perf_counter()
+        choose = chooser(sampling)
+        cache = decoder.start(len(ids) + sampling.max_tokens, None if name == BASE else name)
+        started = time.perf_counter()
+        logits = decoder.step(cache, np.asarray([ids]))
+        first = time.perf_counter()
+        push, text, count = prompter.stream(), "", 0
+        while True:
+            token = choose(logits[0, -1])
+            count += 1
+            if token in prompter.stops:
+                break
+            piece = push(token)
+            text += piece
+            show(name, piece)
+            if count == sampling.max_tokens:
+                break
+            logits = decoder.step(cache, np.asarray([[token]]))
+        done = time.perf_counter()
+        yield Answer(name, text, count, first - started, done - first, started - switching, "onnxruntime")
+
+
+def _in_one_batch(
+    folder: Path,
+    ids: list[int],
+    names: list[str],
+    prompter: Prompter,
+    device: str,
+    sampling: Sampling,
+    threads: int | None,
+    show: Callable[[str, str], None],
+) -> Iterator[Answer]:
+    """All adapters answer at once, one row each; a row that has ended keeps its place until all have."""
+    import numpy as np
+
+    decoder = Decoder(folder, device, threads)
+    rows = [None if name == BASE else name for name in names]
+    cache = decoder.start(len(ids) + sampling.max_tokens, rows)
+    choosers = [chooser(sampling) for _ in names]
+    streams = [prompter.stream() for _ in names]
+    texts, counts, running = [""] * len(names), [0] * len(names), [True] * len(names)
+    started = time.perf_counter()
+    logits = decoder.step(cache, np.tile(np.asarray([ids]), (len(names), 1)))
+    first = time.perf_counter()
+    for step in range(sampling.max_tokens):
+        tokens = [choose(logits[row, -1]) for row, choose in enumerate(choosers)]
+        for row, token in enumerate(tokens):
+            if not running[row]:
+                continue
+            counts[row] += 1
+            if token in prompter.stops:
+                running[row] = False
+                continue
+            piece = streams[row](token)
+            texts[row] += piece
+            show(names[row], piece)
+        if not any(running) or step + 1 == sampling.max_tokens:
+            break
+        logits = decoder.step(cache, np.asarray(tokens)[:, None])
+    done = time.perf_counter()
+    for row, name in enumerate(names):
+        yield Answer(name, texts[row], counts[row], first - started, done - first, 0.0, "onnxruntime")
+
+
+def chooser(sampling: Sampling) -> Callable[[Any], int]:
+    """A function from logits (vocabulary,) to the next token."""
+    import numpy as np
+
+    if sampling.temperature <= 0:
+        return lambda logits: int(np.argmax(logits))
+    random = np.random.default_rng(sampling.seed)
+
+    def choose(logits: Any) -> int:
+        scaled = logits.astype(np.float64) / sampling.temperature
+        probabilities = np.exp(scaled - scaled.max())
+        probabilities /= probabilities.sum()
+        order = np.argsort(-probabilities)
+        kept = order[: int(np.searchsorted(np.cumsum(probabilities[order]), sampling.top_p)) + 1]
+        weights = probabilities[kept] / probabilities[kept].sum()
+        return int(random.choice(kept, p=weights))
+
+    return choose
