@@ -136,7 +136,8 @@ def native_dora() -> bool:
         bias_enabled = False
 
     try:
-        helper = PEFTHelper.from_dict({"r": 8, "lora_alpha": 8, "target_modules": ["q_proj"], "use_dora": True})
+        config = {"r": 8, "lora_alpha": 8, "target_modules": ["q_proj"], "use_dora": True}
+        helper = PEFTHelper.from_dict(config)
         helper.validate_legal(Config())
     except ValueError as error:
         if "dora" in str(error).lower():

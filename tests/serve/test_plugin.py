@@ -188,11 +188,11 @@ def test_every_symbol_is_where_it_was() -> None:
     "damage",
     [
         "import vllm.lora.utils as u; del u._all_lora_classes",
-        "import vllm.lora.layers as l; del l.RowParallelLinearWithShardedLoRA.apply",
+        "import vllm.lora.layers as l; del l.RowParallelLinearWithShardedLoRA",
         "import vllm.lora.layers as l; l.ReplicatedLinearWithLoRA.apply = lambda self, x: x",
         "from vllm.lora.model_manager import LoRAModelManager as m; m.activate_adapter = lambda self, i: True",
         "from vllm.lora.lora_model import LoRAModel as m; m.from_local_checkpoint = classmethod(lambda c, d: 0)",
-        "import sys; sys.modules['vllm.lora.peft_helper'] = None",
+        "from vllm.lora.peft_helper import PEFTHelper as h; del h.from_local_dir",
     ],
 )
 def test_unknown_vllm_is_left_alone(damage: str) -> None:

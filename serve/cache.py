@@ -1,0 +1,290 @@
+"""The cache of served folders: one folder per adapter, base and version, named by what it was made from.
+
+A served folder is a factor folder (adapter_config.json, adapter_model.safetensors and, for DoRA and DuDe,
+row_scale.safetensors). Its name is the sha256 of everything that went into it, so that another adapter, base
+or version of this package is another folder: vLLM keys its prefix cache by name and path, and would otherwise
+answer from blocks that the previous weights computed.
+
+Each entry has a lock file beside the folders. Whoever makes or removes the entry holds it alone; a server
+holds it shared as long as it may read the folder, so that eviction passes over what is in use. The kernel
+frees the lock of a process that dies, whatever way.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import hashlib
+import json
+import os
+import shutil
+import time
+from collections.abc import Callable
+from contextlib import suppress
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+from adapter_merge.merge.errors import InputError, OutputError
+
+LAYOUT = 1  # of a served folder; another number makes other keys
+ENTRY = "entry.json"
+DEFAULT_BYTES = 50 * 10**9
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One served folder in the cache."""
+
+    key: str
+    folder: Path
+    nbytes: int
+    used: float  # time of the last use, seconds since 1970
+    in_use: bool
+    adapter: str  # where it came from
+    base: str
+
+
+@dataclass
+class Lease:
+    """A shared hold on one entry; it is not evicted before `release` or the end of the process."""
+
+    folder: Path
+    _fd: int = field(repr=False)
+
+    def release(self) -> None:
+        if self._fd >= 0:
+            os.close(self._fd)
+            self._fd = -1
+
+    def __enter__(self) -> Lease:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.release()
+
+
+def default_root() -> Path:
+    """$ADAPTER_MERGE_CACHE, else adapter-merge in the user's cache folder."""
+    chosen = os.environ.get("ADAPTER_MERGE_CACHE")
+    if chosen:
+        return Path(chosen).expanduser()
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "adapter-merge"
+
+
+def key_of(parts: dict[str, Any]) -> str:
+    """sha256 over the canonical JSON of everything that an entry depends on."""
+    text = json.dumps({"layout": LAYOUT, **parts}, sort_keys=True, separators=(",", ":"))
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+class Cache:
+    """Served folders under one root, at most `max_bytes` of them in all (those in use come on top)."""
+
+    def __init__(self, root: Path | None = None, max_bytes: int = DEFAULT_BYTES) -> None:
+        self.root = (root or default_root()).absolute()
+        self.max_bytes = max_bytes
+
+    def obtain(self, key: str, make: Callable[[Path], dict[str, Any]]) -> Lease:
+        """The entry `key`, made by `make` when it is not there yet, held until its release.
+
+        `make` gets the path of a folder to create and returns what `entry.json` is to say of its origin. Of
+        several processes that want one entry, one makes it and the others wait. What `make` raises passes
+        through and leaves nothing behind. Raises OutputError when the cache cannot be written.
+        """
+        folder = self.root / key
+        while (lease := self.lease(folder)) is None:
+            fd = self._lock_alone(key, folder)
+            try:
+                if not self._whole(folder):
+                    self._make(key, folder, make)
+                os.utime(self._lock_file(key))
+            finally:
+                os.close(fd)
+        self.evict()
+        return lease
+
+    def lease(self, folder: Path) -> Lease | None:
+        """A hold on `folder` when it is an entry of this cache, else None."""
+        if folder.parent.resolve() != self.root.resolve() or not folder.is_dir():
+            return None
+        fd = self._lock(folder.name, fcntl.LOCK_SH)
+        if not self._whole(folder):
+            os.close(fd)
+            return None
+        os.utime(self._lock_file(folder.name))
+        return Lease(folder, fd)
+
+    def entries(self) -> list[Entry]:
+        """Every entry, the least recently used first."""
+        found = []
+        for folder in self.root.glob("?" * 64) if self.root.is_dir() else ():
+            try:
+                about = json.loads((folder / ENTRY).read_text("utf-8"))
+                nbytes = sum(file.stat().st_size for file in folder.iterdir())
+            except (OSError, ValueError):
+                continue
+            lock = self._lock_file(folder.name)
+            used = lock.stat().st_mtime if lock.exists() else folder.stat().st_mtime
+            found.append(
+                Entry(
+                    key=folder.name,
+                    folder=folder,
+                    nbytes=nbytes,
+                    used=used,
+                    in_use=not self._try_remove(folder.name, remove=False),
+                    adapter=str(about.get("adapter", "")),
+                    base=str(about.get("base", "")),
+                )
+            )
+        return sorted(found, key=lambda entry: entry.used)
+
+    def evict(self) -> list[Entry]:
+        """Remove the least recently used entries until the rest fits into max_bytes; those in use stay."""
+        entries = self.entries()
+        total = sum(entry.nbytes for entry in entries)
+        removed = []
+        for entry in entries:
+            if total <= self.max_bytes:
+                break
+            if self._try_remove(entry.key):
+                total -= entry.nbytes
+                removed.append(entry)
+        return removed
+
+    def clear(self) -> tuple[list[Entry], list[Entry]]:
+        """Remove every entry that is not in use, and what broken runs left: (removed, still in use)."""
+        removed: list[Entry] = []
+        kept: list[Entry] = []
+        for entry in self.entries():
+            (removed if self._try_remove(entry.key) else kept).append(entry)
+        if self.root.is_dir():
+            for partial in self.root.glob(".partial-*"):
+                self._try_remove(partial.name.removeprefix(".partial-")[:64])
+        return removed, kept
+
+    # -- inside ------------------------------------------------------------------------------------------
+
+    def _make(self, key: str, folder: Path, make: Callable[[Path], dict[str, Any]]) -> None:
+        """Build the entry in a staging folder and rename it; the caller holds the lock alone."""
+        partial = self.root / f".partial-{key}"
+        for old in (partial, folder):
+            if old.exists():
+                shutil.rmtree(old)
+        try:
+            partial.mkdir()
+            staged = partial / "folder"
+            about = make(staged)
+            sizes = {file.name: file.stat().st_size for file in sorted(staged.iterdir())}
+            (staged / ENTRY).write_text(
+                json.dumps({**about, "files": sizes, "made": time.time()}, indent=2) + "\n", "utf-8"
+            )
+            _sync(staged)
+            staged.rename(folder)
+            _sync_folder(self.root)
+        except OSError as error:
+            raise OutputError(
+                f"{self.root}: the cache cannot be written ({error.strerror or error})",
+                hint="ADAPTER_MERGE_CACHE chooses another folder; adapter-merge cache clear frees space",
+            ) from error
+        finally:
+            shutil.rmtree(partial, ignore_errors=True)
+
+    def _whole(self, folder: Path) -> bool:
+        """True when the entry is there with every file at its full size."""
+        try:
+            sizes = json.loads((folder / ENTRY).read_text("utf-8"))["files"]
+            return all((folder / name).stat().st_size == size for name, size in sizes.items())
+        except (OSError, ValueError, KeyError, AttributeError):
+            return False
+
+    def _lock_file(self, key: str) -> Path:
+        return self.root / f"{key}.lock"
+
+    def _lock(self, key: str, mode: int) -> int:
+        """A descriptor that holds the lock of `key`; waits unless `mode` has LOCK_NB (BlockingIOError then)."""
+        try:
+            self.root.mkdir(parents=True, exist_ok=True)
+            while True:
+                fd = os.open(self._lock_file(key), os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
+                try:
+                    fcntl.flock(fd, mode)
+                    # Whoever removed the entry removed the lock file too: then this is nobody's lock.
+                    with suppress(FileNotFoundError):
+                        if self._lock_file(key).stat().st_ino == os.fstat(fd).st_ino:
+                            return fd
+                except BaseException:
+                    os.close(fd)
+                    raise
+                os.close(fd)
+        except BlockingIOError:
+            raise
+        except OSError as error:
+            raise OutputError(
+                f"{self.root}: the cache cannot be used ({error.strerror or error})",
+                hint="ADAPTER_MERGE_CACHE chooses another folder",
+            ) from error
+
+    def _lock_alone(self, key: str, folder: Path) -> int:
+        """The lock for making `key`: waits for whoever makes it now, but not for readers of a damaged entry."""
+        for _ in range(100):
+            if not folder.is_dir():
+                return self._lock(key, fcntl.LOCK_EX)
+            with suppress(BlockingIOError):
+                return self._lock(key, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            time.sleep(0.1)
+        raise OutputError(
+            f"{folder}: this cache entry is damaged, and another server is using it",
+            hint="stop that server, or choose another cache with ADAPTER_MERGE_CACHE",
+        )
+
+    def _try_remove(self, key: str, remove: bool = True) -> bool:
+        """Remove an entry with its lock file; False when somebody holds it."""
+        try:
+            fd = self._lock(key, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            return False
+        try:
+            if remove:
+                trash = self.root / f".partial-{key}"
+                shutil.rmtree(trash, ignore_errors=True)
+                if (self.root / key).exists():
+                    (self.root / key).rename(trash)
+                shutil.rmtree(trash, ignore_errors=True)
+                self._lock_file(key).unlink(missing_ok=True)
+            return True
+        finally:
+            os.close(fd)
+
+
+def parse_size(text: str) -> int:
+    """Bytes from `50GB`, `800MB` or a number. Raises InputError."""
+    units = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
+    number = text.strip().upper()
+    unit = number.lstrip("0123456789.")
+    try:
+        return int(float(number[: len(number) - len(unit)]) * units[unit.strip()])
+    except (KeyError, ValueError):
+        raise InputError(
+            f"{text!r} is not a size", expected="a number of bytes, or one with KB, MB, GB or TB"
+        ) from None
+
+
+def _sync(folder: Path) -> None:
+    for file in folder.iterdir():
+        fd = os.open(file, os.O_RDONLY)
+        try:
+            os.fsync(fd)
+        finally:
+            os.close(fd)
+    _sync_folder(folder)
+
+
+def _sync_folder(folder: Path) -> None:
+    fd = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        os.fsync(fd)
+    finally:
+        os.close(fd)

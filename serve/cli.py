@@ -1,0 +1,148 @@
+"""`adapter-merge serve` and `adapter-merge cache`."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import click
+
+
+class WithRest(click.Command):
+    """A command that keeps what stands behind `--` for another program."""
+
+    def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
+        own, rest = args, []
+        if "--" in args:
+            cut = args.index("--")
+            own, rest = args[:cut], args[cut + 1 :]
+        ctx.meta["rest"] = rest
+        return super().parse_args(ctx, list(own))
+
+    def collect_usage_pieces(self, ctx: click.Context) -> list[str]:
+        return [*super().collect_usage_pieces(ctx), "[-- VLLM FLAGS]"]
+
+
+@click.command(cls=WithRest)
+@click.argument("base")
+@click.argument("adapters", nargs=-1, metavar="[NAME=ADAPTER]...")
+@click.option(
+    "--adapter-dir",
+    type=click.Path(path_type=Path),
+    help="Serve any adapter in this folder by its folder's name, from the first request for it on.",
+)
+@click.option("--allow-loading", is_flag=True, help="Offer /v1/load_lora_adapter and unload.")
+@click.option(
+    "--max-active",
+    type=click.IntRange(min=1),
+    help="Adapters in one batch (default: all that are named, at most 16).",
+)
+@click.option("--cache-size", default="50GB", show_default=True, help="Bound of the cache of adapters.")
+@click.option("--dry-run", is_flag=True, help="Check everything, print the command and the files, no more.")
+@click.option("--json", "as_json", is_flag=True, help="With --dry-run: one JSON object on stdout.")
+@click.option("-q", "--quiet", is_flag=True, help="Say only what vLLM says.")
+@click.pass_context
+def serve(
+    ctx: click.Context,
+    base: str,
+    adapters: tuple[str, ...],
+    adapter_dir: Path | None,
+    allow_loading: bool,
+    max_active: int | None,
+    cache_size: str,
+    dry_run: bool,
+    as_json: bool,
+    quiet: bool,
+) -> None:
+    """Serve BASE with many adapters at once: vLLM's OpenAI server.
+
+    BASE and ADAPTER are folders or hub ids. An adapter may be a DCFT, DuDe, LoRA, rsLoRA, PiSSA or DoRA
+    adapter in any form that `inspect` knows; it is converted once and kept in a cache. A request chooses its
+    adapter by the model's name. Flags behind -- go to vLLM as they are.
+
+    \b
+        adapter-merge serve Qwen/Qwen2.5-0.5B support=./dude sql=./dcft
+        adapter-merge serve ./base --adapter-dir ./adapters -- --port 9000 --api-key KEY
+    """
+    from .cache import Cache, parse_size
+    from .command import make_plan, run, shell_line
+
+    plan = make_plan(
+        base,
+        adapters,
+        adapter_dir=adapter_dir,
+        max_active=max_active,
+        loading=allow_loading,
+        cache=Cache(max_bytes=parse_size(cache_size)),
+        rest=ctx.meta["rest"],
+    )
+    if dry_run:
+        about = plan.describe()
+        click.echo(json.dumps(about, indent=2) if as_json else _readable(about, shell_line))
+        return
+    ctx.exit(run(plan, (lambda line: None) if quiet else (lambda line: click.echo(line, err=True))))
+
+
+@click.group()
+def cache() -> None:
+    """The cache of converted adapters that `serve` keeps."""
+
+
+@cache.command("list")
+@click.option("--json", "as_json", is_flag=True, help="One JSON object on stdout.")
+def list_entries(as_json: bool) -> None:
+    """Show every converted adapter, the least recently used first."""
+    from datetime import datetime
+
+    from .cache import Cache
+
+    found = Cache()
+    entries = found.entries()
+    total = sum(entry.nbytes for entry in entries)
+    if as_json:
+        rows = [
+            {
+                "key": entry.key,
+                "adapter": entry.adapter,
+                "base": entry.base,
+                "bytes": entry.nbytes,
+                "used": entry.used,
+                "in_use": entry.in_use,
+            }
+            for entry in entries
+        ]
+        click.echo(json.dumps({"root": str(found.root), "bytes": total, "entries": rows}, indent=2))
+        return
+    for entry in entries:
+        when = datetime.fromtimestamp(entry.used).strftime("%Y-%m-%d %H:%M")
+        used = "in use" if entry.in_use else when
+        size = f"{entry.nbytes / 1e6:9.1f} MB"
+        click.echo(f"{entry.key[:12]}  {size}  {used:>16}  {entry.adapter} on {entry.base}")
+    click.echo(f"{len(entries)} adapters, {total / 1e6:.1f} MB in {found.root}", err=True)
+
+
+@cache.command("clear")
+@click.option("--json", "as_json", is_flag=True, help="One JSON object on stdout.")
+def clear_entries(as_json: bool) -> None:
+    """Remove every converted adapter that no server is using."""
+    from .cache import Cache
+
+    found = Cache()
+    removed, kept = found.clear()
+    freed = sum(entry.nbytes for entry in removed)
+    if as_json:
+        click.echo(json.dumps({"removed": len(removed), "bytes": freed, "in_use": len(kept)}))
+        return
+    in_use = f"; {len(kept)} are in use and stay" if kept else ""
+    click.echo(f"removed {len(removed)} adapters, {freed / 1e6:.1f} MB{in_use}", err=True)
+
+
+def _readable(about: dict[str, Any], shell_line: Any) -> str:
+    lines = [shell_line(about["command"], about["environment"]), ""]
+    for name, adapter in about["adapters"].items():
+        state = "is in the cache" if adapter["cached"] else "would be converted"
+        lines += [f"{name}: {adapter['method']}, rank {adapter['rank']}, {state}", f"  {adapter['folder']}"]
+    lines += [f"{name}: {method}, loaded on request" for name, method in about["adapter_dir"].items()]
+    lines += about["notes"]
+    return "\n".join(lines)

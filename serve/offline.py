@@ -1,0 +1,73 @@
+"""Adapters of any form in `vllm.LLM`, without a server.
+
+from vllm import LLM
+from adapter_merge.serve import lora_requests
+
+adapters = lora_requests("base-model", {"support": "a-dude-adapter", "sql": "a-dcft-adapter"})
+llm = LLM(**adapters.engine_options)
+llm.generate(prompts, lora_request=adapters["support"])
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from .cache import Cache
+from .served import Converter, Served, allowed_rank, check_name
+
+_ids = itertools.count(1)
+
+
+class LoraRequests(Mapping[str, Any]):
+    """Converted adapters: name -> vllm.lora.request.LoRARequest. Keep it as long as the engine runs.
+
+    `engine_options` are arguments for vllm.LLM under which all of them can be active in one batch.
+    """
+
+    def __init__(self, converter: Converter, served: Mapping[str, Served]) -> None:
+        from vllm.lora.request import LoRARequest
+
+        self.served = dict(served)
+        self._requests = {name: LoRARequest(name, next(_ids), str(one.folder)) for name, one in self.served.items()}
+        self.engine_options: dict[str, Any] = {
+            "model": str(converter.base),
+            "enable_lora": True,
+            "max_loras": len(self.served) + 1,  # one more: see row_scale.with_row_scale on the last slot
+            "max_lora_rank": allowed_rank(max(one.rank for one in self.served.values())),
+            "lora_target_modules": sorted({target for one in self.served.values() for target in one.targets}),
+        }
+
+    def __getitem__(self, name: str) -> Any:
+        return self._requests[name]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._requests)
+
+    def __len__(self) -> int:
+        return len(self._requests)
+
+
+def lora_requests(base: str | Path, adapters: Mapping[str, str | Path], *, cache: Cache | None = None) -> LoraRequests:
+    """Convert `adapters` (name -> folder or hub id, in any form) for `base` and make vLLM's requests for them.
+
+    Raises AdapterMergeError, with every problem found, when vLLM cannot serve one of them exactly.
+    """
+    from adapter_merge.merge.errors import AdapterMergeError, InputError, Problem
+
+    if not adapters:
+        raise InputError("no adapters were given", expected="at least one name and folder")
+    converter = Converter(base, cache)
+    served: dict[str, Served] = {}
+    problems: list[Problem] = []
+    for name, adapter in adapters.items():
+        try:
+            served[check_name(name)] = converter.obtain(adapter)
+            allowed_rank(served[name].rank)
+        except AdapterMergeError as error:
+            problems += error.problems
+    if problems:
+        raise InputError(problems)
+    return LoraRequests(converter, served)

@@ -1,0 +1,271 @@
+"""From an adapter in any form to the folder that vLLM loads.
+
+`Converter.obtain` is the one way in for the command, for loading at run time and for offline use. Everything
+that vLLM could not serve is refused here, from headers, before anything is converted.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+from dataclasses import dataclass
+from functools import cached_property, partial
+from pathlib import Path
+from typing import Any
+
+from adapter_merge.merge.errors import (
+    AdapterError,
+    InputError,
+    MismatchError,
+    Problem,
+    UnsupportedError,
+    raise_all,
+)
+
+from .cache import Cache, Lease, key_of
+
+# The ranks that vLLM's --max-lora-rank takes (vllm/config/lora.py, 0.28 to 0.32).
+RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
+MANIFEST = "adapter_merge.json"
+NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,199}")
+NOT_LINEAR = ("embed_tokens", "lm_head", "wte", "wpe", "embed_out", "word_embeddings", "embed_in")
+
+
+# (name, inode, size, mtime, ctime) of every file in a folder
+Signature = tuple[tuple[str, int, int, int, int], ...]
+
+
+class _ChangedError(Exception):
+    """The adapter changed between its hash and its conversion."""
+
+
+@dataclass(frozen=True)
+class Served:
+    """One adapter as vLLM is given it."""
+
+    folder: Path
+    rank: int
+    targets: tuple[str, ...]  # last parts of the adapted modules' names
+    form: str  # "lora" or "lora+row_scale"
+    lease: Lease | None = None
+
+
+@dataclass(frozen=True)
+class Outline:
+    """What headers and config tell of an adapter before it is converted."""
+
+    source: Path
+    method: str
+    rank: int
+    targets: tuple[str, ...]
+    ready: bool  # already a factor folder
+    key: str
+
+
+def check_name(name: str) -> str:
+    """`name` when it can name an adapter: no separators, no `..`, nothing hidden. Raises InputError."""
+    if NAME.fullmatch(name) is None or ".." in name:
+        raise InputError(
+            f"{name!r} cannot name an adapter",
+            expected="letters, digits, dots, dashes and underscores, the first one a letter or digit",
+        )
+    return name
+
+
+def signature(folder: Path) -> Signature:
+    """(name, inode, size, mtime, ctime) of every file in `folder`: equal as long as nobody touched any."""
+    found = []
+    with os.scandir(folder) as files:
+        for file in files:
+            about = file.stat()
+            found.append((file.name, about.st_ino, about.st_size, about.st_mtime_ns, about.st_ctime_ns))
+    return tuple(sorted(found))
+
+
+def allowed_rank(rank: int) -> int:
+    """The smallest --max-lora-rank that holds `rank`. Raises UnsupportedError above the largest."""
+    for allowed in RANKS:
+        if rank <= allowed:
+            return allowed
+    raise UnsupportedError(
+        f"an adapter of rank {rank} is too large for vLLM's LoRA layers",
+        expected=f"at most {RANKS[-1]}",
+        hint="merge it into the base instead: adapter-merge merge",
+    )
+
+
+class Converter:
+    """Makes served folders for the adapters of one base, in a cache."""
+
+    def __init__(self, base: str | Path, cache: Cache | None = None) -> None:
+        from adapter_merge.merge.checkpoint import resolve
+
+        self.name = str(base)
+        self.base = resolve(base)
+        self.cache = cache or Cache()
+
+    @cached_property
+    def checkpoint(self) -> Any:
+        from adapter_merge.merge.checkpoint import open_checkpoint
+
+        return open_checkpoint(self.base)
+
+    def linear_targets(self) -> tuple[str, ...]:
+        """Last parts of the names of the base's linear weights inside its layers, without embeddings and heads."""
+        found = set()
+        for name, ref in self.checkpoint.tensors.items():
+            module, _, leaf = name.rpartition(".")
+            inside = re.search(r"\.\d+\.", name) is not None and ".experts." not in name
+            if leaf == "weight" and len(ref.shape) == 2 and inside:
+                found.add(module.rsplit(".", 1)[-1])
+        return tuple(sorted(found - set(NOT_LINEAR)))
+
+    def outline(self, adapter: str | Path) -> Outline:
+        """Look at an adapter without converting it. Raises AdapterMergeError when vLLM could not serve it."""
+        from importlib.metadata import version
+
+        from adapter_merge.merge.checkpoint import resolve
+        from adapter_merge.merge.formats import open_adapter
+        from adapter_merge.merge.output import sha256
+
+        source = resolve(adapter)
+        about = _factor_manifest(source)
+        opened = open_adapter(source, base=self.checkpoint)
+        modules = [module.name for module in opened.modules]
+        targets = tuple(sorted({name.rsplit(".", 1)[-1] for name in modules}))
+        # Factors of PiSSA and DuDe hold the initial ones beside the trained: the exact rank comes out of
+        # them.
+        problems = []
+        if opened.replacements:
+            names = ", ".join(list(opened.replacements)[:3])
+            problems.append(
+                Problem(
+                    f"{source}: carries whole trained tensors ({names}), which vLLM's LoRA cannot take",
+                    hint="merge it into the base instead: adapter-merge merge",
+                )
+            )
+        strange = [name for name in modules if name.rsplit(".", 1)[-1] in NOT_LINEAR]
+        if strange:
+            problems.append(
+                Problem(
+                    f"{source}: adapts {', '.join(strange[:3])}; only linear layers are served exactly",
+                    hint="merge it into the base instead: adapter-merge merge",
+                )
+            )
+        raise_all(problems, UnsupportedError)
+        if not modules:
+            raise AdapterError(f"{source}: adapts nothing")
+        files = opened.files
+        if about is not None:
+            files = tuple(file for file in sorted(source.iterdir()) if file.is_file())
+        key = key_of(
+            {
+                "package": version("adapter-merge"),
+                "base": self.checkpoint.fingerprint,
+                "files": {file.name: sha256(file) for file in files},
+            }
+        )
+        rank = max(module.rank for module in opened.modules)
+        return Outline(source, opened.method, rank, targets, about is not None, key)
+
+    def obtain(self, adapter: str | Path) -> Served:
+        """The served folder of `adapter`, converted now or taken from the cache; held as long as its lease.
+
+        Raises AdapterMergeError for an adapter that cannot be served, or that changes all the time.
+        """
+        from adapter_merge.merge.checkpoint import resolve
+
+        held = self.cache.lease(Path(adapter))
+        if held is not None:
+            return self._describe(held)
+        for _ in range(3):
+            source = resolve(adapter)
+            before = signature(source)
+            outline = self.outline(source)
+            try:
+                lease = self.cache.obtain(outline.key, partial(self._make, outline, before))
+            except _ChangedError:
+                continue
+            return self._describe(lease)
+        raise InputError(f"{adapter}: changed while it was read", hint="try again when it is complete")
+
+    def _make(self, outline: Outline, before: Signature, folder: Path) -> dict[str, Any]:
+        """Build the served folder; _ChangedError when the adapter is not the one that was hashed any more."""
+        if outline.ready:
+            _check_base(outline.source, self.checkpoint)
+            folder.mkdir()
+            for name in ("adapter_config.json", "adapter_model.safetensors", "row_scale.safetensors", MANIFEST):
+                if (outline.source / name).is_file():
+                    shutil.copyfile(outline.source / name, folder / name)
+        else:
+            from adapter_merge.merge.factors import factor
+
+            factor(self.base, outline.source, folder)
+        if signature(outline.source) != before:
+            raise _ChangedError
+        return {"adapter": str(outline.source.absolute()), "base": self.name, "method": outline.method}
+
+    def _describe(self, lease: Lease) -> Served:
+        from safetensors import safe_open
+
+        config = json.loads((lease.folder / "adapter_config.json").read_text("utf-8"))
+        rank, targets = 1, set()
+        with safe_open(str(lease.folder / "adapter_model.safetensors"), framework="pt") as file:
+            for key in file.keys():  # noqa: SIM118
+                if key.endswith(".lora_A.weight"):
+                    rank = max(rank, file.get_slice(key).get_shape()[0])
+                    targets.add(key.split(".")[-3])
+        form = "lora+row_scale" if config.get("use_dora") else "lora"
+        return Served(lease.folder, rank, tuple(sorted(targets)), form, lease)
+
+
+def inside(directory: Path, name: str) -> Path | None:
+    """The folder `name` in `directory`, None when there is none.
+
+    Raises InputError for names that are no plain names and for links, of the folder or of a file in it, that
+    lead out of `directory`.
+    """
+    check_name(name)
+    root = directory.resolve()
+    folder = directory / name
+    if not folder.is_dir():
+        return None
+    for path in (folder, *folder.iterdir()):
+        if not path.resolve().is_relative_to(root):
+            raise InputError(
+                f"{name}: {path.name} is a link that leaves the adapter folder",
+                expected=f"everything under {directory}",
+            )
+    return folder
+
+
+def folders(directory: Path) -> list[str]:
+    """Names under `directory` that can be asked for."""
+    return sorted(path.name for path in directory.iterdir() if path.is_dir() and NAME.fullmatch(path.name))
+
+
+def _factor_manifest(folder: Path) -> dict[str, Any] | None:
+    """The manifest of a factor folder, None for any other."""
+    from adapter_merge.merge.checkpoint import read_json
+
+    file = folder / MANIFEST
+    if not file.is_file():
+        return None
+    about = read_json(file)
+    return about if about.get("artefact") == "factors" else None
+
+
+def _check_base(folder: Path, checkpoint: Any) -> None:
+    """Raises MismatchError when a factor folder with row scales was made for another base."""
+    about = _factor_manifest(folder) or {}
+    base = about.get("base")
+    made_for = base.get("fingerprint") if isinstance(base, dict) else None
+    if made_for is not None and made_for != checkpoint.fingerprint:
+        raise MismatchError(
+            f"{folder}: was factored for another base",
+            expected=f"base fingerprint {made_for[:16]}",
+            got=f"{checkpoint.fingerprint[:16]} ({checkpoint.folder})",
+            hint="factor the trained adapter again for this base",
+        )
