@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import hashlib
+import ctypes
 import json
 import os
 import shutil
@@ -13,8 +13,12 @@ from pathlib import Path
 from typing import Any
 
 from .errors import AdapterMergeError, OutputError
+from .hashing import file_sha256
+from .locks import locked
 
 MANIFEST = "adapter_merge.json"
+AT_FDCWD = -100
+RENAME_EXCHANGE = 2  # linux/fs.h
 
 
 def check_output(output: Path, overwrite: bool, inputs: tuple[Path, ...] = ()) -> None:
@@ -49,36 +53,77 @@ def check_space(output: Path, nbytes: int) -> None:
         )
 
 
+def staging_folder(output: Path) -> Path:
+    """Where `output` is built: beside it, hidden, of the same name for every run, so that a rerun finds it."""
+    return output.parent / f".{output.name}.partial"
+
+
 @contextmanager
 def staged(output: Path, overwrite: bool = False) -> Iterator[Path]:
     """A folder to build `output` in; it takes the output's name when the block ends well, else it is removed.
 
-    OSErrors while writing (a full disk) become OutputErrors. What was there before stays until the new one is whole.
+    What was there before stays until the new one is whole, and what a killed run left in the staging folder is
+    removed first. Raises OutputError when the output exists, another run writes it, or the disk refuses (full).
     """
     check_output(output, overwrite)
-    staging = output.parent / f".{output.name}.partial-{os.getpid()}"
-    try:
+    with locked(output), disk_errors(output):
+        check_output(output, overwrite)  # another run may just have ended
+        staging = staging_folder(output)
+        remove(staging)
         try:
-            output.parent.mkdir(parents=True, exist_ok=True)
             staging.mkdir()
             yield staging
-            sync_folder(staging)
-            old = output.parent / f".{output.name}.old-{os.getpid()}"
-            if output.exists():
-                output.rename(old)
-            staging.rename(output)
+            publish(staging, output)
+        finally:
+            remove(staging)
+
+
+@contextmanager
+def disk_errors(output: Path, left: str = "nothing was left behind") -> Iterator[None]:
+    """OSErrors while writing `output` become OutputErrors; `left` says what a rerun will find."""
+    try:
+        yield
+    except OSError as error:
+        raise OutputError(f"{output}: cannot be written ({error.strerror or error})", hint=left) from error
+
+
+def publish(folder: Path, output: Path) -> None:
+    """Give the finished `folder` its name, in one step where the kernel can exchange two names; sync both."""
+    for path in sorted(folder.rglob("*")):
+        if path.is_dir():
+            sync_folder(path)
+    sync_folder(folder)
+    if output.exists() or output.is_symlink():
+        if _exchange(folder, output):
             sync_folder(output.parent)
-            if old.is_dir():
-                shutil.rmtree(old)
-            elif old.exists():
-                old.unlink()
-        except OSError as error:
-            raise OutputError(
-                f"{output}: cannot be written ({error.strerror or error})", hint="nothing was left behind"
-            ) from error
-    finally:
-        if staging.exists():
-            shutil.rmtree(staging, ignore_errors=True)
+            remove(folder)  # what was there before
+            return
+        old = output.parent / f".{output.name}.old"
+        remove(old)
+        output.rename(old)
+        folder.rename(output)
+        sync_folder(output.parent)
+        remove(old)
+        return
+    folder.rename(output)
+    sync_folder(output.parent)
+
+
+def _exchange(one: Path, other: Path) -> bool:
+    """Swap two names atomically (renameat2, Linux). False where the kernel or the file system cannot."""
+    try:
+        rename = ctypes.CDLL(None, use_errno=True).renameat2
+    except (OSError, AttributeError):
+        return False
+    return bool(rename(AT_FDCWD, os.fsencode(one), AT_FDCWD, os.fsencode(other), RENAME_EXCHANGE) == 0)
+
+
+def remove(path: Path) -> None:
+    """Remove a file, a link or a whole folder; nothing when there is none."""
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path, ignore_errors=True)
+    else:
+        path.unlink(missing_ok=True)
 
 
 def sync_folder(folder: Path) -> None:
@@ -88,6 +133,13 @@ def sync_folder(folder: Path) -> None:
         os.fsync(fd)
     finally:
         os.close(fd)
+
+
+def copy_synced(source: Path, target: Path) -> None:
+    """Copy a file's bytes to a new file and fsync it."""
+    shutil.copyfile(source, target)
+    with target.open("rb") as stream:
+        os.fsync(stream.fileno())
 
 
 def write_text(file: Path, text: str) -> None:
@@ -105,8 +157,7 @@ def write_json(file: Path, content: Mapping[str, Any]) -> None:
 
 def sha256(file: Path) -> str:
     """The file's sha256, in hex."""
-    with file.open("rb") as stream:
-        return hashlib.file_digest(stream, "sha256").hexdigest()
+    return file_sha256(file)
 
 
 def manifest(artefact: str, inputs: Mapping[str, Any], options: Mapping[str, Any], **content: Any) -> dict[str, Any]:

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from .binding import BoundAdapter, BoundModule
-from .checkpoint import Checkpoint, read_json
+from .checkpoint import Checkpoint, Shard, read_json
 from .errors import InputError, Problem, raise_all
 from .headers import FLOAT_DTYPES, TensorRef, layout
 
@@ -17,11 +18,15 @@ INDEX = "model.safetensors.index.json"
 
 @dataclass(frozen=True)
 class TensorJob:
-    """One output tensor: `source`'s bytes, changed by `edits`, written to `place`."""
+    """One output tensor: `source`'s bytes, changed by `edits`, written to `place`.
+
+    `original` is the base's tensor where `source` (an adapter's) replaces it: still read, for the base's hash.
+    """
 
     source: TensorRef
     place: TensorRef
     edits: tuple[BoundModule, ...] = ()
+    original: TensorRef | None = None
 
     @property
     def is_copy(self) -> bool:
@@ -30,11 +35,34 @@ class TensorJob:
 
 @dataclass(frozen=True)
 class ShardPlan:
-    """One output file: its header's bytes, its tensors in the order of their bytes."""
+    """One output file: its header's bytes, its tensors in the order of their bytes.
+
+    `source` is the base's safetensors file that the first jobs read from end to end, in order, with `source_header`
+    before its tensors; None where the output's order is not an input's.
+    """
 
     file: str
     header: bytes
     jobs: tuple[TensorJob, ...]
+    source: Path | None = None
+    source_header: bytes = b""
+
+    @property
+    def is_copy(self) -> bool:
+        """True when every byte is the source's, the header included."""
+        return (
+            self.source is not None
+            and self.header == self.source_header
+            and all(job.is_copy and job.original is None and job.source.file == self.source for job in self.jobs)
+        )
+
+    @property
+    def identity(self) -> str:
+        """sha256 of what makes this file, but for the values: names, places and sources."""
+        digest = hashlib.sha256(self.header)
+        for job in self.jobs:
+            digest.update(f"{job.source.file.name}\0{job.source.name}\0{job.source.start}\0{len(job.edits)}\0".encode())
+        return digest.hexdigest()
 
     @property
     def nbytes(self) -> int:
@@ -86,41 +114,68 @@ def plan_merge(base: Checkpoint, adapters: tuple[BoundAdapter, ...], dtype: str 
     for number, shard in enumerate(base.shards, 1):
         file = "model.safetensors" if count == 1 else f"model-{number:05d}-of-{count:05d}.safetensors"
         entries = [
-            (replacements.get(ref.name, ref), ref.name, ref.dtype, tuple(edits.get(ref.name, ())))
+            _Entry(
+                replacements.get(ref.name, ref),
+                ref.name,
+                ref.dtype,
+                tuple(edits.get(ref.name, ())),
+                ref if ref.name in replacements else None,
+            )
             for ref in shard.tensors
         ]
         if number == count:
             for name, modules in edits.items():
                 if name not in base.tensors:  # a head that was tied to the embeddings
-                    entries.append((modules[0].weight, name, modules[0].weight.dtype, tuple(modules)))
+                    entries.append(_Entry(modules[0].weight, name, modules[0].weight.dtype, tuple(modules)))
             for name, ref in replacements.items():
                 if name not in base.tensors:
-                    entries.append((ref, name, _main_dtype(base) if ref.dtype in FLOAT_DTYPES else ref.dtype, ()))
-        shards.append(_shard(file, entries, dtype, {"format": "pt", **shard.metadata}))
+                    entries.append(_Entry(ref, name, _main_dtype(base) if ref.dtype in FLOAT_DTYPES else ref.dtype))
+        shards.append(_shard(file, entries, dtype, {"format": "pt", **shard.metadata}, shard))
     return MergePlan(base, adapters, tuple(shards), _config(base, adapters, dtype), base.side_files)
 
 
 def plan_delta(bound: BoundAdapter, dtype: str = "F32") -> MergePlan:
     """Plan one file with the dense delta of every adapted weight, by the weight's name."""
-    entries = [(module.weight, module.name, dtype, (module,)) for module in bound.modules]
+    entries = [_Entry(module.weight, module.name, dtype, (module,)) for module in bound.modules]
     shard = _shard("delta.safetensors", entries, dtype, {"format": "pt"})
     return MergePlan(bound.base, (bound,), (shard,), None, (), operation="delta")
 
 
+class _Entry(NamedTuple):
+    source: TensorRef
+    name: str
+    dtype: str  # of the output where no other is asked for
+    edits: tuple[BoundModule, ...] = ()
+    original: TensorRef | None = None
+
+
 def _shard(
     file: str,
-    entries: Sequence[tuple[TensorRef, str, str, tuple[BoundModule, ...]]],
+    entries: Sequence[_Entry],
     dtype: str | None,
     metadata: Mapping[str, str],
+    base: Shard | None = None,
 ) -> ShardPlan:
     tensors = [
-        (name, dtype if dtype and own in FLOAT_DTYPES else own, source.shape) for source, name, own, _ in entries
+        (entry.name, dtype if dtype and entry.dtype in FLOAT_DTYPES else entry.dtype, entry.source.shape)
+        for entry in entries
     ]
     header, places = layout(Path(file), tensors, metadata)
+    source, source_header = None, b""
+    if base is not None and base.file.suffix == ".safetensors":
+        source = base.file
+        with source.open("rb") as stream:
+            source_header = stream.read(base.tensors[0].start if base.tensors else source.stat().st_size)
+        same = [(ref.name, ref.dtype, ref.shape) for ref in base.tensors] == tensors
+        if same and dict(base.metadata) == dict(metadata):
+            # The input's own header, byte for byte: an untouched shard is then the same file.
+            header = source_header
+            places = tuple(replace(ref, file=Path(file)) for ref in base.tensors)
     jobs = tuple(
-        TensorJob(source, place, modules) for (source, _, _, modules), place in zip(entries, places, strict=True)
+        TensorJob(entry.source, place, entry.edits, entry.original)
+        for entry, place in zip(entries, places, strict=True)
     )
-    return ShardPlan(file, header, jobs)
+    return ShardPlan(file, header, jobs, source, source_header)
 
 
 def _main_dtype(base: Checkpoint) -> str:

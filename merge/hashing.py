@@ -1,0 +1,77 @@
+"""sha256 of whole files, and of files whose pieces are read by several threads."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import threading
+from collections.abc import Callable, Iterable
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:  # command lines that only read headers do without torch
+    from torch import Tensor
+
+HASH_BYTES = 1 << 20
+
+
+class Stopped(Exception):
+    """Another thread failed or was interrupted; whoever waits gives up. Never leaves the engine."""
+
+
+class OrderedDigest:
+    """sha256 over pieces that come out of order: each waits for its turn, while it is still in its core's cache."""
+
+    def __init__(self) -> None:
+        self._digest = hashlib.sha256()
+        self._turn = 0
+        self._changed = threading.Condition()
+        self._stopped = False
+
+    def update(self, turn: int, piece: Tensor | bytes) -> None:
+        """Take `piece` as the turn-th one (0, 1, 2, ...). Raises Stopped after `stop`."""
+        with self._changed:
+            self._changed.wait_for(lambda: self._stopped or self._turn == turn)
+            if self._stopped:
+                raise Stopped
+        self._digest.update(piece if isinstance(piece, bytes) else piece.numpy().data)
+        with self._changed:
+            self._turn += 1
+            self._changed.notify_all()
+
+    def stop(self) -> None:
+        with self._changed:
+            self._stopped = True
+            self._changed.notify_all()
+
+    def hexdigest(self) -> str:
+        return self._digest.hexdigest()
+
+
+def file_sha256(file: Path) -> str:
+    """The file's sha256, in hex; one buffer, whatever its size."""
+    digest = hashlib.sha256()
+    buffer = bytearray(HASH_BYTES)
+    view = memoryview(buffer)
+    with file.open("rb", buffering=0) as stream:
+        os.posix_fadvise(stream.fileno(), 0, 0, os.POSIX_FADV_SEQUENTIAL)
+        while got := stream.readinto(buffer):
+            digest.update(view[:got])
+    return digest.hexdigest()
+
+
+def hash_files(
+    files: Iterable[Path], workers: int | None = None, progress: Callable[[int], None] | None = None
+) -> dict[Path, str]:
+    """sha256 of every file, several at a time. progress: called with the bytes of each."""
+
+    def one(path: Path) -> str:
+        found = file_sha256(path)
+        if progress is not None:
+            progress(path.stat().st_size)
+        return found
+
+    paths = list(dict.fromkeys(files))
+    with ThreadPoolExecutor(workers or len(os.sched_getaffinity(0)), thread_name_prefix="hash") as pool:
+        return dict(zip(paths, pool.map(one, paths), strict=True))

@@ -1,0 +1,245 @@
+"""Where blocks are computed: slots of reused buffers, and the queues (CUDA streams) that fill and empty them.
+
+One code path for both devices. A slot's block goes
+
+    host bytes -> upload -> float32 -> the forms -> round once -> download -> host bytes
+
+On the CPU the device buffers are the host buffers, upload and download do nothing, and every step is done when it
+returns. On CUDA each arrow runs on its own stream and waits for the one before it by an event, so that the blocks of
+`depth` slots overlap: while one is computed, the next is uploaded and the last downloaded. Host buffers are pinned.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from .edits import BlockEdit
+from .figures import SUMS, block_sums
+
+CPU_BLOCK_BYTES = 1 << 19  # of float32: with its input and output it stays in a core's second-level cache
+CUDA_BLOCK_BYTES = 32 << 20  # of float32: enough to hide a kernel's launch
+CUDA_DEPTH = 3
+BUFFERS_PER_SLOT = 6  # of a block's float32 size: input, work, spare, output, and what the forms need meanwhile
+
+
+class Mark(Protocol):
+    """A point in a queue's work (a CUDA event)."""
+
+    def synchronize(self) -> None:
+        """Wait on the host until the queue has come here."""
+
+
+class Queue(Protocol):
+    """Work in order (a CUDA stream)."""
+
+    def activate(self) -> contextlib.AbstractContextManager[Any]:
+        """Work launched inside goes to this queue."""
+
+    def mark(self) -> Mark:
+        """Here."""
+
+    def wait(self, mark: Mark) -> None:
+        """What comes next in this queue waits for `mark`; the host does not."""
+
+
+class Done:
+    """The mark of work that is done when its call returns."""
+
+    def synchronize(self) -> None:
+        pass
+
+
+class Inline:
+    """The CPU's queue: every call is done when it returns."""
+
+    def activate(self) -> contextlib.AbstractContextManager[Any]:
+        return contextlib.nullcontext()
+
+    def mark(self) -> Mark:
+        return Done()
+
+    def wait(self, mark: Mark) -> None:
+        pass
+
+
+class CudaQueue:
+    """A CUDA stream."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
+
+    def activate(self) -> contextlib.AbstractContextManager[Any]:
+        return torch.cuda.stream(self.stream)
+
+    def mark(self) -> Mark:
+        mark: Mark = self.stream.record_event()
+        return mark
+
+    def wait(self, mark: Mark) -> None:
+        self.stream.wait_event(mark)  # type: ignore[arg-type]
+
+
+@dataclass(frozen=True)
+class Block:
+    """What is to be done to some rows of one tensor."""
+
+    start: int  # first row
+    rows: int
+    columns: int
+    source: torch.dtype
+    arithmetic: torch.dtype  # float32, or float64 for a float64 source
+    target: torch.dtype
+    delta: bool  # dW instead of W'
+    measured: bool  # take figures
+
+    @property
+    def elements(self) -> int:
+        return self.rows * self.columns
+
+
+class Slot:
+    """The buffers of one block, grown to the largest it has met."""
+
+    def __init__(self, device: torch.device, pinned: bool) -> None:
+        self.device, self.pinned = device, pinned
+        self.on_host = device.type == "cpu"
+        self._buffers: dict[str, Tensor] = {}
+        self.sums = torch.empty(SUMS, dtype=torch.float32, device=device)
+        self.host_sums = self.sums if self.on_host else self._host_floats(SUMS)
+        self.norm = torch.empty((), dtype=torch.float32, device=device)
+        self.host_norm = self.norm if self.on_host else self._host_floats(1).view(())
+        self.mark: Mark = Done()
+
+    def _host_floats(self, count: int) -> Tensor:
+        return torch.empty(count, dtype=torch.float32, pin_memory=self.pinned)
+
+    def _bytes(self, name: str, nbytes: int, host: bool) -> Tensor:
+        held = self._buffers.get(name)
+        if held is None or held.numel() < nbytes:
+            held = (
+                torch.empty(nbytes, dtype=torch.uint8, pin_memory=self.pinned)
+                if host
+                else torch.empty(nbytes, dtype=torch.uint8, device=self.device)
+            )
+            self._buffers[name] = held
+        return held[:nbytes]
+
+    def host_in(self, nbytes: int) -> Tensor:
+        """(nbytes,) uint8 on the host: what was read."""
+        return self._bytes("host_in", nbytes, True)
+
+    def host_out(self, nbytes: int) -> Tensor:
+        """(nbytes,) uint8 on the host: what is to be written."""
+        return self._bytes("host_out", nbytes, True)
+
+    def device_bytes(self, name: str, nbytes: int) -> Tensor:
+        """(nbytes,) uint8 on the device."""
+        return self._bytes(name, nbytes, False)
+
+
+@dataclass(frozen=True)
+class Lane:
+    """One worker's slots and queues on one device."""
+
+    device: torch.device
+    slots: tuple[Slot, ...]
+    upload: Queue
+    compute: Queue
+    download: Queue
+    block_bytes: int  # of float32 in one block
+
+    def launch(
+        self,
+        slot: Slot,
+        block: Block,
+        forms: Sequence[BlockEdit],
+        source: Tensor,  # (n,) uint8, on the host
+        target: Tensor,  # (m,) uint8, on the host
+    ) -> None:
+        """Start the block's way from `source` to `target`; `slot.mark` is where it ends.
+
+        `slot.host_norm` is then the norm of the result before rounding, and `slot.host_sums` what block_sums found.
+        """
+        shape = (block.rows, block.columns)
+        device_in, device_out = source, target
+        if not slot.on_host:
+            device_in = slot.device_bytes("in", source.numel())
+            device_out = slot.device_bytes("out", target.numel())
+            with self.upload.activate():
+                device_in.copy_(source, non_blocking=True)
+                uploaded = self.upload.mark()
+            self.compute.wait(uploaded)
+        with self.compute.activate():
+            before = device_in.view(block.source).view(shape)
+            nbytes = block.elements * block.arithmetic.itemsize
+            work = slot.device_bytes("work", nbytes).view(block.arithmetic).view(shape)
+            work.copy_(before)
+            if block.delta:
+                result = _delta(work, forms, block.start)
+            else:
+                result = work
+                for form in forms:
+                    form.apply_(result, block.start)
+            stored = device_out.view(block.target).view(shape)
+            stored.copy_(result)
+            slot.norm.copy_(torch.linalg.vector_norm(result))
+            if block.measured:
+                spare = slot.device_bytes("spare", nbytes).view(block.arithmetic).view(shape)
+                block_sums(before, result, stored, spare, slot.sums)
+            computed = self.compute.mark()
+        if slot.on_host:
+            slot.mark = computed
+            return
+        self.download.wait(computed)
+        with self.download.activate():
+            target.copy_(device_out, non_blocking=True)
+            slot.host_norm.copy_(slot.norm, non_blocking=True)
+            if block.measured:
+                slot.host_sums.copy_(slot.sums, non_blocking=True)
+            slot.mark = self.download.mark()
+
+
+def _delta(block: Tensor, forms: Sequence[BlockEdit], start: int) -> Tensor:
+    """Rows of dW; of one form without the difference of two large numbers where that can be avoided."""
+    if len(forms) == 1:
+        return forms[0].delta_rows(block, start)
+    after = block.clone()
+    for form in forms:
+        form.apply_(after, start)
+    return after.sub_(block)
+
+
+def is_finite(
+    norm: float,
+    stored: Tensor,  # (n, columns), on the host, in the output dtype
+) -> bool:
+    """True when no element of `stored` is NaN or infinite; no element is larger than the norm of them all."""
+    if norm < torch.finfo(stored.dtype).max:
+        return True
+    low, high = torch.aminmax(stored)
+    return math.isfinite(float(low)) and math.isfinite(float(high))
+
+
+def cpu_lane() -> Lane:
+    """A worker's lane on the CPU: one block at a time."""
+    device = torch.device("cpu")
+    inline = Inline()
+    return Lane(device, (Slot(device, False),), inline, inline, inline, CPU_BLOCK_BYTES)
+
+
+def cuda_lane(device: torch.device, vram: int) -> Lane:
+    """A worker's lane on a CUDA device, its buffers within `vram` bytes."""
+    torch.cuda.set_device(device)
+    slots = tuple(Slot(device, True) for _ in range(CUDA_DEPTH))
+    block = max(1 << 16, min(CUDA_BLOCK_BYTES, vram // (CUDA_DEPTH * BUFFERS_PER_SLOT)))
+    return Lane(device, slots, CudaQueue(device), CudaQueue(device), CudaQueue(device), block)
+
+
+LaneMaker = Callable[[], Lane]
