@@ -163,6 +163,8 @@ def report_error(error: AdapterMergeError) -> None:
 
 def main() -> None:
     """The console entry point."""
+    # Threads that spin while they wait lose most of their time on a busy machine.
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     debug = os.environ.get("ADAPTER_MERGE_DEBUG") == "1"
     try:
         code = group.main(standalone_mode=False)
