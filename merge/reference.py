@@ -171,7 +171,7 @@ def _dude_forward(module: LoraModule, layer: nn.Module, dtype: torch.dtype) -> F
 
     def run(layer: nn.Module, plain: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
         y: Tensor = scale * (x @ frozen.T + module.scale * (x @ a.T) @ b.T)
-        bias: Tensor | None = layer.bias
-        return y if bias is None else y + bias
+        bias = layer.bias
+        return y + bias if isinstance(bias, Tensor) else y
 
     return run
