@@ -5,51 +5,47 @@ Plain (LoRA, rsLoRA, PiSSA, DCFT)    a LoRA of the exact rank: use_dora false, i
 Row-scaled (DoRA, DuDe)              a DoRA of rank <= 2r on the original base, loaded exactly by PEFT, plus
                                      row_scale.safetensors (m / rownorm), so that a server needs no base weights;
                                      use_dora stays true, so that no LoRA server takes it for a LoRA
---rank R | ENERGY                    a plain LoRA, truncated: its error stands per weight in the manifest
+rank R | ENERGY, budget MB           a plain LoRA, truncated: its error stands per weight in the manifest
+the same with keep_scale             the row scale stays, the low-rank part is truncated
 """
 
 from __future__ import annotations
 
+import hashlib
 import math
-from collections import Counter
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, replace
+import os
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from numbers import Integral, Real
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
-from torch import Tensor
 
 from .adapter import AdaptedModule, Adapter
 from .binding import BoundAdapter, BoundModule, bind
-from .cards import adapter_table, card
+from .budget import allot, bytes_of
+from .cards import factor_card
+from .certificate import check_errors, summary
 from .checkpoint import open_checkpoint
 from .devices import choose_device
-from .engine import Progress
-from .errors import InputError, UnsupportedError
+from .errors import InputError, Problem, UnsupportedError, raise_all
+from .factorisation import Factored, Factoriser
 from .formats import ReadOptions, open_adapter
-from .headers import TensorRef
 from .lora import LoraModule
-from .merging import adapter_sha256, describe_inputs
+from .merging import describe_inputs
 from .output import MANIFEST, check_output, manifest, sha256, staged, write_json, write_text
-from .peft_format import PREFIX
-from .tensors import read_tensor, write_safetensors
-from .truncation import reduce_rank, truncate
+from .peft_folder import write_factors
+from .truncation import Spectrum
 
-ROW_SCALES = "row_scale.safetensors"
-REPLACEMENTS = "replacements.safetensors"
+if TYPE_CHECKING:
+    from .calibration import Moments
 
-
-@dataclass(frozen=True)
-class Factored:
-    """The factors of one weight and what they cost."""
-
-    name: str  # module path
-    up: Tensor  # (out, R)
-    down: Tensor  # (R, in)
-    magnitude: Tensor | None  # (out,)
-    row_scale: Tensor | None  # (out,)
-    relative_error: float | None  # ||dW - factors|| / ||dW||; None: exact by construction, and no base was read
+Progress = Callable[[int], None]
+Pair = tuple[AdaptedModule, BoundModule | None]
+T = TypeVar("T")
+BUDGET_ROUNDS = 6
 
 
 def factor(
@@ -58,6 +54,12 @@ def factor(
     output: str | Path,
     *,
     rank: int | float | None = None,
+    budget: float | None = None,
+    keep_scale: bool = False,
+    calibrate: str | Path | None = None,
+    prompts: Sequence[str] | None = None,
+    end_to_end: bool = False,
+    max_error: float | None = None,
     device: str = "auto",
     base_kind: str | None = None,
     options: ReadOptions | None = None,
@@ -67,76 +69,171 @@ def factor(
 ) -> dict[str, Any]:
     """Write the adapter's factors to `output` and return the manifest.
 
-    base: needed for DoRA and DuDe (row norms), PiSSA without stored initial factors, and `rank`; its weights are read
-    only then. rank: an int, or an energy below 1 such as 0.99, for a truncated plain LoRA.
-    Raises AdapterMergeError; nothing is left behind then.
+    base: needed for DoRA and DuDe (row norms) and PiSSA without stored initial factors; its weights are read
+    only then. rank: an int, or an energy below 1 such as 0.99. budget: MB (1e6 bytes) for all factors together, ranks
+    allotted where they buy most error. keep_scale: keep the row scales exact and truncate the low-rank part only.
+    calibrate: a text file; the error is then minimised at the layers' outputs on that text. end_to_end: hold the
+    folder's logits against the adapter as trained, on `prompts` or built-in ones. max_error: the largest relative
+    error of a weight that passes. progress: called with the bytes of each finished module.
+    Raises AdapterMergeError (ParityError beyond max_error); nothing is left behind then.
     """
     output = Path(output)
+    limited = rank is not None or budget is not None
+    _check_options(rank, budget, keep_scale, calibrate, max_error)
+    rank = _plain_rank(rank)
     checkpoint = open_checkpoint(base) if base is not None else None
     opened = open_adapter(adapter, options, checkpoint)
     bound = bind(opened, checkpoint, base_kind) if checkpoint is not None else None
     if bound is None and opened.own_base is not None:
         bound = bind(opened, opened.own_base, base_kind)
-    if (
-        rank is not None
-        and not (isinstance(rank, int) and rank >= 1)
-        and not (isinstance(rank, float) and 0 < rank < 1)
+    pairs = list(_pairs(opened, bound))
+    _check_supported(pairs)
+    if bound is None and (
+        calibrate is not None or end_to_end or prompts or any(_needs_base(module) for module, _ in pairs)
     ):
-        raise InputError("--rank is wrong", expected="a rank >= 1, or an energy between 0 and 1", got=str(rank))
-    if bound is None and (rank is not None or any(_needs_base(module) for module in opened.modules)):
         raise InputError(
             f"{adapter}: its factors cannot be found without the base",
             expected="BASE and ADAPTER",
             hint=f"its base seems to be {opened.base_name}" if opened.base_name else None,
         )
-    inputs = (opened.folder,) if bound is None else (opened.folder, bound.base.folder)
-    check_output(output, overwrite, inputs)
+    check_output(output, overwrite, (opened.folder,) if bound is None else (opened.folder, bound.base.folder))
     opened.check_values()
-    content = manifest(
-        "factors",
-        describe_inputs((bound,)) if bound is not None else adapter_only(opened),
-        {"rank": rank, "device": device},
-    )
+    if budget is not None:
+        shapes = [module.shape for module, _ in pairs]
+        allot([torch.ones(1)] * len(pairs), shapes, int(budget * 1e6))  # refuses a hopeless budget now
+    settings = {
+        "rank": rank,
+        "budget": budget,
+        "scale": "exact" if keep_scale else None,
+        "calibrate": None if calibrate is None else Path(calibrate).name,
+        "max_error": max_error,
+        "device": device,
+    }
+    content = manifest("factors", _describe(opened, bound), settings)
     if dry_run:
         return content | {"dry_run": True}
 
     chosen = choose_device(device)
-    factored = []
-    for module, weight in _pairs(opened, bound):
-        one = _truncated(weight, rank, chosen) if rank is not None and weight else _exact(module, weight, chosen)
-        factored.append(one)
-        if progress is not None:
-            progress(sum(ref.nbytes for ref in module.refs))
-    scaled = any(one.magnitude is not None for one in factored)
+    moments: Moments | None = None
+    if calibrate is not None:
+        from .calibration import collect
+
+        assert bound is not None
+        moments = collect(bound, Path(calibrate))
+        content["calibration"] = moments.as_json()
+
+    def start(pair: Pair) -> Factoriser:
+        module, weight = pair
+        root = None if moments is None else moments.root(module.name)
+        return Factoriser(module, weight, chosen, keep_scale=keep_scale, root=root)
+
+    def one(pair: Pair) -> Factored:
+        work = start(pair)
+        if rank is None:
+            return work.exact()
+        spectrum = work.spectrum(rank)
+        found = rank if isinstance(rank, int) else spectrum.rank_for(rank)
+        assert found is not None, "the spectrum reaches as far as was asked"
+        return work.truncated(spectrum, found)
+
+    with _workers(chosen) as run:
+        if budget is None:
+            factored = []
+            for pair, result in zip(pairs, run(one, pairs), strict=True):
+                factored.append(result)
+                if progress is not None:
+                    progress(sum(ref.nbytes for ref in pair[0].refs))
+        else:
+            factored = _budgeted(pairs, int(budget * 1e6), start, run)
+    layers = {item.name: item.figures for item in factored}
+    if max_error is not None:
+        check_errors(layers, max_error)
+    scaled = any(item.magnitude is not None for item in factored)
     replacements = dict(bound.replacements if bound is not None else opened.replacements)
     content["form"] = "lora+row_scale" if scaled else "lora"
-    content["exact"] = rank is None
-    content["layers"] = {
-        one.name: {"rank": one.down.shape[0], "relative_error": one.relative_error} for one in factored
-    }
+    content["exact"] = not limited
+    content["certificate"] = summary(layers)
+    content["layers"] = {name: figures.as_json() for name, figures in layers.items()}
     with staged(output, overwrite) as folder:
         conv1d = opened.fan_in_fan_out or (bound is not None and any(item.transposed for item in bound.modules))
-        _write(folder, opened, factored, replacements, conv1d)
-        write_text(folder / "README.md", _card(content, opened, scaled, output.name))
+        write_factors(folder, opened, factored, replacements, conv1d)
+        if end_to_end or prompts:
+            from .end_to_end import compare
+
+            assert bound is not None
+            content["certificate"]["end_to_end"] = compare(bound, folder, prompts)
+        write_text(folder / "README.md", factor_card(content, opened, folder, output.name))
         files = sorted(path for path in folder.iterdir() if path.is_file())
         content["files"] = {path.name: sha256(path) for path in files}
+        content["bytes"] = sum(path.stat().st_size for path in files)
         write_json(folder / MANIFEST, content)
     return content
 
 
+def _check_options(
+    rank: int | float | None,
+    budget: float | None,
+    keep_scale: bool,
+    calibrate: str | Path | None,
+    max_error: float | None,
+) -> None:
+    problems = []
+    plain = _plain_rank(rank)
+    if plain is not None and not (plain >= 1 if isinstance(plain, int) else 0 < plain < 1):
+        problems.append(Problem("--rank is wrong", "a rank >= 1, or an energy between 0 and 1", str(rank)))
+    if budget is not None and not (math.isfinite(budget) and budget > 0):
+        problems.append(Problem("--budget is wrong", "a number of MB above 0", str(budget)))
+    if rank is not None and budget is not None:
+        problems.append(Problem("--rank and --budget exclude each other", hint="give the one that must hold"))
+    if rank is None and budget is None and (keep_scale or calibrate is not None):
+        option = "--scale exact" if keep_scale else "--calibrate"
+        problems.append(
+            Problem(
+                f"{option} is about a truncation", "--rank or --budget as well", "the exact form, which loses nothing"
+            )
+        )
+    if max_error is not None and not max_error >= 0:
+        problems.append(Problem("--max-error is wrong", "a relative error >= 0", str(max_error)))
+    if calibrate is not None and not Path(calibrate).is_file():
+        problems.append(Problem(f"{calibrate}: no such file", "a text file"))
+    raise_all(problems, InputError)
+
+
+def _plain_rank(rank: object) -> int | float | None:
+    """A rank or an energy as Python's own number, whatever number it is; NaN for anything else."""
+    if rank is None or isinstance(rank, bool):
+        return None if rank is None else math.nan
+    if isinstance(rank, Integral):
+        return int(rank)
+    return float(rank) if isinstance(rank, Real) else math.nan
+
+
+def _check_supported(pairs: Sequence[Pair]) -> None:
+    """What only a merge can do: biases, and weights that were replaced by a residual saved whole."""
+    problems = [
+        Problem(
+            f"{module.name}: its trained residual is saved whole and has no low-rank form", hint="merge this adapter"
+        )
+        for module, _ in pairs
+        if isinstance(module, LoraModule) and getattr(module, "frozen", None) is not None
+    ]
+    raise_all(problems[:10], UnsupportedError)
+
+
 def _needs_base(module: AdaptedModule) -> bool:
-    return module.needs_base or (isinstance(module, LoraModule) and module.magnitude is not None)
+    return module.needs_base or getattr(module, "magnitude", None) is not None
 
 
-def _pairs(opened: Adapter, bound: BoundAdapter | None) -> Iterator[tuple[AdaptedModule, BoundModule | None]]:
+def _pairs(opened: Adapter, bound: BoundAdapter | None) -> Iterator[Pair]:
     if bound is None:
         yield from ((module, None) for module in opened.modules)
     else:
         yield from ((item.module, item) for item in bound.modules)
 
 
-def adapter_only(opened: Adapter) -> dict[str, Any]:
-    """The manifest's account of an adapter that no base was given for."""
+def _describe(opened: Adapter, bound: BoundAdapter | None) -> dict[str, Any]:
+    if bound is not None:
+        return describe_inputs((bound,))
     entry = {
         "name": opened.folder.resolve().name,
         "path": str(opened.folder),
@@ -144,131 +241,68 @@ def adapter_only(opened: Adapter) -> dict[str, Any]:
         "method": opened.method,
         "modules": len(opened.modules),
         "replacements": sorted(opened.replacements),
-        "sha256": adapter_sha256(opened),
+        "sha256": _files_sha256(opened),
     }
     return {"base": {"name": opened.base_name, "fingerprint": None}, "adapters": [entry]}
 
 
-def _exact(module: AdaptedModule, weight: BoundModule | None, device: torch.device) -> Factored:
-    """The exact factors in float32, of the smallest rank; with magnitudes their row scale as well."""
-
-    def no_base() -> Tensor:
-        raise AssertionError("a module that needs its base has one")
-
-    wide = torch.float64
-    form = module.form(read_tensor, weight.oriented_weight if weight else no_base, wide)
-    if form.col_scale is not None or form.needs_columns:
-        raise UnsupportedError(
-            f"{module.name}: a scale of the input columns has no LoRA form", hint="merge this adapter instead"
-        )
-    folded = form.folded()
-    up, down = reduce_rank(folded.up, folded.down)
-    plain = replace(folded, up=up.to(torch.float32), down=down.to(torch.float32), magnitude=None, row_scale=None)
-    magnitude, row_scale, error = form.magnitude, form.row_scale, None
-    if weight is not None and (magnitude is not None or form.residual is not None):
-        base = weight.oriented_weight().to(device=device, dtype=wide)
-        if magnitude is not None:
-            norm = torch.linalg.vector_norm(torch.addmm(base, plain.up.to(base), plain.down.to(base)), dim=1)
-            row_scale = torch.where(norm == 0, torch.ones_like(norm), magnitude.to(base) / norm)
-        mine = replace(
-            plain.to(device, wide), row_scale=None if row_scale is None else row_scale.to(torch.float32).to(base)
-        )
-        exact = form.to(device).delta(base)
-        error = float(torch.linalg.vector_norm(mine.delta(base) - exact) / torch.linalg.vector_norm(exact))
-    return Factored(
-        module.name,
-        plain.up,
-        plain.down,
-        None if magnitude is None else magnitude.to(torch.float32),
-        None if row_scale is None else row_scale.to("cpu", torch.float32),
-        error,
-    )
+def _files_sha256(opened: Adapter) -> str:
+    digest = hashlib.sha256()
+    for file in sorted(opened.files):
+        digest.update(f"{file.name}\0{sha256(file)}\0".encode())
+    return digest.hexdigest()
 
 
-def _truncated(weight: BoundModule, rank: int | float, device: torch.device) -> Factored:
-    """The best plain LoRA of that rank, with its measured error."""
-    base = weight.oriented_weight().to(device=device, dtype=torch.float32)
-    delta = weight.form().to(device).delta(base)
-    up, down = truncate(delta, rank)
-    error = float(torch.linalg.vector_norm(delta - up @ down) / torch.linalg.vector_norm(delta))
-    return Factored(weight.module.name, up.cpu(), down.cpu(), None, None, error)
+@contextmanager
+def _workers(device: torch.device) -> Iterator[Callable[[Callable[[Any], T], Sequence[Any]], Iterator[T]]]:
+    """A map over weights, in order: on the CPU one worker per core with one torch thread each, on a GPU one."""
+    count = max(1, len(os.sched_getaffinity(0))) if device.type == "cpu" else 1
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        with ThreadPoolExecutor(count, "factor", initializer=torch.set_num_threads, initargs=(1,)) as pool:
+            try:
+                yield pool.map
+            except BaseException:
+                pool.shutdown(cancel_futures=True)
+                raise
+    finally:
+        torch.set_num_threads(threads)
 
 
-def _write(
-    folder: Path,
-    opened: Adapter,
-    factored: list[Factored],
-    replacements: Mapping[str, TensorRef],
-    conv1d: bool,
-) -> None:
-    scaled = any(one.magnitude is not None for one in factored)
-    embeddings = {module.name for module in opened.modules if isinstance(module, LoraModule) and module.embedding}
-    tensors: dict[str, Tensor] = {}
-    scales: dict[str, Tensor] = {}
-    for one in factored:
-        if one.name in embeddings:  # PEFT keeps an embedding's factors the other way round
-            tensors[f"{PREFIX}{one.name}.lora_embedding_A"] = one.up.T.contiguous()
-            tensors[f"{PREFIX}{one.name}.lora_embedding_B"] = one.down.T.contiguous()
-            continue
-        tensors[f"{PREFIX}{one.name}.lora_A.weight"] = one.down
-        tensors[f"{PREFIX}{one.name}.lora_B.weight"] = one.up.contiguous()
-        if one.magnitude is not None:
-            assert one.row_scale is not None
-            tensors[f"{PREFIX}{one.name}.lora_magnitude_vector"] = one.magnitude
-            scales[f"{PREFIX}{one.name}.row_scale"] = one.row_scale
-    adapted = {one.name for one in factored}
-    heads = {name: read_tensor(ref) for name, ref in replacements.items()}
-    saved, bias = set(), "none"
-    for name, tensor in heads.items():
-        module, _, kind = name.rpartition(".")
-        if module in adapted:
-            bias = "lora_only"
-            tensors[f"{PREFIX}{module}.base_layer.{kind}"] = tensor
-        else:
-            saved.add(module)
-            tensors[f"{PREFIX}{name}"] = tensor
-    config = peft_config(opened, factored, scaled, sorted(saved) or None, bias, conv1d)
-    write_json(folder / "adapter_config.json", config)
-    write_safetensors(folder / "adapter_model.safetensors", tensors, {"format": "pt"})
-    if scales:
-        write_safetensors(folder / ROW_SCALES, scales, {"format": "pt"})
-    if heads:
-        write_safetensors(folder / REPLACEMENTS, heads, {"format": "pt"})
+def _budgeted(
+    pairs: Sequence[Pair],
+    budget: int,
+    start: Callable[[Pair], Factoriser],
+    run: Callable[[Callable[[Any], Any], Sequence[Any]], Iterator[Any]],
+) -> list[Factored]:
+    """Factors of all weights under `budget` bytes. Spectra grow where the allotment reaches their end."""
+    shapes = [module.shape for module, _ in pairs]
+    uniform = max(1, budget // sum(bytes_of(shape, 1) for shape in shapes))
+    wanted = dict.fromkeys(range(len(pairs)), 2 * uniform)
+    works: dict[int, Factoriser] = {}
+    spectra: dict[int, Spectrum] = {}
 
+    def widen(item: tuple[int, int]) -> tuple[int, Factoriser, Spectrum]:
+        index, want = item
+        work = works.get(index) or start(pairs[index])
+        found = work.spectrum(want)
+        work.close()
+        return index, work, found.stored()
 
-def peft_config(
-    opened: Adapter,
-    factored: list[Factored],
-    scaled: bool,
-    modules_to_save: list[str] | None,
-    bias: str,
-    conv1d: bool,
-) -> dict[str, Any]:
-    """adapter_config.json of the factors: alpha == rank everywhere, so that the scale is 1."""
-    ranks = {one.name: one.down.shape[0] for one in factored}
-    common = Counter(ranks.values()).most_common(1)[0][0]
-    pattern = {name: rank for name, rank in ranks.items() if rank != common}
-    targets = opened.config.get("target_modules")
-    if not isinstance(targets, list | str) or targets == "all-linear":
-        targets = sorted(ranks)
-    return {
-        "peft_type": "LORA",
-        "base_model_name_or_path": opened.base_name,
-        "task_type": opened.config.get("task_type"),
-        "inference_mode": True,
-        "r": common,
-        "lora_alpha": common,
-        "rank_pattern": pattern,
-        "alpha_pattern": dict(pattern),
-        "target_modules": targets,
-        "lora_dropout": 0.0,
-        "bias": bias,
-        "fan_in_fan_out": conv1d,
-        "use_rslora": False,
-        "use_dora": scaled,
-        "init_lora_weights": True,
-        "modules_to_save": modules_to_save,
-    }
+    for _ in range(BUDGET_ROUNDS):
+        for index, work, found in run(widen, list(wanted.items())):
+            works[index], spectra[index] = work, found
+        ranks = allot([spectra[index].squares for index in range(len(pairs))], shapes, budget)
+        wanted = {
+            index: 2 * ranks[index]
+            for index in range(len(pairs))
+            if not spectra[index].full and ranks[index] >= spectra[index].rank
+        }
+        if not wanted:
+            break
+    results = run(lambda index: works[index].truncated(spectra[index], ranks[index]), range(len(pairs)))
+    return list(results)
 
 
 def parse_rank(text: str) -> int | float:
@@ -280,23 +314,3 @@ def parse_rank(text: str) -> int | float:
     if not (isinstance(value, int) and value >= 1) and not 0 < value < 1:
         raise InputError(f"--rank {text}: neither a rank nor an energy", expected="16, or 0.99")
     return value
-
-
-def _card(content: Mapping[str, Any], opened: Adapter, scaled: bool, title: str) -> str:
-    if scaled:
-        use = (
-            "Low-rank factors and one magnitude per output row (DoRA form). `peft.PeftModel.from_pretrained` loads "
-            "them exactly; `row_scale.safetensors` holds magnitude / row norm for servers that keep no base weights in "
-            "reach. Not a plain LoRA: `use_dora` stays true."
-        )
-    else:
-        use = "A plain LoRA: `peft.PeftModel.from_pretrained`, vLLM and every LoRA server load it as it is."
-    body = f"""{use}
-
-Made by adapter-merge {content["versions"]["adapter-merge"]} from:
-
-{adapter_table(content["adapters"])}
-
-`{MANIFEST}` holds rank and error of every weight.
-"""
-    return card(title, opened.base_name, "adapter", "peft", ["adapter-merge", "lora"], body)

@@ -1,0 +1,208 @@
+"""Rank-limited factors against a float64 SVD of PEFT's merged weights; budgets, kept scales, refusals."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from adapter_merge.merge.errors import InputError, ParityError
+from adapter_merge.merge.factors import factor, parse_rank
+from factor_models import (
+    base_weights,
+    dcft_adapter,
+    factor_products,
+    merged_weights,
+    peft_adapter,
+    peft_model,
+    pico_model,
+)
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return pico_model(tmp_path_factory.mktemp("models") / "pico")
+
+
+@pytest.fixture(scope="module")
+def dora(base: Path) -> Path:
+    return peft_adapter(base, base.parent / "dora", use_dora=True)
+
+
+@pytest.fixture(scope="module")
+def dude(base: Path) -> Path:
+    return peft_adapter(base, base.parent / "dude", use_dora=True, init_lora_weights="pissa")
+
+
+@pytest.fixture(scope="module")
+def lora(base: Path) -> Path:
+    return peft_adapter(base, base.parent / "lora", rank=8)
+
+
+def deltas(base: Path, adapter: Path) -> dict[str, torch.Tensor]:
+    before, after = base_weights(base), merged_weights(base, adapter)
+    return {name: after[name] - before[name] for name in before}
+
+
+def norm(tensor: torch.Tensor) -> float:
+    return float(torch.linalg.vector_norm(tensor))
+
+
+@pytest.mark.parametrize("kind", ["lora", "dora", "dude"])
+@pytest.mark.parametrize("rank", [1, 3, 6])
+def test_a_rank_is_within_one_percent_of_the_best(
+    kind: str, rank: int, base: Path, tmp_path: Path, request: pytest.FixtureRequest
+) -> None:
+    adapter: Path = request.getfixturevalue(kind)
+    content = factor(base, adapter, tmp_path / "out", rank=rank)
+    assert content["exact"] is False and content["form"] == "lora"
+    exact, products = deltas(base, adapter), factor_products(tmp_path / "out")
+    assert set(products) == set(content["layers"])
+    for name, product in products.items():
+        delta = exact[name]
+        best = norm(torch.linalg.svdvals(delta)[rank:])
+        error = norm(delta - product)
+        assert best * 0.9999 <= error <= 1.01 * best + 1e-6 * norm(delta)
+        line = content["layers"][name]
+        assert line["rank"] == rank
+        assert line["relative_error"] == pytest.approx(error / norm(delta), rel=1e-3)
+        spectral = float(torch.linalg.matrix_norm(delta - product, 2) / torch.linalg.matrix_norm(delta, 2))
+        assert line["spectral_error"] == pytest.approx(spectral, rel=2e-2)
+        assert line["energy"] == pytest.approx(1 - (error / norm(delta)) ** 2, abs=1e-4)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_factors_of_dude_beside_a_rounded_residual(dtype: torch.dtype, tmp_path: Path) -> None:
+    base = pico_model(tmp_path / "base", dtype=dtype)
+    dude = peft_adapter(base, tmp_path / "dude", use_dora=True, init_lora_weights="pissa")
+    content = factor(base, dude, tmp_path / "out", rank=8)
+    live = peft_model(base, dude)
+    for name, product in factor_products(tmp_path / "out").items():
+        layer = live.get_submodule(f"base_model.model.{name}")
+        residual = layer.base_layer.weight.detach().double()  # type: ignore[union-attr, operator]
+        a, b = (layer.get_submodule(f"lora_{side}.default").weight.detach().double() for side in "AB")
+        direction = residual + 2 * b @ a
+        magnitude = layer.lora_magnitude_vector.default.weight.detach().double()  # type: ignore[union-attr]
+        delta = (magnitude / torch.linalg.vector_norm(direction, dim=1))[:, None] * direction - base_weights(base)[name]
+        best = norm(torch.linalg.svdvals(delta)[8:])
+        assert norm(delta - product) <= 1.01 * best
+        assert content["layers"][name]["relative_error"] == pytest.approx(norm(delta - product) / norm(delta), rel=1e-2)
+
+
+@pytest.mark.parametrize("energy", [0.5, 0.9, 0.999])
+def test_an_energy_is_kept_with_the_smallest_rank(energy: float, base: Path, dude: Path, tmp_path: Path) -> None:
+    content = factor(base, dude, tmp_path / "out", rank=energy)
+    exact = deltas(base, dude)
+    for name, product in factor_products(tmp_path / "out").items():
+        squares = torch.linalg.svdvals(exact[name]).square()
+        smallest = int((torch.cumsum(squares, 0) < energy * squares.sum()).sum()) + 1
+        assert 1 - (norm(exact[name] - product) / norm(exact[name])) ** 2 >= energy - 1e-4
+        assert smallest <= content["layers"][name]["rank"] <= smallest + 1
+
+
+@pytest.mark.parametrize("rank", [np.float32(1 - 2**-24), np.float64(1 - 2**-53), np.int64(100)])
+def test_a_rank_at_the_edge_gives_the_whole(rank: Any, base: Path, lora: Path, dude: Path, tmp_path: Path) -> None:
+    plain = factor(base, lora, tmp_path / "plain", rank=rank)
+    assert plain["certificate"]["max_relative_error"] < 1e-6
+    assert plain["certificate"]["ranks"][1] <= 8
+    scaled = factor(base, dude, tmp_path / "scaled", rank=rank)
+    assert scaled["certificate"]["max_relative_error"] < 1e-3
+    assert scaled["certificate"]["ranks"][1] <= 48
+
+
+def test_plain_factors_are_truncated_without_the_base(base: Path, tmp_path: Path) -> None:
+    adapter = dcft_adapter(base, tmp_path / "dcft")
+    with_base = factor(base, adapter, tmp_path / "one", rank=2)
+    without = factor(None, adapter, tmp_path / "two", rank=2)
+    assert with_base["layers"] == without["layers"]
+    assert {line["route"] for line in without["layers"].values()} == {"cores"}
+    one, two = factor_products(tmp_path / "one"), factor_products(tmp_path / "two")
+    assert all(torch.equal(one[name], two[name]) for name in one)
+
+
+def test_a_budget_is_kept_and_beats_one_rank_for_all(base: Path, dude: Path, tmp_path: Path) -> None:
+    uniform = factor(base, dude, tmp_path / "uniform", rank=4)
+    shapes = {name: line["shape"] for name, line in uniform["layers"].items()}
+    size = sum(4 * 4 * sum(shape) for shape in shapes.values())
+    content = factor(base, dude, tmp_path / "budget", budget=size / 1e6)
+    assert sum(4 * line["rank"] * sum(shapes[name]) for name, line in content["layers"].items()) <= size
+    exact = deltas(base, dude)
+
+    def lost(folder: Path) -> float:
+        return sum(norm(exact[name] - product) ** 2 for name, product in factor_products(folder).items())
+
+    assert lost(tmp_path / "budget") < lost(tmp_path / "uniform")
+    assert content["certificate"]["ranks"][0] < content["certificate"]["ranks"][1]
+    peft_model(base, tmp_path / "budget")  # rank_pattern and alpha_pattern are PEFT's own
+
+
+def test_scale_exact_keeps_the_row_scale(base: Path, dude: Path, tmp_path: Path) -> None:
+    whole = factor(base, dude, tmp_path / "whole")
+    content = factor(base, dude, tmp_path / "kept", rank=3, keep_scale=True)
+    plain = factor(base, dude, tmp_path / "plain", rank=3)
+    assert content["form"] == whole["form"] == "lora+row_scale"
+    from safetensors.torch import load_file
+
+    one, two = (load_file(tmp_path / name / "row_scale.safetensors") for name in ("whole", "kept"))
+    for name, scale in one.items():
+        assert torch.allclose(scale, two[name], atol=1e-6)
+    before, after, got = base_weights(base), merged_weights(base, dude), merged_weights(base, tmp_path / "kept")
+    for name, line in content["layers"].items():
+        assert line["rank"] == 3
+        error = norm(got[name] - after[name]) / norm(after[name] - before[name])  # as PEFT itself loads it
+        assert line["relative_error"] == pytest.approx(error, rel=1e-3)
+        scale = one[f"base_model.model.{name}.row_scale"].double()[:, None]
+        best = norm(torch.linalg.svdvals(after[name] - scale * before[name])[3:])
+        assert error * norm(after[name] - before[name]) == pytest.approx(best, rel=1e-3)
+    assert content["certificate"]["mean_relative_error"] < plain["certificate"]["mean_relative_error"]
+
+
+def test_the_same_input_gives_the_same_bytes(base: Path, dude: Path, tmp_path: Path) -> None:
+    one = factor(base, dude, tmp_path / "one", rank=4)
+    two = factor(base, dude, tmp_path / "two", rank=4)
+    file = "adapter_model.safetensors"
+    assert one["files"][file] == two["files"][file]
+    assert (tmp_path / "one" / file).read_bytes() == (tmp_path / "two" / file).read_bytes()
+
+
+def test_max_error_leaves_nothing_behind(base: Path, dude: Path, tmp_path: Path) -> None:
+    with pytest.raises(ParityError, match="beyond --max-error") as caught:
+        factor(base, dude, tmp_path / "out", rank=1, max_error=0.01)
+    assert "relative error <= 0.01" in str(caught.value)
+    assert list(tmp_path.iterdir()) == []
+    factor(base, dude, tmp_path / "out", rank=48, max_error=0.01)
+    assert json.loads((tmp_path / "out" / "adapter_merge.json").read_text())["options"]["max_error"] == 0.01
+
+
+@pytest.mark.parametrize(
+    "settings, message",
+    [
+        ({"rank": 0}, "--rank is wrong"),
+        ({"rank": 1.0}, "--rank is wrong"),
+        ({"rank": True}, "--rank is wrong"),
+        ({"rank": float("nan")}, "--rank is wrong"),
+        ({"budget": -1}, "--budget is wrong"),
+        ({"budget": 1e-5}, "--budget is too small"),
+        ({"rank": 2, "budget": 1.0}, "exclude each other"),
+        ({"keep_scale": True}, "--scale exact is about a truncation"),
+        ({"calibrate": __file__}, "--calibrate is about a truncation"),
+        ({"rank": 2, "calibrate": "no-such.txt"}, "no such file"),
+    ],
+)
+def test_settings_that_make_no_sense_are_refused(
+    settings: dict[str, Any], message: str, base: Path, dude: Path, tmp_path: Path
+) -> None:
+    with pytest.raises(InputError, match=message):
+        factor(base, dude, tmp_path / "out", **settings)
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_rank_is_read_from_text() -> None:
+    assert parse_rank("16") == 16 and isinstance(parse_rank("16"), int)
+    assert parse_rank("0.99") == 0.99
+    for text in ("0", "-3", "1.0", "0.99999999999999999999", "many", "nan"):
+        with pytest.raises(InputError):
+            parse_rank(text)
