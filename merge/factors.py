@@ -11,7 +11,6 @@ the same with keep_scale             the row scale stays, the low-rank part is t
 
 from __future__ import annotations
 
-import hashlib
 import math
 import os
 from collections.abc import Callable, Iterator, Sequence
@@ -34,7 +33,7 @@ from .errors import InputError, Problem, UnsupportedError, raise_all
 from .factorisation import Factored, Factoriser
 from .formats import ReadOptions, open_adapter
 from .lora import LoraModule
-from .merging import describe_inputs
+from .merging import adapter_sha256, describe_inputs
 from .output import MANIFEST, check_output, manifest, sha256, staged, write_json, write_text
 from .peft_folder import write_factors
 from .truncation import Spectrum
@@ -109,7 +108,7 @@ def factor(
         "max_error": max_error,
         "device": device,
     }
-    content = manifest("factors", _describe(opened, bound), settings)
+    content = manifest("factors", describe_inputs((bound,)) if bound is not None else adapter_only(opened), settings)
     if dry_run:
         return content | {"dry_run": True}
 
@@ -231,9 +230,8 @@ def _pairs(opened: Adapter, bound: BoundAdapter | None) -> Iterator[Pair]:
         yield from ((item.module, item) for item in bound.modules)
 
 
-def _describe(opened: Adapter, bound: BoundAdapter | None) -> dict[str, Any]:
-    if bound is not None:
-        return describe_inputs((bound,))
+def adapter_only(opened: Adapter) -> dict[str, Any]:
+    """The manifest's account of an adapter that no base was given for (conversion.py uses it too)."""
     entry = {
         "name": opened.folder.resolve().name,
         "path": str(opened.folder),
@@ -241,16 +239,9 @@ def _describe(opened: Adapter, bound: BoundAdapter | None) -> dict[str, Any]:
         "method": opened.method,
         "modules": len(opened.modules),
         "replacements": sorted(opened.replacements),
-        "sha256": _files_sha256(opened),
+        "sha256": adapter_sha256(opened),
     }
     return {"base": {"name": opened.base_name, "fingerprint": None}, "adapters": [entry]}
-
-
-def _files_sha256(opened: Adapter) -> str:
-    digest = hashlib.sha256()
-    for file in sorted(opened.files):
-        digest.update(f"{file.name}\0{sha256(file)}\0".encode())
-    return digest.hexdigest()
 
 
 @contextmanager
