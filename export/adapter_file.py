@@ -25,6 +25,7 @@ FORMAT_LIMIT = 2**31 - 2**20  # flatbuffers: a larger file is written without an
 
 def match_factors(factors: Factors, layout: Layout) -> None:
     """Raise MismatchError, with every problem, when `factors` do not fit the export."""
+    factors = aligned(factors, layout)
     problems = []
     if factors.base is not None and factors.base != layout.base:
         problems.append(
@@ -61,6 +62,11 @@ def match_factors(factors: Factors, layout: Layout) -> None:
     raise_all(problems, MismatchError)
 
 
+def aligned(factors: Factors, layout: Layout) -> Factors:
+    """The factors under the names of the export's modules and tensors."""
+    return factors.aligned((part.module for target in layout.targets for part in target.parts), layout.heads)
+
+
 def packed(target: Target, linears: Mapping[str, LinearFactors]) -> tuple[Any, Any, Any] | None:
     """(A (k, R), B (R, n), s (n,) or None) float32 of one target, or None when no part of it is adapted."""
     import numpy as np
@@ -87,6 +93,7 @@ def packed(target: Target, linears: Mapping[str, LinearFactors]) -> tuple[Any, A
 def adapter_tensors(factors: Factors, layout: Layout) -> dict[str, Any]:
     """Input of the graph -> float32 array: all that differs from the base. Raises MismatchError."""
     match_factors(factors, layout)
+    factors = aligned(factors, layout)
     tensors: dict[str, Any] = {}
     for target in layout.targets:
         values = packed(target, factors.linears)

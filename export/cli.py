@@ -144,37 +144,38 @@ def generate(
     """Answer PROMPT with the export in ONNX_DIR, streaming; with several --adapter, once for each."""
     from dataclasses import asdict
 
-    from .generation import Sampling, generate
+    from . import generation
 
     if prompt == "-":
         prompt = click.get_text_stream("stdin").read()
     together = len(adapters) > 1
+    at_once = together and batched(folder)  # streams of one batch would interleave
     last: list[str] = []
 
     def show(adapter: str, text: str) -> None:
-        if as_json or not text:
+        if as_json or at_once or not text:
             return
         if together and last[-1:] != [adapter]:
             click.echo(("\n" if last else "") + f"[{adapter}] ", nl=False)
             last.append(adapter)
         click.echo(text, nl=False)
 
-    answers = generate(
+    answers = generation.generate(
         folder,
         prompt,
         adapters,
         device=device,
         system=system,
         raw=raw,
-        sampling=Sampling(max_tokens, temperature, top_p, seed),
+        sampling=generation.Sampling(max_tokens, temperature, top_p, seed),
         engine=engine,
         threads=threads,
-        show=show if not batched(folder) or not together else lambda adapter, text: None,
+        show=show,
     )
     if as_json:
         emit({"answers": [{**asdict(answer), "tokens_per_second": answer.tokens_per_second} for answer in answers]})
         return
-    if together and batched(folder):
+    if at_once:
         for answer in answers:
             click.echo(f"[{answer.adapter}] {answer.text}")
     else:

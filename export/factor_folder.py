@@ -5,8 +5,8 @@ y = row_scale * (x W0^T + x A^T B^T) + bias        A (R, in), B (out, R), row_sc
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -46,9 +46,39 @@ class Factors:
     method: str = "factors"
     error: float = 0.0  # largest relative error of a weight's change, where factoring measured one
 
+    def aligned(self, modules: Iterable[str], tensors: Iterable[str]) -> Factors:
+        """The same factors under the names of a graph: a leading component more or less is the same module.
+
+        PEFT and transformers name an encoder's modules with or without the body's prefix.
+        """
+
+        def place(name: str, known: set[str], endings: Mapping[str, list[str]]) -> str:
+            shorter = name.partition(".")[2]
+            if name in known:
+                return name
+            if shorter in known:
+                return shorter
+            longer = endings.get(name, [])
+            return longer[0] if len(longer) == 1 else name
+
+        paths, names = set(modules), set(tensors)
+        path_ends, name_ends = _endings(paths), _endings(names)
+        return replace(
+            self,
+            linears={place(name, paths, path_ends): value for name, value in self.linears.items()},
+            replacements={place(name, names, name_ends): value for name, value in self.replacements.items()},
+        )
+
     @property
     def max_rank(self) -> int:
         return max((linear.rank for linear in self.linears.values()), default=0)
+
+
+def _endings(names: set[str]) -> dict[str, list[str]]:
+    ends: dict[str, list[str]] = {}
+    for name in sorted(names):
+        ends.setdefault(name.partition(".")[2], []).append(name)
+    return ends
 
 
 def read_factors(folder: Path) -> Factors:

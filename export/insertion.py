@@ -151,3 +151,54 @@ def _follow(graph: ir.Graph, previous: ir.Node, node: ir.Node, like: ir.Value) -
 
 def _place(graph: ir.Graph, before: ir.Node, node: ir.Node) -> None:
     graph.insert_before(before, node)
+
+
+def make_optional(model: ir.Model, name: str) -> None:
+    """Make the initialiser `name` an optional input as well; its first size may differ (another number of labels)."""
+    import onnx_ir as ir
+
+    value = model.graph.initializers[name]
+    assert value.shape is not None and value.name is not None
+    value.shape = ir.Shape([f"{value.name}.rows", *value.shape.numpy()[1:]])
+    model.graph.inputs.append(value)
+
+
+def split_gemm(graph: ir.Graph, node: ir.Node) -> ir.Node:
+    """Put MatMul and Add in the place of a Gemm with alpha = beta = 1, and return the MatMul.
+
+    An adapter's scale stands between the product and the bias.
+    """
+    import onnx_ir as ir
+
+    attributes = {name: value.value for name, value in node.attributes.items()}
+    assert attributes.get("alpha", 1.0) == 1.0 and attributes.get("beta", 1.0) == 1.0
+    assert not attributes.get("transA", 0)
+    x, weight, output = node.inputs[0], node.inputs[1], node.outputs[0]
+    assert weight is not None
+    new = []
+    if attributes.get("transB", 0):
+        turn = ir.node("Transpose", [weight], {"perm": [1, 0]}, name=f"{node.name}/Transpose")
+        turn.outputs[0].name = f"{turn.name}/output_0"
+        turn.outputs[0].type = weight.type
+        weight = turn.outputs[0]
+        new.append(turn)
+    product = ir.node("MatMul", [x, weight], name=f"{node.name}/MatMul")
+    product.outputs[0].name = f"{product.name}/output_0"
+    product.outputs[0].type = output.type
+    new.append(product)
+    result = product.outputs[0]
+    if len(node.inputs) > 2 and node.inputs[2] is not None:
+        bias = ir.node("Add", [result, node.inputs[2]], name=f"{node.name}/Add")
+        bias.outputs[0].name = f"{bias.name}/output_0"
+        bias.outputs[0].type = output.type
+        new.append(bias)
+        result = bias.outputs[0]
+    for step in new:
+        step.metadata_props.update(node.metadata_props)
+    graph.insert_before(node, new)
+    replaced = output.name
+    ir.convenience.replace_all_uses_with(output, result, replace_graph_outputs=True)
+    graph.remove(node, safe=True)
+    if result in graph.outputs:
+        result.name, result.shape = replaced, output.shape
+    return product

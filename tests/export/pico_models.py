@@ -162,3 +162,131 @@ def add_dcft(model: Any, adapter: Path, config: dict[str, Any]) -> None:
         weight = model.get_submodule(prefix.removeprefix("base_model.model.").rstrip(".")).weight
         with torch.no_grad():
             weight += (delta.T * scale).float()
+
+
+def save_encoder(folder: Path, family: str, task: str = "SequenceClassification", seed: int = 0) -> Path:
+    """A pico BERT, RoBERTa or DeBERTa-v2 (as v3 is configured) with a head of three labels; one bias all zeros."""
+    import transformers as t
+
+    options: dict[str, Any] = {
+        "vocab_size": VOCABULARY,
+        "hidden_size": 64,
+        "intermediate_size": 96,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "max_position_embeddings": 140,
+        "num_labels": 2 if task == "QuestionAnswering" else 3,
+    }
+    if family == "roberta":
+        options["type_vocab_size"] = 1
+    if family == "deberta-v2":
+        options |= {
+            "relative_attention": True,
+            "pos_att_type": ["p2c", "c2p"],
+            "position_buckets": 32,
+            "norm_rel_ebd": "layer_norm",
+            "share_att_key": True,
+            "position_biased_input": False,
+            "type_vocab_size": 0,
+            "max_relative_positions": -1,
+        }
+    prefix = {"bert": "Bert", "roberta": "Roberta", "deberta-v2": "DebertaV2"}[family]
+    model = getattr(t, f"{prefix}For{task}")(getattr(t, f"{prefix}Config")(**options))
+    _enliven(model, seed)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if name.startswith("classifier") and name.endswith("bias"):
+                parameter.zero_()  # a fresh head: exporters like to drop it
+    model.save_pretrained(folder)
+    save_tokenizer(folder)
+    return folder
+
+
+def save_gpt2(folder: Path, seed: int = 0) -> Path:
+    """A pico GPT-2: Conv1D weights are (in, out)."""
+    from transformers import GPT2Config, GPT2LMHeadModel
+
+    model = GPT2LMHeadModel(
+        GPT2Config(
+            vocab_size=VOCABULARY,
+            n_embd=64,
+            n_layer=2,
+            n_head=4,
+            n_positions=128,
+            bos_token_id=256,
+            eos_token_id=257,
+        )
+    )
+    _enliven(model, seed)
+    model.save_pretrained(folder)
+    save_tokenizer(folder)
+    return folder
+
+
+def _enliven(model: Any, seed: int) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            scale = 1.0 / parameter.shape[-1] ** 0.5 if parameter.ndim == 2 else 0.1
+            parameter.add_(torch.randn(parameter.shape, generator=generator) * scale)
+
+
+def save_encoder_adapter(base: Path, folder: Path, seed: int, **options: Any) -> Path:
+    """A PEFT adapter on every attention and feed-forward linear of an encoder, with a trained head."""
+    from peft import LoraConfig, get_peft_model
+    from transformers import AutoModelForSequenceClassification
+
+    torch.manual_seed(seed)
+    model = AutoModelForSequenceClassification.from_pretrained(base)
+    linear = r".*layer\.\d+\..*(query|key|value|query_proj|key_proj|value_proj|dense)"
+    settings = {"r": 4, "lora_alpha": 8, "target_modules": linear, "task_type": "SEQ_CLS", **options}
+    model = get_peft_model(model, LoraConfig(**settings))
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if parameter.requires_grad:
+                noise = torch.randn_like(parameter)
+                parameter.copy_(parameter * (1 + 0.05 * noise) if "magnitude" in name else parameter + 0.1 * noise)
+    model.save_pretrained(folder)
+    return folder
+
+
+def save_encoder_dcft(base: Path, folder: Path, seed: int, kernel: int = 8) -> Path:
+    """A DCFT checkpoint as the reference code writes it: a pickled state dict with lora_* beside every weight.
+
+    `folder`/merged holds the dense model, computed here from the reference's forward.
+    """
+    from safetensors.torch import load_file
+    from transformers import AutoModelForSequenceClassification
+
+    generator = torch.Generator().manual_seed(seed)
+    state = load_file(base / "model.safetensors")
+    dense = dict(state)
+    alpha = 16.0
+    for name, weight in list(state.items()):
+        module = name.removesuffix(".weight")
+        last = module.rpartition(".")[2]
+        if ".layer." not in name or weight.ndim != 2 or last not in DCFT_MODULES:
+            if not name.startswith(("classifier", "pooler")) or weight.ndim == 0:
+                continue
+            state[name] = dense[name] = weight + torch.randn(weight.shape, generator=generator) * 0.2
+            continue
+        out, inner = weight.shape
+        a = torch.randn(1, inner // kernel, generator=generator) * 0.3
+        b = torch.randn(out // kernel, 1, generator=generator) * 0.3
+        c = torch.randn(1, 1, kernel, kernel, generator=generator) * 0.1
+        number = torch.tensor([8.0])
+        state |= {f"{module}.lora_A": a, f"{module}.lora_B": b, f"{module}.lora_C": c, f"{module}.ranknum": number}
+        delta = torch.nn.functional.conv_transpose2d((a.T @ b.T)[None, None], c, stride=kernel)[0, 0]
+        dense[name] = weight + delta.T * alpha / (number + 1e-5)
+    folder.mkdir(parents=True)
+    torch.save(state, folder / "pytorch_model.bin")
+    config = json.loads((base / "config.json").read_text())
+    config |= {"apply_lora": True, "lora_type": "svd", "lora_module": "all", "lora_alpha": alpha, "lora_r": 1}
+    (folder / "config.json").write_text(json.dumps(config))
+    model = AutoModelForSequenceClassification.from_pretrained(base)
+    model.load_state_dict(dense)
+    model.save_pretrained(folder / "merged")
+    return folder
+
+
+DCFT_MODULES = ("query", "key", "value", "query_proj", "key_proj", "value_proj", "dense")

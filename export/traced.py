@@ -1,0 +1,292 @@
+"""Models that the builder does not know, through torch.onnx: BERT, RoBERTa and DeBERTa-v2 with their heads, GPT-2.
+
+A classifier's head is trained with its adapter. In a switchable export it is an adapter tensor like any other:
+an optional input, named as in the checkpoint, with the base's head as its default; its number of labels may
+differ from adapter to adapter.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from adapter_merge.merge.checkpoint import Checkpoint, open_checkpoint
+from adapter_merge.merge.errors import AdapterMergeError, MismatchError, Problem, UnsupportedError, raise_all
+from adapter_merge.merge.output import check_output, check_space, staged
+
+from .adapter_file import SUFFIX, match_factors, write_adapter
+from .adapter_source import factors_of
+from .factor_folder import Factors
+from .folder import Manifest, write_manifest
+from .insertion import insert_switches, make_optional, split_gemm, stamp
+from .merged import check_single
+from .runtime import check_packages, parse_device
+from .switchable import export_bytes, figures, save_graph
+from .targets import Layout, Part, Target
+
+if TYPE_CHECKING:
+    import onnx_ir as ir
+
+FAMILIES = {"bert": "Bert", "roberta": "Roberta", "deberta-v2": "DebertaV2"}
+TASKS = {
+    "ForSequenceClassification": ("classifier.weight", "classifier.out_proj.weight"),
+    "ForTokenClassification": ("classifier.weight",),
+    "ForQuestionAnswering": ("qa_outputs.weight",),
+}
+BODIES = ("Model", "ForMaskedLM", "ForPreTraining")  # pretrained, without a head that an adapter could use
+GPT2 = "GPT2LMHeadModel"
+TRACED = (GPT2, *(family + end for family in FAMILIES.values() for end in (*TASKS, *BODIES)))
+LAYER = re.compile(r"(.*\.)?\d+\..*")
+
+
+def export_traced(
+    base: str | Path,
+    adapters: Mapping[str, Path],
+    output: Path,
+    *,
+    mode: str = "merged",
+    precision: str = "fp32",
+    device: str = "cpu",
+    overwrite: bool = False,
+    dry_run: bool = False,
+) -> dict[str, Any]:
+    """Write the export of an encoder or GPT-2 to `output`; figures of what was done.
+
+    Raises InputError, MismatchError, UnsupportedError, OutputError or MissingDependencyError before the trace.
+    """
+    started = time.perf_counter()
+    check_packages("onnx_ir", "onnxscript", "transformers")
+    kind, _ = parse_device(device)
+    checkpoint = open_checkpoint(base)
+    problems = []
+    if mode == "batched":
+        problems.append(Problem("--mode batched is for decoders of the model builder", "merged or switchable"))
+    if precision != "fp32":
+        problems.append(Problem(f"{precision} is for decoders of the model builder", "--precision fp32", precision))
+    raise_all(problems, UnsupportedError)
+    if mode == "merged":
+        check_single(adapters)
+    check_output(output, overwrite, (checkpoint.folder, *adapters.values()))
+    check_space(output, export_bytes(checkpoint, "fp32") * (2 if mode == "merged" and adapters else 1))
+    factors = {name: factors_of(checkpoint.folder, source) for name, source in adapters.items()}
+    name_of_class = task_class(checkpoint, factors)
+    plan: dict[str, Any] = {
+        "mode": mode,
+        "base": str(checkpoint.folder),
+        "class": name_of_class,
+        "precision": precision,
+        "device": kind,
+        "adapters": {name: figures(value) for name, value in factors.items()},
+    }
+    if dry_run:
+        return {**plan, "dry_run": True}
+    manifest = Manifest(
+        "decoder" if name_of_class == GPT2 else "encoder",
+        mode,
+        precision,
+        kind,
+        checkpoint.folder,
+        checkpoint.fingerprint,
+        options={"class": name_of_class},
+    )
+    with staged(output, overwrite) as staging:
+        if mode == "merged":
+            _trace_merged(checkpoint, adapters, name_of_class, staging, manifest)
+        else:
+            _trace_switchable(checkpoint, adapters, factors, name_of_class, staging, manifest)
+        copy_side_files(checkpoint, staging)
+        write_manifest(staging, manifest)
+    sizes = {name: entry["bytes"] for name, entry in manifest.adapters.items() if "bytes" in entry}
+    return {**plan, "output": str(output), "adapter_bytes": sizes, "seconds": round(time.perf_counter() - started, 2)}
+
+
+def task_class(checkpoint: Checkpoint, factors: Mapping[str, Factors]) -> str:
+    """The transformers class to trace: the checkpoint's own, or the task of the heads that the adapters carry.
+
+    Raises UnsupportedError when there is no head to classify with.
+    """
+    architecture = (checkpoint.config.get("architectures") or [""])[0]
+    if architecture == GPT2 or architecture.endswith(tuple(TASKS)):
+        return str(architecture)
+    family = FAMILIES[checkpoint.config["model_type"]]
+    replaced = {name for value in factors.values() for name in value.replacements}
+    if "qa_outputs.weight" in replaced:
+        return family + "ForQuestionAnswering"
+    if replaced & {"classifier.weight", "classifier.out_proj.weight"}:
+        return family + "ForSequenceClassification"
+    raise UnsupportedError(
+        f"{checkpoint.folder}: {architecture} has no head, and no adapter brings one",
+        expected=", ".join(TASKS),
+        hint="export with an adapter that carries its classifier, or from a checkpoint with a head",
+    )
+
+
+def _trace_merged(
+    checkpoint: Checkpoint, adapters: Mapping[str, Path], name_of_class: str, staging: Path, manifest: Manifest
+) -> None:
+    import onnx_ir as ir
+    from adapter_merge.merge.merging import merge
+
+    with tempfile.TemporaryDirectory(prefix=".merged-", dir=staging.parent) as temporary:
+        weights = checkpoint.folder
+        for name, source in adapters.items():
+            weights = Path(temporary) / "model"
+            content = merge(checkpoint.folder, source, weights, dtype="float32", device="cpu")
+            entry = content["adapters"][0]
+            manifest.adapters[name] = {"source": str(source), "method": entry["method"], "sha256": entry["sha256"]}
+        shapes = {name: ref.shape for name, ref in open_checkpoint(weights).tensors.items()}
+        trace(weights, staging, name_of_class, label_count(name_of_class, shapes), keep=())
+    model = ir.load(staging / "model.onnx")
+    _clean(model)
+    stamp(model, Layout("merged", checkpoint.fingerprint, "fp32", "float32", (), {}, tuple(adapters)))
+    save_graph(model, staging / "model.onnx")
+
+
+def _trace_switchable(
+    checkpoint: Checkpoint,
+    adapters: Mapping[str, Path],
+    factors: Mapping[str, Factors],
+    name_of_class: str,
+    staging: Path,
+    manifest: Manifest,
+) -> None:
+    import onnx_ir as ir
+
+    shapes: dict[str, tuple[int, ...]] = {name: ref.shape for name, ref in checkpoint.tensors.items()}
+    for value in factors.values():
+        for name, tensor in value.replacements.items():
+            shapes.setdefault(name, tensor.shape)
+    replaced = {name for value in factors.values() for name in value.replacements}
+    trace(checkpoint.folder, staging, name_of_class, label_count(name_of_class, shapes), keep=tuple(sorted(replaced)))
+    model = ir.load(staging / "model.onnx")
+    named = {module for value in factors.values() for module in value.linears}
+    targets = traced_targets(model, named)
+    heads = {name: name for name in head_tensors(model, replaced)}
+    layout = Layout("switchable", checkpoint.fingerprint, "fp32", "float32", targets, heads)
+    problems: list[Problem] = []
+    for value in factors.values():
+        try:
+            match_factors(value, layout)
+        except MismatchError as error:
+            problems.extend(error.problems)
+    raise_all(problems, MismatchError)
+    insert_switches(model, layout)
+    for name in heads:
+        make_optional(model, name)
+    _clean(model)
+    save_graph(model, staging / "model.onnx")
+    for name, value in factors.items():
+        size = write_adapter(value, layout, staging / f"{name}{SUFFIX}")
+        manifest.adapters[name] = {"source": str(adapters[name]), "file": f"{name}{SUFFIX}", "bytes": size}
+
+
+def trace(checkpoint: Path, output: Path, name_of_class: str, labels: int | None, keep: tuple[str, ...]) -> None:
+    """Run trace_process: model.onnx and model.onnx.data in `output`; weights in `keep` keep their orientation."""
+    job = {
+        "checkpoint": str(checkpoint.resolve()),
+        "output": str(output.resolve()),
+        "class": name_of_class,
+        "labels": labels,
+        "keep": list(keep),
+    }
+    command = [sys.executable, "-m", "adapter_merge.export.trace_process", json.dumps(job)]
+    environment = {**os.environ, "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
+    environment.pop("PYTHONWARNINGS", None)
+    done = subprocess.run(command, cwd=output, env=environment, capture_output=True, text=True, check=False)
+    if done.returncode != 0 or not (output / "model.onnx").is_file():
+        said = [line for line in done.stderr.splitlines() if line.strip()]
+        raise AdapterMergeError(
+            f"{checkpoint}: torch.onnx could not export {name_of_class}",
+            got=said[-1].strip() if said else f"exit code {done.returncode}",
+            hint="a SIGKILL means too little memory" if done.returncode < 0 else None,
+        )
+
+
+def label_count(name_of_class: str, shapes: Mapping[str, tuple[int, ...]]) -> int | None:
+    """How many labels the head in `shapes` has; None for a language model."""
+    for end, names in TASKS.items():
+        if name_of_class.endswith(end):
+            for name in names:
+                if name in shapes:
+                    return int(shapes[name][0])
+    return None
+
+
+def traced_targets(model: ir.Model, named: set[str]) -> tuple[Target, ...]:
+    """The linears of the layers, and those outside that an adapter names; their products, by module path."""
+    graph = model.graph
+    found: dict[str, list[Any]] = {}
+    for node in list(graph):
+        module = node.metadata_props.get("module")
+        if module is None or node.op_type not in ("MatMul", "Gemm"):
+            continue
+        wanted = module in named or any(_same(module, name) for name in named)
+        if LAYER.fullmatch(module) is None and not wanted:
+            continue
+        weight = node.inputs[1]
+        own = weight is not None and weight.name == f"{module}.weight"
+        turned = weight is not None and weight.producer() is not None
+        if not own and not (turned and weight.producer().inputs[0].name == f"{module}.weight"):
+            continue  # attention scores, computed in the module's own forward
+        found.setdefault(module, []).append(split_gemm(graph, node) if node.op_type == "Gemm" else node)
+    targets = []
+    for module, nodes in found.items():
+        weight = graph.initializers[f"{module}.weight"]
+        assert weight.shape is not None
+        rows, columns = (int(size) for size in weight.shape.numpy())
+        direct = nodes[0].inputs[1] is weight
+        k, n = (rows, columns) if direct else (columns, rows)
+        names = tuple(str(node.name) for node in nodes)
+        targets.append(Target(module, names, k, n, (Part(module, 0, n),)))
+    return tuple(targets)
+
+
+def _same(path: str, name: str) -> bool:
+    """True when a module's path differs from an adapter's name by one leading component."""
+    return path.partition(".")[2] == name or name.partition(".")[2] == path
+
+
+def head_tensors(model: ir.Model, replaced: set[str]) -> list[str]:
+    """The weights outside the layers and embeddings (pooler, classifier), and those that an adapter replaces."""
+    names = []
+    for name in model.graph.initializers:
+        outside = name.startswith(("classifier.", "qa_outputs.", "pooler.")) or ".pooler." in name
+        if outside or any(name == other or _same(name, other) for other in replaced):
+            names.append(name)
+    return names
+
+
+def _clean(model: ir.Model) -> None:
+    """Forget the shapes between the nodes (onnxruntime infers them; the labels may vary) and the module paths."""
+    import onnx_ir as ir
+
+    for node in model.graph:
+        node.metadata_props.clear()
+        for value in node.outputs:
+            if value not in model.graph.outputs:
+                value.shape = None
+    for value in model.graph.outputs:
+        if value.name == "logits" and value.shape is not None:
+            value.shape = ir.Shape([*value.shape[:-1], "labels"])
+
+
+def copy_side_files(checkpoint: Checkpoint, folder: Path) -> None:
+    """Tokenizer and the like, as the checkpoint has them."""
+    import shutil
+
+    for relative in checkpoint.side_files:
+        target = folder / relative
+        if (
+            len(relative.parts) == 1
+            and not target.exists()
+            and relative.name not in ("README.md", "adapter_merge.json")
+        ):
+            shutil.copyfile(checkpoint.folder / relative, target)

@@ -1,0 +1,145 @@
+"""Encoders with their heads and GPT-2: torch.onnx, merged and switchable, against PEFT and the DCFT forward."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from pico_models import save_encoder, save_encoder_adapter, save_encoder_dcft, save_gpt2, save_lora
+
+pytest.importorskip("onnxruntime")
+
+from adapter_merge.export.classifying import Classifier
+from adapter_merge.export.exporting import export_model
+from adapter_merge.export.folder import read_export
+from adapter_merge.export.running import Decoder, run_all
+from adapter_merge.export.switchable import add_adapters
+from adapter_merge.export.verification import verify_onnx
+from adapter_merge.merge.errors import UnsupportedError
+
+pytestmark = pytest.mark.onnx
+BAR = 1e-4
+TOKENS = {"prompt": [(37 * i + 11) % 250 for i in range(40)], "rest": [7 * i % 250 for i in range(20)]}
+
+
+def batch(length: int) -> tuple[Any, Any]:
+    ids = (np.arange(3 * length).reshape(3, length) * 37) % 300 + 5
+    mask = np.ones_like(ids)
+    mask[1, length - 3 :] = 0
+    ids[mask == 0] = 1
+    return ids, mask
+
+
+def torch_logits(model: Any, ids: Any, mask: Any) -> torch.Tensor:
+    with torch.no_grad():
+        result: torch.Tensor = model(input_ids=torch.from_numpy(ids), attention_mask=torch.from_numpy(mask)).logits
+    return result
+
+
+def load(base: Path, adapter: Path | None) -> Any:
+    from transformers import AutoModelForSequenceClassification
+
+    if adapter is None:
+        return AutoModelForSequenceClassification.from_pretrained(base).double().eval()
+    if (adapter / "merged").is_dir():  # DCFT: the fixture wrote the dense model, from the formula
+        return AutoModelForSequenceClassification.from_pretrained(adapter / "merged").double().eval()
+    from peft import PeftModel
+
+    model = AutoModelForSequenceClassification.from_pretrained(base)
+    return PeftModel.from_pretrained(model, adapter).merge_and_unload().double().eval()
+
+
+@pytest.mark.parametrize("family", ["bert", "roberta", "deberta-v2"])
+def test_switchable_classifier(family: str, tmp_path: Path) -> None:
+    base = save_encoder(tmp_path / "base", family)
+    adapters = {
+        "dora": save_encoder_adapter(base, tmp_path / "dora", 1, use_dora=True),
+        "dcft": save_encoder_dcft(base, tmp_path / "dcft", 2),
+        "later": save_encoder_adapter(base, tmp_path / "later", 3),
+    }
+    output = tmp_path / "out"
+    export_model(base, {name: adapters[name] for name in ("dora", "dcft")}, output, mode="switchable")
+    graph = (output / "model.onnx").read_bytes()
+    add_adapters(output, {"later": adapters["later"]})
+    assert (output / "model.onnx").read_bytes() == graph
+    classifier = Classifier(output, threads=1)
+    answers: dict[str | None, Any] = {}
+    for name in ("dora", None, "dcft", "later", None):
+        model = load(base, adapters[name] if name else None)
+        for length in (12, 70):
+            ids, mask = batch(length)
+            got = classifier.run(ids, mask, name)["logits"]
+            expected = torch_logits(model, ids, mask)
+            assert float((torch.from_numpy(got).double() - expected).abs().max()) < BAR
+            answers[name] = got
+    assert all(np.abs(answers[name] - answers[None]).max() > 0.05 for name in adapters)
+
+
+@pytest.mark.parametrize("family", ["roberta", "deberta-v2"])
+def test_merged_classifier(family: str, tmp_path: Path) -> None:
+    base = save_encoder(tmp_path / "base", family)
+    dcft = save_encoder_dcft(base, tmp_path / "dcft", 2)
+    export_model(base, {"dcft": dcft}, tmp_path / "out", mode="merged")
+    ids, mask = batch(30)
+    got = Classifier(tmp_path / "out", threads=1).run(ids, mask)["logits"]
+    assert float((torch.from_numpy(got).double() - torch_logits(load(base, dcft), ids, mask)).abs().max()) < BAR
+    report = verify_onnx(base, dcft, tmp_path / "out")
+    assert report["passed"] is True
+    assert report["max_abs_difference"] < BAR
+    assert read_export(tmp_path / "out").kind == "encoder"
+
+
+def test_verify_sees_a_wrong_adapter(tmp_path: Path) -> None:
+    base = save_encoder(tmp_path / "base", "roberta")
+    one = save_encoder_adapter(base, tmp_path / "one", 1)
+    other = save_encoder_adapter(base, tmp_path / "other", 2)
+    export_model(base, {"one": one}, tmp_path / "out", mode="switchable")
+    assert verify_onnx(base, one, tmp_path / "out")["passed"] is True
+    assert verify_onnx(base, other, tmp_path / "out", name="one")["passed"] is False
+    assert verify_onnx(base, None, tmp_path / "out")["passed"] is True
+
+
+def test_question_answering(tmp_path: Path) -> None:
+    from transformers import AutoModelForQuestionAnswering
+
+    base = save_encoder(tmp_path / "base", "deberta-v2", task="QuestionAnswering")
+    export_model(base, {}, tmp_path / "out", mode="switchable")
+    ids, mask = batch(20)
+    got = Classifier(tmp_path / "out", threads=1).run(ids, mask)
+    model = AutoModelForQuestionAnswering.from_pretrained(base).eval()
+    with torch.no_grad():
+        expected = model(input_ids=torch.from_numpy(ids), attention_mask=torch.from_numpy(mask))
+    for key in ("start_logits", "end_logits"):
+        assert float((torch.from_numpy(got[key]) - expected[key]).abs()[torch.from_numpy(mask) == 1].max()) < BAR
+
+
+def test_gpt2(tmp_path: Path, reference: Any) -> None:
+    base = save_gpt2(tmp_path / "base")
+    targets = ["c_attn", "c_fc", "c_proj"]
+    lora = save_lora(base, tmp_path / "lora", 1, target_modules=targets, fan_in_fan_out=True)
+    dora = save_lora(base, tmp_path / "dora", 2, target_modules=targets, fan_in_fan_out=True, use_dora=True)
+    export_model(base, {"lora": lora, "dora": dora}, tmp_path / "s", mode="switchable")
+    export_model(base, {"dora": dora}, tmp_path / "m", mode="merged")
+    tokens = TOKENS["prompt"] + TOKENS["rest"]
+    decoder = Decoder(tmp_path / "s", threads=1)
+    for name, adapter in ((None, None), ("lora", lora), ("dora", dora)):
+        got = torch.from_numpy(run_all(decoder, name, TOKENS)).double()
+        assert float((got - reference(base, adapter, tokens)).abs().max()) < BAR
+    got = torch.from_numpy(run_all(Decoder(tmp_path / "m", threads=1), None, TOKENS)).double()
+    assert float((got - reference(base, dora, tokens)).abs().max()) < BAR
+
+
+def test_what_a_trace_cannot_do_is_said_first(tmp_path: Path) -> None:
+    base = save_encoder(tmp_path / "base", "bert")
+    with pytest.raises(UnsupportedError) as caught:
+        export_model(base, {}, tmp_path / "out", mode="batched", precision="int4")
+    assert len(caught.value.problems) == 2
+    config = json.loads((base / "config.json").read_text())
+    (base / "config.json").write_text(json.dumps(config | {"architectures": ["BertForMaskedLM"]}))
+    with pytest.raises(UnsupportedError, match="no head"):
+        export_model(base, {}, tmp_path / "out", mode="switchable")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["base"]
