@@ -1,0 +1,251 @@
+"""What the engine writes: values against float64, layout, hashes, figures, whatever the number of workers."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from adapter_merge.merge.chunks import CHUNK_BYTES
+from adapter_merge.merge.engine import execute
+from adapter_merge.merge.errors import NumericsError
+from adapter_merge.merge.headers import read_header
+from adapter_merge.merge.merging import delta, merge, open_pair
+from adapter_merge.merge.plan import plan_merge
+from merge_models import base_tensors, expected, read_model, sha256_of, write_base, write_lora
+from safetensors.torch import load_file
+
+CPU = torch.device("cpu")
+
+
+def assert_once_rounded(found: torch.Tensor, exact: torch.Tensor) -> None:
+    """`found` is `exact` (float64) rounded once, but where float32 accumulation lies across a rounding boundary."""
+    once = exact.to(found.dtype)
+    differs = found != once
+    assert float(differs.double().mean()) < 2e-3
+    # One step of the dtype; where W0 and dW nearly cancel, the step is smaller than a float32 sum's own error.
+    neighbour = torch.finfo(found.dtype).eps * exact.abs()[differs] + torch.finfo(torch.float32).eps
+    assert bool(((found.double() - exact).abs()[differs] <= neighbour).all())
+
+
+@pytest.mark.parametrize("dora", [False, True])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+def test_every_weight_is_the_formula_rounded_once(tmp_path: Path, dora: bool, dtype: torch.dtype) -> None:
+    tensors = base_tensors(dtype=dtype)
+    base = write_base(tmp_path / "base", tensors)
+    adapter = write_lora(tmp_path / "adapter", tensors, dora=dora)
+    merge(base, adapter, tmp_path / "out")
+    found = read_model(tmp_path / "out")
+    exact = expected(tensors, adapter)
+    assert set(found) == set(tensors)
+    assert len(exact) == 12
+    for name, tensor in found.items():
+        assert tensor.dtype == tensors[name].dtype
+        if name not in exact:
+            assert torch.equal(tensor, tensors[name])
+        elif dtype == torch.float32:
+            torch.testing.assert_close(tensor.double(), exact[name], rtol=2e-6, atol=2e-7)
+        else:
+            assert_once_rounded(tensor, exact[name])
+
+
+def test_the_output_is_laid_out_as_the_input(tmp_path: Path) -> None:
+    tensors = base_tensors()
+    base = write_base(tmp_path / "base", tensors)
+    merge(base, write_lora(tmp_path / "adapter", tensors), tmp_path / "out")
+    for file in sorted(base.glob("*.safetensors")):
+        before, after = read_header(file), read_header(tmp_path / "out" / file.name)
+        assert file.read_bytes()[: before.data_start] == (tmp_path / "out" / file.name).read_bytes()[: after.data_start]
+    index = json.loads((tmp_path / "out" / "model.safetensors.index.json").read_text())
+    assert index["metadata"]["total_size"] == sum(tensor.nbytes for tensor in tensors.values())
+    assert index["weight_map"] == json.loads((base / "model.safetensors.index.json").read_text())["weight_map"]
+    for name in ("tokenizer.json", "generation_config.json", "chat_template.jinja", "modeling_own.py", "config.json"):
+        assert (tmp_path / "out" / name).read_bytes() == (base / name).read_bytes()
+    assert (tmp_path / "out" / "templates" / "tool.txt").read_text() == "nested"
+
+
+def test_the_manifest_holds_the_hash_of_every_input_and_output_file(tmp_path: Path) -> None:
+    tensors = base_tensors()
+    base = write_base(tmp_path / "base", tensors)
+    adapter = write_lora(tmp_path / "adapter", tensors)
+    content = merge(base, adapter, tmp_path / "out")
+    assert json.loads((tmp_path / "out" / "adapter_merge.json").read_text()) == json.loads(json.dumps(content))
+    for folder, files in (
+        (tmp_path / "out", content["files"]),
+        (base, content["base"]["files"]),
+        (adapter, content["adapters"][0]["files"]),
+    ):
+        present = {path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()}
+        assert set(files) == present - {"adapter_merge.json"}
+        for name, sha in files.items():
+            assert sha256_of(folder / name) == sha
+
+
+@pytest.mark.parametrize("direct", [True, False])
+@pytest.mark.parametrize("workers", [1, 3])
+@pytest.mark.parametrize("shards", [1, 2])
+def test_large_files_are_the_same_however_they_are_made(
+    tmp_path: Path, shards: int, workers: int, direct: bool
+) -> None:
+    tensors = base_tensors(layers=2, factor=16)  # many blocks, several chunks
+    base = write_base(tmp_path / "base", tensors, shards)
+    adapter = write_lora(tmp_path / "adapter", tensors, dora=True)
+    bound = open_pair(base, adapter)
+    plan = plan_merge(bound.base, (bound,))
+    assert max(shard.nbytes for shard in plan.shards) > 2 * CHUNK_BYTES
+    (tmp_path / "out").mkdir()
+    seen: list[int] = []
+    finished = execute(plan, tmp_path / "out", CPU, workers, seen.append, direct=direct)
+    exact = expected(tensors, adapter)
+    found = read_model(tmp_path / "out")
+    for name, tensor in tensors.items():
+        if name in exact:
+            assert_once_rounded(found[name], exact[name])
+        else:
+            assert torch.equal(found[name], tensor)
+    for shard in plan.shards:
+        entry = finished[shard.file]
+        assert entry.sha256 == sha256_of(tmp_path / "out" / shard.file)
+        assert shard.source is not None
+        assert entry.source_sha256 == sha256_of(shard.source)
+    assert sum(seen) == sum(tensor.nbytes for tensor in tensors.values())
+
+
+def test_figures_are_what_they_say(tmp_path: Path) -> None:
+    tensors = base_tensors()
+    base = write_base(tmp_path / "base", tensors)
+    adapter = write_lora(tmp_path / "adapter", tensors, scale=0.02)  # small enough for bf16 to lose some
+    layers = merge(base, adapter, tmp_path / "out")["layers"]
+    found, exact = read_model(tmp_path / "out"), expected(tensors, adapter)
+    assert set(layers) == set(exact)
+    for name, figures in layers.items():
+        before, after, stored = tensors[name].double(), exact[name], found[name].double()
+        delta = after - before
+        unchanged = stored == before
+        assert figures["sampled"] == 1.0
+        assert figures["relative_delta"] == pytest.approx(float(delta.norm() / before.norm()), rel=1e-4)
+        assert figures["rounding"] == pytest.approx(float((stored - after).norm() / delta.norm()), rel=1e-3)
+        assert figures["changed"] == pytest.approx(1 - float(unchanged.double().mean()), abs=1e-6)
+        assert figures["lost"] == pytest.approx(float(delta[unchanged].abs().sum() / delta.abs().sum()), rel=1e-3)
+        assert 0 < figures["lost"] < 1
+
+
+def test_large_weights_are_sampled_and_say_so(tmp_path: Path) -> None:
+    tensors = base_tensors(layers=1, factor=24)
+    base = write_base(tmp_path / "base", tensors, 1)
+    layers = merge(base, write_lora(tmp_path / "adapter", tensors), tmp_path / "out")["layers"]
+    sampled = {name.split(".")[-2]: figures["sampled"] for name, figures in layers.items()}
+    assert sampled["k_proj"] == 1.0
+    assert 0 < sampled["down_proj"] < 1
+
+
+def test_a_delta_that_rounding_swallows_is_reported(tmp_path: Path) -> None:
+    tensors = base_tensors()
+    base = write_base(tmp_path / "base", tensors)
+    adapter = write_lora(tmp_path / "adapter", tensors, scale=1e-3)
+    (warning,) = merge(base, adapter, tmp_path / "out")["warnings"]
+    assert "12 of 12 weights" in warning
+    assert "--dtype float32" in warning
+    assert merge(base, adapter, tmp_path / "wide", dtype="float32")["warnings"] == []
+
+
+def test_dtype_is_for_every_float_tensor_and_the_config(tmp_path: Path) -> None:
+    tensors = base_tensors()
+    base = write_base(tmp_path / "base", tensors)
+    adapter = write_lora(tmp_path / "adapter", tensors)
+    merge(base, adapter, tmp_path / "out", dtype="float32")
+    found, exact = read_model(tmp_path / "out"), expected(tensors, adapter)
+    assert found.pop("model.counter").dtype == torch.int64
+    assert {tensor.dtype for tensor in found.values()} == {torch.float32}
+    for name, tensor in found.items():
+        torch.testing.assert_close(tensor.double(), exact.get(name, tensors[name].double()), rtol=2e-6, atol=2e-7)
+    assert json.loads((tmp_path / "out" / "config.json").read_text())["torch_dtype"] == "float32"
+
+
+def test_float64_weights_are_computed_in_float64(tmp_path: Path) -> None:
+    tensors = base_tensors(dtype=torch.float64)
+    base = write_base(tmp_path / "base", tensors)
+    adapter = write_lora(tmp_path / "adapter", tensors)
+    merge(base, adapter, tmp_path / "out")
+    found = read_model(tmp_path / "out")
+    for name, exact in expected(tensors, adapter).items():
+        torch.testing.assert_close(found[name], exact, rtol=1e-12, atol=1e-13)
+
+
+def test_replaced_tensors_are_the_adapters_and_the_base_is_hashed_all_the_same(tmp_path: Path) -> None:
+    tensors = base_tensors()
+    base = write_base(tmp_path / "base", tensors)
+    head = torch.randn(50, 64)
+    adapter = write_lora(
+        tmp_path / "adapter",
+        tensors,
+        extra={"base_model.model.lm_head.weight": head},
+        config={"modules_to_save": ["lm_head"]},
+    )
+    content = merge(base, adapter, tmp_path / "out")
+    assert torch.equal(read_model(tmp_path / "out")["lm_head.weight"], head.bfloat16())
+    for file in base.glob("*.safetensors"):
+        assert content["base"]["files"][file.name] == sha256_of(file)
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_nan_and_infinity_are_never_written(tmp_path: Path, value: float) -> None:
+    tensors = base_tensors()
+    tensors["model.layers.1.up_proj.weight"][7, 3] = value
+    base = write_base(tmp_path / "base", tensors)
+    adapter = write_lora(tmp_path / "adapter", tensors)
+    with pytest.raises(NumericsError, match=r"layers\.1\.up_proj"):
+        merge(base, adapter, tmp_path / "out")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["adapter", "base"]
+
+
+def test_a_value_beyond_the_output_dtype_is_an_error_that_names_the_way_out(tmp_path: Path) -> None:
+    tensors = base_tensors()
+    tensors["model.layers.0.q_proj.weight"][0, 0] = 1e6
+    base = write_base(tmp_path / "base", tensors)
+    adapter = write_lora(tmp_path / "adapter", tensors)
+    with pytest.raises(NumericsError, match="--dtype bfloat16"):
+        merge(base, adapter, tmp_path / "out", dtype="float16")
+    merge(base, adapter, tmp_path / "wide", dtype="float32")
+
+
+def test_delta_is_the_difference(tmp_path: Path) -> None:
+    tensors = base_tensors()
+    base = write_base(tmp_path / "base", tensors)
+    adapter = write_lora(tmp_path / "adapter", tensors, dora=True)
+    content = delta(base, adapter, tmp_path / "out")
+    found = load_file(tmp_path / "out" / "delta.safetensors")
+    exact = expected(tensors, adapter)
+    assert set(found) == set(exact)
+    for name, tensor in found.items():
+        torch.testing.assert_close(tensor.double(), exact[name] - tensors[name].double(), rtol=1e-4, atol=1e-6)
+    assert content["files"]["delta.safetensors"] == sha256_of(tmp_path / "out" / "delta.safetensors")
+
+
+def test_without_hashes_the_values_are_the_same(tmp_path: Path) -> None:
+    tensors = base_tensors()
+    base = write_base(tmp_path / "base", tensors)
+    adapter = write_lora(tmp_path / "adapter", tensors)
+    content = merge(base, adapter, tmp_path / "out", hashes=False)
+    merge(base, adapter, tmp_path / "hashed")
+    assert "files" not in content
+    for file in (tmp_path / "out").glob("*.safetensors"):
+        assert file.read_bytes() == (tmp_path / "hashed" / file.name).read_bytes()
+
+
+def test_merging_imports_neither_transformers_nor_peft(tmp_path: Path) -> None:
+    tensors = base_tensors(layers=1)
+    base = write_base(tmp_path / "base", tensors)
+    adapter = write_lora(tmp_path / "adapter", tensors, dora=True)
+    program = f"""
+import sys
+from adapter_merge.merge.merging import delta, merge
+merge({str(base)!r}, {str(adapter)!r}, {str(tmp_path / "out")!r})
+delta({str(base)!r}, {str(adapter)!r}, {str(tmp_path / "delta")!r})
+print(sorted({{"transformers", "peft", "onnx", "vllm", "matplotlib", "scipy"}} & set(sys.modules)))
+"""
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"
