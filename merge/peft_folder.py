@@ -56,18 +56,32 @@ def write_factors(
     for name, tensor in heads.items():
         module, _, kind = name.rpartition(".")
         if module in adapted:
-            bias = "lora_only"
+            bias = "all" if bias == "all" else "lora_only"
             tensors[f"{PREFIX}{module}.base_layer.{kind}"] = tensor
+            continue
+        tensors[f"{PREFIX}{name}"] = tensor
+        if kind == "bias" and f"{module}.weight" not in heads:
+            bias = "all"  # PEFT's name for biases that were trained without their weights
         else:
             saved.add(module)
-            tensors[f"{PREFIX}{name}"] = tensor
-    config = peft_config(opened, factored, scaled, sorted(saved) or None, bias, conv1d)
+    config = peft_config(opened, factored, scaled, saved_modules(saved, opened), bias, conv1d)
     write_json(folder / "adapter_config.json", config)
     write_safetensors(folder / "adapter_model.safetensors", tensors, {"format": "pt"})
     if scales:
         write_safetensors(folder / ROW_SCALES, scales, {"format": "pt"})
     if heads:
         write_safetensors(folder / REPLACEMENTS, heads, {"format": "pt"})
+
+
+def saved_modules(replaced: set[str], opened: Adapter) -> list[str] | None:
+    """modules_to_save for the module paths `replaced`: what the adapter's own config says, and what that leaves out.
+
+    A head of several layers is saved as one module (classifier, not classifier.dense): PEFT cannot load a part of it.
+    """
+    stated = opened.config.get("modules_to_save")
+    names = [name for name in stated if isinstance(name, str)] if isinstance(stated, list) else []
+    uncovered = {module for module in replaced if not any(f".{name}." in f".{module}." for name in names)}
+    return sorted({*names, *uncovered}) or None if replaced else None
 
 
 def peft_config(
