@@ -61,6 +61,10 @@ class Adapter:
     own_base: Checkpoint | None = None  # a checkpoint that holds its base (DCFT reference)
     files: tuple[Path, ...] = ()
     notes: tuple[str, ...] = field(default=())
+    base_layers: Mapping[str, TensorRef] = field(default_factory=dict)  # base weights saved beside the factors
+    tied: bool = False  # embeddings and head were trained as one (PEFT's ensure_weight_tying)
+    prefix: str | None = None  # before every name, where the user states it
+    certainty: str = "certain"  # how sure the reader is of the format: certain, likely, stated
 
     @property
     def refs(self) -> tuple[TensorRef, ...]:

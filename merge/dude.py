@@ -25,11 +25,13 @@ RESIDUAL_BELOW = 0.1
 
 @dataclass(frozen=True)
 class Initial:
-    """The factors at initialisation: stored ones, or None where the SVD of W0 is to be recomputed."""
+    """The factors at initialisation: stored ones, or None where the decomposition of W0 is to be repeated."""
 
     a: TensorRef | None = None  # (r, in)
     b: TensorRef | None = None  # (out, r)
     dtype: torch.dtype | None = None  # the residual's dtype; None: the base's own
+    method: str = "svd"  # or "qr" (OLoRA)
+    scale: float | None = None  # of the stored factors; None: that of the trained ones
 
     @property
     def refs(self) -> tuple[TensorRef, ...]:
@@ -51,6 +53,18 @@ def principal_factors(
     return u[:, :rank] @ root, root @ vh[:rank]
 
 
+def orthonormal_factors(
+    weight: Tensor,  # (out, in), float32
+    rank: int,
+) -> tuple[Tensor, Tensor]:
+    """B0 (out, r) and A0 (r, in): the first r columns of Q and rows of R, W0 = Q R (OLoRA, arXiv 2406.01775, sec. 3).
+
+    What was subtracted is s Q_r R_r, as PEFT's LoraLayer.olora_init does.
+    """
+    q, r = torch.linalg.qr(weight)
+    return q[:, :rank].contiguous(), r[:rank].contiguous()
+
+
 def residual_of(
     initial: Initial,
     rank: int,
@@ -61,10 +75,13 @@ def residual_of(
 ) -> Residual:
     """What was subtracted from W0 before training, with the dtype that it was rounded to."""
     if initial.refs:
-        assert initial.a is not None and initial.b is not None and initial.dtype is not None
-        return Residual(read(initial.b).to(dtype) * scale, read(initial.a).to(dtype), initial.dtype)
+        assert initial.a is not None and initial.b is not None
+        stored = scale if initial.scale is None else initial.scale
+        rounded = initial.dtype or weight().dtype
+        return Residual(read(initial.b).to(dtype) * stored, read(initial.a).to(dtype), rounded)
     base = weight()
-    b, a = principal_factors(base.to(torch.float32), rank, scale)
+    wide = base.to(torch.float32)
+    b, a = orthonormal_factors(wide, rank) if initial.method == "qr" else principal_factors(wide, rank, scale)
     return Residual(scale * b.to(dtype), a.to(dtype), initial.dtype or base.dtype)
 
 
@@ -72,15 +89,20 @@ def base_evidence(
     weight: Tensor,  # (out, in)
     a: Tensor,  # (r, in), trained
     b: Tensor,  # (out, r), trained
+    scale: float | None = None,  # OLoRA: the scale of B A
 ) -> float:
     """How much of the principal part that the factors started from is in `weight`: its cosine with B A.
 
     <W, B A> / (||W_r|| ||B A||), W_r the best rank-r part of W. On the original weight it is 1 before training and
     still 0.5 when training added as much as there was; on the residual it is 0, since the span of the
-    initial factors was subtracted.
+    initial factors was subtracted. OLoRA's factors are not the principal part: with `scale` the result is the
+    coefficient <W, s B A> / ||s B A||^2 instead, which is 1 or 0 in the same way.
     """
     weight = weight.to(torch.float32)
     a, b = a.to(torch.float32), b.to(torch.float32)
+    if scale is not None:
+        inner = ((weight.T @ b) * a.T).sum()
+        return float(inner / (scale * ((b.T @ b) * (a @ a.T)).sum().clamp_min(torch.finfo(torch.float32).tiny)))
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         _, singular, _ = torch.svd_lowrank(weight, q=min(a.shape[0] + 8, *weight.shape), niter=4)

@@ -309,7 +309,6 @@ class _Run:
         """A job's blocks; its forms are found on another thread."""
         shape = job.source.shape
         size = math.prod(shape)
-        assert not job.edits or len(shape) > 1, "only matrices are adapted"
         columns = shape[-1] if job.edits else 1
         rows = size // columns if columns else 0
         arithmetic = _arithmetic(job)
@@ -322,7 +321,7 @@ class _Run:
     def _forms(self, tensor: _Tensor) -> list[BlockEdit]:
         """The forms of a tensor, on the CPU, after the passes over the whole weight that some of them need first."""
         arithmetic = _arithmetic(tensor.job)
-        forms = [edit.stored_form(arithmetic) for edit in tensor.job.edits]
+        forms = [edit.stored_edit(arithmetic) for edit in tensor.job.edits]
         for index, form in enumerate(forms):
             while form.needs_columns:  # column norms: Conv1D with DoRA or DuDe
                 form = form.with_column_norms(self._columns(form, tensor, arithmetic))

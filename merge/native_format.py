@@ -17,19 +17,17 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from .adapter import AdaptedModule, Adapter
 from .checkpoint import read_json, read_weights
 from .dcft import DcftModule, infer_stride
 from .dude import Initial
 from .errors import AdapterError, Problem, raise_all
 from .headers import TensorRef
-from .peft_format import PREFIX, WEIGHT_FILES, find_weights, group_tensors, lora_modules
+from .lora_format import LORA_ROLES, RESIDUAL_DTYPES, lora_modules
+from .peft_format import PREFIX, WEIGHT_FILES, find_weights, group_tensors
 
 FORMAT_VERSION = 1
 DCFT_ROLE = re.compile(r"(?P<module>.+)\.(?P<role>lora_A|lora_B|lora_C|ranknum)")
-RESIDUAL_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
 def read_native(folder: Path, alpha: float | None = None, ranknum: float | None = None) -> Adapter:
@@ -55,8 +53,9 @@ def read_native(folder: Path, alpha: float | None = None, ranknum: float | None 
         modules, more = dcft_modules(groups, chosen, config.get("stride"), None, weights, ranknum)
         method = "DCFT"
     else:
-        lora_groups, replacements, found = group_tensors(shard.tensors, weights)
-        modules, more = lora_modules(lora_groups, {**config, "use_dora": True}, weights, _initial(config, problems))
+        parts = group_tensors(shard.tensors, weights, LORA_ROLES)
+        modules = lora_modules(parts, {**config, "use_dora": True}, _initial(config, problems))
+        replacements, found, more = parts.replacements, parts.problems, []
         method = "DuDe"
     raise_all(problems + found + more, AdapterError)
     return Adapter(

@@ -1,50 +1,43 @@
 """PEFT adapter folders: adapter_config.json + adapter_model.safetensors (or .bin, read without running code).
 
-Tensor names follow PEFT 0.21: base_model.model.<module>.lora_A.weight (r, in), .lora_B.weight (out, r),
-.lora_magnitude_vector (out,), .lora_embedding_A (r, vocabulary), .lora_embedding_B (dim, r); anything else that
-is saved (modules_to_save, biases) carries the base tensor's own name. rank_pattern and alpha_pattern are matched
-as PEFT does (peft.utils.other.get_pattern_key): a regular expression over whole trailing path components.
+Tensor names follow PEFT 0.21: base_model.model.<module>.<role>, the roles of each method in lora_format.py and
+lycoris_format.py; anything else that is saved (modules_to_save, biases) carries the base tensor's own name.
 """
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping
-from dataclasses import replace
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from .adapter import AdaptedModule, Adapter
+from .adapter import Adapter
 from .checkpoint import read_json, read_weights
-from .dude import Initial
 from .errors import AdapterError, Problem, UnsupportedError, raise_all
 from .headers import TensorRef
-from .lora import LoraModule, lora_scale
 
 WEIGHT_FILES = ("adapter_model.safetensors", "adapter_model.bin")
 PREFIX = "base_model.model."
-ROLES = {
-    "lora_A.weight": "A",
-    "lora_B.weight": "B",
-    "lora_A_init.weight": "A0",
-    "lora_B_init.weight": "B0",
-    "lora_magnitude_vector": "m",
-    "lora_magnitude_vector.weight": "m",
-    "lora_embedding_A": "EA",
-    "lora_embedding_B": "EB",
-}
-ROLE = re.compile(r"(?P<module>.+)\.(?P<role>" + "|".join(map(re.escape, ROLES)) + ")")
-PLAIN_INITS = (True, False, "gaussian", "eva", "orthogonal", "true", None)
-REFUSED_SETTINGS = {
-    "layer_replication": "replicated layers",
-    "alora_invocation_tokens": "activated LoRA (its delta depends on the prompt)",
-    "use_qalora": "QALoRA",
-    "use_bdlora": "block-diagonal LoRA",
-    "arrow_config": "Arrow routing",
-    "trainable_token_indices": "trainable token indices",
-    "target_parameters": "LoRA on bare parameters",
-    "lora_bias": "a trained bias inside lora_B",
-}
+
+
+@dataclass(frozen=True)
+class PeftExtras:
+    """What a user may add to a PEFT folder that does not hold everything."""
+
+    magnitudes: Path | None = None  # a safetensors or .bin file, or another PEFT folder, with the magnitude vectors
+    init_adapter: Path | None = None  # a PEFT folder with the factors as they were before training
+    residual_dtype: str | None = None  # float32, bfloat16 or float16: what the frozen residual was kept in
+
+
+@dataclass
+class Parts:
+    """A PEFT folder's tensors, sorted: groups by module and role, replacements and base layers by base tensor name."""
+
+    weights: Path
+    groups: dict[str, dict[str, TensorRef]] = field(default_factory=dict)
+    replacements: dict[str, TensorRef] = field(default_factory=dict)
+    base_layers: dict[str, TensorRef] = field(default_factory=dict)
+    problems: list[Problem] = field(default_factory=list)
 
 
 def find_weights(folder: Path) -> Path | None:
@@ -55,188 +48,123 @@ def find_weights(folder: Path) -> Path | None:
     return None
 
 
-def pattern_value(pattern: Mapping[str, Any], module: str, default: Any) -> Any:
-    """The value of the first key of rank_pattern / alpha_pattern that matches the end of the module's path."""
-    for key, value in pattern.items():
-        if re.match(rf"(?:.*\.)?(?:{key})$", module):
-            return value
-    return default
+def read_peft(folder: Path, extras: PeftExtras | None = None) -> Adapter:
+    """The adapter in `folder`. Raises AdapterError with every problem, UnsupportedError for methods not known here."""
+    from .lora_format import ADALORA_ROLES, LORA_ROLES, TOKEN_ROLES, read_adalora, read_lora, read_tokens
+    from .lycoris_format import LOHA_ROLES, LOKR_ROLES, VERA_ROLES, read_loha, read_lokr, read_vera
 
-
-def read_peft(folder: Path) -> Adapter:
-    """The LoRA-family adapter in `folder`. Raises AdapterError with every problem, UnsupportedError for other kinds."""
+    readers = {
+        "LORA": (LORA_ROLES, read_lora),
+        "ADALORA": (ADALORA_ROLES, read_adalora),
+        "LOKR": (LOKR_ROLES, read_lokr),
+        "LOHA": (LOHA_ROLES, read_loha),
+        "VERA": (VERA_ROLES, read_vera),
+        "TRAINABLE_TOKENS": (TOKEN_ROLES, read_tokens),
+    }
     config_file = folder / "adapter_config.json"
     config = read_json(config_file)
     weights = find_weights(folder)
     if weights is None:
         raise AdapterError(f"{folder}: no adapter weights", expected=" or ".join(WEIGHT_FILES))
-    if config.get("peft_type") != "LORA":
+    kind = config.get("peft_type")
+    if not isinstance(kind, str) or kind not in readers:
         raise UnsupportedError(
-            f"{config_file}: peft_type {config.get('peft_type')!r} is not supported",
-            expected="LORA, DCFT or DUDE",
+            f"{config_file}: peft_type {kind!r} is not supported", expected=f"{', '.join(readers)}, DCFT or DUDE"
         )
-    refused = [
-        Problem(f"{config_file}: {key} is set: {meaning} cannot be merged here", got=repr(config[key]))
-        for key, meaning in REFUSED_SETTINGS.items()
-        if config.get(key)
-    ]
-    raise_all(refused, UnsupportedError)
-    shard = read_weights(weights)
-    groups, replacements, problems = group_tensors(shard.tensors, weights)
-    principal = starts_from_base(config, config_file)
-    modules, found = lora_modules(groups, config, weights, Initial() if principal else None)
-    raise_all(problems + found, AdapterError)
+    fan_in_fan_out = config.get("fan_in_fan_out", False)
+    base_name = config.get("base_model_name_or_path")
+    if not isinstance(fan_in_fan_out, bool | None):
+        got = f"{fan_in_fan_out!r:.100}"
+        raise AdapterError(f"{config_file}: fan_in_fan_out is wrong", expected="true or false", got=got)
+    roles, read = readers[kind]
+    parts = group_tensors(read_weights(weights).tensors, weights, roles)
+    method, modules = read(parts, config, extras or PeftExtras())
+    raise_all(parts.problems, AdapterError)
     return Adapter(
         folder=folder,
         format="PEFT folder",
-        method=method_name(config, principal),
+        method=method,
         modules=modules,
-        replacements=replacements,
+        replacements=parts.replacements,
         config=config,
-        base_name=config.get("base_model_name_or_path"),
-        fan_in_fan_out=bool(config.get("fan_in_fan_out")),
+        base_name=base_name if isinstance(base_name, str) else None,
+        fan_in_fan_out=bool(fan_in_fan_out),
         files=(config_file, weights),
+        base_layers=parts.base_layers,
+        tied=bool(config.get("ensure_weight_tying")),
     )
 
 
-def method_name(config: Mapping[str, Any], principal: bool) -> str:
-    """What to call a LoRA-family adapter."""
-    if config.get("use_dora"):
-        return "DuDe" if principal else "DoRA"
-    if principal:
-        return "PiSSA"
-    return "rsLoRA" if config.get("use_rslora") else "LoRA"
-
-
-def starts_from_base(config: Mapping[str, Any], config_file: Path) -> bool:
-    """True for PiSSA initialisation: the adapter was trained beside a residual of the base.
-
-    Raises UnsupportedError where that residual cannot be found again from the base alone.
-    """
-    init = config.get("init_lora_weights", True)
-    if init in PLAIN_INITS:
-        return False
-    if init == "pissa":
-        return True
-    if isinstance(init, str) and init.startswith("pissa_niter_"):
-        raise UnsupportedError(
-            f"{config_file}: init_lora_weights {init!r} used a randomised SVD, which cannot be repeated",
-            expected="the factors at initialisation, or the residual base",
-            hint="pass --init-adapter FOLDER (saved before training), or merge on the residual base "
-            "with --base-kind residual",
-        )
-    raise UnsupportedError(
-        f"{config_file}: init_lora_weights {init!r} changed the base at training and is not known here",
-        expected="true, gaussian, eva, orthogonal, pissa",
-    )
-
-
-def group_tensors(
-    refs: tuple[TensorRef, ...], weights: Path
-) -> tuple[dict[str, dict[str, TensorRef]], dict[str, TensorRef], list[Problem]]:
-    """Tensors by module and role, full replacements by base tensor name, and what is wrong with the names."""
-    groups: dict[str, dict[str, TensorRef]] = {}
-    replacements: dict[str, TensorRef] = {}
-    problems: list[Problem] = []
+def group_tensors(refs: tuple[TensorRef, ...], weights: Path, roles: Mapping[str, str]) -> Parts:
+    """Sort a PEFT file's tensors. Every one is a factor, a replacement or a problem."""
+    parts = Parts(weights)
+    by_length = sorted(roles, key=len, reverse=True)
+    own = tuple(f".{role.split('.', 1)[0]}" for role in roles if not role.startswith("token_adapter."))
     for ref in refs:
         name = ref.name.removeprefix(PREFIX)
-        match = ROLE.fullmatch(name)
+        role = next((r for r in by_length if name.endswith("." + r)), None)
         if name == ref.name:
-            problems.append(Problem(f"{weights}: unknown tensor {ref.name!r}", expected=f"a name under {PREFIX}"))
-        elif match:
-            groups.setdefault(match["module"], {})[ROLES[match["role"]]] = ref
-        elif ".lora_" in name or ".original_module." in name:
-            if ".original_module." not in name:  # PEFT saves the untouched original beside a trained copy
-                problems.append(Problem(f"{weights}: unknown tensor {ref.name!r}", expected=", ".join(ROLES)))
+            shared = ref.name.removeprefix("base_model.")
+            if shared in roles:
+                parts.groups.setdefault("", {})[roles[shared]] = ref
+            else:
+                parts.problems.append(
+                    Problem(f"{weights}: unknown tensor {ref.name!r}", expected=f"a name under {PREFIX}")
+                )
+        elif role is not None:
+            parts.groups.setdefault(name[: -len(role) - 1], {})[roles[role]] = ref
+        elif ".original_module." in name:
+            continue  # PEFT saves the untouched original beside a trained copy
+        elif any(marker in name for marker in own) or ".lora_" in name:
+            parts.problems.append(Problem(f"{weights}: unknown tensor {ref.name!r}", expected=", ".join(roles)))
         else:
-            target = name.replace(".base_layer.", ".").replace(".modules_to_save.", ".")
+            target = name.replace(".token_adapter.", ".").replace(".modules_to_save.", ".")
+            if ".base_layer." in target and target.endswith(".weight"):
+                parts.base_layers[target.replace(".base_layer.", ".")] = ref
+                continue
+            target = target.replace(".base_layer.", ".")
             # bias="all" saves both classifier.bias and classifier.modules_to_save.bias: the trained copy counts.
-            if target not in replacements or ".modules_to_save." in name:
-                replacements[target] = ref
-    return groups, replacements, problems
+            if target not in parts.replacements or ".modules_to_save." in name:
+                parts.replacements[target] = ref
+    for name in parts.base_layers.keys() & parts.replacements.keys():
+        del parts.base_layers[name]
+    return parts
 
 
-def lora_modules(
-    groups: Mapping[str, Mapping[str, TensorRef]],
-    config: Mapping[str, Any],
-    weights: Path,
-    initial: Initial | None,
-) -> tuple[tuple[AdaptedModule, ...], list[Problem]]:
-    """The modules of a LoRA-family adapter, and everything that is wrong with them."""
-    modules: list[AdaptedModule] = []
-    problems: list[Problem] = []
-    rank = config.get("r")
-    alpha = config.get("lora_alpha")
-    rank_pattern = config.get("rank_pattern") or {}
-    alpha_pattern = config.get("alpha_pattern") or {}
-    if not isinstance(rank, int) or rank < 1:
-        problems.append(Problem(f"{weights.parent}: r is missing or wrong in the config", "a rank >= 1", repr(rank)))
-        rank = 1
-    if not isinstance(alpha, int | float) or isinstance(alpha, bool):
-        problems.append(
+def number(config: Mapping[str, Any], key: str, parts: Parts, hint: str | None = None) -> float:
+    """A positive, finite number of the config; 1 and a problem where it is not there."""
+    value = config.get(key)
+    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < abs(value) < 1e12:
+        parts.problems.append(
             Problem(
-                f"{weights.parent}: lora_alpha is missing or wrong in the config",
+                f"{parts.weights.parent}: {key} is missing or wrong in the config",
                 "the number that was trained with",
-                repr(alpha),
-                "the scale is alpha / r: it must be known, a guess would merge a wrong adapter",
+                repr(value)[:100],
+                hint,
             )
         )
-        alpha = 1.0
-    for name, group in sorted(groups.items()):
-        embedding = "EA" in group or "EB" in group
-        a, b = (group.get("EA"), group.get("EB")) if embedding else (group.get("A"), group.get("B"))
-        if a is None or b is None:
-            problems.append(Problem(f"{weights}: {name} has only one of its two factors"))
-            continue
-        if len(a.shape) != 2 or len(b.shape) != 2 or a.shape[0] != b.shape[1]:
-            problems.append(
-                Problem(
-                    f"{weights}: the factors of {name} do not fit",
-                    "A (r, in), B (out, r)",
-                    f"A {a.shape}, B {b.shape}",
-                )
-            )
-            continue
-        said = pattern_value(rank_pattern, name, rank)
-        if said != a.shape[0]:
-            problems.append(
-                Problem(f"{weights}: the rank of {name} is not the config's", f"r = {said}", f"r = {a.shape[0]}")
-            )
-            continue
-        scale = lora_scale(float(pattern_value(alpha_pattern, name, alpha)), a.shape[0], bool(config.get("use_rslora")))
-        magnitude = group.get("m")
-        module = LoraModule(name, a, b, scale, magnitude=magnitude, initial=initial, embedding=embedding)
-        if "A0" in group and "B0" in group:
-            if group["A0"].shape != a.shape or group["B0"].shape != b.shape:
-                problems.append(Problem(f"{weights}: the initial factors of {name} do not fit the trained ones"))
-            if initial is not None:
-                module = replace(module, initial=Initial(group["A0"], group["B0"], initial.dtype))
-        problems += _magnitude_problems(module, bool(config.get("use_dora")), weights)
-        modules.append(module)
-    if not groups:
-        problems.append(Problem(f"{weights}: holds no adapter factors"))
-    return tuple(modules), problems
+        return 1.0
+    return float(value)
 
 
-def _magnitude_problems(module: LoraModule, use_dora: bool, weights: Path) -> list[Problem]:
-    magnitude = module.magnitude
-    if use_dora and magnitude is None:
-        return [
+def rank_of(config: Mapping[str, Any], key: str, parts: Parts) -> int:
+    """A rank of the config; 1 and a problem where it is not one."""
+    value = config.get(key)
+    if isinstance(value, bool) or not isinstance(value, int) or not 1 <= value < 1 << 31:
+        parts.problems.append(
             Problem(
-                f"{weights}: {module.name} has no magnitude vector although use_dora is set",
-                expected=f"{PREFIX}{module.name}.lora_magnitude_vector",
-                hint="PEFT drops the magnitudes when it saves with path_initial_model_for_weight_conversion: "
-                "save the adapter again without that option",
+                f"{parts.weights.parent}: {key} is missing or wrong in the config", "a rank >= 1", f"{value!r:.100}"
             )
-        ]
-    if not use_dora and magnitude is not None:
-        return [Problem(f"{weights}: {module.name} has a magnitude vector although use_dora is not set")]
-    if magnitude is not None and (module.embedding or magnitude.shape != (module.shape[0],)):
-        return [
-            Problem(
-                f"{weights}: the magnitude of {module.name} does not fit",
-                f"({module.shape[0]},)",
-                str(magnitude.shape),
-            )
-        ]
-    return []
+        )
+        return 1
+    return value
+
+
+def flag(config: Mapping[str, Any], key: str, parts: Parts) -> bool:
+    """A true or false of the config, false where it is not stated."""
+    value = config.get(key)
+    if value is not None and not isinstance(value, bool):
+        parts.problems.append(
+            Problem(f"{parts.weights.parent}: {key} is wrong in the config", "true or false", repr(value)[:100])
+        )
+    return value is True

@@ -108,6 +108,12 @@ def plan_merge(base: Checkpoint, adapters: tuple[BoundAdapter, ...], dtype: str 
     for name in edits.keys() & replacements.keys():
         problems.append(Problem(f"{name} is adapted and replaced at once"))
     raise_all(problems, InputError)
+    # A tensor of the adapter in place of the base's: replaced, or adapted on a copy of its own (a resized embedding).
+    own = dict(replacements)
+    for name, modules in edits.items():
+        if name in base.tensors and modules[0].weight != base.tensors[name]:
+            own[name] = modules[0].weight
+    copies = {name: ref for bound in adapters for name, ref in bound.copies.items()}
 
     count = len(base.shards)
     shards = []
@@ -115,11 +121,11 @@ def plan_merge(base: Checkpoint, adapters: tuple[BoundAdapter, ...], dtype: str 
         file = "model.safetensors" if count == 1 else f"model-{number:05d}-of-{count:05d}.safetensors"
         entries = [
             _Entry(
-                replacements.get(ref.name, ref),
+                own.get(ref.name, ref),
                 ref.name,
                 ref.dtype,
                 tuple(edits.get(ref.name, ())),
-                ref if ref.name in replacements else None,
+                ref if ref.name in own else None,
             )
             for ref in shard.tensors
         ]
@@ -130,13 +136,19 @@ def plan_merge(base: Checkpoint, adapters: tuple[BoundAdapter, ...], dtype: str 
             for name, ref in replacements.items():
                 if name not in base.tensors:
                     entries.append(_Entry(ref, name, _main_dtype(base) if ref.dtype in FLOAT_DTYPES else ref.dtype))
+            for name, ref in copies.items():
+                if name not in replacements and name not in edits:
+                    entries.append(_Entry(ref, name, ref.dtype))
         shards.append(_shard(file, entries, dtype, {"format": "pt", **shard.metadata}, shard))
     return MergePlan(base, adapters, tuple(shards), _config(base, adapters, dtype), base.side_files)
 
 
 def plan_delta(bound: BoundAdapter, dtype: str = "F32") -> MergePlan:
     """Plan one file with the dense delta of every adapted weight, by the weight's name."""
-    entries = [_Entry(module.weight, module.name, dtype, (module,)) for module in bound.modules]
+    edits: dict[str, list[BoundModule]] = {}
+    for module in bound.modules:
+        edits.setdefault(module.name, []).append(module)
+    entries = [_Entry(modules[0].weight, name, dtype, tuple(modules)) for name, modules in edits.items()]
     shard = _shard("delta.safetensors", entries, dtype, {"format": "pt"})
     return MergePlan(bound.base, (bound,), (shard,), None, (), operation="delta")
 
@@ -195,6 +207,12 @@ def _config(base: Checkpoint, adapters: tuple[BoundAdapter, ...], dtype: str | N
     names = {"F32": "float32", "F16": "float16", "BF16": "bfloat16", "F64": "float64"}
     if dtype is not None:
         config["dtype" if "dtype" in config else "torch_dtype"] = names[dtype]
-    if any(module.output for bound in adapters for module in bound.modules):
-        config["tie_word_embeddings"] = False
+    for bound in adapters:
+        for key, value in bound.config_changes.items():
+            inner = config.get("text_config")
+            nested = isinstance(inner, dict) and key not in config
+            if nested or (isinstance(inner, dict) and key in inner):
+                config["text_config"] = {**config["text_config"], key: value}
+            if not nested:
+                config[key] = value
     return config if config != read_json(file) else None

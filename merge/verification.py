@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from .binding import BoundAdapter, BoundModule
 from .checkpoint import CANDIDATES, Checkpoint, open_checkpoint, read_json, read_weights, resolve
 from .dcft_checkpoint import same_bytes
+from .edits import applied
 from .errors import InputError, ParityError
 from .formats import ReadOptions
 from .headers import TensorRef
@@ -174,7 +175,7 @@ def _half_dtype(bound: BoundAdapter, merged: Checkpoint) -> str | None:
 def _exact_weight(item: BoundModule) -> tuple[Tensor, Tensor]:
     """W0 and W' as stored, float64."""
     base = read_tensor(item.weight).to(torch.float64)
-    return base, item.stored_form(torch.float64).merged(base)
+    return base, applied(item.stored_edit(torch.float64), base)
 
 
 def _figures(base: Tensor, exact: Tensor, got: Tensor, dtype: torch.dtype) -> WeightFigures:

@@ -1,0 +1,535 @@
+"""Every kind of PEFT folder, merged and run by transformers, against PEFT's live forward on the same base."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from adapter_merge.merge.errors import AdapterError, MismatchError, UnsupportedError
+from adapter_merge.merge.formats import ReadOptions, detect, open_adapter
+from adapter_merge.merge.merging import delta, merge
+from pico_bases import TOKENS, error, gpt2, llama, load, logits, mixtral, quiet, qwen3_moe, randomise, train
+from safetensors.torch import load_file, save_file
+
+peft = pytest.importorskip("peft", reason="PEFT is the oracle (extra verify)")
+
+SOME = ["q_proj", "v_proj", "down_proj"]
+TOLERANCE = 2e-5  # float32 logits of size 5
+
+BASES: dict[str, Callable[[Path], Path]] = {
+    "llama": llama,
+    "tied": lambda folder: llama(folder, tied=True),
+    "biased": lambda folder: llama(folder, bias=True),
+    "gpt2": gpt2,
+    "mixtral": mixtral,
+    "qwen3_moe": qwen3_moe,
+}
+
+CASES: dict[str, tuple[str, str, dict[str, Any]]] = {
+    "lora": ("llama", "LoraConfig", {"r": 4, "target_modules": SOME}),
+    "rank_pattern, alpha_pattern, rsLoRA": (
+        "llama",
+        "LoraConfig",
+        {
+            "r": 4,
+            "target_modules": SOME,
+            "rank_pattern": {r"layers\.1\..*q_proj": 2, "down_proj": 3},
+            "alpha_pattern": {"v_proj": 5},
+            "use_rslora": True,
+        },
+    ),
+    "DoRA": ("llama", "LoraConfig", {"r": 4, "target_modules": SOME, "use_dora": True}),
+    "PiSSA": ("llama", "LoraConfig", {"r": 4, "target_modules": SOME, "init_lora_weights": "pissa"}),
+    "DuDe": ("llama", "LoraConfig", {"r": 4, "target_modules": SOME, "init_lora_weights": "pissa", "use_dora": True}),
+    "OLoRA": ("llama", "LoraConfig", {"r": 4, "target_modules": SOME, "init_lora_weights": "olora"}),
+    "OLoRA with DoRA": (
+        "llama",
+        "LoraConfig",
+        {"r": 4, "target_modules": SOME, "init_lora_weights": "olora", "use_dora": True},
+    ),
+    "orthogonal": ("llama", "LoraConfig", {"r": 4, "target_modules": SOME, "init_lora_weights": "orthogonal"}),
+    "MiCA": ("llama", "LoraConfig", {"r": 4, "target_modules": SOME, "init_lora_weights": "mica"}),
+    "bias all": ("biased", "LoraConfig", {"r": 4, "target_modules": SOME, "bias": "all"}),
+    "bias lora_only": ("biased", "LoraConfig", {"r": 4, "target_modules": SOME, "bias": "lora_only"}),
+    "lora_bias": ("biased", "LoraConfig", {"r": 4, "target_modules": ["q_proj", "v_proj"], "lora_bias": True}),
+    "modules_to_save": (
+        "llama",
+        "LoraConfig",
+        {"r": 4, "target_modules": SOME, "modules_to_save": ["lm_head", "norm"]},
+    ),
+    "saved embedding, tied": (
+        "tied",
+        "LoraConfig",
+        {"r": 4, "target_modules": SOME, "modules_to_save": ["embed_tokens"]},
+    ),
+    "saved embedding and head, tied": (
+        "tied",
+        "LoraConfig",
+        {"r": 4, "target_modules": SOME, "modules_to_save": ["embed_tokens", "lm_head"]},
+    ),
+    "saved embedding, kept tied": (
+        "tied",
+        "LoraConfig",
+        {"r": 4, "target_modules": SOME, "modules_to_save": ["embed_tokens"], "ensure_weight_tying": True},
+    ),
+    "layers_to_transform": (
+        "llama",
+        "LoraConfig",
+        {"r": 4, "target_modules": SOME, "layers_to_transform": [1], "layers_pattern": "layers"},
+    ),
+    "all-linear, exclude_modules": (
+        "llama",
+        "LoraConfig",
+        {"r": 4, "target_modules": "all-linear", "exclude_modules": ["o_proj"]},
+    ),
+    "embedding": ("llama", "LoraConfig", {"r": 4, "target_modules": [*SOME, "embed_tokens"]}),
+    "embedding DoRA": ("llama", "LoraConfig", {"r": 4, "target_modules": [*SOME, "embed_tokens"], "use_dora": True}),
+    "embedding, tied": ("tied", "LoraConfig", {"r": 4, "target_modules": ["embed_tokens"]}),
+    "embedding, kept tied": (
+        "tied",
+        "LoraConfig",
+        {"r": 4, "target_modules": ["embed_tokens", "q_proj"], "ensure_weight_tying": True},
+    ),
+    "head": ("llama", "LoraConfig", {"r": 4, "target_modules": ["lm_head"]}),
+    "head, tied": ("tied", "LoraConfig", {"r": 4, "target_modules": ["lm_head"]}),
+    "embedding and head, tied": ("tied", "LoraConfig", {"r": 4, "target_modules": ["lm_head", "embed_tokens"]}),
+    "tokens": ("llama", "LoraConfig", {"r": 4, "target_modules": SOME, "trainable_token_indices": [3, 9, 30]}),
+    "tokens, tied": ("tied", "LoraConfig", {"r": 4, "target_modules": SOME, "trainable_token_indices": [3, 9, 30]}),
+    "tokens of two modules": (
+        "llama",
+        "LoraConfig",
+        {"r": 4, "target_modules": SOME, "trainable_token_indices": {"embed_tokens": [30, 2], "lm_head": [1, 5]}},
+    ),
+    "tokens alone": ("llama", "TrainableTokensConfig", {"token_indices": [3, 9], "target_modules": ["embed_tokens"]}),
+    "Conv1D": ("gpt2", "LoraConfig", {"r": 4, "target_modules": ["c_attn", "c_proj"], "fan_in_fan_out": True}),
+    "Conv1D DoRA": (
+        "gpt2",
+        "LoraConfig",
+        {"r": 4, "target_modules": ["c_attn", "c_proj"], "fan_in_fan_out": True, "use_dora": True},
+    ),
+    "Conv1D DuDe": (
+        "gpt2",
+        "LoraConfig",
+        {
+            "r": 4,
+            "target_modules": ["c_attn", "c_proj"],
+            "fan_in_fan_out": True,
+            "use_dora": True,
+            "init_lora_weights": "pissa",
+        },
+    ),
+    "Conv1D and wte": ("gpt2", "LoraConfig", {"r": 4, "target_modules": ["wte", "c_attn"], "fan_in_fan_out": True}),
+    "AdaLoRA": ("llama", "AdaLoraConfig", {"init_r": 6, "target_r": 4, "target_modules": SOME, "total_step": 10}),
+    "LoKr": ("llama", "LoKrConfig", {"r": 2, "alpha": 3, "target_modules": SOME}),
+    "LoKr, both decomposed": (
+        "llama",
+        "LoKrConfig",
+        {"r": 2, "alpha": 3, "target_modules": SOME, "decompose_both": True, "rank_pattern": {"q_proj": 1}},
+    ),
+    "LoKr, both full": ("llama", "LoKrConfig", {"r": 64, "alpha": 3, "target_modules": SOME}),
+    "LoHa": ("llama", "LoHaConfig", {"r": 3, "alpha": 5, "target_modules": SOME}),
+    "VeRA": ("llama", "VeraConfig", {"r": 8, "target_modules": ["q_proj", "v_proj"]}),
+    "VeRA from its seed": (
+        "llama",
+        "VeraConfig",
+        {"r": 8, "target_modules": ["q_proj", "v_proj"], "save_projection": False},
+    ),
+    "experts, apart on disk": (
+        "mixtral",
+        "LoraConfig",
+        {
+            "r": 2,
+            "target_modules": ["q_proj"],
+            "target_parameters": ["mlp.experts.gate_up_proj", "mlp.experts.down_proj"],
+        },
+    ),
+    "experts, one parameter": (
+        "qwen3_moe",
+        "LoraConfig",
+        {"r": 2, "target_modules": [], "target_parameters": ["mlp.experts.down_proj"]},
+    ),
+    "experts, patterns": (
+        "qwen3_moe",
+        "LoraConfig",
+        {
+            "r": 2,
+            "target_modules": ["q_proj"],
+            "use_rslora": True,
+            "alpha_pattern": {"experts.gate_up_proj": 7},
+            "rank_pattern": {"experts.gate_up_proj": 3},
+            "target_parameters": ["experts.gate_up_proj", "experts.down_proj"],
+        },
+    ),
+    "a bare 2-D parameter": (
+        "llama",
+        "LoraConfig",
+        {"r": 2, "target_modules": [], "target_parameters": ["q_proj.weight"]},
+    ),
+}
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
+    made: dict[str, Path] = {}
+
+    def make(name: str) -> Path:
+        if name not in made:
+            with quiet():
+                made[name] = BASES[name](tmp_path_factory.mktemp(name) / "base")
+        return made[name]
+
+    return make
+
+
+def merged_logits(base: Path, adapter: Path, output: Path, **options: Any) -> torch.Tensor:
+    merge(base, adapter, output, device="cpu", **options)
+    return logits(load(output))
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_merged_model_computes_what_peft_computes(case: str, base: Callable[[str], Path], tmp_path: Path) -> None:
+    name, kind, arguments = CASES[case]
+    scale = 0.03 if "OLoRA" in case else 0.1
+    with quiet():
+        config = getattr(peft, kind)(**arguments)
+    live = train(base(name), config, tmp_path / "adapter", scale=scale)
+    expected = logits(live)
+    assert error(logits(load(base(name))), expected) > 0.01, "the adapter does something"
+    assert error(merged_logits(base(name), tmp_path / "adapter", tmp_path / "out"), expected) < TOLERANCE
+    found = detect(tmp_path / "adapter")
+    assert (found.format, found.certainty) == ("peft", "certain")
+
+
+@pytest.mark.parametrize("case", ["lora", "DuDe", "embedding DoRA", "tokens", "experts, apart on disk", "lora_bias"])
+def test_delta_is_the_difference_of_the_merged_weights(case: str, base: Callable[[str], Path], tmp_path: Path) -> None:
+    name, kind, arguments = CASES[case]
+    train(base(name), getattr(peft, kind)(**arguments), tmp_path / "adapter")
+    merge(base(name), tmp_path / "adapter", tmp_path / "merged", device="cpu")
+    delta(base(name), tmp_path / "adapter", tmp_path / "delta", device="cpu")
+    before, after = load_file(base(name) / "model.safetensors"), load_file(tmp_path / "merged" / "model.safetensors")
+    deltas = load_file(tmp_path / "delta" / "delta.safetensors")
+    changed = {key for key in before if not torch.equal(before[key], after[key])}
+    assert changed == deltas.keys()
+    for key in changed:
+        torch.testing.assert_close(after[key] - before[key], deltas[key], atol=2e-6, rtol=0)
+
+
+def test_bin_file_is_read_without_running_code(base: Callable[[str], Path], tmp_path: Path) -> None:
+    live = train(base("llama"), peft.LoraConfig(r=4, target_modules=SOME), tmp_path / "a")
+    torch.save(load_file(tmp_path / "a" / "adapter_model.safetensors"), tmp_path / "a" / "adapter_model.bin")
+    (tmp_path / "a" / "adapter_model.safetensors").unlink()
+    assert error(merged_logits(base("llama"), tmp_path / "a", tmp_path / "out"), logits(live)) < TOLERANCE
+
+
+@pytest.mark.parametrize("targets", [["q_proj"], ["q_proj", "embed_tokens"]])
+@pytest.mark.parametrize("kind", ["llama", "tied"])
+def test_resized_vocabulary(kind: str, targets: list[str], base: Callable[[str], Path], tmp_path: Path) -> None:
+    def resize(model: Any) -> None:
+        model.resize_token_embeddings(70, mean_resizing=False)
+
+    config = peft.LoraConfig(r=4, target_modules=targets, base_model_name_or_path=str(base(kind)))
+    live = train(base(kind), config, tmp_path / "a", before=resize)
+    if kind == "llama" and "embed_tokens" in targets:  # PEFT does not save the resized head then
+        with pytest.raises(MismatchError, match="resized head"):
+            merge(base(kind), tmp_path / "a", tmp_path / "no", device="cpu")
+        return
+    got = merged_logits(base(kind), tmp_path / "a", tmp_path / "out")
+    assert got.shape[-1] == 70
+    assert error(got, logits(live)) < TOLERANCE
+
+
+def test_tokens_of_a_resized_vocabulary(base: Callable[[str], Path], tmp_path: Path) -> None:
+    def resize(model: Any) -> None:
+        model.resize_token_embeddings(70, mean_resizing=False)
+
+    config = peft.LoraConfig(r=4, target_modules=SOME, trainable_token_indices=[1, 64, 65])
+    live = train(base("llama"), config, tmp_path / "a", before=resize)
+    assert error(merged_logits(base("llama"), tmp_path / "a", tmp_path / "out"), logits(live)) < TOLERANCE
+
+
+@pytest.mark.parametrize("name", ["mixtral", "qwen3_moe"])
+def test_adapter_of_separate_experts(name: str, base: Callable[[str], Path], tmp_path: Path) -> None:
+    """Adapters from before the experts were stacked; PEFT converts them while it loads them."""
+    torch.manual_seed(3)
+    outer, kinds = {
+        "mixtral": ("block_sparse_moe", {"w1": (24, 32), "w3": (24, 32), "w2": (32, 24)}),
+        "qwen3_moe": ("mlp", {"gate_proj": (24, 32), "up_proj": (24, 32), "down_proj": (32, 24)}),
+    }[name]
+    tensors = {}
+    for layer in range(2):
+        for expert in range(4):
+            for kind, (out, inner) in kinds.items():
+                module = f"base_model.model.model.layers.{layer}.{outer}.experts.{expert}.{kind}"
+                tensors[f"{module}.lora_A.weight"] = torch.randn(2, inner)
+                tensors[f"{module}.lora_B.weight"] = torch.randn(out, 2)
+    config = peft.LoraConfig(r=2, lora_alpha=4, target_modules=list(kinds), init_lora_weights=False)
+    config.save_pretrained(tmp_path / "a")
+    save_file(tensors, tmp_path / "a" / "adapter_model.safetensors", {"format": "pt"})
+    with quiet():
+        live = peft.PeftModel.from_pretrained(load(base(name)), tmp_path / "a").eval()
+    expected = logits(live)
+    assert error(logits(load(base(name))), expected) > 0.01
+    assert error(merged_logits(base(name), tmp_path / "a", tmp_path / "out"), expected) < TOLERANCE
+    # The same base with its experts stacked on disk.
+    stacked = stack_experts(base(name), tmp_path / "stacked")
+    assert error(merged_logits(stacked, tmp_path / "a", tmp_path / "out2"), expected) < TOLERANCE
+
+
+def stack_experts(folder: Path, output: Path) -> Path:
+    """The checkpoint as the model holds it in memory: all experts of a layer in one 3-D tensor."""
+    import shutil
+
+    shutil.copytree(folder, output)
+    state = {key: value.contiguous() for key, value in load(folder).state_dict().items()}
+    assert any(value.ndim == 3 for value in state.values())
+    save_file(state, output / "model.safetensors", {"format": "pt"})
+    return output
+
+
+def test_stacked_experts_on_disk(base: Callable[[str], Path], tmp_path: Path) -> None:
+    parameters = ["mlp.experts.gate_up_proj", "mlp.experts.down_proj"]
+    live = train(
+        base("qwen3_moe"), peft.LoraConfig(r=2, target_modules=[], target_parameters=parameters), tmp_path / "a"
+    )
+    stacked = stack_experts(base("qwen3_moe"), tmp_path / "stacked")
+    assert error(merged_logits(stacked, tmp_path / "a", tmp_path / "out"), logits(live)) < TOLERANCE
+
+
+def test_adapter_of_a_part_of_the_model(base: Callable[[str], Path], tmp_path: Path) -> None:
+    """The decoder alone was given to PEFT, as one does with a vision-language model's language part."""
+    with quiet():
+        model = load(base("llama"))
+        part = peft.get_peft_model(model.model, peft.LoraConfig(r=4, target_modules=SOME))
+        randomise(part)
+        part.eval().save_pretrained(tmp_path / "a")
+        model.model = part.base_model.model
+    assert error(merged_logits(base("llama"), tmp_path / "a", tmp_path / "out"), logits(model)) < TOLERANCE
+
+
+def test_deep_prefix_and_ambiguity(base: Callable[[str], Path], tmp_path: Path) -> None:
+    train(base("llama"), peft.LoraConfig(r=4, target_modules=SOME), tmp_path / "a")
+    state = load_file(base("llama") / "model.safetensors")
+    deep = tmp_path / "deep"
+    deep.mkdir()
+    inner = {f"vlm.language.{key}": value for key, value in state.items()}
+    save_file(inner, deep / "model.safetensors", {"format": "pt"})
+    merge(base("llama"), tmp_path / "a", tmp_path / "plain", device="cpu")
+    merge(deep, tmp_path / "a", tmp_path / "out", device="cpu")
+    plain, got = load_file(tmp_path / "plain" / "model.safetensors"), load_file(tmp_path / "out" / "model.safetensors")
+    assert all(torch.equal(got[f"vlm.language.{key}"], value) for key, value in plain.items())
+    twice = tmp_path / "twice"
+    twice.mkdir()
+    other = {f"vlm.other.{key}": value.clone() for key, value in state.items()}
+    save_file(inner | other, twice / "model.safetensors", {"format": "pt"})
+    with pytest.raises(MismatchError, match="several parts of the base"):
+        merge(twice, tmp_path / "a", tmp_path / "no", device="cpu")
+    options = ReadOptions(prefix="vlm.other")
+    merge(twice, tmp_path / "a", tmp_path / "stated", device="cpu", options=options)
+    got = load_file(tmp_path / "stated" / "model.safetensors")
+    assert all(torch.equal(got[f"vlm.other.{key}"], value) for key, value in plain.items())
+    assert all(torch.equal(got[f"vlm.language.{key}"], value) for key, value in state.items())
+
+
+@pytest.mark.parametrize("fused_base", [True, False])
+def test_fused_and_split_projections(fused_base: bool, base: Callable[[str], Path], tmp_path: Path) -> None:
+    """An adapter of q, k, v, gate and up on a base that keeps them fused, and the other way round."""
+    linears = ["q_proj", "k_proj", "v_proj", "gate_proj", "up_proj"]
+    train(base("llama"), peft.LoraConfig(r=4, target_modules=linears, use_dora=True), tmp_path / "a")
+    merge(base("llama"), tmp_path / "a", tmp_path / "plain", device="cpu")
+    state, expected = (
+        load_file(base("llama") / "model.safetensors"),
+        load_file(tmp_path / "plain" / "model.safetensors"),
+    )
+    if fused_base:
+        folder = tmp_path / "fused"
+        folder.mkdir()
+        save_file(fuse(state), folder / "model.safetensors", {"format": "pt"})
+        merge(folder, tmp_path / "a", tmp_path / "out", device="cpu")
+        got = load_file(tmp_path / "out" / "model.safetensors")
+        expected = fuse(expected)
+    else:
+        adapter = load_file(tmp_path / "a" / "adapter_model.safetensors")
+        config = peft.LoraConfig(r=8, lora_alpha=8, target_modules=["gate_up_proj"], init_lora_weights=False)
+        config.save_pretrained(tmp_path / "b")
+        tensors = {}
+        for layer in range(2):
+            module = f"base_model.model.model.layers.{layer}.mlp"
+            one, two = (adapter[f"{module}.{kind}.lora_A.weight"] for kind in ("gate_proj", "up_proj"))
+            b1, b2 = (adapter[f"{module}.{kind}.lora_B.weight"] for kind in ("gate_proj", "up_proj"))
+            tensors[f"{module}.gate_up_proj.lora_A.weight"] = torch.cat((one, two))
+            tensors[f"{module}.gate_up_proj.lora_B.weight"] = torch.block_diag(b1, b2)
+        save_file(tensors, tmp_path / "b" / "adapter_model.safetensors", {"format": "pt"})
+        merge(base("llama"), tmp_path / "b", tmp_path / "out", device="cpu")
+        got = load_file(tmp_path / "out" / "model.safetensors")
+        expected = dict(state)
+        for layer in range(2):
+            for kind in ("gate_proj", "up_proj"):
+                key = f"model.layers.{layer}.mlp.{kind}"
+                a, b = (adapter[f"base_model.model.{key}.lora_{x}.weight"] for x in "AB")
+                expected[f"{key}.weight"] = state[f"{key}.weight"] + b @ a
+    assert got.keys() == expected.keys()
+    for key, value in expected.items():
+        torch.testing.assert_close(got[key], value, atol=2e-6, rtol=0)
+
+
+def fuse(state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    result = {k: v for k, v in state.items() if not any(f".{n}_proj." in k for n in ("q", "k", "v", "gate", "up"))}
+    for layer in range(2):
+        for owner, parts, fused in (("self_attn", "qkv", "qkv_proj"), ("mlp", ("gate", "up"), "gate_up_proj")):
+            stem = f"model.layers.{layer}.{owner}"
+            result[f"{stem}.{fused}.weight"] = torch.cat([state[f"{stem}.{part}_proj.weight"] for part in parts])
+    return result
+
+
+# -- PEFT's faults --------------------------------------------------------------------------------------
+
+
+def converted_dude(base: Path, folder: Path) -> Any:
+    """A DuDe saved with path_initial_model_for_weight_conversion: PEFT drops its magnitudes."""
+    config = peft.LoraConfig(r=4, target_modules=SOME, init_lora_weights="pissa", use_dora=True)
+    with quiet():
+        model = peft.get_peft_model(load(base), config)
+        model.peft_config["default"].init_lora_weights = True
+        model.save_pretrained(folder / "initial")
+        randomise(model)
+        model.eval()
+        model.peft_config["default"].init_lora_weights = "pissa"
+        model.save_pretrained(folder / "kept")
+        expected = logits(model)
+        model.save_pretrained(folder / "converted", path_initial_model_for_weight_conversion=str(folder / "initial"))
+    return expected
+
+
+def test_missing_magnitudes_are_refused_and_can_be_given(base: Callable[[str], Path], tmp_path: Path) -> None:
+    expected = converted_dude(base("llama"), tmp_path)
+    assert not any("magnitude" in key for key in load_file(tmp_path / "converted" / "adapter_model.safetensors"))
+    with pytest.raises(AdapterError, match="--magnitudes"):
+        merge(base("llama"), tmp_path / "converted", tmp_path / "no", device="cpu")
+    assert not (tmp_path / "no").exists()
+    for source in (tmp_path / "kept", tmp_path / "kept" / "adapter_model.safetensors"):
+        options = ReadOptions(magnitudes=source)
+        out = tmp_path / f"out-{source.name}"
+        got = merged_logits(base("llama"), tmp_path / "converted", out, options=options)
+        assert error(got, expected) < TOLERANCE
+
+
+@pytest.mark.parametrize("init", ["pissa_niter_4", "corda", "lora_ga"])
+@pytest.mark.parametrize("dora", [False, True])
+def test_lost_initialisations_need_the_initial_adapter_or_the_residual(
+    init: str, dora: bool, base: Callable[[str], Path], tmp_path: Path
+) -> None:
+    config = peft.LoraConfig(r=4, target_modules=SOME, init_lora_weights="pissa_niter_4", use_dora=dora)
+    with quiet():
+        model = peft.get_peft_model(load(base("llama")), config)
+        model.peft_config["default"].init_lora_weights = True
+        model.save_pretrained(tmp_path / "initial")
+        with model.disable_adapter():
+            residual = {
+                key.removeprefix("base_model.model.").replace(".base_layer.", "."): value.clone()
+                for key, value in model.state_dict().items()
+                if ".lora_" not in key
+            }
+        randomise(model, 0.03)
+        model.eval()
+        model.peft_config["default"].init_lora_weights = init
+        model.save_pretrained(tmp_path / "a")
+        expected = logits(model)
+    with pytest.raises(UnsupportedError, match="--init-adapter"):
+        merge(base("llama"), tmp_path / "a", tmp_path / "no", device="cpu")
+    options = ReadOptions(init_adapter=tmp_path / "initial")
+    got = merged_logits(base("llama"), tmp_path / "a", tmp_path / "out", options=options)
+    assert error(got, expected) < TOLERANCE
+    import shutil
+
+    shutil.copytree(base("llama"), tmp_path / "residual")
+    save_file(residual, tmp_path / "residual" / "model.safetensors", {"format": "pt"})
+    got = merged_logits(tmp_path / "residual", tmp_path / "a", tmp_path / "out2", base_kind="residual")
+    assert error(got, expected) < TOLERANCE
+    if init.startswith("pissa"):  # the evidence tells the residual by itself
+        assert error(merged_logits(tmp_path / "residual", tmp_path / "a", tmp_path / "out3"), expected) < TOLERANCE
+
+
+# -- what is refused ------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"rank_pattern": {"(a+)+$": 4}},
+        {"rank_pattern": {"(q|q)*_proj": 4}},
+        {"rank_pattern": {r"(.)\1\1\1q_proj": 4}},
+        {"rank_pattern": {".*.*.*.*.*.*q": 4}},
+        {"rank_pattern": {"[": 4}},
+        {"rank_pattern": {"q_proj": -1}},
+        {"rank_pattern": {"q_proj": "4"}},
+        {"rank_pattern": [4]},
+        {"alpha_pattern": {"q_proj": None}},
+        {"alpha_pattern": {"q_proj": float("nan")}},
+        {"alpha_pattern": "q_proj"},
+        {"r": None},
+        {"r": True},
+        {"r": 4.5},
+        {"r": 10**30},
+        {"lora_alpha": "32"},
+        {"lora_alpha": None},
+        {"lora_alpha": float("inf")},
+        {"use_rslora": "yes"},
+        {"use_dora": 1},
+        {"fan_in_fan_out": "no"},
+        {"target_parameters": "mlp.experts"},
+        {"target_parameters": [[]]},
+        {"init_lora_weights": {"pissa": 1}},
+        {"init_lora_weights": "unheard_of"},
+        {"layer_replication": [[0, 2]]},
+        {"kasa_config": {"beta": 1}},
+        {"peft_type": "OFT"},
+        {"peft_type": None},
+        {"peft_type": ["LORA"]},
+    ],
+    ids=repr,
+)
+def test_strange_configs_get_clear_errors(change: dict[str, Any], base: Callable[[str], Path], tmp_path: Path) -> None:
+    import json
+
+    train(base("llama"), peft.LoraConfig(r=4, target_modules=SOME), tmp_path / "a")
+    file = tmp_path / "a" / "adapter_config.json"
+    file.write_text(json.dumps({**json.loads(file.read_text()), **change}))
+    with pytest.raises((AdapterError, UnsupportedError)):
+        merge(base("llama"), tmp_path / "a", tmp_path / "out", device="cpu")
+    assert not (tmp_path / "out").exists()
+
+
+def test_dora_with_trained_lora_bias_is_refused(base: Callable[[str], Path], tmp_path: Path) -> None:
+    train(base("biased"), peft.LoraConfig(r=4, target_modules=["q_proj"], use_dora=True), tmp_path / "a")
+    file = tmp_path / "a" / "adapter_model.safetensors"
+    tensors = load_file(file)
+    biases = {
+        key.replace("lora_B.weight", "lora_B.bias"): t[:, 0].clone() for key, t in tensors.items() if "lora_B" in key
+    }
+    save_file(tensors | biases, file, {"format": "pt"})
+    with pytest.raises(AdapterError, match="without DoRA"):
+        open_adapter(tmp_path / "a")
+
+
+def test_lora_bias_on_a_layer_without_bias_is_refused(base: Callable[[str], Path], tmp_path: Path) -> None:
+    train(base("llama"), peft.LoraConfig(r=4, target_modules=["q_proj"], lora_bias=True), tmp_path / "a")
+    with pytest.raises(MismatchError, match="no bias"):
+        merge(base("llama"), tmp_path / "a", tmp_path / "out", device="cpu")
+
+
+def test_token_beyond_the_embedding_is_refused(base: Callable[[str], Path], tmp_path: Path) -> None:
+    import json
+
+    train(base("llama"), peft.LoraConfig(r=4, target_modules=SOME, trainable_token_indices=[1, 2]), tmp_path / "a")
+    file = tmp_path / "a" / "adapter_config.json"
+    for indices, kind in (([1, 64], MismatchError), ([1, 1], AdapterError), ([1], AdapterError), ("x", AdapterError)):
+        file.write_text(json.dumps({**json.loads(file.read_text()), "trainable_token_indices": indices}))
+        with pytest.raises(kind):
+            merge(base("llama"), tmp_path / "a", tmp_path / "out", device="cpu")
+
+
+def test_tokens_are_the_ones_that_were_run() -> None:
+    assert int(TOKENS.max()) < 64 and {3, 9, 30} & set(TOKENS.flatten().tolist())
