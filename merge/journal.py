@@ -129,11 +129,12 @@ def _adopt(place: Workplace, output: Path, identity: dict[str, Any], shared: boo
             )
         if not shared:
             remove(place.staging)
-        place.folder.mkdir(parents=True, exist_ok=True)
-        place.journal.mkdir(exist_ok=True)
+        place.journal.mkdir(parents=True, exist_ok=True)
         write_whole(file, wanted)
         if shared and read_json(file) != wanted:  # two first parts met
             raise OutputError(f"{output}: parts of another merge are there already")
+    # A run killed between its last two steps, the output's name and the journal's end, leaves a journal alone.
+    place.folder.mkdir(exist_ok=True)
 
 
 def shards_of_part(shards: Sequence[ShardPlan], part: Part) -> list[ShardPlan]:
