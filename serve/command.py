@@ -52,6 +52,7 @@ class Plan:
     rest: list[str]  # vLLM's own flags, as the user gave them
     notes: list[str] = field(default_factory=list)
     found: dict[str, Outline] = field(default_factory=dict)  # in the adapter folder, not loaded yet
+    ranks: dict[str, int] = field(default_factory=dict)  # of the adapters that are converted
 
     @property
     def served_name(self) -> str:
@@ -64,7 +65,8 @@ class Plan:
         chosen = option(self.rest, "--max-lora-rank")
         if chosen is not None:
             return int(chosen)
-        ranks = [outline.rank for outline in (*self.adapters.values(), *self.found.values())]
+        named = [self.ranks.get(name, outline.rank) for name, outline in self.adapters.items()]
+        ranks = [*named, *(outline.rank for outline in self.found.values())]
         floor = SMALLEST_RANK_FOR_LOADING if self.loading else 1
         return allowed_rank(max([floor, *ranks]))
 
@@ -267,6 +269,7 @@ def convert(plan: Plan, say: Callable[[str], None]) -> dict[str, Served]:
         except AdapterMergeError as error:
             problems += error.problems
             continue
+        plan.ranks[name] = held[name].rank
         scales = " with row scales" if held[name].form != "lora" else ""
         how = "from the cache" if cached else f"converted in {time.monotonic() - began:.1f} s"
         say(f"{name}: {outline.method}, rank {held[name].rank}{scales}, {how}")

@@ -30,6 +30,7 @@ from .cache import Cache, Lease, key_of
 RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
 MANIFEST = "adapter_merge.json"
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,199}")
+BESIDE_RESIDUAL = ("PiSSA", "DuDe")
 NOT_LINEAR = ("embed_tokens", "lm_head", "wte", "wpe", "embed_out", "word_embeddings", "embed_in")
 
 
@@ -58,7 +59,7 @@ class Outline:
 
     source: Path
     method: str
-    rank: int
+    rank: int  # at most this
     targets: tuple[str, ...]
     ready: bool  # already a factor folder
     key: str
@@ -135,8 +136,6 @@ class Converter:
         opened = open_adapter(source, base=self.checkpoint)
         modules = [module.name for module in opened.modules]
         targets = tuple(sorted({name.rsplit(".", 1)[-1] for name in modules}))
-        # Factors of PiSSA and DuDe hold the initial ones beside the trained: the exact rank comes out of
-        # them.
         problems = []
         if opened.replacements:
             names = ", ".join(list(opened.replacements)[:3])
@@ -168,6 +167,8 @@ class Converter:
             }
         )
         rank = max(module.rank for module in opened.modules)
+        if opened.method in BESIDE_RESIDUAL and about is None:
+            rank *= 2  # on the original base the initial factors are taken off beside the trained ones
         return Outline(source, opened.method, rank, targets, about is not None, key)
 
     def obtain(self, adapter: str | Path) -> Served:

@@ -94,6 +94,9 @@ class World:
     oracle: Oracle
     adapters: dict[str, Adapter]
 
+    def raws(self, *names: str) -> dict[str, Path]:
+        return {name: self.adapters[name].raw for name in names or self.adapters}
+
     def folders(self, *names: str) -> dict[str, Path]:
         return {name: self.adapters[name].folder for name in names or self.adapters}
 

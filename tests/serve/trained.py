@@ -8,6 +8,7 @@ compute.
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -25,11 +26,26 @@ ALL = (*ATTENTION, *MLP)
 
 @dataclass
 class Adapter:
-    """One trained adapter: `folder` holds it as served, `merged` its weights by base tensor name, float64."""
+    """One trained adapter: `merged` holds its weights by base tensor name, float64.
+
+    `folder` holds it as factors, ready for vLLM; `raw` as its training would have saved it.
+    """
 
     name: str
     folder: Path
     merged: dict[str, Tensor] = field(default_factory=dict)
+
+    @property
+    def raw(self) -> Path:
+        return self.folder.with_name(self.folder.name + "-raw")
+
+    def write_raw(self, tensors: dict[str, Tensor], **config: Any) -> None:
+        self.raw.mkdir()
+        named = {f"base_model.model.{name}": tensor.float().contiguous() for name, tensor in tensors.items()}
+        save_file(named, self.raw / "adapter_model.safetensors")
+        targets = sorted({name.split(".")[4] for name in tensors})
+        config = {"base_model_name_or_path": None, "target_modules": targets, **config}
+        (self.raw / "adapter_config.json").write_text(json.dumps(config))
 
 
 def make_base(folder: Path, family: str, seed: int = 0) -> Path:
@@ -61,7 +77,21 @@ def make_base(folder: Path, family: str, seed: int = 0) -> Path:
             elif parameter.ndim == 2:
                 parameter.normal_(0, 1.5 / parameter.shape[1] ** 0.5)
     model.save_pretrained(folder)
+    write_tokenizer(folder)
     return folder
+
+
+def write_tokenizer(folder: Path) -> None:
+    """A tokenizer of bytes with a chat template, enough for a server to start; tests compare token ids."""
+    import transformers
+    from tokenizers import Tokenizer, models, pre_tokenizers
+
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    tokenizer = Tokenizer(models.BPE({letter: n for n, letter in enumerate(alphabet)}, []))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    fast: Any = transformers.PreTrainedTokenizerFast(tokenizer_object=tokenizer)
+    fast.chat_template = "{% for message in messages %}{{ message['role'] + ': ' + message['content'] }}{% endfor %}"
+    fast.save_pretrained(folder)
 
 
 def base_weights(base: Path) -> dict[str, Tensor]:
@@ -143,6 +173,7 @@ def make_lora(
         adapter.merged[module + ".weight"] = weight + 16 / 8 * (b.float().double() @ a.float().double())
     write_folder(folder, factors, lora_alpha=16)
     (folder / "adapter_merge.json").unlink()
+    shutil.copytree(folder, adapter.raw)
     return adapter
 
 
@@ -156,6 +187,7 @@ def make_dcft(
     """W' = W0 + (conv_transpose2d(lora_A^T lora_B^T, C, stride 8))^T alpha / (ranknum + 1e-5): DCFT."""
     adapter = Adapter(name, folder)
     factors = {}
+    raw: dict[str, Tensor] = {}
     scale = 32.0 / (8 + 1e-5)
     for module in module_names(targets):
         weight = base[module + ".weight"]
@@ -164,6 +196,8 @@ def make_dcft(
         b = normal(generator, out // 8, 1) * 0.2
         c = normal(generator, 8, 8) * 0.2
         small = (a.T @ b.T)[None, None]
+        raw |= {f"{module}.lora_A": a, f"{module}.lora_B": b, f"{module}.lora_C": c[None, None]}
+        raw[f"{module}.ranknum"] = torch.tensor([8.0])
         delta = torch.nn.functional.conv_transpose2d(small, c[None, None], stride=8)[0, 0]
         adapter.merged[module + ".weight"] = weight + delta.T * scale
         left, values, right = torch.linalg.svd(c)
@@ -172,6 +206,8 @@ def make_dcft(
             scale * torch.kron(b, (right.T * values.sqrt()).contiguous()),
         )
     write_folder(folder, factors)
+    shape: dict[str, Any] = {"kernel_size": [8, 8], "stride": [8, 8], "lora_alpha": 32.0, "r": 1}
+    adapter.write_raw(raw, peft_type="DCFT", format_version=1, **shape)
     return adapter
 
 
@@ -207,6 +243,7 @@ def _scaled(
 ) -> Adapter:
     adapter = Adapter(name, folder)
     factors, scales = {}, {}
+    raw: dict[str, Tensor] = {}
     s = 2.0
     for module in module_names(targets):
         weight = base[module + ".weight"]
@@ -221,12 +258,20 @@ def _scaled(
             a, b = a0 + 0.1 * a, b0 + 0.1 * b
             down, up = torch.cat((a, a0)), s * torch.cat((b, -b0), dim=1)
             direction = weight + s * (b @ a - b0 @ a0)
+            raw |= {f"{module}.lora_A_init.weight": a0, f"{module}.lora_B_init.weight": b0}
         norm = direction.norm(dim=1)
         magnitude = weight.norm(dim=1) * (1 + 0.3 * normal(generator, weight.shape[0]))
         adapter.merged[module + ".weight"] = (magnitude / norm)[:, None] * direction
         factors[module] = (down, up)
         scales[module] = (magnitude, magnitude / norm)
+        raw |= {f"{module}.lora_A.weight": a, f"{module}.lora_B.weight": b}
+        raw[f"{module}.lora_magnitude_vector"] = magnitude
     write_folder(folder, factors, scales)
+    if dude:
+        shape: dict[str, Any] = {"base": "original", "residual_dtype": "float32", "use_rslora": False}
+        adapter.write_raw(raw, peft_type="DUDE", format_version=1, r=8, lora_alpha=16, **shape)
+    else:
+        adapter.write_raw(raw, peft_type="LORA", r=8, lora_alpha=16, use_dora=True, init_lora_weights=True)
     return adapter
 
 
