@@ -1,7 +1,8 @@
 """What a merge did to one weight, measured on a sample of its blocks while they are in cache.
 
 Measuring every block would cost more than the merge: eight passes over the weight beside the merge's five. Every
-n-th block of rows is measured, n chosen so that small weights are measured whole and large ones on about eight blocks.
+n-th block of rows is measured, n chosen so that small weights are measured whole and large ones on a few blocks, spread
+over all their rows.
 """
 
 from __future__ import annotations
@@ -12,8 +13,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-SAMPLED_BLOCKS = 8
+SAMPLED_BLOCKS = 4
 SUMS = 6
+BITS = {torch.bfloat16: torch.int16, torch.float16: torch.int16, torch.float32: torch.int32, torch.float64: torch.int64}
 
 
 @dataclass(frozen=True)
@@ -51,7 +53,8 @@ def block_sums(
     work.abs_()
     sums[4] = work.sum()
     if stored.dtype == before.dtype:
-        same = stored == before
+        bits = BITS[stored.dtype]  # whole numbers compare three times as fast as bfloat16
+        same = stored.view(bits) == before.view(bits)
         sums[3] = same.numel() - same.sum()
         sums[5] = work.mul_(same).sum()
     else:
