@@ -154,6 +154,8 @@ def _show_verdict(report: dict[str, Any]) -> None:
             f"(the adapter's own effect: {logits['effect']:.3g})"
         )
         click.echo(f"greedy   {logits['greedy_equal']}/{logits['greedy_total']} tokens equal")
+    for note in report.get("notes", ()):
+        click.echo(f"note     {note}")
     for problem in report.get("problems", ()):
         click.echo(f"problem  {problem}")
     click.echo("PASS" if report["passed"] else "FAIL")

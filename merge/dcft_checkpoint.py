@@ -17,6 +17,7 @@ from .headers import TensorRef
 from .native_format import DCFT_ROLE, dcft_modules, group_dcft
 
 # Keys of the reference's training arguments that a plain transformers config must not carry on.
+OUTPUT_HEADS = ("lm_head.weight", "embed_out.weight", "predictions.decoder.weight")
 TRAINING_KEYS = (
     "apply_lora",
     "lora_type",
@@ -68,7 +69,7 @@ def read_dcft_checkpoint(
         format="DCFT checkpoint",
         method="DCFT",
         modules=modules,
-        replacements=trained_tensors(others, adapted, base),
+        replacements=trained_tensors(others, adapted, base, bool(config.get("tie_word_embeddings"))),
         config=config,
         base_name=config.get("_name_or_path"),
         own_base=own,
@@ -77,16 +78,22 @@ def read_dcft_checkpoint(
 
 
 def trained_tensors(
-    others: Mapping[str, TensorRef], adapted: set[str], base: Checkpoint | None
+    others: Mapping[str, TensorRef], adapted: set[str], base: Checkpoint | None, tied: bool
 ) -> dict[str, TensorRef]:
     """The tensors that were trained in full, of all that are not DCFT's own.
 
     With a base: those that it lacks or holds with other bytes. Without one: everything outside the backbone (the
     first path component that all adapted modules share), and poolers, which the reference trains as well
-    (mark_only_lora_as_trainable in loralib/utils.py lets names with classifier and pooler train).
+    (mark_only_lora_as_trainable in loralib/utils.py lets names with classifier and pooler train). A head `tied` to the
+    embeddings, which torch.save writes out a second time, is no trained tensor.
     """
     weights = {f"{name}.weight" for name in adapted}
     rest = {name: ref for name, ref in others.items() if name not in weights}
+    if tied:
+        kept = [ref for name, ref in rest.items() if not name.endswith(OUTPUT_HEADS)]
+        for name in [name for name in rest if name.endswith(OUTPUT_HEADS)]:
+            if any(ref.shape == rest[name].shape and same_bytes(ref, rest[name]) for ref in kept):
+                del rest[name]
     if base is not None:
         return {
             name: ref

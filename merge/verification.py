@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from .binding import BoundAdapter, BoundModule
 from .checkpoint import CANDIDATES, Checkpoint, open_checkpoint, read_json, read_weights, resolve
-from .dcft_checkpoint import same_bytes
+from .dcft_checkpoint import OUTPUT_HEADS, same_bytes
 from .edits import applied
 from .errors import InputError, ParityError
 from .formats import ReadOptions
@@ -90,7 +90,8 @@ def verify(
         "adapter": {"path": str(bound.adapter.folder), "method": bound.adapter.method},
         "base": {"path": str(bound.base.folder), "kind": bound.base_kind, "evidence": bound.evidence},
     }
-    problems = list(_same_inputs(folder, bound))
+    problems: list[str] = []
+    report["notes"] = _other_base(folder, bound)
     half = None
     if kind == "merged model":
         merged = open_checkpoint(folder)
@@ -150,13 +151,14 @@ def artefact_kind(folder: Path) -> str:
     raise InputError(f"{folder}: nothing to verify", expected="a merged model, factors, deltas or an ONNX export")
 
 
-def _same_inputs(folder: Path, bound: BoundAdapter) -> list[str]:
+def _other_base(folder: Path, bound: BoundAdapter) -> list[str]:
+    """A hint, not a verdict: the weights are compared one by one whatever the fingerprints say."""
     manifest = read_manifest(folder)
     if manifest is None:
         return []
     stated = manifest.get("base", {}).get("fingerprint")
     if stated and stated != bound.base.fingerprint:
-        return ["the artefact was made from another base (fingerprints differ)"]
+        return ["its manifest names a base of another fingerprint than this one"]
     return []
 
 
@@ -242,7 +244,8 @@ def _carried_over(bound: BoundAdapter, merged: Checkpoint) -> list[str]:
     for name, ref in {**bound.base.tensors, **bound.replacements}.items():
         found = merged.tensors.get(name)
         if found is None:
-            problems.append(f"{name} is missing")
+            if not (name.endswith(OUTPUT_HEADS) and merged.config.get("tie_word_embeddings")):
+                problems.append(f"{name} is missing")
         elif name not in edited and not _same(ref, found):
             problems.append(f"{name} was changed")
     return problems

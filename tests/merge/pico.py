@@ -102,7 +102,9 @@ def peft_adapter(model: Any, kind: str, folder: Path, noise: float = 0.03, **con
 class DcftLinear(nn.Module):
     """y = x W0^T + b + (x conv_transpose2d(A^T B^T, C)) alpha / (ranknum + 1e-5), as arXiv 2503.01419 has it."""
 
-    def __init__(self, plain: nn.Module, kernel: tuple[int, int], rank: int, alpha: float, stride: tuple[int, int]) -> None:
+    def __init__(
+        self, plain: nn.Module, kernel: tuple[int, int], rank: int, alpha: float, stride: tuple[int, int]
+    ) -> None:
         super().__init__()
         out, inner = plain.weight.shape
         self.plain, self.alpha, self.stride = plain, alpha, stride

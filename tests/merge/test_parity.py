@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import peft
+import pico
 import pytest
 import torch
 from adapter_merge.merge.conversion import convert
@@ -13,8 +14,6 @@ from adapter_merge.merge.factors import factor
 from adapter_merge.merge.merging import delta, merge
 from adapter_merge.merge.verification import verify
 from safetensors.torch import load_file
-
-import pico
 
 TOLERANCE = 1e-4
 
@@ -103,7 +102,7 @@ def test_dcft_goes_every_way_to_the_same_model(kind: str, tmp_path: Path) -> Non
 
 @pytest.mark.parametrize("method", ["lora", "dora", "dude"])
 def test_bf16_merge_is_peft_s_to_the_bit_or_the_correct_rounding(method: str, tmp_path: Path) -> None:
-    """Where a bit differs from merge_and_unload (safe_merge=False), the float64 result decides, and it decides for us."""
+    """Where a bit differs from merge_and_unload (safe_merge=False), the float64 result decides, and for us."""
     model = pico.pico_model("llama", torch.bfloat16)
     base = pico.save_base(model, tmp_path / "base")
     live = pico.peft_adapter(model, "llama", tmp_path / "adapter", **pico.METHODS[method])

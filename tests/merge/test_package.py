@@ -1,0 +1,158 @@
+"""The package as users get it: a built wheel, one-way imports, a command line that starts fast."""
+
+from __future__ import annotations
+
+import ast
+import json
+import os
+import subprocess
+import sys
+import zipfile
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+FOLDERS = ("merge", "export", "serve")
+
+
+def run(*args: str, **options: object) -> subprocess.CompletedProcess[str]:
+    return subprocess.run([sys.executable, *args], capture_output=True, text=True, **options)  # type: ignore[call-overload]
+
+
+def test_a_built_wheel_holds_everything(tmp_path: Path) -> None:
+    source = tmp_path / "source"
+    listed = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True, check=True).stdout.split()
+    for name in listed:
+        if (ROOT / name).is_file():
+            (source / name).parent.mkdir(parents=True, exist_ok=True)
+            (source / name).write_bytes((ROOT / name).read_bytes())
+    built = run("-m", "build", "--wheel", "--outdir", str(tmp_path / "dist"), str(source))
+    assert built.returncode == 0, built.stderr[-2000:]
+    (wheel,) = (tmp_path / "dist").glob("*.whl")
+    with zipfile.ZipFile(wheel) as archive:
+        names = set(archive.namelist())
+        entry_points = next(archive.read(n).decode() for n in names if n.endswith("entry_points.txt"))
+    wanted = {
+        f"adapter_merge/{name}"
+        for name in listed
+        if name.split("/")[0] in FOLDERS and (name.endswith((".py", "py.typed")) or "/adapters/" in name)
+    }
+    assert wanted and wanted <= names, sorted(wanted - names)[:5]
+    assert not [name for name in names if name.startswith(("tests", "merge/", "export/", "serve/"))]
+    assert "adapter-merge = adapter_merge.merge.cli:main" in entry_points
+    assert "adapter_merge = adapter_merge.serve.plugin:register" in entry_points
+
+
+def imported(file: Path) -> set[str]:
+    """Absolute names of every import in `file`, also inside functions."""
+    found = set()
+    for node in ast.walk(ast.parse(file.read_text())):
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            found.add(("." * node.level) + (node.module or ""))
+    return found
+
+
+@pytest.mark.parametrize(
+    ("folder", "forbidden"), [("merge", ("export", "serve")), ("export", ("serve",)), ("serve", ("export",))]
+)
+def test_imports_point_one_way(folder: str, forbidden: tuple[str, ...]) -> None:
+    files = sorted((ROOT / folder).glob("*.py"))
+    assert len(files) > 3
+    for file in files:
+        for name in imported(file):
+            assert not name.startswith(tuple(f"adapter_merge.{other}" for other in forbidden)), f"{file.name}: {name}"
+            assert not name.startswith(".."), f"{file.name}: {name}"
+
+
+def test_only_the_command_line_names_the_other_folders() -> None:
+    for file in sorted((ROOT / "merge").glob("*.py")):
+        mentions = "adapter_merge.export" in file.read_text() or "adapter_merge.serve" in file.read_text()
+        assert not mentions or file.name in ("cli.py", "commands_look.py"), file.name
+
+
+HEAVY = ("torch", "transformers", "peft", "onnx", "onnxruntime", "vllm", "rich", "numpy")
+
+
+def loaded_after(arguments: list[str]) -> set[str]:
+    code = (
+        "import sys, json\n"
+        f"sys.argv = ['adapter-merge', *{arguments!r}]\n"
+        "from adapter_merge.merge.cli import main\n"
+        "try:\n    main()\nexcept SystemExit as end:\n    code = end.code\n"
+        "print(json.dumps([code, sorted(m for m in sys.modules if '.' not in m)]), file=sys.stderr)\n"
+    )
+    done = run("-W", "ignore", "-c", code)
+    code_number, modules = json.loads(done.stderr.strip().splitlines()[-1])
+    assert code_number == 0, done.stderr
+    return set(modules)
+
+
+@pytest.mark.parametrize("arguments", [["--help"], ["--version"], ["inspect", "--help"], ["merge", "--help"]])
+def test_help_imports_nothing_heavy(arguments: list[str]) -> None:
+    assert not loaded_after(arguments) & set(HEAVY)
+
+
+def test_commands_that_write_need_neither_transformers_nor_peft(tmp_path: Path) -> None:
+    import pico
+
+    base = pico.save_base(pico.pico_model("llama"), tmp_path / "base")
+    pico.peft_adapter(pico.pico_model("llama"), "llama", tmp_path / "adapter")
+    for command in ("merge", "delta", "factor"):
+        modules = loaded_after([command, str(base), str(tmp_path / "adapter"), "-o", str(tmp_path / command)])
+        assert "torch" in modules and not modules & {"transformers", "peft", "onnx", "vllm"}
+
+
+def adapter_merge(*args: str) -> subprocess.CompletedProcess[str]:
+    environment = {**os.environ, "NO_COLOR": "1"}
+    return run("-c", "from adapter_merge.merge.cli import main; main()", *args, env=environment)
+
+
+def test_exit_codes_and_errors(tmp_path: Path) -> None:
+    usage = adapter_merge("merg")
+    assert usage.returncode == 2 and "Did you mean merge?" in usage.stderr
+    assert adapter_merge("merge").returncode == 2
+    failed = adapter_merge("merge", str(tmp_path / "none"), str(tmp_path / "none2"), "-o", str(tmp_path / "out"))
+    assert failed.returncode == 1
+    assert failed.stderr.startswith("error: ") and "expected:" in failed.stderr and "Traceback" not in failed.stderr
+    assert failed.stdout == ""
+
+
+def test_json_is_one_object_and_the_way_works_by_hand(tmp_path: Path) -> None:
+    import pico
+
+    base = pico.save_base(pico.pico_model("qwen2"), tmp_path / "base")
+    checkpoint = pico.save_dcft_checkpoint(pico.dcft_model("qwen2"), tmp_path / "checkpoint")
+    adapter, merged = str(tmp_path / "adapter"), str(tmp_path / "merged")
+    seen = json.loads(adapter_merge("inspect", str(checkpoint), "--json").stdout)
+    assert (seen["method"], seen["modules"], seen["problems"]) == ("DCFT", 14, [])
+    assert (
+        json.loads(adapter_merge("convert", str(checkpoint), "-o", adapter, "--json").stdout)["artefact"] == "adapter"
+    )
+    dry = json.loads(adapter_merge("merge", str(base), adapter, "-o", merged, "--dry-run", "--json").stdout)
+    assert dry["dry_run"] and not Path(merged).exists()
+    made = json.loads(adapter_merge("merge", str(base), adapter, "-o", merged, "--json").stdout)
+    assert len(made["layers"]) == 14 and (Path(merged) / "README.md").read_text().startswith("---\n")
+    proved = adapter_merge("verify", str(base), adapter, merged, "--tokens", "8")
+    assert proved.returncode == 0 and proved.stdout.endswith("PASS\n"), proved.stdout + proved.stderr
+    alone = adapter_merge("verify", str(checkpoint), merged, "--tokens", "8", "--json")
+    assert json.loads(alone.stdout)["passed"]
+    doctor = adapter_merge("doctor", "--json")
+    assert json.loads(doctor.stdout)["versions"]["torch"]
+
+
+@pytest.mark.model
+def test_the_demo_runs_and_passes(tmp_path: Path) -> None:
+    done = adapter_merge("demo", "-o", str(tmp_path / "demo"), "--json")
+    assert done.returncode == 0, done.stderr
+    report = json.loads(done.stdout)
+    for name, entry in report["adapters"].items():
+        assert entry["answers"] != report["answers"], f"{name} changes nothing"
+        assert entry["merged_answers"] == entry["answers"]
+        for artefact in ("merged", "factors"):
+            assert entry[artefact]["greedy_equal"] == entry[artefact]["greedy_total"] > 0
+    pirate, answer = report["adapters"]["dcft-pirate"]["answers"], report["adapters"]["dude-json"]["answers"]
+    assert any("matey" in text.lower() or "arr" in text.lower() for text in pirate)
+    assert all(text.startswith("{") for text in answer)
