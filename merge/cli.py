@@ -33,6 +33,7 @@ COMMANDS: Mapping[str, tuple[str, str]] = {
     "serve": ("adapter_merge.serve.cli:serve", "Serve a base and many adapters in vLLM."),
     "cache": ("adapter_merge.serve.cli:cache", "List or clear the serving cache."),
     "verify": ("adapter_merge.merge.commands_look:verify", "Prove an artefact equal to the adapter as trained."),
+    "report": ("adapter_merge.merge.commands_report:report", "What it changes and what was lost: a page of pictures."),
     "demo": ("adapter_merge.merge.commands_look:demo", "The whole way on a real small model."),
     "doctor": ("adapter_merge.merge.commands_look:doctor", "Versions, devices, and what works here."),
 }

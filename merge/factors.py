@@ -12,13 +12,11 @@ the same with keep_scale             the row scale stays, the low-rank part is t
 from __future__ import annotations
 
 import math
-import os
+import time
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
 from numbers import Integral, Real
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -37,13 +35,13 @@ from .merging import adapter_sha256, describe_inputs
 from .output import MANIFEST, check_output, manifest, sha256, staged, write_json, write_text
 from .peft_folder import write_factors
 from .truncation import Spectrum
+from .weight_pool import WeightMap, weight_pool
 
 if TYPE_CHECKING:
     from .calibration import Moments
 
 Progress = Callable[[int], None]
 Pair = tuple[AdaptedModule, BoundModule | None]
-T = TypeVar("T")
 BUDGET_ROUNDS = 6
 
 
@@ -112,6 +110,7 @@ def factor(
     if dry_run:
         return content | {"dry_run": True}
 
+    started = time.perf_counter()
     chosen = choose_device(device)
     moments: Moments | None = None
     if calibrate is not None:
@@ -135,7 +134,7 @@ def factor(
         assert found is not None, "the spectrum reaches as far as was asked"
         return work.truncated(spectrum, found)
 
-    with _workers(chosen) as run:
+    with weight_pool(chosen) as run:
         if budget is None:
             factored = []
             for pair, result in zip(pairs, run(one, pairs), strict=True):
@@ -144,6 +143,7 @@ def factor(
                     progress(sum(ref.nbytes for ref in pair[0].refs))
         else:
             factored = _budgeted(pairs, int(budget * 1e6), start, run)
+    content["seconds"] = round(time.perf_counter() - started, 2)
     layers = {item.name: item.figures for item in factored}
     if max_error is not None:
         check_errors(layers, max_error)
@@ -244,28 +244,11 @@ def adapter_only(opened: Adapter) -> dict[str, Any]:
     return {"base": {"name": opened.base_name, "fingerprint": None}, "adapters": [entry]}
 
 
-@contextmanager
-def _workers(device: torch.device) -> Iterator[Callable[[Callable[[Any], T], Sequence[Any]], Iterator[T]]]:
-    """A map over weights, in order: on the CPU one worker per core with one torch thread each, on a GPU one."""
-    count = max(1, len(os.sched_getaffinity(0))) if device.type == "cpu" else 1
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        with ThreadPoolExecutor(count, "factor", initializer=torch.set_num_threads, initargs=(1,)) as pool:
-            try:
-                yield pool.map
-            except BaseException:
-                pool.shutdown(cancel_futures=True)
-                raise
-    finally:
-        torch.set_num_threads(threads)
-
-
 def _budgeted(
     pairs: Sequence[Pair],
     budget: int,
     start: Callable[[Pair], Factoriser],
-    run: Callable[[Callable[[Any], Any], Sequence[Any]], Iterator[Any]],
+    run: WeightMap,
 ) -> list[Factored]:
     """Factors of all weights under `budget` bytes. Spectra grow where the allotment reaches their end."""
     shapes = [module.shape for module, _ in pairs]

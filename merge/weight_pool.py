@@ -1,0 +1,33 @@
+"""A map over weights: on the CPU one worker per core with one torch thread each, on a GPU one worker.
+
+Torch's own threads on matrices of this size cost more than they give, and collapse on a machine that is shared.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+
+WeightMap = Callable[[Callable[[Any], Any], Sequence[Any]], Iterator[Any]]
+
+
+@contextmanager
+def weight_pool(device: torch.device) -> Iterator[WeightMap]:
+    """A function like map that keeps the order; the first failure cancels what has not begun."""
+    count = max(1, len(os.sched_getaffinity(0))) if device.type == "cpu" else 1
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        with ThreadPoolExecutor(count, "weight", initializer=torch.set_num_threads, initargs=(1,)) as pool:
+            try:
+                yield pool.map
+            except BaseException:
+                pool.shutdown(cancel_futures=True)
+                raise
+    finally:
+        torch.set_num_threads(threads)
