@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -147,7 +148,7 @@ def generate(
     from . import generation
 
     if prompt == "-":
-        prompt = click.get_text_stream("stdin").read()
+        prompt = sys.stdin.read()
     together = len(adapters) > 1
     at_once = together and batched(folder)  # streams of one batch would interleave
     last: list[str] = []

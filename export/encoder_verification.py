@@ -29,7 +29,7 @@ def verify_encoder(
     import numpy as np
     import torch
 
-    from .verification import check_base, find_adapter, reference_model, sample_tokens
+    from .verification import check_base, find_adapter, header, reference_model, sample_tokens, verdict
 
     checkpoint = open_checkpoint(base)
     classifier = Classifier(folder, device)
@@ -41,38 +41,33 @@ def verify_encoder(
             f"{folder}: traced as {manifest.options.get('class')}, but {base} is a {type(_inner(model)).__name__}",
             hint="verify against a base whose config names the task's class",
         )
+    bare = reference_model(base, None) if adapter is not None else model
     limits = model.config.max_position_embeddings - 4
-    texts, worst, largest, differs = 0, 0.0, 0.0, 0
+    texts, expected, got, plain = 0, [], [], []
     for length in sorted({min(length, limits) for length in LENGTHS}):
         ids = np.asarray(sample_tokens(model.config.vocab_size - 6, 3 * length)).reshape(3, length) + 5
         mask = np.ones_like(ids)
         mask[1, length - length // 4 :] = 0
         mask[2, length // 2 :] = 0
         ids[mask == 0] = model.config.pad_token_id or 0
-        got = classifier.run(ids, mask, None if manifest.mode == "merged" else chosen)
+        answers = classifier.run(ids, mask, None if manifest.mode == "merged" else chosen)
+        inputs = {"input_ids": torch.from_numpy(ids), "attention_mask": torch.from_numpy(mask)}
         with torch.no_grad():
-            expected = model(input_ids=torch.from_numpy(ids), attention_mask=torch.from_numpy(mask))
-        for output, logits in got.items():
-            wanted = expected[output].float().numpy()
-            if logits.ndim > 2 or output != "logits":  # per position: padding means nothing
-                logits, wanted = logits[mask == 1], wanted[mask == 1]
-            worst = max(worst, float(np.abs(logits - wanted).max()))
-            largest = max(largest, float(np.abs(wanted).max()))
-            differs += int((logits.argmax(-1) != wanted.argmax(-1)).sum()) if logits.ndim > 1 else 0
+            wanted, base_answers = model(**inputs), bare(**inputs)
+        for output, logits in answers.items():
+            rows: tuple[Any, ...] = (logits, wanted[output].float().numpy(), base_answers[output].float().numpy())
+            if logits.ndim == 3:  # labels per token: padding means nothing
+                rows = tuple(row[mask == 1] for row in rows)
+            elif output != "logits":  # a score per token, the best token of every text is the answer
+                rows = tuple(np.where(mask == 1, row, 0.0) for row in rows)
+            got.append(rows[0])
+            expected.append(rows[1])
+            plain.append(rows[2])
         texts += len(ids)
-    limit = BAR if bar is None else bar
     return {
-        "artefact": str(folder),
-        "mode": manifest.mode,
-        "precision": manifest.precision,
-        "adapter": chosen or "base",
-        "compared_with": "the adapter as trained, in torch float32" if adapter else "the base, in torch float32",
+        **header(folder, manifest, chosen, adapter),
         "texts": texts,
-        "bar": limit,
-        "max_abs_difference": worst,
-        "argmax_differs": differs,
-        "largest_logit": largest,
-        "passed": worst <= limit and differs == 0,
+        **verdict(expected, got, plain, BAR if bar is None else bar),
     }
 
 

@@ -13,14 +13,15 @@ from typing import Any
 
 from adapter_merge.merge.errors import InputError, MismatchError
 
-from .folder import read_export
+from .folder import Manifest, read_export
 from .running import Decoder
 from .runtime import check_packages
 from .switchable import folder_layout
 
-BARS: Mapping[str, float | None] = {"fp32": 1e-3, "fp16": 0.25, "bf16": 2.0, "int4": None}
-TOKENS = 256  # positions compared per text
+BARS: Mapping[str, float] = {"fp32": 1e-3, "fp16": 0.25, "bf16": 2.0}
+TOKENS = 256  # positions compared when no prompt is given
 PROMPT = 96  # of them in prefill
+GENERATED = 64  # greedy tokens after each prompt
 CLOSE = 1e-3  # two best logits nearer than this: float32 itself cannot order them
 
 
@@ -30,23 +31,29 @@ def verify_onnx(
     artefact: str | Path,
     *,
     name: str | None = None,
+    prompts: Sequence[str] | None = None,
     tokens: Sequence[int] | None = None,
     device: str = "cpu",
     bar: float | None = None,
-    reference: Any = None,
 ) -> dict[str, Any]:
     """Hold the export in `artefact` against `adapter` on `base` as trained (None: against the base alone).
 
-    name: the adapter's name in a switchable or batched export; found by its source path when not given. tokens:
-    at least 2 token ids; deterministic pseudo-random ones when not given. bar: the largest difference of a logit
-    that passes; by precision when not given (fp32 1e-3; an int4 export has none: its figures are reported and
-    `passed` is None). reference: a torch model that is loaded already.
+    name: the adapter's name in a switchable or batched export; found by its source path when not given. prompts:
+    texts, each followed by the tokens that torch chooses; tokens: ids to compare over; 256 deterministic
+    pseudo-random ids when neither is given. bar: the largest difference of a logit that passes; by precision when
+    not given (fp32 1e-3), but an int4 export needs one: quantisation moves logits by whole units.
 
-    Returns figures and "passed". Raises InputError or MismatchError when the three do not belong together.
+    Returns figures, "problems" and "passed". Raises InputError or MismatchError when the three do not belong
+    together.
     """
     folder = Path(artefact)
     check_packages("onnx_ir", "transformers")
     manifest = read_export(folder)
+    if bar is None and manifest.precision not in BARS:
+        raise InputError(
+            f"{folder}: an {manifest.precision} export differs from what was trained by its quantisation",
+            hint="say how large a difference of a logit may be: --tolerance",
+        )
     if manifest.kind != "decoder":
         from .encoder_verification import verify_encoder
 
@@ -57,30 +64,108 @@ def verify_onnx(
     layout = folder_layout(folder)
     check_base(folder, layout.base, checkpoint.fingerprint, base)
     chosen = find_adapter(folder, manifest.adapters, adapter, name, manifest.mode)
-    model = reference if reference is not None else reference_model(base, adapter)
+    model = reference_model(base, adapter)
     vocabulary = int(model.config.get_text_config().vocab_size)
-    ids = list(tokens) if tokens is not None else sample_tokens(vocabulary)
-    if len(ids) < 2 or not all(0 <= token < vocabulary for token in ids):
-        raise InputError("tokens are wrong", expected=f"at least 2 ids below {vocabulary}", got=str(ids[:8]))
-    prompt = max(1, min(PROMPT, len(ids) // 2))
-    expected = torch_logits(model, ids)
-    got = onnx_logits(Decoder(folder, device), chosen if manifest.mode != "merged" else None, ids, prompt)
-    figures = compare(expected, got, prompt)
-    limit = bar if bar is not None else BARS[manifest.precision]
-    passed = None if limit is None else figures["max_abs_difference"] <= limit and figures["argmax_differs"] == 0
+    texts = token_lists(folder, model, prompts, tokens, vocabulary)
+    expected = [torch_logits(model, ids) for ids, _ in texts]
+    del model
+    plain = expected
+    if adapter is not None:
+        model = reference_model(base, None)
+        plain = [torch_logits(model, ids) for ids, _ in texts]
+        del model
+    decoder = Decoder(folder, device)
+    found = None if manifest.mode == "merged" else chosen
+    got = [onnx_logits(decoder, found, ids, prompt) for ids, prompt in texts]
+    prefill = sum(prompt for _, prompt in texts)
+    positions = sum(len(ids) for ids, _ in texts)
     return {
-        "artefact": str(folder),
+        **header(folder, manifest, chosen, adapter),
+        "tokens": positions,
+        "prefill_tokens": prefill,
+        "decode_tokens": positions - prefill,
+        **verdict(expected, got, plain, BARS.get(manifest.precision, 0.0) if bar is None else bar),
+    }
+
+
+def header(folder: Path, manifest: Manifest, chosen: str | None, adapter: str | Path | None) -> dict[str, Any]:
+    """What was compared with what."""
+    return {
+        "artefact": "onnx",
+        "path": str(folder),
         "mode": manifest.mode,
         "precision": manifest.precision,
         "adapter": chosen or "base",
         "compared_with": "the adapter as trained, in torch float32" if adapter else "the base, in torch float32",
-        "tokens": len(ids),
-        "prefill_tokens": prompt,
-        "decode_tokens": len(ids) - prompt,
-        "bar": limit,
-        **figures,
-        "passed": passed,
     }
+
+
+def verdict(expected: Sequence[Any], got: Sequence[Any], plain: Sequence[Any], bar: float) -> dict[str, Any]:
+    """Figures over pairs of logits (positions, vocabulary), all problems, and whether there are none.
+
+    A greedy choice counts as different unless the two best expected logits are nearer than CLOSE. `plain` are the
+    base's logits: the adapter's own effect is what would be lost without it.
+    """
+    import numpy as np
+
+    worst, total, count, effect, equal, positions = 0.0, 0.0, 0, 0.0, 0, 0
+    for wanted, mine, base in zip(expected, got, plain, strict=True):
+        positions += len(wanted)
+        effect = max(effect, float(np.abs(wanted - base).max()))
+        gap = np.abs(wanted - mine)
+        if not np.isfinite(gap).all():
+            worst = float("inf")
+            continue
+        worst = max(worst, float(gap.max()))
+        total, count = total + float(gap.sum()), count + gap.size
+        best, chosen, rows = wanted.argmax(-1), mine.argmax(-1), np.arange(len(wanted))
+        equal += int(((best == chosen) | (wanted[rows, best] - wanted[rows, chosen] <= CLOSE)).sum())
+    problems = []
+    if not worst <= bar:
+        problems.append(f"max |dlogit| {worst:.3g} is above {bar:.3g}")
+    if equal != positions and bar <= BARS["fp32"]:
+        problems.append(f"{positions - equal} greedy choices differ")
+    logits = {
+        "max_difference": worst,
+        "mean_difference": total / count if count else float("inf"),
+        "greedy_equal": equal,
+        "greedy_total": positions,
+        "effect": effect,
+    }
+    return {"tolerance": bar, "logits": logits, "problems": problems, "passed": not problems}
+
+
+def token_lists(
+    folder: Path, model: Any, prompts: Sequence[str] | None, tokens: Sequence[int] | None, vocabulary: int
+) -> list[tuple[list[int], int]]:
+    """(ids, how many of them are prefill) for every text. Raises InputError."""
+    if tokens is None and prompts:
+        from .generation import Prompter
+
+        prompter = Prompter(folder)
+        found = []
+        for text in prompts:
+            prompt = prompter.encode(text)
+            found.append((prompt + torch_greedy(model, prompt, GENERATED), len(prompt)))
+        return found
+    ids = list(tokens) if tokens is not None else sample_tokens(vocabulary)
+    if len(ids) < 2 or not all(0 <= token < vocabulary for token in ids):
+        raise InputError("tokens are wrong", expected=f"at least 2 ids below {vocabulary}", got=str(ids[:8]))
+    return [(ids, max(1, min(PROMPT, len(ids) // 2)))]
+
+
+def torch_greedy(model: Any, prompt: Sequence[int], count: int) -> list[int]:
+    """The next `count` tokens that torch chooses greedily, end tokens or not."""
+    import torch
+
+    cache, fed, chosen = None, torch.tensor([list(prompt)]), []
+    with torch.no_grad():
+        for _ in range(count):
+            result = model(input_ids=fed, past_key_values=cache, use_cache=True)
+            cache, token = result.past_key_values, int(result.logits[0, -1].argmax())
+            chosen.append(token)
+            fed = torch.tensor([[token]])
+    return chosen
 
 
 def check_base(folder: Path, expected: str, got: str, base: str | Path) -> None:
@@ -151,30 +236,3 @@ def onnx_logits(decoder: Decoder, adapter: str | None, tokens: Sequence[int], pr
     rows = [decoder.step(cache, ids[:, :prompt])[0]]
     rows.extend(decoder.step(cache, ids[:, index : index + 1])[0] for index in range(prompt, ids.shape[1]))
     return np.concatenate(rows)
-
-
-def compare(
-    expected: Any,  # (positions, vocabulary)
-    got: Any,  # (positions, vocabulary)
-    prompt: int,
-) -> dict[str, Any]:
-    """Differences of logits and of greedy choices.
-
-    A greedy choice counts as different unless the two best expected logits are nearer than CLOSE.
-    """
-    import numpy as np
-
-    if not np.isfinite(got).all():
-        return {"max_abs_difference": float("inf"), "argmax_differs": len(expected)}
-    gap = np.abs(expected - got)
-    best, mine = expected.argmax(1), got.argmax(1)
-    rows = np.arange(len(expected))
-    differs = (best != mine) & (expected[rows, best] - expected[rows, mine] > CLOSE)
-    return {
-        "max_abs_difference": float(gap.max()),
-        "max_abs_difference_prefill": float(gap[:prompt].max()),
-        "max_abs_difference_decode": float(gap[prompt:].max()) if len(gap) > prompt else 0.0,
-        "argmax_differs": int(differs.sum()),
-        "argmax_agreement": float((best == mine).mean()),
-        "largest_logit": float(np.abs(expected).max()),
-    }
