@@ -1,0 +1,304 @@
+"""The CUDA path without CUDA: device discipline under fake tensors, order of the streams, and the ring of slots.
+
+The tests marked gpu run the real thing where a device is.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections import deque
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from adapter_merge.merge import engine, lanes
+from adapter_merge.merge.form import CanonicalForm, Residual
+from adapter_merge.merge.lanes import BUFFERS_PER_SLOT, CUDA_DEPTH, Block, Done, Inline, Lane, Mark, Slot
+from adapter_merge.merge.merging import merge, open_pair
+from adapter_merge.merge.plan import plan_merge
+from merge_models import base_tensors, expected, read_model, write_base, write_lora
+from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.overrides import TorchFunctionMode
+
+CUDA = torch.device("cuda", 0)
+CPU = torch.device("cpu")
+ROWS, COLUMNS, RANK = 6, 8, 2
+
+
+class Unguarded(TorchFunctionMode):
+    """Python's methods as operators: a CPU build of torch has no device guard for the former on fake CUDA tensors."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is Tensor.__getitem__:
+            return self.index(args[0], args[1])
+        if func is Tensor.__setitem__:
+            view, value = self.index(args[0], args[1]), args[2]
+            return self.call(Tensor.copy_ if isinstance(value, Tensor) else Tensor.fill_, view, value)
+        return self.call(func, *args, **(kwargs or {}))
+
+    @staticmethod
+    def call(func: Any, *args: Any, **options: Any) -> Any:
+        try:
+            return func(*args, **options)
+        except RuntimeError as error:
+            if "not linked with support for cuda" not in str(error):
+                raise
+            return getattr(torch.ops.aten, func.__name__)(*args, **options)
+
+    @staticmethod
+    def index(tensor: Tensor, index: Any) -> Tensor:
+        dim = 0
+        for item in index if isinstance(index, tuple) else (index,):
+            if item is None:
+                tensor = tensor.unsqueeze(dim)
+            elif isinstance(item, int):
+                tensor = tensor.select(dim, item)
+                continue
+            else:
+                assert isinstance(item, slice)
+                start, stop, step = item.indices(tensor.shape[dim])
+                assert step == 1
+                tensor = tensor.narrow(dim, start, stop - start)
+            dim += 1
+        return tensor
+
+
+@contextlib.contextmanager
+def fake_cuda() -> Iterator[None]:
+    """CUDA tensors without values, memory or a device."""
+    with FakeTensorMode(), Unguarded():
+        yield
+
+
+def form_of(kind: str, device: torch.device) -> CanonicalForm:
+    up, down = torch.randn(ROWS, RANK, device=device), torch.randn(RANK, COLUMNS, device=device)
+    if kind == "row_scale":
+        return CanonicalForm(up, down, row_scale=torch.rand(ROWS, device=device))
+    if kind == "col_scale":
+        return CanonicalForm(up, down, col_scale=torch.rand(COLUMNS, device=device))
+    if kind == "dora":
+        return CanonicalForm(up, down, magnitude=torch.rand(ROWS, device=device))
+    if kind == "dude":
+        residual = Residual(torch.randn(ROWS, 1, device=device), torch.randn(1, COLUMNS, device=device), torch.bfloat16)
+        return CanonicalForm(up, down, magnitude=torch.rand(ROWS, device=device), residual=residual)
+    return CanonicalForm(up, down)
+
+
+def block_of(delta: bool = False, target: torch.dtype = torch.bfloat16, measured: bool = True) -> Block:
+    return Block(0, ROWS, COLUMNS, torch.bfloat16, torch.float32, target, delta, measured)
+
+
+@pytest.mark.parametrize("delta", [False, True])
+@pytest.mark.parametrize("kind", ["lora", "row_scale", "col_scale", "dora", "dude"])
+def test_no_step_mixes_devices_or_waits_for_the_device(kind: str, delta: bool) -> None:
+    """Fake tensors refuse an operation on two devices, and any that needs a value on the host."""
+    with fake_cuda():
+        slot = Slot(CUDA, pinned=False)
+        lane = Lane(CUDA, (slot,), Inline(), Inline(), Inline(), 1 << 20)
+        block = block_of(delta, measured=not delta)
+        source, target = slot.host_in(block.elements * 2), slot.host_out(block.elements * 2)
+        lane.launch(slot, block, [form_of(kind, CUDA)], source, target)
+        assert {source.device, target.device, slot.host_norm.device, slot.host_sums.device} == {CPU}
+        assert {slot.device_bytes(name, 8).device for name in ("in", "out", "work")} == {CUDA}
+        assert slot.norm.device == slot.sums.device == CUDA
+
+
+def test_a_form_on_the_wrong_device_is_seen_by_these_tests() -> None:
+    with fake_cuda():
+        slot = Slot(CUDA, pinned=False)
+        lane = Lane(CUDA, (slot,), Inline(), Inline(), Inline(), 1 << 20)
+        block = block_of()
+        with pytest.raises(Exception, match="device"):
+            lane.launch(slot, block, [form_of("lora", CPU)], slot.host_in(96), slot.host_out(96))
+
+
+class Recorded:
+    """A queue that notes what goes through it, and runs nothing until `drain`: a stream that lags behind its host."""
+
+    def __init__(self, name: str, log: list[str]) -> None:
+        self.name, self.log, self.marks = name, log, 0
+
+    @contextlib.contextmanager
+    def activate(self) -> Iterator[None]:
+        self.log.append(f"{self.name} work")
+        yield
+
+    def mark(self) -> Mark:
+        self.marks += 1
+        self.log.append(f"{self.name} mark {self.marks}")
+        return RecordedMark(f"{self.name} {self.marks}", self.log)
+
+    def wait(self, mark: Mark) -> None:
+        assert isinstance(mark, RecordedMark)
+        self.log.append(f"{self.name} waits for {mark.name}")
+
+
+class RecordedMark:
+    def __init__(self, name: str, log: list[str]) -> None:
+        self.name, self.log = name, log
+
+    def synchronize(self) -> None:
+        self.log.append(f"host waits for {self.name}")
+
+
+def device_slot(monkeypatch: pytest.MonkeyPatch | None = None) -> Slot:
+    """A slot whose device happens to be the CPU, but which does not know it: uploads and downloads are real copies."""
+    slot = Slot(CPU, pinned=False)
+    slot.on_host = False
+    slot.sums, slot.norm = torch.empty_like(slot.sums), torch.empty_like(slot.norm)
+    return slot
+
+
+def recorded_lane(log: list[str], depth: int = CUDA_DEPTH, block_bytes: int = 1 << 12) -> Lane:
+    slots = tuple(device_slot() for _ in range(depth))
+    queues = [Recorded(name, log) for name in ("upload", "compute", "download")]
+    return Lane(CPU, slots, *queues, block_bytes)
+
+
+def test_each_queue_waits_for_the_one_before_it() -> None:
+    log: list[str] = []
+    lane = recorded_lane(log, 1)
+    slot = lane.slots[0]
+    block = block_of()
+    weight = torch.randn(ROWS, COLUMNS).bfloat16()
+    form = form_of("dude", CPU)
+    source = slot.host_in(weight.nbytes)
+    source.copy_(weight.view(torch.uint8).view(-1))
+    target = slot.host_out(weight.nbytes)
+    lane.launch(slot, block, [form], source, target)
+    slot.mark.synchronize()
+    assert log == [
+        "upload work",
+        "upload mark 1",
+        "compute waits for upload 1",
+        "compute work",
+        "compute mark 1",
+        "download waits for compute 1",
+        "download work",
+        "download mark 1",
+        "host waits for download 1",
+    ]
+    merged = form.merged(weight.float())
+    assert torch.equal(target.view(torch.bfloat16).view(ROWS, COLUMNS), merged.bfloat16())
+    assert float(slot.host_norm) == pytest.approx(float(merged.norm()), rel=1e-6)
+
+
+def test_the_engine_keeps_several_blocks_in_flight_and_waits_before_it_reads(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The engine's own loop over lagging queues: right bytes, blocks overlap, no buffer is used before its mark."""
+    tensors = base_tensors(factor=8)
+    base = write_base(tmp_path / "base", tensors)
+    adapter = write_lora(tmp_path / "adapter", tensors, dora=True)
+    bound = open_pair(base, adapter)
+    plan = plan_merge(bound.base, (bound,))
+    log: list[str] = []
+    flying: list[int] = []
+    pending: deque[tuple[Slot, Any]] = deque()
+    real = Lane.launch
+
+    def late(self: Lane, slot: Slot, block: Block, forms: Any, source: Tensor, target: Tensor) -> None:
+        """Nothing of a block happens before somebody waits for its mark."""
+        assert slot not in [held for held, _ in pending], "a slot is used again while its block is in flight"
+        target.fill_(0xFF)  # NaN, should anybody look too early
+        pending.append((slot, lambda: real(self, slot, block, forms, source, target)))
+        flying.append(len(pending))
+
+        class Late:
+            def synchronize(self) -> None:
+                held, run = pending.popleft()
+                assert held is slot, "blocks land in the order of their start"
+                run()
+                slot.mark.synchronize()
+
+        slot.mark = Late()
+
+    monkeypatch.setattr(Lane, "launch", late)
+    monkeypatch.setattr(engine, "cpu_lane", lambda: recorded_lane(log, block_bytes=1 << 16))
+    (tmp_path / "out").mkdir()
+    finished = engine.execute(plan, tmp_path / "out", CPU, workers=1)
+    assert max(flying) == CUDA_DEPTH
+    assert not pending
+    found, exact = read_model(tmp_path / "out"), expected(tensors, adapter)
+    for name, tensor in tensors.items():
+        if name in exact:
+            torch.testing.assert_close(found[name].double(), exact[name], rtol=2**-8, atol=1e-6)
+        else:
+            assert torch.equal(found[name], tensor)
+    assert sum(len(shard.figures) for shard in finished.values()) == len(exact)
+
+
+def test_the_overlapping_path_writes_the_same_bytes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    tensors = base_tensors(factor=8)
+    base = write_base(tmp_path / "base", tensors)
+    adapter = write_lora(tmp_path / "adapter", tensors, dora=True)
+    merge(base, adapter, tmp_path / "plain", workers=2)
+    block_bytes = lanes.cpu_lane().block_bytes
+    monkeypatch.setattr(engine, "cpu_lane", lambda: recorded_lane([], block_bytes=block_bytes))
+    merge(base, adapter, tmp_path / "ring", workers=3)
+    for file in (tmp_path / "plain").glob("*.safetensors"):
+        assert file.read_bytes() == (tmp_path / "ring" / file.name).read_bytes()
+
+
+@pytest.mark.parametrize("vram", [2 << 20, 64 << 20, 8 << 30])
+def test_blocks_stay_within_the_memory_that_is_given(vram: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "set_device", lambda device: None)
+    monkeypatch.setattr(lanes, "CudaQueue", lambda device: Inline())
+    with monkeypatch.context() as patch:
+        patch.setattr(lanes, "Slot", lambda device, pinned: device_slot())
+        lane = lanes.cuda_lane(CUDA, vram)
+    assert len(lane.slots) == CUDA_DEPTH
+    assert lane.block_bytes * CUDA_DEPTH * BUFFERS_PER_SLOT <= vram
+    with fake_cuda():
+        slot = Slot(CUDA, pinned=False)
+        rows = lane.block_bytes // (4 * COLUMNS)
+        for name, nbytes in (("in", 2), ("work", 4), ("spare", 4), ("out", 2)):
+            slot.device_bytes(name, rows * COLUMNS * nbytes)
+        held = sum(slot.device_bytes(name, 1).untyped_storage().nbytes() for name in ("in", "work", "spare", "out"))
+    assert held * CUDA_DEPTH <= vram
+
+
+def test_work_that_is_done_when_it_returns_needs_no_waiting() -> None:
+    inline = Inline()
+    with inline.activate():
+        mark = inline.mark()
+    inline.wait(mark)
+    assert isinstance(mark, Done)
+    mark.synchronize()
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dora", [False, True])
+def test_cuda_merges_what_the_cpu_merges(tmp_path: Path, dora: bool) -> None:
+    if not torch.cuda.is_available():
+        pytest.skip("needs a CUDA device and a CUDA build of torch")
+    tensors = base_tensors(layers=2, factor=16)
+    base = write_base(tmp_path / "base", tensors)
+    adapter = write_lora(tmp_path / "adapter", tensors, dora=dora)
+    torch.backends.cuda.matmul.allow_tf32 = True  # the engine has to switch it off
+    content = merge(base, adapter, tmp_path / "out", device="cuda", vram=64 << 20)
+    assert content["options"]["device"].startswith("cuda")
+    found, exact = read_model(tmp_path / "out"), expected(tensors, adapter)
+    for name, tensor in tensors.items():
+        if name not in exact:
+            assert torch.equal(found[name], tensor)
+            continue
+        once = exact[name].bfloat16()
+        differs = found[name] != once
+        assert float(differs.double().mean()) < 2e-3
+        torch.testing.assert_close(found[name].double(), exact[name], rtol=2**-8, atol=1e-6)
+
+
+@pytest.mark.gpu
+def test_cuda_stays_within_vram(tmp_path: Path) -> None:
+    if not torch.cuda.is_available():
+        pytest.skip("needs a CUDA device and a CUDA build of torch")
+    tensors = base_tensors(layers=2, factor=32)
+    base = write_base(tmp_path / "base", tensors)
+    adapter = write_lora(tmp_path / "adapter", tensors, dora=True)
+    torch.cuda.reset_peak_memory_stats()
+    merge(base, adapter, tmp_path / "out", device="cuda:0", vram=48 << 20)
+    assert torch.cuda.max_memory_allocated() <= 48 << 20
