@@ -33,6 +33,8 @@ TRAINING_KEYS = (
 def holds_dcft(checkpoint: Checkpoint) -> bool:
     """True when some module has all of lora_A, lora_B and lora_C beside its weight."""
     names = set(checkpoint.tensors)
+    if "lora_C" in names:  # one kernel for all modules
+        return any(name.endswith(".lora_A") and f"{name[:-1]}B" in names for name in names)
     return any(name.endswith(".lora_C") and {name[:-1] + "A", name[:-1] + "B"} <= names for name in names)
 
 
@@ -58,7 +60,12 @@ def read_dcft_checkpoint(
     own = Checkpoint(
         checkpoint.folder,
         tuple(
-            replace(shard, tensors=tuple(ref for ref in shard.tensors if not DCFT_ROLE.fullmatch(ref.name)))
+            replace(
+                shard,
+                tensors=tuple(
+                    ref for ref in shard.tensors if not DCFT_ROLE.fullmatch(ref.name) and ref.name != "lora_C"
+                ),
+            )
             for shard in checkpoint.shards
         ),
         {key: value for key, value in config.items() if key not in TRAINING_KEYS},

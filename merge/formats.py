@@ -6,18 +6,21 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from .adapter import Adapter
-from .checkpoint import CANDIDATES, Checkpoint, open_checkpoint, read_json, resolve
+from .checkpoint import CANDIDATES, Checkpoint, open_checkpoint, read_json, read_weights, resolve
 from .dcft_checkpoint import holds_dcft, read_dcft_checkpoint
+from .dcft_reshape import read_dcft_reshape
 from .errors import AdapterError, InputError
+from .kohya_format import IMAGE_PREFIXES, PREFIXES, holds_kohya, read_kohya
+from .mytransformers_format import read_mytransformers
 from .native_format import read_native
 from .peft_format import WEIGHT_FILES, PeftExtras, read_peft
 
 NATIVE_TYPES = ("DCFT", "DUDE")
-FORMATS = ("peft", "native", "dcft")
+FORMATS = ("peft", "native", "dcft", "dcft-reshape", "mytransformers", "kohya")
 FILE_SUFFIXES = (".safetensors", ".bin", ".pt", ".pth", ".ckpt")
 
 
@@ -60,11 +63,25 @@ def detect(path: Path, stated: str | None = None) -> Detected:
         checkpoint = open_checkpoint(path)
         if holds_dcft(checkpoint):
             return Detected("dcft", "certain", "a model with lora_A, lora_B and lora_C beside its weights")
+        names = tuple(checkpoint.tensors)
+        if any(name.endswith(".deconv.weight") for name in names):
+            return Detected("dcft-reshape", "likely", "A, B and deconv.weight tensors")
         raise AdapterError(
             f"{path}: a model without an adapter in it",
             expected="adapter_config.json, or a DCFT checkpoint with lora_A, lora_B and lora_C tensors",
             hint="a merged model has nothing left to merge",
         )
+    file = _single_file(path)
+    if file is not None:
+        names = tuple(ref.name for ref in read_weights(file).tensors)
+        if holds_kohya(names):
+            return Detected(
+                "kohya", "certain" if _kohya_named(names) else "likely", "lora_down, lokr_ or hada_ tensors"
+            )
+        if any(name.endswith(".weight_a") for name in names) and any(name.endswith(".weight_b") for name in names):
+            return Detected("mytransformers", "likely", "weight_a and weight_b tensors")
+        if any(name.endswith(".deconv.weight") for name in names):
+            return Detected("dcft-reshape", "likely", "A, B and deconv.weight tensors")
     got = path.name
     if path.is_dir():
         got = ", ".join(sorted(entry.name for entry in path.iterdir())[:12]) or "an empty folder"
@@ -75,10 +92,23 @@ def detect(path: Path, stated: str | None = None) -> Detected:
     )
 
 
+def _kohya_named(names: tuple[str, ...]) -> bool:
+    return all(name.startswith((*PREFIXES, *IMAGE_PREFIXES)) for name in names)
+
+
+def _single_file(path: Path) -> Path | None:
+    """`path` itself, or the one weights file of a folder (final.ckpt first); None where there is no single one."""
+    if path.is_file():
+        return path if path.suffix in FILE_SUFFIXES else None
+    if not path.is_dir():
+        return None
+    files = sorted(entry for entry in path.iterdir() if entry.suffix in FILE_SUFFIXES and entry.is_file())
+    final = [file for file in files if file.stem == "final"]
+    return files[0] if len(files) == 1 else final[0] if len(final) == 1 else None
+
+
 def open_adapter(folder: str | Path, options: ReadOptions | None = None, base: Checkpoint | None = None) -> Adapter:
     """The adapter in `folder` (a path or hub id), whatever its format. Raises AdapterError or UnsupportedError."""
-    from dataclasses import replace
-
     path = Path(folder) if Path(folder).is_file() else resolve(folder)
     options = options or ReadOptions()
     found = detect(path, options.format)
@@ -91,4 +121,13 @@ def _read(path: Path, found: Detected, options: ReadOptions, base: Checkpoint | 
         return read_native(path, options.alpha, options.ranknum)
     if found.format == "peft":
         return read_peft(path, PeftExtras(options.magnitudes, options.init_adapter, options.residual_dtype))
-    return read_dcft_checkpoint(open_checkpoint(path), options.alpha, base, options.ranknum)
+    if found.format == "dcft":
+        return read_dcft_checkpoint(open_checkpoint(path), options.alpha, base, options.ranknum)
+    file = _single_file(path)
+    if file is None:
+        raise AdapterError(f"{path}: no single weights file", expected=f"one file ({', '.join(FILE_SUFFIXES)})")
+    if found.format == "kohya":
+        return read_kohya(file, options.alpha, options.magnitude_axis, base)
+    if found.format == "mytransformers":
+        return read_mytransformers(file, options.alpha, options.magnitude_axis, base)
+    return read_dcft_reshape(file, base)

@@ -106,6 +106,10 @@ def group_dcft(
             groups.setdefault(match["module"], {})[match["role"]] = ref
         else:
             others[name] = ref
+    shared = others.pop("lora_C", None)  # one kernel for all modules
+    if shared is not None:
+        for group in groups.values():
+            group.setdefault("lora_C", shared)
     return groups, others, problems
 
 

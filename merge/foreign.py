@@ -1,0 +1,52 @@
+"""State dicts that hold adapter and model at once, sorted by role: what is adapter, trained, or just the base."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+
+from .checkpoint import Checkpoint
+from .dcft_checkpoint import same_bytes
+from .errors import Problem
+from .headers import TensorRef
+from .names import find_renaming
+
+
+@dataclass
+class Foreign:
+    """Tensors by module and role, tensors trained in full, and what does not belong."""
+
+    groups: dict[str, dict[str, TensorRef]] = field(default_factory=dict)
+    replacements: dict[str, TensorRef] = field(default_factory=dict)
+    problems: list[Problem] = field(default_factory=list)
+
+
+def sort_tensors(refs: Iterable[TensorRef], roles: Mapping[str, str], base: Checkpoint | None) -> Foreign:
+    """Sort a state dict. With a base, tensors that differ from it were trained; without one none are taken.
+
+    A module is what has any role but "W" (its own weight, "<module>.weight" unless roles say otherwise).
+    """
+    found = Foreign()
+    by_length = sorted(roles, key=len, reverse=True)
+    others: dict[str, TensorRef] = {}
+    for ref in refs:
+        role = next((r for r in by_length if ref.name.endswith("." + r)), None)
+        if role is None:
+            others[ref.name] = ref
+        else:
+            found.groups.setdefault(ref.name[: -len(role) - 1], {})[roles[role]] = ref
+    for name in [name for name, group in found.groups.items() if group.keys() == {"W"}]:
+        ref = found.groups.pop(name)["W"]
+        others[ref.name] = ref
+    if base is None:
+        return found
+    rename, _ = find_renaming([(f"{name}.weight", None) for name in found.groups], base.tensors)
+    for name, ref in others.items():
+        target = rename(name)
+        held = base.tensors.get(target)
+        if held is None:
+            hint = "the base lacks it: is this the model that was trained?"
+            found.problems.append(Problem(f"{ref.file}: {name} is no adapter tensor", hint=hint))
+        elif not same_bytes(ref, held):
+            found.replacements[target] = ref
+    return found
