@@ -206,14 +206,18 @@ def demo(output: Path, base: str | None, overwrite: bool, as_json: bool, quiet: 
             click.echo(f"  {name:<12} {_line(entry['answers'][number])}")
             same = entry["merged_answers"][number] == entry["answers"][number]
             click.echo(f"  {'  merged':<12} {'the same' if same else _line(entry['merged_answers'][number])}")
-    click.echo("\n                        max |dlogit|   greedy tokens   adapter's effect   folder")
+    click.echo(f"\n{'':<21}{'max |dlogit|':>13} {'in float64':>11} {'greedy':>7} {'effect':>7}   folder")
     for name, entry in report["adapters"].items():
         for artefact in ("merged", "factors"):
             row = entry[artefact]
             greedy = f"{row['greedy_equal']}/{row['greedy_total']}"
-            figures = f"{row['max_difference']:>14.2g} {greedy:>15} {row['effect']:>18.3g}"
+            exact = "" if row["float64"] is None else f"{row['float64']:.2g}"
+            figures = f"{row['max_difference']:>13.2g} {exact:>11} {greedy:>7} {row['effect']:>7.3g}"
             click.echo(f"{name:<12} {artefact:<8} {figures}   {row['path']}")
-    click.echo(f"\nEverything equals what was trained. {report['seconds']:.0f} s.")
+    click.echo(
+        "effect: max |dlogit| between the base and the adapter. float64 is asked where float32 noise is above 1e-4."
+    )
+    click.echo(f"Everything equals what was trained. {report['seconds']:.0f} s.")
 
 
 def _line(text: str) -> str:

@@ -15,7 +15,7 @@ from .smollm2 import obtain_base
 from .verification import check, verify
 
 ADAPTERS = ("dcft-pirate", "dude-json")
-QUESTIONS = ("What is the capital of Japan?", "Why do people sleep?")
+QUESTIONS = ("What is the capital of Italy?", "What is gravity?")
 ANSWER_TOKENS = 40
 
 
@@ -78,7 +78,8 @@ def run(output: Path, base: str | None, overwrite: bool, say: Callable[[str], No
             say(f"{name}: verify {artefact}")
             outcome = verify(folder, adapter, place / artefact, prompts=QUESTIONS, generated=24)
             check(outcome)
-            entry[artefact] = {"path": str(place / artefact), **outcome["logits"]}
+            exact = outcome.get("logits_float64", {}).get("max_difference")
+            entry[artefact] = {"path": str(place / artefact), **outcome["logits"], "float64": exact}
         report["adapters"][name] = entry
     report["seconds"] = round(time.perf_counter() - started, 1)
     return report
