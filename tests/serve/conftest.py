@@ -55,7 +55,7 @@ RunEngine = Callable[..., dict[str, Any]]
 
 @pytest.fixture(scope="session")
 def run_engine(tmp_path_factory: pytest.TempPathFactory) -> RunEngine:
-    """run(base, adapters, batches, engine={}, env={}): the answers of one vLLM engine, see engine.py."""
+    """run(base, adapters, batches, engine, env, offline): the answers of one vLLM engine, see engine.py."""
 
     def run(
         base: Path,
@@ -63,12 +63,14 @@ def run_engine(tmp_path_factory: pytest.TempPathFactory) -> RunEngine:
         batches: list[list[Request]],
         engine: dict[str, Any] | None = None,
         env: dict[str, str] | None = None,
+        offline: bool = False,
     ) -> dict[str, Any]:
         out = tmp_path_factory.mktemp("engine") / "answers.json"
         job = {
             "engine": {"model": str(base), **(engine or {})},
             "adapters": {name: str(folder) for name, folder in adapters.items()},
             "batches": batches,
+            "offline": offline,
         }
         done = subprocess.run(
             [sys.executable, str(HERE / "engine.py"), str(out)],

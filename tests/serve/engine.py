@@ -3,7 +3,8 @@
 A process per engine keeps vLLM's warnings, its global state and its plugins apart from the tests, and shows
 the plugin as vLLM loads it, by its entry point. The job:
 
-    {"engine": {LLM arguments}, "adapters": {name: folder}, "batches": [[{"adapter", "prompt", "count"}, ...],
+    {"engine": {LLM arguments}, "offline": whether to convert the adapters with lora_requests,
+     "adapters": {name: folder}, "batches": [[{"adapter", "prompt", "count"}, ...],
     ...]}
 
 The answers: per batch, per request, {"tokens", "logprobs"}; or {"error": text} for a batch that vLLM refused.
@@ -19,6 +20,12 @@ from typing import Any
 
 def main() -> None:
     job = json.loads(sys.stdin.read())
+    options, requests = job["engine"], {}
+    if job["offline"]:
+        from adapter_merge.serve import lora_requests
+
+        requests = lora_requests(options.pop("model"), job["adapters"])
+        options = {**requests.engine_options, **options}
     from vllm import LLM, SamplingParams
     from vllm.lora.request import LoRARequest
 
@@ -33,10 +40,10 @@ def main() -> None:
             "disable_log_stats": True,
             "skip_tokenizer_init": True,
             "enable_lora": True,
-            **job["engine"],
+            **options,
         }
     )
-    requests = {
+    requests = requests or {
         name: LoRARequest(name, number, folder)
         for number, (name, folder) in enumerate(job["adapters"].items(), start=1)
     }

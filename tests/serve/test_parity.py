@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import shutil
+from pathlib import Path
 from typing import Any
 
 import pytest
 from conftest import RunEngine, World, prompts
+from safetensors.torch import save_file
 
 pytestmark = pytest.mark.vllm
 
@@ -48,3 +51,42 @@ def test_base_and_every_kind_in_one_full_batch(world: World, run_engine: RunEngi
                 world.expected(None, request["prompt"], COUNT)[0]
                 != world.expected(request["adapter"], request["prompt"], COUNT)[0]
             )
+
+
+def test_offline_from_adapters_as_trained(world: World, run_engine: RunEngine, tmp_path: Path) -> None:
+    """`lora_requests` in front of vllm.LLM: conversion by this package, parity with the formulas."""
+    names = ["lora-1", "dcft-1", "dora-1", "dude-1", "dude-2"]
+    batch = requests_of([None, *names])
+    env = {"ADAPTER_MERGE_CACHE": str(tmp_path / "cache")}
+    result = run_engine(world.base, world.raws(*names), [batch], env=env, offline=True)
+    worst = check(world, batch, result["answers"][0])
+    print(world.family, {name or "base": f"{value:.1e}" for name, value in worst.items()})
+
+
+def test_bfloat16_is_no_worse_than_a_merged_model(qwen2: World, run_engine: RunEngine, tmp_path: Path) -> None:
+    """In bfloat16 a served DuDe adapter is as close to the truth as its merged model, served alone, is.
+
+    Both round; the mean difference of the log-probabilities along the true tokens is compared, with a margin.
+    """
+    adapter = qwen2.adapters["dude-1"]
+    merged = tmp_path / "merged"
+    shutil.copytree(qwen2.base, merged)
+    weights = {**qwen2.oracle.weights, **adapter.merged}
+    tensors = {name: tensor.float().contiguous() for name, tensor in weights.items()}
+    save_file(tensors, merged / "model.safetensors", metadata={"format": "pt"})
+    several = prompts(12, 24, seed=21)
+    truth = [qwen2.expected("dude-1", prompt, 1) for prompt in several]
+    engine = {"dtype": "bfloat16", "max_loras": 2, "max_lora_rank": 16}
+
+    def error(base: Path, folders: dict[str, Path], name: str | None) -> float:
+        batch = [{"adapter": name, "prompt": prompt, "count": 1} for prompt in several]
+        answers = run_engine(base, folders, [batch], engine)["answers"][0]
+        differences = [
+            abs(answer["logprobs"][0] - logprobs[0]) for answer, (_, logprobs) in zip(answers, truth, strict=True)
+        ]
+        return sum(differences) / len(differences)
+
+    served = error(qwen2.base, qwen2.folders("dude-1"), "dude-1")
+    alone = error(merged, {}, None)
+    print(f"bfloat16: served {served:.1e}, merged {alone:.1e}")
+    assert served <= 2 * alone + 1e-3

@@ -1,0 +1,167 @@
+"""The cache of served folders: one maker, nothing half-written, a bound, and no removal of what is in use."""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+from adapter_merge.merge.errors import InputError, OutputError
+from adapter_merge.serve.cache import Cache, key_of, parse_size
+
+KEYS = [key_of({"number": number}) for number in range(6)]
+
+
+def maker(nbytes: int = 1000, made: list[str] | None = None) -> Any:
+    def make(folder: Path) -> dict[str, Any]:
+        if made is not None:
+            made.append(folder.name)
+        folder.mkdir()
+        (folder / "weights").write_bytes(os.urandom(nbytes))
+        return {"adapter": "there", "base": "that"}
+
+    return make
+
+
+def test_made_once_and_found_again(tmp_path: Path) -> None:
+    made: list[str] = []
+    cache = Cache(tmp_path / "cache")
+    first = cache.obtain(KEYS[0], maker(made=made))
+    second = cache.obtain(KEYS[0], maker(made=made))
+    assert len(made) == 1
+    assert first.folder == second.folder == tmp_path / "cache" / KEYS[0]
+    (entry,) = cache.entries()
+    assert (entry.key, entry.adapter, entry.base, entry.in_use) == (KEYS[0], "there", "that", True)
+    first.release()
+    assert cache.entries()[0].in_use
+    second.release()
+    assert not cache.entries()[0].in_use
+
+
+def test_a_failing_maker_leaves_nothing(tmp_path: Path) -> None:
+    cache = Cache(tmp_path)
+
+    def make(folder: Path) -> dict[str, Any]:
+        folder.mkdir()
+        (folder / "half").write_bytes(b"1")
+        raise InputError("no")
+
+    with pytest.raises(InputError):
+        cache.obtain(KEYS[0], make)
+    assert [path.name for path in tmp_path.iterdir() if not path.name.endswith(".lock")] == []
+    assert cache.obtain(KEYS[0], maker()).folder.is_dir()
+
+
+def test_a_damaged_entry_is_made_again(tmp_path: Path) -> None:
+    cache = Cache(tmp_path)
+    with cache.obtain(KEYS[0], maker()) as lease:
+        file = lease.folder / "weights"
+    file.write_bytes(b"short")
+    made: list[str] = []
+    with cache.obtain(KEYS[0], maker(made=made)) as lease:
+        assert (lease.folder / "weights").stat().st_size == 1000
+    assert len(made) == 1
+
+
+def test_what_a_killed_run_left_is_in_nobodys_way(tmp_path: Path) -> None:
+    (tmp_path / f".partial-{KEYS[0]}" / "folder").mkdir(parents=True)
+    (tmp_path / f".partial-{KEYS[0]}" / "folder" / "weights").write_bytes(b"half")
+    cache = Cache(tmp_path)
+    with cache.obtain(KEYS[0], maker()) as lease:
+        assert (lease.folder / "weights").stat().st_size == 1000
+    (tmp_path / f".partial-{KEYS[1]}").mkdir()
+    cache.clear()
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_the_least_recently_used_goes_first(tmp_path: Path) -> None:
+    cache = Cache(tmp_path, max_bytes=10**9)
+    for number, key in enumerate(KEYS[:4]):
+        cache.obtain(key, maker()).release()
+        os.utime(tmp_path / f"{key}.lock", (number, number))
+    cache.obtain(KEYS[0], maker()).release()  # used again: now the newest
+    cache.max_bytes = 2 * (cache.entries()[0].nbytes)
+    removed = cache.evict()
+    assert [entry.key for entry in removed] == [KEYS[1], KEYS[2]]
+    assert {entry.key for entry in cache.entries()} == {KEYS[3], KEYS[0]}
+
+
+def test_what_is_in_use_stays(tmp_path: Path) -> None:
+    cache = Cache(tmp_path, max_bytes=1)
+    held = cache.obtain(KEYS[0], maker())
+    free = cache.obtain(KEYS[1], maker())
+    free.release()
+    cache.evict()
+    assert held.folder.is_dir()
+    assert not free.folder.exists()
+    removed, kept = cache.clear()
+    assert (len(removed), len(kept)) == (0, 1)
+    held.release()
+    removed, kept = cache.clear()
+    assert (len(removed), len(kept)) == (1, 0)
+    assert list(tmp_path.iterdir()) == []
+
+
+def _obtain(root: Path, log: Path, start: Any) -> None:
+    def make(folder: Path) -> dict[str, Any]:
+        with log.open("a") as stream:
+            stream.write("made\n")
+        time.sleep(0.3)
+        return maker()(folder)  # type: ignore[no-any-return]
+
+    start.wait()
+    with Cache(root).obtain(KEYS[0], make) as lease:
+        assert (lease.folder / "weights").stat().st_size == 1000
+
+
+def test_many_processes_make_it_once(tmp_path: Path) -> None:
+    context = multiprocessing.get_context("spawn")
+    start = context.Event()
+    workers = [context.Process(target=_obtain, args=(tmp_path / "cache", tmp_path / "log", start)) for _ in range(4)]
+    for worker in workers:
+        worker.start()
+    start.set()
+    for worker in workers:
+        worker.join()
+    assert [worker.exitcode for worker in workers] == [0, 0, 0, 0]
+    assert (tmp_path / "log").read_text() == "made\n"
+
+
+def _hold_and_die(root: Path, ready: Any) -> None:
+    Cache(root).obtain(KEYS[0], maker())
+    ready.set()
+    time.sleep(60)
+
+
+def test_a_killed_server_holds_nothing(tmp_path: Path) -> None:
+    context = multiprocessing.get_context("spawn")
+    ready = context.Event()
+    worker = context.Process(target=_hold_and_die, args=(tmp_path, ready))
+    worker.start()
+    assert ready.wait(60)
+    cache = Cache(tmp_path)
+    assert cache.clear()[1] != []
+    worker.kill()
+    worker.join()
+    assert cache.clear() == ([], []) or cache.entries() == []
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_cache_that_cannot_be_written(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.raises(OutputError, match="cache cannot be used"):
+        Cache(tmp_path / "file" / "cache").obtain(KEYS[0], maker())
+
+
+@pytest.mark.parametrize(("text", "size"), [("50GB", 50 * 10**9), ("1.5 mb", 1_500_000), ("123", 123)])
+def test_sizes(text: str, size: int) -> None:
+    assert parse_size(text) == size
+
+
+@pytest.mark.parametrize("text", ["", "many", "5 XB", "-1GB"])
+def test_sizes_that_are_none(text: str) -> None:
+    with pytest.raises(InputError):
+        parse_size(text)

@@ -1,0 +1,165 @@
+"""`adapter-merge serve` up to the start of the server: the plan, its command line, and every refusal at once."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import shutil
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+from adapter_merge.merge.errors import InputError, MissingDependencyError
+from adapter_merge.serve.cache import Cache
+from adapter_merge.serve.cli import cache as cache_command
+from adapter_merge.serve.cli import serve
+from adapter_merge.serve.command import Plan, make_plan, option
+from adapter_merge.serve.runtime import VARIABLE, Settings
+from click.testing import CliRunner
+from conftest import World
+
+pytestmark = pytest.mark.vllm
+
+
+def plan_of(world: World, *adapters: str, **options: Any) -> Plan:
+    return make_plan(str(world.base), adapters, **options)
+
+
+def value(command: list[str], flag: str) -> list[str]:
+    """What stands behind `flag`."""
+    start = command.index(flag) + 1
+    end = next((n for n in range(start, len(command)) if command[n].startswith("--")), len(command))
+    return command[start:end]
+
+
+def test_the_command_line(qwen2: World, tmp_path: Path) -> None:
+    cache = Cache(tmp_path)
+    names = ("lora-1", "dude-1", "dcft-2")
+    plan = plan_of(qwen2, *(f"{name}={qwen2.adapters[name].raw}" for name in names), cache=cache)
+    command = plan.command()
+    assert command[:3] == [sys.executable, "-m", "vllm.entrypoints.openai.api_server"]
+    assert value(command, "--model") == [str(qwen2.base)]
+    assert value(command, "--max-loras") == ["4"]
+    assert value(command, "--max-lora-rank") == ["16"]
+    everything = {"q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"}
+    assert set(value(command, "--lora-target-modules")) == everything
+    modules = [json.loads(text) for text in value(command, "--lora-modules")]
+    assert [module["name"] for module in modules] == list(names)
+    assert all(module["base_model_name"] == str(qwen2.base) for module in modules)
+    assert all(Path(module["path"]).parent == tmp_path for module in modules)
+    assert "VLLM_ALLOW_RUNTIME_LORA_UPDATING" not in plan.environment()
+    assert not list(tmp_path.iterdir()), "a plan writes nothing"
+
+
+def test_flags_of_vllm_win(qwen2: World, tmp_path: Path) -> None:
+    rest = ["--max-loras", "9", "--port=9000", "--served-model-name", "base", "--max-lora-rank", "64"]
+    plan = plan_of(qwen2, f"a={qwen2.adapters['lora-2'].raw}", cache=Cache(tmp_path), rest=rest)
+    command = plan.command()
+    assert command.count("--max-loras") == 1
+    assert value(command, "--max-loras") == ["9"]
+    assert value(command, "--max-lora-rank") == ["64"]
+    assert set(value(command, "--lora-target-modules")) == {"q_proj", "v_proj", "up_proj", "down_proj"}
+    assert json.loads(value(command, "--lora-modules")[0])["base_model_name"] == "base"
+    assert plan.address() == "http://127.0.0.1:9000"
+
+
+def test_an_adapter_folder_allows_loading(qwen2: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("VLLM_PLUGINS", "another")
+    directory = tmp_path / "adapters"
+    shutil.copytree(qwen2.adapters["dude-2"].raw, directory / "dude")
+    (directory / "empty").mkdir()
+    plan = plan_of(qwen2, adapter_dir=directory, cache=Cache(tmp_path / "cache"))
+    extra = plan.environment()
+    assert extra["VLLM_ALLOW_RUNTIME_LORA_UPDATING"] == "1"
+    assert extra["VLLM_PLUGINS"] == "another,adapter_merge"
+    settings = Settings(**json.loads(extra[VARIABLE]))
+    assert settings.adapter_dir == str(directory)
+    assert settings.max_rank == 16
+    assert list(plan.found) == ["dude"]
+    assert any(note.startswith("empty in") for note in plan.notes)
+    assert len(value(plan.command(), "--lora-target-modules")) == 7
+    assert "--lora-modules" not in plan.command()
+
+
+def test_every_problem_at_once(qwen2: World, tmp_path: Path) -> None:
+    with pytest.raises(InputError) as caught:
+        plan_of(
+            qwen2,
+            "no-equals",
+            "bad/name=there",
+            "a=one",
+            "a=two",
+            adapter_dir=tmp_path / "none",
+            cache=Cache(tmp_path),
+            rest=["--lora-modules", "x", "--api-server-count", "2", "--max-lora-rank", "many"],
+        )
+    text = str(caught.value)
+    for word in (
+        "no-equals",
+        "bad/name",
+        "given twice",
+        "no such folder",
+        "--lora-modules is set",
+        "--api-server-count",
+        "--max-lora-rank is no number",
+    ):
+        assert word in text
+
+
+def test_adapters_that_cannot_be_served(qwen2: World, tmp_path: Path) -> None:
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(InputError) as caught:
+        plan_of(qwen2, f"a={tmp_path / 'none'}", f"b={tmp_path / 'empty'}", cache=Cache(tmp_path / "cache"))
+    assert "none: no such folder" in str(caught.value)
+    assert "empty" in str(caught.value)
+    dude = f"a={qwen2.adapters['dude-1'].raw}"
+    with pytest.raises(InputError, match="too small"):
+        plan_of(qwen2, dude, cache=Cache(tmp_path / "cache"), rest=["--max-lora-rank", "8"])
+    with pytest.raises(InputError, match="no adapters"):
+        plan_of(qwen2, cache=Cache(tmp_path / "cache"))
+    name = f"base={qwen2.adapters['dude-1'].raw}"
+    with pytest.raises(InputError, match="name of the base"):
+        plan_of(qwen2, name, cache=Cache(tmp_path), rest=["--served-model-name=base"])
+
+
+def test_without_vllm(qwen2: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    found = importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name, *rest: None if name == "vllm" else found(name, *rest))
+    with pytest.raises(MissingDependencyError, match="vLLM is not installed"):
+        plan_of(qwen2, "a=b")
+
+
+def test_dry_run_and_cache_commands(qwen2: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("ADAPTER_MERGE_CACHE", str(tmp_path / "cache"))
+    raw = qwen2.adapters["dude-1"].raw
+    arguments = [str(qwen2.base), f"a={raw}", "--dry-run"]
+    shown = CliRunner().invoke(serve, [*arguments, "--json", "--", "--port", "9001"], catch_exceptions=False)
+    about = json.loads(shown.stdout)
+    assert about["command"][-2:] == ["--port", "9001"]
+    assert about["url"] == "http://127.0.0.1:9001"
+    assert about["adapters"]["a"]["method"] == "DuDe"
+    assert about["adapters"]["a"]["cached"] is False
+    assert not (tmp_path / "cache").exists()
+    text = CliRunner().invoke(serve, arguments, catch_exceptions=False).stdout
+    assert "--max-lora-rank 16" in text
+    assert "a: DuDe, rank 16, would be converted" in text
+
+    from adapter_merge.serve.served import Converter
+
+    served = Converter(qwen2.base).obtain(raw)
+    assert str(served.folder) == about["adapters"]["a"]["folder"]
+    listed = json.loads(CliRunner().invoke(cache_command, ["list", "--json"]).stdout)
+    assert [entry["in_use"] for entry in listed["entries"]] == [True]
+    assert "in use" in CliRunner().invoke(cache_command, ["list"]).stdout
+    assert json.loads(CliRunner().invoke(cache_command, ["clear", "--json"]).stdout)["in_use"] == 1
+    assert served.lease is not None
+    served.lease.release()
+    assert json.loads(CliRunner().invoke(cache_command, ["clear", "--json"]).stdout)["removed"] == 1
+
+
+def test_options_are_read_as_vllm_reads_them() -> None:
+    assert option(["--port", "1", "--x"], "--port") == "1"
+    assert option(["--max_lora_rank=8"], "--max-lora-rank") == "8"
+    assert option(["--port"], "--port") is None
+    assert option([], "--port") is None
