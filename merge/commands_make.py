@@ -194,6 +194,22 @@ def delta(
 @click.option(
     "--rank", help="A plain LoRA of this rank (16), or that keeps this energy (0.99); truncated, with its error."
 )
+@click.option("--budget", type=float, help="MB for all factors together; ranks go where they buy most error.")
+@click.option(
+    "--scale",
+    type=click.Choice(["fold", "exact"]),
+    default="fold",
+    show_default=True,
+    help="With --rank or --budget: fold DoRA's row scale into the plain LoRA, or keep it exact beside the factors.",
+)
+@click.option(
+    "--calibrate",
+    type=click.Path(path_type=Path, dir_okay=False),
+    help="A text file: minimise the error of the layers' outputs on it instead of the weights'.",
+)
+@click.option("--end-to-end", is_flag=True, help="Compare the logits with the adapter as trained, on built-in prompts.")
+@click.option("--prompts", type=click.Path(path_type=Path, dir_okay=False), help="Prompts for it: a file, one a line.")
+@click.option("--max-error", type=float, help="Fail when a weight's relative error is above this.")
 @adapter_options
 @device_option
 @dry_run_option
@@ -203,6 +219,12 @@ def factor(
     output: str,
     overwrite: bool,
     rank: str | None,
+    budget: float | None,
+    scale: str,
+    calibrate: Path | None,
+    end_to_end: bool,
+    prompts: Path | None,
+    max_error: float | None,
     base_kind: str | None,
     alpha: float | None,
     ranknum: float | None,
@@ -218,7 +240,7 @@ def factor(
     BASE may be left out where no base weight is needed (DCFT, LoRA).
     """
     from .factors import factor as run
-    from .factors import parse_rank
+    from .factors import parse_rank, read_prompts
 
     base, adapter = _pair(inputs)
     started = time.perf_counter()
@@ -227,6 +249,12 @@ def factor(
         adapter,
         output,
         rank=parse_rank(rank) if rank is not None else None,
+        budget=budget,
+        keep_scale=scale == "exact",
+        calibrate=calibrate,
+        end_to_end=end_to_end,
+        prompts=read_prompts(prompts) if prompts is not None else None,
+        max_error=max_error,
         device=device,
         base_kind=base_kind,
         options=_options(alpha, ranknum),
@@ -235,9 +263,16 @@ def factor(
     )
     _done(content, output, started, as_json, quiet)
     if not as_json and not dry_run:
-        layers = content["layers"].values()
-        errors = [entry["relative_error"] for entry in layers if entry["relative_error"] is not None]
-        ranks = sorted({entry["rank"] for entry in layers})
-        span = str(ranks[0]) if len(ranks) == 1 else f"{ranks[0]} .. {ranks[-1]}"
-        worst = f"; relative error of dW at most {max(errors):.2g}" if errors else "; exact by construction"
-        click.echo(f"  {content['form']}, rank {span}{worst}")
+        found = content["certificate"]
+        low, high = found["ranks"]
+        span = str(low) if low == high else f"{low} .. {high}"
+        click.echo(
+            f"  {content['form']}, rank {span}; relative error of dW at most {found['max_relative_error']:.2g}, "
+            f"mean {found['mean_relative_error']:.2g}; energy kept {found['mean_energy']:.4%}"
+        )
+        end = found.get("end_to_end")
+        if end is not None:
+            click.echo(
+                f"  end to end: |dlogit| at most {end['max_dlogit']:.2g}, mean {end['mean_dlogit']:.2g}; "
+                f"KL {end['mean_kl']:.2g}; {end['greedy_equal']} of {end['greedy_total']} greedy tokens equal"
+            )

@@ -279,6 +279,17 @@ def _budgeted(
     return list(results)
 
 
+def read_prompts(file: Path) -> list[str]:
+    """The lines of a text file that are not empty. Raises InputError."""
+    try:
+        lines = [line.strip() for line in file.read_text("utf-8").splitlines() if line.strip()]
+    except (OSError, UnicodeDecodeError) as error:
+        raise InputError(f"{file}: cannot be read as text", got=str(error)) from error
+    if not lines:
+        raise InputError(f"{file}: holds no prompts", expected="one prompt a line")
+    return lines
+
+
 def parse_rank(text: str) -> int | float:
     """16 is a rank, 0.99 an energy. Raises InputError."""
     try:

@@ -7,13 +7,13 @@ import json
 from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
 from .adapter import Adapter
 from .binding import BoundAdapter, bind
-from .cards import adapter_table, card
+from .cards import merged_card
 from .checkpoint import CANDIDATES, open_checkpoint
 from .devices import choose_device
 from .engine import FinishedShard, Progress, execute
@@ -25,6 +25,9 @@ from .journal import finish as publish_place
 from .output import MANIFEST, check_output, check_space, copy_synced, manifest, remove, staged, write_json, write_text
 from .plan import INDEX, MergePlan, plan_delta, plan_merge
 from .preimage import FOLDER, SIDE, PreimageRecorder
+
+if TYPE_CHECKING:
+    from .combining import Combination
 
 DTYPES = {"float32": "F32", "float16": "F16", "bfloat16": "BF16"}
 LOST_WARNING = 0.5
@@ -173,13 +176,15 @@ def merge_bound(
     part: Part | None = None,
     finish: bool = False,
     vram: int | None = None,
+    combination: Combination | None = None,
 ) -> dict[str, Any]:
-    """`merge` for adapters that are bound to one base already."""
+    """`merge` for adapters that are bound to one base already; as `combination` says where there is one."""
     output = Path(output)
     check_output(output, overwrite, (adapters[0].base.folder, *(bound.adapter.folder for bound in adapters)))
     for bound in adapters:
         bound.adapter.check_values()
-    plan = plan_merge(adapters[0].base, adapters, DTYPES[dtype] if dtype else None)
+    planned = adapters if combination is None else combination.planned()
+    plan = plan_merge(adapters[0].base, planned, DTYPES[dtype] if dtype else None)
     _check_options(plan, hashes, keep_preimage, part, finish)
     shards = plan.shards if part is None else shards_of_part(plan.shards, part)
     if not finish:
@@ -188,7 +193,8 @@ def merge_bound(
     content = manifest(
         "merged model",
         describe_inputs(adapters),
-        {"dtype": dtype, "device": str(devices[0]), "link": link, "keep_preimage": keep_preimage},
+        {"dtype": dtype, "device": str(devices[0]), "link": link, "keep_preimage": keep_preimage}
+        | ({} if combination is None else {"combination": combination.recipe.as_json()}),
     )
     if dry_run:
         return content | {"dry_run": True, "bytes": plan.nbytes}
@@ -281,7 +287,7 @@ def _write_rest(plan: MergePlan, folder: Path, content: Mapping[str, Any], title
     index = plan.index()
     if index is not None:
         write_json(folder / INDEX, index)
-    write_text(folder / "README.md", _merged_card(content, title))
+    write_text(folder / "README.md", merged_card(content, title, plan.config or plan.base.config))
     if keep_preimage:
         side = folder / FOLDER / SIDE
         remove(side)
@@ -398,19 +404,3 @@ def _rounding_warnings(layers: Mapping[str, Mapping[str, float]]) -> list[str]:
         f"weights (worst: {bad[0]}); up to {lost:.0%} of a delta is lost in values that stay the base's: "
         "write --dtype float32, or keep the adapter as factors"
     ]
-
-
-def _merged_card(content: Mapping[str, Any], title: str) -> str:
-    name = str(content["base"]["name"])
-    body = f"""Made by adapter-merge {content["versions"]["adapter-merge"]}: the adapters below, merged into the base.
-
-{adapter_table(content["adapters"])}
-
-`{MANIFEST}` holds the inputs' hashes, the versions, and the size and rounding of every weight's change.
-
-```python
-from transformers import AutoModelForCausalLM  # or the class of your task
-model = AutoModelForCausalLM.from_pretrained("{title}")
-```
-"""
-    return card(title, name, "merge", "transformers", ["adapter-merge", "merge"], body)

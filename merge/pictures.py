@@ -81,7 +81,7 @@ def heat_map(figure: Figure, content: Mapping[str, Any], inks: Inks) -> None:
     axes.set_facecolor(inks.empty)
     mesh = axes.pcolormesh(
         np.arange(len(layers) + 1), np.arange(len(kinds) + 1), np.clip(np.ma.masked_invalid(table), low, high),
-        cmap=colormaps["viridis"].resampled(24), norm=LogNorm(low, high), linewidth=0,
+        cmap=colormaps["viridis"].resampled(24), norm=LogNorm(low, high), edgecolors="face", linewidth=0.4,
     )  # fmt: skip
     axes.invert_yaxis()
     axes.set_yticks(np.arange(len(kinds)) + 0.5, [grid.short(kind) for kind in kinds])
@@ -122,11 +122,11 @@ def _plain_ticks(axis: Any, low: float, high: float) -> None:
         marks = [mark for mark in marks if f"{mark:e}"[0] == "1"]
     while len(marks) > 7:
         marks = marks[::2]
-    if len(marks) < 2:
+    if len(marks) < 3:
         marks = list(np.geomspace(low, high, 3))
     axis.set_major_locator(FixedLocator(marks))
     axis.set_minor_locator(NullLocator())
-    axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:.2g}"))
+    axis.set_major_formatter(FuncFormatter(lambda value, _: f"{float(f'{value:.2g}'):g}"))
 
 
 def energy(figure: Figure, content: Mapping[str, Any], inks: Inks) -> None:
@@ -154,6 +154,7 @@ def energy(figure: Figure, content: Mapping[str, Any], inks: Inks) -> None:
                 axes.axvspan(low, min(high, end), color=inks.second, alpha=0.12, linewidth=0)
             axes.axvline(low, color=inks.second, linewidth=1.4)
             text = f"rank {low}" if low == high else f"ranks {low} to {high}"
+            text += ", without the row scales" if content["row_scale"] else ""
             side = low > end / 2
             axes.annotate(
                 text, (low, 0.06), (-5 if side else 5, 0), textcoords="offset points", color=inks.second,
@@ -242,7 +243,7 @@ def parity(figure: Figure, content: Mapping[str, Any], inks: Inks) -> None:
     axes.set_yticks(places, [line["artefact"] for line in lines])
     axes.set_ylim(len(lines) - 0.4, -0.6)
     axes.grid(axis="x")
-    axes.set_xlabel("largest |Δlogit| (line: the bar; diamond: the adapter's own effect)")
+    axes.set_xlabel("largest |Δlogit|")
 
 
 def sizes(figure: Figure, content: Mapping[str, Any], inks: Inks) -> None:
@@ -284,7 +285,7 @@ PICTURES: Mapping[str, tuple[Picture, str, Callable[[Mapping[str, Any]], bool]]]
     ),
     "parity": (
         parity,
-        "Logits against the adapter as trained",
+        "Logits against the adapter as trained (line: the bar; diamond: what the adapter itself moves)",
         lambda content: any(line.get("max_dlogit") is not None for line in content["parity"]),
     ),
     "size": (sizes, "Sizes", lambda content: len(content["sizes"]) > 1),
@@ -305,9 +306,7 @@ def svg(name: str, content: Mapping[str, Any]) -> str:
     """The picture as an <svg> element whose colours are CSS variables; its ids are its own on a page of several."""
     stream = io.StringIO()
     with _style(name, PAGE):
-        _drawn(name, content, PAGE).savefig(
-            stream, format="svg", metadata={"Date": None, "Creator": None}
-        )
+        _drawn(name, content, PAGE).savefig(stream, format="svg", metadata={"Date": None, "Creator": None})
     text = stream.getvalue()
     text = text[text.index("<svg") :]
     text = re.sub(r"<metadata>.*?</metadata>", "", text, flags=re.DOTALL)

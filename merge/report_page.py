@@ -27,9 +27,9 @@ p.lead { margin: 0 0 1.2rem; color: var(--muted); max-width: 60rem; overflow-wra
 .tiles dt { color: var(--muted); font-size: .82rem; }
 .tiles dd { margin: 0; font-size: 1.25rem; font-variant-numeric: tabular-nums; overflow-wrap: anywhere; }
 .tiles small { display: block; font-size: .75rem; color: var(--muted); line-height: 1.3; }
-.pictures { display: grid; gap: 1rem; grid-template-columns: repeat(auto-fit, minmax(min(100%, 30rem), 1fr));
-  margin-top: 1.6rem; align-items: start; }
-figure { margin: 0; background: var(--card); border-radius: .5rem; padding: .9rem; min-width: 0; }
+.pictures { columns: 2 30rem; column-gap: 1rem; margin-top: 1.6rem; }
+figure { display: inline-block; width: 100%; margin: 0 0 1rem; background: var(--card); border-radius: .5rem;
+  padding: .9rem; break-inside: avoid; }
 figure svg { width: 100%; height: auto; display: block; }
 figcaption { font-weight: 600; margin-bottom: .6rem; }
 .scroll { overflow-x: auto; }
