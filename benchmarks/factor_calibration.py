@@ -43,7 +43,8 @@ def main() -> None:
     given = parser.parse_args()
     data = conversations()
     text = "".join(
-        f"<|im_start|>user\n{lesson.question}<|im_end|>\n<|im_start|>assistant\n{getattr(lesson, given.kind)}<|im_end|>\n"
+        f"<|im_start|>user\n{lesson.question}<|im_end|>\n"
+        f"<|im_start|>assistant\n{getattr(lesson, given.kind)}<|im_end|>\n"
         for lesson in data.LESSONS
     )
     bound = open_pair(given.base, given.adapter)
