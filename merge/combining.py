@@ -10,13 +10,20 @@ import torch
 
 from .binding import EMBEDDINGS, BoundAdapter, BoundModule, bind
 from .checkpoint import Checkpoint, open_checkpoint
-from .combination import Part, Settings, combined, key_of
-from .edits import BlockEdit, Replaced, in_turn
-from .errors import InputError, Problem, raise_all
+from .combination import Part, Settings, combined, combined_form, key_of
+from .devices import choose_device
+from .edits import BlockEdit, Replaced, applied, in_turn
+from .errors import InputError, Problem, UnsupportedError, raise_all
+from .form import CanonicalForm
 from .formats import ReadOptions, open_adapter
 from .headers import FLOAT_DTYPES, TensorRef
+from .lora import BiasModule, ExpertModule, LoraModule, PartModule
+from .lora_folder import FoundFactors, write_lora_folder
+from .output import MANIFEST, check_output, manifest, sha256, staged, write_json
 from .recipe import Recipe
+from .tensors import read_tensor
 from .tokens import TokenModule
+from .truncation import reduce_rank, truncate
 
 
 @dataclass(frozen=True)
@@ -175,3 +182,134 @@ def combine(recipe: Recipe, output: str | Path, base: str | Path | None = None, 
 
     combination = open_combination(recipe, base)
     return merge_bound(combination.adapters, output, combination=combination, **options)
+
+
+def combine_factors(
+    recipe: Recipe,
+    output: str | Path,
+    base: str | Path | None = None,
+    *,
+    rank: int | float | None = None,
+    device: str = "auto",
+    overwrite: bool = False,
+    dry_run: bool = False,
+) -> dict[str, Any]:
+    """Write the recipe's combination as one PEFT folder, with its error per weight.
+
+    linear: without `rank` exact, the factors side by side and reduced to their numerical rank (QR, SVD of the core); a
+    DoRA where an adapter has magnitudes. With `rank` (or an energy below 1), or any other method, a truncated LoRA of
+    the dense combined delta. Raises UnsupportedError for what has no factors.
+    """
+    output = Path(output)
+    combination = open_combination(recipe, base)
+    check_output(output, overwrite, (combination.base.folder, *(b.adapter.folder for b in combination.adapters)))
+    for bound in combination.adapters:
+        bound.adapter.check_values()
+    planned = combination.planned()[0]
+    exact = recipe.settings.method == "linear" and rank is None
+    if rank is None and not exact:
+        raise InputError(
+            f"a {recipe.settings.method} combination is of full rank", expected="--rank R or ENERGY, which truncates"
+        )
+    modules = combination.modules()
+    problems = [
+        Problem(f"{item.name}: {', '.join(bad)} brings more than factors here", hint="merge the combination instead")
+        for item in modules
+        if (bad := [s.adapter for s in item.shares if not _factorable(s)])
+    ]
+    raise_all(problems, UnsupportedError)
+    chosen = choose_device(device)
+    content = manifest("factors", _inputs(combination), {"rank": rank, "combination": recipe.as_json()})
+    if dry_run:
+        return content | {"dry_run": True}
+    factors = [_combined_factors(item, rank, chosen) for item in modules]
+    if any(item.magnitude is not None for item in factors):
+        factors = [_with_magnitude(item, module) for item, module in zip(factors, modules, strict=True)]
+    content["form"] = "lora+row_scale" if any(item.magnitude is not None for item in factors) else "lora"
+    content["exact"] = exact
+    content["layers"] = {item.module: {"rank": item.rank, "relative_error": item.relative_error} for item in factors}
+    first = combination.adapters[0].adapter
+    conv1d = any(module.transposed for item in modules for share in item.shares for module in share.modules)
+    with staged(output, overwrite) as folder:
+        heads = {name: read_tensor(ref) for name, ref in planned.replacements.items()}
+        task = first.config.get("task_type")
+        write_lora_folder(folder, factors, heads, first.base_name, task if isinstance(task, str) else None, conv1d)
+        content["files"] = {path.name: sha256(path) for path in sorted(folder.iterdir()) if path.is_file()}
+        write_json(folder / MANIFEST, content)
+    return content
+
+
+def _factorable(share: Share) -> bool:
+    """True for one adapted weight matrix, whole, whose norms are those of its output rows."""
+    if share.replacement is not None or len(share.modules) != 1:
+        return False
+    bound = share.modules[0]
+    module = bound.module
+    if isinstance(module, TokenModule | BiasModule | ExpertModule | PartModule) or bound.rows is not None:
+        return False
+    magnitude = getattr(module, "magnitude", None) is not None or getattr(module, "own_magnitude", False)
+    return not (magnitude and (getattr(module, "magnitude_dim", 0) == 1 or getattr(module, "embedding", False)))
+
+
+def _combined_factors(item: CombinedModule, rank: int | float | None, device: torch.device) -> FoundFactors:
+    bound = item.shares[0].modules[0]
+    weight = bound.oriented_weight().to(device=device, dtype=torch.float64)
+    forms = [share.modules[0].form(torch.float64).to(device) for share in item.shares]
+    embedding = isinstance(bound.module, LoraModule) and bound.module.embedding
+    if rank is None:
+        form = combined_form(forms, [share.weight for share in item.shares], weight)
+        up, down = reduce_rank(form.up, form.down)
+        exact = sum((s.weight * f.delta(weight) for s, f in zip(item.shares, forms, strict=True)), weight * 0)
+        mine = CanonicalForm(up.float().double(), down.float().double(), row_scale=form.row_scale)
+        magnitude = None
+        if form.row_scale is not None:
+            norm = torch.linalg.vector_norm(torch.addmm(weight, mine.up, mine.down), dim=1)
+            magnitude = (form.row_scale * norm).cpu()
+        got = mine.delta(weight)
+    else:
+        # In the layout of the base, so that the same elements are drawn as in a merge.
+        stored = weight.T.contiguous() if bound.transposed else weight
+        ready = [form.bound_to(weight) for form in forms]
+        parts = [
+            Part(
+                form.transposed() if bound.transposed else form,
+                share.weight,
+                share.density,
+                key_of(item.settings.seed, share.adapter, item.name),
+            )
+            for form, share in zip(ready, item.shares, strict=True)
+        ]
+        edit = combined(parts, item.settings)
+        exact = torch.zeros_like(stored) if edit is None else applied(edit, stored) - stored
+        if bound.transposed:
+            exact = exact.T.contiguous()
+        if not bool(exact.any()):
+            nothing = torch.zeros(sum(weight.shape), 1)
+            return FoundFactors(
+                item.name.removesuffix(".weight"),
+                nothing[: weight.shape[0]],
+                nothing[weight.shape[0] :].T,
+                None,
+                0.0,
+                embedding,
+            )
+        up, down = truncate(exact, rank)
+        got, magnitude = up @ down, None
+    size = float(torch.linalg.vector_norm(exact))
+    error = float(torch.linalg.vector_norm(got - exact)) / size if size else 0.0
+    return FoundFactors(item.name.removesuffix(".weight"), up.cpu(), down.cpu(), magnitude, error, embedding)
+
+
+def _with_magnitude(found: FoundFactors, item: CombinedModule) -> FoundFactors:
+    """In a DoRA folder every weight has magnitudes: those that change nothing where there are none."""
+    if found.magnitude is not None:
+        return found
+    weight = item.shares[0].modules[0].oriented_weight().to(torch.float64)
+    norm = torch.linalg.vector_norm(torch.addmm(weight, found.up, found.down), dim=0 if found.embedding else 1)
+    return replace(found, magnitude=norm)
+
+
+def _inputs(combination: Combination) -> dict[str, Any]:
+    from .merging import describe_inputs
+
+    return describe_inputs(combination.adapters)

@@ -1,0 +1,186 @@
+"""Factors of a combination and factors out of two checkpoints, loaded by PEFT and measured against dense weights."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from adapter_merge.merge.combination import Settings
+from adapter_merge.merge.combining import combine, combine_factors
+from adapter_merge.merge.errors import InputError, MismatchError, NumericsError, UnsupportedError
+from adapter_merge.merge.extraction import extract, low_rank, scaled_low_rank
+from adapter_merge.merge.merging import merge
+from adapter_merge.merge.recipe import Ingredient, Recipe, make_recipe
+from pico_bases import error, gpt2, llama, load, logits, quiet, train
+from safetensors.torch import load_file, save_file
+
+peft = pytest.importorskip("peft", reason="PEFT is the oracle (extra verify)")
+
+SOME = ["q_proj", "v_proj", "down_proj"]
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    with quiet():
+        return llama(tmp_path_factory.mktemp("base") / "base")
+
+
+@pytest.fixture(scope="module")
+def adapters(base: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    folder = tmp_path_factory.mktemp("adapters")
+    configs = {
+        "lora": {"r": 3, "target_modules": [*SOME, "embed_tokens"]},
+        "rslora": {"r": 4, "use_rslora": True, "target_modules": ["q_proj", "o_proj"]},
+        "dora": {"r": 2, "use_dora": True, "target_modules": SOME},
+        "dude": {"r": 2, "use_dora": True, "init_lora_weights": "pissa", "target_modules": ["q_proj"]},
+    }
+    for seed, (name, arguments) in enumerate(configs.items()):
+        train(base, peft.LoraConfig(**arguments), folder / name, seed=seed)
+    return {name: folder / name for name in configs}
+
+
+def recipe(adapters: dict[str, Path], weights: dict[str, float], **settings: Any) -> Recipe:
+    return make_recipe([Ingredient(n, str(adapters[n]), w) for n, w in weights.items()], Settings(**settings))
+
+
+@pytest.mark.parametrize(
+    "weights",
+    [{"lora": 0.7, "rslora": 0.4}, {"lora": 0.7, "dora": -0.5}, {"rslora": 0.3, "dora": 0.6, "dude": 0.5}],
+    ids=["plain", "one with magnitudes", "two with magnitudes"],
+)
+def test_linear_factors_are_exact(
+    weights: dict[str, float], base: Path, adapters: dict[str, Path], tmp_path: Path
+) -> None:
+    made = recipe(adapters, weights)
+    content = combine_factors(made, tmp_path / "factors", base, device="cpu")
+    assert content["exact"] and all(layer["relative_error"] < 1e-6 for layer in content["layers"].values())
+    assert content["form"] == ("lora" if "dora" not in weights else "lora+row_scale")
+    combine(made, tmp_path / "merged", base, device="cpu")
+    with quiet():
+        live = peft.PeftModel.from_pretrained(load(base), tmp_path / "factors").eval()
+    assert error(logits(live), logits(load(tmp_path / "merged"))) < 2e-5
+
+
+def test_truncated_factors_say_their_error(base: Path, adapters: dict[str, Path], tmp_path: Path) -> None:
+    made = recipe(adapters, {"rslora": 0.7, "dora": 0.6}, method="ties", density=0.5)
+    combine(made, tmp_path / "merged", base, device="cpu")
+    before, after = (load_file(f / "model.safetensors") for f in (base, tmp_path / "merged"))
+    errors = []
+    for rank in (4, 16, 0.95):
+        folder = tmp_path / f"factors-{rank}"
+        content = combine_factors(made, folder, base, rank=rank, device="cpu")
+        tensors = load_file(folder / "adapter_model.safetensors")
+        for module, layer in content["layers"].items():
+            delta = (after[f"{module}.weight"] - before[f"{module}.weight"]).double()
+            a, b = (tensors[f"base_model.model.{module}.lora_{x}.weight"].double() for x in "AB")
+            got = float((delta - b @ a).norm() / delta.norm())
+            assert got == pytest.approx(layer["relative_error"], abs=1e-4)
+            assert rank != 0.95 or got**2 <= 0.05 + 1e-6
+        errors.append(sum(layer["relative_error"] for layer in content["layers"].values()))
+    assert errors[1] < errors[0]
+    with pytest.raises(InputError, match="full rank"):
+        combine_factors(made, tmp_path / "no", base, device="cpu")
+
+
+def test_conv1d_factors(tmp_path: Path) -> None:
+    with quiet():
+        base = gpt2(tmp_path / "base")
+    for seed, name in enumerate("ab"):
+        config = peft.LoraConfig(r=2, target_modules=["c_attn", "c_proj"], fan_in_fan_out=True, use_dora=name == "a")
+        train(base, config, tmp_path / name, seed=seed)
+    made = recipe({name: tmp_path / name for name in "ab"}, {"a": 0.5, "b": 0.8})
+    combine_factors(made, tmp_path / "factors", base, device="cpu")
+    combine(made, tmp_path / "merged", base, device="cpu")
+    with quiet():
+        live = peft.PeftModel.from_pretrained(load(base), tmp_path / "factors").eval()
+    assert error(logits(live), logits(load(tmp_path / "merged"))) < 2e-5
+
+
+def test_what_has_no_factors_is_refused(base: Path, tmp_path: Path) -> None:
+    config = peft.LoraConfig(r=2, target_modules=["q_proj"], trainable_token_indices=[1, 2])
+    train(base, config, tmp_path / "a")
+    with pytest.raises(UnsupportedError, match="more than factors"):
+        combine_factors(recipe({"a": tmp_path / "a"}, {"a": 1.0}), tmp_path / "no", base, device="cpu")
+
+
+# -- extraction ---------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("row_scale", [False, True])
+def test_extraction_finds_a_merged_lora_again(row_scale: bool, base: Path, tmp_path: Path) -> None:
+    config = peft.LoraConfig(r=3, target_modules=[*SOME, "embed_tokens", "lm_head"], bias="none")
+    train(base, config, tmp_path / "a")
+    merge(base, tmp_path / "a", tmp_path / "tuned", device="cpu")
+    content = extract(base, tmp_path / "tuned", tmp_path / "found", rank=3, row_scale=row_scale, device="cpu")
+    assert len(content["layers"]) == 8
+    assert all(layer["relative_error"] < 1e-4 for layer in content["layers"].values())
+    with quiet():
+        live = peft.PeftModel.from_pretrained(load(base), tmp_path / "found").eval()
+    assert error(logits(live), logits(load(tmp_path / "tuned"))) < 1e-4
+    merge(base, tmp_path / "found", tmp_path / "again", device="cpu")
+    assert error(logits(load(tmp_path / "again")), logits(load(tmp_path / "tuned"))) < 1e-4
+
+
+def test_row_scales_fit_a_dora_that_a_lora_cannot(base: Path, tmp_path: Path) -> None:
+    train(base, peft.LoraConfig(r=2, target_modules=SOME, use_dora=True), tmp_path / "a")
+    merge(base, tmp_path / "a", tmp_path / "tuned", device="cpu")
+    plain = extract(base, tmp_path / "tuned", tmp_path / "plain", rank=2, device="cpu")["layers"]
+    scaled = extract(base, tmp_path / "tuned", tmp_path / "scaled", rank=2, row_scale=True, device="cpu")["layers"]
+    for name, layer in plain.items():
+        assert scaled[name]["relative_error"] < 0.7 * layer["relative_error"]
+
+
+def test_a_pure_row_scale_needs_no_rank() -> None:
+    torch.manual_seed(0)
+    before = torch.randn(20, 12)
+    after = before * (1 + 0.3 * torch.rand(20))[:, None]
+    up, down, scale = scaled_low_rank(before, after, 1)
+    assert float((torch.addmm(before, up, down) * scale[:, None] - after).norm() / (after - before).norm()) < 1e-5
+    up, down = low_rank(before, after, 1)
+    assert float((before + up @ down - after).norm() / (after - before).norm()) > 0.5
+
+
+def test_row_scales_are_never_worse() -> None:
+    for seed in range(20):
+        torch.manual_seed(seed)
+        before, after = torch.randn(14, 10), torch.randn(14, 10)
+        up, down = low_rank(before, after, 2)
+        plain = float((before + up @ down - after).norm())
+        up, down, scale = scaled_low_rank(before, after, 2)
+        assert float((torch.addmm(before, up, down) * scale[:, None] - after).norm()) <= plain * (1 + 1e-6)
+
+
+def test_norms_and_new_heads_are_carried_over(base: Path, tmp_path: Path) -> None:
+    shutil.copytree(base, tmp_path / "tuned")
+    state = load_file(base / "model.safetensors")
+    torch.manual_seed(0)
+    state["model.norm.weight"] = state["model.norm.weight"] + 0.1
+    state["model.layers.0.mlp.up_proj.weight"] = state["model.layers.0.mlp.up_proj.weight"] + 0.1 * torch.randn(48, 32)
+    save_file(state, tmp_path / "tuned" / "model.safetensors", {"format": "pt"})
+    content = extract(base, tmp_path / "tuned", tmp_path / "found", rank=32, device="cpu")
+    assert content["carried_over"] == ["model.norm.weight"]
+    with quiet():
+        live = peft.PeftModel.from_pretrained(load(base), tmp_path / "found").eval()
+    assert error(logits(live), logits(load(tmp_path / "tuned"))) < 1e-4
+
+
+def test_extraction_refuses(base: Path, tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="the same values"):
+        extract(base, base, tmp_path / "no", device="cpu")
+    with quiet():
+        other = gpt2(tmp_path / "other")
+    with pytest.raises(MismatchError):
+        extract(base, other, tmp_path / "no", device="cpu")
+    shutil.copytree(base, tmp_path / "nan")
+    state = load_file(base / "model.safetensors")
+    state["lm_head.weight"][0, 0] = float("nan")
+    save_file(state, tmp_path / "nan" / "model.safetensors", {"format": "pt"})
+    with pytest.raises(NumericsError):
+        extract(base, tmp_path / "nan", tmp_path / "no", device="cpu")
+    for rank in (0, -1, 1.5, True):
+        with pytest.raises(InputError):
+            extract(base, tmp_path / "nan", tmp_path / "no", rank=rank, device="cpu")
+    assert not (tmp_path / "no").exists()
