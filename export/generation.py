@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -135,6 +135,7 @@ def generate(
         raise InputError(f"{folder}: no adapter named {', '.join(wrong)}", expected=", ".join([BASE, *sorted(known)]))
     prompter = Prompter(folder)
     ids = prompter.encode(prompt, system, raw)
+    sampling = within_context(folder, len(ids), sampling)
     engine = choose_engine(folder, layout.mode, engine)
     if engine == "genai":
         runner: Iterator[Answer] = _with_genai(folder, ids, names, prompter, device, sampling, show)
@@ -143,6 +144,21 @@ def generate(
     else:
         runner = _with_onnxruntime(folder, ids, names, prompter, device, sampling, threads, show)
     return list(runner)
+
+
+def within_context(folder: Path, prompt: int, sampling: Sampling) -> Sampling:
+    """`sampling` with no more tokens than the model has positions for. Raises InputError for too long a prompt."""
+    config_file = folder / "genai_config.json"
+    if config_file.is_file():
+        limit = int(read_json(config_file)["model"]["context_length"])
+    else:
+        config = read_json(folder / "config.json")
+        limit = int(config.get("n_positions") or config["max_position_embeddings"])
+    if prompt >= limit:
+        raise InputError(
+            f"the prompt is too long for {folder}", expected=f"fewer than {limit} tokens", got=f"{prompt} tokens"
+        )
+    return replace(sampling, max_tokens=min(sampling.max_tokens, limit - prompt))
 
 
 def choose_engine(folder: Path, mode: str, wanted: str) -> str:

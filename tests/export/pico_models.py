@@ -107,7 +107,7 @@ def save_lora(base: Path, folder: Path, seed: int, **options: Any) -> Path:
                 parameter.add_(torch.randn_like(parameter) * 0.1)
             elif "lora_A" in name:
                 parameter.add_(torch.randn_like(parameter) * 0.05)
-    model.save_pretrained(folder)
+    model.save_pretrained(folder, save_embedding_layers=False)
     return folder
 
 

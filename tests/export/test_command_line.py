@@ -159,3 +159,9 @@ def test_dry_run_writes_nothing(pico: Path, adapters: dict[str, Path], tmp_path:
         result = run("export", pico, f"a={adapters['dude']}", "-o", tmp_path / "o", "--mode", mode, "--dry-run")
         assert result.exit_code == 0, result.output
     assert not any(tmp_path.iterdir())
+
+
+def test_a_prompt_longer_than_the_context_is_refused(folder: Path) -> None:
+    with pytest.raises(InputError, match="too long"):
+        generation.generate(folder, "x" * 600)
+    assert generation.within_context(folder, 500, generation.Sampling(128)).max_tokens == 12

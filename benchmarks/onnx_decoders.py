@@ -1,0 +1,277 @@
+"""Speed, size and parity of ONNX exports of a decoder, everything in one run, alternating.
+
+    python benchmarks/onnx_decoders.py [--base FOLDER] [--work FOLDER] [--rounds 5] [--threads 2] [--json FILE]
+
+Compared: onnxruntime-genai's own builder (as it comes), our merged export, our switchable export with no adapter
+and with random LoRA adapters of rank 8 and 16 on every linear, and transformers eager. Every contender runs once
+per round, one after the other, so that a busy machine slows all of them; medians over the rounds, and the ratio
+is the median of the rounds' ratios. On a machine that others use as well, --clock cpu --threads 1 counts the
+process's own CPU seconds. Parity: the shipped DCFT and DuDe adapters and a LoRA, in all three modes,
+against torch; greedy answers of 200 tokens.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import shutil
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+PROMPT, DECODE = 256, 32
+CLOCKS = {"wall": time.perf_counter, "cpu": time.process_time}
+clock = time.perf_counter
+GREEDY = 200
+
+
+def random_lora(base: Path, folder: Path, rank: int, seed: int) -> Path:
+    """A PEFT LoRA folder with small random factors on every linear of the layers."""
+    from adapter_merge.merge.checkpoint import open_checkpoint
+    from safetensors.torch import save_file
+
+    generator = torch.Generator().manual_seed(seed)
+    tensors, modules = {}, set()
+    for name, ref in open_checkpoint(base).tensors.items():
+        if ".layers." in name and len(ref.shape) == 2:
+            module = name.removesuffix(".weight")
+            out, inner = ref.shape
+            prefix = f"base_model.model.{module}"
+            tensors[f"{prefix}.lora_A.weight"] = torch.randn(rank, inner, generator=generator) * inner**-0.5
+            tensors[f"{prefix}.lora_B.weight"] = torch.randn(out, rank, generator=generator) * 0.02
+            modules.add(module.rpartition(".")[2])
+    folder.mkdir(parents=True)
+    save_file(tensors, folder / "adapter_model.safetensors")
+    config = {
+        "peft_type": "LORA",
+        "r": rank,
+        "lora_alpha": rank,
+        "target_modules": sorted(modules),
+        "task_type": "CAUSAL_LM",
+        "base_model_name_or_path": str(base),
+        "bias": "none",
+        "init_lora_weights": True,
+    }
+    (folder / "adapter_config.json").write_text(json.dumps(config))
+    return folder
+
+
+def onnx_runner(folder: Path, adapter: str | None, threads: int) -> Callable[[], tuple[float, float]]:
+    """A function that measures (prefill seconds, median decode seconds) of an export."""
+    from adapter_merge.export.running import Decoder
+
+    decoder = Decoder(folder, threads=threads)
+    ids = (np.arange(PROMPT) % 1000 + 5)[None]
+
+    def run() -> tuple[float, float]:
+        cache = decoder.start(PROMPT + DECODE, adapter)
+        start = clock()
+        decoder.step(cache, ids)
+        prefill = clock() - start
+        steps = []
+        for token in range(DECODE):
+            start = clock()
+            decoder.step(cache, np.array([[token + 7]]))
+            steps.append(clock() - start)
+        return prefill, statistics.median(steps)
+
+    return run
+
+
+def eager_runner(base: Path, threads: int) -> Callable[[], tuple[float, float]]:
+    """The same for transformers eager in float32."""
+    from transformers import AutoModelForCausalLM
+
+    torch.set_num_threads(threads)
+    model: Any = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32, attn_implementation="sdpa").eval()
+    ids = (torch.arange(PROMPT) % 1000 + 5)[None]
+
+    @torch.no_grad()
+    def run() -> tuple[float, float]:
+        start = clock()
+        cache = model(input_ids=ids, use_cache=True).past_key_values
+        prefill = clock() - start
+        steps = []
+        for token in range(DECODE):
+            start = clock()
+            model(input_ids=torch.tensor([[token + 7]]), past_key_values=cache, use_cache=True)
+            steps.append(clock() - start)
+        return prefill, statistics.median(steps)
+
+    return run
+
+
+def plain_build(base: Path, folder: Path) -> None:
+    """onnxruntime-genai's own builder with its defaults; stamped, so that our runner reads it."""
+    import onnx_ir as ir
+    from adapter_merge.export.insertion import stamp
+    from adapter_merge.export.switchable import save_graph
+    from adapter_merge.export.targets import Layout
+
+    command = [sys.executable, "-m", "onnxruntime_genai.models.builder", "-i", str(base), "-o", str(folder)]
+    command += ["-p", "fp32", "-e", "cpu", "-c", str(folder.parent / "cache"), "--extra_options", "hf_token=false"]
+    subprocess.run(command, check=True, capture_output=True)
+    model = ir.load(folder / "model.onnx")
+    stamp(model, Layout("merged", "", "fp32", "float32", (), {}))
+    save_graph(model, folder / "model.onnx")
+
+
+def size(folder: Path) -> int:
+    return sum(path.stat().st_size for path in folder.iterdir())
+
+
+def speed(base: Path, work: Path, rounds: int, threads: int) -> dict[str, Any]:
+    """Medians, ratios, sizes, switch and add times."""
+    from adapter_merge.export.exporting import export_model
+    from adapter_merge.export.running import Decoder
+    from adapter_merge.export.switchable import add_adapters
+
+    adapters = {f"r{rank}": random_lora(base, work / f"r{rank}", rank, rank) for rank in (8, 16)}
+    plain_build(base, work / "builder")
+    export_model(base, {"r16": adapters["r16"]}, work / "merged", mode="merged")
+    export_model(base, adapters, work / "switchable", mode="switchable")
+    start = time.perf_counter()
+    add_adapters(work / "switchable", {"late": adapters["r16"]})
+    adding = time.perf_counter() - start
+    from adapter_merge.merge.demo import adapter_folder
+
+    start = time.perf_counter()
+    add_adapters(work / "switchable", {"dude": adapter_folder("dude-json")})
+    adding_dude = time.perf_counter() - start
+
+    contenders = {
+        "builder": onnx_runner(work / "builder", None, threads),
+        "merged": onnx_runner(work / "merged", None, threads),
+        "switchable, none": onnx_runner(work / "switchable", None, threads),
+        "switchable, rank 8": onnx_runner(work / "switchable", "r8", threads),
+        "switchable, rank 16": onnx_runner(work / "switchable", "r16", threads),
+        "transformers eager": eager_runner(base, threads),
+    }
+    seen: dict[str, list[tuple[float, float]]] = {name: [] for name in contenders}
+    for index in range(rounds + 1):
+        for name, run in contenders.items():
+            result = run()
+            if index:  # the first round warms up
+                seen[name].append(result)
+    decoder = Decoder(work / "switchable", threads=threads)
+    loads, switches = [], []
+    for name in ("r8", "r16", "dude", "late"):
+        start = time.perf_counter()
+        decoder.load(name)
+        loads.append(time.perf_counter() - start)
+    for _ in range(20):
+        for name in ("r8", "r16"):
+            start = time.perf_counter()
+            decoder.load(name)
+            switches.append(time.perf_counter() - start)
+
+    def ratio(name: str, other: str, phase: int) -> float:
+        pairs = zip(seen[name], seen[other], strict=True)
+        return statistics.median(theirs[phase] / mine[phase] for mine, theirs in pairs)
+
+    report: dict[str, Any] = {}
+    for name, results in seen.items():
+        prefill = statistics.median(result[0] for result in results)
+        decode = statistics.median(result[1] for result in results)
+        report[name] = {
+            "prefill_tokens_per_second": round(PROMPT / prefill, 1),
+            "decode_tokens_per_second": round(1 / decode, 2),
+            "decode_vs_builder": round(ratio(name, "builder", 1), 3),
+            "decode_vs_merged": round(ratio(name, "merged", 1), 3),
+            "decode_vs_eager": round(ratio(name, "transformers eager", 1), 3),
+            "prefill_vs_builder": round(ratio(name, "builder", 0), 3),
+            "prefill_vs_eager": round(ratio(name, "transformers eager", 0), 3),
+        }
+    report["load_an_adapter_ms"] = round(statistics.median(loads) * 1e3, 2)
+    report["switch_ms"] = round(statistics.median(switches) * 1e3, 4)
+    report["add_lora_seconds"] = round(adding, 2)
+    report["add_dude_seconds"] = round(adding_dude, 2)
+    files = sum(path.stat().st_size for path in (work / "switchable").glob("*.onnx_adapter"))
+    report["bytes"] = {
+        "builder": size(work / "builder"),
+        "switchable without its adapters": size(work / "switchable") - files,
+        "adapters": files,
+    }
+    return report
+
+
+def parity(base: Path, work: Path) -> list[dict[str, Any]]:
+    """Every adapter in every mode: largest logit difference over 256 tokens, greedy answers of GREEDY tokens."""
+    from adapter_merge.export.exporting import export_model
+    from adapter_merge.export.running import Decoder
+    from adapter_merge.export.verification import reference_model, torch_greedy, verify_onnx
+    from adapter_merge.merge.demo import adapter_folder
+
+    adapters = {"lora": work / "r8", "dcft": adapter_folder("dcft-pirate"), "dude": adapter_folder("dude-json")}
+    export_model(base, adapters, work / "parity-switchable", mode="switchable")
+    export_model(base, adapters, work / "parity-batched", mode="batched")
+    prompt = [(37 * index + 11) % 40000 for index in range(48)]
+    found = []
+    for name, source in ((None, None), *adapters.items()):
+        model = reference_model(base, source)
+        wanted = torch_greedy(model, prompt, GREEDY)
+        del model
+        merged = work / "parity-merged"
+        shutil.rmtree(merged, ignore_errors=True)
+        export_model(base, {name: source} if name and source else {}, merged, mode="merged")
+        for mode in ("merged", "switchable", "batched"):
+            folder = work / f"parity-{mode}"
+            report = verify_onnx(base, source, folder, name=name)
+            decoder = Decoder(folder)
+            cache = decoder.start(len(prompt) + GREEDY, None if mode == "merged" else name)
+            logits, chosen = decoder.step(cache, np.asarray([prompt])), []
+            for _ in range(GREEDY):
+                chosen.append(int(logits[0, -1].argmax()))
+                logits = decoder.step(cache, np.asarray([chosen[-1:]]))
+            found.append(
+                {
+                    "adapter": name or "base",
+                    "mode": mode,
+                    "max_difference": report["logits"]["max_difference"],
+                    "effect": report["logits"]["effect"],
+                    "passed": report["passed"],
+                    "greedy_equal": sum(a == b for a, b in zip(chosen, wanted, strict=True)),
+                    "greedy_total": GREEDY,
+                }
+            )
+            print(json.dumps(found[-1]), flush=True)
+    return found
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--base", type=Path, default=Path("smollm2-135m"))
+    parser.add_argument("--work", type=Path, default=Path("onnx-benchmark"))
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--clock", choices=tuple(CLOCKS), default="wall", help="cpu with --threads 1: a busy machine")
+    parser.add_argument("--only", choices=("speed", "parity"))
+    parser.add_argument("--json", type=Path)
+    options = parser.parse_args()
+    global clock
+    clock = CLOCKS[options.clock]
+    from adapter_merge.merge.smollm2 import obtain_base
+
+    base = obtain_base(options.base) if not options.base.exists() else options.base
+    options.work.mkdir(parents=True)
+    report: dict[str, Any] = {"clock": options.clock, "threads": options.threads, "rounds": options.rounds}
+    if options.only != "parity":
+        report["speed"] = speed(base, options.work, options.rounds, options.threads)
+        print(json.dumps(report["speed"], indent=2), flush=True)
+    elif not (options.work / "r8").exists():
+        random_lora(base, options.work / "r8", 8, 8)
+    if options.only != "speed":
+        report["parity"] = parity(base, options.work)
+    if options.json:
+        options.json.write_text(json.dumps(report, indent=2) + "\n")
+
+
+if __name__ == "__main__":
+    main()
