@@ -13,7 +13,7 @@ from adapter_merge.merge.conversion import convert
 from adapter_merge.merge.factors import factor
 from adapter_merge.merge.merging import delta, merge
 from adapter_merge.merge.verification import verify
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 TOLERANCE = 1e-4
 
@@ -160,3 +160,22 @@ def test_verify_passes_what_is_equal_and_fails_what_is_not(method: str, artefact
     data[-2:] = b"\x41\x41"  # the last element of the last tensor becomes another number
     file.write_bytes(data)
     assert not verify(base, adapter, out, generated=8)["passed"]
+
+
+@pytest.mark.parametrize("method", ["lora", "dude"])
+def test_verify_holds_half_precision_to_one_rounding(method: str, tmp_path: Path) -> None:
+    base = pico.save_base(pico.pico_model("llama"), tmp_path / "base")
+    pico.peft_adapter(pico.pico_model("llama"), "llama", tmp_path / "adapter", **pico.METHODS[method])
+    out = tmp_path / "out"
+    merge(base, tmp_path / "adapter", out, dtype="bfloat16")
+    assert verify(base, tmp_path / "adapter", out, weights_only=True)["passed"]
+
+    file = next(path for path in sorted(out.glob("*.safetensors")) if any("q_proj" in name for name in load_file(path)))
+    tensors = load_file(file)
+    name = next(name for name in tensors if "q_proj" in name)
+    flat = tensors[name].view(torch.int16).reshape(-1)
+    largest = int(tensors[name].float().abs().argmax())
+    flat[largest] += 1  # one ulp
+    save_file(tensors, file, {"format": "pt"})
+    report = verify(base, tmp_path / "adapter", out, weights_only=True)
+    assert not report["passed"] and "BF16" in report["problems"][0]
