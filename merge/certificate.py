@@ -64,12 +64,44 @@ def low_rank_errors(
     """relative_error, spectral_error, output_error of a plain form, from factors alone."""
     left = torch.cat((exact_up, -up.to(exact_up)), dim=1)
     right = torch.cat((exact_down, down.to(exact_down)), dim=0)
+    if left.shape[1] > min(left.shape[0], right.shape[1]):  # a product of full rank is cheaper than its QR cores
+        return _dense_errors(left @ right, exact_up @ exact_down, root)
     frobenius, spectral = product_norms(left, right)
     whole, top = product_norms(exact_up, exact_down)
     output = None
     if root is not None:
         output = relative(product_norms(left, right @ root)[0], product_norms(exact_up, exact_down @ root)[0])
     return relative(frobenius, whole), relative(spectral, top), output
+
+
+def _dense_errors(rest: Tensor, delta: Tensor, root: Tensor | None) -> tuple[float, float, float | None]:
+    """The same three figures of rest and delta (out, in), float64."""
+    frobenius, whole = float(torch.linalg.vector_norm(rest)), float(torch.linalg.vector_norm(delta))
+    if not whole > 0:
+        return relative(frobenius, whole), relative(frobenius, whole), None if root is None else 0.0
+    unit = frobenius or 1.0
+    tops = []
+    for matrix in (rest / unit, delta / whole):
+        held = _Held(matrix.to(torch.float32))
+        tops.append(spectral_norm(held, generator("dense", matrix.device)))
+    output = None
+    if root is not None:
+        output = relative(float(torch.linalg.vector_norm(rest @ root)), float(torch.linalg.vector_norm(delta @ root)))
+    return relative(frobenius, whole), relative(tops[0] * unit, tops[1] * whole), output
+
+
+class _Held:
+    """A matrix in memory, as a map."""
+
+    def __init__(self, matrix: Tensor) -> None:
+        self.matrix = matrix
+        self.shape = (matrix.shape[0], matrix.shape[1])
+
+    def matmul(self, x: Tensor) -> Tensor:
+        return self.matrix @ x
+
+    def rmatmul(self, y: Tensor) -> Tensor:
+        return self.matrix.T @ y
 
 
 @dataclass(frozen=True)

@@ -29,13 +29,14 @@ class BaseRows:
         self,
         weight: BoundModule,
         device: torch.device,
-        resident_bytes: int = RESIDENT_BYTES,
+        resident_bytes: int | None = None,
     ) -> None:
         self.weight, self.device = weight, device
         self.shape = weight.module.shape
         out, inner = self.shape
         self._whole: Tensor | None = None
-        if weight.transposed or 4 * out * inner <= resident_bytes:
+        limit = RESIDENT_BYTES if resident_bytes is None else resident_bytes
+        if weight.transposed or 4 * out * inner <= limit:
             self._whole = weight.oriented_weight().to(device=device, dtype=torch.float32)
 
     @property

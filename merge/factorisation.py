@@ -1,6 +1,7 @@
 """The factors of one weight: by which route they are found, and what they cost.
 
 exact        the canonical form itself, numerically zero singular values dropped; DoRA and DuDe with their row scale
+             (LoKr: through the SVDs of its two sides)
 cores        truncated through the QR cores of up @ down: LoRA, rsLoRA, PiSSA, DCFT, and any form with --scale exact
 randomised   the leading part of diag(d - 1) W0 + diag(d) up down from products with it
 dense        the same through its Gram matrix, where most of the spectrum is wanted
@@ -19,9 +20,10 @@ from .certificate import SPECTRUM_LENGTH, LayerFigures, low_rank_errors, measure
 from .delta_operator import BaseRows, DeltaOperator
 from .errors import UnsupportedError
 from .form import CanonicalForm
+from .lokr import LokrModule
 from .randomised import generator, oversampled, randomised_spectrum
 from .tensors import read_tensor
-from .truncation import Spectrum, core_svd, dense_spectrum, low_rank_spectrum, numerical_rank
+from .truncation import Spectrum, core_svd, dense_spectrum, kronecker_spectrum, low_rank_spectrum, numerical_rank
 
 FIRST_WIDTH = 32  # the rank at which the search for an energy begins
 DENSE_SHARE = 0.35  # of the full rank: from here on the Gram matrix is cheaper than iterating
@@ -92,6 +94,11 @@ class Factoriser:
                 f"{self.module.name}: a scale of the input columns has no LoRA form",
                 hint="merge this adapter instead, or accept a truncated LoRA with --rank",
             )
+        sides = self._kronecker_sides()
+        if sides is not None:
+            spectrum = kronecker_spectrum(*sides)
+            up, down = spectrum.factors(spectrum.rank)
+            return self._finish(up, down, "exact", False, self._values(spectrum), None)
         plain = form.folded()
         left, s, right = core_svd(plain.up, plain.down)
         kept = numerical_rank(s, max(form.shape))
@@ -110,6 +117,9 @@ class Factoriser:
 
     def spectrum(self, want: int | float) -> Spectrum:
         """At least the part of the spectrum that `want` needs: a rank (int) or an energy below 1 (float)."""
+        sides = self._kronecker_sides()
+        if sides is not None:
+            return kronecker_spectrum(*sides, limit=want if isinstance(want, int) else None)
         if self.through_cores:
             plain = self.form.folded()
             up = plain.up
@@ -132,6 +142,25 @@ class Factoriser:
             width *= 2
         return dense_spectrum(self.delta.dense(), None if self.root is None else self.root.to(torch.float64))
 
+    def _kronecker_sides(self) -> tuple[Tensor, Tensor] | None:
+        """Both sides of a plain LoKr delta, float64: its SVD is that of its sides. None for everything else."""
+        if not isinstance(self.module, LokrModule) or self.scaled or self.root is not None:
+            return None
+        first, second = (
+            torch.linalg.multi_dot(parts) if len(parts) > 1 else parts[0]
+            for parts in (
+                [read_tensor(ref).to(self.device, torch.float64) for ref in side]
+                for side in (self.module.w1, self.module.w2)
+            )
+        )
+        return first * self.module.scale, second
+
+    @staticmethod
+    def _values(spectrum: Spectrum) -> tuple[float, ...]:
+        """Singular values relative to the Frobenius norm."""
+        norm = spectrum.total**0.5
+        return tuple(float(value) ** 0.5 / norm if norm > 0 else 0.0 for value in spectrum.squares)
+
     def _weighted_total(self) -> float:
         assert self.root is not None
         return sum(float((rows @ self.root).square().sum()) for _, _, rows in self.delta.delta_blocks(torch.float32))
@@ -141,8 +170,7 @@ class Factoriser:
         rank = min(rank, spectrum.rank)
         up, down = (part.to(self.device, torch.float64) for part in spectrum.factors(rank))
         route = "cores" if self.through_cores else ("dense" if spectrum.full else "randomised")
-        norm = spectrum.total**0.5
-        values = tuple(float(value) ** 0.5 / norm if norm > 0 else 0.0 for value in spectrum.squares)
+        values = self._values(spectrum)
         top = None
         if self.through_cores and self.scaled:
             scale = self.delta.scale

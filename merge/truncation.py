@@ -114,6 +114,27 @@ def low_rank_spectrum(
     return Spectrum(left, (left.T @ up) @ down, squares, float(s.square().sum()), full=True)
 
 
+def kronecker_spectrum(
+    first: Tensor,  # (o1, i1) float64
+    second: Tensor,  # (o2, i2) float64
+    limit: int | None = None,
+) -> Spectrum:
+    """The spectrum of kron(first, second) (o1 o2, i1 i2) from those of its sides: its values are their products.
+
+    Numerically zero values are dropped; with `limit`, only so many directions are formed, and the rest counts as lost.
+    """
+    u1, s1, v1 = torch.linalg.svd(first, full_matrices=False)
+    u2, s2, v2 = torch.linalg.svd(second, full_matrices=False)
+    values, order = torch.outer(s1, s2).reshape(-1).sort(descending=True, stable=True)
+    kept = numerical_rank(values, max(first.shape[0] * second.shape[0], first.shape[1] * second.shape[1]))
+    count = kept if limit is None else min(kept, limit)
+    one, two = order[:count] // len(s2), order[:count] % len(s2)
+    left = (u1[:, None, one] * u2[None, :, two]).reshape(-1, count)
+    right = (v1[one, :, None] * v2[two, None, :]).reshape(count, -1)
+    squares = values.square()
+    return Spectrum(left, values[:count, None] * right, squares[:count], float(squares.sum()), full=count == kept)
+
+
 def dense_spectrum(
     delta: Tensor,  # (out, in) float64
     root: Tensor | None = None,  # (in, n) float64

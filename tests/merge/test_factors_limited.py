@@ -9,12 +9,14 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from adapter_merge.merge import delta_operator
 from adapter_merge.merge.errors import InputError, ParityError
 from adapter_merge.merge.factors import factor, parse_rank
 from factor_models import (
     base_weights,
     dcft_adapter,
     factor_products,
+    load,
     merged_weights,
     peft_adapter,
     peft_model,
@@ -121,6 +123,57 @@ def test_plain_factors_are_truncated_without_the_base(base: Path, tmp_path: Path
     assert {line["route"] for line in without["layers"].values()} == {"cores"}
     one, two = factor_products(tmp_path / "one"), factor_products(tmp_path / "two")
     assert all(torch.equal(one[name], two[name]) for name in one)
+
+
+def test_a_large_weight_is_read_in_blocks(
+    base: Path, dude: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    kept = {key: factor(base, dude, tmp_path / f"kept-{key}", rank=key) for key in (3, 0.6)}
+    whole = factor(base, dude, tmp_path / "whole")
+    monkeypatch.setattr(delta_operator, "RESIDENT_BYTES", 0)
+    monkeypatch.setattr(delta_operator, "BLOCK_BYTES", 4 * 48 * 5)  # five rows
+    for key, content in kept.items():
+        streamed = factor(base, dude, tmp_path / f"streamed-{key}", rank=key)
+        for name, line in content["layers"].items():
+            other = streamed["layers"][name]
+            assert other["rank"] == line["rank"]
+            for figure in ("relative_error", "spectral_error", "relative_delta", "energy"):
+                assert other[figure] == pytest.approx(line[figure], rel=1e-3)
+    again = factor(base, dude, tmp_path / "again")
+    assert again["certificate"]["max_relative_error"] == pytest.approx(whole["certificate"]["max_relative_error"])
+    one, two = factor_products(tmp_path / "kept-3"), factor_products(tmp_path / "streamed-3")
+    assert all(torch.allclose(one[name], two[name], atol=1e-4) for name in one)
+
+
+@pytest.mark.parametrize("full", [True, False])
+def test_lokr_goes_through_its_sides(full: bool, base: Path, tmp_path: Path) -> None:
+    import peft
+
+    config = peft.LoKrConfig(r=64 if full else 2, alpha=64 if full else 2, target_modules=["q_proj", "down_proj"],
+                             task_type="CAUSAL_LM", decompose_both=False)  # fmt: skip
+    model = peft.get_peft_model(load(base), config)
+    torch.manual_seed(5)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "lokr_" in name:
+                parameter.copy_(0.2 * torch.randn_like(parameter))
+    model.save_pretrained(tmp_path / "lokr")
+    exact = factor(None, tmp_path / "lokr", tmp_path / "exact")
+    assert exact["certificate"]["max_relative_error"] < 1e-6
+    assert exact["certificate"]["max_spectral_error"] < 1e-6
+    limited = factor(None, tmp_path / "lokr", tmp_path / "limited", rank=3)
+    after, before = merged_weights(base, tmp_path / "lokr"), base_weights(base)
+    whole, products = factor_products(tmp_path / "exact"), factor_products(tmp_path / "limited")
+    assert len(products) == 4
+    for name, product in products.items():
+        delta = after[name] - before[name]
+        assert torch.allclose(whole[name], delta, atol=1e-6)
+        best = norm(torch.linalg.svdvals(delta)[3:])
+        assert norm(delta - product) == pytest.approx(best, rel=1e-5)
+        line = limited["layers"][name]
+        assert line["relative_error"] == pytest.approx(best / norm(delta), rel=1e-4)
+        spectral = float(torch.linalg.matrix_norm(delta - product, 2) / torch.linalg.matrix_norm(delta, 2))
+        assert line["spectral_error"] == pytest.approx(spectral, rel=1e-2)
 
 
 def test_a_budget_is_kept_and_beats_one_rank_for_all(base: Path, dude: Path, tmp_path: Path) -> None:

@@ -15,6 +15,7 @@ from adapter_merge.merge.randomised import generator, randomised_spectrum, spect
 from adapter_merge.merge.truncation import (
     core_svd,
     dense_spectrum,
+    kronecker_spectrum,
     low_rank_spectrum,
     product_norms,
     rank_for_energy,
@@ -132,6 +133,24 @@ def test_dense_and_cores_are_the_svd(shape: tuple[int, int]) -> None:
     frobenius, spectral = product_norms(up, down)
     assert frobenius == pytest.approx(float(torch.linalg.matrix_norm(up @ down)))
     assert spectral == pytest.approx(float(values[0]))
+
+
+@pytest.mark.parametrize("sizes", [(3, 4, 10, 7), (4, 3, 6, 12)])
+def test_a_kronecker_product_has_the_svd_of_its_sides(sizes: tuple[int, int, int, int]) -> None:
+    torch.manual_seed(10)
+    first, second = torch.randn(sizes[0], sizes[1]).double(), torch.randn(sizes[2], sizes[3]).double()
+    first[-1] = first[0]  # a zero value
+    delta = torch.kron(first, second)
+    values = torch.linalg.svdvals(delta)
+    spectrum = kronecker_spectrum(first, second)
+    assert spectrum.full and spectrum.rank == int(torch.linalg.matrix_rank(delta))
+    assert torch.allclose(spectrum.squares.sqrt(), values[: spectrum.rank])
+    up, down = spectrum.factors(spectrum.rank)
+    assert torch.allclose(up @ down, delta)
+    short = kronecker_spectrum(first, second, limit=5)
+    up, down = short.factors(5)
+    assert not short.full
+    assert float(torch.linalg.vector_norm(delta - up @ down)) == pytest.approx(optimum(delta, 5))
 
 
 @pytest.mark.parametrize("route", ["dense", "cores", "randomised"])
