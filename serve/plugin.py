@@ -70,15 +70,17 @@ def install() -> State:
 
 
 def patch() -> None:
-    """Replace vLLM's LoRA linear classes and wrap the three steps of loading an adapter."""
+    """Replace vLLM's LoRA linear classes, wrap the steps of loading an adapter, and tell adapters apart."""
     import vllm.lora.layers as layers
     import vllm.lora.utils as utils
+    import vllm.v1.core.kv_cache_utils as kv_cache_utils
     from vllm.lora.lora_model import LoRAModel
     from vllm.lora.model_manager import LoRAModelManager
     from vllm.lora.peft_helper import PEFTHelper
+    from vllm.lora.request import LoRARequest
     from vllm.platforms import current_platform
 
-    from . import scale_loading
+    from . import identity, scale_loading
     from .row_scale import LINEAR_CLASSES, with_row_scale
 
     spare_slot = not current_platform.is_cuda_alike()
@@ -91,6 +93,9 @@ def patch() -> None:
     )
     LoRAModelManager._add_adapter = scale_loading.wrap_add_adapter(LoRAModelManager._add_adapter)
     LoRAModelManager.activate_adapter = scale_loading.wrap_activate_adapter(LoRAModelManager.activate_adapter)
+    kv_cache_utils._gen_lora_extra_hash_keys = identity.wrap_hash_keys(kv_cache_utils._gen_lora_extra_hash_keys)
+    LoRARequest.__eq__ = identity.same
+    LoRARequest.__hash__ = identity.hashed
     # Last: from here on folders with row scales are let in.
     PEFTHelper.from_local_dir = classmethod(scale_loading.wrap_from_local_dir(_function(PEFTHelper, "from_local_dir")))
 

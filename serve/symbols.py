@@ -48,6 +48,8 @@ FUNCTIONS: dict[str, dict[str, tuple[str, ...]]] = {
         "LoRAModelManager.remove_adapter": ("self", "adapter_id"),
     },
     "vllm.distributed.parallel_state": {"get_pp_group": ()},
+    "vllm.v1.core.kv_cache_utils": {"_gen_lora_extra_hash_keys": ("request",)},
+    "vllm.lora.request": {"LoRARequest.__eq__": ("self", "value"), "LoRARequest.__hash__": ("self",)},
 }
 
 # module -> function -> attributes that it sets or reads by these names
@@ -63,6 +65,11 @@ ATTRIBUTES: dict[str, dict[str, tuple[str, ...]]] = {
         "LRUCacheLoRAModelManager.add_adapter": ("_add_adapter",),
         "LRUCacheLoRAModelManager.activate_adapter": ("activate_adapter",),
     },
+    "vllm.v1.core.kv_cache_utils": {
+        "_gen_lora_extra_hash_keys": ("lora_request", "lora_name"),
+        "generate_block_hash_extra_keys": ("_gen_lora_extra_hash_keys",),
+    },
+    "vllm.lora.request": {"LoRARequest.__hash__": ("lora_name",)},
     "vllm.lora.utils": {"from_layer": ("_all_lora_classes", "can_replace_layer", "create_lora_weights")},
     "vllm.lora.layers.base_linear": {
         "BaseLinearLayerWithLoRA.__init__": ("base_layer", "tp_size", "device"),

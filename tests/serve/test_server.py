@@ -14,6 +14,7 @@ import signal
 import subprocess
 import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -129,6 +130,30 @@ def test_a_replaced_folder_is_never_served_stale(running: Running) -> None:
     assert running.server.complete("moving", prompt, COUNT) == (200, running.tokens("dude-1", prompt))
     shutil.rmtree(folder)
     assert running.server.complete("moving", prompt, COUNT)[0] == 404
+
+
+def test_requests_under_way_keep_the_adapter_they_began_with(running: Running) -> None:
+    """Replaced in the middle of long answers: these end as they began, the next ones are the new adapter's."""
+    several = prompts(4, 20, seed=9)
+    folder = running.directory / "live"
+    shutil.copytree(running.world.adapters["dude-1"].raw, folder)
+    assert running.server.complete("live", several[0], 1)[0] == 200
+    with ThreadPoolExecutor(8) as pool:
+        long = [pool.submit(running.server.complete, "live", prompt, 200) for prompt in several[:2]]
+        time.sleep(0.5)
+        new = running.directory / ".new"
+        shutil.copytree(running.world.adapters["dora-1"].raw, new)
+        folder.rename(running.directory / ".old")
+        new.rename(folder)
+        short = [pool.submit(running.server.complete, "live", prompt, 40) for prompt in several]
+        others = [pool.submit(running.server.complete, name, several[0], 40) for name in ("lora-1", "base")]
+        for future, prompt in zip(long, several, strict=False):
+            assert future.result() == (200, running.world.expected("dude-1", prompt, 200)[0])
+        for future, prompt in zip(short, several, strict=True):
+            assert future.result() == (200, running.world.expected("dora-1", prompt, 40)[0])
+        for future, name in zip(others, ("lora-1", None), strict=True):
+            assert future.result() == (200, running.world.expected(name, several[0], 40)[0])
+    shutil.rmtree(folder)
 
 
 @pytest.mark.parametrize("name", ["../secret", "a/b", "..", ".hidden", "a\\b", "lora-2/", "/etc", "a\0b"])
