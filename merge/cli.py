@@ -27,6 +27,7 @@ COMMANDS: Mapping[str, tuple[str, str]] = {
     "convert": ("adapter_merge.merge.commands_make:convert", "Any adapter file -> a safe adapter folder."),
     "merge": ("adapter_merge.merge.commands_make:merge", "Base + adapter -> a merged model."),
     "delta": ("adapter_merge.merge.commands_make:delta", "Base + adapter -> dense weight deltas."),
+    "restore": ("adapter_merge.merge.commands_restore:restore", "A merged model -> its base, to the last bit."),
     "factor": ("adapter_merge.merge.commands_make:factor", "Base + adapter -> a LoRA-equivalent PEFT folder."),
     "export": ("adapter_merge.export.cli:export", "Base + adapters -> ONNX, merged or switchable."),
     "generate": ("adapter_merge.export.cli:generate", "Run an ONNX export."),

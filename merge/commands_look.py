@@ -9,7 +9,7 @@ from typing import Any
 
 import click
 
-from .cli import adapter_options, emit, report_options, say
+from .cli import adapter_options, emit, progress_bar, report_options, say
 
 
 def _problems(problems: list[dict[str, Any]]) -> None:
@@ -76,9 +76,28 @@ def _show(report: dict[str, Any]) -> None:
                       soft_wrap=True)  # fmt: skip
 
 
+def _prove_hashes(folder: str, inputs: bool, as_json: bool, quiet: bool) -> None:
+    from dataclasses import asdict
+
+    from .integrity import check_integrity
+
+    total = sum(path.stat().st_size for path in Path(folder).rglob("*") if path.is_file())
+    with progress_bar("hashing", total, quiet or as_json) as progress:
+        found = check_integrity(folder, inputs=inputs, progress=progress)
+    if as_json:
+        emit(asdict(found) | {"folder": folder, "passed": True})
+        return
+    click.echo(f"{folder}: {found.files} files, {found.nbytes / 1e6:.1f} MB, are what the manifest says")
+    if inputs:
+        click.echo(f"  {found.inputs} files of base and adapters are still the ones that were merged")
+        for name in found.moved:
+            click.echo(f"  not there any more: {name}")
+
+
 @click.command()
-@click.argument("inputs", nargs=-1, required=True, metavar="BASE ADAPTER ARTEFACT")
+@click.argument("inputs", nargs=-1, required=True, metavar="[BASE ADAPTER] ARTEFACT")
 @adapter_options
+@click.option("--inputs", "check_inputs", is_flag=True, help="ARTEFACT alone: hash base and adapters again as well.")
 @click.option("--prompt", "prompts", multiple=True, help="A prompt to compare on; may be given again.")
 @click.option("--tokens", "generated", default=32, show_default=True, help="Greedy tokens per prompt.")
 @click.option("--tolerance", type=float, help="For max |dlogit|; default 1e-4, and one rounding for half precision.")
@@ -89,6 +108,7 @@ def verify(
     base_kind: str | None,
     alpha: float | None,
     ranknum: float | None,
+    check_inputs: bool,
     prompts: tuple[str, ...],
     generated: int,
     tolerance: float | None,
@@ -102,14 +122,19 @@ def verify(
     The adapter runs unmerged on BASE (PEFT for PEFT folders, the papers' formulas for DCFT and DuDe) and is compared
     with the artefact in float32: logits, greedy tokens, every weight. Exit code 1 when they differ. With a DCFT
     checkpoint, which holds its own base: CHECKPOINT ARTEFACT.
+
+    ARTEFACT alone proves that it is what was written: every file is hashed again and held against its manifest.
     """
     from .checkpoint import resolve
     from .formats import ReadOptions
     from .verification import artefact_kind
     from .verification import verify as run
 
+    if len(inputs) == 1:
+        _prove_hashes(str(resolve(inputs[0])), check_inputs, as_json, quiet)
+        return
     if len(inputs) not in (2, 3):
-        raise click.UsageError("expected BASE ADAPTER ARTEFACT, or CHECKPOINT ARTEFACT")
+        raise click.UsageError("expected BASE ADAPTER ARTEFACT, CHECKPOINT ARTEFACT, or ARTEFACT alone")
     base = inputs[0] if len(inputs) == 3 else None
     adapter, artefact = inputs[-2:]
     onnx = None

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import re
 import time
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import click
 
@@ -19,6 +21,7 @@ from .cli import (
     say,
 )
 
+F = TypeVar("F", bound=Callable[..., Any])
 DTYPES = click.Choice(["float32", "float16", "bfloat16"])
 PAIR = "BASE ADAPTER, or one DCFT checkpoint, which holds its own base"
 
@@ -58,6 +61,59 @@ def _done(content: dict[str, Any], output: str, started: float, as_json: bool, q
     for entry in content["adapters"]:
         if entry.get("evidence"):
             click.echo(f"  base taken as the {entry['base_kind']}: {entry['evidence']}")
+
+
+def _part(ctx: click.Context, param: click.Parameter, value: str | None) -> tuple[int, int] | None:
+    """I/N, counted from 1."""
+    if value is None:
+        return None
+    match = re.fullmatch(r"(\d+)/(\d+)", value)
+    if match is None or not 1 <= int(match[1]) <= int(match[2]):
+        raise click.BadParameter(f"{value!r} is not I/N with 1 <= I <= N", ctx, param)
+    return int(match[1]), int(match[2])
+
+
+def _size(ctx: click.Context, param: click.Parameter, value: str | None) -> int | None:
+    """Bytes: 4096, 512M, 1.5GB, 2GiB."""
+    if value is None:
+        return None
+    match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([KMGT]?)(I?)B?", value.strip().upper())
+    if match is None:
+        raise click.BadParameter(f"{value!r} is not a size such as 512M or 4GiB", ctx, param)
+    base = 1024 if match[3] else 1000
+    return int(float(match[1]) * base ** " KMGT".index(match[2] or " "))
+
+
+def engine_options(function: F) -> F:
+    """How a merge reads and writes: hashes, links, the way back, going on, splitting, device memory."""
+    for option in (
+        click.option("--finish", is_flag=True, help="Check that all --shards parts are there and write the rest."),
+        click.option(
+            "--shards",
+            "part",
+            callback=_part,
+            metavar="I/N",
+            help="Make the I-th of N parts; any machines, one file system; then --finish.",
+        ),
+        click.option("--keep-partial", is_flag=True, help="Leave finished files when this run fails; a rerun goes on."),
+        click.option("--keep-preimage", is_flag=True, help="Keep what is overwritten: restore then needs no base."),
+        click.option("--hashes/--no-hashes", default=True, help="sha256 of every file in the manifest.  [default: on]"),
+        click.option(
+            "--link",
+            type=click.Choice(["auto", "reflink", "hardlink", "copy"]),
+            default="auto",
+            show_default=True,
+            help="Files that no adapter touches; auto: reflink where the file system can, else copy.",
+        ),
+        click.option(
+            "--vram",
+            callback=_size,
+            metavar="SIZE",
+            help="Memory to use on each CUDA device; a quarter of what is free.",
+        ),
+    ):
+        function = option(function)
+    return function
 
 
 @click.command()
@@ -100,6 +156,7 @@ def convert(
 @click.argument("inputs", nargs=-1, required=True, metavar="BASE ADAPTER")
 @output_option
 @click.option("--dtype", type=DTYPES, help="For all float tensors of the output; the base's own when not given.")
+@engine_options
 @adapter_options
 @device_option
 @dry_run_option
@@ -113,6 +170,13 @@ def merge(
     alpha: float | None,
     ranknum: float | None,
     device: str,
+    vram: int | None,
+    link: str,
+    hashes: bool,
+    keep_preimage: bool,
+    keep_partial: bool,
+    part: tuple[int, int] | None,
+    finish: bool,
     dry_run: bool,
     as_json: bool,
     quiet: bool,
@@ -141,7 +205,19 @@ def merge(
             overwrite=overwrite,
             dry_run=dry_run,
             progress=progress,
+            link=link,
+            hashes=hashes,
+            keep_preimage=keep_preimage,
+            keep_partial=keep_partial,
+            part=part,
+            finish=finish,
+            vram=vram,
         )
+    if part is not None and not as_json and not dry_run:
+        seconds = time.perf_counter() - started
+        click.echo(f"{output}: part {content['part']}, {len(content['files'])} files in {seconds:.1f} s")
+        say("when all parts are made: the same command with --finish instead of --shards", quiet=quiet)
+        return
     _done(content, output, started, as_json, quiet)
 
 

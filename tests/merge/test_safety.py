@@ -547,3 +547,47 @@ def test_an_adapted_embedding_unties_the_head(tmp_path: Path) -> None:
     index = json.loads((tmp_path / "untied" / "model.safetensors.index.json").read_text())
     assert "lm_head.weight" in index["weight_map"]
     assert index["metadata"]["total_size"] == sum(tensor.nbytes for tensor in found.values())
+
+
+# -- the command line ----------------------------------------------------------------------------------------
+
+
+def command(*arguments: object) -> subprocess.CompletedProcess[str]:
+    program = "from adapter_merge.merge.cli import main; main()"
+    return subprocess.run([sys.executable, "-c", program, *map(str, arguments)], capture_output=True, text=True)
+
+
+def test_split_verify_and_restore_on_the_command_line(tmp_path: Path, pair: tuple[Path, Path]) -> None:
+    out, back = tmp_path / "out", tmp_path / "back"
+    for part in ("1/2", "2/2"):
+        done = command("merge", *pair, "-o", out, "--shards", part, "--keep-preimage", "--link", "copy")
+        assert done.returncode == 0, done.stderr
+        assert f"part {part}" in done.stdout
+    assert not out.exists()
+    done = command("merge", *pair, "-o", out, "--finish", "--keep-preimage", "--vram", "512M")
+    assert done.returncode == 0, done.stderr
+    done = command("verify", out, "--inputs", "--json")
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout)["passed"] is True
+    done = command("restore", out, "-o", back)
+    assert done.returncode == 0, done.stderr
+    assert snapshot(back) == snapshot(pair[0])
+    (out / "config.json").write_text("{}")
+    done = command("verify", out)
+    assert done.returncode == 1
+    assert "config.json: is not what was recorded" in done.stderr
+
+
+@pytest.mark.parametrize("arguments", [["--shards", "3/2"], ["--shards", "x"], ["--vram", "much"]])
+def test_bad_options_are_usage_errors(tmp_path: Path, pair: tuple[Path, Path], arguments: list[str]) -> None:
+    done = command("merge", *pair, "-o", tmp_path / "out", *arguments)
+    assert done.returncode == 2
+    assert arguments[1] in done.stderr
+
+
+def test_options_that_exclude_each_other_are_reported_together(tmp_path: Path, pair: tuple[Path, Path]) -> None:
+    done = command(
+        "merge", *pair, "-o", tmp_path / "out", "--no-hashes", "--finish", "--shards", "1/2", "--keep-preimage"
+    )
+    assert done.returncode == 1
+    assert done.stderr.count("error: ") == 3
