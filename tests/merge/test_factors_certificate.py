@@ -99,6 +99,36 @@ def test_a_dcft_adapter_is_certified_against_its_own_formula(base: Path, tmp_pat
     assert found["texts_equal"] == found["texts"] == 4
 
 
+def test_a_classifier_with_a_trained_head_is_certified(tmp_path: Path) -> None:
+    import peft
+    import transformers
+
+    torch.manual_seed(3)
+    config = transformers.BertConfig(
+        vocab_size=100, hidden_size=32, num_hidden_layers=2, num_attention_heads=2, intermediate_size=64, num_labels=3
+    )
+    model = transformers.BertForSequenceClassification(config).eval()
+    model.save_pretrained(tmp_path / "base")
+    settings = peft.LoraConfig(
+        r=2, target_modules=["query", "dense"], exclude_modules=r".*pooler.*", task_type="SEQ_CLS"
+    )
+    adapted = peft.get_peft_model(model, settings)
+    with torch.no_grad():
+        for name, parameter in adapted.named_parameters():
+            if "lora_" in name or "classifier" in name:
+                parameter.add_(0.3 * torch.randn_like(parameter))
+    adapted.save_pretrained(tmp_path / "adapter")
+    found = factor(tmp_path / "base", tmp_path / "adapter", tmp_path / "out", end_to_end=True)
+    end = found["certificate"]["end_to_end"]
+    assert end["max_dlogit"] < 1e-5 < 0.05 < end["effect"]
+    assert end["greedy_equal"] == end["greedy_total"] == end["positions"] == 4
+    assert end["perplexity"] is None
+    assert "text-classification" in (tmp_path / "out" / "README.md").read_text()
+    assert "not as a LoRA, since heads" in (tmp_path / "out" / "README.md").read_text()
+    worse = factor(tmp_path / "base", tmp_path / "adapter", tmp_path / "worse", rank=1, end_to_end=True)
+    assert worse["certificate"]["end_to_end"]["max_dlogit"] > 1e-3
+
+
 def test_the_factors_read_back_are_the_ones_that_count(base: Path, dude: Path, tmp_path: Path) -> None:
     from safetensors.torch import load_file, save_file
 
