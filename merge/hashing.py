@@ -73,5 +73,8 @@ def hash_files(
         return found
 
     paths = list(dict.fromkeys(files))
-    with ThreadPoolExecutor(workers or len(os.sched_getaffinity(0)), thread_name_prefix="hash") as pool:
+    pool = ThreadPoolExecutor(workers or len(os.sched_getaffinity(0)), thread_name_prefix="hash")
+    try:
         return dict(zip(paths, pool.map(one, paths), strict=True))
+    finally:  # after an interrupt, only the files in work are finished
+        pool.shutdown(cancel_futures=True)

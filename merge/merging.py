@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -22,8 +22,19 @@ from .formats import ReadOptions, open_adapter
 from .hashing import hash_files
 from .journal import Part, check_complete, shards_of_part, workplace
 from .journal import finish as publish_place
-from .output import MANIFEST, check_output, check_space, copy_synced, manifest, remove, staged, write_json, write_text
-from .plan import INDEX, MergePlan, plan_delta, plan_merge
+from .output import (
+    MANIFEST,
+    check_output,
+    check_space,
+    copy_synced,
+    manifest,
+    remove,
+    staged,
+    staging_folder,
+    write_json,
+    write_text,
+)
+from .plan import INDEX, MergePlan, ShardPlan, plan_delta, plan_merge
 from .preimage import FOLDER, SIDE, PreimageRecorder
 
 if TYPE_CHECKING:
@@ -188,7 +199,7 @@ def merge_bound(
     _check_options(plan, hashes, keep_preimage, part, finish)
     shards = plan.shards if part is None else shards_of_part(plan.shards, part)
     if not finish:
-        check_space(output, sum(shard.nbytes for shard in shards) * (2 if keep_preimage else 1))
+        check_space(output, _space_needed(output, shards, link, keep_preimage))
     devices = choose_devices(device)
     content = manifest(
         "merged model",
@@ -242,6 +253,13 @@ def merge_bound(
         write_json(place.folder / MANIFEST, content)
         publish_place(place, output)
     return content
+
+
+def _space_needed(output: Path, shards: Sequence[ShardPlan], link: str, keep_preimage: bool) -> int:
+    """Bytes still to be written, less what a killed run has left, which is used or removed."""
+    wanted = sum(shard.nbytes for shard in shards if not (link == "hardlink" and shard.is_copy))
+    left = sum(file.stat().st_blocks * 512 for file in staging_folder(output).rglob("*") if file.is_file())
+    return wanted * (2 if keep_preimage else 1) - left
 
 
 def _check_options(plan: MergePlan, hashes: bool, keep_preimage: bool, part: Part | None, finish: bool) -> None:

@@ -8,6 +8,7 @@ from pathlib import Path
 
 from torch import Tensor
 
+from .errors import FileFormatError
 from .headers import TensorRef
 from .tensors import pread_into
 
@@ -25,13 +26,18 @@ class Sources:
         first: int,
         buffer: Tensor,  # (n,) uint8 on the CPU
     ) -> None:
-        """Fill `buffer` from byte `first` of the tensor. Raises FileFormatError when the file is too short."""
-        with self._lock:
-            fd = self._fds.get(ref.file)
-            if fd is None:
-                fd = self._fds[ref.file] = os.open(ref.file, os.O_RDONLY)
-                os.posix_fadvise(fd, 0, 0, os.POSIX_FADV_SEQUENTIAL)
-        pread_into(fd, buffer.numpy().data, ref.start + first, str(ref.file))
+        """Fill `buffer` from byte `first` of the tensor. Raises FileFormatError for a file that is short, or fails."""
+        try:
+            with self._lock:
+                fd = self._fds.get(ref.file)
+                if fd is None:
+                    fd = self._fds[ref.file] = os.open(ref.file, os.O_RDONLY)
+                    os.posix_fadvise(fd, 0, 0, os.POSIX_FADV_SEQUENTIAL)
+            pread_into(fd, buffer.numpy().data, ref.start + first, str(ref.file))
+        except OSError as error:  # not to be taken for a failure of the output's disk
+            raise FileFormatError(
+                f"{ref.file}: cannot be read ({error.strerror or error})", hint="its disk fails, or it was moved"
+            ) from error
 
     def close(self) -> None:
         with self._lock:

@@ -188,7 +188,7 @@ def test_an_unreadable_base_is_reported(tmp_path: Path, pair: tuple[Path, Path],
     victim = base / "model-00001-of-00004.safetensors"
     victim.unlink()
     (tmp_path / "direct").mkdir()
-    with pytest.raises(FileNotFoundError):
+    with pytest.raises(FileFormatError, match="cannot be read"):
         execute(plan, tmp_path / "direct", torch.device("cpu"), 2)
 
 
