@@ -8,6 +8,7 @@ backtrack polynomially, and little, are accepted: a repeat repeats single charac
 from __future__ import annotations
 
 import re
+import warnings
 from collections.abc import Iterable, Mapping
 from typing import Any
 
@@ -60,9 +61,11 @@ def pattern_fault(key: str) -> str | None:
     if len(key) > MAX_LENGTH:
         return f"a pattern of {len(key)} characters (at most {MAX_LENGTH})"
     try:
-        parsed = _parser.parse(key)
-        re.compile(key)
-    except (re.error, RecursionError, OverflowError) as error:
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")  # what Python will read differently one day
+            parsed = _parser.parse(key)
+            re.compile(rf"(?:.*\.)?(?:{key})$")
+    except (re.error, RecursionError, OverflowError, Warning) as error:
         return f"not a regular expression: {error}"
     try:
         repeats = _count_repeats(parsed)

@@ -1,0 +1,25 @@
+"""A small run of the fuzzer; the long one is `python tests/merge/fuzz_folders.py --cases 20000`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from adapter_merge.merge.merging import merge
+from fuzz_folders import base_model, fuzz, seeds
+
+
+@pytest.mark.parametrize("kind", sorted(seeds()))
+def test_the_unchanged_adapters_are_well_formed(kind: str, tmp_path: Path) -> None:
+    (tmp_path / "a").mkdir()
+    for name, data in seeds()[kind].items():
+        (tmp_path / "a" / name).write_bytes(data)
+    base_kind = "original" if kind in ("pissa", "dude") else None  # random factors are evidence of nothing
+    merge(base_model(tmp_path / "base"), tmp_path / "a", tmp_path / "out", device="cpu", base_kind=base_kind)
+
+
+def test_changed_adapters_are_refused_or_merged() -> None:
+    found: list[str] = []
+    outcomes = fuzz(400, seed=1, report=found.append)
+    assert not found, "\n".join(found)
+    assert outcomes["refused"] > 100 and outcomes["merged"] > 20
