@@ -236,6 +236,43 @@ def test_without_hashes_the_values_are_the_same(tmp_path: Path) -> None:
         assert file.read_bytes() == (tmp_path / "hashed" / file.name).read_bytes()
 
 
+def test_memory_does_not_grow_with_the_model(tmp_path: Path) -> None:
+    """Peak memory of a merge, less what the interpreter has once torch is imported, by the kernel's own count.
+
+    Anonymous memory alone: how much of torch's own files is resident differs from run to run.
+    """
+    program = """
+import re, sys, threading, time, torch
+from pathlib import Path
+from adapter_merge.merge.merging import merge
+def held():
+    return int(re.search(r"RssAnon:\\s+(\\d+) kB", Path("/proc/self/status").read_text())[1]) / 1024
+bare, peak, done = held(), 0.0, threading.Event()
+def watch():
+    global peak
+    while not done.wait(0.002):
+        peak = max(peak, held())
+watcher = threading.Thread(target=watch)
+watcher.start()
+merge(*sys.argv[1:4])
+done.set()
+watcher.join()
+print(peak - bare)
+"""
+    grown = []
+    for factor in (8, 32):  # 3 MB and 45 MB of weights, one of them 26 MB
+        tensors = base_tensors(layers=1, factor=factor)
+        base = write_base(tmp_path / f"base{factor}", tensors, 1)
+        adapter = write_lora(tmp_path / f"adapter{factor}", tensors, dora=True)
+        arguments = [base, adapter, tmp_path / f"out{factor}"]
+        done = subprocess.run(
+            [sys.executable, "-c", program, *map(str, arguments)], capture_output=True, text=True, check=True
+        )
+        grown.append(float(done.stdout))
+    assert max(grown) < 100
+    assert grown[1] - grown[0] < 40, grown
+
+
 def test_merging_imports_neither_transformers_nor_peft(tmp_path: Path) -> None:
     tensors = base_tensors(layers=1)
     base = write_base(tmp_path / "base", tensors)
