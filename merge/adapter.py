@@ -5,16 +5,17 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Protocol
-
-import torch
-from torch import Tensor
+from typing import TYPE_CHECKING, Any, Protocol
 
 from .checkpoint import Checkpoint
 from .errors import NumericsError, Problem, raise_all
 from .form import CanonicalForm
 from .headers import FLOAT_DTYPES, TensorRef
+from .lazy_torch import torch
 from .tensors import read_tensor
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 
 class AdaptedModule(Protocol):

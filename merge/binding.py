@@ -19,7 +19,7 @@ from .headers import FLOAT_DTYPES, TensorRef
 from .lora import BiasModule, ExpertModule, LoraModule, PartModule, StackModule
 from .lora_format import LOST_HINT, LOST_INITS
 from .names import DOWNS, GATES, UPS, Place, Renaming, find_renaming, places
-from .tensors import TORCH_DTYPES, read_tensor
+from .tensors import read_tensor
 from .tokens import TokenModule
 from .vera import VeraModule
 
@@ -480,8 +480,7 @@ def _dtyped(item: BoundModule) -> BoundModule:
         return item
     if not module.initial.refs:
         return item
-    dtype = TORCH_DTYPES[item.weight.dtype]
-    return replace(item, module=replace(module, initial=replace(module.initial, dtype=dtype)))
+    return replace(item, module=replace(module, initial=replace(module.initial, dtype=item.weight.dtype)))
 
 
 def _lost(bound: BoundAdapter, method: str) -> UnsupportedError:

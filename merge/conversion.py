@@ -192,5 +192,5 @@ def _dude(opened: Adapter, bound: BoundAdapter | None, tensors: dict[str, Tensor
 def _stored_dtype(opened: Adapter) -> torch.dtype:
     for module in opened.modules:
         if isinstance(module, LoraModule) and module.initial is not None and module.initial.dtype is not None:
-            return module.initial.dtype
+            return TORCH_DTYPES[module.initial.dtype]
     raise InputError(f"{opened.folder}: the dtype of its residual is unknown", hint="pass --base BASE")

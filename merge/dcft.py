@@ -15,12 +15,14 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-
-import torch
-from torch import Tensor
+from typing import TYPE_CHECKING
 
 from .form import CanonicalForm
 from .headers import TensorRef
+from .lazy_torch import torch
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 RANKNUM_EPSILON = 1e-5
 

@@ -13,9 +13,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 from pathlib import Path
-
-import torch
-from torch import Tensor
+from typing import TYPE_CHECKING
 
 from .adapter import AdaptedModule, Adapter
 from .checkpoint import Checkpoint, read_weights
@@ -24,7 +22,11 @@ from .errors import AdapterError, Problem, raise_all
 from .foreign import Foreign, sort_tensors
 from .form import CanonicalForm
 from .headers import TensorRef
+from .lazy_torch import torch
 from .lora import Reader, Weight
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 ROLES = {"B": "B", "A": "A", "deconv.weight": "C", "deconv.bias": "bias", "base_layer": "W"}
 

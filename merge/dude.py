@@ -12,12 +12,15 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-
-import torch
-from torch import Tensor
+from typing import TYPE_CHECKING
 
 from .form import Residual
 from .headers import TensorRef
+from .lazy_torch import torch
+from .tensors import TORCH_DTYPES
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 ORIGINAL_ABOVE = 0.3
 RESIDUAL_BELOW = 0.1
@@ -29,7 +32,7 @@ class Initial:
 
     a: TensorRef | None = None  # (r, in)
     b: TensorRef | None = None  # (out, r)
-    dtype: torch.dtype | None = None  # the residual's dtype; None: the base's own
+    dtype: str | None = None  # the residual's dtype as safetensors names it ("BF16"); None: the base's own
     method: str = "svd"  # or "qr" (OLoRA)
     scale: float | None = None  # of the stored factors; None: that of the trained ones
 
@@ -77,12 +80,12 @@ def residual_of(
     if initial.refs:
         assert initial.a is not None and initial.b is not None
         stored = scale if initial.scale is None else initial.scale
-        rounded = initial.dtype or weight().dtype
+        rounded = TORCH_DTYPES[initial.dtype] if initial.dtype else weight().dtype
         return Residual(read(initial.b).to(dtype) * stored, read(initial.a).to(dtype), rounded)
     base = weight()
     wide = base.to(torch.float32)
     b, a = orthonormal_factors(wide, rank) if initial.method == "qr" else principal_factors(wide, rank, scale)
-    return Residual(scale * b.to(dtype), a.to(dtype), initial.dtype or base.dtype)
+    return Residual(scale * b.to(dtype), a.to(dtype), TORCH_DTYPES[initial.dtype] if initial.dtype else base.dtype)
 
 
 def base_evidence(

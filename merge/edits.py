@@ -14,13 +14,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Protocol, Self
-
-import torch
-from torch import Tensor
+from typing import TYPE_CHECKING, Protocol, Self
 
 from .headers import TensorRef
+from .lazy_torch import torch
 from .tensors import TORCH_DTYPES, pread_into
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 
 class BlockEdit(Protocol):

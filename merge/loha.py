@@ -11,10 +11,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-import torch
-
 from .form import CanonicalForm
 from .headers import TensorRef
+from .lazy_torch import torch
 from .lora import Reader, Weight
 
 

@@ -7,13 +7,15 @@ dW = s kron(W1, W2),  W1 = w1 or w1_a w1_b,  W2 = w2 or w2_a w2_b
 from __future__ import annotations
 
 from dataclasses import dataclass
-
-import torch
-from torch import Tensor
+from typing import TYPE_CHECKING
 
 from .form import CanonicalForm
 from .headers import TensorRef
+from .lazy_torch import torch
 from .lora import Reader, Weight
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 
 @dataclass(frozen=True)

@@ -11,19 +11,21 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-
-import torch
-from torch import Tensor
+from typing import TYPE_CHECKING, TypeAlias
 
 from .dude import Initial, residual_of
 from .edits import BlockEdit, Replaced, in_turn
 from .errors import UnsupportedError
 from .form import CanonicalForm
 from .headers import TensorRef
+from .lazy_torch import torch
 from .tensors import TORCH_DTYPES
 
-Reader = Callable[[TensorRef], Tensor]
-Weight = Callable[[], Tensor]
+if TYPE_CHECKING:
+    from torch import Tensor
+
+Reader: TypeAlias = "Callable[[TensorRef], Tensor]"
+Weight: TypeAlias = "Callable[[], Tensor]"
 ADALORA_EPSILON = 1e-5
 
 

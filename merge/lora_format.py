@@ -12,8 +12,6 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from .adapter import AdaptedModule
 from .checkpoint import read_json, read_weights
 from .dude import Initial
@@ -38,7 +36,7 @@ LORA_ROLES = {
     "token_adapter.trainable_tokens_delta": "T",
 }
 ADALORA_ROLES = {"lora_A": "A", "lora_B": "B", "lora_E": "E"}
-RESIDUAL_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+RESIDUAL_DTYPES = {"float32": "F32", "bfloat16": "BF16", "float16": "F16"}
 
 # What an initialisation did to the base: nothing; subtracted something that can be found again; or something else.
 PLAIN_INITS = ("gaussian", "eva", "orthogonal", "mica", "true", "false", "none")

@@ -12,14 +12,15 @@ import warnings
 import zipfile
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
-
-import torch
-from torch import Tensor
+from typing import TYPE_CHECKING, Any
 
 from .errors import FileFormatError
 from .headers import TensorRef
-from .tensors import DTYPE_NAMES
+from .lazy_torch import torch
+from .tensors import dtype_names
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 WRAPPERS = ("model_state_dict", "state_dict", "module", "model")
 
@@ -32,7 +33,11 @@ def read_pickle(file: Path) -> dict[str, TensorRef]:
     """
     from torch._subclasses.fake_tensor import FakeTensorMode
 
-    if not zipfile.is_zipfile(file):
+    try:
+        is_zip = zipfile.is_zipfile(file)
+    except Exception:  # a damaged central directory
+        is_zip = False
+    if not is_zip:
         raise FileFormatError(
             f"{file}: not a torch zip file",
             expected="torch.save's zip format (torch 1.6 and newer)",
@@ -59,19 +64,19 @@ def _state_dict(file: Path, content: Any) -> Mapping[str, Tensor]:
     if isinstance(content, Mapping):
         for key in WRAPPERS:
             inner = content.get(key)
-            if isinstance(inner, Mapping) and any(isinstance(value, Tensor) for value in inner.values()):
+            if isinstance(inner, Mapping) and any(isinstance(value, torch.Tensor) for value in inner.values()):
                 content = inner
                 break
     if not isinstance(content, Mapping):
         raise FileFormatError(f"{file}: not a state dict", got=type(content).__name__)
-    tensors = {str(name): value for name, value in content.items() if isinstance(value, Tensor)}
+    tensors = {str(name): value for name, value in content.items() if isinstance(value, torch.Tensor)}
     if not tensors:
         raise FileFormatError(f"{file}: holds no tensors", got=", ".join(map(str, list(content)[:5])) or "nothing")
     return tensors
 
 
 def _ref(file: Path, name: str, tensor: Tensor) -> TensorRef:
-    dtype = DTYPE_NAMES.get(tensor.dtype)
+    dtype = dtype_names().get(tensor.dtype)
     start = getattr(tensor.untyped_storage(), "_checkpoint_offset", None)
     if start is None:
         raise FileFormatError(f"{file}: the place of tensor {name!r} is unknown", hint="use torch 2.7 or newer")

@@ -19,7 +19,7 @@ from .dcft import RANKNUM_EPSILON, DcftModule
 from .errors import MissingDependencyError, UnsupportedError
 from .headers import TensorRef
 from .lora import LoraModule
-from .tensors import read_tensor
+from .tensors import TORCH_DTYPES, read_tensor
 
 Forward = Callable[[nn.Module, Callable[[Tensor], Tensor], Tensor], Tensor]  # (layer, its own forward, x) -> y
 
@@ -164,7 +164,7 @@ def _dude_forward(module: LoraModule, layer: nn.Module, dtype: torch.dtype) -> F
     if module.initial is not None:
         assert module.initial.a is not None and module.initial.b is not None and module.initial.dtype is not None
         a0, b0 = read_tensor(module.initial.a).to(dtype), read_tensor(module.initial.b).to(dtype)
-        frozen = (frozen - module.scale * (b0 @ a0)).to(module.initial.dtype).to(dtype)
+        frozen = (frozen - module.scale * (b0 @ a0)).to(TORCH_DTYPES[module.initial.dtype]).to(dtype)
     norm = torch.linalg.vector_norm(frozen + module.scale * (b @ a), dim=1)
     magnitude = norm if module.magnitude is None else read_tensor(module.magnitude).to(dtype)
     scale = magnitude / norm

@@ -3,22 +3,47 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from functools import cache
 from pathlib import Path
-
-import torch
-from torch import Tensor
+from typing import TYPE_CHECKING
 
 from .errors import FileFormatError
 from .headers import TensorRef, layout
+from .lazy_torch import torch
 
-TORCH_DTYPES: Mapping[str, torch.dtype] = {
-    "BOOL": torch.bool, "U8": torch.uint8, "I8": torch.int8, "I16": torch.int16, "I32": torch.int32,
-    "I64": torch.int64, "F16": torch.float16, "BF16": torch.bfloat16, "F32": torch.float32,
-    "F64": torch.float64, "F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2,
-    "U16": torch.uint16, "U32": torch.uint32, "U64": torch.uint64, "C64": torch.complex64,
+if TYPE_CHECKING:
+    from torch import Tensor
+
+TORCH_NAMES = {
+    "BOOL": "bool", "U8": "uint8", "I8": "int8", "I16": "int16", "I32": "int32", "I64": "int64", "F16": "float16",
+    "BF16": "bfloat16", "F32": "float32", "F64": "float64", "F8_E4M3": "float8_e4m3fn", "F8_E5M2": "float8_e5m2",
+    "U16": "uint16", "U32": "uint32", "U64": "uint64", "C64": "complex64",
 }  # fmt: skip
-DTYPE_NAMES: Mapping[torch.dtype, str] = {dtype: name for name, dtype in TORCH_DTYPES.items()}
+
+
+class _TorchDtypes(Mapping[str, "torch.dtype"]):
+    """safetensors name -> torch dtype, without importing torch before one is asked for."""
+
+    def __getitem__(self, name: str) -> torch.dtype:
+        dtype = getattr(torch, TORCH_NAMES[name])
+        assert isinstance(dtype, torch.dtype)
+        return dtype
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(TORCH_NAMES)
+
+    def __len__(self) -> int:
+        return len(TORCH_NAMES)
+
+
+TORCH_DTYPES: Mapping[str, torch.dtype] = _TorchDtypes()
+
+
+@cache
+def dtype_names() -> Mapping[torch.dtype, str]:
+    """torch dtype -> safetensors name."""
+    return {TORCH_DTYPES[name]: name for name in TORCH_NAMES}
 
 
 def pread_into(fd: int, buffer: memoryview, offset: int, what: str) -> None:
@@ -53,7 +78,7 @@ def raw_bytes(tensor: Tensor) -> memoryview:
 
 def write_safetensors(file: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None) -> None:
     """Write `tensors` (on any device) to a new file, in the given order, and fsync it."""
-    head, refs = layout(file, ((name, DTYPE_NAMES[t.dtype], tuple(t.shape)) for name, t in tensors.items()), metadata)
+    head, refs = layout(file, ((name, dtype_names()[t.dtype], tuple(t.shape)) for name, t in tensors.items()), metadata)
     with file.open("xb") as stream:
         stream.write(head)
         for ref in refs:

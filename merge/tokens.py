@@ -4,12 +4,11 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-import torch
-
 from .edits import BlockEdit, RowsReplaced
 from .errors import UnsupportedError
 from .form import CanonicalForm
 from .headers import TensorRef
+from .lazy_torch import torch
 from .lora import Reader, Weight
 
 

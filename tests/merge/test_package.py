@@ -95,6 +95,12 @@ def test_help_imports_nothing_heavy(arguments: list[str]) -> None:
     assert not loaded_after(arguments) & set(HEAVY)
 
 
+def test_inspect_reads_headers_without_torch() -> None:
+    for name in ("dcft-pirate", "dude-json"):
+        modules = loaded_after(["inspect", str(ROOT / "merge" / "adapters" / name)])
+        assert not modules & {"torch", "transformers", "peft", "numpy"}
+
+
 def test_commands_that_write_need_neither_transformers_nor_peft(tmp_path: Path) -> None:
     import pico
 
