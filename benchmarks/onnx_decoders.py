@@ -3,9 +3,9 @@
     python benchmarks/onnx_decoders.py [--base FOLDER] [--work FOLDER] [--rounds 5] [--threads 2] [--json FILE]
 
 Compared: onnxruntime-genai's own builder (as it comes), our merged export, our switchable export with no adapter
-and with random LoRA adapters of rank 8 and 16 on every linear, and transformers eager. Every contender runs once
-per round, one after the other, so that a busy machine slows all of them; medians over the rounds, and the ratio
-is the median of the rounds' ratios. On a machine that others use as well, --clock cpu --threads 1 counts the
+and with random LoRA adapters of rank 8 and 16 on every linear, and transformers eager. The contenders take turns,
+step by step, so that a busy machine slows all of them; medians, and a ratio is the median of the ratios of steps
+that were neighbours. On a machine that others use as well, --clock cpu --threads 1 counts the
 process's own CPU seconds. Parity: the shipped DCFT and DuDe adapters and a LoRA, in all three modes,
 against torch; greedy answers of 200 tokens.
 """
@@ -19,7 +19,6 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -63,49 +62,47 @@ def random_lora(base: Path, folder: Path, rank: int, seed: int) -> Path:
     return folder
 
 
-def onnx_runner(folder: Path, adapter: str | None, threads: int) -> Callable[[], tuple[float, float]]:
-    """A function that measures (prefill seconds, median decode seconds) of an export."""
-    from adapter_merge.export.running import Decoder
+class OnnxRunner:
+    """An export with one adapter, or none: seconds of a prefill, then of single steps."""
 
-    decoder = Decoder(folder, threads=threads)
-    ids = (np.arange(PROMPT) % 1000 + 5)[None]
+    def __init__(self, folder: Path, adapter: str | None, threads: int) -> None:
+        from adapter_merge.export.running import Decoder
 
-    def run() -> tuple[float, float]:
-        cache = decoder.start(PROMPT + DECODE, adapter)
+        self.decoder, self.adapter = Decoder(folder, threads=threads), adapter
+
+    def prefill(self) -> float:
+        self.cache = self.decoder.start(PROMPT + DECODE, self.adapter)
         start = clock()
-        decoder.step(cache, ids)
-        prefill = clock() - start
-        steps = []
-        for token in range(DECODE):
-            start = clock()
-            decoder.step(cache, np.array([[token + 7]]))
-            steps.append(clock() - start)
-        return prefill, statistics.median(steps)
+        self.decoder.step(self.cache, (np.arange(PROMPT) % 1000 + 5)[None])
+        return clock() - start
 
-    return run
+    def step(self, token: int) -> float:
+        start = clock()
+        self.decoder.step(self.cache, np.array([[token + 7]]))
+        return clock() - start
 
 
-def eager_runner(base: Path, threads: int) -> Callable[[], tuple[float, float]]:
+class EagerRunner:
     """The same for transformers eager in float32."""
-    from transformers import AutoModelForCausalLM
 
-    torch.set_num_threads(threads)
-    model: Any = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32, attn_implementation="sdpa").eval()
-    ids = (torch.arange(PROMPT) % 1000 + 5)[None]
+    def __init__(self, base: Path, threads: int) -> None:
+        from transformers import AutoModelForCausalLM
+
+        torch.set_num_threads(threads)
+        self.model: Any = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32).eval()
 
     @torch.no_grad()
-    def run() -> tuple[float, float]:
+    def prefill(self) -> float:
+        ids = (torch.arange(PROMPT) % 1000 + 5)[None]
         start = clock()
-        cache = model(input_ids=ids, use_cache=True).past_key_values
-        prefill = clock() - start
-        steps = []
-        for token in range(DECODE):
-            start = clock()
-            model(input_ids=torch.tensor([[token + 7]]), past_key_values=cache, use_cache=True)
-            steps.append(clock() - start)
-        return prefill, statistics.median(steps)
+        self.cache = self.model(input_ids=ids, use_cache=True).past_key_values
+        return clock() - start
 
-    return run
+    @torch.no_grad()
+    def step(self, token: int) -> float:
+        start = clock()
+        self.model(input_ids=torch.tensor([[token + 7]]), past_key_values=self.cache, use_cache=True)
+        return clock() - start
 
 
 def plain_build(base: Path, folder: Path) -> None:
@@ -146,20 +143,25 @@ def speed(base: Path, work: Path, rounds: int, threads: int) -> dict[str, Any]:
     add_adapters(work / "switchable", {"dude": adapter_folder("dude-json")})
     adding_dude = time.perf_counter() - start
 
-    contenders = {
-        "builder": onnx_runner(work / "builder", None, threads),
-        "merged": onnx_runner(work / "merged", None, threads),
-        "switchable, none": onnx_runner(work / "switchable", None, threads),
-        "switchable, rank 8": onnx_runner(work / "switchable", "r8", threads),
-        "switchable, rank 16": onnx_runner(work / "switchable", "r16", threads),
-        "transformers eager": eager_runner(base, threads),
+    contenders: dict[str, OnnxRunner | EagerRunner] = {
+        "builder": OnnxRunner(work / "builder", None, threads),
+        "merged": OnnxRunner(work / "merged", None, threads),
+        "switchable, none": OnnxRunner(work / "switchable", None, threads),
+        "switchable, rank 8": OnnxRunner(work / "switchable", "r8", threads),
+        "switchable, rank 16": OnnxRunner(work / "switchable", "r16", threads),
+        "transformers eager": EagerRunner(base, threads),
     }
-    seen: dict[str, list[tuple[float, float]]] = {name: [] for name in contenders}
+    prefills: dict[str, list[float]] = {name: [] for name in contenders}
+    steps: dict[str, list[float]] = {name: [] for name in contenders}
     for index in range(rounds + 1):
-        for name, run in contenders.items():
-            result = run()
-            if index:  # the first round warms up
-                seen[name].append(result)
+        for name, runner in contenders.items():
+            prefills[name].append(runner.prefill())
+        for token in range(DECODE):
+            for name, runner in contenders.items():
+                steps[name].append(runner.step(token))
+        if index == 0:  # the first round warms up
+            for figures in (*prefills.values(), *steps.values()):
+                figures.clear()
     decoder = Decoder(work / "switchable", threads=threads)
     loads, switches = [], []
     for name in ("r8", "r16", "dude", "late"):
@@ -172,22 +174,21 @@ def speed(base: Path, work: Path, rounds: int, threads: int) -> dict[str, Any]:
             decoder.load(name)
             switches.append(time.perf_counter() - start)
 
-    def ratio(name: str, other: str, phase: int) -> float:
+    def ratio(seen: dict[str, list[float]], name: str, other: str) -> float:
         pairs = zip(seen[name], seen[other], strict=True)
-        return statistics.median(theirs[phase] / mine[phase] for mine, theirs in pairs)
+        return round(statistics.median(theirs / mine for mine, theirs in pairs), 3)
 
     report: dict[str, Any] = {}
-    for name, results in seen.items():
-        prefill = statistics.median(result[0] for result in results)
-        decode = statistics.median(result[1] for result in results)
+    for name in contenders:
         report[name] = {
-            "prefill_tokens_per_second": round(PROMPT / prefill, 1),
-            "decode_tokens_per_second": round(1 / decode, 2),
-            "decode_vs_builder": round(ratio(name, "builder", 1), 3),
-            "decode_vs_merged": round(ratio(name, "merged", 1), 3),
-            "decode_vs_eager": round(ratio(name, "transformers eager", 1), 3),
-            "prefill_vs_builder": round(ratio(name, "builder", 0), 3),
-            "prefill_vs_eager": round(ratio(name, "transformers eager", 0), 3),
+            "prefill_tokens_per_second": round(PROMPT / statistics.median(prefills[name]), 1),
+            "decode_tokens_per_second": round(1 / statistics.median(steps[name]), 2),
+            "decode_vs_builder": ratio(steps, name, "builder"),
+            "decode_vs_merged": ratio(steps, name, "merged"),
+            "decode_vs_eager": ratio(steps, name, "transformers eager"),
+            "prefill_vs_builder": ratio(prefills, name, "builder"),
+            "prefill_vs_merged": ratio(prefills, name, "merged"),
+            "prefill_vs_eager": ratio(prefills, name, "transformers eager"),
         }
     report["load_an_adapter_ms"] = round(statistics.median(loads) * 1e3, 2)
     report["switch_ms"] = round(statistics.median(switches) * 1e3, 4)

@@ -46,6 +46,17 @@ def adapters(pico: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, 
 
 
 @pytest.fixture(scope="session")
+def switchable(pico: Path, adapters: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A switchable export of `pico` with every adapter but DuDe, which a test adds later."""
+    pytest.importorskip("onnxruntime_genai")
+    from adapter_merge.export.switchable import export_switchable
+
+    output = tmp_path_factory.mktemp("switchable") / "export"
+    export_switchable(pico, {name: path for name, path in adapters.items() if name != "dude"}, output)
+    return output
+
+
+@pytest.fixture(scope="session")
 def reference() -> Callable[[Path, Path | None, list[int]], torch.Tensor]:
     """Logits (positions, vocabulary) in float64 of a base, or of a base with an adapter, without our code.
 

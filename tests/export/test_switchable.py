@@ -33,7 +33,6 @@ from adapter_merge.merge.errors import (
 )
 
 pytestmark = pytest.mark.onnx
-NAMES = ("lora", "rslora", "dora", "dude", "dcft")
 TOKENS = {
     "prompt": [int(t) for t in (np.arange(40) * 37 + 11) % 250],
     "rest": [int(t) for t in np.arange(20) * 7 % 250],
@@ -43,11 +42,9 @@ BAR = 1e-4
 Reference = Callable[[Path, "Path | None", list[int]], torch.Tensor]
 
 
-@pytest.fixture(scope="module")
-def folder(pico: Path, adapters: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
-    output = tmp_path_factory.mktemp("switchable") / "export"
-    export_switchable(pico, {name: adapters[name] for name in NAMES if name != "dude"}, output)
-    return output
+@pytest.fixture
+def folder(switchable: Path) -> Path:
+    return switchable
 
 
 def difference(logits: Any, expected: torch.Tensor) -> float:

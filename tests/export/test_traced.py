@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +25,9 @@ from adapter_merge.merge.errors import UnsupportedError
 pytestmark = pytest.mark.onnx
 BAR = 1e-4
 TOKENS = {"prompt": [(37 * i + 11) % 250 for i in range(40)], "rest": [7 * i % 250 for i in range(20)]}
+
+
+Exporter = Callable[[str], tuple[Path, dict[str, Path], Path]]
 
 
 def batch(length: int) -> tuple[Any, Any]:
@@ -53,26 +57,41 @@ def load(base: Path, adapter: Path | None) -> Any:
     return PeftModel.from_pretrained(model, adapter).merge_and_unload().double().eval()
 
 
+@pytest.fixture(scope="module")
+def classifier(tmp_path_factory: pytest.TempPathFactory) -> Exporter:
+    """A function from a family to its base, adapters and switchable export with two of them; each made once."""
+    made: dict[str, tuple[Path, dict[str, Path], Path]] = {}
+
+    def export(family: str) -> tuple[Path, dict[str, Path], Path]:
+        if family not in made:
+            root = tmp_path_factory.mktemp(family)
+            base = save_encoder(root / "base", family)
+            adapters = {
+                "dora": save_encoder_adapter(base, root / "dora", 1, use_dora=True),
+                "dcft": save_encoder_dcft(base, root / "dcft", 2),
+                "later": save_encoder_adapter(base, root / "later", 3),
+            }
+            first = {name: adapters[name] for name in ("dora", "dcft")}
+            export_model(base, first, root / "out", mode="switchable")
+            made[family] = (base, adapters, root / "out")
+        return made[family]
+
+    return export
+
+
 @pytest.mark.parametrize("family", ["bert", "roberta", "deberta-v2"])
-def test_switchable_classifier(family: str, tmp_path: Path) -> None:
-    base = save_encoder(tmp_path / "base", family)
-    adapters = {
-        "dora": save_encoder_adapter(base, tmp_path / "dora", 1, use_dora=True),
-        "dcft": save_encoder_dcft(base, tmp_path / "dcft", 2),
-        "later": save_encoder_adapter(base, tmp_path / "later", 3),
-    }
-    output = tmp_path / "out"
-    export_model(base, {name: adapters[name] for name in ("dora", "dcft")}, output, mode="switchable")
+def test_switchable_classifier(family: str, classifier: Exporter) -> None:
+    base, adapters, output = classifier(family)
     graph = (output / "model.onnx").read_bytes()
     add_adapters(output, {"later": adapters["later"]})
     assert (output / "model.onnx").read_bytes() == graph
-    classifier = Classifier(output, threads=1)
+    session = Classifier(output, threads=1)
     answers: dict[str | None, Any] = {}
     for name in ("dora", None, "dcft", "later", None):
         model = load(base, adapters[name] if name else None)
         for length in (12, 70):
             ids, mask = batch(length)
-            got = classifier.run(ids, mask, name)["logits"]
+            got = session.run(ids, mask, name)["logits"]
             expected = torch_logits(model, ids, mask)
             assert float((torch.from_numpy(got).double() - expected).abs().max()) < BAR
             answers[name] = got
@@ -93,14 +112,11 @@ def test_merged_classifier(family: str, tmp_path: Path) -> None:
     assert read_export(tmp_path / "out").kind == "encoder"
 
 
-def test_verify_sees_a_wrong_adapter(tmp_path: Path) -> None:
-    base = save_encoder(tmp_path / "base", "roberta")
-    one = save_encoder_adapter(base, tmp_path / "one", 1)
-    other = save_encoder_adapter(base, tmp_path / "other", 2)
-    export_model(base, {"one": one}, tmp_path / "out", mode="switchable")
-    assert verify_onnx(base, one, tmp_path / "out")["passed"] is True
-    assert verify_onnx(base, other, tmp_path / "out", name="one")["passed"] is False
-    assert verify_onnx(base, None, tmp_path / "out")["passed"] is True
+def test_verify_sees_a_wrong_adapter(classifier: Exporter) -> None:
+    base, adapters, output = classifier("roberta")
+    assert verify_onnx(base, adapters["dora"], output)["passed"] is True
+    assert verify_onnx(base, adapters["dora"], output, name="dcft")["passed"] is False
+    assert verify_onnx(base, None, output)["passed"] is True
 
 
 def test_question_answering(tmp_path: Path) -> None:
