@@ -36,7 +36,7 @@ class BaseRows:
         out, inner = self.shape
         self._whole: Tensor | None = None
         limit = RESIDENT_BYTES if resident_bytes is None else resident_bytes
-        if weight.transposed or 4 * out * inner <= limit:
+        if weight.transposed or weight.rows is not None or 4 * out * inner <= limit:
             self._whole = weight.oriented_weight().to(device=device, dtype=torch.float32)
 
     @property

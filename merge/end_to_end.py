@@ -16,11 +16,11 @@ import torch
 from torch import Tensor, nn
 
 from .binding import BoundAdapter
-from .checkpoint import read_weights
+from .checkpoint import read_json, read_weights
 from .errors import InputError
 from .peft_folder import ROW_SCALES
 from .peft_format import PREFIX
-from .reference import load_model, quiet_libraries, replace_tensors, trained_model
+from .reference import load_model, quiet_libraries, trained_model
 from .tensors import read_tensor
 
 GENERATED = 24
@@ -106,12 +106,16 @@ def install_factors(model: nn.Module, folder: Path) -> None:
             ref.name.removeprefix(PREFIX).removesuffix(".row_scale"): read_tensor(ref)
             for ref in read_weights(folder / ROW_SCALES).tensors
         }
+    tied = bool(read_json(folder / "adapter_config.json").get("ensure_weight_tying"))
     for name, pair in pairs.items():
         layer = submodule(model, name)
         weight = layer.weight
         assert isinstance(weight, Tensor)
         if "embedding_A" in pair:
             new = weight + (pair["embedding_B"] @ pair["embedding_A"]).T
+            if tied:
+                weight.data.copy_(new)
+                continue
         else:
             turned = type(layer).__name__ == "Conv1D"
             new = (weight.T if turned else weight) + pair["B.weight"] @ pair["A.weight"]
@@ -119,6 +123,22 @@ def install_factors(model: nn.Module, folder: Path) -> None:
                 new = scales[name][:, None] * new
             new = new.T if turned else new
         layer.weight = nn.Parameter(new.contiguous(), requires_grad=False)  # its own: a tied head stays as it was
+
+
+@torch.no_grad()
+def install_replacements(model: nn.Module, bound: BoundAdapter) -> None:
+    """Put trained heads and biases into a float32 base model; of a tied pair that was trained, each gets its own."""
+    written = set()
+    for name, ref in bound.replacements.items():
+        path, _, kind = name.rpartition(".")
+        layer = submodule(model, path)
+        value = read_tensor(ref).float()
+        old = getattr(layer, kind)
+        if old.shape == value.shape and old.data_ptr() not in written:
+            old.copy_(value)
+            written.add(old.data_ptr())
+        else:
+            setattr(layer, kind, nn.Parameter(value, requires_grad=False))
 
 
 def compare(bound: BoundAdapter, folder: Path, prompts: Sequence[str] | None = None) -> dict[str, Any]:
@@ -134,7 +154,7 @@ def compare(bound: BoundAdapter, folder: Path, prompts: Sequence[str] | None = N
     del live
     other = load_model(bound.base.folder).float()
     before = [logits(other, path) for path in paths]
-    replace_tensors(other, bound.replacements)
+    install_replacements(other, bound)
     install_factors(other, folder)
     got = [logits(other, path) for path in paths]
     return figures(paths, starts, expected, got, before, writes)

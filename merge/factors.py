@@ -13,7 +13,8 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections import Counter
+from collections.abc import Callable, Sequence
 from numbers import Integral, Real
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -30,10 +31,11 @@ from .devices import choose_device
 from .errors import InputError, Problem, UnsupportedError, raise_all
 from .factorisation import Factored, Factoriser
 from .formats import ReadOptions, open_adapter
-from .lora import LoraModule
+from .lora import BiasModule, ExpertModule, LoraModule, PartModule, StackModule
 from .merging import adapter_sha256, describe_inputs
 from .output import MANIFEST, check_output, manifest, sha256, staged, write_json, write_text
 from .peft_folder import write_factors
+from .tokens import TokenModule
 from .truncation import Spectrum
 from .weight_pool import WeightMap, weight_pool
 
@@ -83,7 +85,7 @@ def factor(
     bound = bind(opened, checkpoint, base_kind) if checkpoint is not None else None
     if bound is None and opened.own_base is not None:
         bound = bind(opened, opened.own_base, base_kind)
-    pairs = list(_pairs(opened, bound))
+    pairs = _pairs(opened, bound)
     _check_supported(pairs)
     if bound is None and (
         calibrate is not None or end_to_end or prompts or any(_needs_base(module) for module, _ in pairs)
@@ -208,26 +210,50 @@ def _plain_rank(rank: object) -> int | float | None:
 
 
 def _check_supported(pairs: Sequence[Pair]) -> None:
-    """What only a merge can do: biases, and weights that were replaced by a residual saved whole."""
-    problems = [
-        Problem(
-            f"{module.name}: its trained residual is saved whole and has no low-rank form", hint="merge this adapter"
-        )
-        for module, _ in pairs
-        if isinstance(module, LoraModule) and getattr(module, "frozen", None) is not None
-    ]
+    """Refuse what only a merge can do, all of it at once."""
+    problems = []
+    counts = Counter(module.name for module, _ in pairs)
+    for module, _ in pairs:
+        reason = None
+        if isinstance(module, BiasModule):
+            reason = "a trained bias inside lora_B"
+        elif isinstance(module, TokenModule):
+            reason = "trained tokens are rows of an embedding replaced"
+        elif isinstance(module, ExpertModule | StackModule):
+            reason = "adapted experts of a stacked parameter"
+        elif isinstance(module, PartModule):
+            reason = "a magnitude over a weight that this base keeps in several"
+        elif isinstance(module, LoraModule) and module.frozen is not None:
+            reason = "its residual was saved whole"
+        elif counts[module.name] > 1:
+            reason = "adapted more than once"
+        if reason is not None:
+            problems.append(
+                Problem(f"{module.name}: no low-rank factors say this: {reason}", hint="merge this adapter instead")
+            )
     raise_all(problems[:10], UnsupportedError)
 
 
 def _needs_base(module: AdaptedModule) -> bool:
-    return module.needs_base or getattr(module, "magnitude", None) is not None
+    magnitude = getattr(module, "magnitude", None) is not None or getattr(module, "own_magnitude", False)
+    return module.needs_base or magnitude
 
 
-def _pairs(opened: Adapter, bound: BoundAdapter | None) -> Iterator[Pair]:
+def _pairs(opened: Adapter, bound: BoundAdapter | None) -> list[Pair]:
+    """Every adapted module, with its weight where there is a base.
+
+    A plain LoRA on a weight that the base keeps in several parts (a fused qkv) needs none of them.
+    """
     if bound is None:
-        yield from ((module, None) for module in opened.modules)
-    else:
-        yield from ((item.module, item) for item in bound.modules)
+        return [(module, None) for module in opened.modules]
+    pairs: dict[int, Pair] = {}
+    for item in bound.modules:
+        module = item.module
+        if isinstance(module, PartModule) and module.whole.magnitude is None:
+            pairs[id(module.whole)] = (module.whole, None)
+        else:
+            pairs[id(item)] = (module, item)
+    return list(pairs.values())
 
 
 def adapter_only(opened: Adapter) -> dict[str, Any]:

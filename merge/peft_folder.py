@@ -97,8 +97,9 @@ def peft_config(
     common = Counter(ranks.values()).most_common(1)[0][0]
     pattern = {name: rank for name, rank in ranks.items() if rank != common}
     targets = opened.config.get("target_modules")
-    if not isinstance(targets, list | str) or targets == "all-linear":
+    if not isinstance(targets, list | str) or targets in ("all-linear", "", []):
         targets = sorted(ranks)
+    tied = {"ensure_weight_tying": True} if opened.tied else {}  # the head follows the embedding, as at training
     return {
         "peft_type": "LORA",
         "base_model_name_or_path": opened.base_name,
@@ -116,4 +117,5 @@ def peft_config(
         "use_dora": scaled,
         "init_lora_weights": True,
         "modules_to_save": modules_to_save,
+        **tied,
     }

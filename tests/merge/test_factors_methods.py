@@ -1,0 +1,64 @@
+"""Every kind of PEFT folder as factors: loaded by PEFT they compute what was trained, or it is said that none can."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import peft
+import pytest
+from adapter_merge.merge.end_to_end import compare
+from adapter_merge.merge.errors import UnsupportedError
+from adapter_merge.merge.factors import factor
+from adapter_merge.merge.merging import open_pair
+from pico_bases import error, load, logits, quiet, train
+from test_formats_peft import BASES, CASES, TOLERANCE
+
+# Only a merge can do these: replaced rows, biases, experts, and norms of an embedding's columns.
+NO_FACTORS = {
+    "lora_bias",
+    "embedding DoRA",
+    "tokens",
+    "tokens, tied",
+    "tokens of two modules",
+    "tokens alone",
+    "experts, apart on disk",
+    "experts, one parameter",
+    "experts, patterns",
+}
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
+    made: dict[str, Path] = {}
+
+    def get(name: str) -> Path:
+        if name not in made:
+            made[name] = BASES[name](tmp_path_factory.mktemp("base") / name)
+        return made[name]
+
+    return get
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_factors_compute_what_was_trained(case: str, base: Callable[[str], Path], tmp_path: Path) -> None:
+    name, kind, arguments = CASES[case]
+    with quiet():
+        config = getattr(peft, kind)(**arguments)
+    live = train(base(name), config, tmp_path / "adapter", scale=0.03 if "OLoRA" in case else 0.1)
+    expected = logits(live)
+    if case in NO_FACTORS:
+        with pytest.raises(UnsupportedError, match="merge this adapter instead"):
+            factor(base(name), tmp_path / "adapter", tmp_path / "out")
+        assert not (tmp_path / "out").exists()
+        return
+    content = factor(base(name), tmp_path / "adapter", tmp_path / "out")
+    assert content["certificate"]["max_relative_error"] < 2e-5
+    with quiet():
+        loaded = peft.PeftModel.from_pretrained(load(base(name)), str(tmp_path / "out")).eval()
+    assert error(logits(loaded), expected) < TOLERANCE
+    end = compare(open_pair(base(name), tmp_path / "adapter"), tmp_path / "out")
+    assert end["max_dlogit"] < 5 * TOLERANCE < end["effect"]
+    limited = factor(base(name), tmp_path / "adapter", tmp_path / "limited", rank=2)
+    assert limited["certificate"]["ranks"][1] <= 2
+    assert limited["form"] == "lora"
