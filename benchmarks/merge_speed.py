@@ -13,7 +13,7 @@ printed. What is measured:
     stage+hash  the same with sha256 of every input and output byte, the default
     process     `adapter-merge merge` from start to end: imports, checks, hashes of everything, manifest
     cpu         user + system seconds of the stage: what is left of the comparison on a machine that others use too
-    rss         peak of the whole process, and what a process that only imports torch has
+    rss         peak of the whole process (VmHWM), and what a process that only imports torch has
 
 The disk's speed bounds the stage (it does not write into the page cache): where the disk is slow, `cp` looks fast
 because it has not finished yet; compare with cp+sync there.
@@ -34,8 +34,14 @@ from typing import Any
 
 METHODS = ("lora", "dora", "dude", "dcft")
 
+PEAK = """
+def peak():
+    # Not ru_maxrss: that is handed down from the process that started this one.
+    return next(int(line.split()[1]) * 1024 for line in open("/proc/self/status") if line.startswith("VmHWM"))
+"""
+
 STAGE = """
-import json, os, resource, sys, time
+import json, os, sys, time
 from pathlib import Path
 import torch
 from adapter_merge.merge.engine import execute
@@ -51,30 +57,30 @@ wall, after = time.perf_counter() - started, os.times()
 print(json.dumps({
     "wall": wall,
     "cpu": after.user + after.system - before.user - before.system,
-    "rss": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
+    "rss": peak(),
 }))
 """
 
 PROCESS = """
-import json, resource, sys
+import json, sys
 from adapter_merge.merge.merging import merge
 merge(*sys.argv[1:4])
-print(json.dumps({"rss": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024}))
+print(json.dumps({"rss": peak()}))
 """
 
 BARE = """
-import json, resource, torch
-print(json.dumps({"rss": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024}))
+import json, torch
+print(json.dumps({"rss": peak()}))
 """
 
 PEFT = """
-import json, resource, sys
+import json, sys
 import torch
 from peft import PeftModel
 from transformers import AutoModelForCausalLM
 model = AutoModelForCausalLM.from_pretrained(sys.argv[1], dtype="auto")
 PeftModel.from_pretrained(model, sys.argv[2]).merge_and_unload().save_pretrained(sys.argv[3])
-print(json.dumps({"rss": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024}))
+print(json.dumps({"rss": peak()}))
 """
 
 
@@ -82,7 +88,7 @@ def python(program: str, *arguments: object) -> dict[str, Any]:
     """Run `program` in a fresh interpreter; its last line's JSON and its wall time."""
     started = time.perf_counter()
     done = subprocess.run(
-        [sys.executable, "-W", "ignore", "-c", program, *map(str, arguments)],
+        [sys.executable, "-W", "ignore", "-c", PEAK + program, *map(str, arguments)],
         capture_output=True,
         text=True,
         env=os.environ | {"HF_HUB_OFFLINE": "1"},
@@ -185,16 +191,19 @@ def against_peft(scratch: Path, size: str, methods: list[str], repeat: int) -> N
 def growth(scratch: Path, sizes: list[str], method: str) -> None:
     bare = python(BARE)["rss"] / 1e6
     print(f"bare import torch: {bare:.0f} MB")
-    print("size  GB  process s  rss MB  above torch MB  adapter MB")
+    print("size  GB  cp s  cp+sync s  process s  rss MB  above torch MB  adapter MB  load")
     for size in sizes:
         base, adapter = scratch / size / "base", scratch / size / method
+        cp, synced = copy(sorted(base.glob("*.safetensors")), scratch / "out")
         done = python(PROCESS, base, adapter, clear(scratch / "out"))
         clear(scratch / "out")
         total = sum(file.stat().st_size for file in base.glob("*.safetensors"))
         held = sum(file.stat().st_size for file in adapter.iterdir()) / 1e6
         rss = done["rss"] / 1e6
         print(
-            f"{size:5} {total / 1e9:5.2f} {done['process']:8.1f} {rss:8.0f} {rss - bare:8.0f} {held:8.0f}", flush=True
+            f"{size:5} {total / 1e9:5.2f} {cp:6.1f} {synced:6.1f} {done['process']:8.1f} {rss:8.0f} {rss - bare:8.0f}"
+            f" {held:8.0f} {os.getloadavg()[0]:8.1f}",
+            flush=True,
         )
 
 
