@@ -179,7 +179,7 @@ class Cache:
             about = make(staged)
             sizes = {file.name: file.stat().st_size for file in sorted(staged.iterdir())}
             (staged / ENTRY).write_text(
-                json.dumps({**about, "files": sizes, "made": time.time()}, indent=2) + "\n", "utf-8"
+                json.dumps({**about, "files": sizes, "made": int(time.time())}, indent=2) + "\n", "utf-8"
             )
             _sync(staged)
             staged.rename(folder)

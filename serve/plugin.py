@@ -28,7 +28,7 @@ def register() -> None:
     except Exception:
         state = "unknown"
         logger.exception("adapter-merge could not look into this vLLM and changed nothing in it.")
-    if state == "installed":
+    if state in ("installed", "native"):
         from . import runtime
 
         runtime.register()

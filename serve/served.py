@@ -31,6 +31,8 @@ RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
 MANIFEST = "adapter_merge.json"
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,199}")
 BESIDE_RESIDUAL = ("PiSSA", "DuDe")
+# Multi-head latent attention multiplies these into other weights when the base is loaded, without the adapter.
+ABSORBED = ("kv_b_proj",)
 NOT_LINEAR = ("embed_tokens", "lm_head", "wte", "wpe", "embed_out", "word_embeddings", "embed_in")
 
 
@@ -150,6 +152,14 @@ class Converter:
             problems.append(
                 Problem(
                     f"{source}: adapts {', '.join(strange[:3])}; only linear layers are served exactly",
+                    hint="merge it into the base instead: adapter-merge merge",
+                )
+            )
+        absorbed = [name for name in modules if name.rsplit(".", 1)[-1] in ABSORBED]
+        if absorbed:
+            problems.append(
+                Problem(
+                    f"{source}: adapts {absorbed[0]}, which vLLM folds into its attention kernels at start",
                     hint="merge it into the base instead: adapter-merge merge",
                 )
             )

@@ -83,7 +83,7 @@ def test_the_least_recently_used_goes_first(tmp_path: Path) -> None:
         cache.obtain(key, maker()).release()
         os.utime(tmp_path / f"{key}.lock", (number, number))
     cache.obtain(KEYS[0], maker()).release()  # used again: now the newest
-    cache.max_bytes = 2 * (cache.entries()[0].nbytes)
+    cache.max_bytes = sum(entry.nbytes for entry in cache.entries()[2:])
     removed = cache.evict()
     assert [entry.key for entry in removed] == [KEYS[1], KEYS[2]]
     assert {entry.key for entry in cache.entries()} == {KEYS[3], KEYS[0]}

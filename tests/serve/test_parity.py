@@ -63,10 +63,10 @@ def test_offline_from_adapters_as_trained(world: World, run_engine: RunEngine, t
     print(world.family, {name or "base": f"{value:.1e}" for name, value in worst.items()})
 
 
-def test_bfloat16_is_no_worse_than_a_merged_model(qwen2: World, run_engine: RunEngine, tmp_path: Path) -> None:
-    """In bfloat16 a served DuDe adapter is as close to the truth as its merged model, served alone, is.
+def test_bfloat16_stays_near_a_merged_model(qwen2: World, run_engine: RunEngine, tmp_path: Path) -> None:
+    """In bfloat16 both a served DuDe adapter and its merged model, served alone, round: errors of one size.
 
-    Both round; the mean difference of the log-probabilities along the true tokens is compared, with a margin.
+    The merged model rounds once more in its weights, the served one in the output of the base's part.
     """
     adapter = qwen2.adapters["dude-1"]
     merged = tmp_path / "merged"
