@@ -93,7 +93,10 @@ class Checkpoint:
 def read_json(file: Path) -> dict[str, Any]:
     """A JSON object from `file`. Raises FileFormatError."""
     try:
-        content = json.loads(file.read_text("utf-8"))
+        text = file.read_text("utf-8")
+        content = json.loads(text)
+        if "\\ud" in text.lower():  # half a character can be read, but never written again
+            json.dumps(content, ensure_ascii=False).encode("utf-8")
     except OSError as error:
         raise FileFormatError(f"{file}: {error.strerror or error}") from error
     except (ValueError, RecursionError) as error:

@@ -12,6 +12,7 @@ import os
 import sys
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any, TypeVar
 
 import click
@@ -29,6 +30,10 @@ COMMANDS: Mapping[str, tuple[str, str]] = {
     "delta": ("adapter_merge.merge.commands_make:delta", "Base + adapter -> dense weight deltas."),
     "restore": ("adapter_merge.merge.commands_restore:restore", "A merged model -> its base, to the last bit."),
     "factor": ("adapter_merge.merge.commands_make:factor", "Base + adapter -> a LoRA-equivalent PEFT folder."),
+    "extract": (
+        "adapter_merge.merge.commands_combine:extract",
+        "Base + fine-tuned model -> the adapter between them.",
+    ),
     "export": ("adapter_merge.export.cli:export", "Base + adapters -> ONNX, merged or switchable."),
     "generate": ("adapter_merge.export.cli:generate", "Run an ONNX export."),
     "serve": ("adapter_merge.serve.cli:serve", "Serve a base and many adapters in vLLM."),
@@ -103,7 +108,38 @@ def adapter_options(function: F) -> F:
         ),
     ):
         function = option(function)
+    for name, kind, text in STATED:
+        option = click.option(name, type=kind, help=text, expose_value=False, callback=_keep)
+        function = option(function)
     return function
+
+
+# What readers of foreign files may have to be told; kept in the context, for `read_options`.
+STATED: tuple[tuple[str, Any, str], ...] = (
+    ("--prefix", str, "What stands before the adapter's names in the base, where it fits several parts."),
+    ("--magnitude-axis", click.Choice(["out", "in"]), "What a magnitude belongs to, where a square weight hides it."),
+    ("--residual-dtype", click.Choice(["float32", "bfloat16", "float16"]), "PiSSA, DuDe: the residual's dtype."),
+    ("--init-adapter", click.Path(path_type=Path), "PiSSA, CorDA, LoRA-GA: the PEFT folder saved before training."),
+    ("--magnitudes", click.Path(path_type=Path), "DoRA, DuDe: a file or folder with the magnitudes that PEFT dropped."),
+    (
+        "--format",
+        click.Choice(["peft", "native", "dcft", "dcft-reshape", "mytransformers", "kohya"]),
+        "What to read the adapter as, whatever it looks like.",
+    ),
+)
+META = "adapter_merge.read_options"
+
+
+def _keep(context: click.Context, parameter: click.Parameter, value: Any) -> None:
+    if value is not None:
+        context.meta.setdefault(META, {})[parameter.name] = value
+
+
+def read_options(alpha: float | None = None, ranknum: float | None = None) -> Any:
+    """ReadOptions of the running command: what `adapter_options` was told."""
+    from .formats import ReadOptions
+
+    return ReadOptions(alpha=alpha, ranknum=ranknum, **click.get_current_context().meta.get(META, {}))
 
 
 def device_option(function: F) -> F:

@@ -9,7 +9,7 @@ from typing import Any
 
 import click
 
-from .cli import adapter_options, emit, progress_bar, report_options, say
+from .cli import adapter_options, emit, progress_bar, read_options, report_options, say
 
 
 def _problems(problems: list[dict[str, Any]]) -> None:
@@ -24,21 +24,26 @@ def _problems(problems: list[dict[str, Any]]) -> None:
 @click.option("--base", help="Check the fit to this base as well.")
 @click.option("--alpha", type=float, help="DCFT: lora_alpha, where the config does not say it.")
 @click.option("--ranknum", type=float, help="DCFT: ranknum, where the file has lost it.")
+@click.option("--heat-map", is_flag=True, help="Read the weights too: how much each is changed, layer by layer.")
 @report_options
 def inspect(
     adapter: str,
     base: str | None,
     alpha: float | None,
     ranknum: float | None,
+    heat_map: bool,
     as_json: bool,
     quiet: bool,
     verbose: bool,
 ) -> None:
-    """Show what ADAPTER is, what it would do, and everything that is wrong with it. Reads headers only."""
-    from .formats import ReadOptions
+    """Show what ADAPTER is, what it would do, and everything that is wrong with it. Reads headers only, but for --heat-map."""
     from .inspection import inspect_adapter
 
-    report = inspect_adapter(adapter, base, ReadOptions(alpha=alpha, ranknum=ranknum))
+    report = inspect_adapter(adapter, base, read_options(alpha, ranknum))
+    if heat_map and not report["problems"]:
+        from .report import changes
+
+        report["change"] = changes(adapter, base, alpha=alpha, ranknum=ranknum)
     if as_json:
         emit(report)
     elif "method" in report:
@@ -66,6 +71,10 @@ def _show(report: dict[str, Any]) -> None:
         shapes = " ".join(str(tuple(shape)) for shape in entry["shapes"])
         table.add_row(kind, str(entry["count"]), shapes, " ".join(map(str, entry["ranks"])))
     console.print(table)
+    if report.get("change"):
+        from .heatmap import heat_table
+
+        console.print(heat_table(report["change"], "|dW| / |W|" if "base" in report else "|dW|"))
     if report["replacements"]:
         console.print(f"replaced    {', '.join(report['replacements'][:8])}", soft_wrap=True)
     for command, text in report["would"].items():
@@ -126,7 +135,6 @@ def verify(
     ARTEFACT alone proves that it is what was written: every file is hashed again and held against its manifest.
     """
     from .checkpoint import resolve
-    from .formats import ReadOptions
     from .verification import artefact_kind
     from .verification import verify as run
 
@@ -145,7 +153,7 @@ def verify(
         adapter,
         artefact,
         base_kind=base_kind,
-        options=ReadOptions(alpha=alpha, ranknum=ranknum),
+        options=read_options(alpha, ranknum),
         prompts=prompts or None,
         generated=generated,
         tolerance=tolerance,

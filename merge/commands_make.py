@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -17,9 +18,11 @@ from .cli import (
     emit,
     output_option,
     progress_bar,
+    read_options,
     report_options,
     say,
 )
+from .commands_combine import combination_options, stated_recipe
 
 F = TypeVar("F", bound=Callable[..., Any])
 DTYPES = click.Choice(["float32", "float16", "bfloat16"])
@@ -36,9 +39,7 @@ def _pair(inputs: tuple[str, ...]) -> tuple[str | None, str]:
 
 
 def _options(alpha: float | None, ranknum: float | None) -> Any:
-    from .formats import ReadOptions
-
-    return ReadOptions(alpha=alpha, ranknum=ranknum)
+    return read_options(alpha, ranknum)
 
 
 def _done(content: dict[str, Any], output: str, started: float, as_json: bool, quiet: bool) -> None:
@@ -153,10 +154,11 @@ def convert(
 
 
 @click.command()
-@click.argument("inputs", nargs=-1, required=True, metavar="BASE ADAPTER")
+@click.argument("inputs", nargs=-1, metavar="BASE ADAPTER | BASE NAME=ADAPTER...")
 @output_option
 @click.option("--dtype", type=DTYPES, help="For all float tensors of the output; the base's own when not given.")
 @engine_options
+@combination_options
 @adapter_options
 @device_option
 @dry_run_option
@@ -184,24 +186,27 @@ def merge(
 ) -> None:
     """Write the merged model: every adapted weight changed exactly, everything else carried over byte for byte.
 
-    One argument is enough for a DCFT checkpoint, which holds its own base.
+    One argument is enough for a DCFT checkpoint, which holds its own base. Several adapters, each with a name, are
+    combined in delta space: merge BASE a=DIR b=DIR --weight a=0.7 --weight b=0.3 --combine ties --density 0.5.
     """
     from .checkpoint import resolve
-    from .merging import merge as run
+    from .merging import merge as merge_one
 
-    base, adapter = _pair(inputs)
     started = time.perf_counter()
+    stated = stated_recipe(inputs)
+    base, adapter = _pair(inputs) if stated is None else (stated[0] or stated[1].base, "")
     source = resolve(base if base is not None else adapter)
     total = sum(path.stat().st_size for path in source.iterdir() if path.is_file())
+    if stated is not None:
+        from .combining import combine
+
+        run: Callable[..., dict[str, Any]] = partial(combine, stated[1], output, base)
+    else:
+        run = partial(merge_one, base, adapter, output, base_kind=base_kind, options=_options(alpha, ranknum))
     with progress_bar("merging", total, quiet or as_json) as progress:
         content = run(
-            base,
-            adapter,
-            output,
             device=device,
             dtype=dtype,
-            base_kind=base_kind,
-            options=_options(alpha, ranknum),
             overwrite=overwrite,
             dry_run=dry_run,
             progress=progress,
@@ -265,7 +270,7 @@ def delta(
 
 
 @click.command()
-@click.argument("inputs", nargs=-1, required=True, metavar="[BASE] ADAPTER")
+@click.argument("inputs", nargs=-1, metavar="[BASE] ADAPTER | BASE NAME=ADAPTER...")
 @output_option
 @click.option(
     "--rank", help="A plain LoRA of this rank (16), or that keeps this energy (0.99); truncated, with its error."
@@ -286,6 +291,7 @@ def delta(
 @click.option("--end-to-end", is_flag=True, help="Compare the logits with the adapter as trained, on built-in prompts.")
 @click.option("--prompts", type=click.Path(path_type=Path, dir_okay=False), help="Prompts for it: a file, one a line.")
 @click.option("--max-error", type=float, help="Fail when a weight's relative error is above this.")
+@combination_options
 @adapter_options
 @device_option
 @dry_run_option
@@ -313,13 +319,34 @@ def factor(
     """Write LoRA-equivalent factors as a PEFT folder, exact unless --rank is given.
 
     DCFT, LoRA and PiSSA become a plain LoRA. DoRA and DuDe become a DoRA on the original base plus its row scales.
-    BASE may be left out where no base weight is needed (DCFT, LoRA).
+    BASE may be left out where no base weight is needed (DCFT, LoRA). Several named adapters give the factors of their
+    combination: exact for linear, truncated to --rank for the rest.
     """
     from .factors import factor as run
     from .factors import parse_rank, read_prompts
 
-    base, adapter = _pair(inputs)
     started = time.perf_counter()
+    stated = stated_recipe(inputs)
+    if stated is not None:
+        if budget is not None or calibrate is not None or end_to_end or prompts or max_error or scale == "exact":
+            raise click.UsageError("of a combination, factor takes --rank only")
+        from .combining import combine_factors
+
+        content = combine_factors(
+            stated[1],
+            output,
+            stated[0],
+            rank=parse_rank(rank) if rank is not None else None,
+            device=device,
+            overwrite=overwrite,
+            dry_run=dry_run,
+        )
+        _done(content, output, started, as_json, quiet)
+        if not as_json and not dry_run:
+            errors = [layer["relative_error"] for layer in content["layers"].values()]
+            click.echo(f"  {content['form']} of {len(errors)} weights; relative error of dW at most {max(errors):.2g}")
+        return
+    base, adapter = _pair(inputs)
     content = run(
         base,
         adapter,

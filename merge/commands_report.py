@@ -6,7 +6,7 @@ from pathlib import Path
 
 import click
 
-from .cli import adapter_options, emit, report_options, say
+from .cli import adapter_options, emit, read_options, report_options, say
 from .errors import OutputError
 
 
@@ -42,14 +42,13 @@ def report(
 
     Without --output a heat map is printed. With --json the data of every picture goes to stdout.
     """
-    from .formats import ReadOptions
     from .report import gather
 
     if output is not None and output.is_dir():
         raise OutputError(f"{output}: is a folder", expected="a file, such as report.html")
     if output is not None and output.exists() and not overwrite:
         raise OutputError(f"{output}: exists already", hint="choose another --output, or pass --overwrite")
-    options = ReadOptions(alpha=alpha, ranknum=ranknum)
+    options = read_options(alpha, ranknum)
     content = gather(target, base, base_kind=base_kind, options=options, parity=parity)
     if output is not None:
         from .report_page import write_page

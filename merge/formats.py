@@ -13,7 +13,8 @@ from .adapter import Adapter
 from .checkpoint import CANDIDATES, Checkpoint, open_checkpoint, read_json, read_weights, resolve
 from .dcft_checkpoint import holds_dcft, read_dcft_checkpoint
 from .dcft_reshape import read_dcft_reshape
-from .errors import AdapterError, InputError
+from .errors import AdapterError, InputError, Problem, raise_all
+from .headers import FLOAT_DTYPES
 from .kohya_format import IMAGE_PREFIXES, PREFIXES, holds_kohya, read_kohya
 from .mytransformers_format import read_mytransformers
 from .native_format import read_native
@@ -74,6 +75,12 @@ def detect(path: Path, stated: str | None = None) -> Detected:
     file = _single_file(path)
     if file is not None:
         names = tuple(ref.name for ref in read_weights(file).tensors)
+        if any(name.startswith("base_model.") for name in names):
+            raise AdapterError(
+                f"{file}: a PEFT adapter's tensors without their adapter_config.json",
+                expected="adapter_config.json beside it",
+                hint="rank, alpha and method stand only there: fetch the whole folder",
+            )
         if holds_kohya(names):
             return Detected(
                 "kohya", "certain" if _kohya_named(names) else "likely", "lora_down, lokr_ or hada_ tensors"
@@ -113,7 +120,18 @@ def open_adapter(folder: str | Path, options: ReadOptions | None = None, base: C
     options = options or ReadOptions()
     found = detect(path, options.format)
     adapter = _read(path, found, options, base)
+    raise_all(_wrong_dtypes(adapter), AdapterError)
     return replace(adapter, certainty=found.certainty, prefix=options.prefix)
+
+
+def _wrong_dtypes(adapter: Adapter) -> list[Problem]:
+    """Factors that are no floating-point numbers: quantised without their scales, or damaged."""
+    refs = {ref.name: ref for module in adapter.modules for ref in module.refs}
+    return [
+        Problem(f"{ref.file}: tensor {name!r} holds no plain numbers", "/".join(FLOAT_DTYPES), ref.dtype)
+        for name, ref in refs.items()
+        if ref.dtype not in FLOAT_DTYPES
+    ]
 
 
 def _read(path: Path, found: Detected, options: ReadOptions, base: Checkpoint | None) -> Adapter:

@@ -12,6 +12,7 @@ DUDE roles: lora_A.weight (r, in), lora_B.weight (out, r), lora_magnitude_vector
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Mapping
 from pathlib import Path
@@ -159,11 +160,12 @@ def dcft_modules(
             or c.shape[:2] != (1, 1)
             or a.shape[0] != b.shape[1]
             or 0 in (*a.shape, *b.shape, *c.shape)
+            or ("ranknum" in group and math.prod(group["ranknum"].shape) != 1)
         ):
             problems.append(
                 Problem(
                     f"{weights}: the tensors of {name} do not fit",
-                    "lora_A (r, in/k0), lora_B (out/k1, r), lora_C (1, 1, k0, k1)",
+                    "lora_A (r, in/k0), lora_B (out/k1, r), lora_C (1, 1, k0, k1), ranknum (1,)",
                     f"{a.shape}, {b.shape}, {c.shape}",
                 )
             )
