@@ -36,7 +36,7 @@ def inspect(
     quiet: bool,
     verbose: bool,
 ) -> None:
-    """Show what ADAPTER is, what it would do, and everything that is wrong with it. Reads headers only, but for --heat-map."""
+    """Show what ADAPTER is, what it would do, and all that is wrong with it. Reads headers only but for --heat-map."""
     from .inspection import inspect_adapter
 
     report = inspect_adapter(adapter, base, read_options(alpha, ranknum))

@@ -11,9 +11,6 @@ from .module_grid import ModuleGrid, grid_of
 if TYPE_CHECKING:
     from rich.table import Table
 
-    from .adapter import Adapter
-    from .checkpoint import Checkpoint
-
 BLOCKS = "▁▂▃▄▅▆▇█"
 SHADES = ("grey42", "grey58", "cyan4", "cyan3", "green3", "yellow3", "orange1", "red1")
 NOTHING = "·"
@@ -49,14 +46,6 @@ def _columns(grid: ModuleGrid, kind: str) -> list[int | None]:
     if any(cell.layer is None and cell.kind == kind for cell in grid.cells):
         return [None]
     return [layer for layer in grid.layers if layer is not None]
-
-
-def adapter_heat_table(opened: Adapter, checkpoint: Checkpoint) -> Table:
-    """What `inspect --base` shows: |dW| / |W| of every weight, from one pass over the adapted weights of the base."""
-    from .report import measure_adapter
-
-    figures = measure_adapter(opened, checkpoint)
-    return heat_table({name: found.relative_delta or 0.0 for name, found in figures.items()})
 
 
 def heat_table(values: Mapping[str, float], title: str = "|dW| / |W|") -> Table:

@@ -114,6 +114,19 @@ def gather(
     return content
 
 
+def changes(
+    adapter: str | Path, base: str | Path | None = None, *, alpha: float | None = None, ranknum: float | None = None
+) -> dict[str, float]:
+    """|dW| / |W| by module name, or |dW| without a base: what `inspect --heat-map` draws."""
+    checkpoint = open_checkpoint(base) if base is not None else None
+    opened = open_adapter(adapter, ReadOptions(alpha=alpha, ranknum=ranknum), checkpoint)
+    checkpoint = checkpoint or opened.own_base
+    found = measure_adapter(opened, checkpoint)
+    if checkpoint is None:
+        return {name: figures.delta_norm for name, figures in found.items()}
+    return {name: figures.relative_delta or 0.0 for name, figures in found.items()}
+
+
 def _stated_kind(manifest: Mapping[str, Any] | None) -> str | None:
     """Factors act on the original; any other adapter's base is told by evidence."""
     return "original" if manifest and manifest["artefact"] == "factors" else None

@@ -259,6 +259,18 @@ def test_the_command(base: Path, dude: Path, factors: Path, tmp_path: Path) -> N
     assert table.exit_code == 0 and "down_proj" in table.stdout and any(block in table.stdout for block in BLOCKS)
 
 
+def test_inspect_draws_the_heat_map(base: Path, dude: Path, tmp_path: Path) -> None:
+    runner = CliRunner()
+    shown = runner.invoke(group, ["inspect", str(dude), "--base", str(base), "--heat-map"])
+    assert shown.exit_code == 0, shown.output
+    assert "|dW| / |W|" in shown.stdout and any(block in shown.stdout for block in BLOCKS)
+    told = runner.invoke(group, ["inspect", str(dude), "--base", str(base), "--heat-map", "--json"])
+    found = {entry["name"]: entry["relative_delta"] for entry in gather(dude, base)["modules"]}
+    assert json.loads(told.stdout)["change"] == pytest.approx(found, rel=1e-4)
+    plain = dcft_adapter(base, tmp_path / "dcft")
+    assert "|dW|" in runner.invoke(group, ["inspect", str(plain), "--heat-map"]).stdout
+
+
 def test_the_factor_command_takes_everything(base: Path, dude: Path, tmp_path: Path) -> None:
     (tmp_path / "prompts.txt").write_text("w1 w2 w3\n")
     (tmp_path / "text.txt").write_text("w1 w2 w3 w4 w5 " * 40)
