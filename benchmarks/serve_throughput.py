@@ -1,8 +1,9 @@
 """Tokens per CPU second of mixed traffic in vLLM: base, plain LoRA and DuDe of equal rank, 1 to 16 adapters at once.
 
-    python benchmarks/serve_throughput.py [--rank 16] [--requests 32] [--tokens 16] [--rounds 3] [--json]
+    python benchmarks/serve_throughput.py [--layers 30] [--rank 16] [--requests 32] [--tokens 16] [--rounds 3] [--json]
 
-A random Llama with the shape of SmolLM2-135M and random adapters on all its linear layers: speed does not depend on
+A random Llama with the shape of SmolLM2-135M (--layers takes a thinner slice of it) and random adapters
+on all its linear layers: speed does not depend on
 the values. Three engines, each in a process of its own: vLLM without LoRA, stock vLLM with LoRA (our plugin off),
 and vLLM with the plugin. In the last one LoRA and DuDe traffic alternate, so that drift of the machine hits both.
 CPU seconds are those of the engine's process; the machine may do other things meanwhile.
@@ -22,7 +23,7 @@ from pathlib import Path
 from typing import Any
 
 COUNTS = (1, 4, 16)
-HIDDEN, INNER, LAYERS, HEADS, KV_HEADS, VOCAB = 576, 1536, 30, 9, 3, 49152
+HIDDEN, INNER, HEADS, KV_HEADS, VOCAB_PER_LAYER = 576, 1536, 9, 3, 49152 // 30
 SHAPES = {
     "self_attn.q_proj": (HIDDEN, HIDDEN),
     "self_attn.k_proj": (HIDDEN * KV_HEADS // HEADS, HIDDEN),
@@ -34,7 +35,7 @@ SHAPES = {
 }
 
 
-def make_base(folder: Path) -> None:
+def make_base(folder: Path, layers: int) -> None:
     import torch
     import transformers
 
@@ -42,17 +43,17 @@ def make_base(folder: Path) -> None:
     config = transformers.LlamaConfig(
         hidden_size=HIDDEN,
         intermediate_size=INNER,
-        num_hidden_layers=LAYERS,
+        num_hidden_layers=layers,
         num_attention_heads=HEADS,
         num_key_value_heads=KV_HEADS,
-        vocab_size=VOCAB,
+        vocab_size=VOCAB_PER_LAYER * layers,
         max_position_embeddings=2048,
         tie_word_embeddings=True,
     )
     transformers.LlamaForCausalLM(config).save_pretrained(folder)
 
 
-def make_adapter(folder: Path, rank: int, scaled: bool, seed: int) -> None:
+def make_adapter(folder: Path, layers: int, rank: int, scaled: bool, seed: int) -> None:
     """A factor folder with random values: LoRA, or what a DuDe adapter of half the rank becomes."""
     import torch
     from safetensors.torch import save_file
@@ -60,7 +61,7 @@ def make_adapter(folder: Path, rank: int, scaled: bool, seed: int) -> None:
     generator = torch.Generator().manual_seed(seed)
     folder.mkdir()
     tensors, scales = {}, {}
-    for layer in range(LAYERS):
+    for layer in range(layers):
         for module, (out, inner) in SHAPES.items():
             name = f"base_model.model.model.layers.{layer}.{module}"
             tensors[f"{name}.lora_A.weight"] = torch.randn(rank, inner, generator=generator) / inner**0.5
@@ -100,7 +101,7 @@ def engine(job: dict[str, Any]) -> None:
         **options,
     )
     chooser = random.Random(1)
-    prompts = [[chooser.randrange(VOCAB) for _ in range(32)] for _ in range(job["requests"])]
+    prompts = [[chooser.randrange(VOCAB_PER_LAYER * job["layers"]) for _ in range(32)] for _ in range(job["requests"])]
     sampling = SamplingParams(temperature=0, max_tokens=job["tokens"], ignore_eos=True, detokenize=False)
     numbers = {name: number for number, name in enumerate(job["adapters"], start=1)}
 
@@ -134,18 +135,18 @@ def main() -> None:
         engine(json.loads(sys.stdin.read()))
         return
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
-    for name, default in (("rank", 16), ("requests", 32), ("tokens", 16), ("rounds", 3)):
+    for name, default in (("layers", 30), ("rank", 16), ("requests", 32), ("tokens", 16), ("rounds", 3)):
         parser.add_argument(f"--{name}", type=int, default=default)
     parser.add_argument("--json", action="store_true")
     options = parser.parse_args()
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary)
-        make_base(folder / "base")
+        make_base(folder / "base", options.layers)
         adapters = {}
         for number in range(max(COUNTS)):
             for kind in ("lora", "dude"):
                 name = f"{kind}-{number}"
-                make_adapter(folder / name, options.rank, kind == "dude", number)
+                make_adapter(folder / name, options.layers, options.rank, kind == "dude", number)
                 adapters[name] = str(folder / name)
         found = {
             "no LoRA": measure(folder, options, [], {}, ""),
