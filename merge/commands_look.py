@@ -60,7 +60,8 @@ def _show(report: dict[str, Any]) -> None:
 
     console = Console(highlight=False)
     size = report["bytes"]
-    console.print(f"[bold]{report['method']}[/] adapter, {report['format']}: {report['path']}", soft_wrap=True)
+    kind = f"{report['format']} ({report['certainty']})"
+    console.print(f"[bold]{report['method']}[/] adapter, {kind}: {report['path']}", soft_wrap=True)
     console.print(f"base        {report['base_model'] or 'not named'}")
     human = f"{size / 1e6:.2f} MB" if size >= 1e5 else f"{size / 1e3:.1f} kB"
     console.print(f"trained     {report['parameters']:,} parameters, {human}, {report['modules']} weights")

@@ -17,7 +17,7 @@ from .binding import BoundAdapter, bind
 from .cards import adapter_table, card
 from .checkpoint import open_checkpoint
 from .dcft import DcftModule
-from .dude import principal_factors
+from .dude import orthonormal_factors, principal_factors
 from .errors import InputError, UnsupportedError
 from .factors import adapter_only
 from .formats import ReadOptions, open_adapter
@@ -27,6 +27,8 @@ from .native_format import FORMAT_VERSION
 from .output import MANIFEST, check_output, manifest, sha256, staged, write_json, write_text
 from .peft_format import PREFIX
 from .tensors import TORCH_DTYPES, read_tensor, write_safetensors
+
+SAFE_FORMATS = ("PEFT folder", "adapter-merge folder")
 
 
 def convert(
@@ -85,16 +87,23 @@ def _content(opened: Adapter, bound: BoundAdapter | None) -> tuple[dict[str, Any
     tensors: dict[str, Tensor] = {}
     if all(isinstance(module, DcftModule) for module in opened.modules):
         config = _dcft(opened.modules, tensors)
-    elif all(isinstance(module, LoraModule) for module in opened.modules):
+    elif all(_is_plain(module) for module in opened.modules) and opened.format in SAFE_FORMATS:
         config = _dude(opened, bound, tensors) if opened.method == "DuDe" else _lora(opened, tensors)
     else:
         raise UnsupportedError(
-            f"{opened.folder}: a {opened.method} adapter has no safe folder of its own",
-            hint="adapter-merge factor writes its exact LoRA-equivalent factors",
+            f"{opened.folder}: {opened.method} in a {opened.format} has no safe folder of its own",
+            hint="adapter-merge factor writes its exact LoRA-equivalent factors, merge takes it as it is",
         )
     for name, ref in opened.replacements.items():
         tensors[f"{PREFIX}{name}"] = read_tensor(ref)
     return {**config, **{key: value for key, value in common.items() if key not in config}}, tensors
+
+
+def _is_plain(module: AdaptedModule) -> bool:
+    """True for what PEFT's LoRA tensors, and nothing beside them, say in full."""
+    if not isinstance(module, LoraModule) or module.parameter != "weight":
+        return False
+    return module.e is None and module.frozen is None and not module.own_magnitude and module.magnitude_dim == 0
 
 
 def _targets(opened: Adapter) -> Any:
@@ -166,7 +175,8 @@ def _dude(opened: Adapter, bound: BoundAdapter | None, tensors: dict[str, Tensor
             assert isinstance(module, LoraModule) and module.initial is not None
             if not module.initial.refs:
                 weight = item.oriented_weight().to(torch.float32)
-                b, a = principal_factors(weight, module.rank, module.scale)
+                again = orthonormal_factors if module.initial.method == "qr" else principal_factors
+                b, a = again(weight, module.rank, module.scale)
                 tensors[f"{PREFIX}{module.name}.lora_A_init.weight"] = a.contiguous()
                 tensors[f"{PREFIX}{module.name}.lora_B_init.weight"] = b.contiguous()
         for module in opened.modules:

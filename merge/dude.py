@@ -59,6 +59,7 @@ def principal_factors(
 def orthonormal_factors(
     weight: Tensor,  # (out, in), float32
     rank: int,
+    scale: float = 1.0,  # plays no part
 ) -> tuple[Tensor, Tensor]:
     """B0 (out, r) and A0 (r, in): the first r columns of Q and rows of R, W0 = Q R (OLoRA, arXiv 2406.01775, sec. 3).
 

@@ -16,8 +16,10 @@ def inspect_adapter(
     """A report on `adapter`, and on its fit to `base` where one is given; "problems" holds all that was found."""
     problems: list[Problem] = []
     report: dict[str, Any] = {"path": str(adapter)}
+    from .checkpoint import open_checkpoint
+
     try:
-        opened = open_adapter(adapter, options)
+        opened = open_adapter(adapter, options, open_checkpoint(base) if base is not None else None)
     except AdapterMergeError as error:
         report["problems"] = [vars(problem) for problem in error.problems]
         return report
@@ -32,6 +34,7 @@ def inspect_adapter(
                 entry[key].append(value)
     report |= {
         "format": opened.format,
+        "certainty": opened.certainty,
         "method": opened.method,
         "base_model": opened.base_name,
         "modules": len(opened.modules),
@@ -45,7 +48,6 @@ def inspect_adapter(
     }
     if base is not None:
         from .binding import bind
-        from .checkpoint import open_checkpoint
 
         try:
             bound = bind(opened, open_checkpoint(base))

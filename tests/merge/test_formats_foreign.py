@@ -55,8 +55,15 @@ def randoms(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
 
 
 def mytransformers(
-    base: Path, folder: Path, *, generation: str, trainable: bool, wrapped: bool, method: str = "dude", iterations: int = 1
-) -> dict[str, Tensor]:  # fmt: skip
+    base: Path,
+    folder: Path,
+    *,
+    generation: str,
+    trainable: bool,
+    wrapped: bool,
+    method: str = "dude",
+    iterations: int = 1,
+) -> dict[str, Tensor]:
     """A checkpoint as its trainer writes it, and what its forward() computes with."""
     torch.manual_seed(5)
     state = load_file(base / "model.safetensors")

@@ -533,3 +533,26 @@ def test_token_beyond_the_embedding_is_refused(base: Callable[[str], Path], tmp_
 
 def test_tokens_are_the_ones_that_were_run() -> None:
     assert int(TOKENS.max()) < 64 and {3, 9, 30} & set(TOKENS.flatten().tolist())
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_a_converted_folder_is_the_same_adapter_or_refused(
+    case: str, base: Callable[[str], Path], tmp_path: Path
+) -> None:
+    from adapter_merge.merge.conversion import convert
+
+    name, kind, arguments = CASES[case]
+    with quiet():
+        config = getattr(peft, kind)(**arguments)
+    train(base(name), config, tmp_path / "a", scale=0.03 if "OLoRA" in case else 0.1)
+    try:
+        convert(tmp_path / "a", tmp_path / "c", base=base(name))
+    except UnsupportedError:
+        assert not (tmp_path / "c").exists()
+        return
+    merge(base(name), tmp_path / "a", tmp_path / "one", device="cpu")
+    merge(base(name), tmp_path / "c", tmp_path / "two", device="cpu")
+    one, two = (load_file(tmp_path / folder / "model.safetensors") for folder in ("one", "two"))
+    assert one.keys() == two.keys()
+    for key, value in one.items():
+        torch.testing.assert_close(value, two[key], atol=1e-6, rtol=0)
