@@ -101,7 +101,7 @@ class Factoriser:
             return self._finish(up, down, "exact", False, self._values(spectrum), None)
         plain = form.folded()
         left, s, right = core_svd(plain.up, plain.down)
-        kept = numerical_rank(s, max(form.shape))
+        kept = numerical_rank(s)
         if kept == plain.rank:
             up, down = plain.up, plain.down
         else:

@@ -13,6 +13,8 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
+NOISE = 4  # in float32 epsilons of the largest singular value
+
 
 @dataclass(frozen=True, eq=False)
 class Spectrum:
@@ -80,12 +82,12 @@ def product_norms(up: Tensor, down: Tensor) -> tuple[float, float]:
     return float(torch.linalg.vector_norm(s)), float(s[0])
 
 
-def numerical_rank(s: Tensor, size: int) -> int:
-    """How many of the singular values `s` (falling) of a matrix of that larger side are not float32 noise; at least 1.
+def numerical_rank(s: Tensor) -> int:
+    """How many of the singular values `s` (falling) are more than the rounding of a float32 file; at least 1.
 
-    The factors come from float32 files: what is below their precision is noise.
+    The bound does not grow with the matrix: a small value that was trained stays, whatever the weight's size.
     """
-    return max(1, int((s > s[0] * size * torch.finfo(torch.float32).eps).sum()))
+    return max(1, int((s > s[0] * NOISE * torch.finfo(torch.float32).eps).sum()))
 
 
 def reduce_rank(up: Tensor, down: Tensor) -> tuple[Tensor, Tensor]:
@@ -94,7 +96,7 @@ def reduce_rank(up: Tensor, down: Tensor) -> tuple[Tensor, Tensor]:
     up (out, R), down (R, in), float64. Through the QR cores: no (out, in) matrix is formed.
     """
     left, s, right = core_svd(up, down)
-    kept = numerical_rank(s, max(up.shape[0], down.shape[1]))
+    kept = numerical_rank(s)
     if kept == down.shape[0]:
         return up, down
     root = s[:kept].sqrt()
@@ -108,7 +110,7 @@ def low_rank_spectrum(
 ) -> Spectrum:
     """The whole spectrum of up @ down (of up @ down @ S), numerically zero values dropped, from factors alone."""
     left, s, _ = core_svd(up, down if root is None else down @ root)
-    kept = numerical_rank(s, max(up.shape[0], down.shape[1]))
+    kept = numerical_rank(s)
     left = left[:, :kept]
     squares = s[:kept].square()
     return Spectrum(left, (left.T @ up) @ down, squares, float(s.square().sum()), full=True)
@@ -126,7 +128,7 @@ def kronecker_spectrum(
     u1, s1, v1 = torch.linalg.svd(first, full_matrices=False)
     u2, s2, v2 = torch.linalg.svd(second, full_matrices=False)
     values, order = torch.outer(s1, s2).reshape(-1).sort(descending=True, stable=True)
-    kept = numerical_rank(values, max(first.shape[0] * second.shape[0], first.shape[1] * second.shape[1]))
+    kept = numerical_rank(values)
     count = kept if limit is None else min(kept, limit)
     one, two = order[:count] // len(s2), order[:count] % len(s2)
     left = (u1[:, None, one] * u2[None, :, two]).reshape(-1, count)

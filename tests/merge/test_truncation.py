@@ -184,6 +184,16 @@ def test_an_energy_next_to_one_takes_what_there_is_and_no_more(energy: float) ->
     assert 1 <= single <= 64
 
 
+def test_a_small_value_of_a_large_weight_is_kept() -> None:
+    torch.manual_seed(11)
+    q, _ = torch.linalg.qr(torch.randn(11_008, 4).double())
+    p, _ = torch.linalg.qr(torch.randn(4_096, 4).double())
+    values = torch.tensor([1.0, 0.5, 1e-3, 1e-9]).double()  # the last is below what float32 files hold
+    up, down = reduce_rank(q * values, p.T.contiguous())
+    assert up.shape[1] == 3
+    assert product_norms(torch.cat((q * values, -up), 1), torch.cat((p.T, down), 0))[0] < 1e-8
+
+
 def test_energy_of_nothing_is_rank_one() -> None:
     assert rank_for_energy(torch.zeros(5), 0.99) == 1
     up, down = truncate(torch.zeros(4, 6), 0.99)
