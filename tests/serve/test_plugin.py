@@ -190,16 +190,16 @@ def test_every_symbol_is_where_it_was() -> None:
         "import vllm.lora.utils as u; del u._all_lora_classes",
         "import vllm.lora.layers as l; del l.RowParallelLinearWithShardedLoRA",
         "import vllm.lora.layers as l; l.ReplicatedLinearWithLoRA.apply = lambda self, x: x",
-        "from vllm.lora.model_manager import LoRAModelManager as m; m.activate_adapter = lambda self, i: True",
-        "from vllm.lora.lora_model import LoRAModel as m; m.from_local_checkpoint = classmethod(lambda c, d: 0)",
+        "m.LoRAModelManager.activate_adapter = lambda self, i: True",
+        "from vllm.lora.lora_model import LoRAModel as x; x.from_local_checkpoint = classmethod(lambda c, d: 0)",
         "from vllm.lora.peft_helper import PEFTHelper as h; del h.from_local_dir",
     ],
 )
 def test_unknown_vllm_is_left_alone(damage: str) -> None:
     """With one name moved nothing is patched, and the log says what is missing and what follows."""
     out = python(
-        f"{damage}\n"
         "import vllm.lora.model_manager as m\n"
+        f"{damage}\n"
         "before = (m.LoRAModelManager._add_adapter, m.from_layer.__globals__.get('_all_lora_classes'))\n"
         "from adapter_merge.serve import plugin\n"
         "plugin.register()\n"
