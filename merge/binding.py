@@ -145,6 +145,19 @@ def bind(adapter: Adapter, base: Checkpoint, base_kind: str | None = None) -> Bo
             problems.append(
                 Problem(f"{target}: the adapter's tensor does not fit the base", str(old.shape), str(ref.shape))
             )
+        if (
+            old is None
+            and adapter.own_base is None
+            and not _is_saved_module(name, adapter)
+            and target not in TIED_HEADS
+        ):
+            problems.append(
+                Problem(
+                    f"{target}: the base has no such tensor",
+                    "a tensor of the base, or of a module in modules_to_save",
+                    hint="an unknown tensor of the adapter is never written into a model",
+                )
+            )
         replacements[target] = ref
     problems += _overlaps(modules)
     if problems:
@@ -324,6 +337,13 @@ def _resized(name: str, old: TensorRef, new: TensorRef) -> bool:
     return head and len(old.shape) == len(new.shape) and old.shape[1:] == new.shape[1:]
 
 
+def _is_saved_module(name: str, adapter: Adapter) -> bool:
+    """True for a tensor of a module that the adapter's config lists as saved in full: a head the base lacks."""
+    saved = adapter.config.get("modules_to_save")
+    names = [one for one in saved if isinstance(one, str)] if isinstance(saved, list) else []
+    return any(f".{one}." in f".{name}" for one in names)
+
+
 def _renaming(adapter: Adapter, base: Checkpoint) -> tuple[Renaming, tuple[str, ...]]:
     """How the adapter's names become the base's, and other ways that would do as well."""
     wanted: list[tuple[str, tuple[int, int] | None]] = []
@@ -426,8 +446,9 @@ def _with_base_kind(bound: BoundAdapter, base_kind: str | None) -> BoundAdapter:
     """Decide whether the base is the original or the residual, and drop the residual step in the latter case."""
     principal = [m for m in bound.modules if isinstance(m.module, LoraModule) and m.module.initial is not None]
     if not principal:
-        return bound
+        return _check_residual(bound) if base_kind is None else bound
     evidence = None
+    stated = bound.adapter.config.get("base") if bound.adapter.config.get("peft_type") == "DUDE" else None
     initials = [m.module.initial for m in principal if isinstance(m.module, LoraModule) and m.module.initial]
     lost = next((i.method for i in initials if i.method in LOST_INITS and not i.refs), None)
     measurable = all(i.method in ("svd", "qr", "pissa_niter") for i in initials)
@@ -453,6 +474,13 @@ def _with_base_kind(bound: BoundAdapter, base_kind: str | None) -> BoundAdapter:
         evidence = f"cosine of base and B A: {min(cosines):.3f} .. {max(cosines):.3f} over {len(cosines)} weights"
         if min(cosines) >= ORIGINAL_ABOVE:
             base_kind = "original"
+        elif max(cosines) <= RESIDUAL_BELOW and stated == "original":
+            raise MismatchError(
+                "the adapter was trained beside the original base, and this is not it",
+                expected=f"cosine >= {ORIGINAL_ABOVE} for every weight",
+                got=evidence,
+                hint="another model, or the residual: pass --base-kind residual if it is",
+            )
         elif max(cosines) <= RESIDUAL_BELOW:
             base_kind = "residual"
         else:
@@ -471,6 +499,27 @@ def _with_base_kind(bound: BoundAdapter, base_kind: str | None) -> BoundAdapter:
         for item in bound.modules
     )
     return replace(bound, modules=modules, base_kind="residual", evidence=evidence)
+
+
+def _check_residual(bound: BoundAdapter) -> BoundAdapter:
+    """A DuDe folder that says it belongs to the residual must not meet the original: nothing would be subtracted."""
+    if bound.adapter.config.get("peft_type") != "DUDE" or bound.adapter.config.get("base") != "residual":
+        return bound
+    step = max(1, len(bound.modules) // EVIDENCE_SAMPLES)
+    cosines = [
+        base_evidence(item.oriented_weight(), read_tensor(item.module.a), read_tensor(item.module.b))
+        for item in bound.modules[::step][:EVIDENCE_SAMPLES]
+        if isinstance(item.module, LoraModule)
+    ]
+    evidence = f"cosine of base and B A: {min(cosines):.3f} .. {max(cosines):.3f} over {len(cosines)} weights"
+    if max(cosines) >= ORIGINAL_ABOVE:
+        raise MismatchError(
+            "the adapter was trained on the residual base, and this is the original",
+            expected=f"cosine <= {RESIDUAL_BELOW} for every weight",
+            got=evidence,
+            hint="give the residual base, or pass --base-kind residual if you are sure that it is one",
+        )
+    return replace(bound, base_kind="residual", evidence=evidence)
 
 
 def _dtyped(item: BoundModule) -> BoundModule:

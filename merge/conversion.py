@@ -25,6 +25,7 @@ from .lora import LoraModule
 from .merging import describe_inputs
 from .native_format import FORMAT_VERSION
 from .output import MANIFEST, check_output, manifest, sha256, staged, write_json, write_text
+from .peft_folder import saved_modules
 from .peft_format import PREFIX
 from .tensors import TORCH_DTYPES, read_tensor, write_safetensors
 
@@ -82,7 +83,7 @@ def _content(opened: Adapter, bound: BoundAdapter | None) -> tuple[dict[str, Any
         "base_model_name_or_path": opened.base_name,
         "task_type": opened.config.get("task_type"),
         "target_modules": _targets(opened),
-        "modules_to_save": sorted({name.rpartition(".")[0] for name in opened.replacements}) or None,
+        "modules_to_save": saved_modules({name.rpartition(".")[0] for name in opened.replacements}, opened),
     }
     tensors: dict[str, Tensor] = {}
     if all(isinstance(module, DcftModule) for module in opened.modules):

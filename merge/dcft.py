@@ -13,10 +13,12 @@ adds Delta untransposed.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from .errors import AdapterError
 from .form import CanonicalForm
 from .headers import TensorRef
 from .lazy_torch import torch
@@ -68,6 +70,13 @@ class DcftModule:
     ) -> CanonicalForm:
         """The canonical form in `dtype`; `weight` is never called."""
         number = self.ranknum if isinstance(self.ranknum, float) else float(read(self.ranknum).reshape(-1)[0])
+        if not (math.isfinite(number) and number > 0):
+            raise AdapterError(
+                f"{self.name}: ranknum is no usable number",
+                expected="the rank that the training counted, > 0",
+                got=str(number),
+                hint="pass --ranknum NUMBER",
+            )
         scale = self.alpha / (number + RANKNUM_EPSILON)
         up, down = dcft_factors(read(self.a), read(self.b), read(self.c)[0, 0], self.stride, scale)
         return CanonicalForm(up.to(dtype), down.to(dtype))
@@ -100,7 +109,8 @@ def dcft_factors(
 ) -> tuple[Tensor, Tensor]:
     """up (out, R) and down (R, in) in float64 with up @ down == dW; R = r_sub * numerical rank of the kernel."""
     u, s, vh = torch.linalg.svd(c.to(torch.float64), full_matrices=False)
-    kept = max(1, int((s > s[0] * max(c.shape) * torch.finfo(c.dtype).eps).sum()))
+    # Noise is what lies below float32's precision, whatever the stored dtype: a bfloat16 kernel is exact in float64.
+    kept = max(1, int((s > s[0] * max(c.shape) * torch.finfo(torch.float32).eps).sum()))
     root = s[:kept].sqrt()  # (j,)
     down = deconvolve(a.to(torch.float64), (u[:, :kept] * root).T, stride[0])  # (R, in)
     up = deconvolve(b.to(torch.float64).T, root[:, None] * vh[:kept], stride[1])  # (R, out)

@@ -12,7 +12,7 @@ from dataclasses import replace
 
 from .adapter import Adapter
 from .checkpoint import Checkpoint
-from .errors import AdapterError, Problem, raise_all
+from .errors import AdapterError, MismatchError, Problem, raise_all
 from .headers import TensorRef
 from .native_format import DCFT_ROLE, dcft_modules, group_dcft
 
@@ -50,6 +50,11 @@ def read_dcft_checkpoint(
     for name in groups:
         if f"{name}.weight" not in others or len(others[f"{name}.weight"].shape) != 2:
             problems.append(Problem(f"{weights}: {name} has DCFT tensors but no (out, in) weight"))
+    problems += [
+        Problem(f"{weights}: unknown tensor {name!r}", expected="lora_A, lora_B, lora_C, ranknum")
+        for name in others
+        if name.rpartition(".")[2].startswith(("lora_", "loraA", "loraB")) or ".lora_" in name
+    ]
     raise_all(problems, AdapterError)
     shapes = {name: others[f"{name}.weight"].shape for name in groups}
     config = checkpoint.config
@@ -71,6 +76,8 @@ def read_dcft_checkpoint(
         {key: value for key, value in config.items() if key not in TRAINING_KEYS},
     )
     adapted = {module.name for module in modules}
+    if base is not None:
+        _check_base(others, adapted, base)
     return Adapter(
         folder=checkpoint.folder,
         format="DCFT checkpoint",
@@ -82,6 +89,20 @@ def read_dcft_checkpoint(
         own_base=own,
         files=tuple(dict.fromkeys(shard.file for shard in checkpoint.shards)),
     )
+
+
+def _check_base(others: Mapping[str, TensorRef], adapted: set[str], base: Checkpoint) -> None:
+    """The checkpoint holds the frozen weights that it was trained on: a base with others is another base."""
+    names = [f"{name}.weight" for name in sorted(adapted)]
+    problems = [
+        Problem(f"{name}: the base's weight is not the one that the checkpoint was trained on")
+        for name in names
+        if name in base.tensors and base.tensors[name].dtype == others[name].dtype
+        and not same_bytes(base.tensors[name], others[name])
+    ]  # fmt: skip
+    if problems:
+        hint = "leave BASE out: the checkpoint holds its own"
+        raise MismatchError([*problems[:10], Problem(f"{len(problems)} of {len(names)} weights differ", hint=hint)])
 
 
 def trained_tensors(

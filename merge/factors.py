@@ -47,6 +47,9 @@ Pair = tuple[AdaptedModule, BoundModule | None]
 BUDGET_ROUNDS = 6
 
 
+EXACT = 1e-5  # relative error of dW: what float32 factors of a small dW on a large W0 can be off by
+
+
 def factor(
     base: str | Path | None,
     adapter: str | Path,
@@ -152,7 +155,13 @@ def factor(
     scaled = any(item.magnitude is not None for item in factored)
     replacements = dict(bound.replacements if bound is not None else opened.replacements)
     content["form"] = "lora+row_scale" if scaled else "lora"
-    content["exact"] = not limited
+    worst = max((item.figures.relative_error for item in factored), default=0.0)
+    content["exact"] = not limited and worst <= EXACT
+    if not limited and worst > EXACT:
+        content["warnings"] = [
+            f"not exact: relative error of dW up to {worst:.2g}. The residual beside which the adapter was trained was "
+            "rounded to half precision, which no low-rank factor expresses: merge it, or factor it on the residual base"
+        ]
     content["certificate"] = summary(layers)
     content["layers"] = {name: figures.as_json() for name, figures in layers.items()}
     with staged(output, overwrite) as folder:

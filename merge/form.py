@@ -31,6 +31,14 @@ class Residual:
     down: Tensor  # (r, in)
     dtype: torch.dtype
 
+    def rows_(self, block: Tensor, rows: slice) -> Tensor:
+        """W_f's rows for `block` (n, in) of W0, in `dtype`; computed in float32 as at training, whatever block's dtype.
+
+        Rounding a float64 difference instead would change bits that the adapter was trained beside.
+        """
+        product = self.up[rows].to(torch.float32) @ self.down.to(torch.float32)
+        return torch.sub(block.to(torch.float32), product).to(self.dtype)
+
 
 @dataclass(frozen=True, eq=False)
 class CanonicalForm:
@@ -121,9 +129,7 @@ class CanonicalForm:
         """block (n, in), rows start .. start+n of W0, becomes the same rows of W_f + up @ down, in place."""
         rows = slice(start, start + block.shape[0])
         if self.residual is not None:
-            block.addmm_(self.residual.up[rows], self.residual.down, alpha=-1)
-            if self.residual.dtype != block.dtype:
-                block.copy_(block.to(self.residual.dtype))
+            block.copy_(self.residual.rows_(block, rows))
         return block.addmm_(self.up[rows], self.down)
 
     def apply_(self, block: Tensor, start: int) -> Tensor | None:

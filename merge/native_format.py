@@ -52,6 +52,7 @@ def read_native(folder: Path, alpha: float | None = None, ranknum: float | None 
         groups, replacements, found = group_dcft(shard.tensors, PREFIX, weights)
         chosen = config.get("lora_alpha") if alpha is None else alpha
         modules, more = dcft_modules(groups, chosen, config.get("stride"), None, weights, ranknum)
+        problems += _untrue(config, modules, config_file)
         method = "DCFT"
     else:
         parts = group_tensors(shard.tensors, weights, LORA_ROLES)
@@ -70,6 +71,20 @@ def read_native(folder: Path, alpha: float | None = None, ranknum: float | None 
         fan_in_fan_out=bool(config.get("fan_in_fan_out")),
         files=(config_file, weights),
     )
+
+
+def _untrue(config: Mapping[str, Any], modules: tuple[AdaptedModule, ...], config_file: Path) -> list[Problem]:
+    """Where a DCFT config says another rank or kernel than its tensors have."""
+    found = [module for module in modules if isinstance(module, DcftModule)]
+    ranks = {module.a.shape[0] for module in found}
+    kernels = {module.kernel for module in found}
+    problems = []
+    if found and "r" in config and config["r"] != max(ranks):
+        problems.append(Problem(f"{config_file}: r is not the tensors'", str(max(ranks)), repr(config["r"])))
+    stated = config.get("kernel_size")
+    if found and stated is not None and (not _is_pair(stated) or {tuple(stated)} != kernels):
+        problems.append(Problem(f"{config_file}: kernel_size is not the tensors'", str(sorted(kernels)), repr(stated)))
+    return problems
 
 
 def _initial(config: Mapping[str, Any], problems: list[Problem]) -> Initial | None:
@@ -143,6 +158,9 @@ def dcft_modules(
     if stride is not None and not _is_pair(stride):
         problems.append(Problem(f"{weights.parent}: stride is wrong in the config", "[s0, s1]", repr(stride)))
         stride = None
+    for label, said in (("lora_alpha", alpha), ("ranknum", ranknum)):
+        if isinstance(said, int | float) and not (math.isfinite(said) and (label == "lora_alpha" or said > 0)):
+            problems.append(Problem(f"{weights.parent}: {label} is no usable number", "finite, ranknum > 0", str(said)))
     for name, group in sorted(groups.items()):
         needed = ("lora_A", "lora_B", "lora_C") if ranknum is not None else ("lora_A", "lora_B", "lora_C", "ranknum")
         missing = [role for role in needed if role not in group]
@@ -192,7 +210,25 @@ def dcft_modules(
             modules.append(DcftModule(name, a, b, c, number, float(alpha), strides))
     if not groups:
         problems.append(Problem(f"{weights}: holds no DCFT tensors (lora_A, lora_B, lora_C)"))
-    return tuple(modules), problems
+    return tuple(modules), problems + _stray_strides(modules, weights)
+
+
+def _stray_strides(modules: list[AdaptedModule], weights: Path) -> list[Problem]:
+    """Modules whose stride leaves gaps between the kernels although others' does not: their factors were cut."""
+    gaps = [
+        m for m in modules if isinstance(m, DcftModule) and any(s > k for s, k in zip(m.stride, m.kernel, strict=True))
+    ]
+    if not gaps or len(gaps) == len(modules):
+        return []
+    return [
+        Problem(
+            f"{weights}: the factors of {module.name} fit its weight with gaps only",
+            f"a stride of at most the kernel's size, {module.kernel}, as in the other modules",
+            f"stride {module.stride}",
+            "in and out must be divisible by the kernel size",
+        )
+        for module in gaps
+    ]
 
 
 def _is_pair(value: object) -> bool:

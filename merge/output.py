@@ -30,7 +30,9 @@ def check_output(output: Path, overwrite: bool, inputs: tuple[Path, ...] = ()) -
     if output.exists() or output.is_symlink():
         if not overwrite:
             raise OutputError(f"{output}: exists already", hint="choose another --output, or pass --overwrite")
-        if output.is_dir() and any(output.iterdir()) and not (output / MANIFEST).is_file():
+        if not output.is_dir():
+            raise OutputError(f"{output}: is a file, so it is not replaced", hint="choose another --output")
+        if any(output.iterdir()) and not (output / MANIFEST).is_file():
             raise OutputError(
                 f"{output}: exists and was not written by adapter-merge, so it is not replaced",
                 expected=f"a folder that holds {MANIFEST}",

@@ -121,6 +121,21 @@ def _module_path(model: nn.Module, name: str) -> str:
     raise UnsupportedError(f"{name}: the model class {type(model).__name__} has no such module")
 
 
+def live_layer(model: nn.Module, name: str) -> nn.Module:
+    """The adapted layer `name` of a live model (`trained_model`)."""
+    get_base_model = getattr(model, "get_base_model", None)
+    inner = get_base_model() if callable(get_base_model) else model
+    assert isinstance(inner, nn.Module)
+    return inner.get_submodule(_module_path(inner, name))
+
+
+def is_embedding(layer: nn.Module) -> bool:
+    """True for a layer that takes token ids."""
+    get_base_layer = getattr(layer, "get_base_layer", None)
+    inner = get_base_layer() if callable(get_base_layer) else layer
+    return isinstance(inner, nn.Embedding)
+
+
 def _in_peft(model: nn.Module, bound: BoundAdapter) -> nn.Module:
     require("peft")
     import peft

@@ -24,13 +24,22 @@ from .formats import ReadOptions
 from .headers import TensorRef
 from .merging import open_pair
 from .output import read_manifest
-from .reference import load_model, quiet_libraries, replace_tensors, require, trained_model
+from .reference import (
+    is_embedding,
+    live_layer,
+    load_model,
+    quiet_libraries,
+    replace_tensors,
+    require,
+    trained_model,
+)
 from .tensors import TORCH_DTYPES, read_tensor
 
 LOGIT_TOLERANCE = 1e-4
 WEIGHT_TOLERANCE = 1e-5  # relative error of dW, float32
 FLOAT32_ERROR = 8 * 2**-24  # a few roundings of a float32 sum, relative to its terms
 GENERATED = 32
+PROBES = 8
 PROMPTS = (
     "What is the capital of France?",
     "How do I make a good cup of tea?",
@@ -84,7 +93,7 @@ def verify(
     if kind == "onnx":
         if onnx is None:
             raise InputError(f"{folder}: an ONNX folder", hint="pip install 'adapter-merge[onnx]'")
-        return onnx(bound.base.folder, bound.adapter.folder, folder, prompts=prompts)
+        return onnx(bound.base.folder, bound.adapter.folder, folder, prompts=prompts, bar=tolerance)
     report: dict[str, Any] = {
         "artefact": kind,
         "path": str(folder),
@@ -111,6 +120,9 @@ def verify(
     if not weights_only:
         limit = tolerance if tolerance is not None else (math.inf if half else LOGIT_TOLERANCE)
         report["tolerance"] = None if math.isinf(limit) else limit
+        wrong = _independent(bound, trained_model(bound, torch.float64))
+        if wrong:
+            problems.append(f"the live adapter computes other weights in {len(wrong)} modules, first {wrong[0]}")
         paths = _paths(bound, prompts, generated)
         figures = _compare_logits(bound, folder, kind, paths, torch.float32)
         report["logits"] = asdict(figures)
@@ -190,6 +202,8 @@ def _figures(base: Tensor, exact: Tensor, got: Tensor, dtype: torch.dtype) -> We
     typical = torch.linalg.vector_norm(base) / math.sqrt(base.numel())
     arithmetic = FLOAT32_ERROR * (base.abs() + (exact - base).abs() + typical)
     excess = float((((got - exact).abs() - arithmetic) / ulp - 0.5).max())
+    if math.isnan(error) or math.isnan(excess):
+        return WeightFigures(math.inf, math.inf)
     return WeightFigures(error / size if size else error, max(0.0, excess))
 
 
@@ -207,6 +221,9 @@ def _merged_weights(bound: BoundAdapter, merged: Checkpoint) -> dict[str, Weight
 
 def _delta_weights(bound: BoundAdapter, folder: Path) -> dict[str, WeightFigures]:
     refs = {ref.name: ref for ref in read_weights(folder / "delta.safetensors").tensors}
+    extra = sorted(set(refs) - {item.name for item in bound.modules})
+    if extra:
+        raise ParityError(f"{folder}: has deltas of weights that the adapter does not change", got=", ".join(extra[:5]))
     layers = {}
     for item in bound.modules:
         if item.name not in refs:
@@ -220,6 +237,20 @@ def _delta_weights(bound: BoundAdapter, folder: Path) -> dict[str, WeightFigures
 def _factor_weights(bound: BoundAdapter, folder: Path) -> dict[str, WeightFigures]:
     factors = open_pair(bound.base.folder, folder, "original")
     by_name = {item.name: item for item in factors.modules}
+    extra = sorted(set(by_name) - {item.name for item in bound.modules})
+    heads = [
+        name
+        for name in sorted(bound.replacements.keys() | factors.replacements.keys())
+        if name not in bound.replacements
+        or name not in factors.replacements
+        or not _same(bound.replacements[name], factors.replacements[name])
+    ]
+    if extra or heads:
+        raise ParityError(
+            f"{folder}: holds other tensors than the adapter",
+            expected="the adapter's weights, heads and biases",
+            got=f"different or missing: {', '.join([*extra, *heads][:5])}",
+        )
     layers = {}
     for item in bound.modules:
         if item.name not in by_name:
@@ -262,6 +293,36 @@ def _same(ref: TensorRef, found: TensorRef) -> bool:
 
 
 # -- running the models --------------------------------------------------------------------------------
+
+
+def _independent(bound: BoundAdapter, live: nn.Module) -> list[str]:
+    """Modules whose live forward is not the W' that the weights were compared with.
+
+    `live` is the adapter as trained, in float64. Each module gets random inputs X (PROBES, in); its answer without
+    the bias must be X W'^T. The weight figures rest on the project's own algebra; this holds that algebra against code
+    that does not share it, and a shared mistake cannot pass.
+    """
+    source = torch.Generator().manual_seed(0)
+    wrong = []
+    for item in bound.modules:
+        layer = live_layer(live, item.module.name)
+        base, exact = _exact_weight(item)
+        if base.dim() != 2 or not hasattr(layer, "forward"):
+            continue
+        turned = exact.T if item.transposed else exact
+        base = base.T if item.transposed else base
+        if is_embedding(layer):
+            ids = torch.randint(turned.shape[0], (PROBES,), generator=source)
+            got, want, plain = layer(ids), turned[ids], base[ids]
+        else:
+            x = torch.randn(PROBES, turned.shape[1], generator=source, dtype=torch.float64)
+            with torch.no_grad():
+                got = layer(x) - layer(torch.zeros_like(x))
+            want, plain = x @ turned.T, x @ base.T
+        error = torch.linalg.vector_norm(got - want) / torch.linalg.vector_norm(want - plain).clamp_min(1e-300)
+        if not float(error) <= WEIGHT_TOLERANCE:
+            wrong.append(item.name)
+    return wrong
 
 
 @dataclass(frozen=True)

@@ -45,17 +45,20 @@ class Hung(Exception):
     """A case took too long."""
 
 
-def base_model(folder: Path) -> Path:
+def base_tensors() -> dict[str, torch.Tensor]:
     torch.manual_seed(0)
-    folder.mkdir()
-    tensors = {
+    return {
         f"{EMBED}.weight": torch.randn(16, IN),
         f"{Q}.weight": torch.randn(OUT, IN),
         f"{Q}.bias": torch.randn(OUT),
         f"{V}.weight": torch.randn(IN, IN),
         "lm_head.weight": torch.randn(16, IN),
     }
-    save_file(tensors, folder / "model.safetensors", {"format": "pt"})
+
+
+def base_model(folder: Path) -> Path:
+    folder.mkdir()
+    save_file(base_tensors(), folder / "model.safetensors", {"format": "pt"})
     (folder / "config.json").write_text(json.dumps({"model_type": "llama", "tie_word_embeddings": False}))
     return folder
 
@@ -75,6 +78,7 @@ def _pickled(tensors: dict[str, Any]) -> bytes:
 
 def seeds() -> dict[str, Files]:
     """Well-formed adapters of every format, as files in memory."""
+    frozen = base_tensors()
     torch.manual_seed(1)
     plain: dict[str, Any] = {"peft_type": "LORA", "r": RANK, "lora_alpha": 4, "target_modules": ["q_proj", "v_proj"]}
     two = _pair(Q, OUT) | _pair(V, IN)
@@ -109,7 +113,7 @@ def seeds() -> dict[str, Files]:
             "adapter_model.safetensors": save(tensors, {"format": "pt"}),
         }
 
-    model = {f"{Q}.weight": torch.randn(OUT, IN), f"{Q}.bias": torch.randn(OUT)}
+    model = {f"{Q}.weight": frozen[f"{Q}.weight"], f"{Q}.bias": frozen[f"{Q}.bias"]}
     # fmt: off
     return {
         "lora": folder({**plain, "rank_pattern": {"q_proj": RANK}, "alpha_pattern": {"v_proj": 3}}, two),

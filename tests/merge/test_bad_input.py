@@ -337,6 +337,73 @@ def test_an_input_is_never_the_output(tmp_path: Path, base: Path, adapter: Path)
     assert snapshot(tmp_path) == before
 
 
+def test_a_file_is_never_overwritten(tmp_path: Path, base: Path, adapter: Path) -> None:
+    (tmp_path / "notes.txt").write_text("mine")
+    with pytest.raises(errors.OutputError):
+        merge(base, adapter, tmp_path / "notes.txt", overwrite=True)
+    assert (tmp_path / "notes.txt").read_text() == "mine"
+
+
+def test_a_dude_folder_of_the_residual_on_the_original(tmp_path: Path, base: Path) -> None:
+    """Converted beside the residual, merged on the original: nothing would be subtracted, silently."""
+    import peft
+
+    live = pico.peft_adapter(pico.pico_model("llama"), "llama", tmp_path / "peft", **pico.METHODS["dude"])
+    for layer in live.modules():
+        if isinstance(layer, peft.tuners.lora.LoraLayer):
+            layer.lora_A.clear(), layer.lora_B.clear()
+    residual = pico.save_base(live.unload(), tmp_path / "residual")
+    convert(tmp_path / "peft", tmp_path / "adapter", base=residual)
+    refuses(errors.MismatchError, "residual", tmp_path, merge, base, tmp_path / "adapter")
+    assert merge(residual, tmp_path / "adapter", tmp_path / "merged")["adapters"][0]["base_kind"] == "residual"
+
+
+def test_a_dude_folder_of_the_original_on_another_model(tmp_path: Path, base: Path) -> None:
+    pico.peft_adapter(pico.pico_model("llama"), "llama", tmp_path / "peft", **pico.METHODS["dude"])
+    convert(tmp_path / "peft", tmp_path / "adapter", base=base)
+    other = pico.save_base(pico.pico_model("llama", seed=5), tmp_path / "other")
+    refuses(errors.MismatchError, "original", tmp_path, merge, other, tmp_path / "adapter")
+
+
+def test_a_dcft_checkpoint_on_another_base(tmp_path: Path, checkpoint: Path) -> None:
+    other = pico.save_base(pico.pico_model("llama", seed=5), tmp_path / "other")
+    refuses(errors.MismatchError, "trained on", tmp_path, merge, other, checkpoint)
+
+
+@pytest.mark.parametrize("options", [{"alpha": float("nan")}, {"ranknum": 0.0}, {"ranknum": -1e-5}])
+def test_numbers_that_are_none(options: dict[str, float], tmp_path: Path, checkpoint: Path) -> None:
+    for run, args in ((merge, (None, checkpoint)), (convert, (checkpoint,)), (factor, (None, checkpoint))):
+        refuses(errors.AdapterError, "usable", tmp_path, run, *args, options=ReadOptions(**options))
+
+
+def test_a_cut_factor_is_no_odd_stride(tmp_path: Path, checkpoint: Path) -> None:
+    state = torch.load(checkpoint / "pytorch_model.bin", weights_only=True)
+    name = first(state, "q_proj.lora_A")
+    state[name] = state[name][:, :-1].clone()  # 5 steps of stride 10 under a kernel of 8 would give 48 as well
+    torch.save(state, checkpoint / "pytorch_model.bin")
+    refuses(errors.AdapterError, "gaps", tmp_path, merge, None, checkpoint)
+
+
+@pytest.mark.parametrize("change", [{"r": 3}, {"kernel_size": [4, 4]}, {"kernel_size": "8"}])
+def test_a_dcft_config_that_lies(change: dict[str, Any], tmp_path: Path, base: Path, checkpoint: Path) -> None:
+    convert(checkpoint, tmp_path / "adapter")
+    edit_config(tmp_path / "adapter", **change)
+    refuses(errors.AdapterError, next(iter(change)), tmp_path, merge, base, tmp_path / "adapter")
+
+
+def test_unknown_tensors_of_other_names(tmp_path: Path, base: Path, adapter: Path, checkpoint: Path) -> None:
+    state = torch.load(checkpoint / "pytorch_model.bin", weights_only=True)
+    state["model.layers.0.self_attn.q_proj.lora_E"] = torch.ones(3)
+    torch.save(state, checkpoint / "pytorch_model.bin")
+    refuses(errors.AdapterError, "lora_E", tmp_path, merge, None, checkpoint)
+
+    def add(tensors: dict[str, torch.Tensor]) -> None:
+        tensors["base_model.model.foo.bar"] = torch.ones(3)
+
+    edit_tensors(adapter, add)
+    refuses(errors.MismatchError, "foo.bar", tmp_path, merge, base, adapter)
+
+
 def test_an_adapter_without_a_base(tmp_path: Path, adapter: Path) -> None:
     refuses(errors.InputError, "BASE and ADAPTER", tmp_path, factor, None, adapter)
     refuses(errors.InputError, "BASE and ADAPTER", tmp_path, merge, None, adapter)

@@ -39,6 +39,15 @@ def test_any_kernel_and_stride(kernel: tuple[int, int], stride: tuple[int, int])
     assert (infer_stride(inner, 9, kernel[0]), infer_stride(out, 7, kernel[1])) == stride
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_half_precision_kernels_are_exact_too(dtype: torch.dtype) -> None:
+    torch.manual_seed(0)
+    a, b, c = torch.randn(2, 9).to(dtype), torch.randn(7, 2).to(dtype), torch.randn(16, 16).to(dtype)
+    want = dense(a, b, c, (16, 16), 1.0)
+    up, down = dcft_factors(a, b, c, (16, 16), 1.0)
+    assert float((up.float() @ down.float() - want).norm() / want.norm()) <= 1e-6
+
+
 def test_a_kernel_of_rank_three_gives_rank_three() -> None:
     torch.manual_seed(0)
     c = torch.randn(8, 3) @ torch.randn(3, 8)

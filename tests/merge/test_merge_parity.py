@@ -10,6 +10,7 @@ import pico
 import pytest
 import torch
 from adapter_merge.merge.conversion import convert
+from adapter_merge.merge.errors import ParityError
 from adapter_merge.merge.factors import factor
 from adapter_merge.merge.merging import delta, merge
 from adapter_merge.merge.verification import verify
@@ -160,6 +161,66 @@ def test_verify_passes_what_is_equal_and_fails_what_is_not(method: str, artefact
     data[-2:] = b"\x41\x41"  # the last element of the last tensor becomes another number
     file.write_bytes(data)
     assert not verify(base, adapter, out, generated=8)["passed"]
+
+
+def test_a_half_precision_dcft_checkpoint_equals_its_formula(tmp_path: Path) -> None:
+    """Each merged weight is one rounding of what the layer, in float64, adds to the stored bfloat16 weight."""
+    model = pico.dcft_model("llama", rank=2, dtype=torch.bfloat16)
+    checkpoint = pico.save_dcft_checkpoint(model, tmp_path / "checkpoint")
+    merge(None, checkpoint, tmp_path / "merged")
+    merged = load(tmp_path / "merged", "llama").state_dict()
+    wide = model.double()
+    for name, layer in wide.named_modules():
+        if isinstance(layer, pico.DcftLinear):
+            exact = layer.plain.weight + layer.delta().T
+            wrong = merged[f"{name}.weight"] != exact.to(torch.bfloat16)
+            assert float(wrong.float().mean()) < 0.001, name
+            torch.testing.assert_close(merged[f"{name}.weight"].double(), exact, rtol=2**-8, atol=1e-6)
+    report = verify(None, checkpoint, tmp_path / "merged", generated=4)
+    assert report["passed"], report["problems"]
+
+
+def test_verify_does_not_trust_our_own_algebra(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A mistake that merge and weight check share shows against the live forward, also in half precision."""
+    import adapter_merge.merge.dcft as dcft
+
+    honest = dcft.dcft_factors
+    checkpoint = pico.save_dcft_checkpoint(pico.dcft_model("llama"), tmp_path / "checkpoint")
+
+    def shrunk(*args: Any) -> Any:
+        up, down = honest(*args)
+        return up * 1.001, down
+
+    monkeypatch.setattr(dcft, "dcft_factors", shrunk)
+    merge(None, checkpoint, tmp_path / "merged", dtype="bfloat16")
+    report = verify(None, checkpoint, tmp_path / "merged", generated=4)
+    assert not report["passed"] and "live adapter" in report["problems"][0]
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_dude_on_a_half_precision_base_is_peft_s_to_the_bit(dtype: torch.dtype, tmp_path: Path) -> None:
+    base = pico.save_base(pico.pico_model("gpt2", dtype), tmp_path / "base")
+    pico.peft_adapter(pico.pico_model("gpt2", dtype), "gpt2", tmp_path / "adapter", **pico.METHODS["dude"])
+    merge(base, tmp_path / "adapter", tmp_path / "merged")
+    report = verify(base, tmp_path / "adapter", tmp_path / "merged", generated=4)
+    assert report["passed"], report["problems"]
+    content = factor(base, tmp_path / "adapter", tmp_path / "factors")
+    assert content["exact"] == (dtype == torch.float32) and bool(content.get("warnings")) == (not content["exact"])
+
+
+def test_a_converted_head_of_several_layers_loads_in_peft(tmp_path: Path) -> None:
+    base = pico.save_base(pico.pico_model("roberta"), tmp_path / "base")
+    live = pico.peft_adapter(pico.pico_model("roberta"), "roberta", tmp_path / "peft", **pico.METHODS["dude"])
+    convert(tmp_path / "peft", tmp_path / "adapter", base=base)
+    factor(base, tmp_path / "adapter", tmp_path / "factors")
+    loaded = peft.PeftModel.from_pretrained(load(base, "roberta"), tmp_path / "factors").eval()
+    check(pico.logits(loaded), pico.logits(live))
+    tensors = load_file(tmp_path / "factors" / "adapter_model.safetensors")
+    name = next(name for name in tensors if name.endswith("out_proj.bias"))
+    tensors[name] += 0.5
+    save_file(tensors, tmp_path / "factors" / "adapter_model.safetensors", {"format": "pt"})
+    with pytest.raises(ParityError):
+        verify(base, tmp_path / "adapter", tmp_path / "factors", weights_only=True)
 
 
 @pytest.mark.parametrize("method", ["lora", "dude"])
