@@ -18,6 +18,7 @@ import urllib.request
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +35,8 @@ from .runtime import VARIABLE, Settings
 from .served import Converter, Outline, Served, allowed_rank, check_name, folders, inside
 
 MODULE = "vllm.entrypoints.openai.api_server"
+# On a CPU vLLM asks for nine tenths of the machine's memory unless the size of its KV cache is stated.
+CPU_CACHE, CPU_CACHE_GIB = "VLLM_CPU_KVCACHE_SPACE", "2"
 DEFAULT_ACTIVE = 16
 SMALLEST_RANK_FOR_LOADING = 16
 OURS = ("--model", "--lora-modules", "--enable-lora")
@@ -120,6 +123,9 @@ class Plan:
         plugins = os.environ.get("VLLM_PLUGINS")
         if plugins is not None and "adapter_merge" not in plugins.split(","):
             extra["VLLM_PLUGINS"] = ",".join(filter(None, [*plugins.split(","), "adapter_merge"]))
+        stated = CPU_CACHE in os.environ or has_option(self.rest, "--gpu-memory-utilization")
+        if not stated and is_cpu_build():
+            extra[CPU_CACHE] = CPU_CACHE_GIB
         return extra
 
     def address(self) -> str | None:
@@ -336,6 +342,15 @@ def option(arguments: Sequence[str], flag: str) -> str | None:
                 return value
             return arguments[position + 1] if position + 1 < len(arguments) else None
     return None
+
+
+def is_cpu_build() -> bool:
+    """True where vLLM was installed as vllm-cpu."""
+    try:
+        version("vllm-cpu")
+    except PackageNotFoundError:
+        return False
+    return True
 
 
 def has_option(arguments: Sequence[str], flag: str) -> bool:
