@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from .binding import EMBEDDINGS, BoundAdapter, BoundModule, bind
+from .binding import BoundAdapter, BoundModule, bind
 from .checkpoint import Checkpoint, open_checkpoint
 from .combination import Part, Settings, combined, combined_form, key_of
 from .devices import choose_device
@@ -24,6 +24,7 @@ from .recipe import Recipe
 from .tensors import read_tensor
 from .tokens import TokenModule
 from .truncation import reduce_rank, truncate
+from .vocabulary import EMBEDDINGS
 
 
 @dataclass(frozen=True)

@@ -20,16 +20,17 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .binding import CONV1D_MODELS, EMBEDDINGS
 from .checkpoint import Checkpoint, open_checkpoint
 from .dcft_checkpoint import same_bytes
 from .devices import choose_device
 from .errors import InputError, MismatchError, NumericsError, Problem, raise_all
+from .fitting import CONV1D_MODELS
 from .headers import FLOAT_DTYPES, TensorRef
 from .lora_folder import FoundFactors, write_lora_folder
 from .output import MANIFEST, check_output, manifest, sha256, staged, write_json
 from .tensors import read_tensor
 from .truncation import truncate
+from .vocabulary import EMBEDDINGS
 
 TURNS = 4
 SMALL = 1e-12

@@ -8,18 +8,18 @@ AdaLoRA lora_A (r, in), lora_B (out, r), lora_E (r, 1); token_adapter.trainable_
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from .adapter import AdaptedModule
-from .checkpoint import read_json, read_weights
+from .checkpoint import read_weights
 from .dude import Initial
 from .errors import AdapterError, Problem, UnsupportedError, raise_all
 from .headers import TensorRef
+from .initialisation import initial_factors, initial_of, with_initial
 from .lora import ADALORA_EPSILON, BiasModule, LoraModule, StackModule, lora_scale
 from .patterns import read_pattern
-from .peft_format import PREFIX, Parts, PeftExtras, find_weights, flag, group_tensors, number, rank_of
+from .peft_format import PREFIX, Parts, PeftExtras, find_weights, flag, number, rank_of
 from .tokens import TokenModule
 
 TOKEN_ROLES = {"token_adapter.trainable_tokens_delta": "T", "trainable_tokens_delta": "T"}
@@ -36,17 +36,7 @@ LORA_ROLES = {
     "token_adapter.trainable_tokens_delta": "T",
 }
 ADALORA_ROLES = {"lora_A": "A", "lora_B": "B", "lora_E": "E"}
-RESIDUAL_DTYPES = {"float32": "F32", "bfloat16": "BF16", "float16": "F16"}
 
-# What an initialisation did to the base: nothing; subtracted something that can be found again; or something else.
-PLAIN_INITS = ("gaussian", "eva", "orthogonal", "mica", "true", "false", "none")
-REPEATABLE_INITS = {"pissa": "svd", "olora": "qr"}
-LOST_INITS = {
-    "pissa_niter": "used a randomised SVD, which cannot be repeated",
-    "corda": "subtracted directions of training data, which are not in the adapter",
-    "lora_ga": "subtracted directions of the first gradient, which are not in the adapter",
-    "loftq": "replaced the base by a quantised one",
-}
 REFUSED_SETTINGS = {
     "layer_replication": "replicated layers",
     "alora_invocation_tokens": "activated LoRA (its delta depends on the prompt)",
@@ -57,9 +47,6 @@ REFUSED_SETTINGS = {
     "monteclora_config": "MonteCLoRA",
     "megatron_config": "Megatron's parallel layers",
 }
-LOST_HINT = (
-    "pass --init-adapter FOLDER (saved before training), or merge on the residual base with --base-kind residual"
-)
 
 
 def read_lora(parts: Parts, config: Mapping[str, Any], extras: PeftExtras) -> tuple[str, tuple[AdaptedModule, ...]]:
@@ -87,30 +74,6 @@ def method_name(config: Mapping[str, Any], initial: Initial | None) -> str:
     return "rsLoRA" if config.get("use_rslora") else "LoRA"
 
 
-def initial_of(config: Mapping[str, Any], parts: Parts, extras: PeftExtras) -> Initial | None:
-    """What the initialisation subtracted from the base; None where it left the base alone."""
-    said = config.get("init_lora_weights", True)
-    dtype = None
-    if extras.residual_dtype is not None:
-        dtype = RESIDUAL_DTYPES.get(extras.residual_dtype)
-        if dtype is None:
-            parts.problems.append(
-                Problem("the residual's dtype is unknown", ", ".join(RESIDUAL_DTYPES), repr(extras.residual_dtype))
-            )
-    init = str(said).lower()
-    if init in PLAIN_INITS and isinstance(said, bool | str | None):
-        return None
-    if init in REPEATABLE_INITS:
-        return Initial(dtype=dtype, method=REPEATABLE_INITS[init])
-    for start in LOST_INITS:
-        if init.startswith(start):
-            return Initial(dtype=dtype, method=start)
-    raise UnsupportedError(
-        f"{parts.weights.parent}: init_lora_weights {said!r:.100} changed the base at training and is not known here",
-        expected=f"true, {', '.join((*PLAIN_INITS, *REPEATABLE_INITS, *LOST_INITS))}",
-    )
-
-
 def lora_modules(
     parts: Parts, config: Mapping[str, Any], initial: Initial | None, extras: PeftExtras | None = None
 ) -> tuple[AdaptedModule, ...]:
@@ -125,7 +88,7 @@ def lora_modules(
     ranks = read_pattern(config, "rank_pattern", where, parts.problems)
     alphas = read_pattern(config, "alpha_pattern", where, parts.problems)
     magnitudes = _given_magnitudes(extras.magnitudes) if extras.magnitudes is not None else {}
-    before = _initial_factors(extras.init_adapter) if extras.init_adapter is not None and initial is not None else {}
+    before = initial_factors(extras.init_adapter) if extras.init_adapter is not None and initial is not None else {}
     stacks = _target_parameters(config, parts)
     modules: list[AdaptedModule] = []
     for name, group in sorted(parts.groups.items()):
@@ -173,7 +136,7 @@ def lora_modules(
         magnitude = group.get("m") or magnitudes.get(name)
         scale = scale_of(name, a.shape[0])
         module = LoraModule(name, a, b, scale, magnitude=magnitude, initial=initial, embedding=embedding)
-        module = _with_initial(module, group, before, parts)
+        module = with_initial(module, group, before, parts)
         _check_magnitude(module, dora, parts)
         if "bias" in group:
             bias = group["bias"]
@@ -192,31 +155,6 @@ def lora_modules(
     return tuple(modules)
 
 
-def _with_initial(
-    module: LoraModule,
-    group: Mapping[str, TensorRef],
-    before: Mapping[str, tuple[TensorRef, TensorRef, float]],
-    parts: Parts,
-) -> LoraModule:
-    """The module with its factors at initialisation, stored beside it or in an adapter saved before training."""
-    initial = module.initial
-    if initial is None:
-        return module
-    if module.embedding:  # PEFT initialises embeddings as plain LoRA, whatever the method
-        return replace(module, initial=None)
-    if "A0" in group and "B0" in group:
-        a, b, scale = group["A0"], group["B0"], None
-    elif module.name in before:
-        a, b, scale = before[module.name]
-    else:
-        return module
-    if a.shape[1:] != module.a.shape[1:] or b.shape[:1] != module.b.shape[:1] or a.shape[0] != b.shape[1]:
-        parts.problems.append(
-            Problem(f"{parts.weights}: the initial factors of {module.name} do not fit the trained ones")
-        )
-    return replace(module, initial=replace(initial, a=a, b=b, scale=scale))
-
-
 def _given_magnitudes(source: Path) -> dict[str, TensorRef]:
     """Magnitude vectors by module, from a weights file or another PEFT folder."""
     file = find_weights(source) if source.is_dir() else source
@@ -231,21 +169,6 @@ def _given_magnitudes(source: Path) -> dict[str, TensorRef]:
     if not found:
         raise AdapterError(f"{source}: holds no magnitudes", expected=f"{PREFIX}<module>.lora_magnitude_vector")
     return found
-
-
-def _initial_factors(folder: Path) -> dict[str, tuple[TensorRef, TensorRef, float]]:
-    """A0, B0 and their scale by module, from the PEFT folder saved before training."""
-    config = read_json(folder / "adapter_config.json")
-    weights = find_weights(folder)
-    if weights is None:
-        raise AdapterError(f"{folder}: no adapter weights in the initial adapter")
-    parts = group_tensors(read_weights(weights).tensors, weights, LORA_ROLES)
-    plain = {**config, "use_dora": False}
-    for group in parts.groups.values():
-        group.pop("m", None)
-    modules = lora_modules(parts, plain, None)
-    raise_all(parts.problems, AdapterError)
-    return {m.name: (m.a, m.b, m.scale) for m in modules if isinstance(m, LoraModule)}
 
 
 def _target_parameters(config: Mapping[str, Any], parts: Parts) -> dict[str, list[tuple[str, str]]]:

@@ -24,7 +24,8 @@ from .dcft import DcftModule, infer_stride
 from .dude import Initial
 from .errors import AdapterError, Problem, raise_all
 from .headers import TensorRef
-from .lora_format import LORA_ROLES, RESIDUAL_DTYPES, lora_modules
+from .initialisation import RESIDUAL_DTYPES
+from .lora_format import LORA_ROLES, lora_modules
 from .peft_format import PREFIX, WEIGHT_FILES, find_weights, group_tensors
 
 FORMAT_VERSION = 1
