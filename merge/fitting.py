@@ -24,7 +24,7 @@ def bind_module(
     module: AdaptedModule, adapter: Adapter, base: Checkpoint, rename: Renaming
 ) -> list[BoundModule] | Problem:
     if isinstance(module, StackModule):
-        return bind_stack(module, base, rename)
+        return bind_stack(module, adapter, base, rename)
     name = f"{module.name}.{parameter_of(module)}"
     conv1d = adapter.fan_in_fan_out or base.config.get("model_type") in CONV1D_MODELS
     own = adapter.base_layers.get(name)
@@ -37,7 +37,7 @@ def bind_module(
     if not found:
         return Problem(f"the base has no {parameter_of(module)} for {module.name}", expected=rename(name))
     if own is not None and found[0].is_whole and found[0].ref.shape != own.shape:
-        output, found = found[0].ref.name, (Place(own),)  # the vocabulary was resized before training
+        output, found = output or found[0].ref.name, (Place(own),)  # the vocabulary was resized before training
     bound = []
     for place in found:
         one = _fit(module, place, conv1d, output)

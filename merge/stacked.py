@@ -1,18 +1,36 @@
-"""Experts of a stacked parameter: in one 3-D tensor of the base, or in one 2-D tensor each."""
+"""Experts of a stacked parameter: in one 3-D tensor of the base, or in one 2-D tensor each.
+
+Which way round PEFT's factors lie on (experts, n, m) changed twice (ParamWrapper.update_layer, get_delta_weight):
+
+    before 0.19    A (experts r, n), B (m, r experts)     the delta is turned
+    0.19.0         so, but for modules that say is_transposed: A (experts r, m), B (n, r experts)
+    from 0.19.1    A (experts r, m), B (n, r experts), but for modules that say is_transposed: turned
+
+The factors' own shapes tell them apart wherever n and m differ; on square experts the version does, which PEFT writes
+into the config since 0.18. Llama 4 keeps (experts, in, out) and does not say is_transposed.
+"""
 
 from __future__ import annotations
 
+import re
+
+from .adapter import Adapter
 from .bound import BoundModule
 from .checkpoint import Checkpoint
 from .errors import Problem
 from .headers import FLOAT_DTYPES, TensorRef
 from .lora import ExpertModule, LoraModule, StackModule
 from .names import DOWNS, GATES, UPS, Renaming
+from .vocabulary import text_config
 
-TRANSPOSED_EXPERTS = ("gpt_oss", "llama4", "llama4_text", "dbrx")  # stacked as (experts, in, out)
+TRANSPOSED_EXPERTS = ("gpt_oss", "aria_text", "openai_privacy_filter")  # say is_transposed in transformers 5
+TURNED_BEFORE = (0, 19, 0)
+STRAIGHT_FROM = (0, 19, 1)
 
 
-def bind_stack(module: StackModule, base: Checkpoint, rename: Renaming) -> list[BoundModule] | Problem:
+def bind_stack(
+    module: StackModule, adapter: Adapter, base: Checkpoint, rename: Renaming
+) -> list[BoundModule] | Problem:
     """The experts of a stacked parameter: in one 3-D tensor, or one 2-D tensor each."""
     rows, columns = module.b.shape[0], module.a.shape[1]
     for parameter, rank, scale in module.targets:
@@ -26,12 +44,18 @@ def bind_stack(module: StackModule, base: Checkpoint, rename: Renaming) -> list[
             if ref.shape == (rows, columns) and experts == 1:
                 plain = LoraModule(module.name, module.a, module.b, scale, parameter=parameter)
                 return [BoundModule(plain, ref)]
-            turned = base.config.get("model_type") in TRANSPOSED_EXPERTS
-            straight = ref.shape == (experts, rows, columns) and not (turned and rows == columns)
-            if straight or (ref.shape == (experts, columns, rows) and turned):
+            if ref.shape in ((experts, rows, columns), (experts, columns, rows)):
+                turned = _is_turned(adapter, base) if rows == columns else ref.shape[1] == columns
+                if turned is None:
+                    return Problem(
+                        f"{module.name}.{parameter}: square experts, and no word which way round their factors lie",
+                        "peft_version in adapter_config.json",
+                        repr(adapter.config.get("peft_version"))[:100],
+                        "add the version of PEFT that saved the adapter: 0.19.1 turned them round",
+                    )
                 step = ref.shape[1]
                 return [
-                    BoundModule(expert(index, (0, rows)), ref, not straight, rows=(index * step, (index + 1) * step))
+                    BoundModule(expert(index, (0, rows)), ref, turned, rows=(index * step, (index + 1) * step))
                     for index in range(experts)
                 ]
         apart = _experts_apart(module.name, parameter, experts, (rows, columns), rename)
@@ -42,6 +66,19 @@ def bind_stack(module: StackModule, base: Checkpoint, rename: Renaming) -> list[
         f"a parameter ({', '.join(target[0] for target in module.targets)}) of (experts, {rows}, {columns})",
         f"A {module.a.shape}, B {module.b.shape}",
     )
+
+
+def _is_turned(adapter: Adapter, base: Checkpoint) -> bool | None:
+    """Whether the delta of square experts is turned round in the stored tensor; None where that cannot be known."""
+    said = text_config(base.config).get("model_type")
+    transposed = said in TRANSPOSED_EXPERTS
+    version = re.match(r"(\d+)\.(\d+)\.(\d+)", str(adapter.config.get("peft_version")))
+    if version is None:
+        return True if transposed else None  # turned by every version but 0.19.0
+    number = tuple(int(part) for part in version.groups())
+    if number < TURNED_BEFORE:
+        return True
+    return transposed if number >= STRAIGHT_FROM else not transposed
 
 
 def _experts_apart(

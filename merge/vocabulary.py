@@ -88,8 +88,8 @@ def _left_behind(bound: BoundAdapter, copies: dict[str, TensorRef], size: int) -
             f"{name}: the vocabulary was resized, but the adapter does not hold the resized head",
             f"{size} rows",
             f"{ref.shape[0]} rows",
-            "PEFT leaves it out when the embeddings are targeted: save again with save_embedding_layers=True, "
-            "or with the head in modules_to_save",
+            "PEFT leaves it out when the embeddings alone are targeted, and its new rows are nowhere else: give the "
+            "resized model as BASE, or save again with the head in modules_to_save or target_modules too",
         )
         for name, ref in after.items()
         if name.endswith((*TIED_HEADS, *EMBEDDINGS))

@@ -73,6 +73,50 @@ def qwen3_moe(folder: Path) -> Path:
     return save(Qwen3MoeForCausalLM, config, folder)
 
 
+def gpt_oss(folder: Path, intermediate: int = 24) -> Path:
+    """Experts as (experts, in, out), gate and up interleaved, with biases."""
+    from transformers import GptOssConfig, GptOssForCausalLM
+
+    config = GptOssConfig(
+        hidden_size=32,
+        intermediate_size=intermediate,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=8,
+        vocab_size=64,
+        num_local_experts=4,
+        num_experts_per_tok=2,
+        max_position_embeddings=64,
+        pad_token_id=0,
+        eos_token_id=1,
+    )
+    return save(GptOssForCausalLM, config, folder)
+
+
+def llama4(folder: Path, intermediate: int = 24) -> Path:
+    """Experts as (experts, in, out), gate before up; a shared expert beside them."""
+    from transformers import Llama4ForCausalLM, Llama4TextConfig
+
+    config = Llama4TextConfig(
+        hidden_size=32,
+        intermediate_size=intermediate,
+        intermediate_size_mlp=48,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=8,
+        vocab_size=64,
+        num_local_experts=4,
+        num_experts_per_tok=1,
+        max_position_embeddings=64,
+        pad_token_id=0,
+        bos_token_id=1,
+        eos_token_id=2,
+    )
+    return save(Llama4ForCausalLM, config, folder)
+
+
 def save(kind: Any, config: Any, folder: Path, dtype: torch.dtype = torch.float32) -> Path:
     torch.manual_seed(0)
     model = kind(config).to(dtype)

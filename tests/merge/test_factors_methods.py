@@ -25,6 +25,10 @@ NO_FACTORS = {
     "experts, apart on disk",
     "experts, one parameter",
     "experts, patterns",
+    "experts of gpt-oss",
+    "square experts of gpt-oss",
+    "experts of Llama 4",
+    "square experts of Llama 4",
 }
 
 

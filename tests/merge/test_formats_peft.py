@@ -11,7 +11,21 @@ import torch
 from adapter_merge.merge.errors import AdapterError, MismatchError, UnsupportedError
 from adapter_merge.merge.formats import ReadOptions, detect, open_adapter
 from adapter_merge.merge.merging import delta, merge
-from pico_bases import TOKENS, error, gpt2, llama, load, logits, mixtral, quiet, qwen3_moe, randomise, train
+from pico_bases import (
+    TOKENS,
+    error,
+    gpt2,
+    gpt_oss,
+    llama,
+    llama4,
+    load,
+    logits,
+    mixtral,
+    quiet,
+    qwen3_moe,
+    randomise,
+    train,
+)
 from safetensors.torch import load_file, save_file
 
 peft = pytest.importorskip("peft", reason="PEFT is the oracle (extra verify)")
@@ -26,8 +40,17 @@ BASES: dict[str, Callable[[Path], Path]] = {
     "gpt2": gpt2,
     "mixtral": mixtral,
     "qwen3_moe": qwen3_moe,
+    "gpt_oss": gpt_oss,
+    "gpt_oss, square": lambda folder: gpt_oss(folder, 32),
+    "llama4": llama4,
+    "llama4, square": lambda folder: llama4(folder, 32),
 }
 
+EXPERTS = {
+    "r": 2,
+    "target_modules": ["q_proj"],
+    "target_parameters": ["experts.gate_up_proj", "experts.down_proj"],
+}
 CASES: dict[str, tuple[str, str, dict[str, Any]]] = {
     "lora": ("llama", "LoraConfig", {"r": 4, "target_modules": SOME}),
     "rank_pattern, alpha_pattern, rsLoRA": (
@@ -163,6 +186,10 @@ CASES: dict[str, tuple[str, str, dict[str, Any]]] = {
             "target_parameters": ["experts.gate_up_proj", "experts.down_proj"],
         },
     ),
+    "experts of gpt-oss": ("gpt_oss", "LoraConfig", EXPERTS),
+    "square experts of gpt-oss": ("gpt_oss, square", "LoraConfig", EXPERTS),
+    "experts of Llama 4": ("llama4", "LoraConfig", EXPERTS),
+    "square experts of Llama 4": ("llama4, square", "LoraConfig", EXPERTS),
     "a bare 2-D parameter": (
         "llama",
         "LoraConfig",
@@ -224,17 +251,33 @@ def test_bin_file_is_read_without_running_code(base: Callable[[str], Path], tmp_
     assert error(merged_logits(base("llama"), tmp_path / "a", tmp_path / "out"), logits(live)) < TOLERANCE
 
 
-@pytest.mark.parametrize("targets", [["q_proj"], ["q_proj", "embed_tokens"]])
+@pytest.mark.parametrize("saved", [None, ["lm_head"]])
+@pytest.mark.parametrize("targets", [["q_proj"], ["q_proj", "embed_tokens"], ["q_proj", "embed_tokens", "lm_head"]])
 @pytest.mark.parametrize("kind", ["llama", "tied"])
-def test_resized_vocabulary(kind: str, targets: list[str], base: Callable[[str], Path], tmp_path: Path) -> None:
+def test_resized_vocabulary(
+    kind: str, targets: list[str], saved: list[str] | None, base: Callable[[str], Path], tmp_path: Path
+) -> None:
+    if saved and "lm_head" in targets:
+        return  # PEFT refuses a module that is both
+
     def resize(model: Any) -> None:
         model.resize_token_embeddings(70, mean_resizing=False)
 
-    config = peft.LoraConfig(r=4, target_modules=targets, base_model_name_or_path=str(base(kind)))
+    config = peft.LoraConfig(
+        r=4, target_modules=targets, base_model_name_or_path=str(base(kind)), modules_to_save=saved
+    )
     live = train(base(kind), config, tmp_path / "a", before=resize)
-    if kind == "llama" and "embed_tokens" in targets:  # PEFT does not save the resized head then
-        with pytest.raises(MismatchError, match="resized head"):
+    if kind == "llama" and targets == ["q_proj", "embed_tokens"] and not saved:  # the head is not saved then
+        with pytest.raises(MismatchError, match="give the resized model as BASE"):
             merge(base(kind), tmp_path / "a", tmp_path / "no", device="cpu")
+        with quiet():
+            resized = load(base(kind))
+            resize(resized)
+            resized.save_pretrained(tmp_path / "resized")
+            live = peft.PeftModel.from_pretrained(load(tmp_path / "resized"), tmp_path / "a").eval()
+        got = merged_logits(tmp_path / "resized", tmp_path / "a", tmp_path / "out")
+        assert got.shape[-1] == 70
+        assert error(got, logits(live)) < TOLERANCE
         return
     got = merged_logits(base(kind), tmp_path / "a", tmp_path / "out")
     assert got.shape[-1] == 70
@@ -248,6 +291,47 @@ def test_tokens_of_a_resized_vocabulary(base: Callable[[str], Path], tmp_path: P
     config = peft.LoraConfig(r=4, target_modules=SOME, trainable_token_indices=[1, 64, 65])
     live = train(base("llama"), config, tmp_path / "a", before=resize)
     assert error(merged_logits(base("llama"), tmp_path / "a", tmp_path / "out"), logits(live)) < TOLERANCE
+
+
+@pytest.mark.parametrize("name", ["llama4", "llama4, square", "gpt_oss, square"])
+def test_experts_as_earlier_versions_of_peft_laid_them(name: str, base: Callable[[str], Path], tmp_path: Path) -> None:
+    """Before 0.19 the delta was turned round on (experts, n, m): here it is written out in float64."""
+    import json
+
+    torch.manual_seed(4)
+    state = load_file(base(name) / "model.safetensors")
+    outer = "feed_forward" if name.startswith("llama4") else "mlp"
+    tensors, expected = {}, {}
+    for parameter in ("gate_up_proj", "down_proj"):
+        key = f"model.layers.1.{outer}.experts.{parameter}"
+        experts, inner, out = state[key].shape
+        a, b = torch.randn(2 * experts, inner), torch.randn(out, 2 * experts)
+        nested = ".base_layer" if parameter == "gate_up_proj" else ""
+        stem = f"base_model.model.model.layers.1.{outer}.experts{nested}"
+        tensors |= {f"{stem}.lora_A.weight": a, f"{stem}.lora_B.weight": b}
+        three, four = a.double().reshape(experts, 2, inner), b.double().reshape(out, 2, experts)
+        expected[key] = state[key].double() + 1.5 * torch.einsum("ore,eri->eio", four, three)
+    config = {"peft_type": "LORA", "r": 2, "lora_alpha": 3, "target_modules": [], "target_parameters": EXPERTS[
+        "target_parameters"], "peft_version": "0.18.1"}  # fmt: skip
+    folder = tmp_path / "a"
+    folder.mkdir()
+    save_file(tensors, folder / "adapter_model.safetensors", {"format": "pt"})
+    (folder / "adapter_config.json").write_text(json.dumps(config))
+    merge(base(name), folder, tmp_path / "out", device="cpu")
+    got = load_file(tmp_path / "out" / "model.safetensors")
+    assert {key for key in state if not torch.equal(got[key], state[key])} == expected.keys()
+    for key, value in expected.items():
+        torch.testing.assert_close(got[key].double(), value, atol=3e-6, rtol=0)
+    del config["peft_version"]
+    (folder / "adapter_config.json").write_text(json.dumps(config))
+    if name == "llama4, square":
+        with pytest.raises(MismatchError, match="which way round"):
+            merge(base(name), folder, tmp_path / "no", device="cpu")
+    else:
+        merge(base(name), folder, tmp_path / "out2", device="cpu")
+        assert (tmp_path / "out2" / "model.safetensors").read_bytes() == (
+            tmp_path / "out" / "model.safetensors"
+        ).read_bytes()
 
 
 @pytest.mark.parametrize("name", ["mixtral", "qwen3_moe"])
