@@ -22,13 +22,13 @@ def _problems(problems: list[dict[str, Any]]) -> None:
 @click.command()
 @click.argument("adapter")
 @click.option("--base", help="Check the fit to this base as well.")
-@click.option("--alpha", type=float, help="DCFT: lora_alpha, where the config does not say it.")
-@click.option("--ranknum", type=float, help="DCFT: ranknum, where the file has lost it.")
+@adapter_options
 @click.option("--heat-map", is_flag=True, help="Read the weights too: how much each is changed, layer by layer.")
 @report_options
 def inspect(
     adapter: str,
     base: str | None,
+    base_kind: str | None,
     alpha: float | None,
     ranknum: float | None,
     heat_map: bool,
@@ -39,7 +39,7 @@ def inspect(
     """Show what ADAPTER is, what it would do, and all that is wrong with it. Reads headers only but for --heat-map."""
     from .inspection import inspect_adapter
 
-    report = inspect_adapter(adapter, base, read_options(alpha, ranknum))
+    report = inspect_adapter(adapter, base, read_options(alpha, ranknum), base_kind)
     if heat_map and not report["problems"]:
         from .report import changes
 
@@ -78,6 +78,8 @@ def _show(report: dict[str, Any]) -> None:
         console.print(heat_table(report["change"], "|dW| / |W|" if "base" in report else "|dW|"))
     if report["replacements"]:
         console.print(f"replaced    {', '.join(report['replacements'][:8])}", soft_wrap=True)
+    for note in report["notes"]:
+        console.print(f"note        {note}", soft_wrap=True)
     for command, text in report["would"].items():
         console.print(f"{command:<11} {text}", soft_wrap=True)
     if "base" in report:

@@ -44,7 +44,8 @@ def _options(alpha: float | None, ranknum: float | None) -> Any:
 
 def _done(content: dict[str, Any], output: str, started: float, as_json: bool, quiet: bool) -> None:
     """The result: JSON, or a few lines for people; warnings on stderr."""
-    for warning in content.get("warnings", ()):
+    noted = [f"{entry['name']}: {note}" for entry in content["adapters"] for note in entry.get("notes", ())]
+    for warning in (*content.get("warnings", ()), *noted):
         say(f"warning: {warning}", quiet=quiet)
     if as_json:
         emit(content)

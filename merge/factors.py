@@ -274,6 +274,7 @@ def adapter_only(opened: Adapter) -> dict[str, Any]:
         "method": opened.method,
         "modules": len(opened.modules),
         "replacements": sorted(opened.replacements),
+        "notes": list(opened.notes),
         "sha256": adapter_sha256(opened),
     }
     return {"base": {"name": opened.base_name, "fingerprint": None}, "adapters": [entry]}

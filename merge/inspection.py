@@ -11,7 +11,10 @@ from .formats import ReadOptions, open_adapter
 
 
 def inspect_adapter(
-    adapter: str | Path, base: str | Path | None = None, options: ReadOptions | None = None
+    adapter: str | Path,
+    base: str | Path | None = None,
+    options: ReadOptions | None = None,
+    base_kind: str | None = None,
 ) -> dict[str, Any]:
     """A report on `adapter`, and on its fit to `base` where one is given; "problems" holds all that was found."""
     problems: list[Problem] = []
@@ -43,6 +46,7 @@ def inspect_adapter(
         "parameters": opened.parameters,
         "bytes": opened.nbytes,
         "replacements": sorted(opened.replacements),
+        "notes": list(opened.notes),
         "holds_its_base": opened.own_base is not None,
         "would": _would(opened.method, any(module.needs_base for module in opened.modules)),
     }
@@ -50,7 +54,7 @@ def inspect_adapter(
         from .binding import bind
 
         try:
-            bound = bind(opened, open_checkpoint(base))
+            bound = bind(opened, open_checkpoint(base), base_kind)
             report["base"] = {
                 "path": str(base),
                 "kind": bound.base_kind,

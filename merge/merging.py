@@ -107,6 +107,7 @@ def describe_inputs(adapters: tuple[BoundAdapter, ...]) -> dict[str, Any]:
                 "replacements": sorted(bound.replacements),
                 "base_kind": bound.base_kind,
                 "evidence": bound.evidence,
+                "notes": list(bound.adapter.notes),
                 "sha256": _combined(files),
                 "files": files,
             }

@@ -18,6 +18,11 @@ from .headers import TensorRef
 
 WEIGHT_FILES = ("adapter_model.safetensors", "adapter_model.bin")
 PREFIX = "base_model.model."
+CONVERTED_NOTE = (
+    "this folder is what PEFT's save_as_lora made of another adapter, cut to a rank. If that was a DoRA or DuDe, its "
+    "magnitudes and its residual were dropped, and nothing in the folder says so: use the original folder "
+    "(adapter-merge factor --rank R cuts it to a rank with its error stated)"
+)
 
 
 @dataclass(frozen=True)
@@ -77,7 +82,8 @@ def read_peft(folder: Path, extras: PeftExtras | None = None) -> Adapter:
         got = f"{fan_in_fan_out!r:.100}"
         raise AdapterError(f"{config_file}: fan_in_fan_out is wrong", expected="true or false", got=got)
     roles, read = readers[kind]
-    parts = group_tensors(read_weights(weights).tensors, weights, roles)
+    shard = read_weights(weights)
+    parts = group_tensors(shard.tensors, weights, roles)
     method, modules = read(parts, config, extras or PeftExtras())
     raise_all(parts.problems, AdapterError)
     return Adapter(
@@ -90,8 +96,27 @@ def read_peft(folder: Path, extras: PeftExtras | None = None) -> Adapter:
         base_name=base_name if isinstance(base_name, str) else None,
         fan_in_fan_out=bool(fan_in_fan_out),
         files=(config_file, weights),
+        notes=(CONVERTED_NOTE,) if is_converted(config, weights, shard.metadata) else (),
         base_layers=parts.base_layers,
         tied=bool(config.get("ensure_weight_tying")),
+    )
+
+
+def is_converted(config: Mapping[str, Any], weights: Path, metadata: Mapping[str, str]) -> bool:
+    """True for what PEFT's save_as_lora wrote (peft.tuners.lora.conversion).
+
+    It leaves marks that no training does: its config is saved with inference_mode false and exclude_modules as an
+    empty list, every alpha equals its rank, and its safetensors file lacks the metadata that save_pretrained writes.
+    """
+    return (
+        config.get("peft_type") == "LORA"
+        and config.get("exclude_modules") == []
+        and config.get("inference_mode") is False
+        and config.get("r") == config.get("lora_alpha")
+        and config.get("rank_pattern") == config.get("alpha_pattern")
+        and config.get("bias") == "none"
+        and weights.suffix == ".safetensors"
+        and "format" not in metadata
     )
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -296,8 +297,6 @@ def test_tokens_of_a_resized_vocabulary(base: Callable[[str], Path], tmp_path: P
 @pytest.mark.parametrize("name", ["llama4", "llama4, square", "gpt_oss, square"])
 def test_experts_as_earlier_versions_of_peft_laid_them(name: str, base: Callable[[str], Path], tmp_path: Path) -> None:
     """Before 0.19 the delta was turned round on (experts, n, m): here it is written out in float64."""
-    import json
-
     torch.manual_seed(4)
     state = load_file(base(name) / "model.safetensors")
     outer = "feed_forward" if name.startswith("llama4") else "mlp"
@@ -500,6 +499,29 @@ def test_missing_magnitudes_are_refused_and_can_be_given(base: Callable[[str], P
         assert error(got, expected) < TOLERANCE
 
 
+@pytest.mark.parametrize("rank", [4, 0.9])
+@pytest.mark.parametrize("arguments", [{"use_dora": True}, {"use_dora": True, "init_lora_weights": "pissa"}, {}])
+def test_what_save_as_lora_left_is_noted(
+    arguments: dict[str, Any], rank: float, base: Callable[[str], Path], tmp_path: Path
+) -> None:
+    """It drops a DoRA's magnitudes: the folder looks like one made of a LoHa, but not like one that was trained."""
+    from adapter_merge.merge.inspection import inspect_adapter
+
+    live = train(base("llama"), peft.LoraConfig(r=4, target_modules=SOME, **arguments), tmp_path / "a")
+    with quiet():
+        peft.save_as_lora(tmp_path / "c", live, rank=rank)
+    expected = logits(live)
+    got = merged_logits(base("llama"), tmp_path / "c", tmp_path / "out")
+    lost = error(got, expected)
+    assert lost > 0.05 if arguments else rank == 0.9 or lost < 2e-4
+    manifest = json.loads((tmp_path / "out" / "adapter_merge.json").read_text())
+    for notes in (inspect_adapter(tmp_path / "c")["notes"], manifest["adapters"][0]["notes"]):
+        assert len(notes) == 1 and "save_as_lora" in notes[0] and "use the original folder" in notes[0]
+    assert inspect_adapter(tmp_path / "a")["notes"] == []
+    live.save_pretrained(tmp_path / "again")
+    assert inspect_adapter(tmp_path / "again")["notes"] == []
+
+
 @pytest.mark.parametrize("init", ["pissa_niter_4", "corda", "lora_ga"])
 @pytest.mark.parametrize("dora", [False, True])
 def test_lost_initialisations_need_the_initial_adapter_or_the_residual(
@@ -576,8 +598,6 @@ def test_lost_initialisations_need_the_initial_adapter_or_the_residual(
     ids=repr,
 )
 def test_strange_configs_get_clear_errors(change: dict[str, Any], base: Callable[[str], Path], tmp_path: Path) -> None:
-    import json
-
     train(base("llama"), peft.LoraConfig(r=4, target_modules=SOME), tmp_path / "a")
     file = tmp_path / "a" / "adapter_config.json"
     file.write_text(json.dumps({**json.loads(file.read_text()), **change}))
@@ -605,8 +625,6 @@ def test_lora_bias_on_a_layer_without_bias_is_refused(base: Callable[[str], Path
 
 
 def test_token_beyond_the_embedding_is_refused(base: Callable[[str], Path], tmp_path: Path) -> None:
-    import json
-
     train(base("llama"), peft.LoraConfig(r=4, target_modules=SOME, trainable_token_indices=[1, 2]), tmp_path / "a")
     file = tmp_path / "a" / "adapter_config.json"
     for indices, kind in (([1, 64], MismatchError), ([1, 1], AdapterError), ([1], AdapterError), ("x", AdapterError)):
