@@ -119,7 +119,7 @@ def _dcft(modules: tuple[AdaptedModule, ...], tensors: dict[str, Tensor]) -> dic
         alphas.add(module.alpha)
         kernels.add(module.kernel)
         strides.add(module.stride)
-        ranks.add(module.a.shape[0])
+        ranks.add(module.r)
         stated = module.ranknum
         number = torch.tensor([stated]) if isinstance(stated, float) else read_tensor(stated).reshape(-1)
         for role, tensor in (
@@ -129,6 +129,8 @@ def _dcft(modules: tuple[AdaptedModule, ...], tensors: dict[str, Tensor]) -> dic
             ("ranknum", number.to(torch.float32)),
         ):
             tensors[f"{PREFIX}{module.name}.{role}"] = tensor
+        if module.bias is not None:
+            tensors[f"{PREFIX}{module.name}.lora_C.bias"] = read_tensor(module.bias)
     uniform = strides if len(strides) == 1 else None
     if uniform is None and strides != kernels:
         raise UnsupportedError(

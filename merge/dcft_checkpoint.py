@@ -12,9 +12,9 @@ from dataclasses import replace
 
 from .adapter import Adapter
 from .checkpoint import Checkpoint
+from .dcft_format import DCFT_ROLE, SHARED_ROLES, dcft_modules, group_dcft
 from .errors import AdapterError, MismatchError, Problem, raise_all
 from .headers import TensorRef
-from .native_format import DCFT_ROLE, dcft_modules, group_dcft
 
 # Keys of the reference's training arguments that a plain transformers config must not carry on.
 OUTPUT_HEADS = ("lm_head.weight", "embed_out.weight", "predictions.decoder.weight")
@@ -33,9 +33,11 @@ TRAINING_KEYS = (
 def holds_dcft(checkpoint: Checkpoint) -> bool:
     """True when some module has all of lora_A, lora_B and lora_C beside its weight."""
     names = set(checkpoint.tensors)
-    if "lora_C" in names:  # one kernel for all modules
-        return any(name.endswith(".lora_A") and f"{name[:-1]}B" in names for name in names)
-    return any(name.endswith(".lora_C") and {name[:-1] + "A", name[:-1] + "B"} <= names for name in names)
+    modules = {name.removesuffix(".lora_A") for name in names if name.endswith(".lora_A")}
+    modules &= {name.removesuffix(".lora_B") for name in names if name.endswith(".lora_B")}
+    if names.intersection(SHARED_ROLES):
+        return bool(modules)
+    return any(f"{module}.{kernel}" in names for module in modules for kernel in ("lora_C", "lora_C.weight"))
 
 
 def read_dcft_checkpoint(
@@ -68,7 +70,7 @@ def read_dcft_checkpoint(
             replace(
                 shard,
                 tensors=tuple(
-                    ref for ref in shard.tensors if not DCFT_ROLE.fullmatch(ref.name) and ref.name != "lora_C"
+                    ref for ref in shard.tensors if not DCFT_ROLE.fullmatch(ref.name) and ref.name not in SHARED_ROLES
                 ),
             )
             for shard in checkpoint.shards

@@ -17,7 +17,8 @@ from typing import TYPE_CHECKING
 
 from .adapter import AdaptedModule, Adapter
 from .checkpoint import Checkpoint, read_weights
-from .dcft import dcft_factors
+from .dcft import channel_factors
+from .dcft_format import images_fit
 from .errors import AdapterError, Problem, raise_all
 from .foreign import Foreign, sort_tensors
 from .form import CanonicalForm
@@ -36,21 +37,21 @@ class DcftReshapeModule:
     """One weight adapted by the reshape form of DCFT, known from headers only."""
 
     name: str
-    b: TensorRef  # (in/d, k)
-    a: TensorRef  # (k, out/d)
-    c: TensorRef  # (1, 1, d, d)
+    b: TensorRef  # (in/d, k), or (channels, in/d, k)
+    a: TensorRef  # (k, out/d), or (channels, k, out/d)
+    c: TensorRef  # (channels, 1, d, d)
     bias: TensorRef | None  # (1,)
 
     @property
     def shape(self) -> tuple[int, int]:
         """(out, in)."""
-        return self.a.shape[1] * self.c.shape[3], self.b.shape[0] * self.c.shape[2]
+        return self.a.shape[-1] * self.c.shape[3], self.b.shape[-2] * self.c.shape[2]
 
     @property
     def rank(self) -> int:
         out, inner = self.shape
         g = math.gcd(out, inner)
-        image = self.a.shape[0] * min(self.c.shape[2:]) + (self.bias is not None)
+        image = self.c.shape[0] * self.a.shape[-2] * min(self.c.shape[2:]) + (self.bias is not None)
         return min(image * (inner // g) * (out // g), out, inner)
 
     @property
@@ -64,8 +65,10 @@ class DcftReshapeModule:
     def form(self, read: Reader, weight: Weight, dtype: torch.dtype) -> CanonicalForm:
         """The canonical form in `dtype`; `weight` is never called."""
         stride = (self.c.shape[2], self.c.shape[3])
-        # dcft_factors gives Delta^T = up down; Delta = down^T up^T.
-        up, down = dcft_factors(read(self.b).T, read(self.a).T, read(self.c)[0, 0], stride, 1.0)
+        # channel_factors gives Delta^T = up down; Delta = down^T up^T.
+        channels, rank = self.c.shape[0], self.a.shape[-2]
+        images = read(self.b).reshape(channels, -1, rank).mT, read(self.a).reshape(channels, rank, -1).mT
+        up, down = channel_factors(*images, read(self.c)[:, 0], stride, 1.0)
         left, right = down.T, up.T  # (in, R), (R, out)
         if self.bias is not None:
             constant = read(self.bias).to(left).reshape(1, 1)
@@ -129,11 +132,7 @@ def _modules(found: Foreign, file: Path) -> tuple[tuple[AdaptedModule, ...], lis
             a is None
             or b is None
             or c is None
-            or not len(a.shape) == len(b.shape) == 2
-            or a.shape[0] != b.shape[1]
-            or len(c.shape) != 4
-            or c.shape[:2] != (1, 1)
-            or 0 in (*a.shape, *b.shape, *c.shape)
+            or not images_fit(_turned(b.shape), _turned(a.shape), c.shape)
             or (bias is not None and bias.shape != (1,))
         ):
             problems.append(
@@ -148,3 +147,8 @@ def _modules(found: Foreign, file: Path) -> tuple[tuple[AdaptedModule, ...], lis
     if not modules and not problems:
         problems.append(Problem(f"{file}: holds no DCFT tensors (B, A, deconv.weight)"))
     return tuple(modules), problems
+
+
+def _turned(shape: tuple[int, ...]) -> tuple[int, ...]:
+    """The shape with its last two sizes exchanged."""
+    return (*shape[:-2], *shape[:-3:-1])

@@ -156,11 +156,13 @@ def _install(layer: nn.Module, run: Forward) -> None:
 
 def _dcft_forward(module: DcftModule, dtype: torch.dtype) -> Forward:
     """y = plain(x) + (x Delta) alpha / (ranknum + 1e-5), Delta = conv_transpose2d(A^T B^T, C) of shape (in, out)."""
-    image = read_tensor(module.a).to(dtype).T @ read_tensor(module.b).to(dtype).T
+    image = read_tensor(module.a).to(dtype).mT @ read_tensor(module.b).to(dtype).mT  # (in/k0, out/k1), of each channel
     number = module.ranknum if isinstance(module.ranknum, float) else float(read_tensor(module.ranknum).reshape(-1)[0])
-    delta = torch.nn.functional.conv_transpose2d(
-        image[None, None], read_tensor(module.c).to(dtype), stride=module.stride
-    )[0, 0]
+    bias = None if module.bias is None else read_tensor(module.bias).to(dtype)
+    image = image.reshape(1, module.c.shape[0], *image.shape[-2:])
+    delta = torch.nn.functional.conv_transpose2d(image, read_tensor(module.c).to(dtype), bias, stride=module.stride)[
+        0, 0
+    ]
     scale = module.alpha / (number + RANKNUM_EPSILON)
 
     def run(layer: nn.Module, plain: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:

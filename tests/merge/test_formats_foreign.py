@@ -7,9 +7,12 @@ from pathlib import Path
 
 import pytest
 import torch
+from adapter_merge.merge.conversion import convert
 from adapter_merge.merge.errors import AdapterError, InputError, UnsupportedError
+from adapter_merge.merge.factors import factor
 from adapter_merge.merge.formats import ReadOptions, detect
 from adapter_merge.merge.merging import merge
+from adapter_merge.merge.verification import verify
 from pico_bases import llama, quiet
 from safetensors.torch import load_file, save_file
 from torch import Tensor
@@ -192,6 +195,80 @@ def test_dcft_with_one_kernel_for_all(base32: Path, tmp_path: Path) -> None:
     config = json.loads((base32 / "config.json").read_text())
     (folder / "config.json").write_text(json.dumps({**config, "lora_alpha": 8, "apply_lora": True}))
     check(base32, folder, tmp_path / "out", expected, tolerance=3e-6)
+
+
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("channels", [1, 3])
+@pytest.mark.parametrize("stride", [(4, 4), (2, 4)])
+def test_dcft_of_several_channels_and_with_a_bias(
+    base32: Path, tmp_path: Path, channels: int, bias: bool, stride: tuple[int, int]
+) -> None:
+    """The oracle is torch's own conv_transpose2d of an image with that many channels, in float64."""
+    torch.manual_seed(9)
+    state = load_file(base32 / "model.safetensors")
+    saved, expected = dict(state), {}
+    for module in MODULES:
+        w0 = state[f"{module}.weight"]
+        n0, n1 = (w0.shape[1] - 4) // stride[0] + 1, (w0.shape[0] - 4) // stride[1] + 1
+        a, b, kernel = randoms(channels, 2, n0), randoms(channels, n1, 2), randoms(channels, 1, 4, 4)
+        constant = randoms(1)
+        image = torch.stack([one.double().T @ two.double().T for one, two in zip(a, b, strict=True)])
+        dense = torch.nn.functional.conv_transpose2d(
+            image[None], kernel.double(), constant.double() if bias else None, stride=stride
+        )[0, 0]
+        expected[module] = w0.double() + dense.T * 8 / (4 + 1e-5)
+        saved |= {f"{module}.lora_A": a, f"{module}.lora_B": b, f"{module}.ranknum": torch.tensor([4.0])}
+        if channels == 1 and not bias:  # as the reference has it
+            saved |= {f"{module}.lora_A": a[0], f"{module}.lora_B": b[0], f"{module}.lora_C": kernel}
+        else:  # as torch.nn.ConvTranspose2d saves it
+            saved[f"{module}.lora_C.weight"] = kernel
+        if bias:
+            saved[f"{module}.lora_C.bias"] = constant
+    folder = tmp_path / "a"
+    folder.mkdir()
+    torch.save(saved, folder / "pytorch_model.bin")
+    config = json.loads((base32 / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**config, "lora_alpha": 8, "apply_lora": True}))
+    check(base32, folder, tmp_path / "out", expected, tolerance=6e-6)
+    convert(folder, tmp_path / "safe", base=base32)
+    check(base32, tmp_path / "safe", tmp_path / "out2", expected, tolerance=6e-6)
+    content = factor(None, tmp_path / "safe", tmp_path / "factors")
+    assert content["certificate"]["max_relative_error"] < 1e-6
+    assert content["certificate"]["ranks"][1] <= channels * 2 * 4 + bias
+    check(base32, tmp_path / "factors", tmp_path / "out3", expected, tolerance=6e-6)
+    report = verify(base32, folder, tmp_path / "out", generated=4)
+    assert report["passed"], report["problems"]
+
+
+@pytest.mark.parametrize("channels", [2, 3])
+def test_dcft_reshape_form_of_several_channels(base32: Path, tmp_path: Path, channels: int) -> None:
+    torch.manual_seed(6)
+    state = load_file(base32 / "model.safetensors")
+    saved, expected = {}, {}
+    for module in MODULES:
+        w0 = state[f"{module}.weight"]
+        out, inner = w0.shape
+        b, a = randoms(channels, inner // 4, 2), randoms(channels, 2, out // 4)
+        c, constant = randoms(channels, 1, 4, 4), randoms(1)
+        image = (b.double() @ a.double())[None]
+        image = torch.nn.functional.conv_transpose2d(image, c.double(), constant.double(), stride=4)
+        expected[module] = w0.double() + image[0, 0].reshape(out, inner)
+        saved |= {f"{module}.B": b, f"{module}.A": a, f"{module}.deconv.weight": c, f"{module}.deconv.bias": constant}
+    torch.save(saved, tmp_path / "model.pt")
+    check(base32, tmp_path / "model.pt", tmp_path / "out", expected, tolerance=5e-6)
+
+
+@pytest.mark.parametrize("shape", [(2, 1, 4, 4), (1, 2, 4, 4), (4, 4)])
+def test_dcft_of_channels_that_do_not_fit(base32: Path, tmp_path: Path, shape: tuple[int, ...]) -> None:
+    saved = dict(load_file(base32 / "model.safetensors"))
+    q = MODULES[0]
+    saved |= {f"{q}.lora_A": randoms(1, 8), f"{q}.lora_B": randoms(8, 1), f"{q}.ranknum": torch.tensor([4.0])}
+    saved[f"{q}.lora_C"] = randoms(*shape)
+    torch.save(saved, tmp_path / "pytorch_model.bin")
+    (tmp_path / "config.json").write_text(json.dumps({"lora_alpha": 8, "apply_lora": True}))
+    with pytest.raises(AdapterError, match="do not fit"):
+        merge(None, tmp_path, tmp_path / "out", device="cpu")
+    assert not (tmp_path / "out").exists()
 
 
 # -- kohya and LyCORIS ---------------------------------------------------------------------------------------
