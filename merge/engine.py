@@ -25,7 +25,7 @@ from torch import Tensor
 from .chunks import CHUNK_BYTES, ChunkedFile, ChunkPool
 from .edits import BlockEdit
 from .errors import NumericsError
-from .figures import FigureTotals, TensorFigures, sampling_step
+from .figures import FigureTotals, TensorFigures, sampled_rows
 from .hashing import OrderedDigest, Stopped, file_sha256
 from .lanes import Block, Lane, LaneMaker, Slot, cpu_lane, cuda_lane, is_finite
 from .links import LINKS, link_file
@@ -445,7 +445,9 @@ class _Run:
     def _block(self, task: _Task) -> Block:
         tensor = task.tensor
         assert tensor is not None
-        number = task.first // tensor.step
+        measured = 0
+        if task.job.edits and not self.delta:
+            measured = sampled_rows(task.first // tensor.step, tensor.blocks, task.count)
         return Block(
             start=task.first,
             rows=task.count,
@@ -454,7 +456,7 @@ class _Run:
             arithmetic=_arithmetic(task.job),
             target=TORCH_DTYPES[task.job.place.dtype],
             delta=self.delta,
-            measured=bool(task.job.edits) and not self.delta and number % sampling_step(tensor.blocks) == 0,
+            measured=measured,
         )
 
     def _land(self, task: _Task, slot: Slot, before: Tensor, after: Tensor, windowed: bool) -> None:
@@ -473,7 +475,7 @@ class _Run:
             self.recorder.record(task.shard.plan, task.job, task.first * row_bytes, before, after)
         with tensor.lock:
             if block.measured:
-                tensor.totals.add(slot.host_sums, block.elements)
+                tensor.totals.add(slot.host_sums, block.measured * tensor.columns)
             tensor.left -= 1
             if tensor.left == 0:
                 tensor.forms = None

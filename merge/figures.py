@@ -1,8 +1,7 @@
 """What a merge did to one weight, measured on a sample of its blocks while they are in cache.
 
-Measuring every block would cost more than the merge: eight passes over the weight beside the merge's five. Every
-n-th block of rows is measured, n chosen so that small weights are measured whole and large ones on a few blocks, spread
-over all their rows.
+Measuring every block would cost more than the merge: eight passes over the weight beside the merge's five. Small
+weights are measured whole; of large ones the first rows of a few blocks, spread over the weight.
 """
 
 from __future__ import annotations
@@ -14,6 +13,7 @@ import torch
 from torch import Tensor
 
 SAMPLED_BLOCKS = 4
+SAMPLED_SHARE = 4  # one in so many rows of a sampled block
 SUMS = 6
 BITS = {torch.bfloat16: torch.int16, torch.float16: torch.int16, torch.float32: torch.int32, torch.float64: torch.int64}
 
@@ -33,9 +33,11 @@ class TensorFigures:
     sampled: float  # fraction of the tensor's elements that these figures were taken over
 
 
-def sampling_step(blocks: int) -> int:
-    """Every how many blocks one is measured."""
-    return max(1, blocks // SAMPLED_BLOCKS)
+def sampled_rows(number: int, blocks: int, rows: int) -> int:
+    """How many of the `rows` of a weight's block `number` (of `blocks`) are measured: the first ones, or none."""
+    if blocks <= SAMPLED_BLOCKS:
+        return rows
+    return 0 if number % (blocks // SAMPLED_BLOCKS) else -(-rows // SAMPLED_SHARE)
 
 
 def block_sums(

@@ -97,7 +97,7 @@ class Block:
     arithmetic: torch.dtype  # float32, or float64 for a float64 source
     target: torch.dtype
     delta: bool  # dW instead of W'
-    measured: bool  # take figures
+    measured: int  # of how many rows, the first ones, to take figures
 
     @property
     def elements(self) -> int:
@@ -191,8 +191,9 @@ class Lane:
             stored.copy_(result)
             slot.norm.copy_(torch.linalg.vector_norm(result))
             if block.measured:
+                few = slice(block.measured)
                 spare = slot.device_bytes("spare", nbytes).view(block.arithmetic).view(shape)
-                block_sums(before, result, stored, spare, slot.sums)
+                block_sums(before[few], result[few], stored[few], spare[few], slot.sums)
             computed = self.compute.mark()
         if slot.on_host:
             slot.mark = computed

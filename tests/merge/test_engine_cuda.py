@@ -87,7 +87,7 @@ def form_of(kind: str, device: torch.device) -> CanonicalForm:
     return CanonicalForm(up, down)
 
 
-def block_of(delta: bool = False, target: torch.dtype = torch.bfloat16, measured: bool = True) -> Block:
+def block_of(delta: bool = False, target: torch.dtype = torch.bfloat16, measured: int = ROWS) -> Block:
     return Block(0, ROWS, COLUMNS, torch.bfloat16, torch.float32, target, delta, measured)
 
 
@@ -98,7 +98,7 @@ def test_no_step_mixes_devices_or_waits_for_the_device(kind: str, delta: bool) -
     with fake_cuda():
         slot = Slot(CUDA, pinned=False)
         lane = Lane(CUDA, (slot,), Inline(), Inline(), Inline(), 1 << 20)
-        block = block_of(delta, measured=not delta)
+        block = block_of(delta, measured=0 if delta else ROWS)
         source, target = slot.host_in(block.elements * 2), slot.host_out(block.elements * 2)
         lane.launch(slot, block, [form_of(kind, CUDA)], source, target)
         assert {source.device, target.device, slot.host_norm.device, slot.host_sums.device} == {CPU}
