@@ -37,6 +37,25 @@ def link_file(source: Path, target: Path, link: str) -> bool:
     return True
 
 
+def can_link(source: Path, folder: Path, link: str) -> bool:
+    """True when a file in `folder` would share `source`'s bytes and take no space. Leaves nothing behind."""
+    source = source.resolve()
+    if link == "copy" or source.stat().st_dev != folder.stat().st_dev:
+        return False
+    if link == "hardlink":
+        return True
+    try:
+        with source.open("rb") as stream:
+            fd = os.open(folder, os.O_RDWR | os.O_TMPFILE, 0o600)
+            try:
+                fcntl.ioctl(fd, FICLONE, stream.fileno())
+            finally:
+                os.close(fd)
+    except OSError:
+        return False
+    return True
+
+
 def _reflink(source: Path, target: Path) -> None:
     with source.open("rb") as stream:
         fd = os.open(target, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o666)

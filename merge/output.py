@@ -42,10 +42,7 @@ def check_output(output: Path, overwrite: bool, inputs: tuple[Path, ...] = ()) -
 
 def check_space(output: Path, nbytes: int) -> None:
     """Raise OutputError when the disk of `output` has less than `nbytes` free."""
-    folder = output.resolve().parent
-    while not folder.exists():
-        folder = folder.parent
-    free = shutil.disk_usage(folder).free
+    free = shutil.disk_usage(nearest_folder(output)).free
     if nbytes > free:
         raise OutputError(
             f"{output}: the disk is too small",
@@ -53,6 +50,14 @@ def check_space(output: Path, nbytes: int) -> None:
             got=f"{free / 1e9:.2f} GB free",
             hint="free some space, or choose another --output",
         )
+
+
+def nearest_folder(output: Path) -> Path:
+    """The closest folder above `output` that exists: on the file system that the output will be on."""
+    folder = output.resolve().parent
+    while not folder.exists():
+        folder = folder.parent
+    return folder
 
 
 def staging_folder(output: Path) -> Path:

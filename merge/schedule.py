@@ -1,0 +1,193 @@
+"""Who works on what: tasks handed out in the files' order, of different shards to different workers where it can be.
+
+Forms that have to be found first (an SVD of the base, column norms) are found on threads ahead of the blocks.
+"""
+
+from __future__ import annotations
+
+import math
+import threading
+from collections import deque
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from .chunks import ChunkedFile, ChunkPool
+from .edits import BlockEdit
+from .figures import TensorFigures
+from .hashing import Stopped, file_sha256
+from .links import link_file
+from .plan import ShardPlan, TensorJob
+from .sources import Sources
+from .tasks import ShardWork, Task, TensorWork, arithmetic_of
+from .tensors import TORCH_DTYPES
+
+LOOK_AHEAD = 2
+
+Progress = Callable[[int], None]
+
+
+@dataclass(frozen=True)
+class FinishedShard:
+    """One output file that is on the disk."""
+
+    file: str
+    sha256: str | None  # of the output; None without hashing
+    source_sha256: str | None  # of the base's file, where it was read from end to end
+    figures: dict[str, TensorFigures]
+
+
+class Schedule:
+    """The shards of one run, opened when a worker has nothing else to do.
+
+    submit: runs a function on a writer thread. finished: called when a shard is on the disk.
+    """
+
+    def __init__(
+        self,
+        shards: Sequence[ShardPlan],
+        folder: Path,
+        workers: int,
+        block_bytes: int,
+        *,
+        hashing: bool,
+        direct: bool,
+        link: str,
+        sources: Sources,
+        pool: ChunkPool,
+        submit: Callable[[Callable[[], None]], None],
+        finished: Callable[[FinishedShard], None],
+        progress: Progress | None,
+    ) -> None:
+        self.folder, self.workers, self.block_bytes = folder, workers, block_bytes
+        self.hashing, self.direct, self.link = hashing, direct, link
+        self.sources, self.pool = sources, pool
+        self._submit, self._finished, self.progress = submit, finished, progress
+        self.stopping = False
+        self._queue = deque(shards)
+        self._open_shards: list[ShardWork] = []
+        self._made: list[ShardWork] = []
+        self._lock = threading.Lock()
+        self._preparers = ThreadPoolExecutor(workers, thread_name_prefix="prepare")
+
+    def stop(self) -> None:
+        """Let every worker give up at its next step."""
+        with self._lock:
+            self.stopping = True
+            shards = list(self._made)
+        for shard in shards:
+            if shard.digest is not None:
+                shard.digest.stop()
+
+    def close(self) -> None:
+        """Give threads and descriptors back, whatever state the files are in; nobody works any more."""
+        self._preparers.shutdown(cancel_futures=True)
+        for shard in self._made:
+            shard.output.close()
+
+    def next(self, current: ShardWork | None) -> Task | None:
+        """The next task, of `current` where it has one. In a file's order: the chunks and the hash rely on it."""
+        with self._lock:
+            while not self.stopping:
+                if current is None:
+                    current = self._choose()
+                    if current is None:
+                        return None
+                    current.workers += 1
+                task = next(current.tasks, None)
+                if task is not None:
+                    if task.write:
+                        current.output.reserve(task.stop)
+                    return task
+                current.workers -= 1
+                if current in self._open_shards:
+                    self._open_shards.remove(current)
+                current = None
+            return None
+
+    def _choose(self) -> ShardWork | None:
+        """An unopened shard while there are fewer open ones than workers, else the one with the fewest workers."""
+        while self._queue and len(self._open_shards) < self.workers:
+            plan = self._queue.popleft()
+            if plan.is_copy and self.link != "copy" and self._linked(plan):
+                continue
+            shard = self._open(plan)
+            self._open_shards.append(shard)
+            return shard
+        return min(self._open_shards, key=lambda shard: shard.workers, default=None)
+
+    def _linked(self, plan: ShardPlan) -> bool:
+        assert plan.source is not None
+        source = plan.source
+        if not link_file(source, self.folder / plan.file, self.link):
+            return False
+
+        def hash_it() -> None:
+            found = file_sha256(source) if self.hashing else None
+            if self.progress is not None:
+                self.progress(plan.nbytes)
+            self._finished(FinishedShard(plan.file, found, found, {}))
+
+        self._submit(hash_it)
+        return True
+
+    def _open(self, plan: ShardPlan) -> ShardWork:
+        def done(sha256: str | None) -> None:
+            found = shard.digest.hexdigest() if shard.digest is not None else None
+            self._finished(FinishedShard(plan.file, sha256, found, shard.figures))
+
+        output = ChunkedFile(
+            self.folder / plan.file, plan.nbytes, self.pool, self._submit, done, self.hashing, self.direct
+        )
+        shard = ShardWork(plan, output, self.hashing)
+        self._made.append(shard)
+        output.reserve(len(plan.header))
+        output.put(torch.frombuffer(bytearray(plan.header), dtype=torch.uint8), 0)
+        shard.tasks = shard.in_order(self._prepare, LOOK_AHEAD * self.workers)
+        return shard
+
+    def _prepare(self, job: TensorJob, shard: ShardWork) -> TensorWork:
+        """A job's blocks; its forms are found on another thread."""
+        shape = job.source.shape
+        size = math.prod(shape)
+        columns = shape[-1] if job.edits else 1
+        rows = size // columns if columns else 0
+        arithmetic = arithmetic_of(job)
+        step = max(1, self.block_bytes // (arithmetic.itemsize * max(columns, 1)))
+        tensor = TensorWork(job, shard, rows, columns, step, None, -(-rows // step))
+        if job.edits and rows:
+            tensor.forms = self._preparers.submit(self._forms, tensor)
+        return tensor
+
+    def _forms(self, tensor: TensorWork) -> list[BlockEdit]:
+        """The forms of a tensor, on the CPU, after the passes over the whole weight that some of them need first."""
+        arithmetic = arithmetic_of(tensor.job)
+        forms = [edit.stored_edit(arithmetic) for edit in tensor.job.edits]
+        for index, form in enumerate(forms):
+            while form.needs_columns:  # column norms: Conv1D with DoRA or DuDe
+                form = form.with_column_norms(self._columns(form, tensor, arithmetic))
+            forms[index] = form
+        return forms
+
+    def _columns(self, form: BlockEdit, tensor: TensorWork, arithmetic: torch.dtype) -> Tensor:
+        """The sum of the form's column_squares over all rows."""
+        source = tensor.job.source
+        stored = TORCH_DTYPES[source.dtype]
+        row_bytes = tensor.columns * stored.itemsize
+        raw = torch.empty(tensor.step * row_bytes, dtype=torch.uint8)
+        work = torch.empty(tensor.step, tensor.columns, dtype=arithmetic)
+        total: Tensor | None = None
+        for start in range(0, tensor.rows, tensor.step):
+            if self.stopping:
+                raise Stopped
+            count = min(tensor.step, tensor.rows - start)
+            piece = raw[: count * row_bytes]
+            self.sources.read(source, start * row_bytes, piece)
+            found = form.column_squares(work[:count].copy_(piece.view(stored).view(count, tensor.columns)), start)
+            total = found if total is None else total + found
+        assert total is not None
+        return total
