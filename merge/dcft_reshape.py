@@ -11,7 +11,8 @@ factors of rank R (in / g) (out / g), exactly. Where that is no less than a side
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from collections.abc import Iterable
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -118,7 +119,20 @@ def read_dcft_reshape(file: Path, base: Checkpoint | None) -> Adapter:
         replacements=found.replacements,
         config={},
         files=(file,),
+        notes=found.notes,
     )
+
+
+def read_reshaped(
+    refs: Iterable[TensorRef], prefix: str, weights: Path
+) -> tuple[tuple[AdaptedModule, ...], dict[str, TensorRef], list[Problem]]:
+    """Modules, replacements and problems of a safe folder's tensors."""
+    strange = [ref for ref in refs if not ref.name.startswith(prefix)]
+    problems = [Problem(f"{weights}: unknown tensor {r.name!r}", expected=f"a name under {prefix}") for r in strange]
+    inside = [replace(ref, name=ref.name.removeprefix(prefix)) for ref in refs if ref.name.startswith(prefix)]
+    found = sort_tensors(inside, ROLES, None)
+    modules, more = _modules(found, weights)
+    return modules, found.others, problems + more
 
 
 def _modules(found: Foreign, file: Path) -> tuple[tuple[AdaptedModule, ...], list[Problem]]:

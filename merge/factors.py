@@ -26,7 +26,7 @@ from .binding import BoundAdapter, BoundModule, bind
 from .budget import allot, bytes_of
 from .cards import factor_card
 from .certificate import check_errors, summary
-from .checkpoint import open_checkpoint
+from .checkpoint import Checkpoint, open_checkpoint
 from .devices import choose_device
 from .errors import InputError, Problem, UnsupportedError, raise_all
 from .factorisation import Factored, Factoriser
@@ -85,6 +85,7 @@ def factor(
     rank = _plain_rank(rank)
     checkpoint = open_checkpoint(base) if base is not None else None
     opened = open_adapter(adapter, options, checkpoint)
+    require_names(opened, checkpoint)
     bound = bind(opened, checkpoint, base_kind) if checkpoint is not None else None
     if bound is None and opened.own_base is not None:
         bound = bind(opened, opened.own_base, base_kind)
@@ -278,6 +279,17 @@ def adapter_only(opened: Adapter) -> dict[str, Any]:
         "sha256": adapter_sha256(opened),
     }
     return {"base": {"name": opened.base_name, "fingerprint": None}, "adapters": [entry]}
+
+
+def require_names(opened: Adapter, base: Checkpoint | None) -> None:
+    """A file that writes the dots of its modules' names as underscores needs a base to tell them apart."""
+    flat = [module.name for module in opened.modules if "." not in module.name and "_" in module.name]
+    if flat and base is None and opened.format == "kohya / LyCORIS file":
+        raise InputError(
+            f"{opened.folder}: the file writes the dots of its modules' names as underscores",
+            expected="a BASE, which tells where the dots were",
+            got=flat[0],
+        )
 
 
 def _budgeted(

@@ -19,6 +19,18 @@ class Foreign:
     groups: dict[str, dict[str, TensorRef]] = field(default_factory=dict)
     replacements: dict[str, TensorRef] = field(default_factory=dict)
     problems: list[Problem] = field(default_factory=list)
+    others: dict[str, TensorRef] = field(default_factory=dict)  # neither, where no base tells which were trained
+
+    @property
+    def notes(self) -> tuple[str, ...]:
+        """What is said of tensors that cannot be placed without a base."""
+        if not self.others:
+            return ()
+        first = next(iter(self.others))
+        return (
+            f"the file holds {len(self.others)} other tensors (first: {first}); without a base nothing tells which of "
+            "them were trained, and none is taken",
+        )
 
 
 def sort_tensors(refs: Iterable[TensorRef], roles: Mapping[str, str], base: Checkpoint | None) -> Foreign:
@@ -28,7 +40,7 @@ def sort_tensors(refs: Iterable[TensorRef], roles: Mapping[str, str], base: Chec
     """
     found = Foreign()
     by_length = sorted(roles, key=len, reverse=True)
-    others: dict[str, TensorRef] = {}
+    others = found.others
     for ref in refs:
         role = next((r for r in by_length if ref.name.endswith("." + r)), None)
         if role is None:
@@ -49,4 +61,5 @@ def sort_tensors(refs: Iterable[TensorRef], roles: Mapping[str, str], base: Chec
             found.problems.append(Problem(f"{ref.file}: {name} is no adapter tensor", hint=hint))
         elif not same_bytes(ref, held):
             found.replacements[target] = ref
+    found.others = {}
     return found

@@ -17,10 +17,9 @@ from .errors import AdapterError, InputError, Problem, raise_all
 from .headers import FLOAT_DTYPES
 from .kohya_format import IMAGE_PREFIXES, PREFIXES, holds_kohya, read_kohya
 from .mytransformers_format import read_mytransformers
-from .native_format import read_native
+from .native_format import NATIVE_TYPES, read_native
 from .peft_format import WEIGHT_FILES, PeftExtras, read_peft
 
-NATIVE_TYPES = ("DCFT", "DUDE")
 FORMATS = ("peft", "native", "dcft", "dcft-reshape", "mytransformers", "kohya")
 FILE_SUFFIXES = (".safetensors", ".bin", ".pt", ".pth", ".ckpt")
 

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from pathlib import Path
 
@@ -42,15 +42,7 @@ def holds_kohya(names: tuple[str, ...]) -> bool:
 def read_kohya(file: Path, alpha: float | None, magnitude_axis: str | None, base: Checkpoint | None) -> Adapter:
     """The adapter in `file`. Raises AdapterError with every problem; UnsupportedError for an image model's."""
     shard = read_weights(file)
-    groups: dict[str, dict[str, TensorRef]] = {}
-    problems: list[Problem] = []
-    by_length = sorted(ROLES, key=len, reverse=True)
-    for ref in shard.tensors:
-        role = next((r for r in by_length if ref.name.endswith("." + r)), None)
-        if role is None:
-            problems.append(Problem(f"{file}: unknown tensor {ref.name!r}", expected=", ".join(ROLES)))
-        else:
-            groups.setdefault(ref.name[: -len(role) - 1], {})[ROLES[role]] = ref
+    groups, problems = group_lycoris(shard.tensors, file)
     image = [name for name in groups if name.startswith(IMAGE_PREFIXES)]
     if image:
         raise UnsupportedError(
@@ -59,13 +51,55 @@ def read_kohya(file: Path, alpha: float | None, magnitude_axis: str | None, base
             hint="split the text encoder's tensors off first",
         )
     rsloras = _rank_stabilised(shard.metadata)
-    modules: list[AdaptedModule] = []
+    named: dict[str, Mapping[str, TensorRef]] = {}
     for flat, group in sorted(groups.items()):
         name = _path(flat, base)
         if name is None:
             problems.append(Problem(f"{file}: the base has no weight for {flat}", hint="is this the model it is for?"))
-            continue
-        module = _module(name, group, alpha, rsloras, file, problems)
+        else:
+            named[name] = group
+    modules = lycoris_modules(named, alpha, rsloras, magnitude_axis, file, problems)
+    raise_all(problems, AdapterError)
+    return Adapter(
+        folder=file.parent,
+        format="kohya / LyCORIS file",
+        method=method_of(modules),
+        modules=modules,
+        replacements={},
+        config={},
+        base_name=shard.metadata.get("ss_sd_model_name"),
+        files=(file,),
+    )
+
+
+def group_lycoris(
+    refs: Iterable[TensorRef], file: Path, prefix: str = ""
+) -> tuple[dict[str, dict[str, TensorRef]], list[Problem]]:
+    """Tensors by module and role, and those that have none."""
+    groups: dict[str, dict[str, TensorRef]] = {}
+    problems: list[Problem] = []
+    by_length = sorted(ROLES, key=len, reverse=True)
+    for ref in refs:
+        role = next((r for r in by_length if ref.name.endswith("." + r)), None)
+        if role is None or not ref.name.startswith(prefix):
+            problems.append(Problem(f"{file}: unknown tensor {ref.name!r}", expected=", ".join(ROLES)))
+        else:
+            groups.setdefault(ref.name[len(prefix) : -len(role) - 1], {})[ROLES[role]] = ref
+    return groups, problems
+
+
+def lycoris_modules(
+    groups: Mapping[str, Mapping[str, TensorRef]],
+    alpha: float | None,
+    rslora: bool,
+    magnitude_axis: str | None,
+    file: Path,
+    problems: list[Problem],
+) -> tuple[AdaptedModule, ...]:
+    """The modules of named groups; what is wrong with them is added to `problems`."""
+    modules: list[AdaptedModule] = []
+    for name, group in sorted(groups.items()):
+        module = _module(name, group, alpha, rslora, file, problems)
         if module is None:
             continue
         scale = group.get("m")
@@ -85,21 +119,16 @@ def read_kohya(file: Path, alpha: float | None, magnitude_axis: str | None, base
         modules.append(module)
     if not modules and not problems:
         problems.append(Problem(f"{file}: holds no adapter factors"))
-    raise_all(problems, AdapterError)
+    return tuple(modules)
+
+
+def method_of(modules: Iterable[AdaptedModule]) -> str:
+    """What to call them: LoRA, DoRA, LoKr with magnitudes, LoHa and LoRA."""
     kinds = {type(module).__name__.removesuffix("Module") for module in modules}
     method = " and ".join(sorted({"Lora": "LoRA", "Lokr": "LoKr", "Loha": "LoHa"}[kind] for kind in kinds))
     if any(getattr(module, "magnitude", None) is not None for module in modules):
         method = "DoRA" if method == "LoRA" else f"{method} with magnitudes"
-    return Adapter(
-        folder=file.parent,
-        format="kohya / LyCORIS file",
-        method=method,
-        modules=tuple(modules),
-        replacements={},
-        config={},
-        base_name=shard.metadata.get("ss_sd_model_name"),
-        files=(file,),
-    )
+    return method
 
 
 def _path(flat: str, base: Checkpoint | None) -> str | None:

@@ -75,9 +75,16 @@ def method_name(config: Mapping[str, Any], initial: Initial | None) -> str:
 
 
 def lora_modules(
-    parts: Parts, config: Mapping[str, Any], initial: Initial | None, extras: PeftExtras | None = None
+    parts: Parts,
+    config: Mapping[str, Any],
+    initial: Initial | None,
+    extras: PeftExtras | None = None,
+    axis: int = 0,
 ) -> tuple[AdaptedModule, ...]:
-    """The modules of a LoRA-family adapter; everything that is wrong with them is added to `parts.problems`."""
+    """The modules of a LoRA-family adapter; everything that is wrong with them is added to `parts.problems`.
+
+    axis: 1 where magnitudes belong to input columns, which PEFT does not do.
+    """
     extras = extras or PeftExtras()
     where = str(parts.weights.parent)
     dora, rslora = flag(config, "use_dora", parts), flag(config, "use_rslora", parts)
@@ -135,7 +142,9 @@ def lora_modules(
             continue
         magnitude = group.get("m") or magnitudes.get(name)
         scale = scale_of(name, a.shape[0])
-        module = LoraModule(name, a, b, scale, magnitude=magnitude, initial=initial, embedding=embedding)
+        module = LoraModule(
+            name, a, b, scale, magnitude=magnitude, initial=initial, embedding=embedding, magnitude_dim=axis
+        )
         module = with_initial(module, group, before, parts)
         _check_magnitude(module, dora, parts)
         if "bias" in group:
@@ -217,7 +226,7 @@ def _tokens(name: str, values: TensorRef, indices: object, parts: Parts) -> Iter
 
 def _check_magnitude(module: LoraModule, use_dora: bool, parts: Parts) -> None:
     magnitude = module.magnitude
-    size = module.shape[1] if module.embedding else module.shape[0]
+    size = module.shape[1] if module.embedding else module.shape[module.magnitude_dim]
     if use_dora and magnitude is None:
         parts.problems.append(
             Problem(

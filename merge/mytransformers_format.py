@@ -74,6 +74,7 @@ def read_mytransformers(
         replacements=found.replacements,
         config=config,
         files=(file, *((config_file,) if config else ())),
+        notes=found.notes,
     )
 
 

@@ -1,18 +1,25 @@
-"""Our own safe adapter folder, for the methods that PEFT has no name for: DCFT and DuDe.
+"""Our own safe adapter folder, for what PEFT has no name for: DCFT, DuDe and its relatives, LyCORIS' files.
 
-adapter_config.json   peft_type DCFT or DUDE, format_version 1, base_model_name_or_path, task_type, target_modules,
-                      r, lora_alpha; DCFT: kernel_size, stride; DUDE: use_rslora, base ("original" or "residual"),
-                      residual_dtype
+adapter_config.json   peft_type DCFT, DUDE or LYCORIS, format_version 1, base_model_name_or_path, task_type,
+                      target_modules, modules_to_save, and the keys below
 adapter_model.safetensors   base_model.model.<module>.<role>, roles as below; base_model.model.<base tensor> for heads
 
-DCFT roles: lora_A (r_sub, in/k0), lora_B (out/k1, r_sub), lora_C (1, 1, k0, k1), ranknum (1,)
-DUDE roles: lora_A.weight (r, in), lora_B.weight (out, r), lora_magnitude_vector (out,), and optionally the factors
-            at initialisation, lora_A_init.weight and lora_B_init.weight, so that no SVD has to be repeated
+DCFT     r, lora_alpha, kernel_size, stride; or "form": "reshape" (dcft_reshape.py) without them
+         lora_A (r, in/k0), lora_B (out/k1, r), lora_C (1, 1, k0, k1), ranknum (1,); channels: dcft_format.py
+         reshape: B (in/d, r), A (r, out/d), deconv.weight (1, 1, d, d), deconv.bias (1,)
+DUDE     r, lora_alpha, use_rslora, base ("original" or "residual"), residual_dtype, and where they are not the first:
+         initial ("svd", "qr", ...: how the factors were found; "none": nothing was subtracted), magnitude ("trained",
+         "frozen": the norms of the residual, "none"), magnitude_axis ("out" or "in")
+         lora_A.weight (r, in), lora_B.weight (out, r), lora_magnitude_vector (out,), and optionally the factors at
+         initialisation, lora_A_init.weight and lora_B_init.weight, so that no SVD has to be repeated, or the residual
+         itself, frozen.weight (out, in)
+LYCORIS  lora_down.weight, lora_up.weight, lokr_*, hada_*, alpha, dora_scale (out, 1) or (1, in), as in kohya_format.py
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -20,17 +27,29 @@ from .adapter import AdaptedModule, Adapter
 from .checkpoint import read_json, read_weights
 from .dcft import DcftModule
 from .dcft_format import dcft_modules, group_dcft, is_pair
+from .dcft_reshape import read_reshaped
 from .dude import Initial
 from .errors import AdapterError, Problem, raise_all
-from .initialisation import RESIDUAL_DTYPES
-from .lora_format import LORA_ROLES, lora_modules
-from .peft_format import PREFIX, WEIGHT_FILES, find_weights, group_tensors
+from .headers import TensorRef
+from .initialisation import LOST_INITS, RESIDUAL_DTYPES
+from .kohya_format import group_lycoris, lycoris_modules, method_of
+from .lora import LoraModule
+from .lora_format import LORA_ROLES, lora_modules, method_name
+from .peft_format import PREFIX, WEIGHT_FILES, Parts, find_weights, group_tensors
 
+NATIVE_TYPES = ("DCFT", "DUDE", "LYCORIS")
 FORMAT_VERSION = 1
+DUDE_ROLES = {**LORA_ROLES, "frozen.weight": "frozen"}
+CHOICES = {
+    "base": ("original", "residual"),
+    "initial": ("svd", "qr", "none", *LOST_INITS),
+    "magnitude": ("trained", "frozen", "none"),
+    "magnitude_axis": ("out", "in"),
+}
 
 
 def read_native(folder: Path, alpha: float | None = None, ranknum: float | None = None) -> Adapter:
-    """The DCFT or DuDe adapter in `folder`; `alpha` and `ranknum` override its own. Raises AdapterError."""
+    """The adapter in `folder`; `alpha` and `ranknum` override its own. Raises AdapterError."""
     config_file = folder / "adapter_config.json"
     config = read_json(config_file)
     weights = find_weights(folder)
@@ -46,18 +65,25 @@ def read_native(folder: Path, alpha: float | None = None, ranknum: float | None 
             )
         )
     shard = read_weights(weights)
-    if config["peft_type"] == "DCFT":
+    replacements: Mapping[str, TensorRef] = {}
+    if config["peft_type"] == "LYCORIS":
+        lycoris, found = group_lycoris(shard.tensors, weights, PREFIX)
+        modules = lycoris_modules(lycoris, alpha, False, None, weights, found)
+        method = method_of(modules)
+    elif config["peft_type"] == "DUDE":
+        parts = group_tensors(shard.tensors, weights, DUDE_ROLES)
+        method, modules = _dude(parts, config, problems)
+        replacements, found = parts.replacements, parts.problems
+    elif config.get("form") == "reshape":
+        modules, replacements, found = read_reshaped(shard.tensors, PREFIX, weights)
+        method = "DCFT"
+    else:
         groups, replacements, found = group_dcft(shard.tensors, PREFIX, weights)
         chosen = config.get("lora_alpha") if alpha is None else alpha
         modules, more = dcft_modules(groups, chosen, config.get("stride"), None, weights, ranknum)
-        problems += _untrue(config, modules, config_file)
+        found = [*found, *more, *_untrue(config, modules, config_file)]
         method = "DCFT"
-    else:
-        parts = group_tensors(shard.tensors, weights, LORA_ROLES)
-        modules = lora_modules(parts, {**config, "use_dora": True}, _initial(config, problems))
-        replacements, found, more = parts.replacements, parts.problems, []
-        method = "DuDe"
-    raise_all(problems + found + more, AdapterError)
+    raise_all(problems + found, AdapterError)
     return Adapter(
         folder=folder,
         format="adapter-merge folder",
@@ -85,20 +111,36 @@ def _untrue(config: Mapping[str, Any], modules: tuple[AdaptedModule, ...], confi
     return problems
 
 
-def _initial(config: Mapping[str, Any], problems: list[Problem]) -> Initial | None:
-    base = config.get("base")
-    if base == "residual":
-        return None
-    if base != "original":
-        problems.append(Problem('DuDe config: "base" is missing or wrong', "original or residual", repr(base)))
-    dtype = RESIDUAL_DTYPES.get(str(config.get("residual_dtype")))
-    if dtype is None:
-        problems.append(
-            Problem(
-                'DuDe config: "residual_dtype" is missing or wrong',
-                ", ".join(RESIDUAL_DTYPES),
-                repr(config.get("residual_dtype")),
-                "the dtype in which the frozen residual was kept at training: it was rounded to it",
+def _dude(parts: Parts, config: Mapping[str, Any], problems: list[Problem]) -> tuple[str, tuple[AdaptedModule, ...]]:
+    said = {key: config.get(key, values[0]) for key, values in CHOICES.items()} | {"base": config.get("base")}
+    for key, value in said.items():
+        if value not in CHOICES[key]:
+            problems.append(
+                Problem(f'DuDe config: "{key}" is missing or wrong', " or ".join(CHOICES[key]), f"{value!r:.100}")
             )
-        )
-    return Initial(dtype=dtype)
+    initial = None
+    if said["base"] != "residual" and said["initial"] != "none":
+        dtype = RESIDUAL_DTYPES.get(str(config.get("residual_dtype")))
+        if dtype is None:
+            problems.append(
+                Problem(
+                    'DuDe config: "residual_dtype" is missing or wrong',
+                    ", ".join(RESIDUAL_DTYPES),
+                    repr(config.get("residual_dtype"))[:100],
+                    "the dtype in which the frozen residual was kept at training: it was rounded to it",
+                )
+            )
+        initial = Initial(dtype=dtype, method=str(said["initial"]))
+    trained = said["magnitude"] == "trained"
+    axis = int(said["magnitude_axis"] == "in")
+    modules: list[AdaptedModule] = []
+    for module in lora_modules(parts, {**config, "use_dora": trained}, initial, axis=axis):
+        if isinstance(module, LoraModule):
+            frozen = parts.groups[module.name].get("frozen")
+            if frozen is not None and frozen.shape != module.shape:
+                got = str(frozen.shape)
+                problems.append(Problem(f"the frozen weight of {module.name} does not fit", str(module.shape), got))
+            module = replace(module, frozen=frozen, own_magnitude=said["magnitude"] == "frozen", magnitude_dim=axis)
+        modules.append(module)
+    method = method_name({"use_dora": said["magnitude"] != "none"}, initial)
+    return "DuDe" if trained and said["base"] == "residual" else method, tuple(modules)

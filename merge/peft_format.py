@@ -74,7 +74,8 @@ def read_peft(folder: Path, extras: PeftExtras | None = None) -> Adapter:
     kind = config.get("peft_type")
     if not isinstance(kind, str) or kind not in readers:
         raise UnsupportedError(
-            f"{config_file}: peft_type {kind!r} is not supported", expected=f"{', '.join(readers)}, DCFT or DUDE"
+            f"{config_file}: peft_type {kind!r} is not supported",
+            expected=f"{', '.join(readers)}, DCFT, DUDE or LYCORIS",
         )
     fan_in_fan_out = config.get("fan_in_fan_out", False)
     base_name = config.get("base_model_name_or_path")

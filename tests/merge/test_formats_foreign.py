@@ -13,9 +13,11 @@ from adapter_merge.merge.factors import factor
 from adapter_merge.merge.formats import ReadOptions, detect
 from adapter_merge.merge.merging import merge
 from adapter_merge.merge.verification import verify
-from pico_bases import llama, quiet
+from pico_bases import llama, load, quiet
 from safetensors.torch import load_file, save_file
 from torch import Tensor
+
+peft = pytest.importorskip("peft", reason="PEFT must load what is written for it (extra verify)")
 
 STEM = "model.layers.{}.{}"
 MODULES = [STEM.format(layer, kind) for layer in (0, 1) for kind in ("self_attn.q_proj", "mlp.down_proj")]
@@ -35,8 +37,16 @@ def base32(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def check(base: Path, adapter: Path, output: Path, expected: dict[str, Tensor], options: ReadOptions | None = None,
           tolerance: float = 1e-6) -> None:  # fmt: skip
-    """expected: module -> W' (out, in) float64. Rounded once to the base's dtype; everything else as it was."""
+    """expected: module -> W' (out, in) float64. Rounded once to the base's dtype; everything else as it was.
+
+    The safe folder that `convert` makes of the adapter needs no options and merges to the same bytes.
+    """
     merge(base, adapter, output, device="cpu", options=options)
+    safe = output.with_name(f"{output.name}-safe")
+    convert(adapter, safe, base=base, options=options)
+    merge(base, safe, output.with_name(f"{output.name}-again"), device="cpu")
+    again = load_file(output.with_name(f"{output.name}-again") / "model.safetensors")
+    assert all(torch.equal(again[key], value) for key, value in load_file(output / "model.safetensors").items())
     before, after = load_file(base / "model.safetensors"), load_file(output / "model.safetensors")
     assert before.keys() == after.keys()
     for key, value in after.items():
@@ -322,6 +332,51 @@ def test_kohya_and_lycoris(base: Path, tmp_path: Path, kind: str, dora: str | No
         check(base, file, tmp_path / f"out-{prefix}", expected, tolerance=3e-6)
         assert detect(file).format == "kohya"
         assert detect(file).certainty == ("certain" if prefix else "likely")
+
+
+def test_kohya_names_need_a_base(base32: Path, tmp_path: Path) -> None:
+    saved, expected = kohya(base32, "lora", None, "lora_te_", True)
+    file = tmp_path / "a.safetensors"
+    save_file(saved, file)
+    for write in (convert, lambda file, output: factor(None, file, output)):
+        with pytest.raises(InputError, match="underscores"):
+            write(file, tmp_path / "no")
+        assert not (tmp_path / "no").exists()
+    convert(file, tmp_path / "safe", base=base32)
+    factor(None, tmp_path / "safe", tmp_path / "factors")
+    check(base32, tmp_path / "factors", tmp_path / "out", expected, tolerance=3e-6)
+
+
+@pytest.mark.parametrize("kind", ["lora", "loha", "lokr", "lokr-full"])
+def test_kohya_converted_folder_in_peft(base32: Path, tmp_path: Path, kind: str) -> None:
+    """A LoRA becomes a folder that PEFT itself loads; LyCORIS' methods a folder that PEFT refuses."""
+    saved, expected = kohya(base32, kind, None, "lora_te_", True)
+    save_file(saved, tmp_path / "a.safetensors")
+    convert(tmp_path / "a.safetensors", tmp_path / "safe", base=base32)
+    with quiet():
+        if kind != "lora":
+            with pytest.raises((ValueError, KeyError)):
+                peft.PeftModel.from_pretrained(load(base32), tmp_path / "safe")
+            return
+        live = peft.PeftModel.from_pretrained(load(base32), tmp_path / "safe").merge_and_unload().state_dict()
+    for module, value in expected.items():
+        torch.testing.assert_close(live[f"{module}.weight"].double(), value, atol=3e-6, rtol=0)
+
+
+def test_kohya_with_several_ranks_and_some_magnitudes(base32: Path, tmp_path: Path) -> None:
+    """No PEFT folder says that only some modules have magnitudes; ours does."""
+    saved, expected = kohya(base32, "lora", "out", "lora_te_", True)
+    plain, expected_plain = kohya(base32, "lora", None, "lora_te_", True)
+    mixed = {key: value for key, value in saved.items() if "layers_0" in key}
+    mixed |= {key: value for key, value in plain.items() if "layers_1" in key}
+    q = f"lora_te_{MODULES[0].replace('.', '_')}"
+    down, up = mixed[f"{q}.lora_down.weight"], mixed[f"{q}.lora_up.weight"]
+    mixed[f"{q}.lora_down.weight"] = torch.cat((down, torch.zeros(2, down.shape[1])))
+    mixed[f"{q}.lora_up.weight"] = torch.cat((up, torch.zeros(up.shape[0], 2)), dim=1).contiguous()
+    mixed[f"{q}.alpha"] = torch.tensor(10.0)  # the same scale at rank 5
+    expected = {name: (expected if ".0." in name else expected_plain)[name] for name in expected}
+    save_file(mixed, tmp_path / "a.safetensors")
+    check(base32, tmp_path / "a.safetensors", tmp_path / "out", expected, tolerance=3e-6)
 
 
 def test_kohya_of_an_image_model_is_refused(base32: Path, tmp_path: Path) -> None:
