@@ -6,6 +6,7 @@ The tests marked gpu run the real thing where a device is.
 from __future__ import annotations
 
 import contextlib
+import threading
 from collections import deque
 from collections.abc import Iterator
 from pathlib import Path
@@ -241,6 +242,51 @@ def test_the_overlapping_path_writes_the_same_bytes(tmp_path: Path, monkeypatch:
     merge(base, adapter, tmp_path / "ring", workers=3)
     for file in (tmp_path / "plain").glob("*.safetensors"):
         assert file.read_bytes() == (tmp_path / "ring" / file.name).read_bytes()
+
+
+def test_several_devices_share_the_shards(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every device computes, within its own share of memory, and together they write what one CPU writes."""
+    tensors = base_tensors(layers=4, factor=16)
+    base = write_base(tmp_path / "base", tensors, shards=4)
+    adapter = write_lora(tmp_path / "adapter", tensors, dora=True)
+    bound = open_pair(base, adapter)
+    plan = plan_merge(bound.base, (bound,))
+    assert len(plan.shards) > 2
+    for name in ("one", "two"):
+        (tmp_path / name).mkdir()
+    engine.execute(plan, tmp_path / "one", CPU, workers=1)
+    devices = [torch.device("cuda", index) for index in range(2)]
+    shares: dict[torch.device, list[int]] = {device: [] for device in devices}
+    computed: dict[torch.device, int] = dict.fromkeys(devices, 0)
+    block_bytes = lanes.cpu_lane().block_bytes  # another size adds up in another order
+    together = threading.Barrier(len(devices) * engine.CUDA_WORKERS)  # nobody is done before all have begun
+    begun = threading.local()
+    real = Lane.launch
+
+    def launch(self: Lane, *arguments: Any) -> None:
+        if not hasattr(begun, "yes"):
+            begun.yes = True
+            together.wait(60)
+        computed[owner[id(self)]] += 1
+        real(self, *arguments)
+
+    owner: dict[int, torch.device] = {}
+
+    def lane_of(device: torch.device, vram: int) -> Lane:
+        lane = recorded_lane([], block_bytes=block_bytes)
+        shares[device].append(vram)
+        owner[id(lane)] = device
+        return lane
+
+    monkeypatch.setattr(Lane, "launch", launch)
+    monkeypatch.setattr(engine, "cuda_lane", lane_of)
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: ((1 + device.index) << 30, 8 << 30))
+    engine.execute(plan, tmp_path / "two", devices)
+    for shard in plan.shards:
+        assert (tmp_path / "one" / shard.file).read_bytes() == (tmp_path / "two" / shard.file).read_bytes()
+    assert all(computed.values())
+    for index, device in enumerate(devices):
+        assert sum(shares[device]) <= engine.VRAM_FRACTION * ((1 + index) << 30)
 
 
 @pytest.mark.parametrize("vram", [2 << 20, 64 << 20, 8 << 30])
