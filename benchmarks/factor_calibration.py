@@ -18,7 +18,7 @@ import torch
 from adapter_merge.merge.calibration import collect
 from adapter_merge.merge.end_to_end import _continued, figures, install_factors, logits, tokens
 from adapter_merge.merge.factorisation import Factoriser
-from adapter_merge.merge.merging import open_pair
+from adapter_merge.merge.inputs import open_pair
 from adapter_merge.merge.peft_folder import write_factors
 from adapter_merge.merge.reference import load_model, trained_model
 

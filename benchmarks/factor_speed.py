@@ -21,7 +21,7 @@ import torch
 from adapter_merge.merge.delta_operator import DeltaOperator
 from adapter_merge.merge.factorisation import Factoriser
 from adapter_merge.merge.form import CanonicalForm
-from adapter_merge.merge.merging import open_pair
+from adapter_merge.merge.inputs import open_pair
 from adapter_merge.merge.randomised import generator, randomised_spectrum
 from torch import Tensor
 

@@ -45,7 +45,7 @@ import json, os, sys, time
 from pathlib import Path
 import torch
 from adapter_merge.merge.engine import execute
-from adapter_merge.merge.merging import open_pair
+from adapter_merge.merge.inputs import open_pair
 from adapter_merge.merge.plan import plan_merge
 base, adapter, output, hashing = sys.argv[1], sys.argv[2], Path(sys.argv[3]), sys.argv[4] == "hash"
 bound = open_pair(base, adapter)

@@ -209,7 +209,7 @@ def reference_model(base: str | Path, adapter: str | Path | None) -> Any:
         from adapter_merge.merge.checkpoint import resolve
 
         return load_model(resolve(base)).float()
-    from adapter_merge.merge.merging import open_pair
+    from adapter_merge.merge.inputs import open_pair
 
     return trained_model(open_pair(base, adapter))
 

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .delta_operator import DeltaOperator
+from .delta_operator import AnyDelta
 from .errors import ParityError, Problem, raise_all
 from .randomised import generator, spectral_norm
 from .truncation import product_norms
@@ -117,7 +117,7 @@ class MeasuredErrors:
 class _Rest:
     """dW - F as a map: held in float32 where the weight is small, formed again block by block where it is not."""
 
-    def __init__(self, delta: DeltaOperator, up: Tensor, down: Tensor, scale: Tensor | None) -> None:
+    def __init__(self, delta: AnyDelta, up: Tensor, down: Tensor, scale: Tensor | None) -> None:
         self.delta = delta
         self.shape = delta.shape
         self.up, self.down = up.to(torch.float64), down.to(torch.float64)
@@ -151,7 +151,7 @@ class _Rest:
 
 def measure(
     name: str,
-    delta: DeltaOperator,
+    delta: AnyDelta,
     up: Tensor,  # (out, R) float32, as written
     down: Tensor,  # (R, in) float32
     scale: Tensor | None,  # (out,) float32

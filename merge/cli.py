@@ -1,7 +1,8 @@
 """The adapter-merge command: a lazy table of commands, one way to report errors, one set of shared options.
 
 `adapter-merge --help` imports click alone; a command's module, and torch with it, is loaded when that command runs.
-Data goes to stdout, progress and errors to stderr. Exit codes: 0 done, 1 failed, 2 usage, 130 interrupted.
+Data goes to stdout, progress and errors to stderr; with --json an error is an object on stdout as well. Exit codes:
+0 done, 1 failed, 2 usage, 130 interrupted.
 """
 
 from __future__ import annotations
@@ -10,14 +11,14 @@ import importlib
 import json
 import os
 import sys
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from pathlib import Path
+from dataclasses import asdict
 from typing import Any, TypeVar
 
 import click
 
-from .errors import AdapterMergeError
+from .errors import AdapterMergeError, Problem
 
 # name -> module:attribute, and the line that --help shows without loading the module
 COMMANDS: Mapping[str, tuple[str, str]] = {
@@ -96,52 +97,6 @@ def output_option(function: F) -> F:
     )(function)
 
 
-def adapter_options(function: F) -> F:
-    """What a user may state of an adapter whose files do not say everything."""
-    for option in (
-        click.option("--ranknum", type=float, help="DCFT: ranknum, where the file has lost it."),
-        click.option("--alpha", type=float, help="DCFT: lora_alpha, where the config does not say it."),
-        click.option(
-            "--base-kind",
-            type=click.Choice(["original", "residual"]),
-            help="PiSSA, DuDe: what BASE is. Decided by evidence when not given.",
-        ),
-    ):
-        function = option(function)
-    for name, kind, text in STATED:
-        option = click.option(name, type=kind, help=text, expose_value=False, callback=_keep)
-        function = option(function)
-    return function
-
-
-# What readers of foreign files may have to be told; kept in the context, for `read_options`.
-STATED: tuple[tuple[str, Any, str], ...] = (
-    ("--prefix", str, "What stands before the adapter's names in the base, where it fits several parts."),
-    ("--magnitude-axis", click.Choice(["out", "in"]), "What a magnitude belongs to, where a square weight hides it."),
-    ("--residual-dtype", click.Choice(["float32", "bfloat16", "float16"]), "PiSSA, DuDe: the residual's dtype."),
-    ("--init-adapter", click.Path(path_type=Path), "PiSSA, CorDA, LoRA-GA: the PEFT folder saved before training."),
-    ("--magnitudes", click.Path(path_type=Path), "DoRA, DuDe: a file or folder with the magnitudes that PEFT dropped."),
-    (
-        "--format",
-        click.Choice(["peft", "native", "dcft", "dcft-reshape", "mytransformers", "kohya"]),
-        "What to read the adapter as, whatever it looks like.",
-    ),
-)
-META = "adapter_merge.read_options"
-
-
-def _keep(context: click.Context, parameter: click.Parameter, value: Any) -> None:
-    if value is not None:
-        context.meta.setdefault(META, {})[parameter.name] = value
-
-
-def read_options(alpha: float | None = None, ranknum: float | None = None) -> Any:
-    """ReadOptions of the running command: what `adapter_options` was told."""
-    from .formats import ReadOptions
-
-    return ReadOptions(alpha=alpha, ranknum=ranknum, **click.get_current_context().meta.get(META, {}))
-
-
 def device_option(function: F) -> F:
     """--device."""
     return click.option("--device", default="auto", show_default=True, help="auto, cpu, cuda or cuda:N.")(function)
@@ -189,8 +144,21 @@ def progress_bar(label: str, total: int, quiet: bool) -> Iterator[Callable[[int]
         yield lambda nbytes: bar.advance(task, nbytes)
 
 
+def wants_json() -> bool:
+    """True when the command was told --json, whatever became of it."""
+    arguments = sys.argv[1:]
+    return "--json" in (arguments[: arguments.index("--")] if "--" in arguments else arguments)
+
+
+def emit_error(problems: Sequence[Mapping[str, str | None]], kind: str) -> None:
+    """With --json: {"error": {cause, expected, got, hint, kind, problems}}, the first problem and all of them."""
+    if wants_json():
+        emit({"error": {**problems[0], "kind": kind, "problems": list(problems)}})
+
+
 def report_error(error: AdapterMergeError) -> None:
-    """Every problem on stderr: `error:` in red where colour is wanted, then expected, got and hint."""
+    """Every problem on stderr: `error:` in red where colour is wanted, then expected, got and hint; JSON on stdout."""
+    emit_error([asdict(problem) for problem in error.problems], type(error).__name__)
     for problem in error.problems:
         first, *rest = str(problem).split("\n")
         red = "NO_COLOR" not in os.environ
@@ -211,9 +179,11 @@ def main() -> None:
         sys.exit(leave.exit_code)
     except (click.Abort, KeyboardInterrupt):
         click.echo("interrupted", err=True)
+        emit_error([asdict(Problem("interrupted"))], "Interrupted")
         sys.exit(130)
     except click.ClickException as error:
         error.show()
+        emit_error([asdict(Problem(error.format_message()))], "UsageError")
         sys.exit(error.exit_code)
     except AdapterMergeError as error:
         if debug:
@@ -233,4 +203,6 @@ def main() -> None:
             raise
         click.echo(f"error: a bug of adapter-merge: {type(error).__name__}: {error}", err=True)
         click.echo("  hint: ADAPTER_MERGE_DEBUG=1 shows where; please report it", err=True)
+        cause = f"a bug of adapter-merge: {type(error).__name__}: {error}"
+        emit_error([asdict(Problem(cause, hint="ADAPTER_MERGE_DEBUG=1 shows where; please report it"))], "Bug")
         sys.exit(1)

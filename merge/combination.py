@@ -118,10 +118,17 @@ class CombinedEdit:
 
     # -- passes ----------------------------------------------------------------------------------------
 
+    def _passes(self) -> list[int]:
+        """The parts whose own pass comes next: plain forms together, others (whose sums have other shapes) alone."""
+        waiting = [index for index, part in enumerate(self.parts) if part.edit.needs_columns]
+        plain = [index for index in waiting if isinstance(self.parts[index].edit, CanonicalForm)]
+        return plain or waiting[:1]
+
     def column_squares(self, block: Tensor, start: int) -> Tensor:
-        inner = [part.edit for part in self.parts if part.edit.needs_columns]
+        inner = self._passes()
         if inner:
-            return torch.stack([edit.column_squares(block.clone(), start) for edit in inner])
+            edits = [self.parts[index].edit for index in inner]
+            return torch.stack([edit.column_squares(block.clone(), start) for edit in edits])
         counts = []
         for index, part in enumerate(self.parts):
             bits = size_bits(part.edit.delta_rows(block, start)).reshape(-1)
@@ -135,13 +142,12 @@ class CombinedEdit:
         return torch.stack(counts)
 
     def with_column_norms(self, squares: Tensor) -> CombinedEdit:
-        if any(part.edit.needs_columns for part in self.parts):
-            rows = iter(squares)
-            parts = tuple(
-                replace(part, edit=part.edit.with_column_norms(next(rows))) if part.edit.needs_columns else part
-                for part in self.parts
-            )
-            return replace(self, parts=parts)
+        inner = self._passes()
+        if inner:
+            parts = list(self.parts)
+            for index, row in zip(inner, squares, strict=True):
+                parts[index] = replace(parts[index], edit=parts[index].edit.with_column_norms(row))
+            return replace(self, parts=tuple(parts))
         if self.pending == 2:
             total = int(squares[0].sum())
             wanted = torch.tensor([self._kept(total, part) for part in self.parts], device=squares.device)  # (n, 2)

@@ -1,29 +1,31 @@
-"""Combine adapters and merge them: bound to one base, each with its own scales and norms, then one edit per tensor."""
+"""Several adapters as one: bound to one base, each with its own scales and norms, then one edit per tensor.
+
+A `CombinedBound` stands wherever a bound adapter does: merge, delta, factor and verify need nothing else.
+"""
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from collections.abc import Callable
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
+from .adapter import Adapter
 from .binding import BoundAdapter, BoundModule, bind
 from .checkpoint import Checkpoint, open_checkpoint
 from .combination import Part, Settings, combined, combined_form, key_of
-from .devices import choose_device
 from .edits import BlockEdit, Replaced, applied, in_turn
 from .errors import InputError, Problem, UnsupportedError, raise_all
 from .form import CanonicalForm
 from .formats import ReadOptions, open_adapter
 from .headers import FLOAT_DTYPES, TensorRef
 from .lora import BiasModule, ExpertModule, LoraModule, PartModule
-from .lora_folder import FoundFactors, write_lora_folder
-from .output import MANIFEST, check_output, manifest, sha256, staged, write_json
-from .recipe import Recipe
+from .recipe import Ingredient, Recipe
 from .tensors import read_tensor
 from .tokens import TokenModule
-from .truncation import reduce_rank, truncate
 from .vocabulary import EMBEDDINGS
 
 
@@ -42,275 +44,315 @@ class Share:
         edits: list[BlockEdit] = [Replaced(self.replacement)] if self.replacement is not None else []
         return in_turn([*edits, *(module.stored_edit(dtype) for module in self.modules)])
 
-
-@dataclass(frozen=True)
-class CombinedModule:
-    """One tensor that one or more adapters change. Stands where the plan expects a bound module."""
-
-    name: str
-    weight: TensorRef
-    shares: tuple[Share, ...]
-    settings: Settings
-
-    def stored_edit(self, dtype: torch.dtype = torch.float32) -> BlockEdit:
-        """The combination. Never empty: the plan leaves tensors out that nothing changes."""
-        parts = [
-            Part(share.edit(dtype), share.weight, share.density, key_of(self.settings.seed, share.adapter, self.name))
-            for share in self.shares
-        ]
-        edit = combined(parts, self.settings)
-        assert edit is not None
-        return edit
-
-
-@dataclass(frozen=True)
-class Combination:
-    """Adapters bound to one base, and the recipe; `planned` is what the merge plan is made from."""
-
-    adapters: tuple[BoundAdapter, ...]  # in the order of the recipe's ingredients
-    recipe: Recipe
+    @property
+    def is_matrix(self) -> bool:
+        """True for one adapted weight matrix, whole: no head, bias, expert or trained token."""
+        if self.replacement is not None or len(self.modules) != 1 or self.modules[0].rows is not None:
+            return False
+        return not isinstance(self.modules[0].module, TokenModule | BiasModule | ExpertModule | PartModule)
 
     @property
-    def base(self) -> Checkpoint:
-        return self.adapters[0].base
+    def has_form(self) -> bool:
+        """True where factors and scales of output rows say all of it."""
+        module = self.modules[0].module if self.is_matrix else None
+        if module is None or getattr(module, "frozen", None) is not None:
+            return False
+        scaled = getattr(module, "magnitude", None) is not None or getattr(module, "own_magnitude", False)
+        return not (scaled and (getattr(module, "magnitude_dim", 0) == 1 or getattr(module, "embedding", False)))
 
-    def modules(self) -> tuple[CombinedModule, ...]:
-        """Every tensor that changes. Raises InputError where adapters cannot go together."""
-        shares: dict[str, list[Share]] = {}
-        weights: dict[str, TensorRef] = {}
-        problems = []
-        for item, bound in zip(self.recipe.ingredients, self.adapters, strict=True):
-            density = self.recipe.settings.density if item.density is None else item.density
-            if item.weight == 0:
-                continue
-            grouped: dict[str, list[BoundModule]] = {}
-            for module in bound.modules:
-                grouped.setdefault(module.name, []).append(module)
-            for name, modules in grouped.items():
-                ref = modules[0].weight
-                if weights.setdefault(name, ref) != ref:
-                    problems.append(
-                        Problem(
-                            f"{name}: the adapters were trained on different versions of it",
-                            hint="combine adapters of one vocabulary size",
-                        )
-                    )
-                shares.setdefault(name, []).append(Share(item.name, item.weight, density, tuple(modules)))
-            for name, ref in bound.replacements.items():
-                old = self.base.tensors.get(name)
-                if old is None or old.shape != ref.shape or not ref.shape or ref.dtype not in FLOAT_DTYPES:
-                    continue  # taken as it is: see `planned`
-                if weights.setdefault(name, old) != old or any(s.adapter == item.name for s in shares.get(name, ())):
-                    problems.append(Problem(f"{name} is adapted and replaced at once by {item.name!r}"))
-                shares.setdefault(name, []).append(Share(item.name, item.weight, density, (), ref))
-        raise_all(problems, InputError)
-        return tuple(
-            CombinedModule(name, weights[name], tuple(found), self.recipe.settings) for name, found in shares.items()
-        )
 
-    def planned(self) -> tuple[BoundAdapter, ...]:
-        """The adapters as one, for the plan. Raises InputError where adapters cannot go together."""
-        modules = self.modules()
-        problems: list[Problem] = []
-        taken: dict[str, tuple[str, TensorRef]] = {}
-        changes: dict[str, Any] = {}
-        copies: dict[str, TensorRef] = {}
-        for item, bound in zip(self.recipe.ingredients, self.adapters, strict=True):
-            if item.weight == 0:
-                continue
-            for name, ref in bound.replacements.items():
-                old = self.base.tensors.get(name)
-                if old is not None and old.shape == ref.shape and ref.shape and ref.dtype in FLOAT_DTYPES:
-                    continue
-                if name in taken or any(module.name == name for module in modules):
-                    problems.append(
-                        Problem(
-                            f"{name}: {item.name!r} and another adapter both bring one, and the base has none like it",
-                            hint="a tensor without a base has no delta to combine: drop one",
-                        )
-                    )
-                taken[name] = (item.name, ref)
-            for key, value in bound.config_changes.items():
-                if changes.setdefault(key, value) != value:
-                    problems.append(Problem(f"the adapters disagree about {key}", got=f"{changes[key]} and {value}"))
-            copies |= bound.copies
-        if changes.get("tie_word_embeddings") is False:
-            problems += self._tied_tokens()
-        raise_all(problems, InputError)
-        first = self.adapters[0]
-        return (
-            replace(
-                first,
-                modules=modules,  # type: ignore[arg-type]
-                replacements={name: ref for name, (_, ref) in taken.items()},
-                copies=copies,
-                config_changes=changes,
-            ),
-        )
+@dataclass(frozen=True)
+class CombinedWeight:
+    """One tensor that one or more adapters change: an AdaptedModule."""
 
-    def _tied_tokens(self) -> list[Problem]:
-        """An adapter whose trained tokens reach the head through the tie that another adapter cuts."""
+    tensor: str  # the output tensor's name, which the random numbers are drawn for
+    shape: tuple[int, int]  # (out, in); (1, n) for a vector
+    shares: tuple[Share, ...]  # in the recipe's order
+    settings: Settings
+    in_turn: bool = False
+
+    @property
+    def name(self) -> str:
+        return self.tensor.removesuffix(".weight")
+
+    @property
+    def rank(self) -> int:
+        return min(sum(module.module.rank for share in self.shares for module in share.modules), *self.shape)
+
+    @property
+    def refs(self) -> tuple[TensorRef, ...]:
+        found = [ref for share in self.shares for module in share.modules for ref in module.module.refs]
+        return (*found, *(share.replacement for share in self.shares if share.replacement is not None))
+
+    @property
+    def needs_base(self) -> bool:
+        return True
+
+    @property
+    def embedding(self) -> bool:
+        modules = [module.module for share in self.shares for module in share.modules]
+        return any(isinstance(module, LoraModule) and module.embedding for module in modules)
+
+    @property
+    def is_matrix(self) -> bool:
+        """True where a LoRA can hold the change, at least truncated."""
+        return all(share.is_matrix for share in self.shares)
+
+    @property
+    def is_linear(self) -> bool:
+        """True when the change is the weighted sum of the adapters' deltas."""
+        if self.in_turn:
+            return len(self.shares) == 1
+        whole = self.settings.gamma == 0 and all(share.density >= 1 for share in self.shares)
+        return whole and (not self.settings.elects or len(self.shares) == 1)
+
+    @property
+    def has_form(self) -> bool:
+        """True where `form` gives all of it: a linear combination without scales of input columns."""
+        return self.is_linear and all(share.has_form for share in self.shares)
+
+    def parts(self, edits: list[BlockEdit]) -> list[Part]:
+        """The shares as what `combined` takes; `edits` are theirs, in their order."""
         return [
-            Problem(f"{item.name!r} trained tokens of tied embeddings, and another adapter unties them")
-            for item, bound in zip(self.recipe.ingredients, self.adapters, strict=True)
-            if "tie_word_embeddings" not in bound.config_changes
-            and any(isinstance(m.module, TokenModule) and m.name.endswith(EMBEDDINGS) for m in bound.modules)
+            Part(edit, share.weight, share.density, key_of(self.settings.seed, share.adapter, self.tensor))
+            for edit, share in zip(edits, self.shares, strict=True)
         ]
 
+    def stored_edit(self, dtype: torch.dtype) -> BlockEdit:
+        """What is done to the tensor as the base stores it."""
+        edits = [share.edit(dtype) for share in self.shares]
+        edit = in_turn(edits) if self.in_turn else combined(self.parts(edits), self.settings)
+        assert edit is not None, "tensors that nothing changes are left out"
+        return edit
 
-def open_combination(recipe: Recipe, base: str | Path | None = None) -> Combination:
+    def form(
+        self, read: Callable[[TensorRef], Tensor], weight: Callable[[], Tensor], dtype: torch.dtype
+    ) -> CanonicalForm:
+        """The linear combination on W0 (out, in), row scales included; roundings of residuals are not in it."""
+        assert self.has_form, "the caller takes the dense delta"
+        forms = [share.modules[0].form(dtype) for share in self.shares]
+        return combined_form(forms, [share.weight for share in self.shares], weight().to(dtype))
+
+    @property
+    def is_rounded(self) -> bool:
+        """True when a residual that was rounded to half precision is part of the change: `form` then lacks that."""
+        modules = [module for share in self.shares for module in share.modules]
+        initial = [(getattr(module.module, "initial", None), module.weight.dtype) for module in modules]
+        return any(one is not None and (one.dtype or own) in ("BF16", "F16") for one, own in initial)
+
+
+@dataclass(frozen=True)
+class CombinedModule(BoundModule):
+    """A `CombinedWeight` and its tensor."""
+
+    @property
+    def combination(self) -> CombinedWeight:
+        assert isinstance(self.module, CombinedWeight)
+        return self.module
+
+    def stored_edit(self, dtype: torch.dtype = torch.float32) -> BlockEdit:
+        return self.combination.stored_edit(dtype)
+
+    def dense_delta(self, device: torch.device) -> Tensor:
+        """dW (out, in) in float64; of any method, whole."""
+        stored = read_tensor(self.weight).to(device=device, dtype=torch.float64)
+        delta = applied(self.stored_edit(torch.float64).to(device), stored).sub_(stored)
+        return delta.T.contiguous() if self.transposed else delta
+
+    def whole(self) -> Tensor:
+        """W' as a merge would store it, rounded once."""
+        stored = read_tensor(self.weight)
+        rows = stored.reshape(1, -1) if stored.dim() < 2 else stored
+        after = applied(self.stored_edit(torch.float64), rows.to(torch.float64))
+        return after.to(stored.dtype).reshape(stored.shape)
+
+
+@dataclass(frozen=True)
+class CombinedBound(BoundAdapter):
+    """Adapters bound to one base, as one: its modules are `CombinedModule`s."""
+
+    parts: tuple[BoundAdapter, ...] = ()  # in the order of the recipe's ingredients
+    recipe: Recipe = field(default_factory=lambda: Recipe((), Settings()))
+
+    def factor_modules(self) -> tuple[CombinedModule, ...]:
+        """The weights that factors can hold.
+
+        Raises UnsupportedError for trained tokens, experts and parts of fused weights: a PEFT folder has no place for
+        what is combined of them.
+        """
+        problems = [
+            Problem(f"{item.name}: {share.adapter} brings more than factors here", hint="merge the combination instead")
+            for item in self._combined()
+            for share in item.combination.shares
+            if any(
+                isinstance(one.module, TokenModule | ExpertModule | PartModule) or one.rows is not None
+                for one in share.modules
+            )
+        ]
+        raise_all(problems, UnsupportedError)
+        return tuple(item for item in self._combined() if item.combination.is_matrix)
+
+    def whole_tensors(self) -> dict[str, Tensor]:
+        """Heads and biases, combined, by name: what a PEFT folder holds beside its factors."""
+        return {item.name: item.whole() for item in self._combined() if not item.combination.is_matrix}
+
+    def _combined(self) -> list[CombinedModule]:
+        return [item for item in self.modules if isinstance(item, CombinedModule)]
+
+
+def open_combination(recipe: Recipe, base: str | Path | None = None) -> CombinedBound:
     """Every adapter of `recipe` bound to its base, or to `base`. Raises AdapterMergeError."""
     chosen = base if base is not None else recipe.base
     if chosen is None:
         raise InputError("a combination needs its base", expected="BASE NAME=ADAPTER ..., or base in the recipe")
     checkpoint = open_checkpoint(chosen)
-    bound = []
+    bound: list[BoundAdapter] = []
     for item in recipe.ingredients:
         options = ReadOptions(**(item.options or {}))
         opened = bind(open_adapter(item.path, options, checkpoint), checkpoint, item.base_kind)
-        if opened.base_kind == "residual":
+        if opened.base_kind == "residual" and (bound or not recipe.in_turn):
             raise InputError(
                 f"{item.name!r} was trained on the residual that the base is: others were not",
                 hint="combine on the original base",
             )
         bound.append(opened)
-    return Combination(tuple(bound), recipe)
+    return _together(recipe, tuple(bound), checkpoint)
 
 
-def combine(recipe: Recipe, output: str | Path, base: str | Path | None = None, **options: Any) -> dict[str, Any]:
-    """Write the base with the recipe's combination merged into it; `options` as of merging.merge_bound."""
-    from .merging import merge_bound
-
-    combination = open_combination(recipe, base)
-    return merge_bound(combination.adapters, output, combination=combination, **options)
-
-
-def combine_factors(
-    recipe: Recipe,
-    output: str | Path,
-    base: str | Path | None = None,
-    *,
-    rank: int | float | None = None,
-    device: str = "auto",
-    overwrite: bool = False,
-    dry_run: bool = False,
-) -> dict[str, Any]:
-    """Write the recipe's combination as one PEFT folder, with its error per weight.
-
-    linear: without `rank` exact, the factors side by side and reduced to their numerical rank (QR, SVD of the core); a
-    DoRA where an adapter has magnitudes. With `rank` (or an energy below 1), or any other method, a truncated LoRA of
-    the dense combined delta. Raises UnsupportedError for what has no factors.
-    """
-    output = Path(output)
-    combination = open_combination(recipe, base)
-    check_output(output, overwrite, (combination.base.folder, *(b.adapter.folder for b in combination.adapters)))
-    for bound in combination.adapters:
-        bound.adapter.check_values()
-    planned = combination.planned()[0]
-    exact = recipe.settings.method == "linear" and rank is None
-    if rank is None and not exact:
-        raise InputError(
-            f"a {recipe.settings.method} combination is of full rank", expected="--rank R or ENERGY, which truncates"
-        )
-    modules = combination.modules()
-    problems = [
-        Problem(f"{item.name}: {', '.join(bad)} brings more than factors here", hint="merge the combination instead")
-        for item in modules
-        if (bad := [s.adapter for s in item.shares if not _factorable(s)])
-    ]
-    raise_all(problems, UnsupportedError)
-    chosen = choose_device(device)
-    content = manifest("factors", _inputs(combination), {"rank": rank, "combination": recipe.as_json()})
-    if dry_run:
-        return content | {"dry_run": True}
-    factors = [_combined_factors(item, rank, chosen) for item in modules]
-    if any(item.magnitude is not None for item in factors):
-        factors = [_with_magnitude(item, module) for item, module in zip(factors, modules, strict=True)]
-    content["form"] = "lora+row_scale" if any(item.magnitude is not None for item in factors) else "lora"
-    content["exact"] = exact
-    content["layers"] = {item.module: {"rank": item.rank, "relative_error": item.relative_error} for item in factors}
-    first = combination.adapters[0].adapter
-    conv1d = any(module.transposed for item in modules for share in item.shares for module in share.modules)
-    with staged(output, overwrite) as folder:
-        heads = {name: read_tensor(ref) for name, ref in planned.replacements.items()}
-        task = first.config.get("task_type")
-        write_lora_folder(folder, factors, heads, first.base_name, task if isinstance(task, str) else None, conv1d)
-        content["files"] = {path.name: sha256(path) for path in sorted(folder.iterdir()) if path.is_file()}
-        write_json(folder / MANIFEST, content)
-    return content
-
-
-def _factorable(share: Share) -> bool:
-    """True for one adapted weight matrix, whole, whose norms are those of its output rows."""
-    if share.replacement is not None or len(share.modules) != 1:
-        return False
-    bound = share.modules[0]
-    module = bound.module
-    if isinstance(module, TokenModule | BiasModule | ExpertModule | PartModule) or bound.rows is not None:
-        return False
-    magnitude = getattr(module, "magnitude", None) is not None or getattr(module, "own_magnitude", False)
-    return not (magnitude and (getattr(module, "magnitude_dim", 0) == 1 or getattr(module, "embedding", False)))
-
-
-def _combined_factors(item: CombinedModule, rank: int | float | None, device: torch.device) -> FoundFactors:
-    bound = item.shares[0].modules[0]
-    weight = bound.oriented_weight().to(device=device, dtype=torch.float64)
-    forms = [share.modules[0].form(torch.float64).to(device) for share in item.shares]
-    embedding = isinstance(bound.module, LoraModule) and bound.module.embedding
-    if rank is None:
-        form = combined_form(forms, [share.weight for share in item.shares], weight)
-        up, down = reduce_rank(form.up, form.down)
-        exact = sum((s.weight * f.delta(weight) for s, f in zip(item.shares, forms, strict=True)), weight * 0)
-        mine = CanonicalForm(up.float().double(), down.float().double(), row_scale=form.row_scale)
-        magnitude = None
-        if form.row_scale is not None:
-            norm = torch.linalg.vector_norm(torch.addmm(weight, mine.up, mine.down), dim=1)
-            magnitude = (form.row_scale * norm).cpu()
-        got = mine.delta(weight)
-    else:
-        # In the layout of the base, so that the same elements are drawn as in a merge.
-        stored = weight.T.contiguous() if bound.transposed else weight
-        ready = [form.bound_to(weight) for form in forms]
-        parts = [
-            Part(
-                form.transposed() if bound.transposed else form,
-                share.weight,
-                share.density,
-                key_of(item.settings.seed, share.adapter, item.name),
-            )
-            for form, share in zip(ready, item.shares, strict=True)
+def _together(recipe: Recipe, parts: tuple[BoundAdapter, ...], base: Checkpoint) -> CombinedBound:
+    """The adapters as one. Raises InputError where they cannot go together."""
+    taking = [(item, bound) for item, bound in zip(recipe.ingredients, parts, strict=True) if item.weight != 0]
+    modules, problems = _modules(recipe, taking, base)
+    taken: dict[str, tuple[str, TensorRef]] = {}
+    changes: dict[str, Any] = {}
+    copies: dict[str, TensorRef] = {}
+    names = {module.name for module in modules}
+    for item, bound in taking:
+        for name, ref in bound.replacements.items():
+            if _combinable(base, name, ref):
+                continue
+            if (name in taken and not recipe.in_turn) or name in names:
+                problems.append(
+                    Problem(
+                        f"{name}: {item.name!r} and another adapter both bring one, and the base has none like it",
+                        hint="a tensor without a base has no delta to combine: drop one",
+                    )
+                )
+            taken[name] = (item.name, ref)
+        for key, value in bound.config_changes.items():
+            if changes.setdefault(key, value) != value:
+                problems.append(Problem(f"the adapters disagree about {key}", got=f"{changes[key]} and {value}"))
+        copies |= bound.copies
+    if changes.get("tie_word_embeddings") is False:
+        problems += [
+            Problem(f"{item.name!r} trained tokens of tied embeddings, and another adapter unties them")
+            for item, bound in taking
+            if "tie_word_embeddings" not in bound.config_changes
+            and any(isinstance(m.module, TokenModule) and m.name.endswith(EMBEDDINGS) for m in bound.modules)
         ]
-        edit = combined(parts, item.settings)
-        exact = torch.zeros_like(stored) if edit is None else applied(edit, stored) - stored
-        if bound.transposed:
-            exact = exact.T.contiguous()
-        if not bool(exact.any()):
-            nothing = torch.zeros(sum(weight.shape), 1)
-            return FoundFactors(
-                item.name.removesuffix(".weight"),
-                nothing[: weight.shape[0]],
-                nothing[weight.shape[0] :].T,
-                None,
-                0.0,
-                embedding,
-            )
-        up, down = truncate(exact, rank)
-        got, magnitude = up @ down, None
-    size = float(torch.linalg.vector_norm(exact))
-    error = float(torch.linalg.vector_norm(got - exact)) / size if size else 0.0
-    return FoundFactors(item.name.removesuffix(".weight"), up.cpu(), down.cpu(), magnitude, error, embedding)
+    raise_all(problems, InputError)
+    replacements = {name: ref for name, (_, ref) in taken.items()}
+    return CombinedBound(
+        adapter=_as_adapter(recipe, parts, modules, replacements),
+        base=base,
+        modules=modules,
+        replacements=replacements,
+        base_kind=parts[0].base_kind,
+        copies=copies,
+        config_changes=changes,
+        parts=parts,
+        recipe=recipe,
+    )
 
 
-def _with_magnitude(found: FoundFactors, item: CombinedModule) -> FoundFactors:
-    """In a DoRA folder every weight has magnitudes: those that change nothing where there are none."""
-    if found.magnitude is not None:
-        return found
-    weight = item.shares[0].modules[0].oriented_weight().to(torch.float64)
-    norm = torch.linalg.vector_norm(torch.addmm(weight, found.up, found.down), dim=0 if found.embedding else 1)
-    return replace(found, magnitude=norm)
+def _combinable(base: Checkpoint, name: str, ref: TensorRef) -> bool:
+    """True for a trained tensor that has a delta: the base holds one of its shape."""
+    old = base.tensors.get(name)
+    return old is not None and old.shape == ref.shape and bool(ref.shape) and ref.dtype in FLOAT_DTYPES
 
 
-def _inputs(combination: Combination) -> dict[str, Any]:
-    from .merging import describe_inputs
+def _modules(
+    recipe: Recipe, taking: list[tuple[Ingredient, BoundAdapter]], base: Checkpoint
+) -> tuple[tuple[CombinedModule, ...], list[Problem]]:
+    """Every tensor that changes."""
+    shares: dict[str, list[Share]] = {}
+    places: dict[str, BoundModule | TensorRef] = {}
+    weights: dict[str, TensorRef] = {}
+    problems: list[Problem] = []
+    for item, bound in taking:
+        density = recipe.settings.density if item.density is None else item.density
+        grouped: dict[str, list[BoundModule]] = {}
+        for module in bound.modules:
+            grouped.setdefault(module.name, []).append(module)
+        for name, modules in grouped.items():
+            ref = modules[0].weight
+            if weights.setdefault(name, ref) != ref:
+                problems.append(
+                    Problem(
+                        f"{name}: the adapters were trained on different versions of it",
+                        hint="combine adapters of one vocabulary size",
+                    )
+                )
+            if recipe.in_turn and name in shares and any(_starts_from_base(module) for module in modules):
+                problems.append(
+                    Problem(
+                        f"{name}: {item.name!r} starts from the weight that it finds, which the adapter before it "
+                        "has changed",
+                        hint="merge the one before it, then this one into the result",
+                    )
+                )
+            places.setdefault(name, modules[0])
+            shares.setdefault(name, []).append(Share(item.name, item.weight, density, tuple(modules)))
+        for name, ref in bound.replacements.items():
+            if not _combinable(base, name, ref):
+                continue  # taken as it is: see `_together`
+            old = base.tensors[name]
+            if weights.setdefault(name, old) != old or any(s.adapter == item.name for s in shares.get(name, ())):
+                problems.append(Problem(f"{name} is adapted and replaced at once by {item.name!r}"))
+            places.setdefault(name, old)
+            shares.setdefault(name, []).append(Share(item.name, item.weight, density, (), ref))
+    found = []
+    for name, some in shares.items():
+        place, ref = places[name], weights[name]
+        turned = isinstance(place, BoundModule) and place.transposed
+        shape = ref.shape if len(ref.shape) > 1 else (1, *ref.shape)
+        shape = (shape[1], shape[0]) if turned else (shape[0], shape[-1])
+        whole = CombinedWeight(name, shape, tuple(some), recipe.settings, recipe.in_turn)
+        found.append(CombinedModule(whole, ref, turned, None if name == ref.name else name))
+    return tuple(found), problems
 
-    return describe_inputs(combination.adapters)
+
+def _starts_from_base(bound: BoundModule) -> bool:
+    """True for PiSSA, OLoRA and DuDe, whose frozen part is cut out of the weight that they were given."""
+    return bound.module.needs_base or getattr(bound.module, "initial", None) is not None
+
+
+def _as_adapter(
+    recipe: Recipe,
+    parts: tuple[BoundAdapter, ...],
+    modules: tuple[CombinedModule, ...],
+    replacements: dict[str, TensorRef],
+) -> Adapter:
+    """The combination as an adapter, for what is written beside the weights: names, task, heads."""
+    adapters = [bound.adapter for bound in parts]
+    saved: set[str] = set()
+    for adapter in adapters:
+        stated = adapter.config.get("modules_to_save")
+        saved |= {name for name in stated if isinstance(name, str)} if isinstance(stated, list) else set()
+    tasks = [adapter.config.get("task_type") for adapter in adapters]
+    return Adapter(
+        folder=adapters[0].folder,
+        format="combination",
+        method=recipe.method,
+        modules=tuple(item.combination for item in modules),
+        replacements=replacements,
+        config={
+            "task_type": next((task for task in tasks if isinstance(task, str)), None),
+            "target_modules": sorted(item.combination.name for item in modules if item.combination.is_matrix),
+            "modules_to_save": sorted(saved) or None,
+        },
+        base_name=next((adapter.base_name for adapter in adapters if adapter.base_name), None),
+        fan_in_fan_out=any(adapter.fan_in_fan_out for adapter in adapters),
+        files=tuple(file for adapter in adapters for file in adapter.files),
+        tied=any(adapter.tied for adapter in adapters),
+    )

@@ -1,4 +1,4 @@
-"""Combinations on the command line: options of merge and factor, and the command extract."""
+"""What is given on the command line: BASE and ADAPTER, or several adapters and how they go together; and extract."""
 
 from __future__ import annotations
 
@@ -6,19 +6,39 @@ import re
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 
 import click
 
+from .adapter_options import one_stated, stated_of
 from .cli import device_option, dry_run_option, emit, output_option, progress_bar, report_options
 
 if TYPE_CHECKING:
-    from .recipe import Recipe
+    from .formats import ReadOptions
+    from .recipe import Ingredient, Recipe
 
 F = TypeVar("F", bound=Callable[..., Any])
 META = "adapter_merge.combination"
 NAMED = re.compile(r"(?P<name>[A-Za-z0-9_.-]+)=(?P<value>.+)")
 METHODS = ("linear", "ties", "dare", "dare-ties", "magnitude-prune", "breadcrumbs")  # combination.py needs torch
+IN_TURN = "in-turn"
+INPUTS = "BASE ADAPTER | BASE NAME=ADAPTER... | BASE FIRST SECOND..."
+
+
+class Subject(NamedTuple):
+    """Base and adapter of a command, or several adapters as a recipe, with all that was stated of them."""
+
+    base: str | None
+    adapter: str | Recipe
+    base_kind: str | None = None
+    options: ReadOptions | None = None
+
+    @property
+    def folder(self) -> str:
+        """Where the base's weights are."""
+        if self.base is not None or isinstance(self.adapter, str):
+            return self.base or str(self.adapter)
+        return self.adapter.base or ""
 
 
 def _keep(context: click.Context, parameter: click.Parameter, value: Any) -> None:
@@ -26,7 +46,7 @@ def _keep(context: click.Context, parameter: click.Parameter, value: Any) -> Non
 
 
 def combination_options(function: F) -> F:
-    """How several adapters go together. The values are kept for `stated_recipe`."""
+    """How several adapters go together. The values are kept for `stated_inputs`."""
     for option in (
         click.option(
             "--recipe",
@@ -36,7 +56,11 @@ def combination_options(function: F) -> F:
         click.option("--seed", type=int, help="dare: of the random numbers; 0 when not given."),
         click.option("--gamma", type=float, help="breadcrumbs: share of the largest elements dropped."),
         click.option("--density", type=float, help="Share of each delta's elements kept; 1 when not given."),
-        click.option("--combine", type=click.Choice(METHODS), help="How; linear when not given."),
+        click.option(
+            "--combine",
+            type=click.Choice((*METHODS, IN_TURN)),
+            help="How; linear when not given. in-turn: each on what the ones before it have left.",
+        ),
         click.option("--weight", multiple=True, metavar="NAME=NUMBER", help="An adapter's weight; 1 when not given."),
     ):
         function = _hidden(option, function)
@@ -52,16 +76,27 @@ def _hidden(option: Callable[[F], F], function: F) -> F:
     return function
 
 
+def has_combination() -> bool:
+    """True when the running command was given a recipe, or how adapters go together."""
+    return any(click.get_current_context().meta.get(META, {}).values())
+
+
 def _named(text: str) -> tuple[str, str] | None:
     match = NAMED.fullmatch(text)
     return (match["name"], match["value"]) if match and not Path(text).exists() else None
 
 
-def stated_recipe(inputs: tuple[str, ...]) -> tuple[str | None, Recipe] | None:
-    """(base, recipe) where the command line asks for a combination, else None. Raises UsageError for half of one."""
+def stated_inputs(inputs: tuple[str, ...]) -> Subject:
+    """What the arguments and options of a command say. Raises UsageError for half of it.
+
+    CHECKPOINT                 a DCFT checkpoint, which holds its own base
+    BASE ADAPTER               one adapter
+    BASE NAME=ADAPTER ...      combined in delta space, or as --combine says
+    BASE FIRST SECOND ...      in turn: each on what the ones before it have left
+    --recipe FILE [BASE]       what the file says
+    """
     from .combination import Settings
-    from .errors import InputError
-    from .recipe import Ingredient, make_recipe, read_recipe
+    from .recipe import make_recipe, read_recipe
 
     said = click.get_current_context().meta.get(META, {})
     file, weights = said.get("recipe"), said.get("weight") or ()
@@ -70,13 +105,50 @@ def stated_recipe(inputs: tuple[str, ...]) -> tuple[str | None, Recipe] | None:
     if file is not None:
         if named or weights or given or len(inputs) > 1:
             raise click.UsageError("--recipe says it all: leave out adapters, weights and the other options")
-        return (inputs[0] if inputs else None), read_recipe(file)
-    if not named:
+        if one_stated() != (None, _no_options()):
+            raise click.UsageError("--recipe says it all: state what the files do not say in it, adapter by adapter")
+        return Subject(inputs[0] if inputs else None, read_recipe(file))
+    if not inputs:
+        raise click.UsageError(f"expected {INPUTS}")
+    if named and len(named) != len(inputs) - 1:
+        raise click.UsageError("give every adapter a name: BASE NAME=ADAPTER NAME=ADAPTER ...")
+    if not named and len(inputs) <= 2:
         if weights or given:
             raise click.UsageError("a combination needs BASE NAME=ADAPTER ...")
-        return None
-    if len(named) != len(inputs) - 1:
-        raise click.UsageError("give every adapter a name: BASE NAME=ADAPTER NAME=ADAPTER ...")
+        return Subject(None if len(inputs) == 1 else inputs[0], inputs[-1], *one_stated())
+    if not named:
+        if weights or given.get("combine", IN_TURN) != IN_TURN or given.keys() - {"combine"}:
+            raise click.UsageError(
+                "a combination needs names: BASE NAME=ADAPTER ...; without them, adapters go in turn"
+            )
+        given["combine"] = IN_TURN
+        named = _called(inputs[1:])
+    method = given.pop("combine", "linear")
+    recipe = make_recipe(_ingredients(named, weights), Settings(method, **given))
+    return Subject(inputs[0], recipe)
+
+
+def _no_options() -> ReadOptions:
+    from .formats import ReadOptions
+
+    return ReadOptions()
+
+
+def _called(paths: tuple[str, ...]) -> list[tuple[str, str]]:
+    """Adapters without names get their folders', the second of the same name -2."""
+    found: list[tuple[str, str]] = []
+    for path in paths:
+        stem = Path(path).name or Path(path).resolve().name
+        taken = {name for name, _ in found}
+        others = (f"{stem}-{number}" for number in range(2, len(paths) + 2))
+        found.append((stem if stem not in taken else next(name for name in others if name not in taken), path))
+    return found
+
+
+def _ingredients(named: list[tuple[str, str]], weights: tuple[str, ...]) -> list[Ingredient]:
+    from .errors import InputError
+    from .recipe import Ingredient, given_options
+
     factors: dict[str, float] = {}
     for text in weights:
         name, _, number = text.partition("=")
@@ -87,11 +159,11 @@ def stated_recipe(inputs: tuple[str, ...]) -> tuple[str | None, Recipe] | None:
     unknown = sorted(factors.keys() - {name for name, _ in named})
     if unknown:
         raise InputError(f"--weight names no adapter: {', '.join(unknown)}", expected=", ".join(n for n, _ in named))
-    ingredients = [Ingredient(name, path, factors.get(name, 1.0)) for name, path in named]
-    settings = Settings(
-        given.get("combine", "linear"), given.get("density", 1.0), given.get("gamma", 0.0), given.get("seed", 0)
-    )
-    return inputs[0], make_recipe(ingredients, settings)
+    stated = stated_of([name for name, _ in named])
+    return [
+        Ingredient(name, path, factors.get(name, 1.0), None, stated[name][0], given_options(stated[name][1]))
+        for name, path in named
+    ]
 
 
 @click.command()

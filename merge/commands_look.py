@@ -9,7 +9,9 @@ from typing import Any
 
 import click
 
-from .cli import adapter_options, emit, progress_bar, read_options, report_options, say
+from .adapter_options import adapter_options, one_stated
+from .cli import emit, progress_bar, report_options, say
+from .commands_combine import INPUTS, Subject, combination_options, has_combination, stated_inputs
 
 
 def _problems(problems: list[dict[str, Any]]) -> None:
@@ -28,9 +30,6 @@ def _problems(problems: list[dict[str, Any]]) -> None:
 def inspect(
     adapter: str,
     base: str | None,
-    base_kind: str | None,
-    alpha: float | None,
-    ranknum: float | None,
     heat_map: bool,
     as_json: bool,
     quiet: bool,
@@ -39,11 +38,12 @@ def inspect(
     """Show what ADAPTER is, what it would do, and all that is wrong with it. Reads headers only but for --heat-map."""
     from .inspection import inspect_adapter
 
-    report = inspect_adapter(adapter, base, read_options(alpha, ranknum), base_kind)
+    base_kind, options = one_stated()
+    report = inspect_adapter(adapter, base, options, base_kind)
     if heat_map and not report["problems"]:
         from .report import changes
 
-        report["change"] = changes(adapter, base, alpha=alpha, ranknum=ranknum)
+        report["change"] = changes(adapter, base, base_kind=base_kind, options=options)
     if as_json:
         emit(report)
     elif "method" in report:
@@ -106,10 +106,22 @@ def _prove_hashes(folder: str, inputs: bool, as_json: bool, quiet: bool) -> None
             click.echo(f"  not there any more: {name}")
 
 
+def _prove_restored(merged: str, restored: str, as_json: bool) -> None:
+    from .integrity import check_restored
+
+    count = check_restored(merged, restored)
+    if as_json:
+        emit({"folder": restored, "merged": merged, "files": count, "passed": True})
+    else:
+        click.echo(f"{restored}: {count} files are, to the last bit, the base that {merged} was made from")
+
+
 @click.command()
-@click.argument("inputs", nargs=-1, required=True, metavar="[BASE ADAPTER] ARTEFACT")
+@click.argument("inputs", nargs=-1, metavar=f"[{INPUTS}] ARTEFACT")
+@combination_options
 @adapter_options
 @click.option("--inputs", "check_inputs", is_flag=True, help="ARTEFACT alone: hash base and adapters again as well.")
+@click.option("--trained", is_flag=True, help="ARTEFACT alone: compare with the base and adapters of its manifest.")
 @click.option("--prompt", "prompts", multiple=True, help="A prompt to compare on; may be given again.")
 @click.option("--tokens", "generated", default=32, show_default=True, help="Greedy tokens per prompt.")
 @click.option("--tolerance", type=float, help="For max |dlogit|; default 1e-4, and one rounding for half precision.")
@@ -117,51 +129,57 @@ def _prove_hashes(folder: str, inputs: bool, as_json: bool, quiet: bool) -> None
 @report_options
 def verify(
     inputs: tuple[str, ...],
-    base_kind: str | None,
-    alpha: float | None,
-    ranknum: float | None,
     check_inputs: bool,
+    trained: bool,
     prompts: tuple[str, ...],
-    generated: int,
-    tolerance: float | None,
-    weights_only: bool,
     as_json: bool,
     quiet: bool,
     verbose: bool,
+    **settings: Any,
 ) -> None:
     """Prove that ARTEFACT (merged model, factors, deltas, ONNX export) computes what ADAPTER was trained to compute.
 
     The adapter runs unmerged on BASE (PEFT for PEFT folders, the papers' formulas for DCFT and DuDe) and is compared
     with the artefact in float32: logits, greedy tokens, every weight. Exit code 1 when they differ. With a DCFT
-    checkpoint, which holds its own base: CHECKPOINT ARTEFACT.
+    checkpoint, which holds its own base: CHECKPOINT ARTEFACT. Several adapters are stated as for merge: each runs on
+    its own, and they are combined by the method's definition.
 
-    ARTEFACT alone proves that it is what was written: every file is hashed again and held against its manifest.
+    ARTEFACT alone proves that it is what was written: every file is hashed again and held against its manifest. With
+    --trained the base, adapters and recipe that the manifest names are proved the same, and compared with as above.
+    MERGED RESTORED proves that a folder is the base that MERGED was made from.
     """
     from .checkpoint import resolve
+    from .integrity import inputs_of, is_merged
     from .verification import artefact_kind
     from .verification import verify as run
 
-    if len(inputs) == 1:
-        _prove_hashes(str(resolve(inputs[0])), check_inputs, as_json, quiet)
+    if not inputs:
+        raise click.UsageError(f"expected [{INPUTS}] ARTEFACT")
+    artefact = inputs[-1]
+    combining = has_combination()
+    if len(inputs) == 1 and not combining:
+        folder = str(resolve(artefact))
+        if not trained:
+            _prove_hashes(folder, check_inputs, as_json, quiet)
+            return
+        subject = Subject(*inputs_of(folder))
+    elif len(inputs) == 2 and not combining and is_merged(inputs[0]):
+        _prove_restored(inputs[0], artefact, as_json)
         return
-    if len(inputs) not in (2, 3):
-        raise click.UsageError("expected BASE ADAPTER ARTEFACT, CHECKPOINT ARTEFACT, or ARTEFACT alone")
-    base = inputs[0] if len(inputs) == 3 else None
-    adapter, artefact = inputs[-2:]
+    else:
+        subject = stated_inputs(inputs[:-1])
     onnx = None
     if artefact_kind(resolve(artefact)) == "onnx":
         onnx = importlib.import_module("adapter_merge.export.verification").verify_onnx
     report = run(
-        base,
-        adapter,
+        subject.base,
+        subject.adapter,
         artefact,
-        base_kind=base_kind,
-        options=read_options(alpha, ranknum),
+        base_kind=subject.base_kind,
+        options=subject.options,
         prompts=prompts or None,
-        generated=generated,
-        tolerance=tolerance,
-        weights_only=weights_only,
         onnx=onnx,
+        **settings,
     )
     if as_json:
         emit(report)

@@ -5,41 +5,17 @@ from __future__ import annotations
 import re
 import time
 from collections.abc import Callable
-from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
 import click
 
-from .cli import (
-    adapter_options,
-    device_option,
-    dry_run_option,
-    emit,
-    output_option,
-    progress_bar,
-    read_options,
-    report_options,
-    say,
-)
-from .commands_combine import combination_options, stated_recipe
+from .adapter_options import adapter_options, one_stated
+from .cli import device_option, dry_run_option, emit, output_option, progress_bar, report_options, say
+from .commands_combine import INPUTS, combination_options, stated_inputs
 
 F = TypeVar("F", bound=Callable[..., Any])
 DTYPES = click.Choice(["float32", "float16", "bfloat16"])
-PAIR = "BASE ADAPTER, or one DCFT checkpoint, which holds its own base"
-
-
-def _pair(inputs: tuple[str, ...]) -> tuple[str | None, str]:
-    """(base, adapter) from the arguments."""
-    if len(inputs) == 1:
-        return None, inputs[0]
-    if len(inputs) == 2:
-        return inputs[0], inputs[1]
-    raise click.UsageError(f"expected {PAIR}; got {len(inputs)} arguments")
-
-
-def _options(alpha: float | None, ranknum: float | None) -> Any:
-    return read_options(alpha, ranknum)
 
 
 def _done(content: dict[str, Any], output: str, started: float, as_json: bool, quiet: bool) -> None:
@@ -125,37 +101,18 @@ def engine_options(function: F) -> F:
 @adapter_options
 @dry_run_option
 @report_options
-def convert(
-    checkpoint: str,
-    output: str,
-    overwrite: bool,
-    base: str | None,
-    base_kind: str | None,
-    alpha: float | None,
-    ranknum: float | None,
-    dry_run: bool,
-    as_json: bool,
-    quiet: bool,
-    verbose: bool,
-) -> None:
+def convert(checkpoint: str, output: str, as_json: bool, quiet: bool, verbose: bool, **settings: Any) -> None:
     """Write any adapter file (pickled ones included, without running their code) as a safe adapter folder."""
     from .conversion import convert as run
 
     started = time.perf_counter()
-    content = run(
-        checkpoint,
-        output,
-        base=base,
-        base_kind=base_kind,
-        options=_options(alpha, ranknum),
-        overwrite=overwrite,
-        dry_run=dry_run,
-    )
+    base_kind, options = one_stated()
+    content = run(checkpoint, output, base_kind=base_kind, options=options, **settings)
     _done(content, output, started, as_json, quiet)
 
 
 @click.command()
-@click.argument("inputs", nargs=-1, metavar="BASE ADAPTER | BASE NAME=ADAPTER...")
+@click.argument("inputs", nargs=-1, metavar=INPUTS)
 @output_option
 @click.option("--dtype", type=DTYPES, help="For all float tensors of the output; the base's own when not given.")
 @engine_options
@@ -164,62 +121,31 @@ def convert(
 @device_option
 @dry_run_option
 @report_options
-def merge(
-    inputs: tuple[str, ...],
-    output: str,
-    overwrite: bool,
-    dtype: str | None,
-    base_kind: str | None,
-    alpha: float | None,
-    ranknum: float | None,
-    device: str,
-    vram: int | None,
-    link: str,
-    hashes: bool,
-    keep_preimage: bool,
-    keep_partial: bool,
-    part: tuple[int, int] | None,
-    finish: bool,
-    dry_run: bool,
-    as_json: bool,
-    quiet: bool,
-    verbose: bool,
-) -> None:
+def merge(inputs: tuple[str, ...], output: str, as_json: bool, quiet: bool, verbose: bool, **settings: Any) -> None:
     """Write the merged model: every adapted weight changed exactly, everything else carried over byte for byte.
 
     One argument is enough for a DCFT checkpoint, which holds its own base. Several adapters, each with a name, are
-    combined in delta space: merge BASE a=DIR b=DIR --weight a=0.7 --weight b=0.3 --combine ties --density 0.5.
+    combined in delta space: merge BASE a=DIR b=DIR --weight a=0.7 --weight b=0.3 --combine ties --density 0.5. Without
+    names they are applied in turn: merge BASE FIRST SECOND, where SECOND was trained on BASE with FIRST merged.
     """
     from .checkpoint import resolve
-    from .merging import merge as merge_one
+    from .merging import merge as run
 
     started = time.perf_counter()
-    stated = stated_recipe(inputs)
-    base, adapter = _pair(inputs) if stated is None else (stated[0] or stated[1].base, "")
-    source = resolve(base if base is not None else adapter)
+    subject = stated_inputs(inputs)
+    source = resolve(subject.folder) if subject.folder else Path()
     total = sum(path.stat().st_size for path in source.iterdir() if path.is_file())
-    if stated is not None:
-        from .combining import combine
-
-        run: Callable[..., dict[str, Any]] = partial(combine, stated[1], output, base)
-    else:
-        run = partial(merge_one, base, adapter, output, base_kind=base_kind, options=_options(alpha, ranknum))
     with progress_bar("merging", total, quiet or as_json) as progress:
         content = run(
-            device=device,
-            dtype=dtype,
-            overwrite=overwrite,
-            dry_run=dry_run,
+            subject.base,
+            subject.adapter,
+            output,
+            base_kind=subject.base_kind,
+            options=subject.options,
             progress=progress,
-            link=link,
-            hashes=hashes,
-            keep_preimage=keep_preimage,
-            keep_partial=keep_partial,
-            part=part,
-            finish=finish,
-            vram=vram,
+            **settings,
         )
-    if part is not None and not as_json and not dry_run:
+    if settings["part"] is not None and not as_json and not settings["dry_run"]:
         seconds = time.perf_counter() - started
         click.echo(f"{output}: part {content['part']}, {len(content['files'])} files in {seconds:.1f} s")
         say("when all parts are made: the same command with --finish instead of --shards", quiet=quiet)
@@ -228,50 +154,31 @@ def merge(
 
 
 @click.command()
-@click.argument("inputs", nargs=-1, required=True, metavar="BASE ADAPTER")
+@click.argument("inputs", nargs=-1, metavar=INPUTS)
 @output_option
 @click.option("--dtype", type=DTYPES, default="float32", show_default=True, help="Of the deltas.")
+@combination_options
 @adapter_options
 @device_option
 @dry_run_option
 @report_options
-def delta(
-    inputs: tuple[str, ...],
-    output: str,
-    overwrite: bool,
-    dtype: str,
-    base_kind: str | None,
-    alpha: float | None,
-    ranknum: float | None,
-    device: str,
-    dry_run: bool,
-    as_json: bool,
-    quiet: bool,
-    verbose: bool,
-) -> None:
-    """Write the dense delta of every adapted weight, W' - W0, to OUTPUT/delta.safetensors."""
+def delta(inputs: tuple[str, ...], output: str, as_json: bool, quiet: bool, verbose: bool, **settings: Any) -> None:
+    """Write the dense delta of every adapted weight, W' - W0, to OUTPUT/delta.safetensors.
+
+    Of several adapters the delta of their combination, stated as for merge.
+    """
     from .merging import delta as run
 
-    base, adapter = _pair(inputs)
     started = time.perf_counter()
-    content = run(
-        base,
-        adapter,
-        output,
-        device=device,
-        dtype=dtype,
-        base_kind=base_kind,
-        options=_options(alpha, ranknum),
-        overwrite=overwrite,
-        dry_run=dry_run,
-    )
+    base, adapter, base_kind, options = stated_inputs(inputs)
+    content = run(base, adapter, output, base_kind=base_kind, options=options, **settings)
     _done(content, output, started, as_json, quiet)
     if content["not_included"]:
         say(f"not weight deltas, so not in it: {', '.join(content['not_included'])}", quiet=quiet)
 
 
 @click.command()
-@click.argument("inputs", nargs=-1, metavar="[BASE] ADAPTER | BASE NAME=ADAPTER...")
+@click.argument("inputs", nargs=-1, metavar=f"[BASE] ADAPTER | {INPUTS}")
 @output_option
 @click.option(
     "--rank", help="A plain LoRA of this rank (16), or that keeps this energy (0.99); truncated, with its error."
@@ -300,22 +207,13 @@ def delta(
 def factor(
     inputs: tuple[str, ...],
     output: str,
-    overwrite: bool,
     rank: str | None,
-    budget: float | None,
     scale: str,
-    calibrate: Path | None,
-    end_to_end: bool,
     prompts: Path | None,
-    max_error: float | None,
-    base_kind: str | None,
-    alpha: float | None,
-    ranknum: float | None,
-    device: str,
-    dry_run: bool,
     as_json: bool,
     quiet: bool,
     verbose: bool,
+    **settings: Any,
 ) -> None:
     """Write LoRA-equivalent factors as a PEFT folder, exact unless --rank is given.
 
@@ -327,56 +225,34 @@ def factor(
     from .factors import parse_rank, read_prompts
 
     started = time.perf_counter()
-    stated = stated_recipe(inputs)
-    if stated is not None:
-        if budget is not None or calibrate is not None or end_to_end or prompts or max_error or scale == "exact":
-            raise click.UsageError("of a combination, factor takes --rank only")
-        from .combining import combine_factors
-
-        content = combine_factors(
-            stated[1],
-            output,
-            stated[0],
-            rank=parse_rank(rank) if rank is not None else None,
-            device=device,
-            overwrite=overwrite,
-            dry_run=dry_run,
-        )
-        _done(content, output, started, as_json, quiet)
-        if not as_json and not dry_run:
-            errors = [layer["relative_error"] for layer in content["layers"].values()]
-            click.echo(f"  {content['form']} of {len(errors)} weights; relative error of dW at most {max(errors):.2g}")
-        return
-    base, adapter = _pair(inputs)
+    base, adapter, base_kind, options = stated_inputs(inputs)
     content = run(
         base,
         adapter,
         output,
         rank=parse_rank(rank) if rank is not None else None,
-        budget=budget,
         keep_scale=scale == "exact",
-        calibrate=calibrate,
-        end_to_end=end_to_end,
         prompts=read_prompts(prompts) if prompts is not None else None,
-        max_error=max_error,
-        device=device,
         base_kind=base_kind,
-        options=_options(alpha, ranknum),
-        overwrite=overwrite,
-        dry_run=dry_run,
+        options=options,
+        **settings,
     )
     _done(content, output, started, as_json, quiet)
-    if not as_json and not dry_run:
-        found = content["certificate"]
-        low, high = found["ranks"]
-        span = str(low) if low == high else f"{low} .. {high}"
+    if not as_json and not settings["dry_run"]:
+        _show_certificate(content)
+
+
+def _show_certificate(content: dict[str, Any]) -> None:
+    found = content["certificate"]
+    low, high = found["ranks"]
+    span = str(low) if low == high else f"{low} .. {high}"
+    click.echo(
+        f"  {content['form']}, rank {span}; relative error of dW at most {found['max_relative_error']:.2g}, "
+        f"mean {found['mean_relative_error']:.2g}; energy kept {found['mean_energy']:.4%}"
+    )
+    end = found.get("end_to_end")
+    if end is not None:
         click.echo(
-            f"  {content['form']}, rank {span}; relative error of dW at most {found['max_relative_error']:.2g}, "
-            f"mean {found['mean_relative_error']:.2g}; energy kept {found['mean_energy']:.4%}"
+            f"  end to end: |dlogit| at most {end['max_dlogit']:.2g}, mean {end['mean_dlogit']:.2g}; "
+            f"KL {end['mean_kl']:.2g}; {end['greedy_equal']} of {end['greedy_total']} greedy tokens equal"
         )
-        end = found.get("end_to_end")
-        if end is not None:
-            click.echo(
-                f"  end to end: |dlogit| at most {end['max_dlogit']:.2g}, mean {end['mean_dlogit']:.2g}; "
-                f"KL {end['mean_kl']:.2g}; {end['greedy_equal']} of {end['greedy_total']} greedy tokens equal"
-            )

@@ -6,7 +6,8 @@ from pathlib import Path
 
 import click
 
-from .cli import adapter_options, emit, read_options, report_options, say
+from .adapter_options import adapter_options, one_stated
+from .cli import emit, report_options, say
 from .errors import OutputError
 
 
@@ -31,9 +32,6 @@ def report(
     base: str | None,
     parity: tuple[Path, ...],
     overwrite: bool,
-    base_kind: str | None,
-    alpha: float | None,
-    ranknum: float | None,
     as_json: bool,
     quiet: bool,
     verbose: bool,
@@ -48,7 +46,7 @@ def report(
         raise OutputError(f"{output}: is a folder", expected="a file, such as report.html")
     if output is not None and output.exists() and not overwrite:
         raise OutputError(f"{output}: exists already", hint="choose another --output, or pass --overwrite")
-    options = read_options(alpha, ranknum)
+    base_kind, options = one_stated()
     content = gather(target, base, base_kind=base_kind, options=options, parity=parity)
     if output is not None:
         from .report_page import write_page

@@ -15,14 +15,14 @@ from .checkpoint import open_checkpoint
 from .dcft import DcftModule
 from .dcft_reshape import DcftReshapeModule
 from .errors import InputError, UnsupportedError
-from .factors import adapter_only, require_names
+from .factors import require_names
 from .formats import ReadOptions, open_adapter
+from .inputs import adapter_only, describe_inputs
 from .loha import LohaModule
 from .lokr import LokrModule
 from .lora import LoraModule
-from .merging import describe_inputs
 from .output import MANIFEST, check_output, manifest, sha256, staged, write_json, write_text
-from .peft_folder import saved_modules
+from .peft_folder import saved_modules, stated_modules
 from .peft_format import PREFIX
 from .safe_folders import SafeFolder, dcft, dcft_reshape, dude, is_peft_lora, lycoris, peft_copy, peft_lora
 from .tensors import read_tensor, write_safetensors
@@ -62,7 +62,7 @@ def convert(
     inputs = (opened.folder,) if checkpoint is None else (opened.folder, checkpoint.folder)
     check_output(output, overwrite, inputs)
     opened.check_values()
-    described = describe_inputs((bound,)) if bound is not None else adapter_only(opened)
+    described = describe_inputs(bound, options) if bound is not None else adapter_only(opened)
     content = manifest("adapter", described, {})
     safe = _content(opened, bound)
     if dry_run:
@@ -102,7 +102,9 @@ def _content(opened: Adapter, bound: BoundAdapter | None) -> SafeFolder:
         "base_model_name_or_path": opened.base_name,
         "task_type": opened.config.get("task_type"),
         "target_modules": targets if isinstance(targets, list | str) else sorted(module.name for module in modules),
-        "modules_to_save": saved_modules({name.rpartition(".")[0] for name in opened.replacements}, opened),
+        "modules_to_save": saved_modules(
+            (name.rpartition(".")[0] for name in opened.replacements), stated_modules(opened)
+        ),
     }
     safe.config |= {key: value for key, value in common.items() if key not in safe.config}
     for name, ref in opened.replacements.items():

@@ -157,3 +157,39 @@ class DeltaOperator:
         for start, block in self.rows.blocks():
             product.addmm_(self._single.delta_rows(block, start).T, y[start : start + block.shape[0]])
         return product
+
+
+class HeldDelta:
+    """The same products with a dense dW: of a combination that no factors describe."""
+
+    def __init__(
+        self,
+        delta: Tensor,  # (out, in) float64, on the rows' device
+        rows: BaseRows,
+        scale: Tensor | None = None,  # (out,) float64, where the delta has a form with one as well
+    ) -> None:
+        self.delta, self.rows, self.scale = delta, rows, scale
+        self.shape = (delta.shape[0], delta.shape[1])
+        self.total = float(delta.square().sum())
+        self.base_total = sum(float(block.square().sum()) for _, block in rows.blocks(torch.float64))
+        self._single = delta.to(torch.float32)
+
+    def delta_blocks(self, dtype: torch.dtype = torch.float64) -> Iterator[tuple[int, Tensor, Tensor]]:
+        """(start, rows of W0, the same rows of dW), both (n, in) in `dtype`."""
+        for start, block in self.rows.blocks(dtype):
+            yield start, block, self.delta[start : start + block.shape[0]].to(dtype)
+
+    def dense(self) -> Tensor:
+        """dW (out, in) in float64."""
+        return self.delta
+
+    def matmul(self, x: Tensor) -> Tensor:
+        """dW @ x: x (in, l) float32 -> (out, l)."""
+        return self._single @ x
+
+    def rmatmul(self, y: Tensor) -> Tensor:
+        """dW^T @ y: y (out, l) float32 -> (in, l)."""
+        return self._single.T @ y
+
+
+AnyDelta = DeltaOperator | HeldDelta

@@ -8,7 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from .factors import factor
-from .merging import delta, merge, open_pair
+from .inputs import open_pair
+from .merging import delta, merge
 from .output import check_output
 from .reference import load_model, quiet_libraries, require, trained_model
 from .smollm2 import obtain_base

@@ -151,7 +151,11 @@ class Replaced(_OnePass):
 
 @dataclass(frozen=True, eq=False)
 class InTurn:
-    """Several edits of one tensor, one after the other; more than one may need a pass only where rows are disjoint."""
+    """Several edits of one tensor, one after the other.
+
+    Those that need a pass get it in their order, since the later ones act on what the earlier ones leave; only edits of
+    single rows (experts, whose rows are disjoint) share one.
+    """
 
     edits: tuple[BlockEdit, ...]
 
@@ -159,21 +163,29 @@ class InTurn:
     def needs_columns(self) -> bool:
         return any(edit.needs_columns for edit in self.edits)
 
+    def _next(self) -> list[int]:
+        """The edits whose pass can be taken now."""
+        waiting = [index for index, edit in enumerate(self.edits) if edit.needs_columns]
+        return waiting if all(isinstance(self.edits[index], RowRange) for index in waiting) else waiting[:1]
+
     def to(self, device: torch.device | str | None = None, dtype: torch.dtype | None = None) -> InTurn:
         return InTurn(tuple(edit.to(device, dtype) for edit in self.edits))
 
     def column_squares(self, block: Tensor, start: int) -> Tensor:
+        wanted = self._next()
         sums = []
-        for edit in self.edits:
-            if edit.needs_columns:
+        for index, edit in enumerate(self.edits[: wanted[-1] + 1]):
+            if index in wanted:
                 sums.append(edit.column_squares(block.clone(), start))
             else:
                 edit.apply_(block, start)
         return torch.stack(sums)
 
     def with_column_norms(self, squares: Tensor) -> InTurn:
-        rows = iter(squares)
-        return InTurn(tuple(edit.with_column_norms(next(rows)) if edit.needs_columns else edit for edit in self.edits))
+        edits = list(self.edits)
+        for index, row in zip(self._next(), squares, strict=True):
+            edits[index] = edits[index].with_column_norms(row)
+        return InTurn(tuple(edits))
 
     def apply_(self, block: Tensor, start: int) -> Tensor | None:
         for edit in self.edits:

@@ -26,8 +26,8 @@ from .devices import choose_device
 from .errors import InputError, MismatchError, NumericsError, Problem, raise_all
 from .fitting import CONV1D_MODELS
 from .headers import FLOAT_DTYPES, TensorRef
-from .lora_folder import FoundFactors, write_lora_folder
 from .output import MANIFEST, check_output, manifest, sha256, staged, write_json
+from .peft_folder import FolderConfig, WeightFactors, write_folder
 from .tensors import read_tensor
 from .truncation import truncate
 from .vocabulary import EMBEDDINGS
@@ -130,14 +130,16 @@ def extract(
     if dry_run:
         return content | {"dry_run": True}
     conv1d = one.config.get("model_type") in CONV1D_MODELS
-    factors: list[FoundFactors] = []
+    factors: list[WeightFactors] = []
+    layers: dict[str, dict[str, Any]] = {}
     replacements = {name: read_tensor(ref) for name, ref in new.items()}
     for pair in pairs:
         if not same_bytes(pair.before, pair.after):
             if pair.is_matrix:
                 found = _factors(pair, rank, row_scale, chosen, conv1d)
                 if found is not None:
-                    factors.append(found)
+                    factors.append(found[0])
+                    layers[found[0].module] = {"rank": found[0].rank, "relative_error": found[1]}
             else:
                 replacements[pair.name] = read_tensor(pair.after)
         if progress is not None:
@@ -150,13 +152,12 @@ def extract(
             hint="a LoRA has nothing to hold: keep the checkpoint",
         )
     content["form"] = "lora+row_scale" if any(item.magnitude is not None for item in factors) else "lora"
-    content["layers"] = {item.module: {"rank": item.rank, "relative_error": item.relative_error} for item in factors}
+    content["layers"] = layers
     content["carried_over"] = sorted(replacements)
     name = one.config.get("_name_or_path")
     with staged(output, overwrite) as folder:
-        write_lora_folder(
-            folder, factors, replacements, name if isinstance(name, str) and name else str(base), _task(one), conv1d
-        )
+        said = FolderConfig(name if isinstance(name, str) and name else str(base), _task(one), conv1d)
+        write_folder(folder, factors, replacements, said)
         content["files"] = {path.name: sha256(path) for path in sorted(folder.iterdir()) if path.is_file()}
         write_json(folder / MANIFEST, content)
     return content
@@ -173,8 +174,10 @@ def _pairs(one: Checkpoint, two: Checkpoint) -> tuple[list[Pair], dict[str, Tens
     return [Pair(name, one.tensors[name], two.tensors[name]) for name in one.tensors], new
 
 
-def _factors(pair: Pair, rank: int | float, row_scale: bool, device: torch.device, conv1d: bool) -> FoundFactors | None:
-    """The factors of one weight; None where the values are the same in another dtype."""
+def _factors(
+    pair: Pair, rank: int | float, row_scale: bool, device: torch.device, conv1d: bool
+) -> tuple[WeightFactors, float] | None:
+    """The factors of one weight and their relative error; None where the values are the same in another dtype."""
     before = read_tensor(pair.before).to(device=device, dtype=torch.float32)
     after = read_tensor(pair.after).to(device=device, dtype=torch.float32)
     if not bool(torch.isfinite(after).all()) or not bool(torch.isfinite(before).all()):
@@ -186,17 +189,17 @@ def _factors(pair: Pair, rank: int | float, row_scale: bool, device: torch.devic
     if change == 0:
         return None
     module = pair.name.removesuffix(".weight")
-    if not row_scale or embedding:
-        up, down = low_rank(before, after, rank)
-        scale = torch.ones_like(after[:, 0])
-        magnitude = None
-        if row_scale:  # a DoRA folder has magnitudes everywhere; an embedding's are per column
-            magnitude = torch.linalg.vector_norm(torch.addmm(before, up, down), dim=0)
-    else:
+    magnitude = scale = None
+    if row_scale and not embedding:
         up, down, scale = scaled_low_rank(before, after, rank)
-        magnitude = scale * torch.linalg.vector_norm(torch.addmm(before, up, down), dim=1)
-    error = _distance(before, after, up, down, scale) / change
-    return FoundFactors(module, up.cpu(), down.cpu(), None if magnitude is None else magnitude.cpu(), error, embedding)
+        magnitude = (scale * torch.linalg.vector_norm(torch.addmm(before, up, down), dim=1)).cpu()
+    else:
+        up, down = low_rank(before, after, rank)
+        if row_scale:  # a DoRA folder has magnitudes everywhere; an embedding's are per column
+            magnitude = torch.linalg.vector_norm(torch.addmm(before, up, down), dim=0).cpu()
+    error = _distance(before, after, up, down, torch.ones_like(after[:, 0]) if scale is None else scale) / change
+    scale = None if scale is None else scale.cpu()
+    return WeightFactors(module, up.cpu(), down.cpu(), magnitude, scale, embedding), error
 
 
 def _describe(checkpoint: Checkpoint) -> dict[str, Any]:

@@ -5,6 +5,8 @@ exact        the canonical form itself, numerically zero singular values dropped
 cores        truncated through the QR cores of up @ down: LoRA, rsLoRA, PiSSA, DCFT, and any form with --scale exact
 randomised   the leading part of diag(d - 1) W0 + diag(d) up down from products with it
 dense        the same through its Gram matrix, where most of the spectrum is wanted
+
+A combination whose delta is no sum of factors and scales (TIES, DARE, pruning) has its dense delta alone.
 """
 
 from __future__ import annotations
@@ -17,7 +19,8 @@ from torch import Tensor
 from .adapter import AdaptedModule
 from .binding import BoundModule
 from .certificate import SPECTRUM_LENGTH, LayerFigures, low_rank_errors, measure
-from .delta_operator import BaseRows, DeltaOperator
+from .combining import CombinedModule, CombinedWeight
+from .delta_operator import AnyDelta, BaseRows, DeltaOperator, HeldDelta
 from .errors import UnsupportedError
 from .form import CanonicalForm
 from .lokr import LokrModule
@@ -56,19 +59,29 @@ class Factoriser:
     ) -> None:
         self.module, self.weight, self.device, self.keep_scale = module, weight, device, keep_scale
         self.root = None if root is None else root.to(device)
-        self.form = module.form(read_tensor, self._oriented, torch.float64).to(device)
-        self._delta: DeltaOperator | None = None
+        self._delta: AnyDelta | None = None
+        self.dense = isinstance(module, CombinedWeight) and not module.has_form
+        self.held = isinstance(module, CombinedWeight) and (self.dense or module.is_rounded)
+        if self.dense:  # nothing but the delta itself: factors of rank 0 stand in
+            self.form = CanonicalForm(torch.zeros(module.shape[0], 0), torch.zeros(0, module.shape[1]))
+        else:
+            self.form = module.form(read_tensor, self._oriented, torch.float64).to(device)
 
     def _oriented(self) -> Tensor:
         assert self.weight is not None, "a module that needs its base has one"
         return self.weight.oriented_weight()
 
     @property
-    def delta(self) -> DeltaOperator:
+    def delta(self) -> AnyDelta:
         """dW as an operator; the base is opened at the first use."""
         if self._delta is None:
             assert self.weight is not None
-            self._delta = DeltaOperator(self.form, BaseRows(self.weight, self.device))
+            rows = BaseRows(self.weight, self.device)
+            if self.held:
+                assert isinstance(self.weight, CombinedModule)
+                self._delta = HeldDelta(self.weight.dense_delta(self.device), rows, self.form.row_scale)
+            else:
+                self._delta = DeltaOperator(self.form, rows)
         return self._delta
 
     def close(self) -> None:
@@ -82,6 +95,8 @@ class Factoriser:
     @property
     def through_cores(self) -> bool:
         """True when the truncation needs factors only."""
+        if self.dense:
+            return False
         return not self.scaled or (self.keep_scale and self.form.col_scale is None and not self.form.needs_columns)
 
     # -- exact -----------------------------------------------------------------------------------------
@@ -89,9 +104,9 @@ class Factoriser:
     def exact(self) -> Factored:
         """The exact factors of the smallest rank; with magnitudes their row scale as well."""
         form = self.form
-        if form.col_scale is not None or form.needs_columns:
+        if self.dense or form.col_scale is not None or form.needs_columns:
             raise UnsupportedError(
-                f"{self.module.name}: a scale of the input columns has no LoRA form",
+                f"{self.module.name}: this combination, or a scale of the input columns has no LoRA form",
                 hint="merge this adapter instead, or accept a truncated LoRA with --rank",
             )
         sides = self._kronecker_sides()
@@ -184,6 +199,18 @@ class Factoriser:
 
     # -- both ------------------------------------------------------------------------------------------
 
+    def with_unit_scale(self, found: Factored) -> Factored:
+        """Factors without a row scale, for a folder where others have one: magnitudes that change nothing.
+
+        PEFT's DoRA would take the norms of W0 for magnitudes that are not there.
+        """
+        assert self.weight is not None
+        dim = 0 if getattr(self.module, "embedding", False) else 1
+        weight = self.weight.oriented_weight().to(device=self.device, dtype=torch.float64)
+        after = torch.addmm(weight, found.up.to(weight), found.down.to(weight))
+        magnitude = torch.linalg.vector_norm(after, dim=dim).to("cpu", torch.float32)
+        return replace(found, magnitude=magnitude, row_scale=None if dim == 0 else torch.ones(after.shape[0]))
+
     def _finish(
         self,
         up: Tensor,  # (out, R) float64
@@ -198,7 +225,7 @@ class Factoriser:
         if with_scale:
             magnitude, row_scale = self._scales(up, down, route == "exact")
         delta_norm: float | None = None
-        if self.scaled or (self.form.residual is not None and self.weight is not None):
+        if self.scaled or self.held or (self.form.residual is not None and self.weight is not None):
             found = measure(self.module.name, self.delta, up, down, row_scale, top, self.root)
             errors = found.relative_error, found.spectral_error, found.output_error
             delta_norm = found.relative_delta

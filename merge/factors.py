@@ -7,6 +7,8 @@ Row-scaled (DoRA, DuDe)              a DoRA of rank <= 2r on the original base, 
                                      use_dora stays true, so that no LoRA server takes it for a LoRA
 rank R | ENERGY, budget MB           a plain LoRA, truncated: its error stands per weight in the manifest
 the same with keep_scale             the row scale stays, the low-rank part is truncated
+A linear combination                 one LoRA, or DoRA, of the sum of its adapters' ranks or less; other combinations
+                                     are of full rank: truncated
 """
 
 from __future__ import annotations
@@ -27,14 +29,17 @@ from .budget import allot, bytes_of
 from .cards import factor_card
 from .certificate import check_errors, summary
 from .checkpoint import Checkpoint, open_checkpoint
+from .combining import CombinedBound, CombinedWeight
 from .devices import choose_device
 from .errors import InputError, Problem, UnsupportedError, raise_all
 from .factorisation import Factored, Factoriser
 from .formats import ReadOptions, open_adapter
+from .inputs import AdapterInput, adapter_only, describe_inputs, input_folders, open_pair
 from .lora import BiasModule, ExpertModule, LoraModule, PartModule, StackModule
-from .merging import adapter_sha256, describe_inputs
 from .output import MANIFEST, check_output, manifest, sha256, staged, write_json, write_text
 from .peft_folder import write_factors
+from .recipe import Recipe
+from .tensors import read_tensor
 from .tokens import TokenModule
 from .truncation import Spectrum
 from .weight_pool import WeightMap, weight_pool
@@ -52,7 +57,7 @@ EXACT = 1e-5  # relative error of dW: what float32 factors of a small dW on a la
 
 def factor(
     base: str | Path | None,
-    adapter: str | Path,
+    adapter: AdapterInput,
     output: str | Path,
     *,
     rank: int | float | None = None,
@@ -71,6 +76,7 @@ def factor(
 ) -> dict[str, Any]:
     """Write the adapter's factors to `output` and return the manifest.
 
+    adapter: a folder, file or hub id, or a Recipe of several, whose heads and biases are combined as by a merge.
     base: needed for DoRA and DuDe (row norms) and PiSSA without stored initial factors; its weights are read
     only then. rank: an int, or an energy below 1 such as 0.99. budget: MB (1e6 bytes) for all factors together, ranks
     allotted where they buy most error. keep_scale: keep the row scales exact and truncate the low-rank part only.
@@ -83,14 +89,9 @@ def factor(
     limited = rank is not None or budget is not None
     _check_options(rank, budget, keep_scale, calibrate, max_error)
     rank = _plain_rank(rank)
-    checkpoint = open_checkpoint(base) if base is not None else None
-    opened = open_adapter(adapter, options, checkpoint)
-    require_names(opened, checkpoint)
-    bound = bind(opened, checkpoint, base_kind) if checkpoint is not None else None
-    if bound is None and opened.own_base is not None:
-        bound = bind(opened, opened.own_base, base_kind)
+    opened, bound = _open(base, adapter, base_kind, options)
     pairs = _pairs(opened, bound)
-    _check_supported(pairs)
+    _check_supported(pairs, exact=not limited)
     if bound is None and (
         calibrate is not None or end_to_end or prompts or any(_needs_base(module) for module, _ in pairs)
     ):
@@ -99,12 +100,12 @@ def factor(
             expected="BASE and ADAPTER",
             hint=f"its base seems to be {opened.base_name}" if opened.base_name else None,
         )
-    check_output(output, overwrite, (opened.folder,) if bound is None else (opened.folder, bound.base.folder))
+    check_output(output, overwrite, (opened.folder,) if bound is None else input_folders(bound))
     opened.check_values()
     if budget is not None:
         shapes = [module.shape for module, _ in pairs]
         allot([torch.ones(1)] * len(pairs), shapes, int(budget * 1e6))  # refuses a hopeless budget now
-    settings = {
+    settings: dict[str, Any] = {
         "rank": rank,
         "budget": budget,
         "scale": "exact" if keep_scale else None,
@@ -112,7 +113,11 @@ def factor(
         "max_error": max_error,
         "device": device,
     }
-    content = manifest("factors", describe_inputs((bound,)) if bound is not None else adapter_only(opened), settings)
+    if isinstance(bound, CombinedBound):
+        settings["combination"] = bound.recipe.as_json()
+    described = describe_inputs(bound, options) if bound is not None else adapter_only(opened)
+    content = manifest("factors", described, settings)
+    content["warnings"] = unproved_heads(opened, base)
     if dry_run:
         return content | {"dry_run": True}
 
@@ -149,17 +154,25 @@ def factor(
                     progress(sum(ref.nbytes for ref in pair[0].refs))
         else:
             factored = _budgeted(pairs, int(budget * 1e6), start, run)
+        if any(item.magnitude is not None for item in factored):
+            factored = [
+                item if item.magnitude is not None or weight is None else start((module, weight)).with_unit_scale(item)
+                for item, (module, weight) in zip(factored, pairs, strict=True)
+            ]
     content["seconds"] = round(time.perf_counter() - started, 2)
     layers = {item.name: item.figures for item in factored}
     if max_error is not None:
         check_errors(layers, max_error)
     scaled = any(item.magnitude is not None for item in factored)
-    replacements = dict(bound.replacements if bound is not None else opened.replacements)
+    replaced = bound.replacements if bound is not None else opened.replacements
+    replacements = {name: read_tensor(ref) for name, ref in replaced.items()}
+    if isinstance(bound, CombinedBound):
+        replacements |= bound.whole_tensors()
     content["form"] = "lora+row_scale" if scaled else "lora"
     worst = max((item.figures.relative_error for item in factored), default=0.0)
     content["exact"] = not limited and worst <= EXACT
     if not limited and worst > EXACT:
-        content["warnings"] = [
+        content["warnings"] += [
             f"not exact: relative error of dW up to {worst:.2g}. The residual beside which the adapter was trained was "
             "rounded to half precision, which no low-rank factor expresses: merge it, or factor it on the residual base"
         ]
@@ -219,9 +232,41 @@ def _plain_rank(rank: object) -> int | float | None:
     return float(rank) if isinstance(rank, Real) else math.nan
 
 
-def _check_supported(pairs: Sequence[Pair]) -> None:
+def _open(
+    base: str | Path | None, adapter: AdapterInput, base_kind: str | None, options: ReadOptions | None
+) -> tuple[Adapter, BoundAdapter | None]:
+    """The adapter, and how it is bound where there is a base: its own (DCFT reference), the recipe's or `base`."""
+    if isinstance(adapter, Recipe):
+        bound = open_pair(base, adapter)
+        return bound.adapter, bound
+    checkpoint = open_checkpoint(base) if base is not None else None
+    opened = open_adapter(adapter, options, checkpoint)
+    require_names(opened, checkpoint)
+    held = checkpoint or opened.own_base
+    return opened, None if held is None else bind(opened, held, base_kind)
+
+
+def unproved_heads(opened: Adapter, base: str | Path | None) -> list[str]:
+    """A warning where a DCFT checkpoint's tensors count as trained only because nothing says that they are not."""
+    if base is not None or opened.own_base is None or not opened.replacements:
+        return []
+    size = sum(ref.nbytes for ref in opened.replacements.values()) / 1e6
+    names = ", ".join(sorted(opened.replacements)[:4])
+    return [
+        f"{names}: stand outside the adapted layers, and without BASE nothing tells whether they were trained: all are "
+        f"carried over whole ({size:.1f} MB). Pass BASE, and what equals the base's is left out"
+    ]
+
+
+def _check_supported(pairs: Sequence[Pair], exact: bool) -> None:
     """Refuse what only a merge can do, all of it at once."""
     problems = []
+    full = [module for module, _ in pairs if isinstance(module, CombinedWeight) and not module.has_form]
+    if exact and full:
+        how = "adapters in turn are" if full[0].in_turn else f"a {full[0].settings.method} combination is"
+        if full[0].is_linear:
+            how = "a combination with scales of input columns is"
+        raise InputError(f"{full[0].name}: {how} of full rank", expected="--rank R or ENERGY, which truncates")
     counts = Counter(module.name for module, _ in pairs)
     for module, _ in pairs:
         reason = None
@@ -256,6 +301,8 @@ def _pairs(opened: Adapter, bound: BoundAdapter | None) -> list[Pair]:
     """
     if bound is None:
         return [(module, None) for module in opened.modules]
+    if isinstance(bound, CombinedBound):
+        return [(item.combination, item) for item in bound.factor_modules()]
     pairs: dict[int, Pair] = {}
     for item in bound.modules:
         module = item.module
@@ -264,21 +311,6 @@ def _pairs(opened: Adapter, bound: BoundAdapter | None) -> list[Pair]:
         else:
             pairs[id(item)] = (module, item)
     return list(pairs.values())
-
-
-def adapter_only(opened: Adapter) -> dict[str, Any]:
-    """The manifest's account of an adapter that no base was given for (conversion.py uses it too)."""
-    entry = {
-        "name": opened.folder.resolve().name,
-        "path": str(opened.folder),
-        "format": opened.format,
-        "method": opened.method,
-        "modules": len(opened.modules),
-        "replacements": sorted(opened.replacements),
-        "notes": list(opened.notes),
-        "sha256": adapter_sha256(opened),
-    }
-    return {"base": {"name": opened.base_name, "fingerprint": None}, "adapters": [entry]}
 
 
 def require_names(opened: Adapter, base: Checkpoint | None) -> None:

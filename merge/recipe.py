@@ -1,6 +1,6 @@
 """A combination, stated in flags or in a file: YAML, JSON or TOML. Unknown keys are errors.
 
-    method: ties              # linear, ties, dare, dare-ties, magnitude-prune, breadcrumbs
+    method: ties              # linear, ties, dare, dare-ties, magnitude-prune, breadcrumbs, or in-turn
     density: 0.5              # share of elements kept; also per adapter
     gamma: 0.01               # breadcrumbs: share of largest elements dropped
     seed: 0
@@ -9,7 +9,11 @@
       - {name: style, path: adapters/style, weight: 0.7}
       - {name: json, path: adapters/json, weight: 0.3, density: 0.8}
 
-Paths are relative to the file.
+An adapter may also carry what its files do not say: alpha, ranknum, base_kind, format, prefix, magnitude_axis,
+residual_dtype, init_adapter, magnitudes. Paths are relative to the file.
+
+in-turn applies each adapter to what the ones before it have left (an adapter that was trained on a merged model): the
+order counts, and weights and densities are not for it.
 """
 
 from __future__ import annotations
@@ -20,13 +24,21 @@ import tomllib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from .combination import METHODS, Settings
 from .errors import FileFormatError, InputError, MissingDependencyError, Problem, raise_all
 
+if TYPE_CHECKING:
+    from .formats import ReadOptions
+
+IN_TURN = "in-turn"
 KEYS = ("method", "density", "gamma", "seed", "base", "adapters")
-ADAPTER_KEYS = ("name", "path", "weight", "density", "alpha", "base_kind", "format", "prefix")
+PATH_KEYS = ("init_adapter", "magnitudes")
+NUMBER_KEYS = ("alpha", "ranknum")
+OPTION_KEYS = (*NUMBER_KEYS, "format", "prefix", "magnitude_axis", "residual_dtype", *PATH_KEYS)
+CHOICES = {"magnitude_axis": ("out", "in"), "residual_dtype": ("float32", "bfloat16", "float16")}
+ADAPTER_KEYS = ("name", "path", "weight", "density", "base_kind", *OPTION_KEYS)
 
 
 @dataclass(frozen=True)
@@ -43,11 +55,23 @@ class Ingredient:
 
 @dataclass(frozen=True)
 class Recipe:
-    """What to combine, and how. Ingredients stand in the order of their names, so that their order says nothing."""
+    """What to combine, and how. Ingredients stand in the order of their names, so that their order says nothing;
+
+    in-turn alone, where it says it all, keeps the one that was given.
+    """
 
     ingredients: tuple[Ingredient, ...]
     settings: Settings
     base: str | None = None
+
+    @property
+    def in_turn(self) -> bool:
+        return self.settings.method == IN_TURN
+
+    @property
+    def method(self) -> str:
+        """For people."""
+        return "adapters in turn" if self.in_turn else f"{self.settings.method} combination"
 
     def as_json(self) -> dict[str, Any]:
         """For the manifest."""
@@ -56,6 +80,7 @@ class Recipe:
             "density": self.settings.density,
             "gamma": self.settings.gamma,
             "seed": self.settings.seed,
+            "adapters": [item.name for item in self.ingredients],
             "weights": {item.name: item.weight for item in self.ingredients},
             "densities": {item.name: item.density for item in self.ingredients if item.density is not None},
         }
@@ -69,8 +94,8 @@ def make_recipe(ingredients: Sequence[Ingredient], settings: Settings, base: str
         problems.append(Problem("a combination needs adapters", expected="NAME=ADAPTER ..."))
     for name in sorted({name for name in names if names.count(name) > 1}):
         problems.append(Problem(f"two adapters are called {name!r}", hint="give each its own NAME=ADAPTER"))
-    if settings.method not in METHODS:
-        problems.append(Problem("unknown method of combination", ", ".join(METHODS), repr(settings.method)))
+    if settings.method not in (*METHODS, IN_TURN):
+        problems.append(Problem("unknown method of combination", ", ".join((*METHODS, IN_TURN)), repr(settings.method)))
     for item in ingredients:
         if not _is_number(item.weight) or abs(item.weight) > 1e6:
             problems.append(Problem(f"the weight of {item.name!r} is wrong", "a number", repr(item.weight)))
@@ -85,14 +110,23 @@ def make_recipe(ingredients: Sequence[Ingredient], settings: Settings, base: str
         problems.append(Problem("gamma is wrong", "0 or more, below 1", repr(settings.gamma)))
     elif settings.gamma and settings.method != "breadcrumbs":
         problems.append(Problem("gamma is for breadcrumbs only", got=f"gamma with {settings.method}"))
-    if settings.method == "linear" and (
+    if settings.method in ("linear", IN_TURN) and (
         settings.density != 1 or any(i.density not in (None, 1, 1.0) for i in ingredients)
     ):
-        problems.append(Problem("a density is not for linear", hint="use magnitude-prune, dare or ties"))
+        problems.append(Problem(f"a density is not for {settings.method}", hint="use magnitude-prune, dare or ties"))
+    if settings.method == IN_TURN and any(item.weight != 1 for item in ingredients):
+        problems.append(Problem("weights are not for in-turn", hint="linear weighs deltas on the original base"))
     if isinstance(settings.seed, bool) or not isinstance(settings.seed, int) or abs(settings.seed) >= 1 << 63:
         problems.append(Problem("the seed is wrong", "a whole number of 64 bits", repr(settings.seed)))
     raise_all(problems, InputError)
-    return Recipe(tuple(sorted(ingredients, key=lambda item: item.name)), settings, base)
+    if settings.method != IN_TURN:
+        ingredients = sorted(ingredients, key=lambda item: item.name)
+    return Recipe(tuple(ingredients), settings, base)
+
+
+def given_options(options: ReadOptions) -> dict[str, Any]:
+    """What was stated, as an ingredient holds it."""
+    return {key: value for key, value in vars(options).items() if value is not None}
 
 
 def read_recipe(file: str | Path) -> Recipe:
@@ -119,10 +153,11 @@ def read_recipe(file: str | Path) -> Recipe:
         if not isinstance(name, str) or not name:
             problems.append(Problem(f"{path}: adapter {number}: name is wrong", "a text", repr(name)[:100]))
             continue
-        options = {key: entry[key] for key in ("alpha", "format", "prefix") if key in entry}
-        alpha, texts = options.get("alpha"), (options.get("format"), options.get("prefix"))
-        if (alpha is not None and not _is_number(alpha)) or not all(isinstance(text, str | None) for text in texts):
-            problems.append(Problem(f"{path}: adapter {number}: alpha, format or prefix is wrong"))
+        problems += _wrong_options(entry, f"{path}: adapter {number}")
+        options = {key: entry[key] for key in OPTION_KEYS if entry.get(key) is not None}
+        for key in PATH_KEYS:
+            if isinstance(options.get(key), str):
+                options[key] = path.parent / options[key]
         local = path.parent / where
         ingredients.append(
             Ingredient(
@@ -144,6 +179,22 @@ def read_recipe(file: str | Path) -> Recipe:
         content.get("method", "linear"), content.get("density", 1.0), content.get("gamma", 0.0), content.get("seed", 0)
     )
     return make_recipe(ingredients, settings, base)
+
+
+def _wrong_options(entry: Mapping[str, Any], where: str) -> list[Problem]:
+    """What is no number, no text or none of the choices."""
+    problems = []
+    for key in OPTION_KEYS:
+        value = entry.get(key)
+        if value is None:
+            continue
+        if key in NUMBER_KEYS and not _is_number(value):
+            problems.append(Problem(f"{where}: {key} is wrong", "a number", repr(value)[:100]))
+        elif key not in NUMBER_KEYS and not (isinstance(value, str) and value in CHOICES.get(key, (value,))):
+            problems.append(
+                Problem(f"{where}: {key} is wrong", ", ".join(CHOICES.get(key, ("a text",))), repr(value)[:100])
+            )
+    return problems
 
 
 def _content(path: Path) -> dict[str, Any]:

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from .binding import BoundAdapter
+from .combining import CombinedBound
 from .dcft import RANKNUM_EPSILON, DcftModule
 from .errors import MissingDependencyError, UnsupportedError
 from .headers import TensorRef
@@ -68,12 +69,17 @@ def load_model(folder: Any, config: Any = None) -> nn.Module:
     return model.eval()
 
 
-def trained_model(bound: BoundAdapter, dtype: torch.dtype = torch.float32) -> nn.Module:
-    """The base with the adapter live in it, unmerged, computing in `dtype`.
+def trained_model(bound: BoundAdapter, dtype: torch.dtype = torch.float32, base: nn.Module | None = None) -> nn.Module:
+    """The base with the adapter live in it, unmerged, computing in `dtype`; of several adapters their combination.
 
-    The base is loaded in its own dtype first, so that PiSSA's and DuDe's residual is rounded as at training.
+    The base is loaded in its own dtype first, so that PiSSA's and DuDe's residual is rounded as at training. `base`:
+    another model to put it into, which is used up.
     """
-    model = load_model(bound.base.folder, model_config(bound))
+    if isinstance(bound, CombinedBound):
+        from .combined_reference import combined_model
+
+        return combined_model(bound, dtype)
+    model = load_model(bound.base.folder, model_config(bound)) if base is None else base
     replace_tensors(model, bound.replacements)
     if bound.adapter.format == "PEFT folder":
         return _in_peft(model, bound).to(dtype).eval()

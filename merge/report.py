@@ -115,13 +115,17 @@ def gather(
 
 
 def changes(
-    adapter: str | Path, base: str | Path | None = None, *, alpha: float | None = None, ranknum: float | None = None
+    adapter: str | Path,
+    base: str | Path | None = None,
+    *,
+    base_kind: str | None = None,
+    options: ReadOptions | None = None,
 ) -> dict[str, float]:
     """|dW| / |W| by module name, or |dW| without a base: what `inspect --heat-map` draws."""
     checkpoint = open_checkpoint(base) if base is not None else None
-    opened = open_adapter(adapter, ReadOptions(alpha=alpha, ranknum=ranknum), checkpoint)
+    opened = open_adapter(adapter, options, checkpoint)
     checkpoint = checkpoint or opened.own_base
-    found = measure_adapter(opened, checkpoint)
+    found = measure_adapter(opened, checkpoint, base_kind)
     if checkpoint is None:
         return {name: figures.delta_norm for name, figures in found.items()}
     return {name: figures.relative_delta or 0.0 for name, figures in found.items()}

@@ -10,7 +10,6 @@ from typing import Any
 import pytest
 import torch
 from adapter_merge.merge.combination import METHODS, CombinedEdit, Part, Settings, combined, combined_form, random_keep
-from adapter_merge.merge.combining import combine
 from adapter_merge.merge.edits import applied
 from adapter_merge.merge.errors import FileFormatError, InputError, MismatchError
 from adapter_merge.merge.form import CanonicalForm
@@ -63,7 +62,7 @@ def recipe(adapters: dict[str, Path], weights: dict[str, float], **settings: Any
 
 
 def run(base: Path, made: Recipe, output: Path, **options: Any) -> dict[str, Tensor]:
-    combine(made, output, base, device="cpu", **options)
+    merge(base, made, output, device="cpu", **options)
     return load_file(output / "model.safetensors")
 
 
@@ -127,7 +126,7 @@ def test_one_adapter_at_weight_one_is_its_merge(
     method: str, name: str, base: Path, adapters: dict[str, Path], tmp_path: Path
 ) -> None:
     merge(base, adapters[name], tmp_path / "merged", device="cpu")
-    combine(recipe(adapters, {name: 1.0}, method=method), tmp_path / "combined", base, device="cpu")
+    merge(base, recipe(adapters, {name: 1.0}, method=method), tmp_path / "combined", device="cpu")
     one, two = (tmp_path / folder / "model.safetensors" for folder in ("merged", "combined"))
     assert one.read_bytes() == two.read_bytes()
 
@@ -136,7 +135,7 @@ def test_one_adapter_at_weight_one_is_its_merge(
 def test_weight_zero_gives_the_identical_bytes(
     method: str, base: Path, adapters: dict[str, Path], tmp_path: Path
 ) -> None:
-    combine(recipe(adapters, dict.fromkeys(CONFIGS, 0.0), method=method), tmp_path / "out", base, device="cpu")
+    merge(base, recipe(adapters, dict.fromkeys(CONFIGS, 0.0), method=method), tmp_path / "out", device="cpu")
     assert (tmp_path / "out" / "model.safetensors").read_bytes() == (base / "model.safetensors").read_bytes()
 
 
@@ -150,7 +149,7 @@ def test_order_workers_and_blocks_change_nothing(
 
     def run_once(number: int, order: tuple[str, ...], workers: int) -> Path:
         made = recipe(adapters, {name: WEIGHTS[name] for name in order}, method=method, density=density, seed=3)
-        combine(made, tmp_path / f"out{number}", base, device="cpu", workers=workers)
+        merge(base, made, tmp_path / f"out{number}", device="cpu", workers=workers)
         return tmp_path / f"out{number}" / "model.safetensors"
 
     orders = list(itertools.islice(itertools.permutations(WEIGHTS), 0, 24, 11))
@@ -365,5 +364,5 @@ def test_adapters_of_other_bases_are_refused(base: Path, adapters: dict[str, Pat
         other = gpt2(tmp_path / "other")
     train(other, peft.LoraConfig(r=2, target_modules=["c_attn"], fan_in_fan_out=True), tmp_path / "a")
     with pytest.raises(MismatchError):
-        combine(recipe({**adapters, "a": tmp_path / "a"}, {"lora": 1, "a": 1}), tmp_path / "out", base, device="cpu")
+        merge(base, recipe({**adapters, "a": tmp_path / "a"}, {"lora": 1, "a": 1}), tmp_path / "out", device="cpu")
     assert not (tmp_path / "out").exists()

@@ -9,9 +9,9 @@ from typing import Any
 import pytest
 import torch
 from adapter_merge.merge.combination import Settings
-from adapter_merge.merge.combining import combine, combine_factors
 from adapter_merge.merge.errors import InputError, MismatchError, NumericsError, UnsupportedError
 from adapter_merge.merge.extraction import extract, low_rank, scaled_low_rank
+from adapter_merge.merge.factors import factor
 from adapter_merge.merge.merging import merge
 from adapter_merge.merge.recipe import Ingredient, Recipe, make_recipe
 from pico_bases import error, gpt2, llama, load, logits, quiet, train
@@ -55,10 +55,10 @@ def test_linear_factors_are_exact(
     weights: dict[str, float], base: Path, adapters: dict[str, Path], tmp_path: Path
 ) -> None:
     made = recipe(adapters, weights)
-    content = combine_factors(made, tmp_path / "factors", base, device="cpu")
+    content = factor(base, made, tmp_path / "factors", device="cpu")
     assert content["exact"] and all(layer["relative_error"] < 1e-6 for layer in content["layers"].values())
     assert content["form"] == ("lora" if "dora" not in weights else "lora+row_scale")
-    combine(made, tmp_path / "merged", base, device="cpu")
+    merge(base, made, tmp_path / "merged", device="cpu")
     with quiet():
         live = peft.PeftModel.from_pretrained(load(base), tmp_path / "factors").eval()
     assert error(logits(live), logits(load(tmp_path / "merged"))) < 2e-5
@@ -66,12 +66,12 @@ def test_linear_factors_are_exact(
 
 def test_truncated_factors_say_their_error(base: Path, adapters: dict[str, Path], tmp_path: Path) -> None:
     made = recipe(adapters, {"rslora": 0.7, "dora": 0.6}, method="ties", density=0.5)
-    combine(made, tmp_path / "merged", base, device="cpu")
+    merge(base, made, tmp_path / "merged", device="cpu")
     before, after = (load_file(f / "model.safetensors") for f in (base, tmp_path / "merged"))
     errors = []
     for rank in (4, 16, 0.95):
         folder = tmp_path / f"factors-{rank}"
-        content = combine_factors(made, folder, base, rank=rank, device="cpu")
+        content = factor(base, made, folder, rank=rank, device="cpu")
         tensors = load_file(folder / "adapter_model.safetensors")
         for module, layer in content["layers"].items():
             delta = (after[f"{module}.weight"] - before[f"{module}.weight"]).double()
@@ -82,7 +82,7 @@ def test_truncated_factors_say_their_error(base: Path, adapters: dict[str, Path]
         errors.append(sum(layer["relative_error"] for layer in content["layers"].values()))
     assert errors[1] < errors[0]
     with pytest.raises(InputError, match="full rank"):
-        combine_factors(made, tmp_path / "no", base, device="cpu")
+        factor(base, made, tmp_path / "no", device="cpu")
 
 
 def test_conv1d_factors(tmp_path: Path) -> None:
@@ -92,8 +92,8 @@ def test_conv1d_factors(tmp_path: Path) -> None:
         config = peft.LoraConfig(r=2, target_modules=["c_attn", "c_proj"], fan_in_fan_out=True, use_dora=name == "a")
         train(base, config, tmp_path / name, seed=seed)
     made = recipe({name: tmp_path / name for name in "ab"}, {"a": 0.5, "b": 0.8})
-    combine_factors(made, tmp_path / "factors", base, device="cpu")
-    combine(made, tmp_path / "merged", base, device="cpu")
+    factor(base, made, tmp_path / "factors", device="cpu")
+    merge(base, made, tmp_path / "merged", device="cpu")
     with quiet():
         live = peft.PeftModel.from_pretrained(load(base), tmp_path / "factors").eval()
     assert error(logits(live), logits(load(tmp_path / "merged"))) < 2e-5
@@ -103,7 +103,7 @@ def test_what_has_no_factors_is_refused(base: Path, tmp_path: Path) -> None:
     config = peft.LoraConfig(r=2, target_modules=["q_proj"], trainable_token_indices=[1, 2])
     train(base, config, tmp_path / "a")
     with pytest.raises(UnsupportedError, match="more than factors"):
-        combine_factors(recipe({"a": tmp_path / "a"}, {"a": 1.0}), tmp_path / "no", base, device="cpu")
+        factor(base, recipe({"a": tmp_path / "a"}, {"a": 1.0}), tmp_path / "no", device="cpu")
 
 
 # -- extraction ---------------------------------------------------------------------------------------------

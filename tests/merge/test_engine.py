@@ -13,7 +13,8 @@ from adapter_merge.merge.chunks import CHUNK_BYTES
 from adapter_merge.merge.engine import execute
 from adapter_merge.merge.errors import NumericsError
 from adapter_merge.merge.headers import read_header
-from adapter_merge.merge.merging import delta, merge, open_pair
+from adapter_merge.merge.inputs import open_pair
+from adapter_merge.merge.merging import delta, merge
 from adapter_merge.merge.plan import plan_merge
 from merge_models import base_tensors, expected, read_model, sha256_of, write_base, write_lora
 from safetensors.torch import load_file

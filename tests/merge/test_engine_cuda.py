@@ -16,8 +16,9 @@ import pytest
 import torch
 from adapter_merge.merge import engine, lanes
 from adapter_merge.merge.form import CanonicalForm, Residual
+from adapter_merge.merge.inputs import open_pair
 from adapter_merge.merge.lanes import BUFFERS_PER_SLOT, CUDA_DEPTH, Block, Done, Inline, Lane, Mark, Slot
-from adapter_merge.merge.merging import merge, open_pair
+from adapter_merge.merge.merging import merge
 from adapter_merge.merge.plan import plan_merge
 from merge_models import base_tensors, expected, read_model, write_base, write_lora
 from torch import Tensor

@@ -12,7 +12,8 @@ from adapter_merge.merge.cards import card, is_hub_name, merged_card
 from adapter_merge.merge.end_to_end import compare, figures, logits
 from adapter_merge.merge.errors import InputError
 from adapter_merge.merge.factors import factor, read_prompts
-from adapter_merge.merge.merging import merge, open_pair
+from adapter_merge.merge.inputs import open_pair
+from adapter_merge.merge.merging import merge
 from factor_models import (
     WORDS,
     base_weights,

@@ -10,7 +10,7 @@ import pytest
 from adapter_merge.merge.end_to_end import compare
 from adapter_merge.merge.errors import UnsupportedError
 from adapter_merge.merge.factors import factor
-from adapter_merge.merge.merging import open_pair
+from adapter_merge.merge.inputs import open_pair
 from pico_bases import error, load, logits, quiet, train
 from test_formats_peft import BASES, CASES, TOLERANCE
 

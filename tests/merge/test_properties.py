@@ -11,7 +11,6 @@ from typing import Any
 import pytest
 import torch
 from adapter_merge.merge.combination import METHODS, Part, Settings, combined, combined_form
-from adapter_merge.merge.combining import combine
 from adapter_merge.merge.edits import RowRange, RowsReplaced, applied, in_turn
 from adapter_merge.merge.form import CanonicalForm
 from adapter_merge.merge.merging import delta, merge
@@ -214,7 +213,7 @@ def test_merge_delta_and_combination_agree(
         def bytes_of(weights: dict[str, float]) -> bytes:
             made = make_recipe([Ingredient(n, str(adapter), w) for n, w in weights.items()], Settings(method))
             output = work / f"out{len(list(work.iterdir()))}"
-            combine(made, output, base, device="cpu")
+            merge(base, made, output, device="cpu")
             return (output / "model.safetensors").read_bytes()
 
         assert bytes_of({"a": 1.0}) == (work / "merged" / "model.safetensors").read_bytes()

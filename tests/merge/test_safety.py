@@ -17,11 +17,12 @@ import torch
 from adapter_merge.merge import merging
 from adapter_merge.merge.engine import FinishedShard, execute
 from adapter_merge.merge.errors import FileFormatError, InputError, MismatchError, OutputError
+from adapter_merge.merge.inputs import open_pair
 from adapter_merge.merge.integrity import check_integrity
 from adapter_merge.merge.journal import Workplace
 from adapter_merge.merge.links import link_file
 from adapter_merge.merge.locks import locked
-from adapter_merge.merge.merging import merge, open_pair
+from adapter_merge.merge.merging import merge
 from adapter_merge.merge.plan import plan_merge
 from adapter_merge.merge.restore import restore
 from merge_models import base_tensors, read_model, sha256_of, snapshot, write_base, write_lora
