@@ -15,7 +15,7 @@ from .checkpoint import open_checkpoint
 from .dcft import DcftModule
 from .dcft_reshape import DcftReshapeModule
 from .errors import InputError, UnsupportedError
-from .factors import require_names
+from .factors import require_names, unproved_heads
 from .formats import ReadOptions, open_adapter
 from .inputs import adapter_only, describe_inputs
 from .loha import LohaModule
@@ -63,7 +63,7 @@ def convert(
     check_output(output, overwrite, inputs)
     opened.check_values()
     described = describe_inputs(bound, options) if bound is not None else adapter_only(opened)
-    content = manifest("adapter", described, {})
+    content = manifest("adapter", described, {}) | {"warnings": unproved_heads(opened, base)}
     safe = _content(opened, bound)
     if dry_run:
         return content | {"dry_run": True}

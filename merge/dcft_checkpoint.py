@@ -14,7 +14,9 @@ from .adapter import Adapter
 from .checkpoint import Checkpoint
 from .dcft_format import DCFT_ROLE, SHARED_ROLES, dcft_modules, group_dcft
 from .errors import AdapterError, MismatchError, Problem, raise_all
-from .headers import TensorRef
+from .headers import FLOAT_DTYPES, TensorRef
+from .lazy_torch import torch
+from .tensors import TORCH_DTYPES, read_tensor
 
 # Keys of the reference's training arguments that a plain transformers config must not carry on.
 OUTPUT_HEADS = ("lm_head.weight", "embed_out.weight", "predictions.decoder.weight")
@@ -112,7 +114,7 @@ def trained_tensors(
 ) -> dict[str, TensorRef]:
     """The tensors that were trained in full, of all that are not DCFT's own.
 
-    With a base: those that it lacks or holds with other bytes. Without one: everything outside the backbone (the
+    With a base: those that it lacks or holds with other values. Without one: everything outside the backbone (the
     first path component that all adapted modules share), and poolers, which the reference trains as well
     (mark_only_lora_as_trainable in loralib/utils.py lets names with classifier and pooler train). A head `tied` to the
     embeddings, which torch.save writes out a second time, is no trained tensor.
@@ -128,11 +130,19 @@ def trained_tensors(
         return {
             name: ref
             for name, ref in rest.items()
-            if name not in base.tensors or not same_bytes(ref, base.tensors[name])
+            if name not in base.tensors or not same_values(ref, base.tensors[name])
         }
     tops = {name.split(".", 1)[0] for name in adapted}
     backbone = f"{tops.pop()}." if len(tops) == 1 else ""
     return {name: ref for name, ref in rest.items() if not name.startswith(backbone) or "pooler" in name.split(".")}
+
+
+def same_values(one: TensorRef, other: TensorRef) -> bool:
+    """True when both hold the same numbers: the same bytes, or a wider dtype with nothing but zeros behind them."""
+    if one.dtype == other.dtype or one.shape != other.shape or not {one.dtype, other.dtype} <= set(FLOAT_DTYPES):
+        return same_bytes(one, other)
+    wide = torch.promote_types(TORCH_DTYPES[one.dtype], TORCH_DTYPES[other.dtype])
+    return torch.equal(read_tensor(one).to(wide), read_tensor(other).to(wide))
 
 
 def same_bytes(one: TensorRef, other: TensorRef) -> bool:

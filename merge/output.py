@@ -22,9 +22,16 @@ RENAME_EXCHANGE = 2  # linux/fs.h
 
 
 def check_output(output: Path, overwrite: bool, inputs: tuple[Path, ...] = ()) -> None:
-    """Raise OutputError when `output` may not be written: it exists, or is or holds an input."""
+    """Raise OutputError when `output` may not be written: it exists, is or holds an input, or lies in a model's folder.
+
+    A folder inside a model would be taken for one of its side files by whatever copies the model next.
+    """
+    from .checkpoint import CANDIDATES
+
     resolved = output.resolve()
     for source in inputs:
+        if source.resolve() in resolved.parents and any((source / name).is_file() for name in CANDIDATES):
+            raise OutputError(f"{output}: is inside the model {source}", hint="choose an --output beside it")
         if resolved == source.resolve() or resolved in source.resolve().parents:
             raise OutputError(f"{output}: is, or contains, the input {source}", hint="choose another --output")
     if output.exists() or output.is_symlink():

@@ -15,7 +15,8 @@ from adapter_merge.merge.errors import FileFormatError, InputError, MismatchErro
 from adapter_merge.merge.form import CanonicalForm
 from adapter_merge.merge.merging import merge
 from adapter_merge.merge.recipe import Ingredient, Recipe, make_recipe, read_recipe
-from pico_bases import gpt2, llama, load, quiet, train
+from combination_oracle import effects, elect, expected, top
+from pico_bases import gpt2, llama, quiet, train
 from safetensors.torch import load_file
 from torch import Tensor
 
@@ -46,15 +47,7 @@ def adapters(base: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, 
 
 @pytest.fixture(scope="module")
 def deltas(base: Path, adapters: dict[str, Path]) -> dict[str, dict[str, Tensor]]:
-    """Each adapter's effect on every weight, as PEFT merges it into a float64 model."""
-    before = load(base, torch.float64).state_dict()
-    found = {}
-    for name, folder in adapters.items():
-        with quiet():
-            live = peft.PeftModel.from_pretrained(load(base), folder)
-            after = live.double().merge_and_unload().state_dict()
-        found[name] = {k: after[k] - before[k] for k in before if not torch.equal(before[k], after[k])}
-    return found
+    return effects(base, adapters)
 
 
 def recipe(adapters: dict[str, Path], weights: dict[str, float], **settings: Any) -> Recipe:
@@ -64,23 +57,6 @@ def recipe(adapters: dict[str, Path], weights: dict[str, float], **settings: Any
 def run(base: Path, made: Recipe, output: Path, **options: Any) -> dict[str, Tensor]:
     merge(base, made, output, device="cpu", **options)
     return load_file(output / "model.safetensors")
-
-
-def top(delta: Tensor, count: int) -> Tensor:
-    """The `count` largest elements by size, the rest zero."""
-    kept = torch.zeros(delta.numel(), dtype=torch.bool)
-    kept[delta.abs().flatten().float().argsort(descending=True, stable=True)[:count]] = True
-    return delta * kept.view_as(delta)
-
-
-def elect(deltas: list[Tensor], weights: list[float]) -> Tensor:
-    """TIES, steps 2 and 3, with the mean taken by weight and lambda = sum |w|."""
-    stack = torch.stack([w * d for w, d in zip(weights, deltas, strict=True)])
-    sign = torch.sign(stack.sum(0))
-    agree = (torch.sign(stack) == sign) & (stack != 0)
-    sizes = torch.tensor([abs(w) for w in weights], dtype=stack.dtype)[:, None, None]
-    share = (agree * sizes).sum(0)
-    return torch.where(share > 0, (stack * agree).sum(0) / share.clamp_min(1e-30), 0.0) * sizes.sum()
 
 
 WEIGHTS = {"lora": 0.7, "rslora": 0.5, "dora": 0.4, "dude": -0.3}
@@ -99,23 +75,10 @@ def test_combination_is_its_definition(
         if key not in touched:
             assert torch.equal(value, before[key])
             continue
-        parts, weights = [], []
-        for name, weight in WEIGHTS.items():
-            if key not in deltas[name]:
-                continue
-            delta = deltas[name][key]
-            count = delta.numel()
-            if method in ("magnitude-prune", "ties"):
-                delta = top(delta, int(density * count))
-            elif method == "breadcrumbs":
-                outliers = int(gamma * count)
-                delta = top(delta, outliers + int(density * count)) - top(delta, outliers)
-            parts.append(delta)
-            weights.append(weight)
-        expected = elect(parts, weights) if method == "ties" and len(parts) > 1 else sum(
-            w * p for w, p in zip(weights, parts, strict=True)
-        )  # fmt: skip
-        wrong = (got[key].double() - before[key].double() - expected).abs() > 3e-6
+        names = [name for name in WEIGHTS if key in deltas[name]]
+        parts, weights = [deltas[name][key] for name in names], [WEIGHTS[name] for name in names]
+        wanted = expected(method, parts, weights, density, gamma)
+        wrong = (got[key].double() - before[key].double() - wanted).abs() > 3e-6
         # Two sizes next to the threshold may change places between float32 and float64.
         assert int(wrong.sum()) <= (0 if method == "linear" else 2 * len(parts)), key
 

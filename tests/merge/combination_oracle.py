@@ -1,0 +1,67 @@
+"""Combinations by the papers' definitions, on whole tensors in float64; and what PEFT makes of each adapter alone."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import peft
+import torch
+from pico_bases import load, quiet
+from torch import Tensor
+
+
+def effects(base: Path, adapters: Mapping[str, Path]) -> dict[str, dict[str, Tensor]]:
+    """Each adapter's effect on every weight, as PEFT merges it into a float64 model."""
+    before = load(base, torch.float64).state_dict()
+    found = {}
+    for name, folder in adapters.items():
+        with quiet():
+            live = peft.PeftModel.from_pretrained(load(base), folder)
+            after = live.double().merge_and_unload().state_dict()
+        found[name] = {k: after[k] - before[k] for k in before if not torch.equal(before[k], after[k])}
+    return found
+
+
+def one_after_the_other(base: Path, adapters: list[Path]) -> dict[str, Tensor]:
+    """W' of every weight, float64: each adapter loaded by PEFT on what the one before it has left."""
+    model: Any = load(base)
+    for number, folder in enumerate(adapters):
+        with quiet():
+            live = peft.PeftModel.from_pretrained(model, folder)
+            model = (live.double() if number == 0 else live).merge_and_unload().double()
+    state: dict[str, Tensor] = model.state_dict()
+    return state
+
+
+def top(delta: Tensor, count: int) -> Tensor:
+    """The `count` largest elements by size, the rest zero."""
+    kept = torch.zeros(delta.numel(), dtype=torch.bool)
+    kept[delta.abs().flatten().float().argsort(descending=True, stable=True)[:count]] = True
+    return delta * kept.view_as(delta)
+
+
+def elect(deltas: list[Tensor], weights: list[float]) -> Tensor:
+    """TIES, steps 2 and 3, with the mean taken by weight and lambda = sum |w|."""
+    stack = torch.stack([w * d for w, d in zip(weights, deltas, strict=True)])
+    sign = torch.sign(stack.sum(0))
+    agree = (torch.sign(stack) == sign) & (stack != 0)
+    sizes = torch.tensor([abs(w) for w in weights], dtype=stack.dtype)
+    sizes = sizes.reshape(-1, *[1] * (stack.dim() - 1))
+    share = (agree * sizes).sum(0)
+    return torch.where(share > 0, (stack * agree).sum(0) / share.clamp_min(1e-30), 0.0) * sizes.sum()
+
+
+def expected(
+    method: str, parts: list[Tensor], weights: list[float], density: float = 1.0, gamma: float = 0.0
+) -> Tensor:
+    """The combined delta of one tensor; DARE's random numbers are not here."""
+    if method in ("magnitude-prune", "ties"):
+        parts = [top(delta, int(density * delta.numel())) for delta in parts]
+    elif method == "breadcrumbs":
+        cut = [(delta, int(gamma * delta.numel()), int(density * delta.numel())) for delta in parts]
+        parts = [top(delta, outliers + kept) - top(delta, outliers) for delta, outliers, kept in cut]
+    if method == "ties" and len(parts) > 1:
+        return elect(parts, weights)
+    return torch.stack([w * p for w, p in zip(weights, parts, strict=True)]).sum(0)
