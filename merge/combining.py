@@ -160,11 +160,11 @@ class CombinedModule(BoundModule):
         return delta.T.contiguous() if self.transposed else delta
 
     def whole(self) -> Tensor:
-        """W' as a merge would store it, rounded once."""
+        """W' in float32, whatever the base is stored in: a trained head keeps its own precision in a PEFT folder."""
         stored = read_tensor(self.weight)
         rows = stored.reshape(1, -1) if stored.dim() < 2 else stored
         after = applied(self.stored_edit(torch.float64), rows.to(torch.float64))
-        return after.to(stored.dtype).reshape(stored.shape)
+        return after.to(torch.float32).reshape(stored.shape)
 
 
 @dataclass(frozen=True)

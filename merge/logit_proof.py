@@ -15,6 +15,7 @@ from .checkpoint import read_weights
 from .errors import InputError
 from .headers import TensorRef
 from .inputs import open_pair
+from .peft_folder import REPLACEMENTS
 from .reference import (
     is_embedding,
     live_layer,
@@ -23,6 +24,7 @@ from .reference import (
     replace_tensors,
     require,
     trained_model,
+    with_heads,
 )
 from .tensors import read_tensor
 from .weight_proof import WEIGHT_TOLERANCE, exact_weight
@@ -47,6 +49,7 @@ class LogitFigures:
     effect: float  # max |dlogit| of the adapter itself: what would be lost without it
 
 
+@torch.no_grad()
 def unlike_live(bound: BoundAdapter, live: nn.Module) -> list[str]:
     """Modules whose live forward is not the W' that the weights were compared with.
 
@@ -69,8 +72,7 @@ def unlike_live(bound: BoundAdapter, live: nn.Module) -> list[str]:
             got, want, plain = layer(ids), turned[ids], base[ids]
         else:
             x = torch.randn(PROBES, turned.shape[1], generator=source, dtype=torch.float64)
-            with torch.no_grad():
-                got = layer(x) - layer(torch.zeros_like(x))
+            got = layer(x) - layer(torch.zeros_like(x))
             want, plain = x @ turned.T, x @ base.T
         error = torch.linalg.vector_norm(got - want) / torch.linalg.vector_norm(want - plain).clamp_min(1e-300)
         if not float(error) <= WEIGHT_TOLERANCE:
@@ -129,7 +131,9 @@ def _artefact_model(bound: BoundAdapter, folder: Path, kind: str, dtype: torch.d
         model = load_model(bound.base.folder)
         with quiet_libraries():
             loaded: nn.Module = peft.PeftModel.from_pretrained(model, str(folder))
-        return loaded.to(dtype).eval()
+        heads = folder / REPLACEMENTS
+        own = {ref.name: ref for ref in read_weights(heads).tensors} if heads.is_file() else {}
+        return with_heads(loaded.to(dtype), own).eval()
     if kind == "adapter":
         return trained_model(open_pair(bound.base.folder, folder, bound.base_kind), dtype)
     model = load_model(bound.base.folder).to(dtype)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -82,7 +82,7 @@ def trained_model(bound: BoundAdapter, dtype: torch.dtype = torch.float32, base:
     model = load_model(bound.base.folder, model_config(bound)) if base is None else base
     replace_tensors(model, bound.replacements)
     if bound.adapter.format == "PEFT folder":
-        return _in_peft(model, bound).to(dtype).eval()
+        return with_heads(_in_peft(model, bound).to(dtype), bound.replacements).eval()
     for item in bound.modules:
         layer = model.get_submodule(_module_path(model, item.module.name))
         if isinstance(item.module, DcftModule):
@@ -92,7 +92,7 @@ def trained_model(bound: BoundAdapter, dtype: torch.dtype = torch.float32, base:
         else:
             raise UnsupportedError(f"no reference forward for {bound.adapter.format} ({bound.adapter.method})")
         _install(layer, run)
-    return model.to(dtype).eval()
+    return with_heads(model.to(dtype), bound.replacements).eval()
 
 
 def model_config(bound: BoundAdapter) -> Any:
@@ -111,6 +111,27 @@ def replace_tensors(model: nn.Module, replacements: dict[str, TensorRef]) -> Non
         if name not in state:
             raise UnsupportedError(f"{name}: the model class {type(model).__name__} has no such tensor")
         state[name].copy_(read_tensor(ref))
+
+
+@torch.no_grad()
+def with_heads(model: nn.Module, heads: Mapping[str, TensorRef]) -> nn.Module:
+    """The model with trained heads and biases in its own precision: a base in half precision has rounded them.
+
+    PEFT keeps them beside the base's.
+    """
+    named = {_plain(name): parameter for name, parameter in model.named_parameters()}
+    for name, ref in heads.items():
+        if name in named and named[name].shape == ref.shape:
+            named[name].copy_(read_tensor(ref))
+    return model
+
+
+def _plain(name: str) -> str:
+    """A parameter's name without what PEFT puts into it; of a head, the copy that is in use."""
+    plain = name.removeprefix("base_model.model.").replace(".base_layer.", ".")
+    if ".original_module." in plain:
+        return name
+    return plain.replace(".modules_to_save.default.", ".")
 
 
 def _module_path(model: nn.Module, name: str) -> str:

@@ -9,24 +9,33 @@ from typing import Any
 import peft
 import torch
 from pico_bases import load, quiet
+from safetensors.torch import load_file
 from torch import Tensor
 
 
+def own_dtype(base: Path) -> torch.dtype:
+    """What the base is stored in: PiSSA's residual is rounded to it."""
+    return next(iter(load_file(base / "model.safetensors").values())).dtype
+
+
 def effects(base: Path, adapters: Mapping[str, Path]) -> dict[str, dict[str, Tensor]]:
-    """Each adapter's effect on every weight, as PEFT merges it into a float64 model."""
+    """Each adapter's effect on every weight: put into the base as it is stored, merged by PEFT in float64."""
     before = load(base, torch.float64).state_dict()
     found = {}
     for name, folder in adapters.items():
         with quiet():
-            live = peft.PeftModel.from_pretrained(load(base), folder)
+            live = peft.PeftModel.from_pretrained(load(base, own_dtype(base)), folder)
             after = live.double().merge_and_unload().state_dict()
+        for key, value in load_file(folder / "adapter_model.safetensors").items():  # PEFT rounds heads to a bf16 base
+            if key.removeprefix("base_model.model.") in after:
+                after[key.removeprefix("base_model.model.")] = value.double()
         found[name] = {k: after[k] - before[k] for k in before if not torch.equal(before[k], after[k])}
     return found
 
 
 def one_after_the_other(base: Path, adapters: list[Path]) -> dict[str, Tensor]:
     """W' of every weight, float64: each adapter loaded by PEFT on what the one before it has left."""
-    model: Any = load(base)
+    model: Any = load(base, own_dtype(base))
     for number, folder in enumerate(adapters):
         with quiet():
             live = peft.PeftModel.from_pretrained(model, folder)

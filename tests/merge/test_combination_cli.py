@@ -1,24 +1,44 @@
-"""Combinations, extraction and the readers' options on the command line, in a process of their own."""
+"""Combinations, extraction and the readers' options on the command line."""
 
 from __future__ import annotations
 
+import contextlib
+import io
 import json
-import subprocess
+import shutil
 import sys
+from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
-from adapter_merge.merge.cli import group
+import torch
+from adapter_merge.merge.cli import group, main
 from adapter_merge.merge.combination import METHODS
 from adapter_merge.merge.errors import AdapterMergeError
 from click.testing import CliRunner
 from fuzz_folders import Q, base_model, seeds
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 
-def run(*arguments: object) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-c", "from adapter_merge.merge.cli import main; main()", *map(str, arguments)]
-    return subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
+@dataclass(frozen=True)
+class Done:
+    returncode: int
+    stdout: str
+    stderr: str
+
+
+def run(*arguments: object) -> Done:
+    """The whole command, errors and exit code included, in this process."""
+    out, err = io.StringIO(), io.StringIO()
+    with (
+        pytest.MonkeyPatch.context() as patch,
+        contextlib.redirect_stdout(out),
+        contextlib.redirect_stderr(err),
+        pytest.raises(SystemExit) as left,
+    ):
+        patch.setattr(sys, "argv", ["adapter-merge", *map(str, arguments)])
+        main()
+    return Done(int(left.value.code or 0), out.getvalue(), err.getvalue())
 
 
 @pytest.fixture(scope="module")
@@ -71,6 +91,119 @@ def test_options_of_the_readers_arrive(work: Path) -> None:
     assert {key for key in before if not bool((before[key] == after[key]).all())} == {f"{Q}.weight"}
 
 
+def test_delta_factor_and_verify_take_what_merge_takes(work: Path) -> None:
+    stated = [work / "base", f"a={work / 'a'}", f"b={work / 'b'}", "--weight", "a=0.7", "--combine", "ties"]
+    stated += ["--density", "0.5"]
+    done = run("delta", *stated, "-o", work / "delta", "--json")
+    assert done.returncode == 0 and json.loads(done.stdout)["options"]["combination"]["method"] == "ties", done.stderr
+    done = run("merge", *stated, "-o", work / "ties")
+    assert done.returncode == 0, done.stderr
+    before, after = (load_file(work / name / "model.safetensors") for name in ("base", "ties"))
+    for key, value in load_file(work / "delta" / "delta.safetensors").items():
+        assert float((before[key] + value - after[key]).abs().max()) < 1e-6
+    for artefact in ("ties", "delta"):
+        done = run("verify", *stated[:3], work / artefact, *stated[3:], "--weights-only")
+        assert done.returncode == 0 and "PASS" in done.stdout, done.stdout + done.stderr
+        done = run("verify", work / artefact, "--trained", "--weights-only")
+        assert done.returncode == 0 and "PASS" in done.stdout, done.stdout + done.stderr
+    done = run("verify", *stated[:3], work / "ties", "--weight", "a=0.6", "--combine", "ties", "--weights-only")
+    assert done.returncode == 1 and "FAIL" in done.stdout
+    done = run("factor", *stated, "--rank", "2", "-o", work / "truncated")
+    assert done.returncode == 0 and "energy kept" in done.stdout, done.stderr
+    assert "of full rank" in run("factor", *stated, "-o", work / "no").stderr
+
+
+def test_adapters_without_names_go_in_turn(work: Path) -> None:
+    done = run("merge", work / "base", work / "a", work / "b", "-o", work / "turns", "--json")
+    assert done.returncode == 0, done.stderr
+    said = json.loads(done.stdout)
+    assert said["options"]["combination"]["method"] == "in-turn"
+    assert said["options"]["combination"]["adapters"] == ["a", "b"]
+    named = [work / "base", f"x={work / 'a'}", f"y={work / 'b'}", "--combine", "in-turn"]
+    assert run("merge", *named, "-o", work / "named").returncode == 0
+    assert run("merge", work / "base", work / "a", "-o", work / "first").returncode == 0
+    assert run("merge", work / "first", work / "b", "-o", work / "second").returncode == 0
+    turns, again, apart = (load_file(work / name / "model.safetensors") for name in ("turns", "named", "second"))
+    assert all(bool((turns[key] == again[key]).all()) for key in turns)
+    assert all(float((turns[key] - apart[key]).abs().max()) < 1e-6 for key in turns)
+    done = run("merge", work / "base", work / "a", work / "a", "-o", work / "twice", "--dry-run", "--json")
+    assert [entry["name"] for entry in json.loads(done.stdout)["adapters"]] == ["a", "a-2"]
+
+
+def test_a_restored_base_is_proved_by_the_merged_model(work: Path) -> None:
+    assert run("merge", work / "base", work / "a", "--keep-preimage", "-o", work / "kept").returncode == 0
+    assert run("restore", work / "kept", "-o", work / "restored").returncode == 0
+    done = run("verify", work / "kept", work / "restored")
+    assert done.returncode == 0 and "to the last bit" in done.stdout, done.stderr
+    done = run("verify", work / "kept", work / "first" if (work / "first").exists() else work / "kept", "--json")
+    assert done.returncode == 1 and json.loads(done.stdout)["error"]["kind"] == "FileFormatError"
+
+
+def test_options_are_given_to_adapters_by_name(work: Path) -> None:
+    pair = [work / "base", f"k={work / 'k'}", f"a={work / 'a'}"]
+    done = run("merge", *pair, "--format", "k=kohya", "--format", "a=peft", "-o", work / "formats", "--json")
+    assert done.returncode == 0, done.stderr
+    stated = {entry["name"]: entry["stated"] for entry in json.loads(done.stdout)["adapters"]}
+    assert stated == {"a": {"format": "peft"}, "k": {"format": "kohya"}}
+    done = run("merge", *pair, "--format", "k=peft", "-o", work / "no")
+    assert done.returncode == 1 and "error" in done.stderr
+    for wrong in (["--format", "x=peft"], ["--alpha", "a=much"], ["--base-kind", "a=other"], ["--magnitudes", "m"]):
+        done = run("merge", *pair, *wrong, "-o", work / "no", "--json")
+        assert done.returncode == 2, done.stderr
+        assert json.loads(done.stdout)["error"]["kind"] == "UsageError"
+    assert run("merge", *pair, "--alpha", "a=1", "--alpha", "a=2", "-o", work / "no").returncode == 2
+    assert not (work / "no").exists()
+
+
+def test_errors_are_json_where_json_is_wanted(work: Path) -> None:
+    done = run("merge", work / "base", work / "nowhere", "-o", work / "no", "--json")
+    error = json.loads(done.stdout)["error"]
+    assert done.returncode == 1 and "nowhere" in error["cause"] and error["expected"] and error["kind"] == "InputError"
+    assert error["cause"] in done.stderr and error["problems"][0]["cause"] == error["cause"]
+    done = run("merge", work / "base", work / "a", "--json")
+    assert done.returncode == 2 and "--output" in json.loads(done.stdout)["error"]["cause"]
+    assert run("merge", work / "base", work / "nowhere", "-o", work / "no").stdout == ""
+
+
+def test_outputs_inside_a_model_are_refused(work: Path) -> None:
+    for command in ("merge", "delta", "factor"):
+        done = run(command, work / "base", work / "b", "-o", work / "base" / "deep" / "out")
+        assert done.returncode == 1 and "inside the model" in done.stderr
+    done = run("extract", work / "base", work / "base", "-o", work / "base" / "out")
+    assert done.returncode == 1 and "inside the model" in done.stderr
+    assert not (work / "base" / "deep").exists()
+
+
+@pytest.mark.parametrize("value", [{"quant_method": "gptq", "bits": 4}, None, {}], ids=["stale", "null", "empty"])
+def test_a_quantization_config_must_be_true(value: object, work: Path, tmp_path: Path) -> None:
+    shutil.copytree(work / "base", tmp_path / "base")
+    config = json.loads((tmp_path / "base" / "config.json").read_text())
+    (tmp_path / "base" / "config.json").write_text(json.dumps({**config, "quantization_config": value}))
+    done = run("merge", tmp_path / "base", work / "a", "-o", tmp_path / "out")
+    if value:
+        assert done.returncode == 1 and "quantization_config" in done.stderr and "remove" in done.stderr
+        assert not (tmp_path / "out").exists()
+        done = run("delta", tmp_path / "base", work / "a", "-o", tmp_path / "delta")
+    assert done.returncode == 0, done.stderr
+
+
+def test_a_quantised_weight_is_refused_and_its_neighbours_are_not(work: Path, tmp_path: Path) -> None:
+    shutil.copytree(work / "base", tmp_path / "base")
+    config = json.loads((tmp_path / "base" / "config.json").read_text())
+    quantised = {**config, "quantization_config": {"quant_method": "fp8"}}
+    (tmp_path / "base" / "config.json").write_text(json.dumps(quantised))
+    state = load_file(tmp_path / "base" / "model.safetensors")
+    packed = {**state, "other.qweight": torch.zeros(4, 4, dtype=torch.int32)}
+    save_file(packed, tmp_path / "base" / "model.safetensors", {"format": "pt"})
+    done = run("merge", tmp_path / "base", work / "a", "-o", tmp_path / "out")
+    assert done.returncode == 0, done.stderr
+    assert json.loads((tmp_path / "out" / "config.json").read_text()) == quantised
+    packed[f"{Q}.weight"] = state[f"{Q}.weight"].to(torch.int8)
+    save_file(packed, tmp_path / "base" / "model.safetensors", {"format": "pt"})
+    done = run("merge", tmp_path / "base", work / "a", "-o", tmp_path / "no")
+    assert done.returncode == 1 and "quantised" in done.stderr and "unquantised base" in done.stderr
+
+
 @pytest.mark.parametrize(
     "arguments",
     [
@@ -78,6 +211,10 @@ def test_options_of_the_readers_arrive(work: Path) -> None:
         ["base", "a=a", "--weight", "x=1"],
         ["base", "a=a", "--weight", "a"],
         ["base", "a", "--combine", "ties"],
+        ["base", "a", "b", "--weight", "a=0.5"],
+        ["base", "a", "b", "--combine", "ties"],
+        ["base", "a=a", "--combine", "in-turn", "--weight", "a=0.5"],
+        ["base", "--recipe", "recipe.yaml", "--alpha", "3"],
         ["base", "a=a", "--combine", "slerp"],
         ["base", "a=a", "--density", "2", "--combine", "dare"],
         ["base", "a=a", "--recipe", "recipe.yaml"],

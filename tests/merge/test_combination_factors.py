@@ -8,11 +8,11 @@ from typing import Any
 
 import pytest
 import torch
-from adapter_merge.merge.combination import Settings
-from adapter_merge.merge.errors import InputError, MismatchError, NumericsError, UnsupportedError
+from adapter_merge.merge.combination import METHODS, Settings
+from adapter_merge.merge.errors import InputError, MismatchError, NumericsError, ParityError, UnsupportedError
 from adapter_merge.merge.extraction import extract, low_rank, scaled_low_rank
 from adapter_merge.merge.factors import factor
-from adapter_merge.merge.merging import merge
+from adapter_merge.merge.merging import delta, merge
 from adapter_merge.merge.recipe import Ingredient, Recipe, make_recipe
 from pico_bases import error, gpt2, llama, load, logits, quiet, train
 from safetensors.torch import load_file, save_file
@@ -85,6 +85,115 @@ def test_truncated_factors_say_their_error(base: Path, adapters: dict[str, Path]
         factor(base, made, tmp_path / "no", device="cpu")
 
 
+@pytest.mark.parametrize("method", METHODS)
+def test_truncated_factors_of_every_method(method: str, base: Path, adapters: dict[str, Path], tmp_path: Path) -> None:
+    settings: dict[str, Any] = {"method": method, "density": 1.0 if method == "linear" else 0.5, "seed": 4}
+    settings |= {"gamma": 0.05} if method == "breadcrumbs" else {}
+    made = recipe(adapters, {"lora": 0.6, "rslora": 0.3, "dora": 0.5, "dude": -0.4}, **settings)
+    delta(base, made, tmp_path / "delta", device="cpu")
+    dense = load_file(tmp_path / "delta" / "delta.safetensors")
+    for rank in (3, 32):
+        folder = tmp_path / f"{rank}"
+        content = factor(base, made, folder, rank=rank, device="cpu")
+        assert content["form"] == "lora" and not content["exact"]
+        tensors = load_file(folder / "adapter_model.safetensors")
+        for key, change in dense.items():
+            module, change = key.removesuffix(".weight"), change.double()
+            stem = f"base_model.model.{module}.lora_"
+            if f"{stem}A.weight" in tensors:
+                got = tensors[f"{stem}B.weight"].double() @ tensors[f"{stem}A.weight"].double()
+            else:
+                got = (tensors[f"{stem}embedding_B"].double() @ tensors[f"{stem}embedding_A"].double()).T
+            error = float((change - got).norm() / change.norm())
+            singular = torch.linalg.svdvals(change)
+            best = float(singular[rank:].norm() / singular.norm())
+            assert error == pytest.approx(content["layers"][module]["relative_error"], abs=2e-5)
+            assert best - 1e-6 <= error <= 1.02 * best + 2e-5, module
+
+
+def test_heads_and_biases_are_combined_beside_the_factors(tmp_path: Path) -> None:
+    with quiet():
+        base = llama(tmp_path / "base", bias=True)
+    configs: dict[str, dict[str, Any]] = {
+        "a": {"r": 3, "target_modules": SOME, "modules_to_save": ["lm_head"], "bias": "lora_only"},
+        "b": {"r": 2, "target_modules": ["o_proj"], "use_rslora": True, "modules_to_save": ["lm_head"]},
+        "c": {"r": 2, "target_modules": SOME, "use_dora": True},
+    }
+    for seed, (name, arguments) in enumerate(configs.items()):
+        train(base, peft.LoraConfig(**arguments), tmp_path / name, seed=seed)
+    for weights in ({"a": 0.6, "b": 0.5}, {"a": 0.6, "b": -0.5, "c": 0.7}):
+        made = recipe({name: tmp_path / name for name in configs}, weights)
+        merge(base, made, tmp_path / f"merged{len(weights)}", device="cpu")
+        content = factor(base, made, tmp_path / f"factors{len(weights)}", device="cpu")
+        assert content["exact"] and content["form"] == ("lora" if len(weights) == 2 else "lora+row_scale")
+        wanted = load_file(tmp_path / f"merged{len(weights)}" / "model.safetensors")
+        before = load_file(base / "model.safetensors")
+        changed = {key for key in wanted if not torch.equal(wanted[key], before[key])}
+        heads = load_file(tmp_path / f"factors{len(weights)}" / "replacements.safetensors")
+        assert heads.keys() == {key for key in changed if key.endswith("bias")} | {"lm_head.weight"}
+        for key, value in heads.items():
+            torch.testing.assert_close(value, wanted[key], atol=1e-6, rtol=0)
+        with quiet():
+            live = peft.PeftModel.from_pretrained(load(base), tmp_path / f"factors{len(weights)}").eval()
+        assert error(logits(live), logits(load(tmp_path / f"merged{len(weights)}"))) < 2e-5
+
+
+def test_row_scales_serve_without_the_base(base: Path, adapters: dict[str, Path], tmp_path: Path) -> None:
+    made = recipe(adapters, {"rslora": 0.3, "dora": 0.6, "dude": 0.5})
+    merge(base, made, tmp_path / "merged", device="cpu")
+    factor(base, made, tmp_path / "factors", device="cpu")
+    before, after = (load_file(folder / "model.safetensors") for folder in (base, tmp_path / "merged"))
+    tensors = load_file(tmp_path / "factors" / "adapter_model.safetensors")
+    scales = load_file(tmp_path / "factors" / "row_scale.safetensors")
+    changed = {key.removesuffix(".weight") for key in before if not torch.equal(before[key], after[key])}
+    assert scales.keys() == {f"base_model.model.{module}.row_scale" for module in changed}
+    for module in changed:
+        stem = f"base_model.model.{module}"
+        product = tensors[f"{stem}.lora_B.weight"].double() @ tensors[f"{stem}.lora_A.weight"].double()
+        got = scales[f"{stem}.row_scale"].double()[:, None] * (before[f"{module}.weight"].double() + product)
+        torch.testing.assert_close(got, after[f"{module}.weight"].double(), atol=2e-6, rtol=0)
+    # o_proj has no magnitudes of its own: PEFT still needs one, that changes nothing
+    only = [value for key, value in scales.items() if ".o_proj." in key]
+    assert only and all(torch.equal(value, torch.ones_like(value)) for value in only)
+
+
+def test_a_budget_and_an_exact_scale_hold_for_combinations(
+    base: Path, adapters: dict[str, Path], tmp_path: Path
+) -> None:
+    made = recipe(adapters, {"rslora": 0.3, "dora": 0.6, "dude": 0.5})
+    plain = factor(base, made, tmp_path / "plain", rank=4, device="cpu")["certificate"]
+    exact = factor(base, made, tmp_path / "scaled", rank=4, keep_scale=True, device="cpu")
+    assert exact["form"] == "lora+row_scale"
+    assert exact["certificate"]["mean_relative_error"] < 0.7 * plain["mean_relative_error"]
+    budget = factor(base, made, tmp_path / "budget", budget=0.012, device="cpu")
+    size = sum(v.nbytes for v in load_file(tmp_path / "budget" / "adapter_model.safetensors").values())
+    assert size <= 12_000 and budget["certificate"]["mean_relative_error"] < 1
+    with pytest.raises(ParityError):
+        factor(base, made, tmp_path / "no", rank=1, max_error=1e-3, device="cpu")
+
+
+def test_a_rounded_residual_is_owned_up_to(tmp_path: Path) -> None:
+    with quiet():
+        base = llama(tmp_path / "base", dtype=torch.bfloat16)
+    dude = peft.LoraConfig(r=2, use_dora=True, init_lora_weights="pissa", target_modules=["q_proj"])
+    train(base, dude, tmp_path / "dude")
+    train(base, peft.LoraConfig(r=2, target_modules=["q_proj"]), tmp_path / "lora")
+    made = recipe({name: tmp_path / name for name in ("dude", "lora")}, {"dude": 0.5, "lora": 1.0})
+    content = factor(base, made, tmp_path / "factors", device="cpu")
+    assert not content["exact"] and "rounded to half precision" in content["warnings"][0]
+    delta(base, made, tmp_path / "delta", device="cpu")
+    before = load_file(base / "model.safetensors")
+    tensors = load_file(tmp_path / "factors" / "adapter_model.safetensors")
+    scales = load_file(tmp_path / "factors" / "row_scale.safetensors")
+    for key, change in load_file(tmp_path / "delta" / "delta.safetensors").items():
+        stem, weight = f"base_model.model.{key.removesuffix('.weight')}", before[key].double()
+        product = tensors[f"{stem}.lora_B.weight"].double() @ tensors[f"{stem}.lora_A.weight"].double()
+        got = scales[f"{stem}.row_scale"].double()[:, None] * (weight + product) - weight
+        found = float((got - change.double()).norm() / change.double().norm())
+        assert found == pytest.approx(content["layers"][key.removesuffix(".weight")]["relative_error"], rel=0.05)
+        assert found > 1e-4
+
+
 def test_conv1d_factors(tmp_path: Path) -> None:
     with quiet():
         base = gpt2(tmp_path / "base")
@@ -93,6 +202,23 @@ def test_conv1d_factors(tmp_path: Path) -> None:
         train(base, config, tmp_path / name, seed=seed)
     made = recipe({name: tmp_path / name for name in "ab"}, {"a": 0.5, "b": 0.8})
     factor(base, made, tmp_path / "factors", device="cpu")
+    merge(base, made, tmp_path / "merged", device="cpu")
+    with quiet():
+        live = peft.PeftModel.from_pretrained(load(base), tmp_path / "factors").eval()
+    assert error(logits(live), logits(load(tmp_path / "merged"))) < 2e-5
+
+
+def test_column_scales_have_truncated_factors_only(tmp_path: Path) -> None:
+    """An embedding's DoRA scales its columns: no row scale, no LoRA says that."""
+    with quiet():
+        base = llama(tmp_path / "base")
+    train(base, peft.LoraConfig(r=2, target_modules=["embed_tokens"], use_dora=True), tmp_path / "a")
+    train(base, peft.LoraConfig(r=2, target_modules=["embed_tokens"]), tmp_path / "b")
+    made = recipe({name: tmp_path / name for name in "ab"}, {"a": 0.5, "b": 0.5})
+    with pytest.raises(InputError, match="scales of input columns"):
+        factor(base, made, tmp_path / "no", device="cpu")
+    content = factor(base, made, tmp_path / "factors", rank=32, device="cpu")
+    assert content["certificate"]["max_relative_error"] < 1e-5
     merge(base, made, tmp_path / "merged", device="cpu")
     with quiet():
         live = peft.PeftModel.from_pretrained(load(base), tmp_path / "factors").eval()

@@ -155,7 +155,8 @@ def test_column_norms_in_turn(tmp_path: Path) -> None:
 
 
 def test_a_head_is_adapted_after_it_was_replaced(base: Path, adapters: dict[str, Path], tmp_path: Path) -> None:
-    train(base, peft.LoraConfig(r=2, target_modules=["lm_head", "v_proj"]), tmp_path / "late", seed=9)
+    merge(base, adapters["head"], tmp_path / "first", device="cpu")
+    train(tmp_path / "first", peft.LoraConfig(r=2, target_modules=["lm_head", "v_proj"]), tmp_path / "late", seed=9)
     check_turns(base, [adapters["head"], tmp_path / "late"], tmp_path / "out")
 
 
