@@ -47,7 +47,7 @@ def defined_delta(
     weight, mean = torch.zeros_like(total), torch.zeros_like(total)
     for term, part in zip(terms, parts, strict=True):
         agrees = torch.sign(term) * torch.sign(total) > 0
-        weight += abs(part.weight) * agrees
+        weight += abs(part.weight) * agrees.to(weight.dtype)
         mean += torch.where(agrees, term, 0)
     everything = sum(abs(part.weight) for part in parts)
     return torch.where(weight > 0, mean / weight.clamp_min(torch.finfo(weight.dtype).tiny), 0) * everything, unsure

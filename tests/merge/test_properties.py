@@ -11,11 +11,13 @@ from typing import Any
 import pytest
 import torch
 from adapter_merge.merge.combination import METHODS, Part, Settings, combined, combined_form
+from adapter_merge.merge.combination_definition import defined_delta
 from adapter_merge.merge.edits import RowRange, RowsReplaced, applied, in_turn
+from adapter_merge.merge.factors import factor
 from adapter_merge.merge.form import CanonicalForm
 from adapter_merge.merge.merging import delta, merge
 from adapter_merge.merge.patterns import Pattern, pattern_fault
-from adapter_merge.merge.recipe import Ingredient, make_recipe
+from adapter_merge.merge.recipe import IN_TURN, Ingredient, make_recipe
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
@@ -219,6 +221,126 @@ def test_merge_delta_and_combination_agree(
         assert bytes_of({"a": 1.0}) == (work / "merged" / "model.safetensors").read_bytes()
         assert bytes_of({"a": 0.0}) == (base / "model.safetensors").read_bytes()
         assert bytes_of({"a": 1.0, "b": 0.0}) == bytes_of({"a": 1.0})
+
+
+@QUICK
+@given(
+    SIZES,
+    SIZES,
+    st.sampled_from(METHODS),
+    st.floats(0.05, 1),
+    st.floats(0, 0.3),
+    st.lists(WEIGHTED, min_size=1, max_size=4),
+    SEEDS,
+)
+def test_combinations_are_their_definition_in_blocks_too(
+    out: int,
+    inner: int,
+    method: str,
+    density: float,
+    gamma: float,
+    adapters: list[tuple[int, str, float]],
+    seed: int,
+) -> None:
+    """combination.py (histograms, blocks, factors) against combination_definition.py (sorting, whole tensors)."""
+    torch.manual_seed(seed)
+    weight = torch.randn(out, inner, dtype=torch.float64)
+    forms = [form_of(out, inner, rank, kind, weight) for rank, kind, _ in adapters]
+    chosen = Settings(method, 1.0 if method == "linear" else density, gamma if method == "breadcrumbs" else 0.0, seed)
+    weights = [w for _, _, w in adapters]
+    parts = [Part(form, w, chosen.density, key) for key, (form, w) in enumerate(zip(forms, weights, strict=True))]
+    deltas = [form.delta(weight) for form in forms]
+    taken = [number for number, w in enumerate(weights) if w != 0]
+    if not taken:
+        assert combined(parts, chosen) is None
+        return
+    expected, unsure = defined_delta([deltas[i] for i in taken], [parts[i] for i in taken], chosen)
+    edit = combined(parts, chosen)
+    assert edit is not None
+    got = applied(edit, weight) - weight
+    torch.testing.assert_close(got[~unsure], expected[~unsure], atol=1e-6, rtol=1e-6)
+    assert float(unsure.double().mean()) <= 0.1 + 8 / unsure.numel()
+
+
+@settings(max_examples=12, deadline=None)
+@given(
+    st.lists(st.tuples(SIZES, SIZES), min_size=2, max_size=2),
+    st.lists(st.tuples(RANKS, RANKS, st.booleans(), st.booleans(), st.floats(-2, 2)), min_size=2, max_size=3),
+    DTYPES,
+    st.sampled_from(METHODS),
+    st.randoms(use_true_random=False),
+    SEEDS,
+)
+def test_several_adapters_keep_their_promises(
+    shapes: list[tuple[int, int]],
+    adapters: list[tuple[int, int, bool, bool, float]],
+    dtype: torch.dtype,
+    method: str,
+    random: Any,
+    seed: int,
+) -> None:
+    """Merge less base is delta; the order of adapters says nothing; linear factors are the linear delta."""
+    torch.manual_seed(seed)
+    with tempfile.TemporaryDirectory() as name:
+        work = Path(name)
+        base = write_base(work / "base", shapes, dtype)
+        stated = []
+        for number, (one, two, dora, rslora, weight) in enumerate(adapters):
+            folder = write_adapter(work / f"a{number}", base, [one, two], torch.float32, dora, rslora, 4.0)
+            stated.append(Ingredient(f"a{number}", str(folder), weight))
+        density = 1.0 if method == "linear" else 0.6
+        made = make_recipe(stated, Settings(method, density, 0.0, seed))
+        random.shuffle(stated)
+        merge(base, made, work / "merged", device="cpu")
+        merge(base, make_recipe(stated, Settings(method, density, 0.0, seed)), work / "shuffled", device="cpu")
+        merged, shuffled = (work / folder / "model.safetensors" for folder in ("merged", "shuffled"))
+        assert merged.read_bytes() == shuffled.read_bytes()
+        delta(base, made, work / "delta", device="cpu")
+        before, after = load_file(base / "model.safetensors"), load_file(merged)
+        deltas = load_file(work / "delta" / "delta.safetensors")
+        for key, weight in before.items():
+            exact = weight.double() + (deltas[key].double() if key in deltas else 0)
+            room = torch.finfo(dtype).eps * exact.abs() * 0.51 + 1e-5 * (1 + exact.abs())
+            assert bool(((after[key].double() - exact).abs() <= room).all())
+        if method != "linear" or all(weight == 0 for *_, weight in adapters):
+            return
+        found = factor(base, made, work / "factors", device="cpu")
+        tensors = load_file(work / "factors" / "adapter_model.safetensors")
+        scales = work / "factors" / "row_scale.safetensors"
+        held = load_file(scales) if scales.is_file() else {}
+        for key, change in deltas.items():
+            stem = f"base_model.model.{key.removesuffix('.weight')}"
+            got = (
+                before[key].double()
+                + tensors[f"{stem}.lora_B.weight"].double() @ tensors[f"{stem}.lora_A.weight"].double()
+            )
+            got = got * held[f"{stem}.row_scale"].double()[:, None] if held else got
+            size = float(before[key].double().norm() + change.double().norm())
+            lost = float((got - before[key].double() - change.double()).norm())
+            # a row whose scales cancel has no factors: the certificate says so, and must be right
+            wanted = found["layers"][key.removesuffix(".weight")]["relative_error"] * float(change.double().norm())
+            assert lost <= wanted + 1e-5 * size
+
+
+@settings(max_examples=10, deadline=None)
+@given(
+    st.lists(st.tuples(SIZES, SIZES), min_size=2, max_size=2), st.lists(st.booleans(), min_size=2, max_size=3), SEEDS
+)
+def test_in_turn_is_one_merge_after_the_other(shapes: list[tuple[int, int]], doras: list[bool], seed: int) -> None:
+    torch.manual_seed(seed)
+    with tempfile.TemporaryDirectory() as name:
+        work = Path(name)
+        last = base = write_base(work / "base", shapes, torch.float32)
+        stated = []
+        for number, dora in enumerate(doras):
+            folder = write_adapter(work / f"a{number}", base, [2, 3], torch.float32, dora, False, 4.0)
+            stated.append(Ingredient(f"a{number}", str(folder)))
+            merge(last, folder, work / f"m{number}", device="cpu")
+            last = work / f"m{number}"
+        merge(base, make_recipe(stated, Settings(IN_TURN)), work / "merged", device="cpu")
+        one, other = (load_file(folder / "model.safetensors") for folder in (work / "merged", last))
+        for key, value in one.items():
+            torch.testing.assert_close(value, other[key], atol=1e-5, rtol=1e-5)
 
 
 # -- patterns ------------------------------------------------------------------------------------------------

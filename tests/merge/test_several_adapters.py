@@ -13,6 +13,7 @@ import torch
 from adapter_merge.merge.combination import METHODS, Settings
 from adapter_merge.merge.conversion import convert
 from adapter_merge.merge.errors import InputError, OutputError
+from adapter_merge.merge.factors import factor
 from adapter_merge.merge.formats import ReadOptions
 from adapter_merge.merge.merging import delta, merge
 from adapter_merge.merge.recipe import IN_TURN, Ingredient, Recipe, make_recipe, read_recipe
@@ -257,3 +258,23 @@ def test_an_interrupted_merge_goes_on_only_with_the_same_options(
     merge(base, checkpoint, tmp_path / "plain", device="cpu", options=ReadOptions(alpha=8.0))
     one, two = (logits(load(tmp_path / name)) for name in ("out", "plain"))
     assert torch.equal(one, two)
+
+
+# -- a checkpoint that is base and adapter at once -----------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
+def test_a_head_that_equals_the_bases_is_no_trained_head(dtype: torch.dtype, tmp_path: Path) -> None:
+    """A DCFT checkpoint of an untied decoder holds its lm_head; only the base tells that nobody trained it."""
+    save_base(pico_model("llama", dtype), tmp_path / "base")
+    with quiet():
+        save_dcft_checkpoint(dcft_model("llama", dtype=dtype).float(), tmp_path / "checkpoint")
+    content = factor(None, tmp_path / "checkpoint", tmp_path / "alone", device="cpu")
+    assert len(content["warnings"]) == 1
+    assert "lm_head.weight" in content["warnings"][0] and "Pass BASE" in content["warnings"][0]
+    assert load_file(tmp_path / "alone" / "replacements.safetensors").keys() == {"lm_head.weight"}
+    content = factor(tmp_path / "base", tmp_path / "checkpoint", tmp_path / "beside", device="cpu")
+    assert content["warnings"] == [] and not (tmp_path / "beside" / "replacements.safetensors").exists()
+    trained = load_file(tmp_path / "alone" / "adapter_model.safetensors")
+    found = load_file(tmp_path / "beside" / "adapter_model.safetensors")
+    assert trained.keys() - found.keys() == {"base_model.model.lm_head.weight"}
