@@ -22,7 +22,8 @@ def with_base_kind(bound: BoundAdapter, base_kind: str | None) -> BoundAdapter:
     evidence = None
     stated = bound.adapter.config.get("base") if bound.adapter.config.get("peft_type") == "DUDE" else None
     initials = [m.module.initial for m in principal if isinstance(m.module, LoraModule) and m.module.initial]
-    lost = next((i.method for i in initials if i.method in LOST_INITS and not i.refs), None)
+    unsaved = [m.module.initial for m in principal if isinstance(m.module, LoraModule) and m.module.frozen is None]
+    lost = next((i.method for i in unsaved if i and i.method in LOST_INITS and not i.refs), None)
     measurable = all(i.method in ("svd", "qr", "pissa_niter") for i in initials)
     if base_kind is None and not measurable:
         if lost is None and "loftq" not in {i.method for i in initials}:

@@ -81,7 +81,7 @@ class DeltaOperator:
             for start, block in rows.blocks(torch.float64):
                 squares += form.column_squares(block.clone(), start)
             self.form = form = form.with_column_norms(squares)
-        rounded = form.residual is not None and form.residual.dtype not in (torch.float32, torch.float64)
+        rounded = form.residual is not None and form.residual.is_rounded
         self._structured = not rounded and form.col_scale is None
         self.scale: Tensor | None = None  # (out,) float64: d
         if self._structured:

@@ -14,7 +14,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from .form import Residual
+from .errors import MismatchError
+from .form import Residual, SavedResidual
 from .headers import TensorRef
 from .lazy_torch import torch
 from .tensors import TORCH_DTYPES
@@ -24,6 +25,7 @@ if TYPE_CHECKING:
 
 ORIGINAL_ABOVE = 0.3
 RESIDUAL_BELOW = 0.1
+SPARE = 8  # more directions than are kept: the accuracy of a randomised SVD
 
 
 @dataclass(frozen=True)
@@ -87,6 +89,41 @@ def residual_of(
     wide = base.to(torch.float32)
     b, a = orthonormal_factors(wide, rank) if initial.method == "qr" else principal_factors(wide, rank, scale)
     return Residual(scale * b.to(dtype), a.to(dtype), TORCH_DTYPES[initial.dtype] if initial.dtype else base.dtype)
+
+
+def saved_residual(
+    frozen: Tensor,  # (out, in), in the dtype that it was saved in
+    weight: Tensor,  # (out, in): W0
+    rank: int,
+    dtype: torch.dtype,
+    name: str,
+) -> SavedResidual:
+    """The residual W_f that was saved beside its factors, and the rank-r part of W0 - W_f.
+
+    What is left of the difference is the rounding of W_f. Raises MismatchError where more is left: W_f is then no
+    residual of this weight.
+    """
+    wide = weight.to(torch.float64)
+    difference = wide - frozen.to(torch.float64)
+    if rank + SPARE < min(difference.shape):
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(0)
+            u, s, v = torch.svd_lowrank(difference, q=rank + SPARE, niter=4)
+        vh = v.T
+    else:
+        u, s, vh = torch.linalg.svd(difference, full_matrices=False)
+    up, down = u[:, :rank] * s[:rank], vh[:rank]
+    left = float(torch.linalg.vector_norm(difference - up @ down))
+    coarse = max(torch.finfo(frozen.dtype).eps, torch.finfo(weight.dtype).eps)
+    most = 4 * coarse * float(torch.linalg.vector_norm(wide))
+    if left > most:
+        raise MismatchError(
+            f"{name}: the residual that was saved beside the adapter is not this base less a part of rank {rank}",
+            expected=f"a rest of at most {most:.2g} (the rounding to {str(frozen.dtype).removeprefix('torch.')})",
+            got=f"{left:.2g}, of a weight of {float(torch.linalg.vector_norm(wide)):.2g}",
+            hint="is this the base that was trained on? merge takes the saved residual as it is",
+        )
+    return SavedResidual(up.to(dtype), down.to(dtype).contiguous(), frozen.dtype, frozen)
 
 
 def base_evidence(

@@ -35,7 +35,7 @@ from .errors import InputError, Problem, UnsupportedError, raise_all
 from .factorisation import Factored, Factoriser
 from .formats import ReadOptions, open_adapter
 from .inputs import AdapterInput, adapter_only, describe_inputs, input_folders, open_pair
-from .lora import BiasModule, ExpertModule, LoraModule, PartModule, StackModule
+from .lora import BiasModule, ExpertModule, PartModule, StackModule
 from .output import MANIFEST, check_output, manifest, sha256, staged, write_json, write_text
 from .peft_folder import write_factors
 from .recipe import Recipe
@@ -278,8 +278,6 @@ def _check_supported(pairs: Sequence[Pair], exact: bool) -> None:
             reason = "adapted experts of a stacked parameter"
         elif isinstance(module, PartModule):
             reason = "a magnitude over a weight that this base keeps in several"
-        elif isinstance(module, LoraModule) and module.frozen is not None:
-            reason = "its residual was saved whole"
         elif counts[module.name] > 1:
             reason = "adapted more than once"
         if reason is not None:

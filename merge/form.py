@@ -39,6 +39,36 @@ class Residual:
         product = self.up[rows].to(torch.float32) @ self.down.to(torch.float32)
         return torch.sub(block.to(torch.float32), product).to(self.dtype)
 
+    def transposed(self) -> Residual:
+        """That of W0^T (in, out)."""
+        return Residual(self.down.T.contiguous(), self.up.T.contiguous(), self.dtype)
+
+    @property
+    def is_rounded(self) -> bool:
+        """True when W_f differs from W0 - up @ down by more than float32 arithmetic does."""
+        return self.dtype not in (torch.float32, torch.float64)
+
+
+@dataclass(frozen=True, eq=False)
+class SavedResidual(Residual):
+    """A residual that was saved whole; up @ down is the low-rank part of W0 - W_f, the rest of which is rounding."""
+
+    saved: Tensor | None = None  # (out, in), in its own dtype
+
+    def rows_(self, block: Tensor, rows: slice) -> Tensor:
+        """W_f's rows as they were saved, whatever `block` holds."""
+        assert self.saved is not None
+        return self.saved[rows].to(block.device)
+
+    def transposed(self) -> SavedResidual:
+        assert self.saved is not None
+        turned = self.saved.T.contiguous()
+        return SavedResidual(self.down.T.contiguous(), self.up.T.contiguous(), self.dtype, turned)
+
+    @property
+    def is_rounded(self) -> bool:
+        return True
+
 
 @dataclass(frozen=True, eq=False)
 class CanonicalForm:
@@ -112,7 +142,7 @@ class CanonicalForm:
         """The form that acts on W0^T (in, out): for weights stored that way (GPT-2's Conv1D)."""
         residual = self.residual
         if residual is not None:
-            residual = Residual(residual.down.T.contiguous(), residual.up.T.contiguous(), residual.dtype)
+            residual = residual.transposed()
         return CanonicalForm(
             up=self.down.T.contiguous(),
             down=self.up.T.contiguous(),
@@ -136,7 +166,7 @@ class CanonicalForm:
         """block (n, in), rows start .. start+n of W0, becomes the same rows of W', in place.
 
         Returns the rows' scale (n,), or None where there is none. Raises NumericsError when a row of the
-        direction is zero and has a magnitude.
+        direction is zero and has a magnitude; on CUDA that row becomes NaN.
         """
         assert not self.needs_columns, "with_column_norms comes first"
         rows = slice(start, start + block.shape[0])
@@ -224,7 +254,11 @@ class CanonicalForm:
 
     def _scale_of(self, magnitude: Tensor, norm: Tensor, start: int) -> Tensor:
         zero = (norm == 0) & (magnitude != 0)
-        if not torch.compiler.is_compiling() and norm.device.type != "cuda" and bool(zero.any()):
+        if torch.compiler.is_compiling() or norm.device.type == "cuda":
+            # Asking would wait for the device in every block: NaN instead, which whoever writes the block refuses.
+            scale = torch.where(norm == 0, torch.ones_like(norm), magnitude / norm)
+            return scale.masked_fill(zero, torch.nan)
+        if bool(zero.any()):
             row = start + int(zero.nonzero()[0])
             raise NumericsError(
                 f"row {row} of W0 + up @ down is zero but has a magnitude: its direction is undefined",

@@ -13,10 +13,10 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, TypeAlias
 
-from .dude import Initial, residual_of
+from .dude import Initial, residual_of, saved_residual
 from .edits import BlockEdit, Replaced, in_turn
 from .errors import UnsupportedError
-from .form import CanonicalForm
+from .form import CanonicalForm, Residual
 from .headers import TensorRef
 from .lazy_torch import torch
 from .tensors import TORCH_DTYPES
@@ -70,7 +70,9 @@ class LoraModule:
     @property
     def needs_base(self) -> bool:
         """True when the base weight must be read to find the factors (a decomposition is repeated)."""
-        return (self.initial is not None and not self.initial.refs) or (self.own_magnitude and self.frozen is None)
+        if self.initial is not None and (self.frozen is not None or not self.initial.refs):
+            return True
+        return self.own_magnitude and self.frozen is None
 
     def form(self, read: Reader, weight: Weight, dtype: torch.dtype) -> CanonicalForm:
         """The canonical form in `dtype` on the CPU.
@@ -87,8 +89,10 @@ class LoraModule:
         else:
             up, down = b * self.scale, a
         magnitude = read(self.magnitude).to(dtype).reshape(-1) if self.magnitude is not None else None
-        residual = None
-        if self.initial is not None:
+        residual: Residual | None = None
+        if self.initial is not None and self.frozen is not None:
+            residual = saved_residual(read(self.frozen), weight(), self.rank, dtype, self.name)
+        elif self.initial is not None:
             residual = residual_of(self.initial, self.rank, self.scale, read, weight, dtype)
         if self.own_magnitude:
             frozen = read(self.frozen).to(dtype) if self.frozen is not None else None
@@ -101,7 +105,7 @@ class LoraModule:
         return CanonicalForm(up, down, magnitude=magnitude, magnitude_dim=turned, residual=residual)
 
     def edit(self, read: Reader, weight: Weight, dtype: torch.dtype) -> BlockEdit:
-        """What is done to the stored weight; the saved residual takes the place of the base's weight."""
+        """What is done to the stored weight; a saved residual takes the place of the base's, whatever that is."""
         if self.frozen is None:
             return self.form(read, weight, dtype)
         return in_turn((Replaced(self.frozen), replace(self, initial=None).form(read, weight, dtype)))

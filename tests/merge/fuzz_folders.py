@@ -3,9 +3,9 @@
     python tests/merge/fuzz_folders.py --cases 20000 --seed 0
 
 Every case takes one of the well-formed adapters below, changes it (bytes, headers, names, shapes, dtypes, values,
-config, files), and merges it. It must end as AdapterMergeError within a few seconds with nothing written, or as a
-finite merged model where the change was harmless; a change that cannot be harmless must be refused. Case i of a seed
-is always the same.
+config, files), and merges, converts or factors it. It must end as AdapterMergeError within a few seconds with nothing
+written, or as a finite result where the change was harmless; a change that cannot be harmless must be refused. Case i
+of a seed is always the same.
 """
 
 from __future__ import annotations
@@ -28,7 +28,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from adapter_merge.merge.conversion import convert
 from adapter_merge.merge.errors import AdapterMergeError
+from adapter_merge.merge.factors import factor
 from adapter_merge.merge.formats import ReadOptions
 from adapter_merge.merge.merging import merge
 from safetensors.torch import load_file, save, save_file
@@ -36,6 +38,7 @@ from safetensors.torch import load_file, save, save_file
 SECONDS = 10  # for one case
 OUT, IN, RANK = 12, 8, 2
 Q, V, EMBED = "model.layers.0.self_attn.q_proj", "model.layers.0.self_attn.v_proj", "model.embed_tokens"
+EXPERTS = "model.layers.0.mlp.experts"
 PREFIX = "base_model.model."
 Files = dict[str, bytes]
 Header = dict[str, Any]
@@ -53,6 +56,8 @@ def base_tensors() -> dict[str, torch.Tensor]:
         f"{Q}.bias": torch.randn(OUT),
         f"{V}.weight": torch.randn(IN, IN),
         "lm_head.weight": torch.randn(16, IN),
+        f"{EXPERTS}.gate_up_proj": torch.randn(3, IN, IN),
+        f"{EXPERTS}.down_proj": torch.randn(3, IN, 6),
     }
 
 
@@ -107,6 +112,21 @@ def seeds() -> dict[str, Files]:
     reshape = {f"{Q}.B": torch.randn(2, RANK), f"{Q}.A": torch.randn(RANK, 3),
                f"{Q}.deconv.weight": torch.randn(1, 1, 4, 4), f"{Q}.deconv.bias": torch.randn(1)}  # fmt: skip
 
+    several = {f"{PREFIX}{Q}.lora_A": torch.randn(2, 1, 2), f"{PREFIX}{Q}.lora_B": torch.randn(2, 3, 1),
+               f"{PREFIX}{Q}.lora_C.weight": torch.randn(2, 1, 4, 4), f"{PREFIX}{Q}.lora_C.bias": torch.randn(1),
+               f"{PREFIX}{Q}.ranknum": torch.tensor([1.0])}  # fmt: skip
+    lycoris = {f"{PREFIX}{Q}.lokr_w1": torch.randn(4, 4), f"{PREFIX}{Q}.lokr_w2_a": torch.randn(3, RANK),
+               f"{PREFIX}{Q}.lokr_w2_b": torch.randn(RANK, 2), f"{PREFIX}{Q}.alpha": torch.tensor(3.0),
+               f"{PREFIX}{Q}.dora_scale": torch.rand(1, IN) + 1,
+               **{f"{PREFIX}{V}.{key.partition(Q + '.')[2]}": torch.randn(*((IN, RANK) if key.endswith("a") else
+                                                                          (RANK, IN))) for key in loha}}  # fmt: skip
+    initial = {f"{PREFIX}{Q}.lora_A_init.weight": torch.randn(RANK, IN), f"{PREFIX}{V}.frozen.weight":
+               frozen[f"{V}.weight"], f"{PREFIX}{Q}.lora_B_init.weight": torch.randn(OUT, RANK)}  # fmt: skip
+    experts = {f"{PREFIX}{EXPERTS}.lora_A.weight": torch.randn(3 * RANK, 6),
+               f"{PREFIX}{EXPERTS}.lora_B.weight": torch.randn(IN, 3 * RANK),
+               f"{PREFIX}{EXPERTS}.base_layer.lora_A.weight": torch.randn(3 * RANK, IN),
+               f"{PREFIX}{EXPERTS}.base_layer.lora_B.weight": torch.randn(IN, 3 * RANK)}  # fmt: skip
+
     def folder(config: dict[str, Any], tensors: dict[str, torch.Tensor]) -> Files:
         return {
             "adapter_config.json": json.dumps(config).encode(),
@@ -129,6 +149,18 @@ def seeds() -> dict[str, Files]:
         "dcft": folder({"peft_type": "DCFT", "format_version": 1, "lora_alpha": 8, "stride": [4, 4]}, dcft),
         "dude": folder({"peft_type": "DUDE", "format_version": 1, "r": RANK, "lora_alpha": 4, "base": "original",
                         "residual_dtype": "float32"}, dude),
+        "pissa, safe": folder({"peft_type": "DUDE", "format_version": 1, "r": RANK, "lora_alpha": 4, "base": "original",
+                               "residual_dtype": "float32", "magnitude": "none", "initial": "corda"}, two | initial),
+        "dude, columns": folder({"peft_type": "DUDE", "format_version": 1, "r": RANK, "lora_alpha": 4,
+                                 "initial": "none", "base": "original", "magnitude_axis": "in"},
+                                _pair(Q, OUT) | {f"{PREFIX}{Q}.lora_magnitude_vector": torch.rand(IN) + 1}),
+        "dcft, channels": folder({"peft_type": "DCFT", "format_version": 1, "lora_alpha": 8, "stride": [4, 4]},
+                                 several),
+        "dcft reshape, safe": folder({"peft_type": "DCFT", "format_version": 1, "form": "reshape"},
+                                     {PREFIX + key: value for key, value in reshape.items()}),
+        "lycoris, safe": folder({"peft_type": "LYCORIS", "format_version": 1}, lycoris),
+        "experts": folder({**plain, "target_modules": [], "peft_version": "0.21.2",
+                           "target_parameters": ["experts.gate_up_proj", "experts.down_proj"]}, experts),
         "pickled": {"adapter_config.json": json.dumps(plain).encode(), "adapter_model.bin": _pickled(two)},
         "kohya": {"a.safetensors": save(kohya)},
         "mytransformers": {
@@ -308,6 +340,7 @@ def change_config(files: Files, pick: random.Random) -> bool:
     config = json.loads(files[name])
     known = [*config, "rank_pattern", "alpha_pattern", "use_dora", "use_rslora", "init_lora_weights", "fan_in_fan_out",
              "target_parameters", "trainable_token_indices", "base", "stride", "residual_dtype", "modules_to_save",
+             "initial", "magnitude", "magnitude_axis", "form", "peft_version", "exclude_modules",
              "base_model_name_or_path", "task_type", "ensure_weight_tying", "token_indices"]  # fmt: skip
     for _ in range(pick.choice((1, 1, 2, 4))):
         key = pick.choice(known)
@@ -369,10 +402,19 @@ def run_case(number: int, seed: int, originals: dict[str, Files], base: Path, wo
     for file, data in files.items():
         (folder / file).write_bytes(data)
     options = ReadOptions(magnitude_axis=pick.choice([None, "out", "in"])) if pick.random() < 0.1 else None
+    base_kind = pick.choice([None, "original", "residual"]) if "dude" in kind or "pissa" in kind else None
+    command = pick.choice(("merge", "merge", "merge", "merge", "merge", "merge", "convert", "factor"))
+    name = f"{command}: {name}"
     outcome, detail = "merged", ""
     signal.alarm(SECONDS)
     try:
-        merge(base, folder, output, device="cpu", options=options, workers=1, link="copy", hashes=False)
+        if command == "merge":
+            merge(base, folder, output, device="cpu", options=options, base_kind=base_kind, workers=1, link="copy",
+                  hashes=False)  # fmt: skip
+        elif command == "convert":
+            convert(folder, output, base=base, options=options, base_kind=base_kind)
+        else:
+            factor(base, folder, output, device="cpu", options=options, base_kind=base_kind)
     except AdapterMergeError as error:
         outcome, detail = "refused", str(error)
     except Hung:
@@ -389,7 +431,7 @@ def run_case(number: int, seed: int, originals: dict[str, Files], base: Path, wo
     if outcome == "refused" and not detail.strip():
         outcome = "an error without a word"
     if outcome == "merged":
-        after = load_file(output / "model.safetensors")
+        after = load_file(output / ("model.safetensors" if command == "merge" else "adapter_model.safetensors"))
         if not all(bool(torch.isfinite(value).all()) for value in after.values()):
             outcome = "NaN or infinity written"
         elif must_refuse:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from adapter_merge.merge.dcft import dcft_factors, infer_stride
+from adapter_merge.merge.errors import NumericsError
 from adapter_merge.merge.form import CanonicalForm, Residual
 
 
@@ -116,3 +117,18 @@ def test_blocks_of_rows_equal_the_whole(kind: str) -> None:
         )
     torch.testing.assert_close(torch.cat(pieces), want)
     torch.testing.assert_close(form.transposed().merged(weight.T.contiguous()), want.T)
+
+
+def test_a_direction_of_zero_is_refused_or_becomes_nan(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where a device would have to be waited for, the row becomes NaN, which is refused when it is written."""
+    form = make_form("magnitude")
+    weight = torch.randn(12, 10, dtype=torch.float64)
+    form.up[4], weight[4] = 0, 0
+    with pytest.raises(NumericsError, match="row 4"):
+        form.merged(weight)
+    monkeypatch.setattr(torch.compiler, "is_compiling", lambda: True)
+    after = form.merged(weight)
+    assert bool(after[4].isnan().all()) and bool(torch.isfinite(after[[i for i in range(12) if i != 4]]).all())
+    assert form.magnitude is not None
+    form.magnitude[4] = 0
+    assert bool((form.merged(weight)[4] == 0).all()), "a row of nothing with a magnitude of nothing stays"

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 from adapter_merge.merge.conversion import convert
-from adapter_merge.merge.errors import AdapterError, InputError, UnsupportedError
+from adapter_merge.merge.errors import AdapterError, InputError, MismatchError, UnsupportedError
 from adapter_merge.merge.factors import factor
 from adapter_merge.merge.formats import ReadOptions, detect
 from adapter_merge.merge.merging import merge
@@ -138,6 +138,49 @@ def test_mytransformers_without_its_frozen_weights(base32: Path, tmp_path: Path,
         base32, tmp_path / "a", generation=generation, trainable=True, wrapped=False, method=method
     )
     check(base32, tmp_path / "a", tmp_path / "out", expected, tolerance=2e-6)
+
+
+@pytest.mark.parametrize("iterations", [1, 8])
+@pytest.mark.parametrize(("method", "generation"), [("dude", "untrained"), ("dude", "trained"), ("pissa", "untrained")])
+def test_factors_of_mytransformers_with_its_frozen_weights(
+    base: Path, tmp_path: Path, method: str, generation: str, iterations: int
+) -> None:
+    """The stated error is the real one: float32's rounding, or that of the bfloat16 residual, which no factor says."""
+    adapter = tmp_path / "a"
+    expected = mytransformers(
+        base, adapter, generation=generation, trainable=False, wrapped=False, method=method, iterations=iterations
+    )
+    convert(adapter, tmp_path / "safe", base=base)
+    before = load_file(base / "model.safetensors")
+    rounded = before[f"{MODULES[0]}.weight"].dtype == torch.bfloat16
+    for source, output in ((adapter, tmp_path / "f"), (tmp_path / "safe", tmp_path / "g")):
+        content = factor(base, source, output)
+        assert content["exact"] is not rounded
+        assert ("warnings" in content) is rounded
+        with quiet():
+            live = peft.PeftModel.from_pretrained(load(base), output).merge_and_unload().state_dict()
+        for module, value in expected.items():
+            delta = value - before[f"{module}.weight"].double()
+            got = live[f"{module}.weight"].double()
+            error = float((got - value).norm() / delta.norm())
+            stated = content["layers"][module]["relative_error"]
+            assert stated < (0.2 if rounded else 1e-5)
+            assert abs(error - stated) < 0.02 * stated + 3e-6, module
+    limited = factor(base, adapter, tmp_path / "limited", rank=2)
+    assert limited["certificate"]["ranks"] == [2, 2]
+
+
+def test_factors_of_mytransformers_on_another_base(base32: Path, tmp_path: Path) -> None:
+    mytransformers(base32, tmp_path / "a", generation="trained", trainable=False, wrapped=False)
+    state = load_file(base32 / "model.safetensors")
+    other = {key: value + 0.01 * torch.randn_like(value) for key, value in state.items()}
+    (tmp_path / "other").mkdir()
+    save_file(other, tmp_path / "other" / "model.safetensors", {"format": "pt"})
+    with pytest.raises(MismatchError, match="is not this base"):
+        factor(tmp_path / "other", tmp_path / "a", tmp_path / "no")
+    with pytest.raises(InputError, match="without the base"):
+        factor(None, tmp_path / "a", tmp_path / "no")
+    assert not (tmp_path / "no").exists()
 
 
 def test_mytransformers_that_cannot_be_known(base32: Path, tmp_path: Path) -> None:
