@@ -8,13 +8,15 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from .adapter import Adapter
 from .binding import BoundAdapter, bind
 from .cards import adapter_table, card
 from .checkpoint import open_checkpoint
 from .dcft import DcftModule
 from .dcft_reshape import DcftReshapeModule
-from .errors import InputError, UnsupportedError
+from .errors import InputError, NumericsError, Problem, UnsupportedError, raise_all
 from .factors import require_names, unproved_heads
 from .formats import ReadOptions, open_adapter
 from .inputs import adapter_only, describe_inputs
@@ -65,6 +67,7 @@ def convert(
     described = describe_inputs(bound, options) if bound is not None else adapter_only(opened)
     content = manifest("adapter", described, {}) | {"warnings": unproved_heads(opened, base)}
     safe = _content(opened, bound)
+    _check_finite(safe, opened)
     if dry_run:
         return content | {"dry_run": True}
     with staged(output, overwrite) as folder:
@@ -76,6 +79,15 @@ def convert(
         content["files"] = {path.name: sha256(path) for path in sorted(folder.iterdir())}
         write_json(folder / MANIFEST, content)
     return content
+
+
+def _check_finite(safe: SafeFolder, opened: Adapter) -> None:
+    """Factors at initialisation are found here: a scale that is no scale (a negative alpha) makes them NaN."""
+    wrong = [name for name, tensor in safe.tensors.items() if not bool(torch.isfinite(tensor).all())]
+    raise_all(
+        [Problem(f"{opened.folder}: {name} would hold NaN or infinity", hint="is lora_alpha right?") for name in wrong],
+        NumericsError,
+    )
 
 
 def _content(opened: Adapter, bound: BoundAdapter | None) -> SafeFolder:

@@ -152,5 +152,7 @@ def _holds_base(base: dict[str, Any], adapters: list[dict[str, Any]]) -> bool:
 
 
 def _read_options(stated: dict[str, Any]) -> ReadOptions:
-    values: dict[str, Any] = {key: value for key, value in stated.items() if not key.endswith("_sha256")}
-    return ReadOptions(**{key: Path(value) if key in PATH_KEYS else value for key, value in values.items()})
+    values: dict[str, Any] = {
+        key: Path(value) if key in PATH_KEYS else value for key, value in stated.items() if not key.endswith("_sha256")
+    }
+    return ReadOptions(**values)

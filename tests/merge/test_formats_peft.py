@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 from adapter_merge.merge.conversion import convert
-from adapter_merge.merge.errors import AdapterError, InputError, MismatchError, UnsupportedError
+from adapter_merge.merge.errors import AdapterError, InputError, MismatchError, NumericsError, UnsupportedError
 from adapter_merge.merge.factors import factor
 from adapter_merge.merge.formats import ReadOptions, detect, open_adapter
 from adapter_merge.merge.merging import delta, merge
@@ -709,3 +709,13 @@ def test_a_converted_folder_holds_the_magnitudes_that_were_given(base: Callable[
     with quiet():
         live = peft.PeftModel.from_pretrained(load(base("llama")), tmp_path / "c").eval()
     assert error(logits(live), expected) < TOLERANCE
+
+
+def test_a_negative_alpha_of_a_principal_adapter_is_refused(base: Callable[[str], Path], tmp_path: Path) -> None:
+    config = peft.LoraConfig(r=4, target_modules=SOME, init_lora_weights="pissa", use_dora=True)
+    train(base("llama"), config, tmp_path / "a")
+    file = tmp_path / "a" / "adapter_config.json"
+    file.write_text(json.dumps({**json.loads(file.read_text()), "lora_alpha": -8}))
+    with pytest.raises(NumericsError, match="lora_alpha"):
+        convert(tmp_path / "a", tmp_path / "c", base=base("llama"), base_kind="original")
+    assert not (tmp_path / "c").exists()
