@@ -80,10 +80,12 @@ def patch() -> None:
     from vllm.lora.request import LoRARequest
     from vllm.platforms import current_platform
 
-    from . import identity, scale_loading
+    from . import identity, scale_loading, stages
     from .row_scale import LINEAR_CLASSES, with_row_scale
 
     spare_slot = not current_platform.is_cuda_alike()
+    if current_platform.is_cpu():
+        stages.install()
     stock = {getattr(layers, name) for name in LINEAR_CLASSES}
     utils._all_lora_classes = tuple(
         with_row_scale(cls, spare_slot) if cls in stock else cls for cls in utils._all_lora_classes

@@ -63,6 +63,25 @@ def test_tensor_parallel(qwen2: World, run_engine: RunEngine, sharded: bool) -> 
     check(qwen2, batch, result["answers"][0])
 
 
+def test_pipeline_parallel(qwen2: World, run_engine: RunEngine) -> None:
+    """Two stages of one layer each: every stage takes the scales of its own layers and passes over the others'."""
+    names: list[str | None] = [None, *qwen2.adapters]
+    batch = requests_of(names)
+    result = run_engine(
+        qwen2.base,
+        qwen2.folders(),
+        [batch, [{"load": "dude-2"}], batch],
+        {
+            "max_loras": 8,
+            "max_lora_rank": 16,
+            "pipeline_parallel_size": 2,
+            "distributed_executor_backend": "mp",
+        },
+    )
+    check(qwen2, batch, result["answers"][0])
+    check(qwen2, batch, result["answers"][2])
+
+
 def test_torch_compile(qwen2: World, run_engine: RunEngine) -> None:
     """The compiled model reads the same static buffers: adapters loaded after compilation are exact too."""
     first = requests_of([None, "lora-1"])
