@@ -1,12 +1,13 @@
 """Tokens per CPU second of mixed traffic in vLLM: base, plain LoRA and DuDe of equal rank, 1 to 16 adapters at once.
 
-    python benchmarks/serve_throughput.py [--layers 30] [--rank 16] [--requests 32] [--tokens 16] [--rounds 3] [--json]
+    python benchmarks/serve_throughput.py [--layers 30] [--rank 16] [--requests 32] [--tokens 16] [--rounds 3]
+        [--counts 1 4 16] [--engines no-lora stock plugin] [--json]
 
-A random Llama with the shape of SmolLM2-135M (--layers takes a thinner slice of it) and random adapters
-on all its linear layers: speed does not depend on
-the values. Three engines, each in a process of its own: vLLM without LoRA, stock vLLM with LoRA (our plugin off),
-and vLLM with the plugin. In the last one LoRA and DuDe traffic alternate, so that drift of the machine hits both.
-CPU seconds are those of the engine's process; the machine may do other things meanwhile.
+A random Llama with the shape of SmolLM2-135M (--layers takes a thinner slice of it) and random adapters on all its
+linear layers: speed does not depend on the values. Three engines, each in a process of its own: vLLM without LoRA,
+stock vLLM with LoRA (our plugin off), and vLLM with the plugin. In the last one base, LoRA and DuDe traffic alternate,
+so that drift of the machine hits all. CPU seconds are those of the engine's process; the machine may do other things
+meanwhile. --counts and --engines take a part of the whole, for machines where a long run does not fit.
 """
 
 from __future__ import annotations
@@ -23,6 +24,12 @@ from pathlib import Path
 from typing import Any
 
 COUNTS = (1, 4, 16)
+# traffic in each engine, and its VLLM_PLUGINS
+ENGINES: dict[str, tuple[list[str], str | None]] = {
+    "no-lora": ([], ""),
+    "stock": (["lora"], ""),
+    "plugin": (["lora", "dude", "base"], None),
+}
 HIDDEN, INNER, HEADS, KV_HEADS, VOCAB_PER_LAYER = 576, 1536, 9, 3, 49152 // 30
 SHAPES = {
     "self_attn.q_proj": (HIDDEN, HIDDEN),
@@ -117,7 +124,7 @@ def engine(job: dict[str, Any]) -> None:
         return len(names) * job["tokens"] / (time.process_time() - began)
 
     results: dict[str, list[float]] = {}
-    for count in COUNTS if job["kinds"] else (0,):
+    for count in job["counts"] if job["kinds"] else (0,):
         for spread in ("uniform", "skewed") if count > 1 else ("uniform",):
             weights = [1.0 if spread == "uniform" else 1 / (n + 1) for n in range(count)]
             chosen = random.Random(2).choices(range(count), weights, k=job["requests"]) if count else []
@@ -137,22 +144,23 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     for name, default in (("layers", 30), ("rank", 16), ("requests", 32), ("tokens", 16), ("rounds", 3)):
         parser.add_argument(f"--{name}", type=int, default=default)
+    parser.add_argument("--counts", type=int, nargs="+", default=COUNTS, help="adapters in one traffic")
+    parser.add_argument("--engines", nargs="+", choices=ENGINES, default=list(ENGINES))
     parser.add_argument("--json", action="store_true")
     options = parser.parse_args()
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary)
         make_base(folder / "base", options.layers)
         adapters = {}
-        for number in range(max(COUNTS)):
+        for number in range(max(options.counts)):
             for kind in ("lora", "dude"):
                 name = f"{kind}-{number}"
                 make_adapter(folder / name, options.layers, options.rank, kind == "dude", number)
                 adapters[name] = str(folder / name)
-        found = {
-            "no LoRA": measure(folder, options, [], {}, ""),
-            "stock LoRA": measure(folder, options, ["lora"], adapters, ""),
-            "plugin": measure(folder, options, ["lora", "dude", "base"], adapters, None),
-        }
+        found = {}
+        for name in options.engines:
+            kinds, plugins = ENGINES[name]
+            found[name] = measure(folder, options, kinds, adapters, plugins)
     if options.json:
         print(json.dumps({"options": vars(options), "tokens_per_cpu_second": found}, indent=2))
         return
@@ -185,16 +193,24 @@ def measure(
 
 
 def print_table(found: dict[str, dict[str, float]]) -> None:
-    alone = found["no LoRA"]["base 0 uniform"]
-    print(f"vLLM without LoRA: {alone:.1f} tokens per CPU second\n")
-    print("| adapters | traffic | stock LoRA | LoRA, plugin | DuDe | DuDe : LoRA | base in the LoRA engine |")
-    print("|---|---|---|---|---|---|---|")
-    for count in COUNTS:
-        for spread in ("uniform", "skewed") if count > 1 else ("uniform",):
-            stock = found["stock LoRA"][f"lora {count} {spread}"]
-            lora, dude, base = (found["plugin"][f"{kind} {count} {spread}"] for kind in ("lora", "dude", "base"))
-            row = [f"{stock:.1f}", f"{lora:.1f}", f"{dude:.1f}", f"{dude / lora:.3f}", f"{base:.1f}"]
-            print(f"| {count} | {spread} | " + " | ".join(row) + " |")
+    """What was measured, engine by engine; DuDe : LoRA from the one engine that serves both."""
+    if "no-lora" in found:
+        print(f"vLLM without LoRA: {found['no-lora']['base 0 uniform']:.1f} tokens per CPU second\n")
+    stock, plugin = found.get("stock", {}), found.get("plugin", {})
+    traffics = list(dict.fromkeys(name.partition(" ")[2] for name in (*stock, *plugin)))
+    if traffics:
+        print("| adapters | traffic | stock LoRA | LoRA, plugin | DuDe | DuDe : LoRA | base in the LoRA engine |")
+        print("|---|---|---|---|---|---|---|")
+    for traffic in traffics:
+        lora, dude, base = (plugin.get(f"{kind} {traffic}") for kind in ("lora", "dude", "base"))
+        ratio = dude / lora if dude and lora else None
+        speeds = [_cell(stock.get(f"lora {traffic}")), _cell(lora), _cell(dude)]
+        row = [*traffic.split(" "), *speeds, _cell(ratio, 3), _cell(base)]
+        print("| " + " | ".join(row) + " |")
+
+
+def _cell(value: float | None, digits: int = 1) -> str:
+    return "" if value is None else f"{value:.{digits}f}"
 
 
 if __name__ == "__main__":
