@@ -3,10 +3,17 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
+from adapter_merge.merge.adapter_options import META, adapter_options, one_stated, stated_of
+
+if TYPE_CHECKING:
+    from .stating import Stated
+
+CACHE_SIZE = "50GB"
 
 
 class WithRest(click.Command):
@@ -29,7 +36,6 @@ class WithRest(click.Command):
 @click.argument("adapters", nargs=-1, metavar="[NAME=ADAPTER]...")
 @click.option(
     "--adapter-dir",
-    type=click.Path(path_type=Path),
     help="Serve any adapter in this folder by its folder's name, from the first request for it on.",
 )
 @click.option("--allow-loading", is_flag=True, help="Offer /v1/load_lora_adapter and unload.")
@@ -38,8 +44,16 @@ class WithRest(click.Command):
     type=click.IntRange(min=1),
     help="Adapters in one batch (default: all that are named, at most 16).",
 )
-@click.option("--cache-size", default="50GB", show_default=True, help="Bound of the cache of adapters.")
+@click.option("--cache-size", default=CACHE_SIZE, show_default=True, help="Bound of the cache of adapters.")
+@adapter_options
 @click.option("--dry-run", is_flag=True, help="Check everything, print the command and the files, no more.")
+@click.option(
+    "--emit",
+    type=click.Choice(["k8s", "ray"]),
+    help="Print this service as a Kubernetes manifest or as a Ray Serve configuration, no more.",
+)
+@click.option("--name", default="adapter-merge", show_default=True, help="With --emit: of the service.")
+@click.option("--image", default="adapter-merge-vllm", show_default=True, help="With --emit k8s.")
 @click.option("--json", "as_json", is_flag=True, help="With --dry-run: one JSON object on stdout.")
 @click.option("-q", "--quiet", is_flag=True, help="Say only what vLLM says.")
 @click.pass_context
@@ -47,11 +61,14 @@ def serve(
     ctx: click.Context,
     base: str,
     adapters: tuple[str, ...],
-    adapter_dir: Path | None,
+    adapter_dir: str | None,
     allow_loading: bool,
     max_active: int | None,
     cache_size: str,
     dry_run: bool,
+    emit: str | None,
+    name: str,
+    image: str,
     as_json: bool,
     quiet: bool,
 ) -> None:
@@ -66,16 +83,38 @@ def serve(
         adapter-merge serve ./base --adapter-dir ./adapters -- --port 9000 --api-key KEY
     """
     from .cache import Cache, parse_size
-    from .command import make_plan, run, shell_line
+    from .command import make_plan
+    from .emit import Service, kubernetes, ray
+    from .flags import shell_line
+    from .process import run
 
+    if emit is not None:
+        stated = [f"--{key.replace('_', '-')}={value}" for key, said in ctx.meta[META].items() for value in said]
+        service = Service(
+            name=name,
+            base=base,
+            adapters=adapters,
+            adapter_dir=adapter_dir,
+            max_active=max_active,
+            cache_size=None if cache_size == CACHE_SIZE else cache_size,
+            stated=tuple(stated),
+            rest=tuple(ctx.meta["rest"]),
+            image=image,
+        )
+        if emit == "k8s":
+            click.echo(kubernetes(service), nl=False)
+        else:
+            click.echo(ray(replace(service, ranks=_ranks(base, adapters))), nl=False)
+        return
     plan = make_plan(
         base,
         adapters,
-        adapter_dir=adapter_dir,
+        adapter_dir=Path(adapter_dir) if adapter_dir is not None else None,
         max_active=max_active,
         loading=allow_loading,
         cache=Cache(max_bytes=parse_size(cache_size)),
         rest=ctx.meta["rest"],
+        stated=_stated(adapters),
     )
     if dry_run:
         about = plan.describe()
@@ -136,6 +175,28 @@ def clear_entries(as_json: bool) -> None:
         return
     in_use = f"; {len(kept)} are in use and stay" if kept else ""
     click.echo(f"removed {len(removed)} adapters, {freed / 1e6:.1f} MB{in_use}", err=True)
+
+
+def _stated(adapters: tuple[str, ...]) -> dict[str, Stated]:
+    """What the options say of each named adapter."""
+    from .stating import FILE, Stated
+
+    names = [text.partition("=")[0] for text in adapters if "=" in text]
+    if names:
+        return {name: Stated.of(*said) for name, said in stated_of(names).items()}
+    if Stated.of(*one_stated()).values:
+        raise click.UsageError(f"these options are for NAME=ADAPTER; adapters in a folder say it in {FILE} beside them")
+    return {}
+
+
+def _ranks(base: str, adapters: tuple[str, ...]) -> dict[str, int]:
+    """The rank of each NAME=ADAPTER, from headers."""
+    from .served import Converter
+
+    stated = _stated(adapters)
+    pairs = [(name, folder) for name, _, folder in (text.partition("=") for text in adapters)]
+    converter = Converter(base) if pairs else None
+    return {name: converter.outline(folder, stated.get(name)).rank for name, folder in pairs if converter is not None}
 
 
 def _readable(about: dict[str, Any], shell_line: Any) -> str:

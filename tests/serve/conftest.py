@@ -26,6 +26,10 @@ REQUIRED = "ADAPTER_MERGE_REQUIRE_VLLM"
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Tests marked vllm need vLLM: skipped without it, unless the environment says that it must be there."""
+    absent = [name for name in ("vllm", "ray", "kubernetes_validate") if importlib.util.find_spec(name) is None]
+    for item in items:
+        if absent and item.get_closest_marker("cluster") is not None:
+            item.add_marker(pytest.mark.skip(reason=f"not installed: {', '.join(absent)}"))
     if importlib.util.find_spec("vllm") is not None or os.environ.get(REQUIRED):
         return
     for item in items:

@@ -26,6 +26,11 @@ def main() -> None:
 
         requests = lora_requests(options.pop("model"), job["adapters"])
         options = {**requests.engine_options, **options}
+    if options.get("distributed_executor_backend") == "ray":
+        import ray
+
+        # Ray counts what it is told of: these GPUs are CPU workers, see ray_cpu/.
+        ray.init(num_cpus=2, num_gpus=2, include_dashboard=False, object_store_memory=200 * 2**20)
     from vllm import LLM, SamplingParams
     from vllm.lora.request import LoRARequest
 

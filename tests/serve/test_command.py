@@ -14,7 +14,8 @@ from adapter_merge.merge.errors import InputError, MissingDependencyError
 from adapter_merge.serve.cache import Cache
 from adapter_merge.serve.cli import cache as cache_command
 from adapter_merge.serve.cli import serve
-from adapter_merge.serve.command import Plan, make_plan, option
+from adapter_merge.serve.command import Plan, make_plan
+from adapter_merge.serve.flags import option
 from adapter_merge.serve.runtime import VARIABLE, Settings
 from click.testing import CliRunner
 from conftest import World
@@ -80,6 +81,29 @@ def test_an_adapter_folder_allows_loading(qwen2: World, tmp_path: Path, monkeypa
     assert any(note.startswith("empty in") for note in plan.notes)
     assert len(value(plan.command(), "--lora-target-modules")) == 7
     assert "--lora-modules" not in plan.command()
+
+
+def test_what_is_stated_of_one_adapter(qwen2: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """--alpha NAME=NUMBER reaches that adapter's folder alone; a name that is no adapter's is a wrong command."""
+    monkeypatch.setenv("ADAPTER_MERGE_CACHE", str(tmp_path / "cache"))
+    raw = qwen2.adapters["dcft-1"].raw
+    arguments = [str(qwen2.base), f"a={raw}", f"b={raw}", "--dry-run", "--json"]
+
+    def folders(*more: str) -> list[str]:
+        shown = CliRunner().invoke(serve, [*arguments, *more], catch_exceptions=False)
+        assert shown.exit_code == 0, shown.output
+        return [Path(adapter["folder"]).name for adapter in json.loads(shown.stdout)["adapters"].values()]
+
+    plain = folders()
+    assert plain[0] == plain[1]
+    stated = folders("--alpha", "b=16", "--", "--port", "9001")
+    assert stated[0] == plain[0]
+    assert stated[1] != plain[1]
+    assert CliRunner().invoke(serve, [*arguments, "--alpha", "c=16"]).exit_code == 2
+    assert CliRunner().invoke(serve, [*arguments, "--alpha", "b=many"]).exit_code == 2
+    alone = CliRunner().invoke(serve, [str(qwen2.base), "--adapter-dir", str(tmp_path), "--alpha", "16"])
+    assert alone.exit_code == 2
+    assert "read_options.json" in alone.output
 
 
 def test_every_problem_at_once(qwen2: World, tmp_path: Path) -> None:

@@ -7,6 +7,7 @@ the merged Hugging Face model's.
 from __future__ import annotations
 
 import asyncio
+import json
 import os
 import random
 import shutil
@@ -112,6 +113,26 @@ def test_load_and_unload_a_raw_folder(running: Running) -> None:
     assert running.server.complete("extra", prompt, COUNT) == (200, running.tokens("dcft-2", prompt))
     assert running.server.post("unload_lora_adapter", lora_name="extra")[0] == 200
     assert running.server.complete("extra", prompt, COUNT)[0] == 404
+
+
+def test_what_a_folder_states_is_read(running: Running) -> None:
+    """A DCFT that lost its alpha: refused, then served as read_options.json says, and again as it says later."""
+    (prompt,) = prompts(1, 14, seed=9)
+    folder = running.directory / "stated"
+    shutil.copytree(running.world.adapters["dcft-1"].raw, folder)
+    config = json.loads((folder / "adapter_config.json").read_text())
+    config.pop("lora_alpha")
+    (folder / "adapter_config.json").write_text(json.dumps(config))
+    status, body = running.server.complete("stated", prompt, COUNT)
+    assert status == 400
+    assert "lora_alpha" in str(body)
+    (folder / "read_options.json").write_text(json.dumps({"alpha": 32}))
+    assert running.server.complete("stated", prompt, COUNT) == (200, running.tokens("dcft-1", prompt))
+    (folder / "read_options.json").write_text(json.dumps({"alpha": 0.001}))
+    assert running.server.complete("stated", prompt, COUNT) == (200, running.tokens(None, prompt))
+    (folder / "read_options.json").write_text(json.dumps({"alpha": "none"}))
+    assert running.server.complete("stated", prompt, COUNT)[0] == 400
+    shutil.rmtree(folder)
 
 
 def test_a_replaced_folder_is_never_served_stale(running: Running) -> None:

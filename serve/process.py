@@ -1,0 +1,105 @@
+"""vLLM's server as a child process: adapters converted before it, signals handed on, a line when it is ready."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Callable
+from contextlib import suppress
+
+from adapter_merge.merge.errors import AdapterMergeError, Problem, raise_all
+
+from .command import Plan
+from .served import Served
+
+
+def run(plan: Plan, say: Callable[[str], None]) -> int:
+    """Convert, start the server, wait for its end: the server's exit code. `say` gets one line at a time."""
+    started = time.monotonic()
+    for note in plan.notes:
+        say(note)
+    held = convert(plan, say)
+    child = subprocess.Popen(
+        plan.command(),
+        env={**os.environ, **plan.environment()},
+        stdout=sys.stderr.fileno(),  # vLLM logs to stdout; ours holds data only
+        start_new_session=True,  # Ctrl-C reaches the server through us, once
+    )
+    stop_passing = pass_signals(child)
+    try:
+        code = _wait(child, plan, say, started)
+    finally:
+        stop_passing()
+        for served in held.values():
+            if served.lease is not None:
+                served.lease.release()
+    return code if code >= 0 else 128 - code
+
+
+def convert(plan: Plan, say: Callable[[str], None]) -> dict[str, Served]:
+    """Every named adapter as a served folder, held until its release. Raises AdapterMergeError with all problems."""
+    held: dict[str, Served] = {}
+    problems: list[Problem] = []
+    for name, outline in plan.adapters.items():
+        began = time.monotonic()
+        cached = plan.folder(name).is_dir()
+        try:
+            held[name] = plan.converter.obtain(outline.source, outline.stated)
+        except AdapterMergeError as error:
+            problems += error.problems
+            continue
+        plan.ranks[name] = held[name].rank
+        scales = " with row scales" if held[name].form != "lora" else ""
+        how = "from the cache" if cached else f"converted in {time.monotonic() - began:.1f} s"
+        say(f"{name}: {outline.method}, rank {held[name].rank}{scales}, {how}")
+    raise_all(problems)
+    return held
+
+
+def pass_signals(child: subprocess.Popen[bytes]) -> Callable[[], None]:
+    """Hand INT, TERM, HUP and QUIT to the server; returns what undoes it."""
+
+    def forward(number: int, frame: object) -> None:
+        with suppress(ProcessLookupError):
+            child.send_signal(number)
+
+    numbers = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT)
+    before = {number: signal.signal(number, forward) for number in numbers}
+
+    def undo() -> None:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+    return undo
+
+
+def _wait(child: subprocess.Popen[bytes], plan: Plan, say: Callable[[str], None], started: float) -> int:
+    """Poll the server's health until it answers, say so once, then wait for its end."""
+    url = plan.address()
+    while url is not None:
+        with suppress(subprocess.TimeoutExpired):
+            return child.wait(timeout=0.5)
+        if healthy(url):
+            names = ", ".join([plan.served_name, *plan.adapters])
+            more = f", and any of {plan.adapter_dir} by name" if plan.adapter_dir is not None else ""
+            say(f"ready after {time.monotonic() - started:.0f} s at {url}/v1 with {names}{more}")
+            break
+    return child.wait()
+
+
+def healthy(url: str) -> bool:
+    """True when the server at `url` answers its health check."""
+    import ssl
+
+    # The certificate may be for another name than the loopback address: this asks our own child only.
+    context = ssl._create_unverified_context() if url.startswith("https") else None
+    try:
+        with urllib.request.urlopen(f"{url}/health", timeout=2, context=context) as answer:
+            return bool(answer.status == 200)
+    except (urllib.error.URLError, OSError):
+        return False

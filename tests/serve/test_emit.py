@@ -1,0 +1,126 @@
+"""`serve --emit`: what is printed for Kubernetes and Ray, held against itself and against our own command line.
+
+test_cluster.py holds it against their schemas.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+from adapter_merge.merge.errors import InputError
+from adapter_merge.serve.cli import serve
+from adapter_merge.serve.emit import engine_arguments
+from click.testing import CliRunner
+from conftest import World
+
+yaml = pytest.importorskip("yaml")
+
+FLAGS = ("--", "--tensor-parallel-size", "2", "--max-model-len=4096", "--enable-prefix-caching")
+
+
+def emitted(*arguments: str) -> list[dict[str, Any]]:
+    shown = CliRunner().invoke(serve, list(arguments), catch_exceptions=False)
+    assert shown.exit_code == 0, shown.output
+    return list(yaml.safe_load_all(shown.stdout))
+
+
+def manifest(*more: str) -> dict[str, dict[str, Any]]:
+    documents = emitted("org/base", "sql=org/dcft", "--alpha", "sql=16", "--emit", "k8s", "--name", "chat", *more)
+    return {f"{each['kind']} {each['metadata']['name']}": each for each in documents}
+
+
+def test_the_manifest_hangs_together() -> None:
+    found = manifest("--image", "registry/vllm:1", *FLAGS)
+    assert set(found) == {
+        "PersistentVolumeClaim chat-adapters",
+        "PersistentVolumeClaim chat-models",
+        "Deployment chat",
+        "Service chat",
+    }
+    spec = found["Deployment chat"]["spec"]
+    labels = spec["template"]["metadata"]["labels"]
+    assert spec["selector"]["matchLabels"] == labels == found["Service chat"]["spec"]["selector"]
+    pod = spec["template"]["spec"]
+    (container,) = pod["containers"]
+    assert container["image"] == "registry/vllm:1"
+    assert container["resources"]["limits"]["nvidia.com/gpu"] == "2"
+    volumes = {volume["name"]: volume for volume in pod["volumes"]}
+    assert {mount["name"] for mount in container["volumeMounts"]} == set(volumes)
+    claims = {volume["persistentVolumeClaim"]["claimName"] for volume in volumes.values() if len(volume) == 2
+              and "persistentVolumeClaim" in volume}  # fmt: skip
+    assert {f"PersistentVolumeClaim {claim}" for claim in claims} < set(found)
+    ports = {port["name"]: port["containerPort"] for port in container["ports"]}
+    assert ports == {"http": 8000}
+    for probe in ("startupProbe", "readinessProbe", "livenessProbe"):
+        assert container[probe]["httpGet"] == {"path": "/health", "port": "http"}
+    assert found["Service chat"]["spec"]["ports"][0]["targetPort"] == "http"
+    # Nothing may be written but where a volume is: every path in the environment lies in one.
+    mounts = [mount["mountPath"] for mount in container["volumeMounts"] if not mount.get("readOnly")]
+    paths = [entry["value"] for entry in container["env"] if entry.get("value", "").startswith("/")]
+    assert len(paths) >= 4
+    assert all(any(Path(path).is_relative_to(mount) for mount in mounts) for path in paths)
+
+
+@pytest.mark.vllm
+def test_the_container_runs_a_command_that_we_know(qwen2: World, tmp_path: Path) -> None:
+    """The arguments, with this machine's paths in place of the cluster's, make the plan that they promise."""
+    (container,) = manifest(*FLAGS)["Deployment chat"]["spec"]["template"]["spec"]["containers"]
+    assert container["command"] == ["adapter-merge", "serve"]
+    here = {
+        "org/base": str(qwen2.base),
+        "sql=org/dcft": f"sql={qwen2.adapters['dcft-1'].raw}",
+        "/adapters": str(tmp_path),
+    }
+    arguments = [here.get(argument, argument) for argument in container["args"]]
+    cut = arguments.index("--")
+    shown = CliRunner().invoke(serve, [*arguments[:cut], "--dry-run", *arguments[cut:]], catch_exceptions=False)
+    assert shown.exit_code == 0, shown.output
+    assert "--tensor-parallel-size 2 --max-model-len=4096" in shown.stdout
+    assert "--host 0.0.0.0 --port 8000" in shown.stdout
+    assert "sql: DCFT" in shown.stdout
+
+
+def test_ray_serve(qwen2: World) -> None:
+    """Ranks from the adapters that are at hand, engine flags as keyword arguments, adapters from object storage."""
+    raws = [f"{name}={qwen2.adapters[name].raw}" for name in ("lora-1", "dude-1")]
+    flags = (*FLAGS, "--port", "9000", "--served-model-name", "tiny")
+    (config,) = emitted(str(qwen2.base), *raws, "--adapter-dir", "s3://bucket/a/", "--emit", "ray", *flags)
+    (application,) = config["applications"]
+    (model,) = application["args"]["llm_configs"]
+    assert model["model_loading_config"] == {"model_id": "tiny", "model_source": str(qwen2.base)}
+    assert model["engine_kwargs"] == {
+        "enable_lora": True,
+        "max_loras": 17,
+        "max_cpu_loras": 64,
+        "max_lora_rank": 16,
+        "tensor_parallel_size": 2,
+        "max_model_len": 4096,
+        "enable_prefix_caching": True,
+    }
+    assert model["lora_config"]["dynamic_lora_loading_path"] == "s3://bucket/a"
+
+
+def test_engine_arguments() -> None:
+    found = engine_arguments(["-tp", "2", "--a-list", "x", "y", "--flag", "--number=-1", "--json", '{"a": 1}'])
+    expected = {"tensor_parallel_size": 2, "a_list": ["x", "y"], "flag": True, "number": -1, "json": {"a": 1}}
+    assert found == expected
+    with pytest.raises(InputError, match="belongs to no flag"):
+        engine_arguments(["stray"])
+
+
+@pytest.mark.parametrize(
+    ("arguments", "word"),
+    [
+        (["base", "--emit", "k8s", "--name", "Not_a_name"], "not a name"),
+        (["base", "bad/name=x", "--emit", "k8s"], "cannot name an adapter"),
+        (["base", "no-equals", "--emit", "k8s"], "not NAME=ADAPTER"),
+        (["base", "--emit", "k8s", "--", "--lora-modules", "x"], "set by adapter-merge"),
+        (["base", "--emit", "ray"], "object storage only"),
+        (["base", "--emit", "ray", "--adapter-dir", "./here"], "object storage only"),
+    ],
+)
+def test_what_is_refused(arguments: list[str], word: str) -> None:
+    with pytest.raises(InputError, match=word):
+        CliRunner().invoke(serve, arguments, catch_exceptions=False)
