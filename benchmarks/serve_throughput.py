@@ -92,7 +92,9 @@ def engine(job: dict[str, Any]) -> None:
     options: dict[str, Any] = {}
     if job["kinds"]:
         targets = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
-        options = {"enable_lora": True, "max_loras": 17, "max_cpu_loras": 40, "max_lora_rank": job["rank"]}
+        # A slot for every adapter of every kind: no traffic pays for another's loading.
+        slots = len(job["kinds"]) * max(job["counts"]) + 1
+        options = {"enable_lora": True, "max_loras": slots, "max_cpu_loras": slots, "max_lora_rank": job["rank"]}
         options["lora_target_modules"] = targets
     llm: Any = LLM(
         job["base"],

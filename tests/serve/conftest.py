@@ -5,9 +5,12 @@ from __future__ import annotations
 import importlib.util
 import json
 import os
+import select
+import signal
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -57,8 +60,62 @@ Request = dict[str, Any]
 RunEngine = Callable[..., dict[str, Any]]
 
 
+class Zygote:
+    """zygote.py, started with the first job."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.process: subprocess.Popen[bytes] | None = None
+        self.jobs = 0
+
+    def run(self, environment: dict[str, str], **job: Any) -> tuple[int, str]:
+        """(exit code, stdout and stderr) of one job."""
+        if self.process is None:
+            with (self.folder / "zygote.log").open("w") as errors:
+                self.process = subprocess.Popen(
+                    [sys.executable, str(HERE / "zygote.py")],
+                    env=vllm_environment(),
+                    stdin=subprocess.PIPE,
+                    stdout=subprocess.PIPE,
+                    stderr=errors,
+                    start_new_session=True,
+                )
+        assert self.process.stdin is not None
+        assert self.process.stdout is not None
+        self.jobs += 1
+        log = self.folder / f"{self.jobs}.log"
+        line = json.dumps({"environment": environment, "log": str(log), **job})
+        try:
+            self.process.stdin.write(line.encode() + b"\n")
+            self.process.stdin.flush()
+            ready, _, _ = select.select([self.process.stdout], [], [], 600)
+            code = int(self.process.stdout.readline()) if ready else -1
+        except (OSError, ValueError):
+            code = -1
+        if code == -1:
+            self.close()
+        return code, log.read_text(errors="replace") if log.exists() else (self.folder / "zygote.log").read_text()
+
+    def close(self) -> None:
+        if self.process is not None:
+            with suppress(ProcessLookupError):
+                os.killpg(self.process.pid, signal.SIGKILL)
+            self.process.wait()
+            for pipe in (self.process.stdin, self.process.stdout):
+                with suppress(OSError):
+                    pipe.close()  # type: ignore[union-attr]
+            self.process = None
+
+
 @pytest.fixture(scope="session")
-def run_engine(tmp_path_factory: pytest.TempPathFactory) -> RunEngine:
+def zygote(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Zygote]:
+    held = Zygote(tmp_path_factory.mktemp("zygote"))
+    yield held
+    held.close()
+
+
+@pytest.fixture(scope="session")
+def run_engine(zygote: Zygote, tmp_path_factory: pytest.TempPathFactory) -> RunEngine:
     """run(base, adapters, batches, engine, env, offline): the answers of one vLLM engine, see engine.py."""
 
     def run(
@@ -76,17 +133,21 @@ def run_engine(tmp_path_factory: pytest.TempPathFactory) -> RunEngine:
             "batches": batches,
             "offline": offline,
         }
-        done = subprocess.run(
-            [sys.executable, str(HERE / "engine.py"), str(out)],
-            input=json.dumps(job),
-            env=vllm_environment(**(env or {})),
-            capture_output=True,
-            text=True,
-            timeout=600,
-        )
-        log = done.stdout + done.stderr
-        assert done.returncode == 0, f"vLLM failed:\n{log[-6000:]}"
+        code, log = zygote.run(env or {}, engine=job, out=str(out))
+        assert code == 0, f"vLLM failed:\n{log[-6000:]}"
         return {**json.loads(out.read_text()), "log": log}
+
+    return run
+
+
+@pytest.fixture(scope="session")
+def run_python(zygote: Zygote) -> Callable[[str], str]:
+    """run(code): stdout and stderr of `code` in a process that has imported vLLM and nothing of ours."""
+
+    def run(code: str) -> str:
+        status, log = zygote.run({}, code=code)
+        assert status == 0, log[-4000:]
+        return log
 
     return run
 

@@ -1,4 +1,4 @@
-"""One vLLM engine in a process of its own: a job in JSON on stdin, the answers in JSON in a file.
+"""One vLLM engine in a process of its own: a job in JSON on stdin or from zygote.py, the answers in JSON in a file.
 
 A process per engine keeps vLLM's warnings, its global state and its plugins apart from the tests, and shows
 the plugin as vLLM loads it, by its entry point. The job:
@@ -18,8 +18,8 @@ from pathlib import Path
 from typing import Any
 
 
-def main() -> None:
-    job = json.loads(sys.stdin.read())
+def answer(job: dict[str, Any], out: str) -> None:
+    """Run the engine of `job` and write its answers to the file `out`."""
     options, requests = job["engine"], {}
     if job["offline"]:
         from adapter_merge.serve import lora_requests
@@ -88,8 +88,8 @@ def main() -> None:
         )
     from adapter_merge.serve import plugin
 
-    Path(sys.argv[1]).write_text(json.dumps({"plugin": plugin.state, "answers": answers}))
+    Path(out).write_text(json.dumps({"plugin": plugin.state, "answers": answers}))
 
 
 if __name__ == "__main__":
-    main()
+    answer(json.loads(sys.stdin.read()), sys.argv[1])

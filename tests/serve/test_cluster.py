@@ -13,7 +13,7 @@ import pytest
 import yaml
 from adapter_merge.serve.cli import serve
 from click.testing import CliRunner
-from conftest import HERE, RunEngine, World
+from conftest import HERE, World, vllm_environment
 from test_parity import check, requests_of
 
 pytestmark = pytest.mark.cluster
@@ -70,23 +70,29 @@ except ValueError:
     assert "refused" in done.stdout
 
 
-def test_two_workers_under_ray(qwen2: World, run_engine: RunEngine) -> None:
+def test_two_workers_under_ray(qwen2: World, tmp_path: Path) -> None:
     """vLLM's Ray executor, two tensor-parallel workers in actors: each loads the plugin, and every token is exact."""
-    names: list[str | None] = [None, *qwen2.adapters]
-    batch = requests_of(names)
+    batch = requests_of([None, *qwen2.adapters])
     paths = [str(HERE / "ray_cpu"), *filter(None, [os.environ.get("PYTHONPATH")])]
-    result = run_engine(
-        qwen2.base,
-        qwen2.folders(),
-        [batch],
-        {
-            "max_loras": 8,
-            "max_lora_rank": 16,
-            "tensor_parallel_size": 2,
-            "distributed_executor_backend": "ray",
-        },
-        {"PYTHONPATH": os.pathsep.join(paths), "RAY_USAGE_STATS_ENABLED": "0", "RAY_DEDUP_LOGS": "0"},
+    engine = {
+        "model": str(qwen2.base),
+        "max_loras": 8,
+        "max_lora_rank": 16,
+        "tensor_parallel_size": 2,
+        "distributed_executor_backend": "ray",
+    }
+    adapters = {name: str(folder) for name, folder in qwen2.folders().items()}
+    job = {"engine": engine, "adapters": adapters, "batches": [batch], "offline": False}
+    done = subprocess.run(
+        [sys.executable, str(HERE / "engine.py"), str(tmp_path / "answers.json")],
+        input=json.dumps(job),
+        env=vllm_environment(PYTHONPATH=os.pathsep.join(paths), RAY_USAGE_STATS_ENABLED="0", RAY_DEDUP_LOGS="0"),
+        capture_output=True,
+        text=True,
+        timeout=600,
     )
+    assert done.returncode == 0, done.stderr[-6000:]
+    assert "RayWorkerProc" in done.stdout + done.stderr
+    result = json.loads((tmp_path / "answers.json").read_text())
     assert result["plugin"] == "installed"
-    assert "RayWorkerProc" in result["log"]
     check(qwen2, batch, result["answers"][0])

@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import json
 import shutil
-import subprocess
-import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from conftest import RunEngine, World, prompts, vllm_environment
+from conftest import RunEngine, World, prompts
 from safetensors.torch import load_file, save_file
 from test_parity import COUNT, check, requests_of
 
@@ -183,18 +182,9 @@ def test_weights_that_no_layer_takes_are_refused(qwen2: World, run_engine: RunEn
     check(qwen2, batch, result["answers"][2])
 
 
-def python(code: str) -> str:
-    """stdout of `code` in a fresh Python with vLLM's settings."""
-    done = subprocess.run(
-        [sys.executable, "-c", code], env=vllm_environment(), capture_output=True, text=True, timeout=300
-    )
-    assert done.returncode == 0, done.stderr[-4000:]
-    return done.stdout + done.stderr
-
-
-def test_every_symbol_is_where_it_was() -> None:
+def test_every_symbol_is_where_it_was(run_python: Callable[[str], str]) -> None:
     """Fails when the installed vLLM has moved something that the plugin needs: look at symbols.py then."""
-    out = python(
+    out = run_python(
         "from adapter_merge.serve import plugin, symbols\n"
         "print('missing:', symbols.missing(), 'native:', symbols.native_dora())\n"
         "print('state:', plugin.install())\n"
@@ -214,9 +204,9 @@ def test_every_symbol_is_where_it_was() -> None:
         "from vllm.lora.peft_helper import PEFTHelper as h; del h.from_local_dir",
     ],
 )
-def test_unknown_vllm_is_left_alone(damage: str) -> None:
+def test_unknown_vllm_is_left_alone(run_python: Callable[[str], str], damage: str) -> None:
     """With one name moved nothing is patched, and the log says what is missing and what follows."""
-    out = python(
+    out = run_python(
         "import vllm.lora.model_manager as m\n"
         f"{damage}\n"
         "before = (m.LoRAModelManager._add_adapter, m.from_layer.__globals__.get('_all_lora_classes'))\n"
@@ -232,9 +222,9 @@ def test_unknown_vllm_is_left_alone(damage: str) -> None:
     assert "will be refused" in out
 
 
-def test_native_dora_is_left_to_vllm() -> None:
+def test_native_dora_is_left_to_vllm(run_python: Callable[[str], str]) -> None:
     """A vLLM whose own checks accept use_dora keeps all of its own."""
-    out = python(
+    out = run_python(
         "from vllm.lora.peft_helper import PEFTHelper as h\n"
         "h._validate_features = lambda self: []\n"
         "import vllm.lora.utils as u\n"

@@ -314,22 +314,20 @@ def processes_with(text: str) -> list[str]:
     return [line for line in listing.splitlines() if text in line and "ps -eo" not in line]
 
 
-def test_killed_and_started_again(qwen2: World, tmp_path: Path) -> None:
-    """kill -9 of the command takes the server with it; the next start finds every adapter in the cache."""
-    arguments = [str(qwen2.base), f"dude={qwen2.adapters['dude-1'].raw}", f"lora={qwen2.adapters['lora-1'].raw}"]
-    prompt = [5, 6, 7]
-    server = Server(tmp_path / "cache", tmp_path / "first", *arguments).wait()
-    assert any("dude: DuDe" in line and "converted in" in line for line in server.lines())
+def test_killed_and_started_again(running: Running, tmp_path: Path) -> None:
+    """The last test: kill -9 of the command takes the server with it; the next start finds every adapter converted."""
+    server, prompt = running.server, [5, 6, 7]
+    assert any("dude-1: DuDe" in line and "converted in" in line for line in server.lines())
     server.stop(signal.SIGKILL)
     deadline = time.monotonic() + 30
     while processes_with(f"--port {server.port}") and time.monotonic() < deadline:
         time.sleep(0.2)
     assert processes_with(f"--port {server.port}") == []
-    again = Server(tmp_path / "cache", tmp_path / "second", *arguments).wait()
+    named = [f"{name}={running.world.adapters[name].raw}" for name in ("dude-1", "lora-1")]
+    again = Server(running.cache, tmp_path / "second", str(running.world.base), *named).wait()
     try:
-        assert any("dude: DuDe" in line and "from the cache" in line for line in again.lines())
-        expected = qwen2.expected("dude-1", prompt, COUNT)[0]
-        assert again.complete("dude", prompt, COUNT) == (200, expected)
+        assert any("dude-1: DuDe" in line and "from the cache" in line for line in again.lines())
+        assert again.complete("dude-1", prompt, COUNT) == (200, running.tokens("dude-1", prompt))
     finally:
         code = again.stop(signal.SIGINT)
     assert code == 0, again.lines()[-5:]
