@@ -81,20 +81,6 @@ def test_pipeline_parallel(qwen2: World, run_engine: RunEngine) -> None:
     check(qwen2, batch, result["answers"][2])
 
 
-def test_torch_compile(qwen2: World, run_engine: RunEngine) -> None:
-    """The compiled model reads the same static buffers: adapters loaded after compilation are exact too."""
-    first = requests_of([None, "lora-1"])
-    second = requests_of([None, *qwen2.adapters])
-    result = run_engine(
-        qwen2.base,
-        qwen2.folders(),
-        [first, second],
-        {"max_loras": 4, "max_lora_rank": 16, "enforce_eager": False},
-    )
-    check(qwen2, first, result["answers"][0])
-    check(qwen2, second, result["answers"][1])
-
-
 def test_plain_folders_need_no_plugin(qwen2: World, run_engine: RunEngine) -> None:
     """LoRA and DCFT in a stock vLLM; DoRA and DuDe are refused there, never served without their scales."""
     plain = ["lora-1", "lora-2", "dcft-1", "dcft-2"]
