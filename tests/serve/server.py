@@ -14,7 +14,7 @@ import urllib.request
 from pathlib import Path
 from typing import Any
 
-from conftest import vllm_environment
+from engine import vllm_environment
 
 KEY = "a-secret"
 GREEDY: dict[str, Any] = {"temperature": 0, "ignore_eos": True, "return_token_ids": True}
@@ -90,3 +90,9 @@ class Server:
         """(200, tokens) of a greedy completion of token ids, or (status, error)."""
         status, body = self.post("completions", model=model, prompt=prompt, max_tokens=count, **GREEDY)
         return status, json.loads(body)["choices"][0]["token_ids"] if status == 200 else body
+
+
+def client_of(server: Server, kind: str = "OpenAI") -> Any:
+    import openai  # vLLM depends on it
+
+    return getattr(openai, kind)(base_url=server.url, api_key=KEY, max_retries=0, timeout=120)
