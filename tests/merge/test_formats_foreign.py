@@ -156,7 +156,7 @@ def test_factors_of_mytransformers_with_its_frozen_weights(
     for source, output in ((adapter, tmp_path / "f"), (tmp_path / "safe", tmp_path / "g")):
         content = factor(base, source, output)
         assert content["exact"] is not rounded
-        assert ("warnings" in content) is rounded
+        assert bool(content.get("warnings")) is rounded
         with quiet():
             live = peft.PeftModel.from_pretrained(load(base), output).merge_and_unload().state_dict()
         for module, value in expected.items():
