@@ -2,7 +2,8 @@
 
 None of the three runs here (they need a GPU). Each scales by lora_alpha / r of the config alone, whatever
 rank_pattern says; LoRAX and TGI look tensors up by PEFT's full name and stack one kind of layer over the whole model,
-so that an adapter on some layers only, or of several ranks, is not for them. None of them looks at use_dora.
+so that an adapter on some layers only, or of several ranks, is not for them. LoRAX, TGI and older SGLang do not look
+at use_dora.
 """
 
 from __future__ import annotations

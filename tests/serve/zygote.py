@@ -48,9 +48,9 @@ def run(job: dict[str, Any]) -> int:
 
 
 def main() -> int:
-    preload()
     answers = os.fdopen(os.dup(1), "w")
-    os.set_inheritable(answers.fileno(), False)
+    os.dup2(2, 1)  # vLLM logs to stdout, from its import on
+    preload()
     for line in iter(sys.stdin.buffer.readline, b""):
         job = json.loads(line)
         child = os.fork()
