@@ -65,6 +65,20 @@ def adapter_table(adapters: Iterable[Mapping[str, Any]]) -> str:
     return "\n".join(lines)
 
 
+def combination_line(content: Mapping[str, Any]) -> str:
+    """How several adapters went together; empty for one."""
+    said = content["options"].get("combination")
+    if said is None:
+        return ""
+    if said["method"] == "in-turn":
+        return f"\nEach on what the ones before it have left: {', '.join(said['adapters'])}.\n"
+    weights = ", ".join(f"{name} {weight:g}" for name, weight in said["weights"].items())
+    others = [
+        f"{key} {said[key]:g}" for key, plain in (("density", 1), ("gamma", 0), ("seed", 0)) if said[key] != plain
+    ]
+    return f"\nCombined in delta space ({', '.join([said['method'], *others])}), weights: {weights}.\n"
+
+
 def certificate_table(certificate: Mapping[str, Any]) -> str:
     """The certificate's figures as a table."""
     low, high = certificate["ranks"]
@@ -116,7 +130,7 @@ def factor_card(content: Mapping[str, Any], opened: Adapter, folder: Path, title
 Made by adapter-merge {content["versions"]["adapter-merge"]} from:
 
 {adapter_table(content["adapters"])}
-
+{combination_line(content)}
 ## Certificate
 
 Measured on the numbers in this folder, against the adapter as trained. Every weight's own figures stand in
@@ -204,6 +218,7 @@ adapter-merge export {title} -o onnx --mode merged   # ONNX Runtime
     body = f"""Made by adapter-merge {content["versions"]["adapter-merge"]}: the adapters below, merged into the base.
 
 {adapter_table(content["adapters"])}
+{combination_line(content)}
 
 `adapter_merge.json` holds the inputs' hashes, the versions, and the size and rounding of every weight's change.
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 
@@ -55,7 +55,12 @@ def combination_options(function: F) -> F:
         ),
         click.option("--seed", type=int, help="dare: of the random numbers; 0 when not given."),
         click.option("--gamma", type=float, help="breadcrumbs: share of the largest elements dropped."),
-        click.option("--density", type=float, help="Share of each delta's elements kept; 1 when not given."),
+        click.option(
+            "--density",
+            multiple=True,
+            metavar="[NAME=]NUMBER",
+            help="Share of each delta's elements kept; 1 when not given. May differ from adapter to adapter.",
+        ),
         click.option(
             "--combine",
             type=click.Choice((*METHODS, IN_TURN)),
@@ -99,11 +104,11 @@ def stated_inputs(inputs: tuple[str, ...]) -> Subject:
     from .recipe import make_recipe, read_recipe
 
     said = click.get_current_context().meta.get(META, {})
-    file, weights = said.get("recipe"), said.get("weight") or ()
-    given = {key: said[key] for key in ("combine", "density", "gamma", "seed") if said.get(key) is not None}
+    file, weights, densities = said.get("recipe"), said.get("weight") or (), said.get("density") or ()
+    given = {key: said[key] for key in ("combine", "gamma", "seed") if said.get(key) is not None}
     named = [pair for text in inputs[1:] if (pair := _named(text)) is not None]
     if file is not None:
-        if named or weights or given or len(inputs) > 1:
+        if named or weights or densities or given or len(inputs) > 1:
             raise click.UsageError("--recipe says it all: leave out adapters, weights and the other options")
         if one_stated() != (None, _no_options()):
             raise click.UsageError("--recipe says it all: state what the files do not say in it, adapter by adapter")
@@ -113,18 +118,23 @@ def stated_inputs(inputs: tuple[str, ...]) -> Subject:
     if named and len(named) != len(inputs) - 1:
         raise click.UsageError("give every adapter a name: BASE NAME=ADAPTER NAME=ADAPTER ...")
     if not named and len(inputs) <= 2:
-        if weights or given:
+        if weights or densities or given:
             raise click.UsageError("a combination needs BASE NAME=ADAPTER ...")
         return Subject(None if len(inputs) == 1 else inputs[0], inputs[-1], *one_stated())
     if not named:
-        if weights or given.get("combine", IN_TURN) != IN_TURN or given.keys() - {"combine"}:
+        if weights or densities or given.get("combine", IN_TURN) != IN_TURN or given.keys() - {"combine"}:
             raise click.UsageError(
                 "a combination needs names: BASE NAME=ADAPTER ...; without them, adapters go in turn"
             )
         given["combine"] = IN_TURN
         named = _called(inputs[1:])
     method = given.pop("combine", "linear")
-    recipe = make_recipe(_ingredients(named, weights), Settings(method, **given))
+    common = [text for text in densities if "=" not in text]
+    if len(common) > 1:
+        raise click.UsageError("--density is given twice")
+    density = _numbers("--density", [f"all={text}" for text in common]).get("all", 1.0)
+    own = tuple(text for text in densities if "=" in text)
+    recipe = make_recipe(_ingredients(named, weights, own), Settings(method, density, **given))
     return Subject(inputs[0], recipe)
 
 
@@ -145,23 +155,35 @@ def _called(paths: tuple[str, ...]) -> list[tuple[str, str]]:
     return found
 
 
-def _ingredients(named: list[tuple[str, str]], weights: tuple[str, ...]) -> list[Ingredient]:
+def _numbers(option: str, texts: Sequence[str]) -> dict[str, float]:
+    """NAME=NUMBER, by name."""
+    found: dict[str, float] = {}
+    for text in texts:
+        name, _, number = text.partition("=")
+        try:
+            found[name] = float(number)
+        except ValueError as error:
+            raise click.UsageError(f"{option} {text}: expected NAME=NUMBER") from error
+    return found
+
+
+def _ingredients(
+    named: list[tuple[str, str]], weights: tuple[str, ...], densities: tuple[str, ...]
+) -> list[Ingredient]:
     from .errors import InputError
     from .recipe import Ingredient, given_options
 
-    factors: dict[str, float] = {}
-    for text in weights:
-        name, _, number = text.partition("=")
-        try:
-            factors[name] = float(number)
-        except ValueError as error:
-            raise click.UsageError(f"--weight {text}: expected NAME=NUMBER") from error
-    unknown = sorted(factors.keys() - {name for name, _ in named})
-    if unknown:
-        raise InputError(f"--weight names no adapter: {', '.join(unknown)}", expected=", ".join(n for n, _ in named))
-    stated = stated_of([name for name, _ in named])
+    names = [name for name, _ in named]
+    factors, shares = _numbers("--weight", weights), _numbers("--density", densities)
+    for option, said in (("--weight", factors), ("--density", shares)):
+        unknown = sorted(said.keys() - set(names))
+        if unknown:
+            raise InputError(f"{option} names no adapter: {', '.join(unknown)}", expected=", ".join(names))
+    stated = stated_of(names)
     return [
-        Ingredient(name, path, factors.get(name, 1.0), None, stated[name][0], given_options(stated[name][1]))
+        Ingredient(
+            name, path, factors.get(name, 1.0), shares.get(name), stated[name][0], given_options(stated[name][1])
+        )
         for name, path in named
     ]
 

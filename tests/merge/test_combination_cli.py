@@ -113,6 +113,17 @@ def test_delta_factor_and_verify_take_what_merge_takes(work: Path) -> None:
     assert "of full rank" in run("factor", *stated, "-o", work / "no").stderr
 
 
+def test_densities_may_differ(work: Path) -> None:
+    pair = [work / "base", f"a={work / 'a'}", f"b={work / 'b'}", "--combine", "magnitude-prune"]
+    done = run("delta", *pair, "--density", "0.5", "--density", "b=0.25", "-o", work / "densities", "--json")
+    assert done.returncode == 0, done.stderr
+    said = json.loads(done.stdout)["options"]["combination"]
+    assert said["density"] == 0.5 and said["densities"] == {"b": 0.25}
+    for wrong in (["x=0.5"], ["a=much"], ["0.5", "--density", "0.4"], ["0"]):
+        done = run("delta", *pair, "--density", *wrong, "-o", work / "no")
+        assert done.returncode in (1, 2) and "ensity" in done.stderr and not (work / "no").exists()
+
+
 def test_adapters_without_names_go_in_turn(work: Path) -> None:
     done = run("merge", work / "base", work / "a", work / "b", "-o", work / "turns", "--json")
     assert done.returncode == 0, done.stderr
