@@ -23,8 +23,12 @@ from .tensors import read_tensor
 
 def combined_model(bound: CombinedBound, dtype: torch.dtype = torch.float32) -> nn.Module:
     """The base with the combination in its weights, computing in `dtype`."""
-    weights = _in_turn(bound) if bound.recipe.in_turn else _side_by_side(bound)
-    return _with_weights(bound, weights).to(dtype).eval()
+    return _with_weights(bound, bound.live_weights).to(dtype).eval()
+
+
+def live_weights(bound: CombinedBound) -> dict[str, Tensor]:
+    """W' of every combined tensor, float64, as stored, from live adapters."""
+    return _in_turn(bound) if bound.recipe.in_turn else _side_by_side(bound)
 
 
 def _side_by_side(bound: CombinedBound) -> dict[str, Tensor]:
@@ -38,7 +42,8 @@ def _side_by_side(bound: CombinedBound) -> dict[str, Tensor]:
     for module in _modules(bound):
         base = read_tensor(module.weight).to(torch.float64)
         whole = module.combination
-        own = [deltas[module.name][share.adapter].reshape(base.shape) - base for share in whole.shares]
+        after = deltas.pop(module.name)
+        own = [after[share.adapter].reshape(base.shape) - base for share in whole.shares]
         parts = whole.parts([share.edit(torch.float64) for share in whole.shares])
         weights[module.name] = base + defined_delta(own, parts, whole.settings)[0]
     return weights

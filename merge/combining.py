@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -173,6 +174,13 @@ class CombinedBound(BoundAdapter):
 
     parts: tuple[BoundAdapter, ...] = ()  # in the order of the recipe's ingredients
     recipe: Recipe = field(default_factory=lambda: Recipe((), Settings()))
+
+    @cached_property
+    def live_weights(self) -> dict[str, Tensor]:
+        """W' of every combined tensor from live adapters (combined_reference.py), found once."""
+        from .combined_reference import live_weights
+
+        return live_weights(self)
 
     def factor_modules(self) -> tuple[CombinedModule, ...]:
         """The weights that factors can hold.
