@@ -18,8 +18,18 @@ from .formats import ReadOptions
 from .inputs import AdapterInput, check_values, describe_inputs, input_folders, is_stale_quantization, open_pair
 from .journal import Part, check_complete, shards_of_part, workplace
 from .journal import finish as publish_place
+from .links import can_link
 from .merged_folder import base_files, output_files, write_rest
-from .output import MANIFEST, check_output, check_space, manifest, staged, staging_folder, write_json
+from .output import (
+    MANIFEST,
+    check_output,
+    check_space,
+    manifest,
+    nearest_folder,
+    staged,
+    staging_folder,
+    write_json,
+)
 from .plan import MergePlan, ShardPlan, plan_delta, plan_merge
 from .preimage import PreimageRecorder
 
@@ -182,7 +192,12 @@ def _check_config(bound: BoundAdapter) -> None:
 
 def _space_needed(output: Path, shards: Sequence[ShardPlan], link: str, keep_preimage: bool) -> int:
     """Bytes still to be written, less what a killed run has left, which is used or removed."""
-    wanted = sum(shard.nbytes for shard in shards if not (link == "hardlink" and shard.is_copy))
+    folder = nearest_folder(output)
+    wanted = sum(
+        shard.nbytes
+        for shard in shards
+        if not (shard.is_copy and shard.source is not None and can_link(shard.source, folder, link))
+    )
     left = sum(file.stat().st_blocks * 512 for file in staging_folder(output).rglob("*") if file.is_file())
     return wanted * (2 if keep_preimage else 1) - left
 

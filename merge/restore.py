@@ -18,8 +18,8 @@ from .checkpoint import plain_name, read_json
 from .errors import FileFormatError, InputError, MismatchError, Problem, raise_all
 from .hashing import hash_files
 from .headers import TensorRef, read_header
-from .links import link_file
-from .output import MANIFEST, check_output, check_space, read_manifest, staged
+from .links import can_link, link_file
+from .output import MANIFEST, check_output, check_space, nearest_folder, read_manifest, staged
 from .preimage import FOLDER, SIDE, VERSION, inflate
 from .tensors import pread_into
 
@@ -56,7 +56,8 @@ def restore(
     check_output(output, overwrite, (merged, *([Path(base)] if base is not None else [])))
     if base is not None:
         _check_base(Path(base), expected)
-        check_space(output, sum((Path(base) / name).stat().st_size for name in names))
+        files, beside = [Path(base) / name for name in names], nearest_folder(output)
+        check_space(output, sum(file.stat().st_size for file in files if not can_link(file, beside, link)))
     elif not (merged / FOLDER).is_dir():
         raise InputError(
             f"{merged}: holds no pre-image of its base",

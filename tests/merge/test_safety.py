@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import stat
 import subprocess
@@ -20,7 +21,7 @@ from adapter_merge.merge.errors import FileFormatError, InputError, MismatchErro
 from adapter_merge.merge.inputs import open_pair
 from adapter_merge.merge.integrity import check_integrity
 from adapter_merge.merge.journal import Workplace
-from adapter_merge.merge.links import link_file
+from adapter_merge.merge.links import LINKS, can_link, link_file
 from adapter_merge.merge.locks import locked
 from adapter_merge.merge.merging import merge
 from adapter_merge.merge.plan import plan_merge
@@ -398,6 +399,27 @@ def test_hard_links_share_untouched_shards_only(tmp_path: Path, pair: tuple[Path
     assert shared == ["model-00004-of-00004.safetensors"]
     assert weights(tmp_path / "out") == weights(tmp_path / "copied")
     check_integrity(tmp_path / "out", inputs=True)
+
+
+def test_linked_shards_need_no_space(tmp_path: Path, pair: tuple[Path, Path], monkeypatch: pytest.MonkeyPatch) -> None:
+    base, _ = pair
+    untouched = (base / "model-00004-of-00004.safetensors").stat().st_size
+    whole = sum(file.stat().st_size for file in base.glob("*.safetensors"))
+    usage = shutil.disk_usage(tmp_path)
+    monkeypatch.setattr(shutil, "disk_usage", lambda folder: usage._replace(free=whole - untouched))
+    with pytest.raises(OutputError, match="the disk is too small"):
+        merge(*pair, tmp_path / "out", link="copy")
+    merge(*pair, tmp_path / "out", link="hardlink")
+    assert (tmp_path / "out" / "model-00004-of-00004.safetensors").samefile(base / "model-00004-of-00004.safetensors")
+
+
+def test_whether_a_link_would_take_is_seen_without_leaving_anything(tmp_path: Path, pair: tuple[Path, Path]) -> None:
+    source, probe = pair[0] / "config.json", tmp_path / "probe"
+    before = sorted(tmp_path.iterdir())
+    found = {link: can_link(source, tmp_path, link) for link in LINKS}
+    assert sorted(tmp_path.iterdir()) == before
+    assert not found["copy"] and found["hardlink"]
+    assert found["auto"] == found["reflink"] == link_file(source, probe, "auto")
 
 
 def test_reflinks_where_the_file_system_has_them_and_a_clear_error_elsewhere(
