@@ -67,7 +67,7 @@ def adapter_table(adapters: Iterable[Mapping[str, Any]]) -> str:
 
 def combination_line(content: Mapping[str, Any]) -> str:
     """How several adapters went together; empty for one."""
-    said = content["options"].get("combination")
+    said = content.get("options", {}).get("combination")
     if said is None:
         return ""
     if said["method"] == "in-turn":

@@ -193,7 +193,9 @@ class CombinedBound(BoundAdapter):
             for item in self._combined()
             for share in item.combination.shares
             if any(
-                isinstance(one.module, TokenModule | ExpertModule | PartModule) or one.rows is not None
+                isinstance(one.module, TokenModule | ExpertModule | PartModule)
+                or one.rows is not None
+                or getattr(one.module, "parameter", "weight") not in ("weight", "bias")
                 for one in share.modules
             )
         ]

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from .binding import BoundAdapter
 from .checkpoint import read_json, read_weights
 from .errors import InputError
-from .peft_folder import ROW_SCALES
+from .peft_folder import REPLACEMENTS, ROW_SCALES
 from .peft_format import PREFIX
 from .reference import load_model, quiet_libraries, trained_model
 from .tensors import read_tensor
@@ -126,10 +126,11 @@ def install_factors(model: nn.Module, folder: Path) -> None:
 
 
 @torch.no_grad()
-def install_replacements(model: nn.Module, bound: BoundAdapter) -> None:
-    """Put trained heads and biases into a float32 base model; of a tied pair that was trained, each gets its own."""
-    written = set()
-    for name, ref in bound.replacements.items():
+def install_replacements(model: nn.Module, folder: Path) -> None:
+    """Put the folder's heads and biases into a float32 base model; of a trained tied pair, each gets its own."""
+    file, written = folder / REPLACEMENTS, set()
+    for ref in read_weights(file).tensors if file.is_file() else ():
+        name = ref.name
         path, _, kind = name.rpartition(".")
         layer = submodule(model, path)
         value = read_tensor(ref).float()
@@ -154,7 +155,7 @@ def compare(bound: BoundAdapter, folder: Path, prompts: Sequence[str] | None = N
     del live
     other = load_model(bound.base.folder).float()
     before = [logits(other, path) for path in paths]
-    install_replacements(other, bound)
+    install_replacements(other, folder)
     install_factors(other, folder)
     got = [logits(other, path) for path in paths]
     return figures(paths, starts, expected, got, before, writes)

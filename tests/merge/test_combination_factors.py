@@ -14,7 +14,7 @@ from adapter_merge.merge.extraction import extract, low_rank, scaled_low_rank
 from adapter_merge.merge.factors import factor
 from adapter_merge.merge.merging import delta, merge
 from adapter_merge.merge.recipe import Ingredient, Recipe, make_recipe
-from pico_bases import error, gpt2, llama, load, logits, quiet, train
+from pico_bases import error, gpt2, llama, load, logits, mixtral, quiet, train
 from safetensors.torch import load_file, save_file
 
 peft = pytest.importorskip("peft", reason="PEFT is the oracle (extra verify)")
@@ -136,6 +136,29 @@ def test_heads_and_biases_are_combined_beside_the_factors(tmp_path: Path) -> Non
         with quiet():
             live = peft.PeftModel.from_pretrained(load(base), tmp_path / f"factors{len(weights)}").eval()
         assert error(logits(live), logits(load(tmp_path / f"merged{len(weights)}"))) < 2e-5
+
+
+def test_the_certificate_runs_combined_heads_end_to_end(tmp_path: Path) -> None:
+    with quiet():
+        base = llama(tmp_path / "base", bias=True)
+    for seed, name in enumerate("ab"):
+        config = peft.LoraConfig(
+            r=3, target_modules=SOME, modules_to_save=["lm_head"], bias="lora_only", use_dora=name == "a"
+        )
+        train(base, config, tmp_path / name, seed=seed)
+    made = recipe({name: tmp_path / name for name in "ab"}, {"a": 0.6, "b": 0.5})
+    found = factor(base, made, tmp_path / "factors", end_to_end=True, device="cpu")["certificate"]["end_to_end"]
+    assert found["max_dlogit"] < 1e-4 and found["effect"] > 0.1
+    assert found["greedy_equal"] == found["greedy_total"]
+
+
+def test_bare_parameters_have_no_factors(tmp_path: Path) -> None:
+    with quiet():
+        base = mixtral(tmp_path / "base")
+    config = peft.LoraConfig(r=2, target_modules=["q_proj"], target_parameters=["mlp.experts.down_proj"])
+    train(base, config, tmp_path / "a")
+    with pytest.raises(UnsupportedError, match="more than factors"):
+        factor(base, recipe({"a": tmp_path / "a"}, {"a": 0.5}), tmp_path / "no", rank=4, device="cpu")
 
 
 def test_row_scales_serve_without_the_base(base: Path, adapters: dict[str, Path], tmp_path: Path) -> None:
