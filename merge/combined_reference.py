@@ -33,17 +33,17 @@ def live_weights(bound: CombinedBound) -> dict[str, Tensor]:
 
 def _side_by_side(bound: CombinedBound) -> dict[str, Tensor]:
     """W' of every combined tensor, float64, as stored: each adapter's own delta on the base, combined."""
-    deltas: dict[str, dict[str, Tensor]] = {}
+    found: dict[str, dict[str, Tensor]] = {}
     for item, part in zip(bound.recipe.ingredients, bound.parts, strict=True):
         if item.weight != 0:
             for name, after in _live_tensors(bound, item.name, part, trained_model(part, torch.float64)).items():
-                deltas.setdefault(name, {})[item.name] = after
+                found.setdefault(name, {})[item.name] = after
     weights = {}
     for module in _modules(bound):
         base = read_tensor(module.weight).to(torch.float64)
         whole = module.combination
-        after = deltas.pop(module.name)
-        own = [after[share.adapter].reshape(base.shape) - base for share in whole.shares]
+        alone = found.pop(module.name)
+        own = [alone[share.adapter].reshape(base.shape) - base for share in whole.shares]
         parts = whole.parts([share.edit(torch.float64) for share in whole.shares])
         weights[module.name] = base + defined_delta(own, parts, whole.settings)[0]
     return weights
