@@ -118,6 +118,8 @@ class ChunkedFile:
         if direct and O_DIRECT:
             try:
                 self._fd = os.open(path, flags | O_DIRECT, 0o666)
+            except FileExistsError:
+                raise
             except OSError:  # the file system has no direct writes; some create the file before they say so
                 path.unlink(missing_ok=True)
         self._direct = self._fd >= 0

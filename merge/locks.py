@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import fcntl
 import os
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 from .errors import OutputError
+
+PATIENCE = 2.0  # seconds that a part waits: whoever ends holds the lock alone for a moment, to remove its file
 
 
 def _lock_file(output: Path) -> Path:
@@ -46,12 +49,24 @@ def locked(output: Path, shared: bool = False) -> Iterator[None]:
             os.close(fd)
 
 
+def _take(fd: int, kind: int) -> None:
+    """Lock `fd`. Raises BlockingIOError when another process holds it, for a shared lock only if it goes on to."""
+    until = time.monotonic() + (PATIENCE if kind == fcntl.LOCK_SH else 0)
+    while True:
+        try:
+            return fcntl.flock(fd, kind | fcntl.LOCK_NB)
+        except BlockingIOError:
+            if time.monotonic() >= until:
+                raise
+        time.sleep(0.01)
+
+
 def _lock(file: Path, kind: int) -> int:
     """A descriptor of `file` that holds the lock, and still is the file of that name."""
     while True:
         fd = os.open(file, os.O_RDWR | os.O_CREAT, 0o666)
         try:
-            fcntl.flock(fd, kind | fcntl.LOCK_NB)
+            _take(fd, kind)
             held = os.fstat(fd)
             try:
                 named = file.stat()

@@ -89,7 +89,8 @@ def merge(
     content = manifest("merged model", describe_inputs(bound, options), stated | combination_of(bound))
     if dry_run:
         return content | {"dry_run": True, "bytes": plan.nbytes}
-    with workplace(output, overwrite, _identity(plan, content), part, keep_partial or finish) as place:
+    identity = _identity(plan, content)
+    with workplace(output, overwrite, identity, plan, part=part, finishing=finish, keep=keep_partial) as place:
         recorder = PreimageRecorder(place.folder) if keep_preimage else None
 
         def on_shard(shard: FinishedShard) -> None:
@@ -99,8 +100,10 @@ def merge(
 
         by_file = {shard.file: shard for shard in plan.shards}
         try:
-            finished = place.proved(shards, recorder.files if recorder is not None else lambda _: []) if hashes else {}
+            finished = place.proved(shards, recorder.files if recorder is not None else lambda _: [])
             if finish:
+                if place.device != identity["device"]:
+                    content["options"]["device"] = place.device
                 check_complete(plan.shards, finished, output)
             else:
                 finished |= execute(
@@ -131,7 +134,7 @@ def merge(
             content["base"]["files"] = base_files(plan, finished)
             content["files"] = output_files(place.folder, finished)
         write_json(place.folder / MANIFEST, content)
-        publish_place(place, output)
+        publish_place(place, output, overwrite)
     return content
 
 

@@ -17,6 +17,7 @@ from .hashing import file_sha256
 from .locks import locked
 
 MANIFEST = "adapter_merge.json"
+SPLIT = "split"  # in a staging folder: parts of a split merge are being made here
 AT_FDCWD = -100
 RENAME_EXCHANGE = 2  # linux/fs.h
 
@@ -61,7 +62,7 @@ def check_space(output: Path, nbytes: int) -> None:
 
 def nearest_folder(output: Path) -> Path:
     """The closest folder above `output` that exists: on the file system that the output will be on."""
-    folder = output.resolve().parent
+    folder = output.parent.resolve()  # of the name: a link is replaced, not what it points to
     while not folder.exists():
         folder = folder.parent
     return folder
@@ -70,6 +71,31 @@ def nearest_folder(output: Path) -> Path:
 def staging_folder(output: Path) -> Path:
     """Where `output` is built: beside it, hidden, of the same name for every run, so that a rerun finds it."""
     return output.parent / f".{output.name}.partial"
+
+
+def wipe(staging: Path) -> None:
+    """Remove what an earlier run has left. Raises OutputError for a split merge's parts: other machines made them."""
+    if (staging / SPLIT).exists():
+        raise OutputError(
+            f"{staging}: holds parts of another merge",
+            expected="the same base, adapter and options as those parts",
+            hint="finish that merge first, or remove the folder yourself",
+        )
+    remove(staging)
+
+
+def recover(output: Path) -> None:
+    """Give an output its name back when a run was killed while it replaced it in two steps (see `publish`)."""
+    old = _aside(output)
+    if old.is_symlink() or old.exists():
+        if output.exists() or output.is_symlink():
+            remove(old)
+        else:
+            old.rename(output)
+
+
+def _aside(output: Path) -> Path:
+    return output.parent / f".{output.name}.old"
 
 
 @contextmanager
@@ -81,13 +107,14 @@ def staged(output: Path, overwrite: bool = False) -> Iterator[Path]:
     """
     check_output(output, overwrite)
     with locked(output), disk_errors(output):
+        recover(output)
         check_output(output, overwrite)  # another run may just have ended
         staging = staging_folder(output)
-        remove(staging)
+        wipe(staging)
         try:
             staging.mkdir()
             yield staging
-            publish(staging, output)
+            publish(staging, output, overwrite)
         finally:
             remove(staging)
 
@@ -98,24 +125,35 @@ def disk_errors(output: Path, left: str = "nothing was left behind") -> Iterator
     try:
         yield
     except OSError as error:
-        raise OutputError(f"{output}: cannot be written ({error.strerror or error})", hint=left) from error
+        got = str(error.filename) if error.filename is not None else None  # it may be an input that cannot be read
+        raise OutputError(f"{output}: cannot be written ({error.strerror or error})", got=got, hint=left) from error
 
 
-def publish(folder: Path, output: Path) -> None:
-    """Give the finished `folder` its name, in one step where the kernel can exchange two names; sync both."""
+def publish(folder: Path, output: Path, overwrite: bool) -> None:
+    """Give the finished `folder` its name, in one step where the kernel can exchange two names; sync both.
+
+    Where it cannot (some network file systems), what was there steps aside first, and comes back when the second
+    step fails; a run that was killed between the two is mended by the next one (`recover`).
+    Raises OutputError for what has appeared under that name since the run began.
+    """
     for path in sorted(folder.rglob("*")):
         if path.is_dir():
             sync_folder(path)
     sync_folder(folder)
+    check_output(output, overwrite)
     if output.exists() or output.is_symlink():
         if _exchange(folder, output):
             sync_folder(output.parent)
             remove(folder)  # what was there before
             return
-        old = output.parent / f".{output.name}.old"
+        old = _aside(output)
         remove(old)
-        output.rename(old)
-        folder.rename(output)
+        try:
+            output.rename(old)
+            folder.rename(output)
+        except BaseException:
+            recover(output)
+            raise
         sync_folder(output.parent)
         remove(old)
         return

@@ -134,6 +134,7 @@ class PreimageRecorder:
                 (job.original or job.source).name: job.place.name
                 for job in shard.jobs
                 if (job.original or job.source).file == shard.source
+                and (job.original or job.source).name == job.place.name  # not a tied head made of the embeddings
             },
             "frames": {name: sorted(frames) for name, frames in sorted(writer.frames.items())},
         }

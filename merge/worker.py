@@ -166,7 +166,11 @@ class Worker:
                 f"{place.name}: rows {task.first} .. {task.first + task.count} would hold NaN or infinity",
                 hint="values beyond the output dtype's range: try --dtype bfloat16 or float32",
             )
-        if self.recorder is not None and task.job.source.file == task.shard.plan.source:
+        if (
+            self.recorder is not None
+            and task.job.source.file == task.shard.plan.source
+            and place.name == task.job.source.name
+        ):
             row_bytes = tensor.columns * block.source.itemsize
             self.recorder.record(task.shard.plan, task.job, task.first * row_bytes, before, after)
         with tensor.lock:

@@ -530,6 +530,30 @@ def test_a_preimage_survives_a_killed_and_a_split_run(tmp_path: Path, pair: tupl
     assert snapshot(tmp_path / "back") == snapshot(pair[0])
 
 
+@pytest.mark.parametrize("head", [False, True])
+def test_restore_of_an_untied_model(tmp_path: Path, head: bool) -> None:
+    """The output's head is made of the base's embeddings, which stand in the pre-image once."""
+    tensors = base_tensors()
+    del tensors["lm_head.weight"]
+    config = {"model_type": "llama", "architectures": ["LlamaForCausalLM"], "tie_word_embeddings": True}
+    base = write_base(tmp_path / "base", tensors, 1, config=config)
+    a, b = torch.randn(4, 50) * 0.1, torch.randn(64, 4) * 0.1
+    extra = {
+        "base_model.model.model.embed_tokens.lora_embedding_A": a,
+        "base_model.model.model.embed_tokens.lora_embedding_B": b,
+    }
+    targets = ["q_proj", "k_proj", "up_proj", "down_proj", "embed_tokens"]
+    if head:
+        extra["base_model.model.lm_head.lora_A.weight"] = b.T.contiguous()
+        extra["base_model.model.lm_head.lora_B.weight"] = a.T.contiguous() * 2
+        targets.append("lm_head")
+    adapter = write_lora(tmp_path / "adapter", tensors, extra=extra, config={"target_modules": targets})
+    merge(base, adapter, tmp_path / "out", keep_preimage=True)
+    assert "lm_head.weight" in read_model(tmp_path / "out")
+    restore(tmp_path / "out", tmp_path / "back")
+    assert snapshot(tmp_path / "back") == snapshot(base)
+
+
 def test_merging_a_merged_model_leaves_the_older_preimage_behind(tmp_path: Path, pair: tuple[Path, Path]) -> None:
     merge(*pair, tmp_path / "one", keep_preimage=True)
     merge(tmp_path / "one", pair[1], tmp_path / "two", keep_preimage=True)
