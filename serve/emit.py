@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import re
 import shlex
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -220,14 +220,23 @@ def ray(service: Service) -> str:
     notes = [
         "vLLM with adapters by name in Ray Serve LLM: serve deploy FILE on a Ray cluster whose machines have",
         f"ray[llm] and adapter-merge, {_gpus(service.rest)} GPU for a replica. Adapters are fetched as factor folders:",
-        *(
-            f"    adapter-merge factor {shlex.quote(service.base)} {shlex.quote(text.partition('=')[2])} "
-            f"-o {text.partition('=')[0]}    # then copy it to {where}/{text.partition('=')[0]}"
-            for text in service.adapters or ("NAME=ADAPTER",)
-        ),
+        *(f"    {line}" for line in _factoring(service, where)),
         f"A request asks for the model {model['model_loading_config']['model_id']}:NAME.",
     ]
     return _yaml(notes, {"proxy_location": "EveryNode", "http_options": {"port": PORT}, "applications": [application]})
+
+
+def _factoring(service: Service, where: str) -> Iterator[str]:
+    """The commands that make what Ray fetches from `where`, an adapter each, with what was stated of it."""
+    named = [(name, folder) for name, _, folder in (text.partition("=") for text in service.adapters)]
+    for name, folder in named or [("NAME", "ADAPTER")]:
+        command = ["adapter-merge", "factor", service.base, folder, "-o", name]
+        for text in service.stated:
+            flag, _, value = text.partition("=")
+            owner, mark, rest = value.partition("=")
+            if not mark or owner == name or owner not in dict(named):
+                command += [flag, rest if mark and owner == name else value]
+        yield f"{shlex.join(command)}    # then copy it to {where}/{name}"
 
 
 def engine_arguments(rest: Sequence[str]) -> dict[str, Any]:

@@ -102,6 +102,16 @@ def test_ray_serve(qwen2: World) -> None:
     assert model["lora_config"]["dynamic_lora_loading_path"] == "s3://bucket/a"
 
 
+def test_how_to_make_what_ray_fetches(qwen2: World) -> None:
+    """The commands in the head carry what was stated of each adapter, and of no other."""
+    raws = [f"{name}={qwen2.adapters['dcft-1'].raw}" for name in ("a", "b")]
+    options = ["--adapter-dir", "s3://bucket", "--alpha", "a=16", "--ranknum", "b=4", "--emit", "ray"]
+    shown = CliRunner().invoke(serve, [str(qwen2.base), *raws, *options], catch_exceptions=False)
+    first, second = (line for line in shown.stdout.splitlines() if "adapter-merge factor" in line)
+    assert first.endswith("-o a --alpha 16    # then copy it to s3://bucket/a")
+    assert second.endswith("-o b --ranknum 4    # then copy it to s3://bucket/b")
+
+
 def test_engine_arguments() -> None:
     found = engine_arguments(["-tp", "2", "--a-list", "x", "y", "--flag", "--number=-1", "--json", '{"a": 1}'])
     expected = {"tensor_parallel_size": 2, "a_list": ["x", "y"], "flag": True, "number": -1, "json": {"a": 1}}
