@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from adapter_merge.merge.errors import FileFormatError, MismatchError, OutputError, Problem, raise_all
 
+from .branching import ACTIVE
 from .factor_folder import Factors, LinearFactors
 from .targets import Layout, Target
 
@@ -92,9 +93,13 @@ def packed(target: Target, linears: Mapping[str, LinearFactors]) -> tuple[Any, A
 
 def adapter_tensors(factors: Factors, layout: Layout) -> dict[str, Any]:
     """Input of the graph -> float32 array: all that differs from the base. Raises MismatchError."""
+    import numpy as np
+
     match_factors(factors, layout)
     factors = aligned(factors, layout)
     tensors: dict[str, Any] = {}
+    if layout.branched:
+        tensors[ACTIVE] = np.ones(1, np.float32)
     for target in layout.targets:
         values = packed(target, factors.linears)
         if values is None:

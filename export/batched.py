@@ -75,7 +75,7 @@ def export_batched(
 
         model = ir.load(staging / "model.onnx")
         layout = switchable_layout(model, checkpoint, factors, precision, kind)
-        layout = replace(layout, mode="batched", adapters=tuple(factors))
+        layout = replace(layout, mode="batched", adapters=tuple(factors), branched=False)
         stacks = {target.name: stack(target, list(factors.values())) for target in layout.targets}
         present = {name: value for name, value in stacks.items() if value is not None}
         insert_stacks(model, layout, present)

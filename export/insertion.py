@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+from .branching import branch_off, optional_input
 from .targets import Layout
 
 if TYPE_CHECKING:
@@ -21,15 +22,18 @@ def insert_switches(model: ir.Model, layout: Layout) -> None:
     import onnx_ir as ir
 
     dtype = ir.DataType[_IR_NAMES[layout.dtype]]
-    graph = model.graph
-    nodes = {node.name: node for node in graph}
+    graph = body = model.graph
+    if layout.branched:
+        body = branch_off(model, {name for target in layout.targets for name in target.nodes}, dtype)
+    nodes = {node.name: node for node in body}
     for target in layout.targets:
-        down = _optional(graph, target.down_name, [target.k, f"{target.name}.rank"], np.zeros((target.k, 0)), dtype)
-        up = _optional(graph, target.up_name, [f"{target.name}.rank", target.n], np.zeros((0, target.n)), dtype)
-        scale = _optional(graph, target.scale_name, [f"{target.name}.scale_size"], np.ones(1), dtype)
+        rank = f"{target.name}.rank"
+        down = optional_input(graph, target.down_name, [target.k, rank], np.zeros((target.k, 0)), dtype)
+        up = optional_input(graph, target.up_name, [rank, target.n], np.zeros((0, target.n)), dtype)
+        scale = optional_input(graph, target.scale_name, [f"{target.name}.scale_size"], np.ones(1), dtype)
         for number, name in enumerate(target.nodes):
             suffix = f"_{number}" if number else ""
-            attach(graph, nodes[name], target.name + suffix, down, up, scale)
+            attach(body, nodes[name], target.name + suffix, down, up, scale)
     stamp(model, layout)
 
 
@@ -128,17 +132,6 @@ def _tensor(array: Any, name: str, dtype: ir.DataType) -> ir.TensorProtocol:
     import onnx_ir as ir
 
     return ir.Tensor(array.astype(dtype.numpy()), dtype=dtype, name=name)
-
-
-def _optional(graph: ir.Graph, name: str, shape: list[int | str], default: Any, dtype: ir.DataType) -> ir.Value:
-    import onnx_ir as ir
-
-    value = ir.Value(
-        name=name, shape=ir.Shape(shape), type=ir.TensorType(dtype), const_value=_tensor(default, name, dtype)
-    )
-    graph.inputs.append(value)
-    graph.register_initializer(value)
-    return value
 
 
 def _follow(graph: ir.Graph, previous: ir.Node, node: ir.Node, like: ir.Value) -> ir.Value:

@@ -38,6 +38,7 @@ class Cache:
     values: dict[str, Any]  # past name -> OrtValue (batch, kv heads, positions, head size)
     extra: dict[str, Any] = field(default_factory=dict)  # adapter tensors, adapter_ids
     length: int = 0
+    binding: Any = None  # kept while the tensors stay the same: hundreds of names need not be bound for every token
 
 
 class Decoder:
@@ -114,29 +115,36 @@ class Decoder:
         assert batch == cache.batch
         if total > cache.capacity:
             raise InputError(f"the cache is full at {cache.capacity} positions", got=f"{total}")
-        binding = self.session.io_binding()
+        binding = self._binding(cache)
         binding.bind_cpu_input("input_ids", np.ascontiguousarray(tokens))
         if "attention_mask" in self.inputs:
             binding.bind_cpu_input("attention_mask", np.ones((batch, total), np.int64))
         if "position_ids" in self.inputs:
             positions = np.tile(np.arange(cache.length, total), (batch, 1))
             binding.bind_cpu_input("position_ids", positions)
-        for name, value in cache.extra.items():
-            binding.bind_ortvalue_input(name, value)
-        for name, value in cache.values.items():
-            binding.bind_ortvalue_input(name, value)
-            if self.shares_cache:
-                binding.bind_ortvalue_output(_present(name), value)
-            else:
-                binding.bind_output(_present(name), self.kind, self.index)
         binding.bind_output("logits", "cpu")
         self.session.run_with_iobinding(binding)
         *present, logits = binding.get_outputs()  # in the order in which they were bound
         if not self.shares_cache:
+            cache.binding = None
             cache.values = dict(zip(cache.values, present, strict=True))
         cache.length = total
         values: NDArray[np.float32] = _float32(logits)
         return values
+
+    def _binding(self, cache: Cache) -> Any:
+        """The cache and the adapter, bound: once, where every step writes into the same buffers."""
+        if cache.binding is None:
+            cache.binding = self.session.io_binding()
+            for name, value in cache.extra.items():
+                cache.binding.bind_ortvalue_input(name, value)
+            for name, value in cache.values.items():
+                cache.binding.bind_ortvalue_input(name, value)
+                if self.shares_cache:
+                    cache.binding.bind_ortvalue_output(_present(name), value)
+                else:
+                    cache.binding.bind_output(_present(name), self.kind, self.index)
+        return cache.binding
 
     def _head_size(self, name: str, size: Any) -> int:
         if isinstance(size, int):

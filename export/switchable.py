@@ -165,7 +165,9 @@ def switchable_layout(
     head = any("lm_head" in value.linears for value in factors.values())
     targets = decoder_targets([node.name or "" for node in model.graph], shapes, head=head)
     check_products(model, targets)
-    return Layout("switchable", checkpoint.fingerprint, precision, io_dtype(precision, device), targets, {})
+    dtype = io_dtype(precision, device)
+    # CUDA graphs know no If
+    return Layout("switchable", checkpoint.fingerprint, precision, dtype, targets, {}, branched=device == "cpu")
 
 
 def check_products(model: ir.Model, targets: tuple[Target, ...]) -> None:

@@ -83,6 +83,7 @@ class Layout:
     targets: tuple[Target, ...]
     heads: Mapping[str, str]  # tensor of the checkpoint -> input of the graph that replaces it
     adapters: tuple[str, ...] = ()  # batched: their order; id 0 is the base
+    branched: bool = False  # switchable: the adapters lie in one branch of an If (branching.py)
 
     @property
     def version(self) -> int:
@@ -93,6 +94,7 @@ class Layout:
             self.dtype,
             [_encode(target) for target in self.targets],
             sorted(self.heads.items()),
+            *([True] if self.branched else []),
         ]
         digest = hashlib.sha256(json.dumps(content).encode()).digest()
         return int.from_bytes(digest[:4], "big") >> 1
@@ -107,6 +109,7 @@ class Layout:
             "targets": [_encode(target) for target in self.targets],
             "heads": dict(self.heads),
             "adapters": list(self.adapters),
+            "branched": self.branched,
         }
         return {
             PREFIX + key: value if isinstance(value, str) else json.dumps(value, separators=(",", ":"))
@@ -121,12 +124,14 @@ def read_layout(metadata: Mapping[str, str], source: str) -> Layout:
         targets = tuple(_decode(entry) for entry in json.loads(values["targets"]))
         heads = {str(key): str(value) for key, value in json.loads(values["heads"]).items()}
         adapters = tuple(str(name) for name in json.loads(values["adapters"]))
+        branched = bool(json.loads(metadata.get(PREFIX + "branched", "false")))
     except (KeyError, ValueError, TypeError, AttributeError) as error:
         raise FileFormatError(
             f"{source}: not an export of adapter-merge (its metadata lacks or garbles {error})",
             expected=", ".join(PREFIX + key for key in KEYS),
         ) from error
-    return Layout(values["mode"], values["base"], values["precision"], values["dtype"], targets, heads, adapters)
+    mode, base, precision, dtype = (values[key] for key in KEYS[:4])
+    return Layout(mode, base, precision, dtype, targets, heads, adapters, branched)
 
 
 def _encode(target: Target) -> list[Any]:
