@@ -108,8 +108,8 @@ class EagerRunner:
 def plain_build(base: Path, folder: Path) -> None:
     """onnxruntime-genai's own builder with its defaults; stamped, so that our runner reads it."""
     import onnx_ir as ir
+    from adapter_merge.export.folder import save_graph
     from adapter_merge.export.insertion import stamp
-    from adapter_merge.export.switchable import save_graph
     from adapter_merge.export.targets import Layout
 
     command = [sys.executable, "-m", "onnxruntime_genai.models.builder", "-i", str(base), "-o", str(folder)]
@@ -126,9 +126,9 @@ def size(folder: Path) -> int:
 
 def speed(base: Path, work: Path, rounds: int, threads: int) -> dict[str, Any]:
     """Medians, ratios, sizes, switch and add times."""
+    from adapter_merge.export.adding import add_adapters
     from adapter_merge.export.exporting import export_model
     from adapter_merge.export.running import Decoder
-    from adapter_merge.export.switchable import add_adapters
 
     adapters = {f"r{rank}": random_lora(base, work / f"r{rank}", rank, rank) for rank in (8, 16)}
     plain_build(base, work / "builder")

@@ -63,6 +63,17 @@ def match_factors(factors: Factors, layout: Layout) -> None:
     raise_all(problems, MismatchError)
 
 
+def match_all(factors: Mapping[str, Factors], layout: Layout) -> None:
+    """Raise MismatchError, with every problem of every adapter, when they do not fit the export."""
+    problems: list[Problem] = []
+    for value in factors.values():
+        try:
+            match_factors(value, layout)
+        except MismatchError as error:
+            problems.extend(error.problems)
+    raise_all(problems, MismatchError)
+
+
 def aligned(factors: Factors, layout: Layout) -> Factors:
     """The factors under the names of the export's modules and tensors."""
     return factors.aligned((part.module for target in layout.targets for part in target.parts), layout.heads)

@@ -7,104 +7,141 @@ one is slower than in a switchable export: a mode of its own.
 
 from __future__ import annotations
 
-import time
-from collections.abc import Mapping
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from adapter_merge.merge.checkpoint import open_checkpoint
 from adapter_merge.merge.errors import InputError
-from adapter_merge.merge.output import check_output, check_space, staged
+from adapter_merge.merge.output import staged
 
 from .adapter_file import packed
-from .adapter_source import factors_of
-from .decoder import build_decoder, check_decoder
+from .decoder import build_decoder
 from .factor_folder import Factors
-from .folder import Manifest, write_manifest
-from .insertion import insert_stacks
-from .runtime import check_packages, parse_device
-from .switchable import check_modules, export_bytes, figures, save_graph, switchable_layout
-from .targets import Target
+from .folder import save_graph, write_manifest
+from .insertion import insert_stacks, remove_stacks
+from .request import export_bytes, figures, open_request
+from .switchable import adapted_layout, check_modules
+from .targets import Layout, Target
 
 if TYPE_CHECKING:
     import onnx_ir as ir
 
 DATA = "adapters.onnx.data"
 ALIGNMENT = 4096
+Values = tuple[Any, Any, Any]  # A (k, R), B (R, n), s (n,) or None: one adapter on one target
 
 
-def export_batched(
-    base: str | Path,
-    adapters: Mapping[str, Path],
-    output: Path,
-    *,
-    precision: str = "fp32",
-    device: str = "cpu",
-    overwrite: bool = False,
-    dry_run: bool = False,
-) -> dict[str, Any]:
+def export_batched(base: str | Path, adapters: Mapping[str, Path], output: Path, **options: Any) -> dict[str, Any]:
     """Write an export of `base` that answers every sequence of a batch with its own adapter; figures.
 
-    Raises InputError, MismatchError, UnsupportedError, OutputError or MissingDependencyError before the build.
+    Options: see request.open_request. Raises InputError, MismatchError, UnsupportedError, OutputError or
+    MissingDependencyError before the build.
     """
-    from dataclasses import replace
-
-    started = time.perf_counter()
-    check_packages("onnxruntime_genai", "onnx_ir", "transformers")
-    kind, _ = parse_device(device)
-    checkpoint = open_checkpoint(base)
-    check_decoder(checkpoint.config, checkpoint.folder, precision, kind)
     if not adapters:
         raise InputError("a batched export without adapters", expected="at least one NAME=ADAPTER")
-    check_output(output, overwrite, (checkpoint.folder, *adapters.values()))
-    check_space(output, export_bytes(checkpoint, precision))
-    factors = {name: factors_of(checkpoint.folder, source) for name, source in adapters.items()}
-    check_modules(factors, checkpoint)
-    plan: dict[str, Any] = {
-        "mode": "batched",
-        "base": str(checkpoint.folder),
-        "precision": precision,
-        "device": kind,
-        "adapters": {name: figures(value) for name, value in factors.items()},
-    }
-    if dry_run:
-        return {**plan, "dry_run": True, "bytes_needed": export_bytes(checkpoint, precision)}
-    with staged(output, overwrite) as staging:
-        build_decoder(checkpoint.folder, staging, precision, kind)
+    request = open_request(base, adapters, output, mode="batched", **options)
+    needed = request.reserve(export_bytes(request.checkpoint, request.precision))
+    factors = request.factors()
+    check_modules(factors, request.checkpoint)
+    plan = request.plan({name: figures(value) for name, value in factors.items()})
+    if request.dry_run:
+        return {**plan, "dry_run": True, "bytes_needed": needed}
+    with staged(output, request.overwrite) as staging:
+        build_decoder(request.checkpoint.folder, staging, request.precision, request.device)
         import onnx_ir as ir
 
         model = ir.load(staging / "model.onnx")
-        layout = switchable_layout(model, checkpoint, factors, precision, kind)
-        layout = replace(layout, mode="batched", adapters=tuple(factors), branched=False)
-        stacks = {target.name: stack(target, list(factors.values())) for target in layout.targets}
-        present = {name: value for name, value in stacks.items() if value is not None}
-        insert_stacks(model, layout, present)
-        move_out(model, staging / DATA)
-        save_graph(model, staging / "model.onnx")
-        manifest = Manifest("decoder", "batched", precision, kind, checkpoint.folder, checkpoint.fingerprint)
+        layout = replace(adapted_layout(model, request, factors), adapters=tuple(factors))
+        slots = {
+            target.name: [packed(target, value.linears) for value in factors.values()] for target in layout.targets
+        }
+        count = _write_stacks(model, layout, slots, staging / DATA)
+        manifest = request.manifest()
         for slot, name in enumerate(factors, start=1):
             manifest.adapters[name] = {"source": str(adapters[name]), "file": DATA, "id": slot}
         write_manifest(staging, manifest)
+    return {**plan, "targets": count, **request.done()}
+
+
+def restack(
+    folder: Path, layout: Layout, factors: Mapping[str, Factors], sources: Mapping[str, Path]
+) -> dict[str, dict[str, Any]]:
+    """Write the stacks in `folder` again with `factors` in slots of their own; the manifest's new entries.
+
+    The new stacks get a new file before the graph that names it takes the old one's place, so that the export is
+    whole at every moment.
+    """
+    import onnx_ir as ir
+
+    model = ir.load(folder / "model.onnx")
+    old = {target.name: _slots(model.graph, target, len(layout.adapters)) for target in layout.targets}
+    names = [*layout.adapters, *(name for name in factors if name not in layout.adapters)]
+    slots = {
+        target.name: [
+            packed(target, factors[name].linears) if name in factors else old[target.name][index]
+            for index, name in enumerate(names)
+        ]
+        for target in layout.targets
+    }
+    remove_stacks(model, layout)
+    before = {path.name for path in folder.glob("adapters*.onnx.data")}
+    number = 1 + max(
+        (int(found[1]) for name in before if (found := re.fullmatch(r"adapters\.(\d+)\..*", name))), default=0
+    )
+    file = folder / f"adapters.{number}.onnx.data"
+    try:
+        _write_stacks(model, replace(layout, adapters=tuple(names)), slots, file)
+    except BaseException:
+        file.unlink(missing_ok=True)
+        raise
+    for name in before:
+        (folder / name).unlink()
     return {
-        **plan,
-        "output": str(output),
-        "targets": len(present),
-        "seconds": round(time.perf_counter() - started, 2),
+        name: {**({"source": str(sources[name])} if name in sources else {}), "file": file.name, "id": slot}
+        for slot, name in enumerate(names, start=1)
     }
 
 
-def stack(target: Target, adapters: list[Factors]) -> tuple[Any, Any, Any] | None:
+def _write_stacks(model: ir.Model, layout: Layout, slots: Mapping[str, Sequence[Values | None]], file: Path) -> int:
+    """Insert the stacks, write them to `file` and the graph beside it; how many targets have one."""
+    stacks = {target.name: stack(target, slots[target.name]) for target in layout.targets}
+    present = {name: value for name, value in stacks.items() if value is not None}
+    insert_stacks(model, layout, present)
+    move_out(model, file)
+    save_graph(model, file.with_name("model.onnx"))
+    return len(present)
+
+
+def _slots(graph: ir.Graph, target: Target, count: int) -> list[Values | None]:
+    """What the stacks of `target` hold for each of `count` adapters, in float32."""
+    import numpy as np
+
+    found = []
+    for name in (target.down_name, target.up_name, target.scale_name):
+        value = graph.initializers.get(name)
+        array = value.const_value.numpy() if value is not None and value.const_value is not None else None
+        found.append(None if array is None else np.array(array, np.float32))
+    down, up, scale = found
+    if down is None and scale is None:
+        return [None] * count
+    if down is None or up is None:
+        down, up = np.zeros((1 + count, target.k, 0), np.float32), np.zeros((1 + count, 0, target.n), np.float32)
+    return [(down[slot], up[slot], None if scale is None else scale[slot, 0]) for slot in range(1, 1 + count)]
+
+
+def stack(target: Target, values: Sequence[Values | None]) -> Values | None:
     """A (1 + adapters, k, R), B (1 + adapters, R, n) and s (1 + adapters, 1, n), any of them None where not needed.
 
     None when no adapter touches the target.
     """
     import numpy as np
 
-    values = [packed(target, factors.linears) for factors in adapters]
     if all(value is None for value in values):
         return None
     rank = max(value[0].shape[1] for value in values if value is not None)
-    slots = 1 + len(adapters)
+    slots = 1 + len(values)
     down = np.zeros((slots, target.k, rank), np.float32)
     up = np.zeros((slots, rank, target.n), np.float32)
     scale = np.ones((slots, 1, target.n), np.float32)

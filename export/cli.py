@@ -8,6 +8,7 @@ from typing import Any
 
 import click
 from adapter_merge.merge.cli import dry_run_option, emit, report_options, say
+from adapter_merge.merge.commands_combine import META, combination_options, stated_recipe
 from adapter_merge.merge.errors import InputError
 
 
@@ -20,7 +21,7 @@ from adapter_merge.merge.errors import InputError
     type=click.Choice(["merged", "switchable", "batched"]),
     default="merged",
     show_default=True,
-    help="merged: one adapter, or none, in the weights. switchable: one graph, adapters chosen at run time. "
+    help="merged: adapters, or none, in the weights. switchable: one graph, adapters chosen at run time. "
     "batched: another adapter for every sequence of a batch.",
 )
 @click.option(
@@ -31,9 +32,12 @@ from adapter_merge.merge.errors import InputError
     help="Of the weights. int4: blocks of 32, after merging; factors of switchable adapters stay in float.",
 )
 @click.option("--device", default="cpu", show_default=True, help="What the model is built for: cpu or cuda.")
-@click.option("--add", multiple=True, metavar="NAME=ADAPTER", help="Add an adapter to the switchable ONNX_DIR.")
+@click.option(
+    "--add", multiple=True, metavar="NAME=ADAPTER", help="Add an adapter to the switchable or batched ONNX_DIR."
+)
 @click.option("--base", "base_folder", help="With --add: the base, where it is not where it was.")
 @click.option("--overwrite", is_flag=True, help="Replace an output (with --add: an adapter) of that name.")
+@combination_options
 @dry_run_option
 @report_options
 def export(
@@ -58,16 +62,21 @@ def export(
     \b
     adapter-merge export BASE de=./german -o out
     adapter-merge export BASE de=./german fr=./french -o out --mode switchable
+    adapter-merge export BASE de=./german fr=./french --weight de=0.7 --combine ties -o out
     adapter-merge export out --add it=./italian
     """
     from .adapter_source import parse_adapters
 
+    recipe = None
+    if any(value not in (None, ()) for value in click.get_current_context().meta.get(META, {}).values()):
+        stated = stated_recipe((base, *adapters))
+        recipe = stated[1] if stated is not None else None
     if add:
-        if adapters or output is not None or dry_run:
+        if adapters or output is not None or dry_run or recipe is not None:
             raise InputError(
                 "--add takes the export's folder and nothing else", hint="export ONNX_DIR --add NAME=ADAPTER"
             )
-        from .switchable import add_adapters
+        from .adding import add_adapters
 
         report = add_adapters(Path(base), parse_adapters(add), base=base_folder, overwrite=overwrite)
     else:
@@ -78,10 +87,20 @@ def export(
         from .exporting import export_model
 
         named = parse_adapters(adapters)
+        if recipe is not None and not named:  # a recipe's file names them
+            named = parse_adapters(tuple(f"{item.name}={item.path}" for item in recipe.ingredients))
         if not dry_run:
             say(f"exporting {base} ({mode}, {precision})", quiet=quiet)
         report = export_model(
-            base, named, output, mode=mode, precision=precision, device=device, overwrite=overwrite, dry_run=dry_run
+            base,
+            named,
+            output,
+            mode=mode,
+            precision=precision,
+            device=device,
+            overwrite=overwrite,
+            dry_run=dry_run,
+            recipe=recipe,
         )
     if as_json:
         emit(report)

@@ -4,10 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from adapter_merge.merge.checkpoint import open_checkpoint
 from adapter_merge.merge.errors import InputError
+
+if TYPE_CHECKING:
+    from adapter_merge.merge.recipe import Recipe
 
 MODES = ("merged", "switchable", "batched")
 
@@ -22,13 +25,18 @@ def export_model(
     device: str = "cpu",
     overwrite: bool = False,
     dry_run: bool = False,
+    recipe: Recipe | None = None,
 ) -> dict[str, Any]:
     """Export `base` with `adapters` to `output`; figures of what was done (see the three modes' functions).
+
+    recipe: merged only, how the adapters are combined; their plain sum when not given.
 
     Raises InputError, MismatchError, UnsupportedError, OutputError or MissingDependencyError before long work.
     """
     if mode not in MODES:
         raise InputError(f"unknown mode {mode!r}", expected=", ".join(MODES))
+    if recipe is not None and mode != "merged":
+        raise InputError(f"a {mode} export keeps its adapters apart: nothing to combine", expected="--mode merged")
     architecture = (open_checkpoint(base).config.get("architectures") or ["(none)"])[0]
     from .traced import TRACED, export_traced
 
@@ -39,11 +47,11 @@ def export_model(
         "dry_run": dry_run,
     }
     if architecture in TRACED:
-        return export_traced(base, adapters, output, mode=mode, **options)
+        return export_traced(base, adapters, output, mode=mode, recipe=recipe, **options)
     if mode == "merged":
         from .merged import export_merged
 
-        return export_merged(base, adapters, output, **options)
+        return export_merged(base, adapters, output, recipe=recipe, **options)
     if mode == "switchable":
         from .switchable import export_switchable
 

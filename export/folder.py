@@ -5,11 +5,17 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from adapter_merge.merge import output
 from adapter_merge.merge.cards import card
 from adapter_merge.merge.errors import FileFormatError, InputError
+
+from .runtime import check_external_data
+from .targets import Layout, read_layout
+
+if TYPE_CHECKING:
+    import onnx_ir as ir
 
 ARTEFACT = "ONNX model"
 FORMAT_VERSION = 1
@@ -93,6 +99,27 @@ def read_export(folder: Path) -> Manifest:
         )
     except (KeyError, TypeError) as error:
         raise FileFormatError(f"{folder / output.MANIFEST}: incomplete ({error} is missing)") from error
+
+
+def save_graph(model: ir.Model, file: Path) -> None:
+    """Write the graph alone, in one step; its weights file stays as it is."""
+    import onnx_ir as ir
+
+    temporary = file.with_name(f".{file.name}.new")
+    try:
+        ir.save(model, temporary)
+        temporary.rename(file)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def folder_layout(folder: Path) -> Layout:
+    """The layout of the export in `folder`, from the graph alone. Raises InputError or FileFormatError."""
+    file = folder / "model.onnx"
+    check_external_data(file)
+    import onnx_ir as ir
+
+    return read_layout(ir.load(file).metadata_props, str(file))
 
 
 def _versions() -> dict[str, str]:

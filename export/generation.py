@@ -18,10 +18,9 @@ from adapter_merge.merge.checkpoint import read_json
 from adapter_merge.merge.errors import InputError
 
 from .adapter_file import SUFFIX, check_adapter
-from .folder import read_export
+from .folder import folder_layout, read_export
 from .running import Decoder
 from .runtime import check_external_data, check_packages, parse_device, providers
-from .switchable import folder_layout
 
 BASE = "base"  # what --adapter calls the model without an adapter
 

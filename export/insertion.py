@@ -48,14 +48,9 @@ def insert_stacks(
 
     dtype = ir.DataType[_IR_NAMES[layout.dtype]]
     graph = model.graph
-    ids = ir.Value(
-        name="adapter_ids",
-        shape=ir.Shape(["adapter_batch_size"]),
-        type=ir.TensorType(ir.DataType.INT64),
-        const_value=ir.tensor(np.zeros(1, np.int64), name="adapter_ids"),
-    )
-    graph.inputs.append(ids)
-    graph.register_initializer(ids)
+    ids = graph.initializers.get(IDS)
+    if ids is None:
+        ids = optional_input(graph, IDS, ["adapter_batch_size"], np.zeros(1), ir.DataType.INT64)
     nodes = {node.name: node for node in graph}
     for target in layout.targets:
         if target.name not in stacks:
@@ -80,6 +75,34 @@ def insert_stacks(
             suffix = f"_{number}" if number else ""
             attach(graph, nodes[node_name], target.name + suffix, *gathered)
     stamp(model, layout)
+
+
+def remove_stacks(model: ir.Model, layout: Layout) -> None:
+    """Take out what insert_stacks put in, adapter_ids apart."""
+    import onnx_ir as ir
+
+    graph = model.graph
+    nodes = {node.name: node for node in graph}
+    for target in layout.targets:
+        for number, product in enumerate(target.nodes):
+            name = target.name + (f"_{number}" if number else "")
+            parts = [nodes.get(f"/{name}/{end}") for end in _ADDED]
+            present = [node for node in parts if node is not None]
+            if not present:
+                continue
+            y, value = nodes[product].outputs[0], present[-1].outputs[0]
+            output = value in graph.outputs
+            kept = value.name
+            ir.convenience.replace_all_uses_with(value, y, replace_graph_outputs=True)
+            # the Add (or Mul) that begins the chain reads y itself
+            graph.remove(reversed(present), safe=True)
+            if output:
+                y.name = kept
+        for name in (target.down_name, target.up_name, target.scale_name):
+            gather = nodes.get(f"/{name}/Gather")
+            if gather is not None:
+                graph.remove(gather, safe=True)
+                del graph.initializers[name]
 
 
 def attach(
@@ -125,6 +148,8 @@ def stamp(model: ir.Model, layout: Layout) -> None:
     model.metadata_props.update(layout.metadata())
 
 
+IDS = "adapter_ids"
+_ADDED = ("lora_A/MatMul", "lora_B/MatMul", "lora/Add", "out_scale/Mul")  # as attach names them, in its order
 _IR_NAMES = {"float32": "FLOAT", "float16": "FLOAT16", "bfloat16": "BFLOAT16"}
 
 

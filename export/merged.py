@@ -1,108 +1,106 @@
-"""A model with one adapter merged into it (or with none): nothing can be switched, nothing costs anything.
+"""A model with adapters merged into it (or with none): nothing can be switched, nothing costs anything.
 
-The adapter is merged before the builder sees the weights, in float32 arithmetic with one rounding, so an int4
-export quantises the merged weights.
+Adapters are merged before the builder sees the weights, in float32 arithmetic with one rounding, so an int4
+export quantises the merged weights. Several are combined as `adapter-merge merge` combines them.
 """
 
 from __future__ import annotations
 
+import shutil
 import time
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from adapter_merge.merge.checkpoint import open_checkpoint
-from adapter_merge.merge.errors import InputError
-from adapter_merge.merge.output import check_output, check_space, staged
+from adapter_merge.merge.output import staged
 
-from .decoder import build_decoder, check_decoder, io_dtype
-from .folder import Manifest, write_manifest
+from .decoder import build_decoder
+from .folder import Manifest, save_graph, write_manifest
 from .insertion import stamp
-from .runtime import check_packages, parse_device
-from .switchable import export_bytes, save_graph
-from .targets import Layout
+from .request import Request, export_bytes, open_request
+
+if TYPE_CHECKING:
+    import onnx_ir as ir
+    from adapter_merge.merge.recipe import Recipe
 
 DTYPES = {"fp32": "float32", "int4": "float32", "fp16": "float16", "bf16": "bfloat16"}
 
 
 def export_merged(
-    base: str | Path,
-    adapters: Mapping[str, Path],
-    output: Path,
-    *,
-    precision: str = "fp32",
-    device: str = "cpu",
-    overwrite: bool = False,
-    dry_run: bool = False,
+    base: str | Path, adapters: Mapping[str, Path], output: Path, *, recipe: Recipe | None = None, **options: Any
 ) -> dict[str, Any]:
-    """Write the export of `base` with at most one adapter merged into it to `output`; figures of what was done.
+    """Write the export of `base` with `adapters` merged into it to `output`; figures of what was done.
 
-    Disk: the merged checkpoint lies beside the output while the builder reads it. Raises InputError,
-    MismatchError, UnsupportedError, OutputError or MissingDependencyError before the build.
+    recipe: how several adapters go together; their plain sum when not given. Other options: see
+    request.open_request. Disk: the merged checkpoint lies beside the output while the builder reads it.
+
+    Raises InputError, MismatchError, UnsupportedError, OutputError or MissingDependencyError before the build.
     """
-    started = time.perf_counter()
-    check_packages("onnxruntime_genai", "onnx_ir", "transformers")
-    kind, _ = parse_device(device)
-    checkpoint = open_checkpoint(base)
-    check_decoder(checkpoint.config, checkpoint.folder, precision, kind)
-    check_single(adapters)
-    check_output(output, overwrite, (checkpoint.folder, *adapters.values()))
-    need = export_bytes(checkpoint, precision) + (export_bytes(checkpoint, "fp32") if adapters else 0)
-    check_space(output, need)
-    plan: dict[str, Any] = {
-        "mode": "merged",
-        "base": str(checkpoint.folder),
-        "precision": precision,
-        "device": kind,
-        "adapters": {name: {"source": str(source)} for name, source in adapters.items()},
-    }
-    from adapter_merge.merge.merging import merge
-
-    if dry_run:
-        for source in adapters.values():
-            merge(checkpoint.folder, source, output.with_name(f".{output.name}.merged"), dry_run=True, device="cpu")
-        return {**plan, "dry_run": True, "bytes_needed": need}
-    with staged(output, overwrite) as staging:
-        weights = checkpoint.folder
-        manifest = Manifest("decoder", "merged", precision, kind, checkpoint.folder, checkpoint.fingerprint)
-        for name, source in adapters.items():
-            weights = staging / "merged"
-            content = merge(checkpoint.folder, source, weights, dtype=DTYPES[precision], device="cpu")
-            entry = content["adapters"][0]
-            manifest.adapters[name] = {"source": str(source), "method": entry["method"], "sha256": entry["sha256"]}
-        merged_at = time.perf_counter()
-        build_decoder(weights, staging, precision, kind)
+    request = open_request(base, adapters, output, mode="merged", **options)
+    checkpoint = request.checkpoint
+    needed = export_bytes(checkpoint, request.precision) + (export_bytes(checkpoint, "fp32") if adapters else 0)
+    request.reserve(needed)
+    plan = request.plan({name: {"source": str(source)} for name, source in adapters.items()})
+    if request.dry_run:
         if adapters:
-            _remove(staging / "merged")
+            merge_adapters(request, recipe, output.with_name(f".{output.name}.merged"), dry_run=True)
+        return {**plan, "dry_run": True, "bytes_needed": needed}
+    with staged(output, request.overwrite) as staging:
+        manifest = request.manifest()
+        weights = checkpoint.folder
+        if adapters:
+            weights = staging / "merged"
+            add_merged(manifest, merge_adapters(request, recipe, weights), recipe)
+        merged_at = time.perf_counter()
+        build_decoder(weights, staging, request.precision, request.device)
+        if adapters:
+            shutil.rmtree(weights)
         import onnx_ir as ir
 
         model = ir.load(staging / "model.onnx")
-        dtype = io_dtype(precision, kind)
-        stamp(model, Layout("merged", checkpoint.fingerprint, precision, dtype, (), {}, tuple(adapters)))
-        for name, entry in manifest.adapters.items():
-            model.metadata_props[f"adapter_merge.adapter.{name}"] = entry["sha256"]
+        stamp_merged(model, request, manifest)
         save_graph(model, staging / "model.onnx")
         write_manifest(staging, manifest)
+    return {**plan, "merge_seconds": round(merged_at - request.started, 2), **request.done()}
+
+
+def merge_adapters(
+    request: Request, recipe: Recipe | None, output: Path, dry_run: bool = False
+) -> dict[str, dict[str, Any]]:
+    """Write the checkpoint with the request's adapters in it to `output`; name -> source, method, sha256."""
+    options: dict[str, Any] = {"dtype": DTYPES[request.precision], "device": "cpu", "dry_run": dry_run}
+    folder, adapters = request.checkpoint.folder, request.adapters
+    if len(adapters) == 1 and recipe is None:
+        from adapter_merge.merge.merging import merge
+
+        names = list(adapters)
+        content = merge(folder, adapters[names[0]], output, **options)
+    else:
+        from adapter_merge.merge.combination import Settings
+        from adapter_merge.merge.combining import combine
+        from adapter_merge.merge.recipe import Ingredient, make_recipe
+
+        if recipe is None:
+            recipe = make_recipe([Ingredient(name, str(path)) for name, path in adapters.items()], Settings())
+        names = [item.name for item in recipe.ingredients]
+        content = combine(recipe, output, folder, **options)
     return {
-        **plan,
-        "output": str(output),
-        "merge_seconds": round(merged_at - started, 2),
-        "seconds": round(time.perf_counter() - started, 2),
+        name: {"source": str(adapters[name]), "method": entry["method"], "sha256": entry["sha256"]}
+        for name, entry in zip(names, content["adapters"], strict=True)
     }
 
 
-def check_single(adapters: Mapping[str, Path]) -> None:
-    """Raise InputError unless there is at most one adapter."""
-    if len(adapters) > 1:
-        raise InputError(
-            "a merged export holds one adapter",
-            expected="at most one NAME=ADAPTER",
-            got=", ".join(adapters),
-            hint="--mode switchable or --mode batched holds many; adapter-merge merge, twice, puts one upon the other",
-        )
+def add_merged(manifest: Manifest, entries: Mapping[str, dict[str, Any]], recipe: Recipe | None) -> None:
+    """Say in `manifest` what was merged, and how it was combined."""
+    manifest.adapters |= entries
+    if recipe is not None:
+        manifest.options["combination"] = recipe.as_json()
 
 
-def _remove(folder: Path) -> None:
-    import shutil
+def stamp_merged(model: ir.Model, request: Request, manifest: Manifest) -> None:
+    """Name base and adapters, with their hashes, in the graph's metadata."""
+    from dataclasses import replace
 
-    shutil.rmtree(folder)
+    stamp(model, replace(request.layout(), adapters=tuple(manifest.adapters)))
+    for name, entry in manifest.adapters.items():
+        model.metadata_props[f"adapter_merge.adapter.{name}"] = entry["sha256"]

@@ -13,27 +13,26 @@ import re
 import subprocess
 import sys
 import tempfile
-import time
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from adapter_merge.merge.checkpoint import Checkpoint, open_checkpoint
-from adapter_merge.merge.errors import AdapterMergeError, MismatchError, Problem, UnsupportedError, raise_all
-from adapter_merge.merge.output import check_output, check_space, staged
+from adapter_merge.merge.errors import AdapterMergeError, Problem, UnsupportedError, raise_all
+from adapter_merge.merge.output import staged
 
-from .adapter_file import SUFFIX, match_factors, write_adapter
-from .adapter_source import factors_of
+from .adapter_file import match_all
 from .factor_folder import Factors
-from .folder import Manifest, write_manifest
-from .insertion import insert_switches, make_optional, split_gemm, stamp
-from .merged import check_single
-from .runtime import check_packages, parse_device
-from .switchable import export_bytes, figures, save_graph
-from .targets import Layout, Part, Target
+from .folder import Manifest, save_graph, write_manifest
+from .insertion import insert_switches, make_optional, split_gemm
+from .merged import add_merged, merge_adapters, stamp_merged
+from .request import Request, export_bytes, figures, open_request
+from .switchable import write_adapters
+from .targets import Part, Target
 
 if TYPE_CHECKING:
     import onnx_ir as ir
+    from adapter_merge.merge.recipe import Recipe
 
 FAMILIES = {"bert": "Bert", "roberta": "Roberta", "deberta-v2": "DebertaV2"}
 TASKS = {
@@ -53,59 +52,36 @@ def export_traced(
     output: Path,
     *,
     mode: str = "merged",
-    precision: str = "fp32",
-    device: str = "cpu",
-    overwrite: bool = False,
-    dry_run: bool = False,
+    recipe: Recipe | None = None,
+    **options: Any,
 ) -> dict[str, Any]:
-    """Write the export of an encoder or GPT-2 to `output`; figures of what was done.
+    """Write the export of an encoder or GPT-2 to `output`; figures. Options: see request.open_request.
 
     Raises InputError, MismatchError, UnsupportedError, OutputError or MissingDependencyError before the trace.
     """
-    started = time.perf_counter()
-    check_packages("onnx_ir", "onnxscript", "transformers")
-    kind, _ = parse_device(device)
-    checkpoint = open_checkpoint(base)
     problems = []
     if mode == "batched":
         problems.append(Problem("--mode batched is for decoders of the model builder", "merged or switchable"))
-    if precision != "fp32":
+    if (precision := options.get("precision", "fp32")) != "fp32":
         problems.append(Problem(f"{precision} is for decoders of the model builder", "--precision fp32", precision))
     raise_all(problems, UnsupportedError)
-    if mode == "merged":
-        check_single(adapters)
-    check_output(output, overwrite, (checkpoint.folder, *adapters.values()))
-    check_space(output, export_bytes(checkpoint, "fp32") * (2 if mode == "merged" and adapters else 1))
-    factors = {name: factors_of(checkpoint.folder, source) for name, source in adapters.items()}
-    name_of_class = task_class(checkpoint, factors)
-    plan: dict[str, Any] = {
-        "mode": mode,
-        "base": str(checkpoint.folder),
-        "class": name_of_class,
-        "precision": precision,
-        "device": kind,
-        "adapters": {name: figures(value) for name, value in factors.items()},
-    }
-    if dry_run:
-        return {**plan, "dry_run": True}
-    manifest = Manifest(
-        "decoder" if name_of_class == GPT2 else "encoder",
-        mode,
-        precision,
-        kind,
-        checkpoint.folder,
-        checkpoint.fingerprint,
-        options={"class": name_of_class},
-    )
-    with staged(output, overwrite) as staging:
+    request = open_request(base, adapters, output, mode=mode, traced=True, **options)
+    needed = request.reserve(export_bytes(request.checkpoint, "fp32") * (2 if mode == "merged" and adapters else 1))
+    factors = request.factors()
+    name_of_class = task_class(request.checkpoint, factors)
+    plan = request.plan({name: figures(value) for name, value in factors.items()}) | {"class": name_of_class}
+    if request.dry_run:
+        return {**plan, "dry_run": True, "bytes_needed": needed}
+    manifest = request.manifest("decoder" if name_of_class == GPT2 else "encoder", **{"class": name_of_class})
+    with staged(output, request.overwrite) as staging:
         if mode == "merged":
-            _trace_merged(checkpoint, adapters, name_of_class, staging, manifest)
+            _trace_merged(request, recipe, name_of_class, staging, manifest)
         else:
-            _trace_switchable(checkpoint, adapters, factors, name_of_class, staging, manifest)
-        copy_side_files(checkpoint, staging)
+            _trace_switchable(request, factors, name_of_class, staging, manifest)
+        copy_side_files(request.checkpoint, staging)
         write_manifest(staging, manifest)
     sizes = {name: entry["bytes"] for name, entry in manifest.adapters.items() if "bytes" in entry}
-    return {**plan, "output": str(output), "adapter_bytes": sizes, "seconds": round(time.perf_counter() - started, 2)}
+    return {**plan, "adapter_bytes": sizes, **request.done()}
 
 
 def task_class(checkpoint: Checkpoint, factors: Mapping[str, Factors]) -> str:
@@ -130,36 +106,29 @@ def task_class(checkpoint: Checkpoint, factors: Mapping[str, Factors]) -> str:
 
 
 def _trace_merged(
-    checkpoint: Checkpoint, adapters: Mapping[str, Path], name_of_class: str, staging: Path, manifest: Manifest
+    request: Request, recipe: Recipe | None, name_of_class: str, staging: Path, manifest: Manifest
 ) -> None:
     import onnx_ir as ir
-    from adapter_merge.merge.merging import merge
 
     with tempfile.TemporaryDirectory(prefix=".merged-", dir=staging.parent) as temporary:
-        weights = checkpoint.folder
-        for name, source in adapters.items():
+        weights = request.checkpoint.folder
+        if request.adapters:
             weights = Path(temporary) / "model"
-            content = merge(checkpoint.folder, source, weights, dtype="float32", device="cpu")
-            entry = content["adapters"][0]
-            manifest.adapters[name] = {"source": str(source), "method": entry["method"], "sha256": entry["sha256"]}
+            add_merged(manifest, merge_adapters(request, recipe, weights), recipe)
         shapes = {name: ref.shape for name, ref in open_checkpoint(weights).tensors.items()}
         trace(weights, staging, name_of_class, label_count(name_of_class, shapes), keep=())
     model = ir.load(staging / "model.onnx")
     _clean(model)
-    stamp(model, Layout("merged", checkpoint.fingerprint, "fp32", "float32", (), {}, tuple(adapters)))
+    stamp_merged(model, request, manifest)
     save_graph(model, staging / "model.onnx")
 
 
 def _trace_switchable(
-    checkpoint: Checkpoint,
-    adapters: Mapping[str, Path],
-    factors: Mapping[str, Factors],
-    name_of_class: str,
-    staging: Path,
-    manifest: Manifest,
+    request: Request, factors: Mapping[str, Factors], name_of_class: str, staging: Path, manifest: Manifest
 ) -> None:
     import onnx_ir as ir
 
+    checkpoint = request.checkpoint
     shapes: dict[str, tuple[int, ...]] = {name: ref.shape for name, ref in checkpoint.tensors.items()}
     for value in factors.values():
         for name, tensor in value.replacements.items():
@@ -168,24 +137,14 @@ def _trace_switchable(
     trace(checkpoint.folder, staging, name_of_class, label_count(name_of_class, shapes), keep=tuple(sorted(replaced)))
     model = ir.load(staging / "model.onnx")
     named = {module for value in factors.values() for module in value.linears}
-    targets = traced_targets(model, named)
-    heads = {name: name for name in head_tensors(model, replaced)}
-    layout = Layout("switchable", checkpoint.fingerprint, "fp32", "float32", targets, heads)
-    problems: list[Problem] = []
-    for value in factors.values():
-        try:
-            match_factors(value, layout)
-        except MismatchError as error:
-            problems.extend(error.problems)
-    raise_all(problems, MismatchError)
+    layout = request.layout(traced_targets(model, named), {name: name for name in head_tensors(model, replaced)})
+    match_all(factors, layout)
     insert_switches(model, layout)
-    for name in heads:
+    for name in layout.heads:
         make_optional(model, name)
     _clean(model)
     save_graph(model, staging / "model.onnx")
-    for name, value in factors.items():
-        size = write_adapter(value, layout, staging / f"{name}{SUFFIX}")
-        manifest.adapters[name] = {"source": str(adapters[name]), "file": f"{name}{SUFFIX}", "bytes": size}
+    manifest.adapters |= write_adapters(factors, request.adapters, layout, staging)
 
 
 def trace(checkpoint: Path, output: Path, name_of_class: str, labels: int | None, keep: tuple[str, ...]) -> None:

@@ -13,10 +13,9 @@ from typing import Any
 
 from adapter_merge.merge.errors import InputError, MismatchError
 
-from .folder import Manifest, read_export
+from .folder import Manifest, folder_layout, read_export
 from .running import Decoder
 from .runtime import check_packages
-from .switchable import folder_layout
 
 BARS: Mapping[str, float] = {"fp32": 1e-3, "fp16": 0.25, "bf16": 2.0}
 TOKENS = 256  # positions compared when no prompt is given

@@ -8,15 +8,18 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from click.testing import CliRunner
+from pico_models import save_lora, save_pico
 
 pytest.importorskip("onnxruntime_genai")
 
+from adapter_merge.export.adding import add_adapters
 from adapter_merge.export.batched import export_batched
 from adapter_merge.export.folder import read_export
 from adapter_merge.export.merged import export_merged
 from adapter_merge.export.running import Decoder, run_all
 from adapter_merge.export.switchable import export_switchable
-from adapter_merge.merge.errors import InputError
+from adapter_merge.merge.errors import AdapterMergeError, InputError, OutputError
 
 pytestmark = pytest.mark.onnx
 NAMES = ("lora", "rslora", "dora", "dude", "dcft")
@@ -49,9 +52,68 @@ def test_merged(pico: Path, adapters: dict[str, Path], reference: Reference, tmp
     assert read_export(tmp_path / "out").adapters[name]["sha256"]
 
 
-def test_merged_takes_one_adapter(pico: Path, adapters: dict[str, Path], tmp_path: Path) -> None:
-    with pytest.raises(InputError, match="one adapter"):
-        export_merged(pico, {name: adapters[name] for name in NAMES}, tmp_path / "out")
+def test_merged_combines_as_merge_does(pico: Path, adapters: dict[str, Path], tmp_path: Path) -> None:
+    from adapter_merge.merge.cli import group
+    from adapter_merge.merge.combination import Settings
+    from adapter_merge.merge.combining import combine
+    from adapter_merge.merge.recipe import Ingredient, make_recipe
+    from transformers import AutoModelForCausalLM
+
+    named = [f"{name}={adapters[name]}" for name in ("lora", "dcft")]
+    options = ["--weight", "lora=0.7", "--combine", "ties", "--density", "0.5"]
+    command = ["export", str(pico), *named, *options, "-o", str(tmp_path / "ties")]
+    assert CliRunner().invoke(group, command).exit_code == 0
+    export_merged(pico, {name: adapters[name] for name in ("lora", "dcft")}, tmp_path / "sum")
+    weights = {"ties": (0.7, Settings("ties", 0.5)), "sum": (1.0, Settings())}
+    for name, (weight, settings) in weights.items():
+        items = [Ingredient("lora", str(adapters["lora"]), weight), Ingredient("dcft", str(adapters["dcft"]))]
+        combine(make_recipe(items, settings), tmp_path / f"{name}-merged", pico, device="cpu", dtype="float32")
+        model = AutoModelForCausalLM.from_pretrained(tmp_path / f"{name}-merged").double().eval()
+        with torch.no_grad():
+            expected = model(torch.tensor([ALL])).logits[0]
+        assert difference(run_all(Decoder(tmp_path / name, threads=1), None, TOKENS), expected) < BAR
+        assert set(read_export(tmp_path / name).adapters) == {"lora", "dcft"}
+    assert read_export(tmp_path / "ties").options["combination"]["method"] == "ties"
+    refused = CliRunner().invoke(group, [*command[:-1], str(tmp_path / "no"), "--mode", "switchable"])
+    assert isinstance(refused.exception, InputError)
+    assert not (tmp_path / "no").exists()
+
+
+def test_adapters_are_added_to_a_batched_export(
+    pico: Path, adapters: dict[str, Path], reference: Reference, tmp_path: Path
+) -> None:
+    """Of a wider rank, on other linears and with row scales: the stacks grow, the base's weights stay."""
+    folder = tmp_path / "out"
+    export_batched(pico, {"lora": adapters["lora"]}, folder)
+    weights = (folder / "model.onnx.data").stat()
+    rows: list[str | None] = [None, "lora"]
+    for name in ("rslora", "dude", "dcft"):
+        add_adapters(folder, {name: adapters[name]})
+        rows.append(name)
+        decoder = Decoder(folder, threads=1)
+        cache = decoder.start(len(ALL), rows)
+        logits = decoder.step(cache, np.tile(np.asarray([ALL]), (len(rows), 1)))
+        for row, wanted in enumerate(rows):
+            assert difference(logits[row], reference(pico, adapters[wanted] if wanted else None, ALL)) < BAR
+    assert (folder / "model.onnx.data").stat() == weights
+    assert len(list(folder.glob("adapters*.onnx.data"))) == 1
+    assert [entry["id"] for entry in read_export(folder).adapters.values()] == [1, 2, 3, 4]
+    with pytest.raises(OutputError, match="dcft"):
+        add_adapters(folder, {"dcft": adapters["dora"]})
+    add_adapters(folder, {"lora": adapters["dora"]}, overwrite=True)
+    got = run_all(Decoder(folder, threads=1), "lora", TOKENS)
+    assert difference(got, reference(pico, adapters["dora"], ALL)) < BAR
+
+
+def test_an_adapter_that_does_not_fit_leaves_a_batched_export_as_it_was(
+    pico: Path, batched: Path, tmp_path: Path
+) -> None:
+    before = {path.name: path.stat().st_mtime_ns for path in batched.iterdir()}
+    other = save_pico(tmp_path / "other", "llama", hidden_size=32)
+    wrong = save_lora(other, tmp_path / "wrong", 1)
+    with pytest.raises(AdapterMergeError):
+        add_adapters(batched, {"wrong": wrong})
+    assert {path.name: path.stat().st_mtime_ns for path in batched.iterdir()} == before
 
 
 def test_every_row_of_a_batch_has_its_own_adapter(

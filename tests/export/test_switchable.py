@@ -18,11 +18,12 @@ pytest.importorskip("onnxruntime_genai")
 
 from adapter_merge.export.adapter_file import load_tensors, match_factors, write_adapter
 from adapter_merge.export.adapter_source import factors_of
+from adapter_merge.export.adding import add_adapters
 from adapter_merge.export.factor_folder import Factors, LinearFactors
-from adapter_merge.export.folder import read_export
+from adapter_merge.export.folder import folder_layout, read_export
 from adapter_merge.export.running import Decoder, run_all
 from adapter_merge.export.runtime import check_packages, open_session
-from adapter_merge.export.switchable import add_adapters, export_switchable, folder_layout
+from adapter_merge.export.switchable import export_switchable
 from adapter_merge.merge.errors import (
     AdapterMergeError,
     FileFormatError,

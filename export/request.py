@@ -1,0 +1,117 @@
+"""What an export begins with, in every mode: the base opened, everything that can be wrong found before long work."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from adapter_merge.merge.checkpoint import Checkpoint, open_checkpoint
+from adapter_merge.merge.output import check_output, check_space
+
+from .adapter_source import factors_of
+from .decoder import BYTES_PER_WEIGHT, check_decoder, io_dtype
+from .factor_folder import Factors
+from .folder import Manifest
+from .runtime import check_packages, parse_device
+from .targets import Layout, Target
+
+
+@dataclass(frozen=True)
+class Request:
+    """One export, checked as far as it can be without reading an adapter."""
+
+    mode: str
+    checkpoint: Checkpoint
+    adapters: Mapping[str, Path]
+    output: Path
+    precision: str
+    device: str  # "cpu" or "cuda"
+    overwrite: bool
+    dry_run: bool
+    started: float = field(default_factory=time.perf_counter)
+
+    def factors(self) -> dict[str, Factors]:
+        """Every adapter as factors on the base."""
+        return {name: factors_of(self.checkpoint.folder, source) for name, source in self.adapters.items()}
+
+    def reserve(self, nbytes: int) -> int:
+        """`nbytes`, which the disk of the output has. Raises OutputError when it has not."""
+        check_space(self.output, nbytes)
+        return nbytes
+
+    def plan(self, adapters: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
+        """The head of the report."""
+        return {
+            "mode": self.mode,
+            "base": str(self.checkpoint.folder),
+            "precision": self.precision,
+            "device": self.device,
+            "adapters": dict(adapters),
+        }
+
+    def manifest(self, kind: str = "decoder", **options: Any) -> Manifest:
+        """The manifest of this export, still without adapters."""
+        checkpoint = self.checkpoint
+        return Manifest(
+            kind, self.mode, self.precision, self.device, checkpoint.folder, checkpoint.fingerprint, options=options
+        )
+
+    def layout(self, targets: tuple[Target, ...] = (), heads: Mapping[str, str] | None = None) -> Layout:
+        """The layout of this export's graph. A decoder's layers are branched off, but not on CUDA, whose graphs
+        know no If."""
+        dtype = io_dtype(self.precision, self.device)
+        return Layout(self.mode, self.checkpoint.fingerprint, self.precision, dtype, targets, dict(heads or {}))
+
+    def done(self) -> dict[str, Any]:
+        """The tail of the report."""
+        return {"output": str(self.output), "seconds": round(time.perf_counter() - self.started, 2)}
+
+
+def open_request(
+    base: str | Path,
+    adapters: Mapping[str, Path],
+    output: Path,
+    *,
+    mode: str,
+    precision: str = "fp32",
+    device: str = "cpu",
+    overwrite: bool = False,
+    dry_run: bool = False,
+    traced: bool = False,
+) -> Request:
+    """Open `base` and check packages, device, architecture (of the model builder, unless `traced`) and output.
+
+    Raises InputError, UnsupportedError, OutputError or MissingDependencyError.
+    """
+    check_packages("onnxscript" if traced else "onnxruntime_genai", "onnx_ir", "transformers")
+    kind, _ = parse_device(device)
+    checkpoint = open_checkpoint(base)
+    if not traced:
+        check_decoder(checkpoint.config, checkpoint.folder, precision, kind)
+    check_output(output, overwrite, (checkpoint.folder, *adapters.values()))
+    return Request(mode, checkpoint, adapters, output, precision, kind, overwrite, dry_run)
+
+
+def export_bytes(checkpoint: Checkpoint, precision: str) -> int:
+    """Disk that an export needs, generously: every weight once in its precision, and 64 MB."""
+    elements = sum(math.prod(ref.shape) for ref in checkpoint.tensors.values())
+    if not checkpoint.config.get("tie_word_embeddings", False) and precision == "int4":
+        return int(elements * 2) + 2**26  # embeddings stay in floating point
+    return int(elements * BYTES_PER_WEIGHT.get(precision, 4.0) * 1.1) + 2**26
+
+
+def figures(factors: Factors) -> dict[str, Any]:
+    """What an adapter is, for reports: linears, ranks, row scales."""
+    return {
+        "source": str(factors.source),
+        "method": factors.method,
+        "relative_error": factors.error,
+        "linears": len(factors.linears),
+        "max_rank": factors.max_rank,
+        "row_scaled": sum(linear.row_scale is not None for linear in factors.linears.values()),
+        "replaced": len(factors.replacements),
+    }
