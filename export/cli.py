@@ -8,7 +8,7 @@ from typing import Any
 
 import click
 from adapter_merge.merge.cli import dry_run_option, emit, report_options, say
-from adapter_merge.merge.commands_combine import META, combination_options, stated_recipe
+from adapter_merge.merge.commands_combine import combination_options, has_combination, stated_inputs
 from adapter_merge.merge.errors import InputError
 
 
@@ -67,10 +67,7 @@ def export(
     """
     from .adapter_source import parse_adapters
 
-    recipe = None
-    if any(value not in (None, ()) for value in click.get_current_context().meta.get(META, {}).values()):
-        stated = stated_recipe((base, *adapters))
-        recipe = stated[1] if stated is not None else None
+    recipe: Any = stated_inputs((base, *adapters)).adapter if has_combination() else None
     if add:
         if adapters or output is not None or dry_run or recipe is not None:
             raise InputError(

@@ -69,21 +69,16 @@ def merge_adapters(
 ) -> dict[str, dict[str, Any]]:
     """Write the checkpoint with the request's adapters in it to `output`; name -> source, method, sha256."""
     options: dict[str, Any] = {"dtype": DTYPES[request.precision], "device": "cpu", "dry_run": dry_run}
-    folder, adapters = request.checkpoint.folder, request.adapters
-    if len(adapters) == 1 and recipe is None:
-        from adapter_merge.merge.merging import merge
+    from adapter_merge.merge.combination import Settings
+    from adapter_merge.merge.merging import merge
+    from adapter_merge.merge.recipe import Ingredient, make_recipe
 
-        names = list(adapters)
-        content = merge(folder, adapters[names[0]], output, **options)
-    else:
-        from adapter_merge.merge.combination import Settings
-        from adapter_merge.merge.combining import combine
-        from adapter_merge.merge.recipe import Ingredient, make_recipe
-
-        if recipe is None:
-            recipe = make_recipe([Ingredient(name, str(path)) for name, path in adapters.items()], Settings())
+    adapters, names = request.adapters, list(request.adapters)
+    if recipe is None and len(names) > 1:
+        recipe = make_recipe([Ingredient(name, str(path)) for name, path in adapters.items()], Settings())
+    if recipe is not None:
         names = [item.name for item in recipe.ingredients]
-        content = combine(recipe, output, folder, **options)
+    content = merge(request.checkpoint.folder, recipe or adapters[names[0]], output, **options)
     return {
         name: {"source": str(adapters[name]), "method": entry["method"], "sha256": entry["sha256"]}
         for name, entry in zip(names, content["adapters"], strict=True)

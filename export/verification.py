@@ -177,6 +177,12 @@ def find_adapter(
     folder: Path, entries: Mapping[str, Mapping[str, Any]], adapter: str | Path | None, name: str | None, mode: str
 ) -> str | None:
     """The name under which the export holds `adapter`. Raises InputError when that cannot be told."""
+    if mode == "merged" and len(entries) > 1:
+        raise InputError(
+            f"{folder}: a combination is merged into it, and it is held against one adapter alone",
+            got=", ".join(entries),
+            hint="merge the same combination with adapter-merge merge and verify that",
+        )
     if adapter is None:
         if mode == "merged" and entries:
             raise InputError(

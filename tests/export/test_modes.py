@@ -19,6 +19,7 @@ from adapter_merge.export.folder import read_export
 from adapter_merge.export.merged import export_merged
 from adapter_merge.export.running import Decoder, run_all
 from adapter_merge.export.switchable import export_switchable
+from adapter_merge.export.verification import verify_onnx
 from adapter_merge.merge.errors import AdapterMergeError, InputError, OutputError
 
 pytestmark = pytest.mark.onnx
@@ -55,7 +56,7 @@ def test_merged(pico: Path, adapters: dict[str, Path], reference: Reference, tmp
 def test_merged_combines_as_merge_does(pico: Path, adapters: dict[str, Path], tmp_path: Path) -> None:
     from adapter_merge.merge.cli import group
     from adapter_merge.merge.combination import Settings
-    from adapter_merge.merge.combining import combine
+    from adapter_merge.merge.merging import merge
     from adapter_merge.merge.recipe import Ingredient, make_recipe
     from transformers import AutoModelForCausalLM
 
@@ -67,13 +68,15 @@ def test_merged_combines_as_merge_does(pico: Path, adapters: dict[str, Path], tm
     weights = {"ties": (0.7, Settings("ties", 0.5)), "sum": (1.0, Settings())}
     for name, (weight, settings) in weights.items():
         items = [Ingredient("lora", str(adapters["lora"]), weight), Ingredient("dcft", str(adapters["dcft"]))]
-        combine(make_recipe(items, settings), tmp_path / f"{name}-merged", pico, device="cpu", dtype="float32")
+        merge(pico, make_recipe(items, settings), tmp_path / f"{name}-merged", device="cpu", dtype="float32")
         model = AutoModelForCausalLM.from_pretrained(tmp_path / f"{name}-merged").double().eval()
         with torch.no_grad():
             expected = model(torch.tensor([ALL])).logits[0]
         assert difference(run_all(Decoder(tmp_path / name, threads=1), None, TOKENS), expected) < BAR
         assert set(read_export(tmp_path / name).adapters) == {"lora", "dcft"}
     assert read_export(tmp_path / "ties").options["combination"]["method"] == "ties"
+    with pytest.raises(InputError, match="a combination is merged into it"):
+        verify_onnx(pico, adapters["lora"], tmp_path / "ties")
     refused = CliRunner().invoke(group, [*command[:-1], str(tmp_path / "no"), "--mode", "switchable"])
     assert isinstance(refused.exception, InputError)
     assert not (tmp_path / "no").exists()
