@@ -197,6 +197,63 @@ def test_mytransformers_that_cannot_be_known(base32: Path, tmp_path: Path) -> No
 # -- DCFT --------------------------------------------------------------------------------------------------
 
 
+def dcft_checkpoint(base: Path, folder: Path) -> tuple[dict[str, Tensor], None]:
+    """The reference's own form, kernel 4 x 4, and W' of its modules in float64."""
+    torch.manual_seed(9)
+    saved, expected = dict(load_file(base / "model.safetensors")), {}
+    for module in MODULES:
+        w0 = saved[f"{module}.weight"]
+        a, b, kernel = randoms(1, w0.shape[1] // 4), randoms(w0.shape[0] // 4, 1), randoms(1, 1, 4, 4)
+        image = (a.double().T @ b.double().T)[None, None]
+        dense = torch.nn.functional.conv_transpose2d(image, kernel.double(), stride=4)[0, 0]
+        expected[module] = w0.double() + dense.T * 8 / (4 + 1e-5)
+        saved |= {f"{module}.lora_A": a, f"{module}.lora_B": b, f"{module}.lora_C": kernel}
+        saved[f"{module}.ranknum"] = torch.tensor([4.0])
+    save_dcft(base, folder, saved)
+    return expected, None
+
+
+def dcft_channels(base: Path, folder: Path) -> tuple[dict[str, Tensor], None]:
+    """Three channels and the deconvolution's bias."""
+    torch.manual_seed(9)
+    saved, expected = dict(load_file(base / "model.safetensors")), {}
+    for module in MODULES:
+        w0 = saved[f"{module}.weight"]
+        a, b = randoms(3, 2, w0.shape[1] // 4), randoms(3, w0.shape[0] // 4, 2)
+        kernel, constant = randoms(3, 1, 4, 4), randoms(1)
+        image = torch.stack([one.double().T @ two.double().T for one, two in zip(a, b, strict=True)])[None]
+        dense = torch.nn.functional.conv_transpose2d(image, kernel.double(), constant.double(), stride=4)[0, 0]
+        expected[module] = w0.double() + dense.T * 8 / (4 + 1e-5)
+        saved |= {f"{module}.lora_A": a, f"{module}.lora_B": b, f"{module}.lora_C.weight": kernel}
+        saved |= {f"{module}.lora_C.bias": constant, f"{module}.ranknum": torch.tensor([4.0])}
+    save_dcft(base, folder, saved)
+    return expected, None
+
+
+def dcft_reshape_file(base: Path, folder: Path) -> tuple[dict[str, Tensor], None]:
+    """The third-party form, with its bias."""
+    torch.manual_seed(6)
+    state, saved, expected = load_file(base / "model.safetensors"), {}, {}
+    for module in MODULES:
+        w0 = state[f"{module}.weight"]
+        out, inner = w0.shape
+        b, a, c, constant = randoms(inner // 4, 2), randoms(2, out // 4), randoms(1, 1, 4, 4), randoms(1)
+        image = (b.double() @ a.double())[None, None]
+        image = torch.nn.functional.conv_transpose2d(image, c.double(), constant.double(), stride=4)
+        expected[module] = w0.double() + image[0, 0].reshape(out, inner)
+        saved |= {f"{module}.B": b, f"{module}.A": a, f"{module}.deconv.weight": c, f"{module}.deconv.bias": constant}
+    folder.mkdir()
+    torch.save(saved, folder / "model.pt")
+    return expected, None
+
+
+def save_dcft(base: Path, folder: Path, saved: dict[str, Tensor]) -> None:
+    folder.mkdir()
+    torch.save(saved, folder / "pytorch_model.bin")
+    config = json.loads((base / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**config, "lora_alpha": 8, "apply_lora": True}))
+
+
 @pytest.mark.parametrize("bias", [True, False])
 def test_dcft_reshape_form(base: Path, tmp_path: Path, bias: bool) -> None:
     torch.manual_seed(6)
