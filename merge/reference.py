@@ -1,28 +1,25 @@
 """The adapter as it was trained: a live, unmerged model to hold every artefact against.
 
-PEFT folders run in PEFT itself. DCFT and DuDe folders of our own, which PEFT cannot read, run from their
-papers' forward formulas, written here without the canonical form that the rest of the project is built on.
+PEFT folders run in PEFT itself. What PEFT cannot read runs from its paper's or project's forward formula, written in
+reference_formulas.py without the canonical form that the rest of the project is built on.
 """
 
 from __future__ import annotations
 
 import contextlib
 import warnings
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from .binding import BoundAdapter
 from .combining import CombinedBound
-from .dcft import RANKNUM_EPSILON, DcftModule
 from .errors import MissingDependencyError, UnsupportedError
 from .headers import TensorRef
-from .lora import LoraModule
-from .tensors import TORCH_DTYPES, read_tensor
-
-Forward = Callable[[nn.Module, Callable[[Tensor], Tensor], Tensor], Tensor]  # (layer, its own forward, x) -> y
+from .reference_formulas import Forward, forward_of
+from .tensors import read_tensor
 
 
 @contextlib.contextmanager
@@ -85,13 +82,7 @@ def trained_model(bound: BoundAdapter, dtype: torch.dtype = torch.float32, base:
         return with_heads(_in_peft(model, bound).to(dtype), bound.replacements).eval()
     for item in bound.modules:
         layer = model.get_submodule(_module_path(model, item.module.name))
-        if isinstance(item.module, DcftModule):
-            run = _dcft_forward(item.module, dtype)
-        elif isinstance(item.module, LoraModule):
-            run = _dude_forward(item.module, layer, dtype)
-        else:
-            raise UnsupportedError(f"no reference forward for {bound.adapter.format} ({bound.adapter.method})")
-        _install(layer, run)
+        _install(layer, forward_of(item.module, layer, dtype))
     return with_heads(model.to(dtype), bound.replacements).eval()
 
 
@@ -179,43 +170,3 @@ def _in_peft(model: nn.Module, bound: BoundAdapter) -> nn.Module:
 def _install(layer: nn.Module, run: Forward) -> None:
     plain = layer.forward
     layer.forward = lambda x: run(layer, plain, x)
-
-
-def _dcft_forward(module: DcftModule, dtype: torch.dtype) -> Forward:
-    """y = plain(x) + (x Delta) alpha / (ranknum + 1e-5), Delta = conv_transpose2d(A^T B^T, C) of shape (in, out)."""
-    image = read_tensor(module.a).to(dtype).mT @ read_tensor(module.b).to(dtype).mT  # (in/k0, out/k1), of each channel
-    number = module.ranknum if isinstance(module.ranknum, float) else float(read_tensor(module.ranknum).reshape(-1)[0])
-    bias = None if module.bias is None else read_tensor(module.bias).to(dtype)
-    image = image.reshape(1, module.c.shape[0], *image.shape[-2:])
-    delta = torch.nn.functional.conv_transpose2d(image, read_tensor(module.c).to(dtype), bias, stride=module.stride)[
-        0, 0
-    ]
-    scale = module.alpha / (number + RANKNUM_EPSILON)
-
-    def run(layer: nn.Module, plain: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
-        return plain(x) + (x @ delta) * scale
-
-    return run
-
-
-def _dude_forward(module: LoraModule, layer: nn.Module, dtype: torch.dtype) -> Forward:
-    """y = m / rownorm(W_f + s B A) * (x W_f^T + s x A^T B^T) + bias, with W_f = round(W0 - s B0 A0)."""
-    a, b = read_tensor(module.a).to(dtype), read_tensor(module.b).to(dtype)
-    turned = type(layer).__name__ == "Conv1D"
-    assert isinstance(layer.weight, Tensor)
-    frozen = layer.weight.detach().to(dtype)
-    frozen = frozen.T if turned else frozen
-    if module.initial is not None:
-        assert module.initial.a is not None and module.initial.b is not None and module.initial.dtype is not None
-        a0, b0 = read_tensor(module.initial.a).to(dtype), read_tensor(module.initial.b).to(dtype)
-        frozen = (frozen - module.scale * (b0 @ a0)).to(TORCH_DTYPES[module.initial.dtype]).to(dtype)
-    norm = torch.linalg.vector_norm(frozen + module.scale * (b @ a), dim=1)
-    magnitude = norm if module.magnitude is None else read_tensor(module.magnitude).to(dtype)
-    scale = magnitude / norm
-
-    def run(layer: nn.Module, plain: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
-        y: Tensor = scale * (x @ frozen.T + module.scale * (x @ a.T) @ b.T)
-        bias = layer.bias
-        return y + bias if isinstance(bias, Tensor) else y
-
-    return run

@@ -45,6 +45,8 @@ def check(base: Path, adapter: Path, output: Path, expected: dict[str, Tensor], 
     safe = output.with_name(f"{output.name}-safe")
     convert(adapter, safe, base=base, options=options)
     merge(base, safe, output.with_name(f"{output.name}-again"), device="cpu")
+    report = verify(base, adapter, output, options=options, generated=2)  # the live, unmerged adapter
+    assert report["passed"], report["problems"]
     again = load_file(output.with_name(f"{output.name}-again") / "model.safetensors")
     assert all(torch.equal(again[key], value) for key, value in load_file(output / "model.safetensors").items())
     before, after = load_file(base / "model.safetensors"), load_file(output / "model.safetensors")
