@@ -30,14 +30,7 @@ from adapter_merge.merge.recipe import IN_TURN, Ingredient, make_recipe
 from safetensors.torch import load_file
 from torch import Tensor
 
-SOME = ["q_proj", "v_proj", "down_proj"]
-ADAPTERS: dict[str, dict[str, Any]] = {
-    "lora": {"r": 4, "lora_alpha": 8, "target_modules": SOME},
-    "rslora": {"r": 6, "lora_alpha": 3, "use_rslora": True, "target_modules": ["q_proj", "o_proj"]},
-    "dora": {"r": 3, "use_dora": True, "target_modules": SOME},
-    "dude": {"r": 4, "use_dora": True, "init_lora_weights": "pissa", "target_modules": ["q_proj", "up_proj"]},
-}
-WEIGHTS = {"lora": 0.7, "rslora": 0.5, "dora": 0.4, "dude": -0.3}
+WEIGHTS: dict[str, float] = oracle.WEIGHTS
 SETTINGS = {
     "linear": Settings("linear"),
     "magnitude-prune": Settings("magnitude-prune", 0.4),
@@ -73,7 +66,7 @@ def compared(got: Tensor, want: Tensor, limit: float) -> tuple[float, int]:
 
 def row(method: str, base: Path, folder: Path, place: Path, effects: dict[str, dict[str, Tensor]]) -> str:
     settings = SETTINGS[method]
-    recipe = make_recipe([Ingredient(n, str(folder / n), w) for n, w in WEIGHTS.items()], settings)
+    recipe = oracle.recipe({name: folder / name for name in WEIGHTS}, WEIGHTS, **vars(settings))
     merge(base, recipe, place / "merged")
     delta(base, recipe, place / "delta")
     content = factor(base, recipe, place / "factors", rank=None if method == "linear" else RANK)
@@ -126,17 +119,13 @@ def peft_linear(base: Path, folder: Path, effects: dict[str, dict[str, Tensor]])
 
 
 def main() -> None:
-    import peft
-
     warnings.simplefilter("ignore")
     torch.set_num_threads(1)
     for dtype in (torch.float32, torch.bfloat16):
         with tempfile.TemporaryDirectory() as scratch, contextlib.redirect_stderr(io.StringIO()):
             root = Path(scratch)
             base = pico_bases.llama(root / "base", dtype=dtype)
-            for seed, (name, arguments) in enumerate(ADAPTERS.items()):
-                pico_bases.train(base, peft.LoraConfig(**arguments), root / "adapters" / name, seed=seed)
-            effects = oracle.effects(base, {name: root / "adapters" / name for name in ADAPTERS})
+            effects = oracle.effects(base, oracle.train_all(base, root / "adapters"))
             print(f"{str(dtype).removeprefix('torch.')}: largest relative error of dW")
             for method in SETTINGS:
                 print("  " + row(method, base, root / "adapters", root / method, effects))

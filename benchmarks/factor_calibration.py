@@ -16,11 +16,11 @@ from types import ModuleType, SimpleNamespace
 
 import torch
 from adapter_merge.merge.calibration import collect
-from adapter_merge.merge.end_to_end import _continued, figures, install_factors, logits, tokens
+from adapter_merge.merge.end_to_end import GENERATED, figures, install_factors, logits, tokens
 from adapter_merge.merge.factorisation import Factoriser
 from adapter_merge.merge.inputs import open_pair
 from adapter_merge.merge.peft_folder import write_factors
-from adapter_merge.merge.reference import load_model, trained_model
+from adapter_merge.merge.reference import continued, load_model, trained_model
 
 
 def conversations() -> ModuleType:
@@ -52,7 +52,7 @@ def main() -> None:
     paths, starts, expected = [], [], []
     for ids in tokens(bound.base.folder, live, data.HELD_OUT[: given.questions]):
         starts.append(ids.shape[1] - 1)
-        paths.append(_continued(live, ids))
+        paths.append(continued(live, ids, GENERATED))
         expected.append(logits(live, paths[-1]))
     del live
     with tempfile.TemporaryDirectory() as temporary:

@@ -20,7 +20,7 @@ from .checkpoint import read_json, read_weights
 from .errors import InputError
 from .peft_folder import REPLACEMENTS, ROW_SCALES
 from .peft_format import PREFIX
-from .reference import load_model, quiet_libraries, trained_model
+from .reference import continued, generates, load_model, quiet_libraries, trained_model
 from .tensors import read_tensor
 
 GENERATED = 24
@@ -73,12 +73,6 @@ def tokens(folder: Path, model: nn.Module, prompts: Sequence[str] | None) -> lis
             ]
             return [tokenizer(text, return_tensors="pt", add_special_tokens=False)["input_ids"] for text in texts]
         return [tokenizer(prompt, return_tensors="pt")["input_ids"] for prompt in prompts or PROMPTS]
-
-
-def generates(model: nn.Module) -> bool:
-    """True for a model that writes text."""
-    can = getattr(model, "can_generate", None)
-    return bool(can()) if callable(can) else False
 
 
 @torch.no_grad()
@@ -149,7 +143,7 @@ def compare(bound: BoundAdapter, folder: Path, prompts: Sequence[str] | None = N
     writes = generates(live)
     for ids in tokens(bound.base.folder, live, prompts):
         starts.append(ids.shape[1] - 1 if writes else 0)
-        path = _continued(live, ids) if writes else ids
+        path = continued(live, ids, GENERATED) if writes else ids
         paths.append(path)
         expected.append(logits(live, path))
     del live
@@ -224,18 +218,3 @@ def _short(content: dict[str, Any]) -> dict[str, Any]:
             value = float(f"{value:.6g}") if math.isfinite(value) else None
         short[key] = value
     return short
-
-
-@torch.no_grad()
-def _continued(model: nn.Module, ids: Tensor) -> Tensor:
-    """ids (1, T) followed by the model's greedy tokens, to the end of its answer."""
-    with quiet_libraries():
-        made: Tensor = model.generate(  # type: ignore[operator]
-            input_ids=ids,
-            attention_mask=torch.ones_like(ids),
-            do_sample=False,
-            num_beams=1,
-            max_new_tokens=GENERATED,
-            pad_token_id=0,
-        )
-    return made

@@ -17,6 +17,8 @@ from .headers import TensorRef
 from .inputs import open_pair
 from .peft_folder import REPLACEMENTS
 from .reference import (
+    continued,
+    generates,
     is_embedding,
     live_layer,
     load_model,
@@ -92,8 +94,8 @@ def token_paths(bound: BoundAdapter, prompts: Sequence[str] | None, generated: i
     live = trained_model(bound)
     found = []
     for ids in _token_batches(bound, prompts, live):
-        if _generates(live):
-            found.append(TokenPath(_greedy(live, ids, generated), ids.shape[1] - 1))
+        if generates(live):
+            found.append(TokenPath(continued(live, ids, generated, all_of_it=True), ids.shape[1] - 1))
         else:
             found.append(TokenPath(ids, 0))
     return found
@@ -179,27 +181,6 @@ def _token_batches(bound: BoundAdapter, prompts: Sequence[str] | None, model: nn
     size = int(model.config.get_text_config().vocab_size)  # type: ignore[union-attr, operator]
     source = torch.Generator().manual_seed(0)
     return [torch.randint(5, size, (2, 16), generator=source) for _ in range(2)]
-
-
-def _generates(model: nn.Module) -> bool:
-    can_generate = getattr(model, "can_generate", None)
-    return bool(can_generate()) if callable(can_generate) else False
-
-
-@torch.no_grad()
-def _greedy(model: nn.Module, ids: Tensor, count: int) -> Tensor:
-    """ids (B, T) followed by the model's own greedy tokens (B, T + count)."""
-    with quiet_libraries():
-        made: Tensor = model.generate(  # type: ignore[operator]
-            input_ids=ids,
-            attention_mask=torch.ones_like(ids),
-            do_sample=False,
-            num_beams=1,
-            min_new_tokens=count,
-            max_new_tokens=count,
-            pad_token_id=0,
-        )
-    return made
 
 
 @torch.no_grad()

@@ -139,6 +139,28 @@ def _module_path(model: nn.Module, name: str) -> str:
     raise UnsupportedError(f"{name}: the model class {type(model).__name__} has no such module")
 
 
+@torch.no_grad()
+def continued(model: nn.Module, ids: Tensor, count: int, *, all_of_it: bool = False) -> Tensor:
+    """ids (B, T) followed by the model's greedy tokens, `count` of them or fewer: to the end of its answer."""
+    with quiet_libraries():
+        made: Tensor = model.generate(  # type: ignore[operator]
+            input_ids=ids,
+            attention_mask=torch.ones_like(ids),
+            do_sample=False,
+            num_beams=1,
+            min_new_tokens=count if all_of_it else None,
+            max_new_tokens=count,
+            pad_token_id=0,
+        )
+    return made
+
+
+def generates(model: nn.Module) -> bool:
+    """True for a model that writes text."""
+    can = getattr(model, "can_generate", None)
+    return bool(can()) if callable(can) else False
+
+
 def live_layer(model: nn.Module, name: str) -> nn.Module:
     """The adapted layer `name` of a live model (`trained_model`)."""
     get_base_model = getattr(model, "get_base_model", None)

@@ -8,9 +8,31 @@ from typing import Any
 
 import peft
 import torch
-from pico_bases import load, quiet
+from adapter_merge.merge.combination import Settings
+from adapter_merge.merge.recipe import Ingredient, Recipe, make_recipe
+from pico_bases import load, quiet, train
 from safetensors.torch import load_file
 from torch import Tensor
+
+SOME = ["q_proj", "v_proj", "down_proj"]
+CONFIGS: dict[str, dict[str, Any]] = {
+    "lora": {"r": 4, "lora_alpha": 8, "target_modules": SOME},
+    "rslora": {"r": 6, "lora_alpha": 3, "use_rslora": True, "target_modules": ["q_proj", "o_proj"]},
+    "dora": {"r": 3, "use_dora": True, "target_modules": SOME},
+    "dude": {"r": 4, "use_dora": True, "init_lora_weights": "pissa", "target_modules": ["q_proj", "up_proj"]},
+}
+WEIGHTS = {"lora": 0.7, "rslora": 0.5, "dora": 0.4, "dude": -0.3}
+
+
+def train_all(base: Path, folder: Path, configs: Mapping[str, Mapping[str, Any]] = CONFIGS) -> dict[str, Path]:
+    """An adapter folder of each config, every trained tensor moved from its start."""
+    for seed, (name, arguments) in enumerate(configs.items()):
+        train(base, peft.LoraConfig(**arguments), folder / name, seed=seed)
+    return {name: folder / name for name in configs}
+
+
+def recipe(adapters: Mapping[str, Path], weights: Mapping[str, float], **settings: Any) -> Recipe:
+    return make_recipe([Ingredient(n, str(adapters[n]), w) for n, w in weights.items()], Settings(**settings))
 
 
 def own_dtype(base: Path) -> torch.dtype:

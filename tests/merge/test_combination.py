@@ -14,21 +14,13 @@ from adapter_merge.merge.edits import applied
 from adapter_merge.merge.errors import FileFormatError, InputError, MismatchError
 from adapter_merge.merge.form import CanonicalForm
 from adapter_merge.merge.merging import merge
-from adapter_merge.merge.recipe import Ingredient, Recipe, make_recipe, read_recipe
-from combination_oracle import effects, elect, expected, top
+from adapter_merge.merge.recipe import Recipe, read_recipe
+from combination_oracle import CONFIGS, WEIGHTS, effects, elect, expected, recipe, top, train_all
 from pico_bases import gpt2, llama, quiet, train
 from safetensors.torch import load_file
 from torch import Tensor
 
 peft = pytest.importorskip("peft", reason="PEFT is the oracle (extra verify)")
-
-SOME = ["q_proj", "v_proj", "down_proj"]
-CONFIGS: dict[str, dict[str, Any]] = {
-    "lora": {"r": 4, "lora_alpha": 8, "target_modules": SOME},
-    "rslora": {"r": 6, "lora_alpha": 3, "use_rslora": True, "target_modules": ["q_proj", "o_proj"]},
-    "dora": {"r": 3, "use_dora": True, "target_modules": SOME},
-    "dude": {"r": 4, "use_dora": True, "init_lora_weights": "pissa", "target_modules": ["q_proj", "up_proj"]},
-}
 
 
 @pytest.fixture(scope="module")
@@ -39,10 +31,7 @@ def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def adapters(base: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    folder = tmp_path_factory.mktemp("adapters")
-    for seed, (name, arguments) in enumerate(CONFIGS.items()):
-        train(base, peft.LoraConfig(**arguments), folder / name, seed=seed)
-    return {name: folder / name for name in CONFIGS}
+    return train_all(base, tmp_path_factory.mktemp("adapters"), CONFIGS)
 
 
 @pytest.fixture(scope="module")
@@ -50,16 +39,9 @@ def deltas(base: Path, adapters: dict[str, Path]) -> dict[str, dict[str, Tensor]
     return effects(base, adapters)
 
 
-def recipe(adapters: dict[str, Path], weights: dict[str, float], **settings: Any) -> Recipe:
-    return make_recipe([Ingredient(n, str(adapters[n]), w) for n, w in weights.items()], Settings(**settings))
-
-
 def run(base: Path, made: Recipe, output: Path, **options: Any) -> dict[str, Tensor]:
     merge(base, made, output, device="cpu", **options)
     return load_file(output / "model.safetensors")
-
-
-WEIGHTS = {"lora": 0.7, "rslora": 0.5, "dora": 0.4, "dude": -0.3}
 
 
 @pytest.mark.parametrize("method", ["linear", "magnitude-prune", "ties", "breadcrumbs"])

@@ -8,18 +8,16 @@ from typing import Any
 
 import pytest
 import torch
-from adapter_merge.merge.combination import METHODS, Settings
+from adapter_merge.merge.combination import METHODS
 from adapter_merge.merge.errors import InputError, MismatchError, NumericsError, ParityError, UnsupportedError
 from adapter_merge.merge.extraction import extract, low_rank, scaled_low_rank
 from adapter_merge.merge.factors import factor
 from adapter_merge.merge.merging import delta, merge
-from adapter_merge.merge.recipe import Ingredient, Recipe, make_recipe
+from combination_oracle import SOME, recipe, train_all
 from pico_bases import error, gpt2, llama, load, logits, mixtral, quiet, train
 from safetensors.torch import load_file, save_file
 
 peft = pytest.importorskip("peft", reason="PEFT is the oracle (extra verify)")
-
-SOME = ["q_proj", "v_proj", "down_proj"]
 
 
 @pytest.fixture(scope="module")
@@ -30,20 +28,13 @@ def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def adapters(base: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    folder = tmp_path_factory.mktemp("adapters")
-    configs = {
+    configs: dict[str, dict[str, Any]] = {
         "lora": {"r": 3, "target_modules": [*SOME, "embed_tokens"]},
         "rslora": {"r": 4, "use_rslora": True, "target_modules": ["q_proj", "o_proj"]},
         "dora": {"r": 2, "use_dora": True, "target_modules": SOME},
         "dude": {"r": 2, "use_dora": True, "init_lora_weights": "pissa", "target_modules": ["q_proj"]},
     }
-    for seed, (name, arguments) in enumerate(configs.items()):
-        train(base, peft.LoraConfig(**arguments), folder / name, seed=seed)
-    return {name: folder / name for name in configs}
-
-
-def recipe(adapters: dict[str, Path], weights: dict[str, float], **settings: Any) -> Recipe:
-    return make_recipe([Ingredient(n, str(adapters[n]), w) for n, w in weights.items()], Settings(**settings))
+    return train_all(base, tmp_path_factory.mktemp("adapters"), configs)
 
 
 @pytest.mark.parametrize(

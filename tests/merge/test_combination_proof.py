@@ -18,23 +18,21 @@ from adapter_merge.merge.form import CanonicalForm
 from adapter_merge.merge.inputs import open_pair
 from adapter_merge.merge.integrity import check_restored, inputs_of
 from adapter_merge.merge.merging import delta, merge
-from adapter_merge.merge.recipe import IN_TURN, Ingredient, Recipe, make_recipe
+from adapter_merge.merge.recipe import IN_TURN, Ingredient, make_recipe
 from adapter_merge.merge.restore import restore
 from adapter_merge.merge.verification import verify
-from combination_oracle import effects, expected, one_after_the_other
+from combination_oracle import SOME, WEIGHTS, effects, expected, one_after_the_other, recipe, train_all
 from pico_bases import gpt2, llama, load, logits, quiet, train
 from safetensors.torch import load_file, save_file
 
 peft = pytest.importorskip("peft", reason="PEFT is the oracle (extra verify)")
 
-SOME = ["q_proj", "v_proj", "down_proj"]
 CONFIGS: dict[str, dict[str, Any]] = {
     "lora": {"r": 4, "lora_alpha": 8, "target_modules": [*SOME, "embed_tokens"]},
     "rslora": {"r": 6, "use_rslora": True, "target_modules": ["q_proj"], "modules_to_save": ["lm_head"]},
     "dora": {"r": 3, "use_dora": True, "target_modules": SOME},
     "dude": {"r": 4, "use_dora": True, "init_lora_weights": "pissa", "target_modules": ["q_proj", "up_proj"]},
 }
-WEIGHTS = {"lora": 0.7, "rslora": 0.5, "dora": 0.4, "dude": -0.3}
 Q = "model.layers.0.self_attn.q_proj.weight"
 
 
@@ -46,14 +44,7 @@ def base(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactor
 
 @pytest.fixture(scope="module")
 def adapters(base: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    folder = tmp_path_factory.mktemp("adapters")
-    for seed, (name, arguments) in enumerate(CONFIGS.items()):
-        train(base, peft.LoraConfig(**arguments), folder / name, seed=seed)
-    return {name: folder / name for name in CONFIGS}
-
-
-def recipe(adapters: dict[str, Path], weights: dict[str, float], **settings: Any) -> Recipe:
-    return make_recipe([Ingredient(n, str(adapters[n]), w) for n, w in weights.items()], Settings(**settings))
+    return train_all(base, tmp_path_factory.mktemp("adapters"), CONFIGS)
 
 
 def damage(folder: Path, file: str, name: str = Q) -> None:

@@ -8,6 +8,7 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+import combination_oracle as oracle
 import pytest
 import torch
 from adapter_merge.merge.combination import METHODS, Settings
@@ -17,7 +18,7 @@ from adapter_merge.merge.factors import factor
 from adapter_merge.merge.formats import ReadOptions
 from adapter_merge.merge.merging import delta, merge
 from adapter_merge.merge.recipe import IN_TURN, Ingredient, Recipe, make_recipe, read_recipe
-from combination_oracle import effects, expected, one_after_the_other
+from combination_oracle import effects, expected, one_after_the_other, recipe, train_all
 from pico import dcft_model, logits, pico_model, save_base, save_dcft_checkpoint
 from pico_bases import gpt2, llama, load, quiet, train
 from safetensors.torch import load_file, save_file
@@ -25,15 +26,11 @@ from torch import Tensor
 
 peft = pytest.importorskip("peft", reason="PEFT is the oracle (extra verify)")
 
-SOME = ["q_proj", "v_proj", "down_proj"]
 CONFIGS: dict[str, dict[str, Any]] = {
-    "lora": {"r": 4, "lora_alpha": 8, "target_modules": SOME},
-    "rslora": {"r": 6, "lora_alpha": 3, "use_rslora": True, "target_modules": ["q_proj", "o_proj"]},
-    "dora": {"r": 3, "use_dora": True, "target_modules": SOME},
-    "dude": {"r": 4, "use_dora": True, "init_lora_weights": "pissa", "target_modules": ["q_proj", "up_proj"]},
+    **oracle.CONFIGS,
     "head": {"r": 2, "target_modules": ["q_proj"], "modules_to_save": ["lm_head"], "bias": "none"},
 }
-WEIGHTS = {"lora": 0.7, "rslora": 0.5, "dora": 0.4, "dude": -0.3, "head": 0.6}
+WEIGHTS = {**oracle.WEIGHTS, "head": 0.6}
 
 
 @pytest.fixture(scope="module")
@@ -44,19 +41,12 @@ def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def adapters(base: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    folder = tmp_path_factory.mktemp("adapters")
-    for seed, (name, arguments) in enumerate(CONFIGS.items()):
-        train(base, peft.LoraConfig(**arguments), folder / name, seed=seed)
-    return {name: folder / name for name in CONFIGS}
+    return train_all(base, tmp_path_factory.mktemp("adapters"), CONFIGS)
 
 
 @pytest.fixture(scope="module")
 def deltas(base: Path, adapters: dict[str, Path]) -> dict[str, dict[str, Tensor]]:
     return effects(base, adapters)
-
-
-def recipe(adapters: dict[str, Path], weights: dict[str, float], **settings: Any) -> Recipe:
-    return make_recipe([Ingredient(n, str(adapters[n]), w) for n, w in weights.items()], Settings(**settings))
 
 
 def in_turn(*paths: Path) -> Recipe:
