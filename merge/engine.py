@@ -20,12 +20,14 @@ from pathlib import Path
 import torch
 
 from .chunks import ChunkPool
+from .errors import InputError
 from .hashing import Stopped
-from .lanes import LaneMaker, cpu_lane, cuda_lane
+from .lanes import BUFFERS_PER_SLOT, CUDA_DEPTH, CUDA_LEAST_BYTES, LaneMaker, cpu_lane, cuda_lane
 from .links import LINKS
 from .plan import MergePlan, ShardPlan
 from .schedule import FinishedShard, Progress, Schedule
 from .sources import Sources
+from .tasks import arithmetic_of, form_bytes
 from .worker import Recorder, Worker
 
 __all__ = ["FinishedShard", "Progress", "Recorder", "execute"]
@@ -33,6 +35,7 @@ __all__ = ["FinishedShard", "Progress", "Recorder", "execute"]
 WRITERS = 4
 CUDA_WORKERS = 2  # per device: one reads and writes while the other's copies run
 VRAM_FRACTION = 0.25
+FORMS_HELD = 2  # on a device, by each worker: those in use, and those before them that the allocator still keeps
 
 Shards = Callable[[FinishedShard], None]
 
@@ -139,6 +142,14 @@ class _Run:
             self.changed.notify_all()
 
 
+def _device_need(shards: Sequence[ShardPlan]) -> tuple[int, int]:
+    """Bytes of device memory that one worker's forms take, and that its slots take with one row of any weight."""
+    jobs = [job for shard in shards for job in shard.jobs if job.edits]
+    forms = max(map(form_bytes, jobs), default=0)
+    row = max((job.source.shape[-1] * arithmetic_of(job).itemsize for job in jobs), default=0)
+    return FORMS_HELD * forms, CUDA_DEPTH * BUFFERS_PER_SLOT * max(CUDA_LEAST_BYTES, row)
+
+
 def execute(
     plan: MergePlan,
     folder: Path,
@@ -174,12 +185,24 @@ def execute(
     else:
         torch.backends.cuda.matmul.allow_tf32 = False
         each = workers or CUDA_WORKERS
+        held, row = _device_need(plan.shards if shards is None else shards)
+        sizes = []
         for cuda in devices:
             free = torch.cuda.mem_get_info(cuda)[0]
-            share = min(vram or int(free * VRAM_FRACTION), free) // each
-            made = [cuda_lane(cuda, share) for _ in range(each)]
-            block_bytes = made[0].block_bytes
+            given = min(vram or int(free * VRAM_FRACTION), free)
+            need = each * (held + row)
+            if vram is None and given < need <= free:
+                given = need
+            if given < need:
+                raise InputError(
+                    f"{cuda}: {given / 1e6:.0f} MB of its memory are too little" + (" (--vram)" if vram else ""),
+                    expected=f"{need / 1e6:.0f} MB for the adapter's largest factors and a few rows of a weight",
+                    hint="give more with --vram, or take --device cpu",
+                )
+            made = [cuda_lane(cuda, given // each - held) for _ in range(each)]
+            sizes.append(made[0].block_bytes)
             lanes += [lambda lane=lane: lane for lane in made]  # type: ignore[misc]
+        block_bytes = min(sizes)  # a block may go to any device
     finished: dict[str, FinishedShard] = {}
 
     def remember(shard: FinishedShard) -> None:

@@ -25,6 +25,7 @@ from .figures import SUMS, block_sums
 
 CPU_BLOCK_BYTES = 1 << 19  # of float32: with its input and output it stays in a core's second-level cache
 CUDA_BLOCK_BYTES = 32 << 20  # of float32: enough to hide a kernel's launch
+CUDA_LEAST_BYTES = 1 << 16
 CUDA_DEPTH = 3
 BUFFERS_PER_SLOT = 6  # of a block's float32 size: input, work, spare, output, and what the forms need meanwhile
 
@@ -235,12 +236,17 @@ def cpu_lane() -> Lane:
     return Lane(device, (Slot(device, False),), inline, inline, inline, CPU_BLOCK_BYTES)
 
 
+def current_device(device: torch.device) -> contextlib.AbstractContextManager[Any]:
+    """`device` is the calling thread's own inside: every thread begins on the first one."""
+    return torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext()
+
+
 def cuda_lane(device: torch.device, vram: int) -> Lane:
     """A worker's lane on a CUDA device, its buffers within `vram` bytes."""
-    torch.cuda.set_device(device)
-    slots = tuple(Slot(device, True) for _ in range(CUDA_DEPTH))
-    block = max(1 << 16, min(CUDA_BLOCK_BYTES, vram // (CUDA_DEPTH * BUFFERS_PER_SLOT)))
-    return Lane(device, slots, CudaQueue(device), CudaQueue(device), CudaQueue(device), block)
+    with current_device(device):
+        slots = tuple(Slot(device, True) for _ in range(CUDA_DEPTH))
+        block = max(CUDA_LEAST_BYTES, min(CUDA_BLOCK_BYTES, vram // (CUDA_DEPTH * BUFFERS_PER_SLOT)))
+        return Lane(device, slots, CudaQueue(device), CudaQueue(device), CudaQueue(device), block)
 
 
 LaneMaker = Callable[[], Lane]

@@ -23,10 +23,11 @@ from .hashing import Stopped, file_sha256
 from .links import link_file
 from .plan import ShardPlan, TensorJob
 from .sources import Sources
-from .tasks import ShardWork, Task, TensorWork, arithmetic_of
+from .tasks import ShardWork, Task, TensorWork, arithmetic_of, form_bytes
 from .tensors import TORCH_DTYPES
 
 LOOK_AHEAD = 2
+AHEAD_BYTES = 64 << 20  # of forms, beyond which none is found before its turn: workers times shards are many
 
 Progress = Callable[[int], None]
 
@@ -71,6 +72,7 @@ class Schedule:
         self._queue = deque(shards)
         self._open_shards: list[ShardWork] = []
         self._made: list[ShardWork] = []
+        self._prepared: list[TensorWork] = []
         self._lock = threading.Lock()
         self._preparers = ThreadPoolExecutor(workers, thread_name_prefix="prepare")
 
@@ -82,6 +84,7 @@ class Schedule:
         for shard in shards:
             if shard.digest is not None:
                 shard.digest.stop()
+        self._preparers.shutdown(wait=False, cancel_futures=True)  # a decomposition may take minutes
 
     def close(self) -> None:
         """Give threads and descriptors back, whatever state the files are in; nobody works any more."""
@@ -147,8 +150,13 @@ class Schedule:
         self._made.append(shard)
         output.reserve(len(plan.header))
         output.put(torch.frombuffer(bytearray(plan.header), dtype=torch.uint8), 0)
-        shard.tasks = shard.in_order(self._prepare, LOOK_AHEAD * self.workers)
+        shard.tasks = shard.in_order(self._prepare, LOOK_AHEAD * self.workers, self._room)
         return shard
+
+    def _room(self, job: TensorJob) -> bool:
+        """True while the forms that are held leave room for this job's."""
+        self._prepared = [tensor for tensor in self._prepared if tensor.forms is not None]
+        return sum(form_bytes(tensor.job) for tensor in self._prepared) + form_bytes(job) <= AHEAD_BYTES
 
     def _prepare(self, job: TensorJob, shard: ShardWork) -> TensorWork:
         """A job's blocks; its forms are found on another thread."""
@@ -161,6 +169,7 @@ class Schedule:
         tensor = TensorWork(job, shard, rows, columns, step, None, -(-rows // step))
         if job.edits and rows:
             tensor.forms = self._preparers.submit(self._forms, tensor)
+            self._prepared.append(tensor)
         return tensor
 
     def _forms(self, tensor: TensorWork) -> list[BlockEdit]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future
@@ -22,6 +23,16 @@ CAST_BYTES = 1 << 19
 def arithmetic_of(job: TensorJob) -> torch.dtype:
     """What the job's blocks are computed in."""
     return torch.float64 if job.source.dtype == "F64" else torch.float32
+
+
+def form_bytes(job: TensorJob) -> int:
+    """About what the job's forms take: factors of each edit's rank, twice where a residual has factors of its own."""
+    if not job.edits:
+        return 0
+    columns = job.source.shape[-1]
+    rows = math.prod(job.source.shape[:-1])
+    rank = sum(edit.module.rank * (2 if getattr(edit.module, "initial", None) is not None else 1) for edit in job.edits)
+    return rank * (rows + columns) * arithmetic_of(job).itemsize
 
 
 @dataclass(eq=False)
@@ -84,13 +95,20 @@ class ShardWork:
         self.turns += 1
         return self.turns - 1
 
-    def in_order(self, prepare: Callable[[TensorJob, ShardWork], TensorWork], ahead: int) -> Iterator[Task]:
-        """Every task of the shard, in the order of its bytes. prepare: called for tensors up to `ahead` jobs early."""
+    def in_order(
+        self,
+        prepare: Callable[[TensorJob, ShardWork], TensorWork],
+        ahead: int,
+        room: Callable[[TensorJob], bool],
+    ) -> Iterator[Task]:
+        """Every task of the shard, in the order of its bytes. prepare: called up to `ahead` jobs early."""
         jobs = self.plan.jobs
         tensors: dict[int, TensorWork] = {}
         for index, job in enumerate(jobs):
             for coming in range(index, min(len(jobs), index + 1 + ahead)):
                 if not jobs[coming].is_copy and coming not in tensors:
+                    if coming > index and not room(jobs[coming]):
+                        break
                     tensors[coming] = prepare(jobs[coming], self)
             hashed = self.plan.source is not None
             if job.original is not None:
@@ -102,8 +120,8 @@ class ShardWork:
             if job.is_copy:
                 first = 0
                 while first < job.place.nbytes:  # up to a chunk's end: read straight into the chunk
-                    room = CHUNK_BYTES - (job.place.start + first) % CHUNK_BYTES
-                    count = min(CAST_BYTES, room, job.place.nbytes - first)
+                    rest = CHUNK_BYTES - (job.place.start + first) % CHUNK_BYTES
+                    count = min(CAST_BYTES, rest, job.place.nbytes - first)
                     yield Task(self, job, None, first, count, self.turn() if hashed else None)
                     first += count
             else:

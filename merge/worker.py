@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections import deque
 from typing import Protocol
 
@@ -12,7 +13,7 @@ from .chunks import ChunkPool
 from .edits import BlockEdit
 from .errors import NumericsError
 from .figures import sampled_rows
-from .lanes import Block, Lane, Slot, is_finite
+from .lanes import Block, Lane, Slot, current_device, is_finite
 from .plan import ShardPlan, TensorJob
 from .schedule import Progress, Schedule
 from .sources import Sources
@@ -46,12 +47,17 @@ class Worker:
 
     def work(self) -> None:
         """Until there is nothing left to take. Raises what a task raises, and Stopped when another worker failed."""
-        with torch.inference_mode():
-            self._loop()
-
-    def _loop(self) -> None:
-        lane = self.lane
         flying: deque[tuple[Task, Slot, Tensor, Tensor, bool]] = deque()
+        with torch.inference_mode(), current_device(self.lane.device):
+            try:
+                self._loop(flying)
+            finally:  # nothing may be on its way into buffers that are given back
+                for _, slot, *_ in flying:
+                    with contextlib.suppress(Exception):  # the first failure is the one to tell
+                        slot.mark.synchronize()
+
+    def _loop(self, flying: deque[tuple[Task, Slot, Tensor, Tensor, bool]]) -> None:
+        lane = self.lane
         free = deque(lane.slots)
         placed: dict[TensorWork, list[BlockEdit]] = {}
         current: ShardWork | None = None

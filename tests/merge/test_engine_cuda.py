@@ -257,6 +257,7 @@ def test_several_devices_share_the_shards(tmp_path: Path, monkeypatch: pytest.Mo
         (tmp_path / name).mkdir()
     engine.execute(plan, tmp_path / "one", CPU, workers=1)
     devices = [torch.device("cuda", index) for index in range(2)]
+    monkeypatch.setattr("adapter_merge.merge.worker.current_device", lambda device: contextlib.nullcontext())
     shares: dict[torch.device, list[int]] = {device: [] for device in devices}
     computed: dict[torch.device, int] = dict.fromkeys(devices, 0)
     block_bytes = lanes.cpu_lane().block_bytes  # another size adds up in another order
@@ -292,7 +293,7 @@ def test_several_devices_share_the_shards(tmp_path: Path, monkeypatch: pytest.Mo
 
 @pytest.mark.parametrize("vram", [2 << 20, 64 << 20, 8 << 30])
 def test_blocks_stay_within_the_memory_that_is_given(vram: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(torch.cuda, "set_device", lambda device: None)
+    monkeypatch.setattr(lanes, "current_device", lambda device: contextlib.nullcontext())
     monkeypatch.setattr(lanes, "CudaQueue", lambda device: Inline())
     with monkeypatch.context() as patch:
         patch.setattr(lanes, "Slot", lambda device, pinned: device_slot())

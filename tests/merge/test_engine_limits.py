@@ -1,0 +1,221 @@
+"""What the engine holds and what it leaves running: bytes ahead of the blocks, device memory, work in flight."""
+
+from __future__ import annotations
+
+import contextlib
+import threading
+from collections import deque
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from adapter_merge.merge import engine, schedule
+from adapter_merge.merge.bound import BoundModule
+from adapter_merge.merge.errors import InputError, NumericsError
+from adapter_merge.merge.form import CanonicalForm
+from adapter_merge.merge.lanes import CUDA_DEPTH, Block, Inline, Lane, Slot
+from adapter_merge.merge.merging import open_pair
+from adapter_merge.merge.plan import MergePlan, plan_merge
+from adapter_merge.merge.schedule import Schedule
+from merge_models import base_tensors, write_base, write_lora
+from torch import Tensor
+
+CPU = torch.device("cpu")
+DEVICES = [torch.device("cuda", index) for index in range(2)]
+
+
+@pytest.fixture
+def plan(tmp_path: Path) -> MergePlan:
+    tensors = base_tensors(layers=4, factor=8)
+    base = write_base(tmp_path / "base", tensors, shards=2)
+    bound = open_pair(base, write_lora(tmp_path / "adapter", tensors, dora=True))
+    (tmp_path / "out").mkdir()
+    return plan_merge(bound.base, (bound,))
+
+
+def lagging_lane(block_bytes: int) -> Lane:
+    """A lane on the CPU that does not know it: uploads and downloads are real copies, several blocks in flight."""
+    slots = tuple(Slot(CPU, pinned=False) for _ in range(CUDA_DEPTH))
+    for slot in slots:
+        slot.on_host = False
+        slot.sums, slot.norm = torch.empty_like(slot.sums), torch.empty_like(slot.norm)
+    return Lane(CPU, slots, Inline(), Inline(), Inline(), block_bytes)
+
+
+# -- what is held ---------------------------------------------------------------------------------------------
+
+
+def most_forms_held(plan: MergePlan, folder: Path, workers: int, patch: pytest.MonkeyPatch) -> int:
+    """How many tensors' forms were there at once."""
+    most = 0
+    real = Schedule._prepare
+
+    def prepare(self: Schedule, *arguments: Any) -> Any:
+        nonlocal most
+        found = real(self, *arguments)
+        most = max(most, sum(tensor.forms is not None for tensor in self._prepared))
+        return found
+
+    patch.setattr(Schedule, "_prepare", prepare)
+    engine.execute(plan, folder, CPU, workers)
+    return most
+
+
+def test_forms_ahead_of_their_blocks_have_a_limit_in_bytes(
+    plan: MergePlan, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Workers times shards times large ranks must not add up: each of both shards then has its own tensor's alone."""
+    with monkeypatch.context() as patch:
+        free = most_forms_held(plan, tmp_path / "out", 2, patch)
+    (tmp_path / "limited").mkdir()
+    with monkeypatch.context() as patch:
+        patch.setattr(schedule, "AHEAD_BYTES", 1)
+        limited = most_forms_held(plan, tmp_path / "limited", 2, patch)
+    assert free > 4
+    assert limited <= 4  # of each shard the tensor in work, and the one before it with its last blocks
+    for shard in plan.shards:
+        assert (tmp_path / "out" / shard.file).read_bytes() == (tmp_path / "limited" / shard.file).read_bytes()
+
+
+@contextlib.contextmanager
+def two_devices(patch: pytest.MonkeyPatch, make: Any, free: tuple[int, int]) -> Iterator[list[tuple[int, int]]]:
+    given: list[tuple[int, int]] = []
+
+    def lane_of(device: torch.device, vram: int) -> Lane:
+        given.append((device.index, vram))
+        lane: Lane = make(device, vram)
+        return lane
+
+    patch.setattr("adapter_merge.merge.worker.current_device", lambda device: contextlib.nullcontext())
+    patch.setattr(engine, "cuda_lane", lane_of)
+    patch.setattr(torch.cuda, "mem_get_info", lambda device: (free[device.index], 80 << 30))
+    yield given
+
+
+def test_a_block_fits_the_device_with_the_least_memory(
+    plan: MergePlan, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real = Lane.launch
+    largest = 0
+
+    def launch(self: Lane, slot: Slot, block: Block, *rest: Any) -> None:
+        nonlocal largest
+        largest = max(largest, block.elements * block.arithmetic.itemsize)
+        real(self, slot, block, *rest)
+
+    monkeypatch.setattr(Lane, "launch", launch)
+    sizes = (1 << 16, 1 << 20)
+    with two_devices(monkeypatch, lambda device, vram: lagging_lane(sizes[device.index]), (4 << 30, 8 << 30)):
+        engine.execute(plan, tmp_path / "out", DEVICES)
+    assert 0 < largest <= sizes[0]
+
+
+def test_factors_count_as_device_memory(plan: MergePlan, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Blocks get what the largest factors leave; where they leave nothing, it is said before anything is written."""
+    held, slots = engine._device_need(plan.shards)
+    largest = max(
+        module.stored_form().up.nbytes + module.stored_form().down.nbytes
+        for bound in plan.adapters
+        for module in bound.modules
+    )
+    assert held == engine.FORMS_HELD * largest
+    need = engine.CUDA_WORKERS * (held + slots)
+    with two_devices(monkeypatch, lambda device, vram: lagging_lane(1 << 16), (4 << 30, 4 << 30)) as given:
+        engine.execute(plan, tmp_path / "out", DEVICES, vram=need + 8)
+        assert {vram for _, vram in given} == {slots + 8 // engine.CUDA_WORKERS}
+        (tmp_path / "none").mkdir()
+        with pytest.raises(InputError, match="--vram"):
+            engine.execute(plan, tmp_path / "none", DEVICES, vram=need - 1)
+    assert list((tmp_path / "none").iterdir()) == []
+
+
+# -- what is left running -------------------------------------------------------------------------------------
+
+
+def test_every_worker_makes_its_device_the_threads_own(
+    plan: MergePlan, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A thread begins on the first device, whatever thread made its streams."""
+    entered: set[tuple[str, str]] = set()
+
+    def current_device(device: torch.device) -> contextlib.AbstractContextManager[None]:
+        entered.add((threading.current_thread().name, str(device)))
+        return contextlib.nullcontext()
+
+    monkeypatch.setattr("adapter_merge.merge.worker.current_device", current_device)
+    engine.execute(plan, tmp_path / "out", CPU, 3)
+    assert entered == {(f"merge-{number}", "cpu") for number in range(3)}
+
+
+def test_a_failure_waits_for_the_blocks_in_flight(
+    plan: MergePlan, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Buffers with copies under way into them must not go back to an allocator."""
+    flying: deque[object] = deque()
+    waited: list[object] = []
+    real = Lane.launch
+
+    class Late:
+        def synchronize(self) -> None:
+            waited.append(self)
+
+    def launch(self: Lane, slot: Slot, *rest: Any) -> None:
+        real(self, slot, *rest)
+        slot.host_norm.fill_(float("nan"))
+        rest[-1].fill_(0xFF)  # NaN
+        slot.mark = Late()
+        flying.append(slot.mark)
+
+    monkeypatch.setattr(Lane, "launch", launch)
+    monkeypatch.setattr(engine, "cpu_lane", lambda: lagging_lane(1 << 16))
+    with pytest.raises(NumericsError):
+        engine.execute(plan, tmp_path / "out", CPU, 1)
+    assert len(flying) == CUDA_DEPTH
+    assert list(flying) == waited
+
+
+def test_a_failure_ends_what_was_to_be_decomposed(
+    plan: MergePlan, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Only the form that is being found is finished: the next ones may take minutes each."""
+    begun: list[str] = []
+    stopped = threading.Event()
+    real_stop, real_edit = Schedule.stop, BoundModule.stored_edit
+
+    def stop(self: Schedule) -> None:
+        real_stop(self)
+        stopped.set()
+
+    def stored_edit(self: BoundModule, *arguments: Any) -> Any:
+        begun.append(self.name)
+        assert stopped.wait(60)
+        return real_edit(self, *arguments)
+
+    def progress(nbytes: int) -> None:
+        raise ValueError("a callback that fails")
+
+    monkeypatch.setattr(Schedule, "stop", stop)
+    monkeypatch.setattr(BoundModule, "stored_edit", stored_edit)
+    with pytest.raises(ValueError, match="a callback that fails"):
+        engine.execute(plan, tmp_path / "out", CPU, 1, progress)
+    assert len(begun) <= 1
+
+
+# -- nothing silent where the host may not look ----------------------------------------------------------------
+
+
+def test_a_zero_row_with_a_magnitude_becomes_nan_on_a_device(monkeypatch: pytest.MonkeyPatch) -> None:
+    """On CUDA no value may be looked at between blocks; the check of what comes back has to see it."""
+    weight = torch.randn(3, 4)
+    weight[1] = 0
+    form = CanonicalForm(torch.zeros(3, 1), torch.zeros(1, 4), magnitude=torch.tensor([1.0, 1.0, 1.0]))
+    with pytest.raises(NumericsError, match="row 1"):
+        form.merged(weight)
+    monkeypatch.setattr(torch.compiler, "is_compiling", lambda: True)
+    merged: Tensor = form.merged(weight)
+    assert merged[1].isnan().all()
+    assert merged[[0, 2]].isfinite().all()
+    silent = CanonicalForm(form.up, form.down, magnitude=torch.tensor([1.0, 0.0, 1.0]))
+    assert torch.equal(silent.merged(weight)[1], torch.zeros(4))
