@@ -12,10 +12,10 @@ from .errors import MismatchError, Problem, raise_all
 from .headers import FLOAT_DTYPES
 from .lora import BiasModule, LoraModule, PartModule, StackModule
 from .names import Place, Renaming, places
-from .stacked import bind_stack
+from .stacked import INPUT_FIRST, bind_stack
 from .tokens import TokenModule
 from .vera import VeraModule
-from .vocabulary import EMBEDDINGS, TIED_HEADS, is_tied
+from .vocabulary import EMBEDDINGS, TIED_HEADS, is_tied, text_config
 
 CONV1D_MODELS = ("gpt2", "openai-gpt", "imagegpt", "decision_transformer", "clvp")
 
@@ -36,6 +36,12 @@ def bind_module(
             found, output = (Place(ref),), rename(name)
     if not found:
         return Problem(f"the base has no {parameter_of(module)} for {module.name}", expected=rename(name))
+    in_stack = any(place.rows is not None and len(place.ref.shape) == 3 for place in found)
+    if in_stack and text_config(base.config).get("model_type") in INPUT_FIRST:
+        return Problem(
+            f"{module.name}: the base keeps its experts as (experts, in, out): an adapter of one expert does not fit",
+            hint="train it with target_parameters",
+        )
     if own is not None and found[0].is_whole and found[0].ref.shape != own.shape:
         output, found = output or found[0].ref.name, (Place(own),)  # the vocabulary was resized before training
     bound = []

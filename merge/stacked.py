@@ -24,6 +24,7 @@ from .names import DOWNS, GATES, UPS, Renaming
 from .vocabulary import text_config
 
 TRANSPOSED_EXPERTS = ("gpt_oss", "aria_text", "openai_privacy_filter")  # say is_transposed in transformers 5
+INPUT_FIRST = (*TRANSPOSED_EXPERTS, "llama4_text")  # stacked as (experts, in, out)
 TURNED_BEFORE = (0, 19, 0)
 STRAIGHT_FROM = (0, 19, 1)
 

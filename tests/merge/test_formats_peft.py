@@ -364,6 +364,22 @@ def test_adapter_of_separate_experts(name: str, base: Callable[[str], Path], tmp
     assert error(merged_logits(stacked, tmp_path / "a", tmp_path / "out2"), expected) < TOLERANCE
 
 
+@pytest.mark.parametrize("make", [gpt_oss, llama4])
+def test_adapter_of_one_expert_never_lies_across_a_turned_stack(make: Callable[..., Path], tmp_path: Path) -> None:
+    """At these sizes rows of (in, out) would fit a gate's (out, in) by chance."""
+    with quiet():
+        base = make(tmp_path / "base", 16)
+    keys = load_file(base / "model.safetensors")
+    key = next(key for key in keys if key.endswith(("mlp.experts.gate_up_proj", "feed_forward.experts.gate_up_proj")))
+    stem = f"base_model.model.{key.removesuffix('gate_up_proj')}1.gate_proj"
+    tensors = {f"{stem}.lora_A.weight": torch.randn(2, 32), f"{stem}.lora_B.weight": torch.randn(16, 2)}
+    peft.LoraConfig(r=2, target_modules=["gate_proj"]).save_pretrained(tmp_path / "a")
+    save_file(tensors, tmp_path / "a" / "adapter_model.safetensors", {"format": "pt"})
+    with pytest.raises(MismatchError, match="experts, in, out"):
+        merge(base, tmp_path / "a", tmp_path / "no", device="cpu")
+    assert not (tmp_path / "no").exists()
+
+
 def stack_experts(folder: Path, output: Path) -> Path:
     """The checkpoint as the model holds it in memory: all experts of a layer in one 3-D tensor."""
     import shutil
