@@ -264,5 +264,4 @@ class CanonicalForm:
                 f"row {row} of W0 + up @ down is zero but has a magnitude: its direction is undefined",
                 hint="is this the base that the adapter was trained on?",
             )
-        # Where nobody may look (CUDA, compiled), such a row becomes NaN, which is never written.
-        return torch.where((norm == 0) & (magnitude == 0), torch.ones_like(norm), magnitude / norm)
+        return torch.where(norm == 0, torch.ones_like(norm), magnitude / norm)
