@@ -105,8 +105,9 @@ class Factoriser:
         """The exact factors of the smallest rank; with magnitudes their row scale as well."""
         form = self.form
         if self.dense or form.col_scale is not None or form.needs_columns:
+            what = "this way of combining" if self.dense else "a scale of the input columns"
             raise UnsupportedError(
-                f"{self.module.name}: this combination, or a scale of the input columns has no LoRA form",
+                f"{self.module.name}: {what} has no exact LoRA form",
                 hint="merge this adapter instead, or accept a truncated LoRA with --rank",
             )
         sides = self._kronecker_sides()

@@ -31,7 +31,6 @@ from .stating import Stated, beside
 RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
 MANIFEST = "adapter_merge.json"
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,199}")
-BESIDE_RESIDUAL = ("PiSSA", "DuDe")
 # Multi-head latent attention multiplies these into other weights when the base is loaded, without the adapter.
 ABSORBED = ("kv_b_proj",)
 NOT_LINEAR = ("embed_tokens", "lm_head", "wte", "wpe", "embed_out", "word_embeddings", "embed_in")
@@ -185,10 +184,12 @@ class Converter:
         }
         if stated.values:
             parts["stated"] = stated.identity()
-        rank = max(module.rank for module in opened.modules)
-        beside_residual = opened.method in BESIDE_RESIDUAL or "init_adapter" in stated.values
-        if beside_residual and about is None and stated.base_kind != "residual":
-            rank *= 2  # on the original base the initial factors are taken off beside the trained ones
+        # On the original base the factors at initialisation are taken off beside the trained ones.
+        subtracted = about is None and stated.base_kind != "residual"
+        rank = max(
+            module.rank * (2 if subtracted and getattr(module, "initial", None) is not None else 1)
+            for module in opened.modules
+        )
         return Outline(source, opened.method, rank, targets, about is not None, key_of(parts), stated)
 
     def obtain(self, adapter: str | Path, stated: Stated | None = None) -> Served:

@@ -61,6 +61,20 @@ def test_a_lost_alpha(qwen2: World, converter: Converter, tmp_path: Path) -> Non
     assert converter.obtain(raw, checked({"alpha": 32.0})).folder == served.folder
 
 
+@pytest.mark.parametrize("init", ["pissa", "olora"])
+def test_a_decomposed_base_doubles_the_rank(qwen2: World, converter: Converter, tmp_path: Path, init: str) -> None:
+    """The rank that a server is started with is the one that the factors have."""
+    folder = tmp_path / init
+    shutil.copytree(qwen2.adapters["lora-1"].raw, folder)
+    config = json.loads((folder / "adapter_config.json").read_text())
+    (folder / "adapter_config.json").write_text(json.dumps({**config, "init_lora_weights": init}))
+    stated = checked({"base_kind": "original"})
+    outline = converter.outline(folder, stated)
+    assert outline.rank == 2 * converter.outline(qwen2.adapters["lora-1"].raw).rank
+    assert converter.obtain(folder, stated).rank == outline.rank
+    assert converter.outline(folder, checked({"base_kind": "residual"})).rank == outline.rank // 2
+
+
 def test_the_adapter_before_training(qwen2: World, converter: Converter, tmp_path: Path) -> None:
     """CorDA on the original base: W0 + s (B A - B0 A0), at twice the rank; the first factors belong to the key."""
     generator = torch.Generator().manual_seed(4)
