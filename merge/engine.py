@@ -99,6 +99,11 @@ class _Run:
             self.writers.shutdown(cancel_futures=True)
             self.schedule.close()
             self.sources.close()
+        if isinstance(self.failure, torch.OutOfMemoryError):
+            raise InputError(
+                f"the device's memory does not suffice ({str(self.failure).splitlines()[0]})",
+                hint="pass a smaller --vram, free the device, or use --device cpu",
+            ) from self.failure
         if self.failure is not None:
             raise self.failure
 

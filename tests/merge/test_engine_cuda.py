@@ -15,6 +15,7 @@ from typing import Any
 import pytest
 import torch
 from adapter_merge.merge import engine, lanes
+from adapter_merge.merge.errors import InputError
 from adapter_merge.merge.form import CanonicalForm, Residual
 from adapter_merge.merge.inputs import open_pair
 from adapter_merge.merge.lanes import BUFFERS_PER_SLOT, CUDA_DEPTH, Block, Done, Inline, Lane, Mark, Slot
@@ -243,6 +244,21 @@ def test_the_overlapping_path_writes_the_same_bytes(tmp_path: Path, monkeypatch:
     merge(base, adapter, tmp_path / "ring", workers=3)
     for file in (tmp_path / "plain").glob("*.safetensors"):
         assert file.read_bytes() == (tmp_path / "ring" / file.name).read_bytes()
+
+
+def test_a_device_without_memory_is_no_bug_of_ours(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    tensors = base_tensors()
+    base = write_base(tmp_path / "base", tensors)
+    adapter = write_lora(tmp_path / "adapter", tensors)
+
+    def launch(self: Lane, *arguments: Any) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
+
+    monkeypatch.setattr(Lane, "launch", launch)
+    with pytest.raises(InputError, match=r"Tried to allocate 2\.00 GiB") as caught:
+        merge(base, adapter, tmp_path / "out")
+    assert "--vram" in str(caught.value)
+    assert not (tmp_path / "out").exists()
 
 
 def test_several_devices_share_the_shards(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
