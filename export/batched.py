@@ -94,7 +94,8 @@ def restack(
     try:
         _write_stacks(model, replace(layout, adapters=tuple(names)), slots, file)
     except BaseException:
-        file.unlink(missing_ok=True)
+        if file.name.encode() not in (folder / "model.onnx").read_bytes():  # an interrupt may come after the graph
+            file.unlink(missing_ok=True)
         raise
     for name in before:
         (folder / name).unlink()

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -13,6 +15,7 @@ from pico_models import save_lora, save_pico
 
 pytest.importorskip("onnxruntime_genai")
 
+from adapter_merge.export import batched as batched_export
 from adapter_merge.export.adding import add_adapters
 from adapter_merge.export.batched import export_batched
 from adapter_merge.export.folder import read_export
@@ -106,6 +109,35 @@ def test_adapters_are_added_to_a_batched_export(
     add_adapters(folder, {"lora": adapters["dora"]}, overwrite=True)
     got = run_all(Decoder(folder, threads=1), "lora", TOKENS)
     assert difference(got, reference(pico, adapters["dora"], ALL)) < BAR
+
+
+@pytest.mark.parametrize("late", [False, True])
+def test_an_interrupted_addition_leaves_an_export_that_answers(
+    pico: Path,
+    adapters: dict[str, Path],
+    batched: Path,
+    reference: Reference,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    late: bool,
+) -> None:
+    """Before the new graph has its name the old stacks are read, after it the new ones."""
+    folder = tmp_path / "out"
+    shutil.copytree(batched, folder)
+    name = next(iter(read_export(folder).adapters))
+    real = batched_export.save_graph
+
+    def interrupted(model: Any, file: Path) -> None:
+        if late:
+            real(model, file)
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(batched_export, "save_graph", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            add_adapters(folder, {"late": adapters["dora"]})
+    got = run_all(Decoder(folder, threads=1), name, TOKENS)
+    assert difference(got, reference(pico, adapters[name], ALL)) < BAR
 
 
 def test_an_adapter_that_does_not_fit_leaves_a_batched_export_as_it_was(
