@@ -4,11 +4,12 @@
 
 Compared: onnxruntime-genai's own builder (as it comes), our merged export, our switchable export with no adapter
 and with random LoRA adapters of rank 8 and 16 on every linear, transformers eager and, with --optimum, a graph made
-by optimum-onnx. The contenders take turns in blocks of 12 steps; every round opens all of them anew in another
-order, because where the weights happen to lie in memory is worth up to 4 %. A figure is the median over the rounds
-of the rounds' medians, a ratio the median of the ratios within a round. On a machine that others use as well,
---clock cpu --threads 1 counts the process's own CPU seconds. Parity: the shipped DCFT and DuDe adapters and a LoRA,
-in all three modes, against torch; greedy answers of 200 tokens.
+by optimum-onnx. All sessions are open in one process and decode in bursts of BURST steps, in another order in every
+sweep. A ratio is that of two bursts of one sweep, about a second apart, so that the machine's own changes of speed
+cancel; reported are the median and the quartiles of all sweeps, and the median of every round: a round opens all
+sessions anew, because where the weights happen to lie in memory moves a session by up to 4 %. On a machine that others
+use as well, --clock cpu --threads 1 counts the process's own CPU seconds. Parity: the shipped DCFT and DuDe adapters
+and a LoRA, in all three modes, against torch; greedy answers of 200 tokens.
 """
 
 from __future__ import annotations
@@ -28,8 +29,9 @@ from typing import Any
 import numpy as np
 import torch
 
-PROMPT, DECODE = 256, 48
-PREFILLS, BLOCK, PAUSE = 2, 12, 0.05
+PROMPT, PREFILLS = 256, 4
+SWEEPS, BURST, PAUSE = 24, 7, 0.05
+DECODE = SWEEPS * BURST
 CLOCKS = {"wall": time.perf_counter, "cpu": time.process_time}
 clock = time.perf_counter
 GREEDY = 200
@@ -124,22 +126,23 @@ def plain_build(base: Path, folder: Path) -> None:
     save_graph(model, folder / "model.onnx")
 
 
-def alternate(runners: dict[str, Any]) -> tuple[dict[str, list[float]], dict[str, list[float]]]:
-    """Seconds of every prefill and of every step, the runners taking turns; the first of each warms up.
+def alternate(runners: dict[str, Any], order: random.Random) -> tuple[dict[str, list[float]], dict[str, list[float]]]:
+    """Seconds of every prefill but the first, and a step's median in every burst, the runners taking turns.
 
-    A step follows a pause of the others' threads: onnxruntime's spin for a while, and would take a core.
+    A burst follows a pause of the others' threads: onnxruntime's spin for a while, and would take a core. Its first
+    step warms up.
     """
     prefill: dict[str, list[float]] = {name: [] for name in runners}
     decode: dict[str, list[float]] = {name: [] for name in runners}
     for _ in range(PREFILLS + 1):
-        for name, runner in runners.items():
+        for name in order.sample(list(runners), len(runners)):
             time.sleep(PAUSE)
-            prefill[name].append(runner.prefill())
-    for block in range(0, DECODE, BLOCK):
-        for name, runner in runners.items():
+            prefill[name].append(runners[name].prefill())
+    for sweep in range(0, DECODE, BURST):
+        for name in order.sample(list(runners), len(runners)):
             time.sleep(PAUSE)
-            runner.step(block)
-            decode[name].extend(runner.step(block + index) for index in range(1, BLOCK))
+            burst = [runners[name].step(sweep + index) for index in range(BURST)]
+            decode[name].append(statistics.median(burst[1:]))
     return {name: found[1:] for name, found in prefill.items()}, decode
 
 
@@ -224,16 +227,15 @@ def speed(base: Path, work: Path, rounds: int, threads: int, optimum: Path | Non
     }
     if optimum is not None:
         openers["optimum-onnx"] = lambda: OptimumRunner(optimum, threads)
-    prefills: dict[str, list[float]] = {name: [] for name in openers}  # the median of every round
-    steps: dict[str, list[float]] = {name: [] for name in openers}
+    prefills: dict[str, list[list[float]]] = {name: [] for name in openers}  # one list a round
+    steps: dict[str, list[list[float]]] = {name: [] for name in openers}
     for index in range(rounds):
-        order = list(openers)
-        random.Random(index).shuffle(order)
-        runners = {name: openers[name]() for name in order}
-        prefill, decode = alternate(runners)
+        order = random.Random(index)
+        runners = {name: openers[name]() for name in order.sample(list(openers), len(openers))}
+        prefill, decode = alternate(runners, order)
         for name in openers:
-            prefills[name].append(statistics.median(prefill[name]))
-            steps[name].append(statistics.median(decode[name]))
+            prefills[name].append(prefill[name])
+            steps[name].append(decode[name])
         del runners
     decoder = Decoder(work / "switchable", threads=threads)
     loads, switches = [], []
@@ -247,22 +249,24 @@ def speed(base: Path, work: Path, rounds: int, threads: int, optimum: Path | Non
             decoder.load(name)
             switches.append(time.perf_counter() - start)
 
-    def ratio(seen: dict[str, list[float]], name: str, other: str) -> float:
-        pairs = zip(seen[name], seen[other], strict=True)
-        return round(statistics.median(theirs / mine for mine, theirs in pairs), 3)
+    def ratio(seen: dict[str, list[list[float]]], name: str, other: str) -> dict[str, Any]:
+        found = [
+            [theirs / mine for mine, theirs in zip(*pair, strict=True)]
+            for pair in zip(seen[name], seen[other], strict=True)
+        ]
+        low, middle, high = np.quantile(np.concatenate(found), (0.25, 0.5, 0.75)).round(3).tolist()
+        by_round = [round(statistics.median(values), 3) for values in found]
+        return {"median": middle, "quartiles": [low, high], "rounds": by_round}
 
     report: dict[str, Any] = {}
     for name in openers:
         report[name] = {
-            "prefill_tokens_per_second": round(PROMPT / statistics.median(prefills[name]), 1),
-            "decode_tokens_per_second": round(1 / statistics.median(steps[name]), 2),
-            "decode_vs_builder": ratio(steps, name, "builder"),
-            "decode_vs_merged": ratio(steps, name, "merged"),
-            "decode_vs_eager": ratio(steps, name, "transformers eager"),
-            "prefill_vs_builder": ratio(prefills, name, "builder"),
-            "prefill_vs_merged": ratio(prefills, name, "merged"),
-            "prefill_vs_eager": ratio(prefills, name, "transformers eager"),
+            "prefill_tokens_per_second": round(PROMPT / float(np.median(prefills[name])), 1),
+            "decode_tokens_per_second": round(1 / float(np.median(steps[name])), 2),
         }
+        for other in ("builder", "merged", "transformers eager"):
+            report[name][f"decode_vs_{other.split()[-1]}"] = ratio(steps, name, other)
+            report[name][f"prefill_vs_{other.split()[-1]}"] = ratio(prefills, name, other)
     report["load_an_adapter_ms"] = round(statistics.median(loads) * 1e3, 2)
     report["switch_ms"] = round(statistics.median(switches) * 1e3, 4)
     report["add_lora_seconds"] = round(adding, 2)
@@ -339,7 +343,8 @@ def main() -> None:
     report: dict[str, Any] = {"clock": options.clock, "threads": options.threads, "rounds": options.rounds}
     if options.only != "parity":
         report["speed"] = speed(base, options.work, options.rounds, options.threads, options.optimum)
-        print(json.dumps(report["speed"], indent=2), flush=True)
+        for name, found in report["speed"].items():
+            print(f"{name}: {json.dumps(found)}", flush=True)
     elif not (options.work / "r8").exists():
         random_lora(base, options.work / "r8", 8, 8)
     if options.only != "speed":

@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     import numpy as np
     from numpy.typing import NDArray
 
+LINE = 64  # bytes of a cache line
 PAST = re.compile(r"past_key_values\.(\d+)\.(key|value)")
 ONNX_TYPES = {"tensor(float)": 1, "tensor(float16)": 10, "tensor(bfloat16)": 16}
 NUMPY_TYPES = {"tensor(float)": "float32", "tensor(float16)": "float16"}
@@ -77,6 +78,8 @@ class Decoder:
             tensors = load_tensors(self.folder / f"{name}{SUFFIX}", self.layout)
             if self.kind == "cuda":
                 tensors = {key: self._to_device(value) for key, value in tensors.items()}
+            else:
+                tensors = _in_order(tensors, self.layout)
             self._loaded[name] = tensors
         return self._loaded[name]
 
@@ -124,12 +127,13 @@ class Decoder:
             binding.bind_cpu_input("position_ids", positions)
         binding.bind_output("logits", "cpu")
         self.session.run_with_iobinding(binding)
-        *present, logits = binding.get_outputs()  # in the order in which they were bound
+        # in the order in which they were bound, logits last; get_outputs() would wrap every one of them (0.3 ms)
+        outputs = binding.get_outputs_as_ortvaluevector()
+        values: NDArray[np.float32] = _float32(outputs[len(outputs) - 1])
         if not self.shares_cache:
+            cache.values = dict(zip(cache.values, binding.get_outputs()[:-1], strict=True))
             cache.binding = None
-            cache.values = dict(zip(cache.values, present, strict=True))
         cache.length = total
-        values: NDArray[np.float32] = _float32(logits)
         return values
 
     def _binding(self, cache: Cache) -> Any:
@@ -177,6 +181,28 @@ class Decoder:
         import onnxruntime
 
         return onnxruntime.OrtValue.ortvalue_from_numpy(value.numpy(), self.kind, self.index)
+
+
+def _in_order(tensors: Mapping[str, Any], layout: Layout) -> dict[str, Any]:
+    """The tensors copied into one block, in the order in which the graph reads them, each at a cache line's start.
+
+    ONNX Runtime's format leaves them in any order and at any multiple of four bytes: 1 % of decode with rank 16.
+    """
+    import numpy as np
+    import onnxruntime
+
+    wanted = [name for target in layout.targets for name in (target.down_name, target.up_name, target.scale_name)]
+    names = [name for name in wanted if name in tensors]
+    arrays = {name: tensors[name].numpy() for name in names}
+    block = np.empty(sum(array.nbytes + LINE for array in arrays.values()), np.uint8)
+    position = -block.ctypes.data % LINE
+    placed = dict(tensors)
+    for name, array in arrays.items():
+        view = block[position : position + array.nbytes].view(array.dtype).reshape(array.shape)
+        view[...] = array
+        placed[name] = onnxruntime.OrtValue.ortvalue_from_numpy(view)  # keeps the view, not a copy
+        position += -(-array.nbytes // LINE) * LINE
+    return placed
 
 
 def _present(past: str) -> str:
