@@ -63,8 +63,8 @@ print(json.dumps({
 
 PROCESS = """
 import json, sys
-from adapter_merge.merge.merging import merge
-merge(*sys.argv[1:4])
+from adapter_merge.merge.cli import group
+group.main(["merge", *sys.argv[1:3], "-o", sys.argv[3], "-q"], standalone_mode=False)
 print(json.dumps({"rss": peak()}))
 """
 

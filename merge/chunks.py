@@ -85,6 +85,14 @@ class _Chunk:
     nbytes: int  # of the file in this chunk
     missing: int
     lock: threading.Lock = field(default_factory=threading.Lock)
+    views: dict[torch.dtype, Tensor] = field(default_factory=dict)
+
+    def typed(self, dtype: torch.dtype) -> Tensor:
+        """The buffer's elements of `dtype`."""
+        view = self.views.get(dtype)
+        if view is None:
+            view = self.views[dtype] = self.buffer.view(dtype)
+        return view
 
 
 class ChunkedFile:
@@ -146,12 +154,13 @@ class ChunkedFile:
             self._filled(chunk, size)
             done += size
 
-    def window(self, offset: int, nbytes: int) -> Tensor | None:
-        """(nbytes,) uint8 of the file's own buffer to write to, when they lie in one chunk; then call `filled`."""
+    def window(self, offset: int, rows: int, columns: int, dtype: torch.dtype) -> Tensor | None:
+        """(rows, columns) of the file's own buffer to write to, when they lie in one chunk; then call `filled`."""
         index, start = divmod(offset, CHUNK_BYTES)
-        if start + nbytes > CHUNK_BYTES:
+        place, odd = divmod(start, dtype.itemsize)
+        if odd or start + rows * columns * dtype.itemsize > CHUNK_BYTES:
             return None
-        return self._chunks[index].buffer[start : start + nbytes]
+        return self._chunks[index].typed(dtype).as_strided((rows, columns), (columns, 1), place)
 
     def filled(self, offset: int, nbytes: int) -> None:
         """The window at `offset` holds its bytes."""

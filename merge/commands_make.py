@@ -13,6 +13,7 @@ import click
 from .adapter_options import adapter_options, one_stated
 from .cli import device_option, dry_run_option, emit, output_option, progress_bar, report_options, say
 from .commands_combine import INPUTS, combination_options, stated_inputs
+from .hashing import HeadStart
 
 F = TypeVar("F", bound=Callable[..., Any])
 DTYPES = click.Choice(["float32", "float16", "bfloat16"])
@@ -128,23 +129,29 @@ def merge(inputs: tuple[str, ...], output: str, as_json: bool, quiet: bool, verb
     combined in delta space: merge BASE a=DIR b=DIR --weight a=0.7 --weight b=0.3 --combine ties --density 0.5. Without
     names they are applied in turn: merge BASE FIRST SECOND, where SECOND was trained on BASE with FIRST merged.
     """
-    from .checkpoint import resolve
-    from .merging import merge as run
-
     started = time.perf_counter()
-    subject = stated_inputs(inputs)
-    source = resolve(subject.folder) if subject.folder else Path()
-    total = sum(path.stat().st_size for path in source.iterdir() if path.is_file())
-    with progress_bar("merging", total, quiet or as_json) as progress:
-        content = run(
-            subject.base,
-            subject.adapter,
-            output,
-            base_kind=subject.base_kind,
-            options=subject.options,
-            progress=progress,
-            **settings,
-        )
+    hashed = inputs and settings["hashes"] and not (settings["dry_run"] or settings["finish"] or settings["part"])
+    head_start = HeadStart(sorted(Path(inputs[0]).glob("*.safetensors")) if hashed else ())
+    try:
+        from .checkpoint import resolve
+        from .merging import merge as run
+
+        subject = stated_inputs(inputs)
+        source = resolve(subject.folder) if subject.folder else Path()
+        total = sum(path.stat().st_size for path in source.iterdir() if path.is_file())
+        with progress_bar("merging", total, quiet or as_json) as progress:
+            content = run(
+                subject.base,
+                subject.adapter,
+                output,
+                base_kind=subject.base_kind,
+                options=subject.options,
+                progress=progress,
+                head_start=head_start,
+                **settings,
+            )
+    finally:
+        head_start.stop()
     if settings["part"] is not None and not as_json and not settings["dry_run"]:
         seconds = time.perf_counter() - started
         click.echo(f"{output}: part {content['part']}, {len(content['files'])} files in {seconds:.1f} s")

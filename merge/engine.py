@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import os
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -21,7 +21,7 @@ import torch
 
 from .chunks import ChunkPool
 from .errors import InputError
-from .hashing import Stopped
+from .hashing import Begun, Stopped
 from .lanes import BUFFERS_PER_SLOT, CUDA_DEPTH, CUDA_LEAST_BYTES, LaneMaker, cpu_lane, cuda_lane
 from .links import LINKS
 from .plan import MergePlan, ShardPlan
@@ -57,6 +57,7 @@ class _Run:
         progress: Progress | None,
         on_shard: Shards,
         recorder: Recorder | None,
+        begun: Mapping[Path, Begun],
     ) -> None:
         self.lanes, self.delta = lanes, plan.operation == "delta"
         self.progress, self.on_shard, self.recorder = progress, on_shard, recorder
@@ -79,6 +80,7 @@ class _Run:
             submit=self._submit,
             finished=self._finished,
             progress=progress,
+            begun=begun,
         )
 
     def run(self) -> None:
@@ -169,6 +171,7 @@ def execute(
     vram: int | None = None,
     on_shard: Shards | None = None,
     recorder: Recorder | None = None,
+    begun: Mapping[Path, Begun] | None = None,
 ) -> dict[str, FinishedShard]:
     """Write `shards` (all of the plan's where none are named) into `folder`, on the disk when this returns.
 
@@ -178,6 +181,7 @@ def execute(
     link: how shards that no adapter touches get there (see links.py).
     vram: bytes of device memory to use per CUDA device; None takes a quarter of what is free.
     on_shard: called, one thread at a time per shard, when a shard is on the disk.
+    begun: hashes of the base's files that were begun ahead (hashing.HeadStart).
     Raises NumericsError for NaN or infinity in a result, FileFormatError for a shard that ends too early, OSError
     for what the disk refuses. The first failure stops the rest.
     """
@@ -227,6 +231,7 @@ def execute(
         progress=progress,
         on_shard=remember,
         recorder=recorder,
+        begun=begun or {},
     )
     threads = torch.get_num_threads()
     torch.set_num_threads(1)

@@ -1,7 +1,7 @@
 """What a merge did to one weight, measured on a sample of its blocks while they are in cache.
 
-Measuring every block would cost more than the merge: eight passes over the weight beside the merge's five. Small
-weights are measured whole; of large ones the first rows of a few blocks, spread over the weight.
+Measuring every block would cost more than the merge: eight passes over the weight beside the merge's five. A weight of
+one block is measured whole; of larger ones the first rows of a few blocks, spread over the weight.
 """
 
 from __future__ import annotations
@@ -35,9 +35,9 @@ class TensorFigures:
 
 def sampled_rows(number: int, blocks: int, rows: int) -> int:
     """How many of the `rows` of a weight's block `number` (of `blocks`) are measured: the first ones, or none."""
-    if blocks <= SAMPLED_BLOCKS:
+    if blocks == 1:
         return rows
-    return 0 if number % (blocks // SAMPLED_BLOCKS) else -(-rows // SAMPLED_SHARE)
+    return 0 if number % max(1, blocks // SAMPLED_BLOCKS) else -(-rows // SAMPLED_SHARE)
 
 
 def block_sums(

@@ -15,7 +15,7 @@ import contextlib
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 from torch import Tensor
@@ -23,7 +23,10 @@ from torch import Tensor
 from .edits import BlockEdit
 from .figures import SUMS, block_sums
 
-CPU_BLOCK_BYTES = 1 << 19  # of float32: with its input and output it stays in a core's second-level cache
+if TYPE_CHECKING:
+    import numpy
+
+CPU_BLOCK_BYTES = 1 << 20  # of float32: smaller ones stay in a second-level cache, but wait for the interpreter more
 CUDA_BLOCK_BYTES = 32 << 20  # of float32: enough to hide a kernel's launch
 CUDA_LEAST_BYTES = 1 << 16
 CUDA_DEPTH = 3
@@ -87,7 +90,7 @@ class CudaQueue:
         self.stream.wait_event(mark)  # type: ignore[arg-type]
 
 
-@dataclass(frozen=True)
+@dataclass(slots=True)
 class Block:
     """What is to be done to some rows of one tensor."""
 
@@ -106,43 +109,58 @@ class Block:
 
 
 class Slot:
-    """The buffers of one block, grown to the largest it has met."""
+    """The buffers of one block, grown to the largest it has met: host_in, host_out, in, work, spare, out.
+
+    Views are kept: every call into torch lets go of the interpreter's lock, and two workers that each make a dozen
+    views of a block spend a third of their time waiting for each other.
+    """
 
     def __init__(self, device: torch.device, pinned: bool) -> None:
         self.device, self.pinned = device, pinned
         self.on_host = device.type == "cpu"
         self._buffers: dict[str, Tensor] = {}
+        self._views: dict[tuple[Any, ...], Tensor] = {}
         self.sums = torch.empty(SUMS, dtype=torch.float32, device=device)
         self.host_sums = self.sums if self.on_host else self._host_floats(SUMS)
         self.norm = torch.empty((), dtype=torch.float32, device=device)
         self.host_norm = self.norm if self.on_host else self._host_floats(1).view(())
+        self._norm: numpy.ndarray[Any, Any] | None = None  # the same memory
         self.mark: Mark = Done()
 
     def _host_floats(self, count: int) -> Tensor:
         return torch.empty(count, dtype=torch.float32, pin_memory=self.pinned)
 
-    def _bytes(self, name: str, nbytes: int, host: bool) -> Tensor:
-        held = self._buffers.get(name)
-        if held is None or held.numel() < nbytes:
-            held = (
-                torch.empty(nbytes, dtype=torch.uint8, pin_memory=self.pinned)
-                if host
-                else torch.empty(nbytes, dtype=torch.uint8, device=self.device)
-            )
-            self._buffers[name] = held
-        return held[:nbytes]
+    def bytes(self, name: str, nbytes: int) -> Tensor:
+        """(nbytes,) uint8: of host memory for host_in (what was read) and host_out (what is to be written)."""
+        view = self._views.get((name, nbytes))
+        if view is None:
+            held = self._buffers.get(name)
+            if held is None or held.numel() < nbytes:
+                self._views = {key: view for key, view in self._views.items() if key[0] != name}
+                held = (
+                    torch.empty(nbytes, dtype=torch.uint8, pin_memory=self.pinned)
+                    if name.startswith("host")
+                    else torch.empty(nbytes, dtype=torch.uint8, device=self.device)
+                )
+                self._buffers[name] = held
+            view = self._views[name, nbytes] = held[:nbytes]
+        return view
 
-    def host_in(self, nbytes: int) -> Tensor:
-        """(nbytes,) uint8 on the host: what was read."""
-        return self._bytes("host_in", nbytes, True)
+    def matrix(self, name: str, block: Block, dtype: torch.dtype) -> Tensor:
+        """(rows, columns) of `dtype`: the same bytes."""
+        key = (name, block.rows, block.columns, dtype)
+        view = self._views.get(key)
+        if view is None:
+            flat = self.bytes(name, block.elements * dtype.itemsize)
+            view = self._views[key] = flat.view(dtype).view(block.rows, block.columns)
+        return view
 
-    def host_out(self, nbytes: int) -> Tensor:
-        """(nbytes,) uint8 on the host: what is to be written."""
-        return self._bytes("host_out", nbytes, True)
-
-    def device_bytes(self, name: str, nbytes: int) -> Tensor:
-        """(nbytes,) uint8 on the device."""
-        return self._bytes(name, nbytes, False)
+    @property
+    def norm_found(self) -> float:
+        """The norm of the last result before rounding, once `mark` has come."""
+        if self._norm is None:
+            self._norm = self.host_norm.numpy()
+        return float(self._norm)
 
 
 @dataclass(frozen=True)
@@ -161,26 +179,22 @@ class Lane:
         slot: Slot,
         block: Block,
         forms: Sequence[BlockEdit],
-        source: Tensor,  # (n,) uint8, on the host
-        target: Tensor,  # (m,) uint8, on the host
+        target: Tensor,  # (rows, columns), output dtype, on the host
     ) -> None:
-        """Start the block's way from `source` to `target`; `slot.mark` is where it ends.
+        """Start the block's way from the slot's host_in to `target`; `slot.mark` is where it ends.
 
-        `slot.host_norm` is then the norm of the result before rounding, and `slot.host_sums` what block_sums found.
+        `slot.norm_found` is then the norm of the result before rounding, `slot.host_sums` what block_sums found.
         """
-        shape = (block.rows, block.columns)
-        device_in, device_out = source, target
+        before, stored = slot.matrix("host_in", block, block.source), target
         if not slot.on_host:
-            device_in = slot.device_bytes("in", source.numel())
-            device_out = slot.device_bytes("out", target.numel())
+            nbytes = block.elements * block.source.itemsize
             with self.upload.activate():
-                device_in.copy_(source, non_blocking=True)
+                slot.bytes("in", nbytes).copy_(slot.bytes("host_in", nbytes), non_blocking=True)
                 uploaded = self.upload.mark()
             self.compute.wait(uploaded)
+            before, stored = slot.matrix("in", block, block.source), slot.matrix("out", block, block.target)
         with self.compute.activate():
-            before = device_in.view(block.source).view(shape)
-            nbytes = block.elements * block.arithmetic.itemsize
-            work = slot.device_bytes("work", nbytes).view(block.arithmetic).view(shape)
+            work = slot.matrix("work", block, block.arithmetic)
             work.copy_(before)
             if block.delta:
                 result = _delta(work, forms, block.start)
@@ -188,12 +202,14 @@ class Lane:
                 result = work
                 for form in forms:
                     form.apply_(result, block.start)
-            stored = device_out.view(block.target).view(shape)
             stored.copy_(result)
-            slot.norm.copy_(torch.linalg.vector_norm(result))
+            if block.arithmetic == slot.norm.dtype:
+                torch.linalg.vector_norm(result, out=slot.norm)
+            else:
+                slot.norm.copy_(torch.linalg.vector_norm(result))
             if block.measured:
                 few = slice(block.measured)
-                spare = slot.device_bytes("spare", nbytes).view(block.arithmetic).view(shape)
+                spare = slot.matrix("spare", block, block.arithmetic)
                 block_sums(before[few], result[few], stored[few], spare[few], slot.sums)
             computed = self.compute.mark()
         if slot.on_host:
@@ -201,7 +217,7 @@ class Lane:
             return
         self.download.wait(computed)
         with self.download.activate():
-            target.copy_(device_out, non_blocking=True)
+            target.copy_(stored, non_blocking=True)
             slot.host_norm.copy_(slot.norm, non_blocking=True)
             if block.measured:
                 slot.host_sums.copy_(slot.sums, non_blocking=True)

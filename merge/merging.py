@@ -15,6 +15,7 @@ from .devices import choose_device
 from .engine import FinishedShard, Progress, execute
 from .errors import InputError, Problem, raise_all
 from .formats import ReadOptions
+from .hashing import HeadStart
 from .inputs import AdapterInput, check_values, describe_inputs, input_folders, is_stale_quantization, open_pair
 from .journal import Part, check_complete, shards_of_part, workplace
 from .journal import finish as publish_place
@@ -57,6 +58,7 @@ def merge(
     part: Part | None = None,
     finish: bool = False,
     vram: int | None = None,
+    head_start: HeadStart | None = None,
 ) -> dict[str, Any]:
     """Write the merged model to `output` and return its manifest.
 
@@ -72,6 +74,7 @@ def merge(
     part: make only the i-th of n shares of the shards; returns an account of them, and the output is not there yet.
     finish: check that all parts are there and write the rest: side files, index and manifest, then the output's name.
     vram: bytes of device memory to use on each CUDA device.
+    head_start: has begun to hash the base's files; stopped here when they are read in earnest.
     Raises AdapterMergeError (see errors.py); nothing is left behind then but what keep_partial or a part keeps.
     """
     output = Path(output)
@@ -118,6 +121,7 @@ def merge(
                     vram=vram,
                     on_shard=on_shard,
                     recorder=recorder,
+                    begun=head_start.stop() if head_start is not None and hashes else None,
                 )
         finally:
             if recorder is not None:

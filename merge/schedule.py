@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 import threading
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,8 +18,9 @@ from torch import Tensor
 
 from .chunks import ChunkedFile, ChunkPool
 from .edits import BlockEdit
+from .errors import FileFormatError
 from .figures import TensorFigures
-from .hashing import Stopped, file_sha256
+from .hashing import Begun, Stopped, file_sha256
 from .links import link_file
 from .plan import ShardPlan, TensorJob
 from .sources import Sources
@@ -40,6 +41,16 @@ class FinishedShard:
     sha256: str | None  # of the output; None without hashing
     source_sha256: str | None  # of the base's file, where it was read from end to end
     figures: dict[str, TensorFigures]
+
+
+def _check_unchanged(begun: Begun | None) -> None:
+    """Raise FileFormatError where a file is not the one whose hash was begun."""
+    if begun is not None and not begun.is_unchanged:
+        raise FileFormatError(
+            f"{begun.file}: changed while it was read",
+            expected="a base that stays as it is until the merge is done",
+            hint="run it again",
+        )
 
 
 class Schedule:
@@ -63,7 +74,9 @@ class Schedule:
         submit: Callable[[Callable[[], None]], None],
         finished: Callable[[FinishedShard], None],
         progress: Progress | None,
+        begun: Mapping[Path, Begun],
     ) -> None:
+        self.begun = begun
         self.folder, self.workers, self.block_bytes = folder, workers, block_bytes
         self.hashing, self.direct, self.link = hashing, direct, link
         self.sources, self.pool = sources, pool
@@ -74,7 +87,7 @@ class Schedule:
         self._made: list[ShardWork] = []
         self._prepared: list[TensorWork] = []
         self._lock = threading.Lock()
-        self._preparers = ThreadPoolExecutor(workers, thread_name_prefix="prepare")
+        self._preparers = ThreadPoolExecutor(workers, "prepare", torch.set_num_threads, (1,))  # each thread has its own
 
     def stop(self) -> None:
         """Let every worker give up at its next step."""
@@ -130,7 +143,9 @@ class Schedule:
             return False
 
         def hash_it() -> None:
-            found = file_sha256(source) if self.hashing else None
+            begun = self.begun.get(source)
+            found = file_sha256(source, begun) if self.hashing else None
+            _check_unchanged(begun)
             if self.progress is not None:
                 self.progress(plan.nbytes)
             self._finished(FinishedShard(plan.file, found, found, {}))
@@ -140,13 +155,15 @@ class Schedule:
 
     def _open(self, plan: ShardPlan) -> ShardWork:
         def done(sha256: str | None) -> None:
+            _check_unchanged(shard.begun)
             found = shard.digest.hexdigest() if shard.digest is not None else None
             self._finished(FinishedShard(plan.file, sha256, found, shard.figures))
 
         output = ChunkedFile(
             self.folder / plan.file, plan.nbytes, self.pool, self._submit, done, self.hashing, self.direct
         )
-        shard = ShardWork(plan, output, self.hashing)
+        begun = self.begun.get(plan.source) if plan.source is not None else None
+        shard = ShardWork(plan, output, self.hashing, begun)
         self._made.append(shard)
         output.reserve(len(plan.header))
         output.put(torch.frombuffer(bytearray(plan.header), dtype=torch.uint8), 0)
@@ -166,7 +183,8 @@ class Schedule:
         rows = size // columns if columns else 0
         arithmetic = arithmetic_of(job)
         step = max(1, self.block_bytes // (arithmetic.itemsize * max(columns, 1)))
-        tensor = TensorWork(job, shard, rows, columns, step, None, -(-rows // step))
+        dtypes = TORCH_DTYPES[job.source.dtype], arithmetic, TORCH_DTYPES[job.place.dtype]
+        tensor = TensorWork(job, shard, rows, columns, step, *dtypes, None, -(-rows // step))
         if job.edits and rows:
             tensor.forms = self._preparers.submit(self._forms, tensor)
             self._prepared.append(tensor)

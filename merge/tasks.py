@@ -7,15 +7,15 @@ import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 import torch
 
 from .chunks import CHUNK_BYTES, ChunkedFile
 from .edits import BlockEdit
 from .figures import FigureTotals, TensorFigures
-from .hashing import OrderedDigest
+from .hashing import Begun, OrderedDigest
 from .plan import ShardPlan, TensorJob
-from .tensors import TORCH_DTYPES
 
 CAST_BYTES = 1 << 19
 
@@ -44,6 +44,9 @@ class TensorWork:
     rows: int
     columns: int
     step: int  # rows in a block
+    source: torch.dtype
+    arithmetic: torch.dtype
+    target: torch.dtype
     forms: Future[list[BlockEdit]] | None
     left: int  # blocks to finish
     totals: FigureTotals = field(default_factory=FigureTotals)
@@ -54,7 +57,14 @@ class TensorWork:
         return -(-self.rows // self.step)
 
 
-@dataclass(frozen=True, eq=False)
+class Turn(NamedTuple):
+    """A piece's place in the input's hash, and how many of its first bytes are in the hash already."""
+
+    number: int
+    known: int
+
+
+@dataclass(slots=True, eq=False)
 class Task:
     """One step of a worker: rows of an edited or cast tensor, bytes of a copied one, or bytes only to be hashed."""
 
@@ -63,37 +73,43 @@ class Task:
     tensor: TensorWork | None  # None: bytes
     first: int  # row, or byte of the tensor
     count: int
-    turn: int | None  # in the input's hash
+    turn: Turn | None  # in the input's hash
     write: bool = True
 
     @property
     def stop(self) -> int:
         """The output's byte after the task's last."""
-        place = self.job.place
+        start = self.job.place.start
         if self.tensor is None:
-            return place.start + self.first + self.count
-        return place.start + (self.first + self.count) * self.tensor.columns * TORCH_DTYPES[place.dtype].itemsize
+            return start + self.first + self.count
+        return start + (self.first + self.count) * self.tensor.columns * self.tensor.target.itemsize
 
 
 class ShardWork:
     """One output file in work."""
 
-    def __init__(self, plan: ShardPlan, output: ChunkedFile, hashing: bool) -> None:
-        self.plan, self.output = plan, output
-        self.digest = OrderedDigest() if hashing and plan.source is not None else None
+    def __init__(self, plan: ShardPlan, output: ChunkedFile, hashing: bool, begun: Begun | None = None) -> None:
+        self.plan, self.output, self.begun = plan, output, begun
+        self.digest = OrderedDigest(begun) if hashing and plan.source is not None else None
         self.turns = 0
+        self.known = 0 if begun is None else begun.nbytes  # bytes in the hash that no turn has come to yet
         self.tasks: Iterator[Task] = iter(())
         self.workers = 0
         self.figures: dict[str, TensorFigures] = {}
-        if self.digest is not None:
-            self.digest.update(self.turn(), plan.source_header)  # type: ignore[arg-type]
+        turn = self.turn(len(plan.source_header))
+        if self.digest is not None and turn is not None:
+            self.digest.update(turn.number, plan.source_header, turn.known)
 
-    def turn(self) -> int | None:
-        """The next place in the input's hash; None where nothing is hashed."""
+    def turn(self, nbytes: int) -> Turn | None:
+        """The place of the input's next `nbytes` in its hash; None where there is nothing left to hash of them."""
         if self.digest is None:
             return None
+        known = min(self.known, nbytes)
+        self.known -= known
+        if known == nbytes:
+            return None
         self.turns += 1
-        return self.turns - 1
+        return Turn(self.turns - 1, known)
 
     def in_order(
         self,
@@ -114,7 +130,7 @@ class ShardWork:
             if job.original is not None:
                 for first in range(0, job.original.nbytes, CAST_BYTES):
                     count = min(CAST_BYTES, job.original.nbytes - first)
-                    yield Task(self, job, None, first, count, self.turn(), write=False)
+                    yield Task(self, job, None, first, count, self.turn(count), write=False)
                 hashed = False
             hashed = hashed and job.source.file == self.plan.source and job.place.name == job.source.name
             if job.is_copy:
@@ -122,10 +138,11 @@ class ShardWork:
                 while first < job.place.nbytes:  # up to a chunk's end: read straight into the chunk
                     rest = CHUNK_BYTES - (job.place.start + first) % CHUNK_BYTES
                     count = min(CAST_BYTES, rest, job.place.nbytes - first)
-                    yield Task(self, job, None, first, count, self.turn() if hashed else None)
+                    yield Task(self, job, None, first, count, self.turn(count) if hashed else None)
                     first += count
             else:
                 tensor = tensors.pop(index)
+                row_bytes = tensor.columns * tensor.source.itemsize
                 for first in range(0, tensor.rows, tensor.step):
                     count = min(tensor.step, tensor.rows - first)
-                    yield Task(self, job, tensor, first, count, self.turn() if hashed else None)
+                    yield Task(self, job, tensor, first, count, self.turn(count * row_bytes) if hashed else None)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from collections import deque
+from dataclasses import dataclass
 from typing import Protocol
 
 import torch
@@ -17,8 +18,7 @@ from .lanes import Block, Lane, Slot, current_device, is_finite
 from .plan import ShardPlan, TensorJob
 from .schedule import Progress, Schedule
 from .sources import Sources
-from .tasks import ShardWork, Task, TensorWork, arithmetic_of
-from .tensors import TORCH_DTYPES
+from .tasks import ShardWork, Task, TensorWork
 
 
 class Recorder(Protocol):
@@ -26,6 +26,17 @@ class Recorder(Protocol):
 
     def record(self, shard: ShardPlan, job: TensorJob, first: int, before: Tensor, after: Tensor | None) -> None:
         """Bytes `before` (n,) uint8 from byte `first` of the base's tensor became `after`, or are gone (None)."""
+
+
+@dataclass(slots=True)
+class Flight:
+    """A block on its way."""
+
+    task: Task
+    slot: Slot
+    block: Block
+    target: Tensor  # (rows, columns), output dtype, on the host
+    windowed: bool  # target lies in the output's chunk
 
 
 class Worker:
@@ -47,25 +58,26 @@ class Worker:
 
     def work(self) -> None:
         """Until there is nothing left to take. Raises what a task raises, and Stopped when another worker failed."""
-        flying: deque[tuple[Task, Slot, Tensor, Tensor, bool]] = deque()
+        flying: deque[Flight] = deque()
+        torch.set_num_threads(1)  # a product's threads are the calling thread's own setting
         with torch.inference_mode(), current_device(self.lane.device):
             try:
                 self._loop(flying)
             finally:  # nothing may be on its way into buffers that are given back
-                for _, slot, *_ in flying:
+                for flight in flying:
                     with contextlib.suppress(Exception):  # the first failure is the one to tell
-                        slot.mark.synchronize()
+                        flight.slot.mark.synchronize()
 
-    def _loop(self, flying: deque[tuple[Task, Slot, Tensor, Tensor, bool]]) -> None:
+    def _loop(self, flying: deque[Flight]) -> None:
         lane = self.lane
         free = deque(lane.slots)
         placed: dict[TensorWork, list[BlockEdit]] = {}
         current: ShardWork | None = None
 
         def land() -> None:
-            task, slot, before, after, windowed = flying.popleft()
-            self._land(task, slot, before, after, windowed)
-            free.append(slot)
+            flight = flying.popleft()
+            self._land(flight)
+            free.append(flight.slot)
 
         while True:
             if self.pool.crowded:
@@ -79,18 +91,20 @@ class Worker:
             if not free:
                 land()
             slot = free.popleft()
-            if task.tensor is None:
+            tensor = task.tensor
+            if tensor is None:
                 self._pass_bytes(task, slot)
                 free.append(slot)
                 continue
-            before = slot.host_in(task.count * task.tensor.columns * TORCH_DTYPES[task.job.source.dtype].itemsize)
-            self._read(task, before)
-            if task.tensor not in placed:
+            self._read(task, slot.bytes("host_in", task.count * tensor.columns * tensor.source.itemsize))
+            if tensor not in placed:
                 placed.clear()
-                placed[task.tensor] = self._placed_forms(task.tensor, lane)
-            after, windowed = self._target(task, slot, lane)
-            lane.launch(slot, self._block(task), placed[task.tensor], before, after)
-            flying.append((task, slot, before, after, windowed))
+                placed[tensor] = self._placed_forms(tensor, lane)
+            block = self._block(task, tensor)
+            window = self._window(task, tensor) if slot.on_host else None
+            target = slot.matrix("host_out", block, block.target) if window is None else window
+            lane.launch(slot, block, placed[tensor], target)
+            flying.append(Flight(task, slot, block, target, window is not None))
             if slot.on_host:
                 land()
         while flying and not self.schedule.stopping:
@@ -101,23 +115,24 @@ class Worker:
         assert source is not None
         first = task.first
         if task.tensor is not None:
-            first *= task.tensor.columns * TORCH_DTYPES[source.dtype].itemsize
+            first *= task.tensor.columns * task.tensor.source.itemsize
         self.sources.read(source, first, buffer)
         if task.turn is not None:
             assert task.shard.digest is not None
-            task.shard.digest.update(task.turn, buffer)
+            task.shard.digest.update(task.turn.number, buffer, task.turn.known)
 
     def _pass_bytes(self, task: Task, slot: Slot) -> None:
         """Copy, or only hash and record, bytes that are not computed with."""
         if not task.write:
-            buffer = slot.host_in(task.count)
+            buffer = slot.bytes("host_in", task.count)
             self._read(task, buffer)
             if self.recorder is not None:
                 self.recorder.record(task.shard.plan, task.job, task.first, buffer, None)
             return
         offset = task.job.place.start + task.first
-        window = task.shard.output.window(offset, task.count)
+        window = task.shard.output.window(offset, 1, task.count, torch.uint8)
         assert window is not None, "copies end where chunks end"
+        window = window.view(-1)
         self._read(task, window)
         task.shard.output.filled(offset, task.count)
         if self.progress is not None:
@@ -132,42 +147,33 @@ class Worker:
         with lane.compute.activate():
             return [form.to(lane.device) for form in forms]
 
-    def _target(self, task: Task, slot: Slot, lane: Lane) -> tuple[Tensor, bool]:
-        """Where the result goes: straight into the output's chunk where it lies in one, else a buffer."""
-        assert task.tensor is not None
-        dtype = TORCH_DTYPES[task.job.place.dtype]
-        nbytes = task.count * task.tensor.columns * dtype.itemsize
-        offset = task.job.place.start + task.first * task.tensor.columns * dtype.itemsize
-        if slot.on_host and offset % dtype.itemsize == 0:
-            window = task.shard.output.window(offset, nbytes)
-            if window is not None:
-                return window, True
-        return slot.host_out(nbytes), False
+    def _window(self, task: Task, tensor: TensorWork) -> Tensor | None:
+        """The result's place in the output's chunk, where it lies in one."""
+        offset = task.job.place.start + task.first * tensor.columns * tensor.target.itemsize
+        return task.shard.output.window(offset, task.count, tensor.columns, tensor.target)
 
-    def _block(self, task: Task) -> Block:
-        tensor = task.tensor
-        assert tensor is not None
+    def _block(self, task: Task, tensor: TensorWork) -> Block:
         measured = 0
         if task.job.edits and not self.delta:
             measured = sampled_rows(task.first // tensor.step, tensor.blocks, task.count)
         return Block(
-            start=task.first,
-            rows=task.count,
-            columns=tensor.columns,
-            source=TORCH_DTYPES[task.job.source.dtype],
-            arithmetic=arithmetic_of(task.job),
-            target=TORCH_DTYPES[task.job.place.dtype],
-            delta=self.delta,
-            measured=measured,
+            task.first,
+            task.count,
+            tensor.columns,
+            tensor.source,
+            tensor.arithmetic,
+            tensor.target,
+            self.delta,
+            measured,
         )
 
-    def _land(self, task: Task, slot: Slot, before: Tensor, after: Tensor, windowed: bool) -> None:
+    def _land(self, flight: Flight) -> None:
         """Wait for a block, check it, and give it to the output."""
+        task, slot, block = flight.task, flight.slot, flight.block
         tensor, place = task.tensor, task.job.place
         assert tensor is not None
         slot.mark.synchronize()
-        block = self._block(task)
-        if not is_finite(float(slot.host_norm), after.view(block.target)):
+        if not is_finite(slot.norm_found, flight.target):
             raise NumericsError(
                 f"{place.name}: rows {task.first} .. {task.first + task.count} would hold NaN or infinity",
                 hint="values beyond the output dtype's range: try --dtype bfloat16 or float32",
@@ -178,6 +184,8 @@ class Worker:
             and place.name == task.job.source.name
         ):
             row_bytes = tensor.columns * block.source.itemsize
+            before = slot.bytes("host_in", task.count * row_bytes)
+            after = flight.target.view(torch.uint8).view(-1)
             self.recorder.record(task.shard.plan, task.job, task.first * row_bytes, before, after)
         with tensor.lock:
             if block.measured:
@@ -187,11 +195,11 @@ class Worker:
                 tensor.forms = None
                 if task.job.edits and not self.delta:
                     task.shard.figures[place.name] = tensor.totals.figures(tensor.rows * tensor.columns)
-        offset = place.start + task.first * tensor.columns * block.target.itemsize
-        nbytes = after.numel()
-        if windowed:
+        row_bytes = tensor.columns * block.target.itemsize
+        offset, nbytes = place.start + task.first * row_bytes, task.count * row_bytes
+        if flight.windowed:
             task.shard.output.filled(offset, nbytes)
         else:
-            task.shard.output.put(after, offset)
+            task.shard.output.put(slot.bytes("host_out", nbytes), offset)
         if self.progress is not None:
             self.progress(nbytes)

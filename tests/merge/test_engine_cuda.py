@@ -102,10 +102,10 @@ def test_no_step_mixes_devices_or_waits_for_the_device(kind: str, delta: bool) -
         slot = Slot(CUDA, pinned=False)
         lane = Lane(CUDA, (slot,), Inline(), Inline(), Inline(), 1 << 20)
         block = block_of(delta, measured=0 if delta else ROWS)
-        source, target = slot.host_in(block.elements * 2), slot.host_out(block.elements * 2)
-        lane.launch(slot, block, [form_of(kind, CUDA)], source, target)
-        assert {source.device, target.device, slot.host_norm.device, slot.host_sums.device} == {CPU}
-        assert {slot.device_bytes(name, 8).device for name in ("in", "out", "work")} == {CUDA}
+        target = slot.matrix("host_out", block, block.target)
+        lane.launch(slot, block, [form_of(kind, CUDA)], target)
+        assert {slot.bytes("host_in", 8).device, target.device, slot.host_norm.device, slot.host_sums.device} == {CPU}
+        assert {slot.bytes(name, 8).device for name in ("in", "out", "work")} == {CUDA}
         assert slot.norm.device == slot.sums.device == CUDA
 
 
@@ -115,7 +115,7 @@ def test_a_form_on_the_wrong_device_is_seen_by_these_tests() -> None:
         lane = Lane(CUDA, (slot,), Inline(), Inline(), Inline(), 1 << 20)
         block = block_of()
         with pytest.raises(Exception, match="device"):
-            lane.launch(slot, block, [form_of("lora", CPU)], slot.host_in(96), slot.host_out(96))
+            lane.launch(slot, block, [form_of("lora", CPU)], slot.matrix("host_out", block, block.target))
 
 
 class Recorded:
@@ -168,10 +168,10 @@ def test_each_queue_waits_for_the_one_before_it() -> None:
     block = block_of()
     weight = torch.randn(ROWS, COLUMNS).bfloat16()
     form = form_of("dude", CPU)
-    source = slot.host_in(weight.nbytes)
+    source = slot.bytes("host_in", weight.nbytes)
     source.copy_(weight.view(torch.uint8).view(-1))
-    target = slot.host_out(weight.nbytes)
-    lane.launch(slot, block, [form], source, target)
+    target = slot.matrix("host_out", block, block.target)
+    lane.launch(slot, block, [form], target)
     slot.mark.synchronize()
     assert log == [
         "upload work",
@@ -185,8 +185,8 @@ def test_each_queue_waits_for_the_one_before_it() -> None:
         "host waits for download 1",
     ]
     merged = form.merged(weight.float())
-    assert torch.equal(target.view(torch.bfloat16).view(ROWS, COLUMNS), merged.bfloat16())
-    assert float(slot.host_norm) == pytest.approx(float(merged.norm()), rel=1e-6)
+    assert torch.equal(target, merged.bfloat16())
+    assert slot.norm_found == pytest.approx(float(merged.norm()), rel=1e-6)
 
 
 def test_the_engine_keeps_several_blocks_in_flight_and_waits_before_it_reads(
@@ -203,11 +203,11 @@ def test_the_engine_keeps_several_blocks_in_flight_and_waits_before_it_reads(
     pending: deque[tuple[Slot, Any]] = deque()
     real = Lane.launch
 
-    def late(self: Lane, slot: Slot, block: Block, forms: Any, source: Tensor, target: Tensor) -> None:
+    def late(self: Lane, slot: Slot, block: Block, forms: Any, target: Tensor) -> None:
         """Nothing of a block happens before somebody waits for its mark."""
         assert slot not in [held for held, _ in pending], "a slot is used again while its block is in flight"
-        target.fill_(0xFF)  # NaN, should anybody look too early
-        pending.append((slot, lambda: real(self, slot, block, forms, source, target)))
+        target.fill_(float("nan"))  # should anybody look too early
+        pending.append((slot, lambda: real(self, slot, block, forms, target)))
         flying.append(len(pending))
 
         class Late:
@@ -320,8 +320,8 @@ def test_blocks_stay_within_the_memory_that_is_given(vram: int, monkeypatch: pyt
         slot = Slot(CUDA, pinned=False)
         rows = lane.block_bytes // (4 * COLUMNS)
         for name, nbytes in (("in", 2), ("work", 4), ("spare", 4), ("out", 2)):
-            slot.device_bytes(name, rows * COLUMNS * nbytes)
-        held = sum(slot.device_bytes(name, 1).untyped_storage().nbytes() for name in ("in", "work", "spare", "out"))
+            slot.bytes(name, rows * COLUMNS * nbytes)
+        held = sum(slot.bytes(name, 1).untyped_storage().nbytes() for name in ("in", "work", "spare", "out"))
     assert held * CUDA_DEPTH <= vram
 
 

@@ -164,7 +164,7 @@ def test_a_failure_waits_for_the_blocks_in_flight(
     def launch(self: Lane, slot: Slot, *rest: Any) -> None:
         real(self, slot, *rest)
         slot.host_norm.fill_(float("nan"))
-        rest[-1].fill_(0xFF)  # NaN
+        rest[-1].fill_(float("nan"))
         slot.mark = Late()
         flying.append(slot.mark)
 
