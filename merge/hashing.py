@@ -16,6 +16,7 @@ if TYPE_CHECKING:  # command lines that only read headers do without torch
 
 HASH_BYTES = 1 << 20
 HEAD_START_THREADS = 4
+HEAD_START_BYTES = 32 << 20  # at once: an import holds the interpreter for 5 ms before it lets another thread in
 
 
 class Stopped(Exception):
@@ -79,7 +80,7 @@ class HeadStart:
                 self._begun.pop(file, None)
 
     def _hash(self, file: Path) -> None:
-        view = memoryview(bytearray(HASH_BYTES))
+        view = memoryview(bytearray(min(HEAD_START_BYTES, file.stat().st_size)))
         with file.open("rb", buffering=0) as stream:
             begun = self._begun[file] = Begun(file, _identity(os.fstat(stream.fileno())))
             while not self._stopping and (got := stream.readinto(view)):
