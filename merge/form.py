@@ -253,9 +253,12 @@ class CanonicalForm:
         )
 
     def _scale_of(self, magnitude: Tensor, norm: Tensor, start: int) -> Tensor:
+        # Asking would wait for a CUDA device in every block: NaN instead, which whoever writes the block refuses.
+        asks = norm.device.type != "cuda" and not torch.compiler.is_compiling()
+        if asks and bool(norm.all()):
+            return magnitude / norm
         zero = (norm == 0) & (magnitude != 0)
-        if torch.compiler.is_compiling() or norm.device.type == "cuda":
-            # Asking would wait for the device in every block: NaN instead, which whoever writes the block refuses.
+        if not asks:
             scale = torch.where(norm == 0, torch.ones_like(norm), magnitude / norm)
             return scale.masked_fill(zero, torch.nan)
         if bool(zero.any()):

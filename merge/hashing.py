@@ -15,7 +15,7 @@ if TYPE_CHECKING:  # command lines that only read headers do without torch
     from torch import Tensor
 
 HASH_BYTES = 1 << 20
-HEAD_START_THREADS = 4
+HEAD_START_THREADS = 2
 HEAD_START_BYTES = 32 << 20  # at once: an import holds the interpreter for 5 ms before it lets another thread in
 
 
