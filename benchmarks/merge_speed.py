@@ -63,9 +63,13 @@ print(json.dumps({
 
 PROCESS = """
 import json, sys
-from adapter_merge.merge.cli import group
-group.main(["merge", *sys.argv[1:3], "-o", sys.argv[3], "-q"], standalone_mode=False)
-print(json.dumps({"rss": peak()}))
+from adapter_merge.merge.cli import main
+sys.argv[1:] = ["merge", *sys.argv[1:3], "-o", *sys.argv[3:], "-q"]
+try:
+    main()
+except SystemExit as leave:
+    assert not leave.code
+    print(json.dumps({"rss": peak()}))
 """
 
 BARE = """
@@ -170,22 +174,28 @@ def rounds(scratch: Path, size: str, methods: list[str], repeat: int, cold: bool
 def against_peft(scratch: Path, size: str, methods: list[str], repeat: int) -> None:
     base, out = scratch / size / "base", scratch / "out"
     files = sorted(base.glob("*.safetensors"))
-    print("method  process  PEFT  ratio  PEFT rss MB")
+    print("method  process  PEFT  ratio  no hashes  ratio  PEFT rss MB")
     for method in (name for name in methods if name in ("lora", "dora", "dude")):
         # PEFT knows DuDe on its residual base as DoRA: the same arithmetic.
         adapter = scratch / size / ("dora" if method == "dude" else method)
-        ours, theirs, memory = [], [], 0.0
+        ours, plain, theirs, memory = [], [], [], 0.0
         for _ in range(repeat):
             warm(files)
             ours.append(python(PROCESS, base, scratch / size / method, out)["process"])
+            clear(out)
+            warm(files)
+            plain.append(python(PROCESS, base, scratch / size / method, out, "--no-hashes")["process"])
             clear(out)
             warm(files)
             peft = python(PEFT, base, adapter, out)
             clear(out)
             theirs.append(peft["process"])
             memory = max(memory, peft["rss"] / 1e6)
-        mine, other = statistics.median(ours), statistics.median(theirs)
-        print(f"{method:6} {mine:8.2f} {other:6.1f} {other / mine:6.1f} {memory:8.0f}", flush=True)
+        mine, bare, other = map(statistics.median, (ours, plain, theirs))
+        print(
+            f"{method:6} {mine:8.2f} {other:6.1f} {other / mine:6.1f} {bare:8.2f} {other / bare:6.1f} {memory:8.0f}",
+            flush=True,
+        )
 
 
 def growth(scratch: Path, sizes: list[str], method: str) -> None:
