@@ -170,11 +170,10 @@ def report_error(error: AdapterMergeError) -> None:
 
 def main() -> None:
     """The console entry point."""
-    gc.set_threshold(100_000, 50, 100)  # torch leaves a million objects, none of them garbage
     try:
         _main()
     finally:
-        gc.freeze()  # the collection at the end alone takes most of a second
+        gc.freeze()  # going through all that torch has left once more, at the end, takes most of a second
 
 
 def _main() -> None:
