@@ -79,7 +79,7 @@ class Decoder:
             if self.kind == "cuda":
                 tensors = {key: self._to_device(value) for key, value in tensors.items()}
             else:
-                tensors = _in_order(tensors, self.layout)
+                tensors = in_order(tensors, self.layout)
             self._loaded[name] = tensors
         return self._loaded[name]
 
@@ -183,7 +183,7 @@ class Decoder:
         return onnxruntime.OrtValue.ortvalue_from_numpy(value.numpy(), self.kind, self.index)
 
 
-def _in_order(tensors: Mapping[str, Any], layout: Layout) -> dict[str, Any]:
+def in_order(tensors: Mapping[str, Any], layout: Layout) -> dict[str, Any]:
     """The tensors copied into one block, in the order in which the graph reads them, each at a cache line's start.
 
     ONNX Runtime's format leaves them in any order and at any multiple of four bytes: 1 % of decode with rank 16.

@@ -21,7 +21,7 @@ from adapter_merge.export.adapter_source import factors_of
 from adapter_merge.export.adding import add_adapters
 from adapter_merge.export.factor_folder import Factors, LinearFactors
 from adapter_merge.export.folder import folder_layout, read_export
-from adapter_merge.export.running import Decoder, run_all
+from adapter_merge.export.running import LINE, Decoder, in_order, run_all
 from adapter_merge.export.runtime import check_packages, open_session
 from adapter_merge.export.switchable import export_switchable
 from adapter_merge.merge.errors import (
@@ -139,6 +139,21 @@ def test_onnxruntime_runs_a_plain_run_with_an_active_adapter(
             feeds[f"past_key_values.{layer}.{kind}"] = np.zeros((1, 2, 0, 16), np.float32)
     logits = session.run(["logits"], feeds, options)[0][0]
     assert difference(logits, reference(pico, adapters["dora"], TOKENS["prompt"])) < BAR
+
+
+@pytest.mark.parametrize("name", ["lora", "dora", "dcft"])
+def test_an_adapters_tensors_are_laid_out_in_the_graphs_order_and_unchanged(folder: Path, name: str) -> None:
+    layout = folder_layout(folder)
+    stored = load_tensors(folder / f"{name}.onnx_adapter", layout)
+    placed = in_order(stored, layout)
+    assert placed.keys() == stored.keys()
+    for key, value in stored.items():
+        assert np.array_equal(placed[key].numpy(), value.numpy())
+    read = [key for target in layout.targets for key in (target.down_name, target.up_name, target.scale_name)]
+    places = [placed[key].data_ptr() for key in read if key in placed]
+    assert len(places) >= 8
+    assert places == sorted(places)
+    assert {place % LINE for place in places} == {0}
 
 
 def test_folder_holds_the_base_once(folder: Path, pico: Path) -> None:

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import errno
+import fcntl
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 import torch
-from adapter_merge.merge.chunks import CHUNK_BYTES
+from adapter_merge.merge import chunks
+from adapter_merge.merge.chunks import BUFFERED_BYTES, CHUNK_BYTES
 from adapter_merge.merge.engine import execute
 from adapter_merge.merge.errors import NumericsError
 from adapter_merge.merge.headers import read_header
@@ -289,3 +293,40 @@ print(sorted({{"transformers", "peft", "onnx", "vllm", "matplotlib", "scipy"}} &
 """
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"
+
+
+@pytest.mark.parametrize("how", ["never direct", "refused when opened", "refused when written"])
+def test_a_file_system_without_direct_writes_gets_the_same_bytes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, how: str
+) -> None:
+    """Files of several chunks, each written in several pieces."""
+    tensors = base_tensors(factor=8)
+    bound = open_pair(write_base(tmp_path / "base", tensors), write_lora(tmp_path / "adapter", tensors))
+    plan = plan_merge(bound.base, (bound,))
+    for name in ("direct", "buffered"):
+        (tmp_path / name).mkdir()
+    wanted = execute(plan, tmp_path / "direct", CPU, 2)
+    largest: dict[bool, int] = {True: 0, False: 0}
+    real_open, real_pwrite = os.open, os.pwrite
+
+    def opened(path: str, flags: int, mode: int = 0o777) -> int:
+        if how == "refused when opened" and flags & chunks.O_DIRECT:
+            raise OSError(errno.EINVAL, "no direct writes")
+        return real_open(path, flags, mode)
+
+    def pwrite(fd: int, data: memoryview, offset: int) -> int:
+        direct = bool(fcntl.fcntl(fd, fcntl.F_GETFL) & chunks.O_DIRECT)
+        largest[direct] = max(largest[direct], len(data))
+        if direct and how == "refused when written":
+            raise OSError(errno.EINVAL, "no direct writes")
+        return real_pwrite(fd, data, offset)
+
+    monkeypatch.setattr(os, "open", opened)
+    monkeypatch.setattr(os, "pwrite", pwrite)
+    found = execute(plan, tmp_path / "buffered", CPU, 2, direct=how != "never direct")
+    assert {name: shard.sha256 for name, shard in found.items()} == {n: shard.sha256 for n, shard in wanted.items()}
+    for name, shard in found.items():
+        assert sha256_of(tmp_path / "buffered" / name) == shard.sha256
+    assert max(shard.nbytes for shard in plan.shards) > CHUNK_BYTES
+    assert largest[False] == BUFFERED_BYTES
+    assert how == "refused when written" or largest[True] == 0
