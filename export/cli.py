@@ -162,6 +162,7 @@ def generate(
     from dataclasses import asdict
 
     from . import generation
+    from .prompting import Sampling
 
     if prompt == "-":
         prompt = sys.stdin.read()
@@ -184,7 +185,7 @@ def generate(
         device=device,
         system=system,
         raw=raw,
-        sampling=generation.Sampling(max_tokens, temperature, top_p, seed),
+        sampling=Sampling(max_tokens, temperature, top_p, seed),
         engine=engine,
         threads=threads,
         show=show,

@@ -9,30 +9,20 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from adapter_merge.merge.checkpoint import read_json
 from adapter_merge.merge.errors import InputError
 
 from .adapter_file import SUFFIX, check_adapter
 from .folder import folder_layout, read_export
+from .prompting import Prompter, Sampling, chooser, within_context
 from .running import Decoder
 from .runtime import check_external_data, check_packages, parse_device, providers
 
 BASE = "base"  # what --adapter calls the model without an adapter
-
-
-@dataclass(frozen=True)
-class Sampling:
-    """How the next token is chosen; temperature 0 is greedy."""
-
-    max_tokens: int = 128
-    temperature: float = 0.0
-    top_p: float = 1.0
-    seed: int | None = None
 
 
 @dataclass(frozen=True)
@@ -51,54 +41,6 @@ class Answer:
     def tokens_per_second(self) -> float:
         """Decoded tokens per second, the first one (prefill) not counted."""
         return (self.tokens - 1) / self.decode_seconds if self.tokens > 1 and self.decode_seconds else 0.0
-
-
-class Prompter:
-    """Tokenizer and chat template of an export."""
-
-    def __init__(self, folder: Path) -> None:
-        check_packages("transformers")
-        from adapter_merge.merge.reference import quiet_libraries
-        from transformers import AutoTokenizer
-
-        with quiet_libraries():
-            self.tokenizer: Any = AutoTokenizer.from_pretrained(folder)
-        config_file = folder / "genai_config.json"
-        stops = read_json(config_file)["model"]["eos_token_id"] if config_file.is_file() else None
-        if stops is None:
-            stops = self.tokenizer.eos_token_id
-        self.stops = frozenset(stops if isinstance(stops, list) else [stops])
-
-    def encode(self, prompt: str, system: str | None = None, raw: bool = False) -> list[int]:
-        """Token ids of `prompt`, in the chat template where there is one and `raw` does not forbid it."""
-        if raw or not self.tokenizer.chat_template:
-            if system is not None:
-                raise InputError("--system needs a chat template", hint="leave --raw out, or write it into the prompt")
-            ids = self.tokenizer(prompt)["input_ids"]
-        else:
-            messages = [{"role": "system", "content": system}] if system is not None else []
-            messages.append({"role": "user", "content": prompt})
-            text = self.tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
-            ids = self.tokenizer(text, add_special_tokens=False)["input_ids"]
-        if not ids:
-            raise InputError("the prompt is empty")
-        return [int(token) for token in ids]
-
-    def stream(self) -> Callable[[int], str]:
-        """A function from the next token to the text that it completes (bytes of a character may come apart)."""
-        tokens: list[int] = []
-        shown = ""
-
-        def push(token: int) -> str:
-            nonlocal shown
-            tokens.append(token)
-            text = self.tokenizer.decode(tokens, skip_special_tokens=True)
-            if text.endswith("\ufffd"):
-                return ""
-            new, shown = text[len(shown) :], text
-            return str(new)
-
-        return push
 
 
 def generate(
@@ -143,21 +85,6 @@ def generate(
     else:
         runner = _with_onnxruntime(folder, ids, names, prompter, device, sampling, threads, show)
     return list(runner)
-
-
-def within_context(folder: Path, prompt: int, sampling: Sampling) -> Sampling:
-    """`sampling` with no more tokens than the model has positions for. Raises InputError for too long a prompt."""
-    config_file = folder / "genai_config.json"
-    if config_file.is_file():
-        limit = int(read_json(config_file)["model"]["context_length"])
-    else:
-        config = read_json(folder / "config.json")
-        limit = int(config.get("n_positions") or config["max_position_embeddings"])
-    if prompt >= limit:
-        raise InputError(
-            f"the prompt is too long for {folder}", expected=f"fewer than {limit} tokens", got=f"{prompt} tokens"
-        )
-    return replace(sampling, max_tokens=min(sampling.max_tokens, limit - prompt))
 
 
 def choose_engine(folder: Path, mode: str, wanted: str) -> str:
@@ -320,23 +247,3 @@ def _in_one_batch(
     done = time.perf_counter()
     for row, name in enumerate(names):
         yield Answer(name, texts[row], counts[row], first - started, done - first, 0.0, "onnxruntime")
-
-
-def chooser(sampling: Sampling) -> Callable[[Any], int]:
-    """A function from logits (vocabulary,) to the next token."""
-    import numpy as np
-
-    if sampling.temperature <= 0:
-        return lambda logits: int(np.argmax(logits))
-    random = np.random.default_rng(sampling.seed)
-
-    def choose(logits: Any) -> int:
-        scaled = logits.astype(np.float64) / sampling.temperature
-        probabilities = np.exp(scaled - scaled.max())
-        probabilities /= probabilities.sum()
-        order = np.argsort(-probabilities)
-        kept = order[: int(np.searchsorted(np.cumsum(probabilities[order]), sampling.top_p)) + 1]
-        weights = probabilities[kept] / probabilities[kept].sum()
-        return int(random.choice(kept, p=weights))
-
-    return choose

@@ -139,7 +139,7 @@ def token_lists(
 ) -> list[tuple[list[int], int]]:
     """(ids, how many of them are prefill) for every text. Raises InputError."""
     if tokens is None and prompts:
-        from .generation import Prompter
+        from .prompting import Prompter
 
         prompter = Prompter(folder)
         found = []

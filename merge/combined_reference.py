@@ -13,7 +13,8 @@ from torch import Tensor, nn
 
 from .binding import BoundAdapter, BoundModule
 from .combination_definition import defined_delta
-from .combining import CombinedBound, CombinedModule
+from .combined_weight import CombinedModule
+from .combining import CombinedBound
 from .edits import applied
 from .errors import UnsupportedError
 from .lora import BiasModule

@@ -19,7 +19,7 @@ from torch import Tensor
 from .adapter import AdaptedModule
 from .binding import BoundModule
 from .certificate import SPECTRUM_LENGTH, LayerFigures, low_rank_errors, measure
-from .combining import CombinedModule, CombinedWeight
+from .combined_weight import CombinedModule, CombinedWeight
 from .delta_operator import AnyDelta, BaseRows, DeltaOperator, HeldDelta
 from .errors import UnsupportedError
 from .form import CanonicalForm

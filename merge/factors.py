@@ -29,7 +29,8 @@ from .budget import allot, bytes_of
 from .cards import factor_card
 from .certificate import check_errors, summary
 from .checkpoint import Checkpoint, open_checkpoint
-from .combining import CombinedBound, CombinedWeight
+from .combined_weight import CombinedWeight
+from .combining import CombinedBound
 from .devices import choose_device
 from .errors import InputError, Problem, UnsupportedError, raise_all
 from .factorisation import Factored, Factoriser

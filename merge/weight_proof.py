@@ -13,7 +13,8 @@ from torch import Tensor
 from .binding import BoundAdapter, BoundModule
 from .checkpoint import Checkpoint, read_weights
 from .combination_definition import defined_delta
-from .combining import CombinedBound, CombinedModule
+from .combined_weight import CombinedModule
+from .combining import CombinedBound
 from .dcft_checkpoint import OUTPUT_HEADS, same_bytes
 from .edits import applied
 from .errors import InputError, ParityError

@@ -12,6 +12,7 @@ from click.testing import CliRunner, Result
 pytest.importorskip("onnxruntime_genai")
 
 from adapter_merge.export import generation
+from adapter_merge.export.prompting import Prompter, Sampling, within_context
 from adapter_merge.export.verification import verify_onnx
 from adapter_merge.merge.cli import group
 from adapter_merge.merge.errors import InputError, MismatchError
@@ -52,12 +53,12 @@ def test_both_engines_and_transformers_answer_alike(folder: Path, pico: Path, ad
     names = ("base", "dude", "dcft", "dude")
     texts = {}
     for engine in ("genai", "onnxruntime"):
-        answers = generation.generate(folder, "hello", names, sampling=generation.Sampling(24), engine=engine)
+        answers = generation.generate(folder, "hello", names, sampling=Sampling(24), engine=engine)
         texts[engine] = [answer.text for answer in answers]
         assert [answer.adapter for answer in answers] == list(names)
     assert texts["genai"] == texts["onnxruntime"]
     assert texts["genai"][1] == texts["genai"][3] != texts["genai"][0]
-    prompter = generation.Prompter(folder)
+    prompter = Prompter(folder)
     ids = prompter.encode("hello")
     model: Any = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(pico), adapters["dude"]).eval()
     from adapter_merge.export.verification import torch_greedy
@@ -69,7 +70,7 @@ def test_both_engines_and_transformers_answer_alike(folder: Path, pico: Path, ad
 
 def test_one_batch_answers_as_single_runs_do(folder: Path, batched: Path) -> None:
     names = ("dcft", "base", "dude")
-    sampling = generation.Sampling(24)
+    sampling = Sampling(24)
     single = [answer.text for answer in generation.generate(folder, "hello", names, sampling=sampling)]
     together = generation.generate(batched, "hello", names, sampling=sampling)
     assert [answer.text for answer in together] == single
@@ -84,16 +85,14 @@ def test_generate_streams_and_reports(folder: Path) -> None:
     assert answer["adapter"] == "dude"
     assert answer["tokens"] <= 8
     pieces: list[str] = []
-    generation.generate(
-        folder, "hi", ["dude"], sampling=generation.Sampling(8), show=lambda adapter, text: pieces.append(text)
-    )
+    generation.generate(folder, "hi", ["dude"], sampling=Sampling(8), show=lambda adapter, text: pieces.append(text))
     assert len(pieces) > 1
     assert "".join(pieces) == answer["text"]
 
 
 def test_sampling_is_seeded(folder: Path) -> None:
     def sample(seed: int) -> str:
-        sampling = generation.Sampling(16, temperature=1.5, top_p=0.9, seed=seed)
+        sampling = Sampling(16, temperature=1.5, top_p=0.9, seed=seed)
         return generation.generate(folder, "hi", ["dude"], sampling=sampling, engine="onnxruntime")[0].text
 
     assert sample(1) == sample(1) != sample(2)
@@ -164,4 +163,4 @@ def test_dry_run_writes_nothing(pico: Path, adapters: dict[str, Path], tmp_path:
 def test_a_prompt_longer_than_the_context_is_refused(folder: Path) -> None:
     with pytest.raises(InputError, match="too long"):
         generation.generate(folder, "x" * 600)
-    assert generation.within_context(folder, 500, generation.Sampling(128)).max_tokens == 12
+    assert within_context(folder, 500, Sampling(128)).max_tokens == 12
