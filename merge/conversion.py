@@ -17,7 +17,7 @@ from .checkpoint import open_checkpoint
 from .dcft import DcftModule
 from .dcft_reshape import DcftReshapeModule
 from .errors import InputError, NumericsError, Problem, UnsupportedError, raise_all
-from .factors import require_names, unproved_heads
+from .factor_inputs import require_names, unproved_heads
 from .formats import ReadOptions, open_adapter
 from .inputs import adapter_only, describe_inputs
 from .loha import LohaModule
