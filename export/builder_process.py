@@ -34,6 +34,9 @@ def main() -> None:
     job = json.loads(sys.argv[1])
     from onnxruntime_genai.models import builder
 
+    from .quantising import quantise_by_weight
+
+    quantise_by_weight(builder.LlamaModel.__mro__[-2])
     checkpoint, output, cache = job["checkpoint"], job["output"], job["cache"]
     arguments = (checkpoint, checkpoint, output, job["precision"], job["provider"], cache)
     options = builder.parse_extra_options(*arguments, job["options"])

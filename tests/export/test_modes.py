@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import json
+import os
 import shutil
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -223,3 +227,57 @@ def test_merging_comes_before_quantising(pico: Path, adapters: dict[str, Path], 
     assert quantised
     for name in plain:
         assert ours[name].const_value.tobytes() == plain[name].const_value.tobytes()
+
+
+STOCK_BUILDER = """
+import json, sys
+from onnxruntime_genai.models import builder
+arguments, options = json.loads(sys.argv[1])
+builder.create_model(*arguments, **builder.parse_extra_options(*arguments, options))
+"""
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_int4_is_what_the_builder_makes_of_the_whole_graph(pico: Path, tmp_path: Path, tied: bool) -> None:
+    """Quantised one weight at a time: the same nodes, names, attributes and bytes as the builder's own int4."""
+    import onnx
+    from adapter_merge.export.decoder import ACCURACY_LEVEL, BLOCK_SIZE, build_decoder
+
+    base = tmp_path / "base"
+    shutil.copytree(pico, base)
+    config = json.loads((base / "config.json").read_text()) | {"tie_word_embeddings": tied}
+    (base / "config.json").write_text(json.dumps(config))
+    (tmp_path / "ours").mkdir()
+    build_decoder(base, tmp_path / "ours", "int4")
+    options = ["hf_token=false", "fuse_mlp_gate_up=true"]
+    options += [f"int4_block_size={BLOCK_SIZE}", f"int4_accuracy_level={ACCURACY_LEVEL}"]
+    arguments = [str(base), str(base), str(tmp_path / "stock"), "int4", "cpu", str(tmp_path / "cache")]
+    subprocess.run(
+        [sys.executable, "-W", "ignore", "-c", STOCK_BUILDER, json.dumps([arguments, options])],
+        check=True,
+        capture_output=True,
+        env={key: value for key, value in os.environ.items() if key != "PYTHONWARNINGS"} | {"HF_HUB_OFFLINE": "1"},
+    )
+
+    def content(folder: Path) -> tuple[list[object], dict[str, object], list[str]]:
+        graph = onnx.load(folder / "model.onnx").graph
+        nodes = [
+            (
+                node.name,
+                node.domain,
+                node.op_type,
+                list(node.input),
+                list(node.output),
+                sorted(found.SerializeToString() for found in node.attribute),
+            )
+            for node in graph.node
+        ]
+        tensors = {
+            tensor.name: (tensor.data_type, list(tensor.dims), onnx.numpy_helper.to_array(tensor).tobytes())
+            for tensor in graph.initializer
+        }
+        return sorted(nodes), tensors, [value.name for value in (*graph.input, *graph.output)]
+
+    ours, stock = content(tmp_path / "ours"), content(tmp_path / "stock")
+    assert sum(node[2] == "MatMulNBits" for node in ours[0]) == 2 * 4 + 1  # type: ignore[index]
+    assert ours == stock
