@@ -36,7 +36,7 @@ def main() -> None:
 
     from .quantising import quantise_by_weight
 
-    quantise_by_weight(builder.LlamaModel.__mro__[-2])
+    quantise_by_weight(builder.LlamaModel)
     checkpoint, output, cache = job["checkpoint"], job["output"], job["cache"]
     arguments = (checkpoint, checkpoint, output, job["precision"], job["provider"], cache)
     options = builder.parse_extra_options(*arguments, job["options"])

@@ -9,14 +9,16 @@ from __future__ import annotations
 from typing import Any
 
 
-def quantise_by_weight(model_class: Any) -> None:
-    """Have the builder's `Model` class (onnxruntime_genai.models.builders.base) quantise its products one by one.
+def quantise_by_weight(decoder: Any) -> None:
+    """Have the builder's classes (bases of `decoder`, one of them) quantise their products one by one.
 
     Leaves alone what its code decides over the whole graph (overrides by node, embeddings) or says in several nodes.
+    A builder that quantises in another method (not onnxruntime-genai 0.18) makes the same graph in more memory.
     """
-    whole = getattr(model_class, "to_nbits", None)
-    if whole is None:  # another version of the builder: as it comes
+    owner = next((one for one in decoder.__mro__ if "to_nbits" in vars(one)), None)
+    if owner is None:
         return
+    whole = owner.to_nbits
 
     def to_nbits(self: Any) -> Any:
         told = ("exact_quant_override_names", "exact_quant_overrides", "int4_customized_weight_config")
@@ -39,7 +41,7 @@ def quantise_by_weight(model_class: Any) -> None:
         model.graph.opset_imports.setdefault("com.microsoft", 1)
         return model
 
-    model_class.to_nbits = to_nbits
+    owner.to_nbits = to_nbits
 
 
 def _alone(model: Any, node: Any, weight: Any) -> Any:

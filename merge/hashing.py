@@ -76,7 +76,7 @@ class HeadStart:
                 return
             try:
                 self._hash(file)
-            except OSError:
+            except (OSError, MemoryError):
                 self._begun.pop(file, None)
 
     def _hash(self, file: Path) -> None:
@@ -91,7 +91,7 @@ class HeadStart:
 class OrderedDigest:
     """sha256 over pieces that come out of order: each waits for its turn, while it is still in its core's cache.
 
-    begun: what is known of the file's first bytes
+    begun: the hash of the file's first bytes, to go on with.
     """
 
     def __init__(self, begun: Begun | None = None) -> None:

@@ -281,3 +281,41 @@ def test_int4_is_what_the_builder_makes_of_the_whole_graph(pico: Path, tmp_path:
     ours, stock = content(tmp_path / "ours"), content(tmp_path / "stock")
     assert sum(node[2] == "MatMulNBits" for node in ours[0]) == 2 * 4 + 1  # type: ignore[index]
     assert ours == stock
+
+
+COUNTING = """
+import json, sys
+from adapter_merge.export import builder_process
+from onnxruntime_genai.models import builder
+owner = next(one for one in builder.LlamaModel.__mro__ if "to_nbits" in vars(one))
+real, sizes = owner.to_nbits, []
+
+def counted(self):
+    sizes.append(sum(value.const_value is not None for value in self.model.graph.initializers.values()))
+    return real(self)
+
+owner.to_nbits = counted
+builder_process.main()
+print("sizes", json.dumps(sizes))
+"""
+
+
+def test_int4_never_quantises_more_than_one_weight_at_once(pico: Path, tmp_path: Path) -> None:
+    """The builder's own code gets graphs of one weight: its memory does not grow with the model."""
+    job = {
+        "checkpoint": str(pico),
+        "output": str(tmp_path / "out"),
+        "precision": "int4",
+        "provider": "cpu",
+        "cache": str(tmp_path / "cache"),
+        "options": ["hf_token=false", "fuse_mlp_gate_up=true"],
+    }
+    done = subprocess.run(
+        [sys.executable, "-W", "ignore", "-c", COUNTING, json.dumps(job)],
+        check=True,
+        capture_output=True,
+        text=True,
+        env={key: value for key, value in os.environ.items() if key != "PYTHONWARNINGS"} | {"HF_HUB_OFFLINE": "1"},
+    )
+    (said,) = [line for line in done.stdout.splitlines() if line.startswith("sizes")]
+    assert json.loads(said.removeprefix("sizes")) == [1] * (2 * 4 + 1)

@@ -71,6 +71,22 @@ def test_a_hash_goes_on_from_wherever_it_was_begun(
     assert len(files) == SHARDS
 
 
+@pytest.mark.parametrize("link", ["copy", "hardlink"])
+def test_a_shard_that_no_adapter_touches_goes_on_as_well(tmp_path: Path, link: str) -> None:
+    tensors = base_tensors()
+    base = write_base(tmp_path / "base", tensors, SHARDS)
+    index = json.loads((base / "model.safetensors.index.json").read_text())["weight_map"]
+    first, last = sorted(set(index.values()))
+    adapter = write_lora(tmp_path / "adapter", {name: tensors[name] for name in tensors if index[name] == first})
+    bound = open_pair(base, adapter)
+    plan = plan_merge(bound.base, (bound,))
+    assert [shard.is_copy for shard in plan.shards] == [False, True]
+    (tmp_path / "out").mkdir()
+    finished = execute(plan, tmp_path / "out", CPU, 2, link=link, begun={base / last: begun_to(base / last, 5_000)})
+    assert finished[last].source_sha256 == finished[last].sha256 == sha256_of(base / last)
+    assert (tmp_path / "out" / last).samefile(base / last) == (link == "hardlink")
+
+
 def test_a_file_is_hashed_from_where_it_was_begun(pair: tuple[Path, Path]) -> None:
     file = next(pair[0].glob("*.safetensors"))
     assert file_sha256(file, begun_to(file, 5_000)) == sha256_of(file)
