@@ -13,6 +13,7 @@ printed. What is measured:
     stage+hash  the same with sha256 of every input and output byte, the default
     process     `adapter-merge merge` from start to end: imports, checks, hashes of everything, manifest
     cpu         user + system seconds of the stage: what is left of the comparison on a machine that others use too
+    vram        the most that torch's allocator held of the device during stage+hash
     rss         peak of the whole process (VmHWM), and what a process that only imports torch has
 
 The disk's speed bounds the stage (it does not write into the page cache): where the disk is slow, `cp` looks fast
@@ -30,7 +31,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 METHODS = ("lora", "dora", "dude", "dcft")
 
@@ -48,16 +49,20 @@ from adapter_merge.merge.engine import execute
 from adapter_merge.merge.inputs import open_pair
 from adapter_merge.merge.plan import plan_merge
 base, adapter, output, hashing = sys.argv[1], sys.argv[2], Path(sys.argv[3]), sys.argv[4] == "hash"
+device, workers = torch.device(sys.argv[5]), int(sys.argv[6]) or None
 bound = open_pair(base, adapter)
 plan = plan_merge(bound.base, (bound,))
 output.mkdir()
+if device.type == "cuda":
+    torch.zeros(1, device=device)  # the driver's own start belongs to the process, not to the stage
 before, started = os.times(), time.perf_counter()
-execute(plan, output, torch.device("cpu"), hashing=hashing)
+execute(plan, output, device, workers, hashing=hashing)
 wall, after = time.perf_counter() - started, os.times()
 print(json.dumps({
     "wall": wall,
     "cpu": after.user + after.system - before.user - before.system,
     "rss": peak(),
+    "vram": torch.cuda.max_memory_reserved() if device.type == "cuda" else 0,
 }))
 """
 
@@ -82,10 +87,15 @@ import json, sys
 import torch
 from peft import PeftModel
 from transformers import AutoModelForCausalLM
-model = AutoModelForCausalLM.from_pretrained(sys.argv[1], dtype="auto")
+model = AutoModelForCausalLM.from_pretrained(sys.argv[1], dtype="auto").to(sys.argv[4])
 PeftModel.from_pretrained(model, sys.argv[2]).merge_and_unload().save_pretrained(sys.argv[3])
 print(json.dumps({"rss": peak()}))
 """
+
+
+class Where(NamedTuple):
+    device: str
+    workers: int  # 0: the engine's own number
 
 
 def python(program: str, *arguments: object) -> dict[str, Any]:
@@ -136,15 +146,18 @@ def copy(files: list[Path], folder: Path) -> tuple[float, float]:
     return copied, time.perf_counter() - started
 
 
-def rounds(scratch: Path, size: str, methods: list[str], repeat: int, cold: bool) -> None:
+def rounds(scratch: Path, size: str, methods: list[str], repeat: int, cold: bool, where: Where) -> None:
     base, out = scratch / size / "base", scratch / "out"
     files = sorted(base.glob("*.safetensors"))
     prepare = cool if cold else warm
     total = sum(file.stat().st_size for file in files)
     print(
-        f"{size}: {total / 1e9:.2f} GB, {len(files)} shards, {os.cpu_count()} cores, cache {'cold' if cold else 'warm'}"
+        f"{size}: {total / 1e9:.2f} GB, {len(files)} shards, {len(os.sched_getaffinity(0))} cores, {where.device}, "
+        f"cache {'cold' if cold else 'warm'}"
     )
-    print("method   cp  cp+sync  stage  /cp  stage+hash  /cp  cpu  cpu+hash  process  rss MB  load", flush=True)
+    print(
+        "method   cp  cp+sync  stage  /cp  stage+hash  /cp  cpu  cpu+hash  process  rss MB  vram MB  load", flush=True
+    )
     for method in methods:
         found: list[dict[str, float]] = []
         for _ in range(repeat):
@@ -154,24 +167,24 @@ def rounds(scratch: Path, size: str, methods: list[str], repeat: int, cold: bool
             row = {"cp": cp, "sync": synced}
             for kind in ("plain", "hash"):
                 prepare(files)
-                stage = python(STAGE, base, scratch / size / method, out, kind)
+                stage = python(STAGE, base, scratch / size / method, out, kind, where.device, where.workers)
                 clear(out)
                 row |= {kind: stage["wall"], f"{kind}_cpu": stage["cpu"], f"{kind}_ratio": stage["wall"] / cp}
             prepare(files)
-            whole = python(PROCESS, base, scratch / size / method, out)
+            whole = python(PROCESS, base, scratch / size / method, out, "--device", where.device)
             clear(out)
-            found.append(row | {"process": whole["process"], "rss": whole["rss"] / 1e6})
+            found.append(row | {"process": whole["process"], "rss": whole["rss"] / 1e6, "vram": stage["vram"] / 1e6})
         median = {key: statistics.median(row[key] for row in found) for key in found[0]}
         print(
             f"{method:6} {median['cp']:5.2f} {median['sync']:7.2f} {median['plain']:7.2f} {median['plain_ratio']:5.2f}"
             f" {median['hash']:9.2f} {median['hash_ratio']:6.2f} {median['plain_cpu']:5.2f} {median['hash_cpu']:7.2f}"
-            f" {median['process']:9.2f} {median['rss']:7.0f} {os.getloadavg()[0]:6.1f}",
+            f" {median['process']:9.2f} {median['rss']:7.0f} {median['vram']:8.0f} {os.getloadavg()[0]:6.1f}",
             flush=True,
         )
     print(f"bare import torch: {python(BARE)['rss'] / 1e6:.0f} MB")
 
 
-def against_peft(scratch: Path, size: str, methods: list[str], repeat: int) -> None:
+def against_peft(scratch: Path, size: str, methods: list[str], repeat: int, device: str) -> None:
     base, out = scratch / size / "base", scratch / "out"
     files = sorted(base.glob("*.safetensors"))
     print("method  process  PEFT  ratio  no hashes  ratio  PEFT rss MB")
@@ -181,13 +194,14 @@ def against_peft(scratch: Path, size: str, methods: list[str], repeat: int) -> N
         ours, plain, theirs, memory = [], [], [], 0.0
         for _ in range(repeat):
             warm(files)
-            ours.append(python(PROCESS, base, scratch / size / method, out)["process"])
+            ours.append(python(PROCESS, base, scratch / size / method, out, "--device", device)["process"])
             clear(out)
             warm(files)
-            plain.append(python(PROCESS, base, scratch / size / method, out, "--no-hashes")["process"])
+            options = ("--device", device, "--no-hashes")
+            plain.append(python(PROCESS, base, scratch / size / method, out, *options)["process"])
             clear(out)
             warm(files)
-            peft = python(PEFT, base, adapter, out)
+            peft = python(PEFT, base, adapter, out, device)
             clear(out)
             theirs.append(peft["process"])
             memory = max(memory, peft["rss"] / 1e6)
@@ -198,14 +212,14 @@ def against_peft(scratch: Path, size: str, methods: list[str], repeat: int) -> N
         )
 
 
-def growth(scratch: Path, sizes: list[str], method: str) -> None:
+def growth(scratch: Path, sizes: list[str], method: str, device: str) -> None:
     bare = python(BARE)["rss"] / 1e6
     print(f"bare import torch: {bare:.0f} MB")
     print("size  GB  cp s  cp+sync s  process s  rss MB  above torch MB  adapter MB  load")
     for size in sizes:
         base, adapter = scratch / size / "base", scratch / size / method
         cp, synced = copy(sorted(base.glob("*.safetensors")), scratch / "out")
-        done = python(PROCESS, base, adapter, clear(scratch / "out"))
+        done = python(PROCESS, base, adapter, clear(scratch / "out"), "--device", device)
         clear(scratch / "out")
         total = sum(file.stat().st_size for file in base.glob("*.safetensors"))
         held = sum(file.stat().st_size for file in adapter.iterdir()) / 1e6
@@ -226,6 +240,8 @@ def main() -> None:
     parser.add_argument("--cold", action="store_true", help="drop the input from the page cache before each run")
     parser.add_argument("--peft", action="store_true", help="compare whole processes with PEFT")
     parser.add_argument("--growth", nargs="+", metavar="SIZE", help="peak memory of these sizes, with the first method")
+    parser.add_argument("--device", default="cpu", help="cpu, cuda or cuda:N, for PEFT as well")
+    parser.add_argument("--workers", type=int, default=0, help="of the stages; 0 is what a merge takes by itself")
     arguments = parser.parse_args()
     os.environ.setdefault("OMP_NUM_THREADS", str(os.cpu_count()))
 
@@ -236,11 +252,12 @@ def main() -> None:
         for method in arguments.methods[: 1 if arguments.growth else None]:
             write_adapter(arguments.scratch / size / method, size, method)
     if arguments.growth:
-        growth(arguments.scratch, arguments.growth, arguments.methods[0])
+        growth(arguments.scratch, arguments.growth, arguments.methods[0], arguments.device)
     elif arguments.peft:
-        against_peft(arguments.scratch, arguments.size, arguments.methods, arguments.repeat)
+        against_peft(arguments.scratch, arguments.size, arguments.methods, arguments.repeat, arguments.device)
     else:
-        rounds(arguments.scratch, arguments.size, arguments.methods, arguments.repeat, arguments.cold)
+        where = Where(arguments.device, arguments.workers)
+        rounds(arguments.scratch, arguments.size, arguments.methods, arguments.repeat, arguments.cold, where)
 
 
 if __name__ == "__main__":
