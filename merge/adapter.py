@@ -12,7 +12,7 @@ from .errors import NumericsError, Problem, raise_all
 from .form import CanonicalForm
 from .headers import FLOAT_DTYPES, TensorRef
 from .lazy_torch import torch
-from .tensors import read_tensor
+from .tensors import all_finite, read_tensor
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -90,7 +90,7 @@ class Adapter:
         """Read every tensor once. Raises NumericsError naming each that holds NaN or infinity."""
         problems = []
         for ref in self.refs:
-            if ref.dtype in FLOAT_DTYPES and not bool(torch.isfinite(read_tensor(ref)).all()):
+            if ref.dtype in FLOAT_DTYPES and not all_finite(read_tensor(ref)):
                 problems.append(
                     Problem(
                         f"{ref.file}: tensor {ref.name!r} holds NaN or infinity",

@@ -168,6 +168,17 @@ def report_error(error: AdapterMergeError) -> None:
             click.echo(line, err=True)
 
 
+@contextmanager
+def loading() -> Iterator[None]:
+    """Inside, torch is imported, without going through all that it has made so far again and again."""
+    gc.disable()
+    try:
+        yield
+    finally:
+        gc.enable()
+        gc.freeze()
+
+
 def main() -> None:
     """The console entry point."""
     try:

@@ -11,7 +11,7 @@ from typing import Any, TypeVar
 import click
 
 from .adapter_options import adapter_options, one_stated
-from .cli import device_option, dry_run_option, emit, output_option, progress_bar, report_options, say
+from .cli import device_option, dry_run_option, emit, loading, output_option, progress_bar, report_options, say
 from .commands_combine import INPUTS, combination_options, stated_inputs
 from .hashing import HeadStart
 
@@ -133,8 +133,9 @@ def merge(inputs: tuple[str, ...], output: str, as_json: bool, quiet: bool, verb
     hashed = inputs and settings["hashes"] and not (settings["dry_run"] or settings["finish"] or settings["part"])
     head_start = HeadStart(sorted(Path(inputs[0]).glob("*.safetensors")) if hashed else ())
     try:
-        from .checkpoint import resolve
-        from .merging import merge as run
+        with loading():
+            from .checkpoint import resolve
+            from .merging import merge as run
 
         subject = stated_inputs(inputs)
         source = resolve(subject.folder) if subject.folder else Path()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Iterator, Mapping
 from functools import cache
@@ -69,6 +70,14 @@ def read_tensor(ref: TensorRef) -> Tensor:
         with ref.file.open("rb") as stream:
             pread_into(stream.fileno(), raw.numpy().data, ref.start, str(ref.file))
     return raw.view(TORCH_DTYPES[ref.dtype]).reshape(ref.shape)
+
+
+def all_finite(tensor: Tensor) -> bool:
+    """True when no element is NaN or infinite; one pass, no temporaries."""
+    if not tensor.numel():
+        return True
+    low, high = torch.aminmax(tensor)
+    return math.isfinite(float(low)) and math.isfinite(float(high))
 
 
 def raw_bytes(tensor: Tensor) -> memoryview:
