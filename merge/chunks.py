@@ -14,7 +14,7 @@ import hashlib
 import mmap
 import os
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -35,10 +35,13 @@ def aligned_bytes(nbytes: int) -> Tensor:
 
 
 class ChunkPool:
-    """Buffers used again for every chunk, and the brake on workers that are faster than the disk."""
+    """Buffers used again for every chunk, and the brake on workers that are faster than the disk.
 
-    def __init__(self, limit: int = QUEUED_CHUNKS) -> None:
-        self.limit = limit
+    make: a new buffer of so many bytes, at a page's start.
+    """
+
+    def __init__(self, limit: int = QUEUED_CHUNKS, make: Callable[[int], Tensor] = aligned_bytes) -> None:
+        self.limit, self.make = limit, make
         self.waiting = 0  # full chunks not yet on the disk
         self.stopped = False
         self._free: list[Tensor] = []
@@ -49,7 +52,7 @@ class ChunkPool:
         with self._changed:
             if self._free:
                 return self._free.pop()
-        return aligned_bytes(CHUNK_BYTES)
+        return self.make(CHUNK_BYTES)
 
     def full(self) -> None:
         """A chunk is full and waits for the disk."""
@@ -77,6 +80,16 @@ class ChunkPool:
         with self._changed:
             self.stopped = True
             self._changed.notify_all()
+
+
+def _spans(offset: int, nbytes: int) -> Iterator[tuple[int, int, int]]:
+    """(chunk, first byte in it, bytes) of a file's bytes from `offset`."""
+    stop = offset + nbytes
+    while offset < stop:
+        index, start = divmod(offset, CHUNK_BYTES)
+        size = min(CHUNK_BYTES - start, stop - offset)
+        yield index, start, size
+        offset += size
 
 
 @dataclass(eq=False)
@@ -146,14 +159,15 @@ class ChunkedFile:
 
     def put(self, data: Tensor, offset: int) -> None:
         """Bytes (n,) uint8, reserved before, at `offset`."""
-        done = 0
-        while done < data.numel():
-            index, start = divmod(offset + done, CHUNK_BYTES)
-            size = min(CHUNK_BYTES - start, data.numel() - done)
-            chunk = self._chunks[index]
-            chunk.buffer[start : start + size].copy_(data[done : done + size])
-            self._filled(chunk, size)
-            done += size
+        for piece in self.pieces(offset, data.numel()):
+            piece.copy_(data[: piece.numel()])
+            data = data[piece.numel() :]
+            self.filled(offset, piece.numel())
+            offset += piece.numel()
+
+    def pieces(self, offset: int, nbytes: int) -> list[Tensor]:
+        """The file's own buffers for these bytes, (n,) uint8 each, to write to; then call `filled`."""
+        return [self._chunks[index].buffer[start : start + size] for index, start, size in _spans(offset, nbytes)]
 
     def window(self, offset: int, rows: int, columns: int, dtype: torch.dtype) -> Tensor | None:
         """(rows, columns) of the file's own buffer to write to, when they lie in one chunk; then call `filled`."""
@@ -164,8 +178,9 @@ class ChunkedFile:
         return self._chunks[index].typed(dtype).as_strided((rows, columns), (columns, 1), place)
 
     def filled(self, offset: int, nbytes: int) -> None:
-        """The window at `offset` holds its bytes."""
-        self._filled(self._chunks[offset // CHUNK_BYTES], nbytes)
+        """The window or the pieces at `offset` hold their bytes."""
+        for index, _, size in _spans(offset, nbytes):
+            self._filled(self._chunks[index], size)
 
     def close(self) -> None:
         """Give the descriptor back, whatever state the file is in."""

@@ -1,6 +1,9 @@
-"""Where the arithmetic runs."""
+"""Where the arithmetic runs, and that float32 products are float32 there."""
 
 from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import torch
 
@@ -27,3 +30,20 @@ def choose_device(name: str = "auto") -> torch.device:
                 hint="--device cpu, or adapter-merge doctor",
             )
     return device
+
+
+@contextmanager
+def exact_products(device: torch.device) -> Iterator[None]:
+    """Inside, a CUDA device multiplies float32 in float32, whatever TF32 setting the process has; it is put back."""
+    if device.type != "cuda":
+        yield
+        return
+    settings = torch.backends.cuda.matmul
+    # torch 2.9 has a new setting, and reading the old one fails where a process has used the new one.
+    name, exact = ("fp32_precision", "ieee") if hasattr(settings, "fp32_precision") else ("allow_tf32", False)
+    before = getattr(settings, name)
+    setattr(settings, name, exact)
+    try:
+        yield
+    finally:
+        setattr(settings, name, before)

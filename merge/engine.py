@@ -3,7 +3,8 @@
     read a block -> (hash) -> float32 -> the canonical form -> round once -> a chunk of the output -> (hash) -> disk
 
     schedule.py  who works on what      tasks.py  the steps of one file     worker.py  one worker's round
-    lanes.py     where blocks are computed, CPU and CUDA alike              chunks.py  one output file
+    lanes.py     where blocks are computed, CPU and CUDA alike              cuda_lanes.py  streams, device memory
+    chunks.py    one output file
 
 Nothing is ever held whole but the adapter of the tensors in work. Each worker runs torch with one thread, since
 torch's own threads cost more on blocks this small than they give.
@@ -19,23 +20,22 @@ from pathlib import Path
 
 import torch
 
-from .chunks import ChunkPool
+from .chunks import ChunkPool, aligned_bytes
+from .cuda_lanes import cuda_lanes, forget_workspaces, pinned_bytes
+from .devices import exact_products
 from .errors import InputError
 from .hashing import Begun, Stopped
-from .lanes import BUFFERS_PER_SLOT, CUDA_DEPTH, CUDA_LEAST_BYTES, LaneMaker, cpu_lane, cuda_lane
+from .lanes import LaneMaker, cpu_lane
 from .links import LINKS
 from .plan import MergePlan, ShardPlan
 from .schedule import FinishedShard, Progress, Schedule
 from .sources import Sources
-from .tasks import arithmetic_of, form_bytes
 from .worker import Recorder, Worker
 
 __all__ = ["FinishedShard", "Progress", "Recorder", "execute"]
 
 WRITERS = 4
-CUDA_WORKERS = 2  # per device: one reads and writes while the other's copies run
-VRAM_FRACTION = 0.25
-FORMS_HELD = 2  # on a device, by each worker: those in use, and those before them that the allocator still keeps
+CPU_WORKERS = 4  # at most, whatever the cores: beyond, they wait for the interpreter and for each other's files
 
 Shards = Callable[[FinishedShard], None]
 
@@ -51,6 +51,7 @@ class _Run:
         lanes: Sequence[LaneMaker],
         block_bytes: int,
         *,
+        device: torch.device,
         hashing: bool,
         direct: bool,
         link: str,
@@ -66,7 +67,7 @@ class _Run:
         self.changed = threading.Condition(threading.Lock())
         self.writers = ThreadPoolExecutor(WRITERS, thread_name_prefix="write")
         self.sources = Sources()
-        self.pool = ChunkPool()
+        self.pool = ChunkPool(make=pinned_bytes if device.type == "cuda" else aligned_bytes)
         self.schedule = Schedule(
             shards,
             folder,
@@ -75,6 +76,7 @@ class _Run:
             hashing=hashing,
             direct=direct,
             link=link,
+            device=device,
             sources=self.sources,
             pool=self.pool,
             submit=self._submit,
@@ -149,14 +151,6 @@ class _Run:
             self.changed.notify_all()
 
 
-def _device_need(shards: Sequence[ShardPlan]) -> tuple[int, int]:
-    """Bytes of device memory that one worker's forms take, and that its slots take with one row of any weight."""
-    jobs = [job for shard in shards for job in shard.jobs if job.edits]
-    forms = max(map(form_bytes, jobs), default=0)
-    row = max((job.source.shape[-1] * arithmetic_of(job).itemsize for job in jobs), default=0)
-    return FORMS_HELD * forms, CUDA_DEPTH * BUFFERS_PER_SLOT * max(CUDA_LEAST_BYTES, row)
-
-
 def execute(
     plan: MergePlan,
     folder: Path,
@@ -187,31 +181,12 @@ def execute(
     """
     assert link in LINKS
     devices = [device] if isinstance(device, torch.device) else list(device)
-    lanes: list[LaneMaker] = []
-    block_bytes = cpu_lane().block_bytes
-    if devices[0].type == "cpu":
-        lanes = [cpu_lane] * (workers or max(1, len(os.sched_getaffinity(0))))
+    on_cuda = devices[0].type == "cuda"
+    if on_cuda:
+        lanes, block_bytes = cuda_lanes(devices, plan.shards if shards is None else shards, workers, vram, hashing)
     else:
-        torch.backends.cuda.matmul.allow_tf32 = False
-        each = workers or CUDA_WORKERS
-        held, row = _device_need(plan.shards if shards is None else shards)
-        sizes = []
-        for cuda in devices:
-            free = torch.cuda.mem_get_info(cuda)[0]
-            given = min(vram or int(free * VRAM_FRACTION), free)
-            need = each * (held + row)
-            if vram is None and given < need <= free:
-                given = need
-            if given < need:
-                raise InputError(
-                    f"{cuda}: {given / 1e6:.0f} MB of its memory are too little" + (" (--vram)" if vram else ""),
-                    expected=f"{need / 1e6:.0f} MB for the adapter's largest factors and a few rows of a weight",
-                    hint="give more with --vram, or take --device cpu",
-                )
-            made = [cuda_lane(cuda, given // each - held) for _ in range(each)]
-            sizes.append(made[0].block_bytes)
-            lanes += [lambda lane=lane: lane for lane in made]  # type: ignore[misc]
-        block_bytes = min(sizes)  # a block may go to any device
+        count = workers or min(CPU_WORKERS, len(os.sched_getaffinity(0)))
+        lanes, block_bytes = [cpu_lane] * count, cpu_lane().block_bytes
     finished: dict[str, FinishedShard] = {}
 
     def remember(shard: FinishedShard) -> None:
@@ -225,6 +200,7 @@ def execute(
         folder,
         lanes,
         block_bytes,
+        device=devices[0],
         hashing=hashing,
         direct=direct,
         link=link,
@@ -236,7 +212,10 @@ def execute(
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
-        run.run()
+        with exact_products(devices[0]):
+            run.run()
     finally:
         torch.set_num_threads(threads)
+        if on_cuda:
+            forget_workspaces()
     return finished

@@ -22,7 +22,7 @@ from torch import Tensor
 
 from .checkpoint import Checkpoint, open_checkpoint
 from .dcft_checkpoint import same_bytes
-from .devices import choose_device
+from .devices import choose_device, exact_products
 from .errors import InputError, MismatchError, NumericsError, Problem, raise_all
 from .fitting import CONV1D_MODELS
 from .headers import FLOAT_DTYPES, TensorRef
@@ -136,7 +136,8 @@ def extract(
     for pair in pairs:
         if not same_bytes(pair.before, pair.after):
             if pair.is_matrix:
-                found = _factors(pair, rank, row_scale, chosen, conv1d)
+                with exact_products(chosen):
+                    found = _factors(pair, rank, row_scale, chosen, conv1d)
                 if found is not None:
                     factors.append(found[0])
                     layers[found[0].module] = {"rank": found[0].rank, "relative_error": found[1]}

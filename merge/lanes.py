@@ -2,17 +2,17 @@
 
 One code path for both devices. A slot's block goes
 
-    host bytes -> upload -> float32 -> the forms -> round once -> download -> host bytes
+    host_in -> upload -> float32 -> the forms -> round once -> download -> the output's own buffers
 
 On the CPU the device buffers are the host buffers, upload and download do nothing, and every step is done when it
-returns. On CUDA each arrow runs on its own stream and waits for the one before it by an event, so that the blocks of
-`depth` slots overlap: while one is computed, the next is uploaded and the last downloaded. Host buffers are pinned.
+returns. On CUDA (cuda_lanes.py) each arrow runs on its own stream and waits for the one before it by an event, so that
+the blocks of a lane's slots overlap: while one is computed, the next is uploaded and the last downloaded. Host buffers
+are pinned, those of the output as well.
 """
 
 from __future__ import annotations
 
 import contextlib
-import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Protocol
@@ -22,15 +22,12 @@ from torch import Tensor
 
 from .edits import BlockEdit
 from .figures import SUMS, block_sums
+from .tensors import all_finite
 
 if TYPE_CHECKING:
     import numpy
 
 CPU_BLOCK_BYTES = 1 << 20  # of float32: smaller ones stay in a second-level cache, but wait for the interpreter more
-CUDA_BLOCK_BYTES = 32 << 20  # of float32: enough to hide a kernel's launch
-CUDA_LEAST_BYTES = 1 << 16
-CUDA_DEPTH = 3
-BUFFERS_PER_SLOT = 6  # of a block's float32 size: input, work, spare, output, and what the forms need meanwhile
 
 
 class Mark(Protocol):
@@ -73,23 +70,6 @@ class Inline:
         pass
 
 
-class CudaQueue:
-    """A CUDA stream."""
-
-    def __init__(self, device: torch.device) -> None:
-        self.stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
-
-    def activate(self) -> contextlib.AbstractContextManager[Any]:
-        return torch.cuda.stream(self.stream)
-
-    def mark(self) -> Mark:
-        mark: Mark = self.stream.record_event()
-        return mark
-
-    def wait(self, mark: Mark) -> None:
-        self.stream.wait_event(mark)  # type: ignore[arg-type]
-
-
 @dataclass(slots=True)
 class Block:
     """What is to be done to some rows of one tensor."""
@@ -109,7 +89,7 @@ class Block:
 
 
 class Slot:
-    """The buffers of one block, grown to the largest it has met: host_in, host_out, in, work, spare, out.
+    """The buffers of one block, grown to the largest it has met: host_in, in, work, spare, out; on the CPU host_out.
 
     Views are kept: every call into torch lets go of the interpreter's lock, and two workers that each make a dozen
     views of a block spend a third of their time waiting for each other.
@@ -179,13 +159,13 @@ class Lane:
         slot: Slot,
         block: Block,
         forms: Sequence[BlockEdit],
-        target: Tensor,  # (rows, columns), output dtype, on the host
+        targets: Sequence[Tensor],  # on the CPU one (rows, columns) of the output dtype; from a device (n,) uint8 each
     ) -> None:
-        """Start the block's way from the slot's host_in to `target`; `slot.mark` is where it ends.
+        """Start the block's way from the slot's host_in to `targets`, in turn; `slot.mark` is where it ends.
 
         `slot.norm_found` is then the norm of the result before rounding, `slot.host_sums` what block_sums found.
         """
-        before, stored = slot.matrix("host_in", block, block.source), target
+        before, stored = slot.matrix("host_in", block, block.source), targets[0]
         if not slot.on_host:
             nbytes = block.elements * block.source.itemsize
             with self.upload.activate():
@@ -217,7 +197,10 @@ class Lane:
             return
         self.download.wait(computed)
         with self.download.activate():
-            target.copy_(stored, non_blocking=True)
+            rest = slot.bytes("out", block.elements * block.target.itemsize)
+            for target in targets:
+                target.copy_(rest[: target.numel()], non_blocking=True)
+                rest = rest[target.numel() :]
             slot.host_norm.copy_(slot.norm, non_blocking=True)
             if block.measured:
                 slot.host_sums.copy_(slot.sums, non_blocking=True)
@@ -235,14 +218,12 @@ def _delta(block: Tensor, forms: Sequence[BlockEdit], start: int) -> Tensor:
 
 
 def is_finite(
-    norm: float,
-    stored: Tensor,  # (n, columns), on the host, in the output dtype
+    norm: float,  # of the result before rounding: no element is larger
+    dtype: torch.dtype,  # of the output
+    stored: Callable[[], Tensor],  # the rounded result, on the host
 ) -> bool:
-    """True when no element of `stored` is NaN or infinite; no element is larger than the norm of them all."""
-    if norm < torch.finfo(stored.dtype).max:
-        return True
-    low, high = torch.aminmax(stored)
-    return math.isfinite(float(low)) and math.isfinite(float(high))
+    """True when no element of the result is NaN or infinite."""
+    return norm < torch.finfo(dtype).max or all_finite(stored())
 
 
 def cpu_lane() -> Lane:
@@ -255,14 +236,6 @@ def cpu_lane() -> Lane:
 def current_device(device: torch.device) -> contextlib.AbstractContextManager[Any]:
     """`device` is the calling thread's own inside: every thread begins on the first one."""
     return torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext()
-
-
-def cuda_lane(device: torch.device, vram: int) -> Lane:
-    """A worker's lane on a CUDA device, its buffers within `vram` bytes."""
-    with current_device(device):
-        slots = tuple(Slot(device, True) for _ in range(CUDA_DEPTH))
-        block = max(CUDA_LEAST_BYTES, min(CUDA_BLOCK_BYTES, vram // (CUDA_DEPTH * BUFFERS_PER_SLOT)))
-        return Lane(device, slots, CudaQueue(device), CudaQueue(device), CudaQueue(device), block)
 
 
 LaneMaker = Callable[[], Lane]

@@ -10,6 +10,7 @@ import threading
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -21,6 +22,7 @@ from .edits import BlockEdit
 from .errors import FileFormatError
 from .figures import TensorFigures
 from .hashing import Begun, Stopped, file_sha256
+from .lanes import current_device
 from .links import link_file
 from .plan import ShardPlan, TensorJob
 from .sources import Sources
@@ -56,6 +58,7 @@ def _check_unchanged(begun: Begun | None) -> None:
 class Schedule:
     """The shards of one run, opened when a worker has nothing else to do.
 
+    device: where passes over a whole weight are taken.
     submit: runs a function on a writer thread. finished: called when a shard is on the disk.
     """
 
@@ -69,6 +72,7 @@ class Schedule:
         hashing: bool,
         direct: bool,
         link: str,
+        device: torch.device,
         sources: Sources,
         pool: ChunkPool,
         submit: Callable[[Callable[[], None]], None],
@@ -79,7 +83,7 @@ class Schedule:
         self.begun = begun
         self.folder, self.workers, self.block_bytes = folder, workers, block_bytes
         self.hashing, self.direct, self.link = hashing, direct, link
-        self.sources, self.pool = sources, pool
+        self.device, self.sources, self.pool = device, sources, pool
         self._submit, self._finished, self.progress = submit, finished, progress
         self.stopping = False
         self._queue = deque(shards)
@@ -87,6 +91,7 @@ class Schedule:
         self._made: list[ShardWork] = []
         self._prepared: list[TensorWork] = []
         self._lock = threading.Lock()
+        self._pass_lock = threading.Lock()  # a device's memory is given out for one pass at a time
         self._preparers = ThreadPoolExecutor(workers, "prepare", torch.set_num_threads, (1,))  # each thread has its own
 
     def stop(self) -> None:
@@ -201,20 +206,26 @@ class Schedule:
         return forms
 
     def _columns(self, form: BlockEdit, tensor: TensorWork, arithmetic: torch.dtype) -> Tensor:
-        """The sum of the form's column_squares over all rows."""
-        source = tensor.job.source
+        """The sum of the form's column_squares over all rows, taken where its blocks will be computed.
+
+        Another device's products differ in their last bits: a threshold found there would miss its own element.
+        """
+        source, device = tensor.job.source, self.device
         stored = TORCH_DTYPES[source.dtype]
         row_bytes = tensor.columns * stored.itemsize
         raw = torch.empty(tensor.step * row_bytes, dtype=torch.uint8)
-        work = torch.empty(tensor.step, tensor.columns, dtype=arithmetic)
         total: Tensor | None = None
-        for start in range(0, tensor.rows, tensor.step):
-            if self.stopping:
-                raise Stopped
-            count = min(tensor.step, tensor.rows - start)
-            piece = raw[: count * row_bytes]
-            self.sources.read(source, start * row_bytes, piece)
-            found = form.column_squares(work[:count].copy_(piece.view(stored).view(count, tensor.columns)), start)
-            total = found if total is None else total + found
-        assert total is not None
-        return total
+        with current_device(device), self._pass_lock if device.type == "cuda" else nullcontext():
+            form = form.to(device)
+            work = torch.empty(tensor.step, tensor.columns, dtype=arithmetic, device=device)
+            for start in range(0, tensor.rows, tensor.step):
+                if self.stopping:
+                    raise Stopped
+                count = min(tensor.step, tensor.rows - start)
+                piece = raw[: count * row_bytes]
+                self.sources.read(source, start * row_bytes, piece)
+                block = work[:count].copy_(piece.to(device).view(stored).view(count, tensor.columns))
+                found = form.column_squares(block, start)
+                total = found if total is None else total + found
+            assert total is not None
+            return total.cpu()

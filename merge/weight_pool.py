@@ -13,6 +13,8 @@ from typing import Any
 
 import torch
 
+from .devices import exact_products
+
 WeightMap = Callable[[Callable[[Any], Any], Sequence[Any]], Iterator[Any]]
 
 
@@ -23,7 +25,10 @@ def weight_pool(device: torch.device) -> Iterator[WeightMap]:
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
-        with ThreadPoolExecutor(count, "weight", initializer=torch.set_num_threads, initargs=(1,)) as pool:
+        with (
+            exact_products(device),
+            ThreadPoolExecutor(count, "weight", initializer=torch.set_num_threads, initargs=(1,)) as pool,
+        ):
             try:
                 yield pool.map
             except BaseException:

@@ -35,8 +35,14 @@ class Flight:
     task: Task
     slot: Slot
     block: Block
-    target: Tensor  # (rows, columns), output dtype, on the host
-    windowed: bool  # target lies in the output's chunk
+    targets: list[Tensor]  # one (rows, columns) of the output dtype, or bytes in pieces
+    in_place: bool  # the targets are the output's own buffers
+
+    def stored(self) -> Tensor:
+        """The result in the output dtype, once `slot.mark` has come."""
+        if len(self.targets) == 1:
+            return self.targets[0].view(self.block.target)
+        return torch.cat(self.targets).view(self.block.target)
 
 
 class Worker:
@@ -101,10 +107,12 @@ class Worker:
                 placed.clear()
                 placed[tensor] = self._placed_forms(tensor, lane)
             block = self._block(task, tensor)
-            window = self._window(task, tensor) if slot.on_host else None
-            target = slot.matrix("host_out", block, block.target) if window is None else window
-            lane.launch(slot, block, placed[tensor], target)
-            flying.append(Flight(task, slot, block, target, window is not None))
+            targets = self._targets(task, tensor, slot)
+            in_place = bool(targets)
+            if not in_place:
+                targets = [slot.matrix("host_out", block, block.target)]
+            lane.launch(slot, block, placed[tensor], targets)
+            flying.append(Flight(task, slot, block, targets, in_place))
             if slot.on_host:
                 land()
         while flying and not self.schedule.stopping:
@@ -147,10 +155,14 @@ class Worker:
         with lane.compute.activate():
             return [form.to(lane.device) for form in forms]
 
-    def _window(self, task: Task, tensor: TensorWork) -> Tensor | None:
-        """The result's place in the output's chunk, where it lies in one."""
-        offset = task.job.place.start + task.first * tensor.columns * tensor.target.itemsize
-        return task.shard.output.window(offset, task.count, tensor.columns, tensor.target)
+    def _targets(self, task: Task, tensor: TensorWork, slot: Slot) -> list[Tensor]:
+        """The result's place in the output's own buffers; none where the CPU's does not lie in one of them."""
+        row_bytes = tensor.columns * tensor.target.itemsize
+        offset = task.job.place.start + task.first * row_bytes
+        if not slot.on_host:
+            return task.shard.output.pieces(offset, task.count * row_bytes)
+        window = task.shard.output.window(offset, task.count, tensor.columns, tensor.target)
+        return [] if window is None else [window]
 
     def _block(self, task: Task, tensor: TensorWork) -> Block:
         measured = 0
@@ -173,7 +185,7 @@ class Worker:
         tensor, place = task.tensor, task.job.place
         assert tensor is not None
         slot.mark.synchronize()
-        if not is_finite(slot.norm_found, flight.target):
+        if not is_finite(slot.norm_found, block.target, flight.stored):
             raise NumericsError(
                 f"{place.name}: rows {task.first} .. {task.first + task.count} would hold NaN or infinity",
                 hint="values beyond the output dtype's range: try --dtype bfloat16 or float32",
@@ -185,7 +197,7 @@ class Worker:
         ):
             row_bytes = tensor.columns * block.source.itemsize
             before = slot.bytes("host_in", task.count * row_bytes)
-            after = flight.target.view(torch.uint8).view(-1)
+            after = flight.stored().view(torch.uint8).view(-1)
             self.recorder.record(task.shard.plan, task.job, task.first * row_bytes, before, after)
         with tensor.lock:
             if block.measured:
@@ -197,7 +209,7 @@ class Worker:
                     task.shard.figures[place.name] = tensor.totals.figures(tensor.rows * tensor.columns)
         row_bytes = tensor.columns * block.target.itemsize
         offset, nbytes = place.start + task.first * row_bytes, task.count * row_bytes
-        if flight.windowed:
+        if flight.in_place:
             task.shard.output.filled(offset, nbytes)
         else:
             task.shard.output.put(slot.bytes("host_out", nbytes), offset)

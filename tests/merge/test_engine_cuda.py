@@ -1,6 +1,6 @@
 """The CUDA path without CUDA: device discipline under fake tensors, order of the streams, and the ring of slots.
 
-The tests marked gpu run the real thing where a device is.
+test_cuda.py runs the real thing where a device is.
 """
 
 from __future__ import annotations
@@ -14,20 +14,22 @@ from typing import Any
 
 import pytest
 import torch
-from adapter_merge.merge import engine, lanes
+from adapter_merge.merge import cuda_lanes, engine, lanes
+from adapter_merge.merge.combination import METHODS, CombinedEdit, Part, Settings
+from adapter_merge.merge.edits import BlockEdit, InTurn, RowRange
 from adapter_merge.merge.errors import InputError
 from adapter_merge.merge.form import CanonicalForm, Residual
 from adapter_merge.merge.inputs import open_pair
-from adapter_merge.merge.lanes import BUFFERS_PER_SLOT, CUDA_DEPTH, Block, Done, Inline, Lane, Mark, Slot
+from adapter_merge.merge.lanes import Block, Done, Inline, Lane, Mark, Slot
 from adapter_merge.merge.merging import merge
 from adapter_merge.merge.plan import plan_merge
 from merge_models import base_tensors, expected, read_model, write_base, write_lora
+from stand_in_devices import CPU, WORKSPACE, device_slot, stand_in_devices
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.overrides import TorchFunctionMode
 
 CUDA = torch.device("cuda", 0)
-CPU = torch.device("cpu")
 ROWS, COLUMNS, RANK = 6, 8, 2
 
 
@@ -90,21 +92,36 @@ def form_of(kind: str, device: torch.device) -> CanonicalForm:
     return CanonicalForm(up, down)
 
 
+def edit_of(kind: str, device: torch.device) -> BlockEdit:
+    """Every kind of edit that an engine meets, and two adapters by every method of combination."""
+    if kind == "rows":
+        return RowRange(form_of("dora", device).to(device), 0, ROWS)
+    if kind == "in turn":
+        return InTurn((form_of("lora", device), form_of("row_scale", device)))
+    if kind in METHODS:
+        parts = tuple(Part(form_of(name, device), 0.5, 0.5, 7) for name in ("lora", "dora"))
+        thresholds = (torch.zeros(2, dtype=torch.int64, device=device) for _ in range(2))
+        settings = Settings(kind, 0.5, 0.1)
+        found = dict(zip(("low", "high"), thresholds, strict=True)) if settings.by_size else {}
+        return CombinedEdit(parts, settings, 0, **found)
+    return form_of(kind, device)
+
+
 def block_of(delta: bool = False, target: torch.dtype = torch.bfloat16, measured: int = ROWS) -> Block:
     return Block(0, ROWS, COLUMNS, torch.bfloat16, torch.float32, target, delta, measured)
 
 
 @pytest.mark.parametrize("delta", [False, True])
-@pytest.mark.parametrize("kind", ["lora", "row_scale", "col_scale", "dora", "dude"])
+@pytest.mark.parametrize("kind", ["lora", "row_scale", "col_scale", "dora", "dude", "rows", "in turn", *METHODS])
 def test_no_step_mixes_devices_or_waits_for_the_device(kind: str, delta: bool) -> None:
     """Fake tensors refuse an operation on two devices, and any that needs a value on the host."""
     with fake_cuda():
         slot = Slot(CUDA, pinned=False)
         lane = Lane(CUDA, (slot,), Inline(), Inline(), Inline(), 1 << 20)
         block = block_of(delta, measured=0 if delta else ROWS)
-        target = slot.matrix("host_out", block, block.target)
-        lane.launch(slot, block, [form_of(kind, CUDA)], target)
-        assert {slot.bytes("host_in", 8).device, target.device, slot.host_norm.device, slot.host_sums.device} == {CPU}
+        targets = [torch.empty(half, dtype=torch.uint8, device=CPU) for half in (10, block.elements * 2 - 10)]
+        lane.launch(slot, block, [edit_of(kind, CUDA)], targets)
+        assert {slot.bytes("host_in", 8).device, slot.host_norm.device, slot.host_sums.device} == {CPU}
         assert {slot.bytes(name, 8).device for name in ("in", "out", "work")} == {CUDA}
         assert slot.norm.device == slot.sums.device == CUDA
 
@@ -115,7 +132,7 @@ def test_a_form_on_the_wrong_device_is_seen_by_these_tests() -> None:
         lane = Lane(CUDA, (slot,), Inline(), Inline(), Inline(), 1 << 20)
         block = block_of()
         with pytest.raises(Exception, match="device"):
-            lane.launch(slot, block, [form_of("lora", CPU)], slot.matrix("host_out", block, block.target))
+            lane.launch(slot, block, [form_of("lora", CPU)], [torch.empty(block.elements * 2, dtype=torch.uint8)])
 
 
 class Recorded:
@@ -147,15 +164,7 @@ class RecordedMark:
         self.log.append(f"host waits for {self.name}")
 
 
-def device_slot(monkeypatch: pytest.MonkeyPatch | None = None) -> Slot:
-    """A slot whose device happens to be the CPU, but which does not know it: uploads and downloads are real copies."""
-    slot = Slot(CPU, pinned=False)
-    slot.on_host = False
-    slot.sums, slot.norm = torch.empty_like(slot.sums), torch.empty_like(slot.norm)
-    return slot
-
-
-def recorded_lane(log: list[str], depth: int = CUDA_DEPTH, block_bytes: int = 1 << 12) -> Lane:
+def recorded_lane(log: list[str], depth: int = cuda_lanes.DEPTH, block_bytes: int = 1 << 12) -> Lane:
     slots = tuple(device_slot() for _ in range(depth))
     queues = [Recorded(name, log) for name in ("upload", "compute", "download")]
     return Lane(CPU, slots, *queues, block_bytes)
@@ -170,8 +179,8 @@ def test_each_queue_waits_for_the_one_before_it() -> None:
     form = form_of("dude", CPU)
     source = slot.bytes("host_in", weight.nbytes)
     source.copy_(weight.view(torch.uint8).view(-1))
-    target = slot.matrix("host_out", block, block.target)
-    lane.launch(slot, block, [form], target)
+    pieces = [torch.empty(size, dtype=torch.uint8) for size in (10, weight.nbytes - 10)]
+    lane.launch(slot, block, [form], pieces)
     slot.mark.synchronize()
     assert log == [
         "upload work",
@@ -185,7 +194,7 @@ def test_each_queue_waits_for_the_one_before_it() -> None:
         "host waits for download 1",
     ]
     merged = form.merged(weight.float())
-    assert torch.equal(target, merged.bfloat16())
+    assert torch.equal(torch.cat(pieces).view(torch.bfloat16).view(ROWS, COLUMNS), merged.bfloat16())
     assert slot.norm_found == pytest.approx(float(merged.norm()), rel=1e-6)
 
 
@@ -203,11 +212,12 @@ def test_the_engine_keeps_several_blocks_in_flight_and_waits_before_it_reads(
     pending: deque[tuple[Slot, Any]] = deque()
     real = Lane.launch
 
-    def late(self: Lane, slot: Slot, block: Block, forms: Any, target: Tensor) -> None:
+    def late(self: Lane, slot: Slot, block: Block, forms: Any, targets: list[Tensor]) -> None:
         """Nothing of a block happens before somebody waits for its mark."""
         assert slot not in [held for held, _ in pending], "a slot is used again while its block is in flight"
-        target.fill_(float("nan"))  # should anybody look too early
-        pending.append((slot, lambda: real(self, slot, block, forms, target)))
+        for target in targets:
+            target.fill_(255)  # NaN, should anybody look too early
+        pending.append((slot, lambda: real(self, slot, block, forms, targets)))
         flying.append(len(pending))
 
         class Late:
@@ -223,7 +233,7 @@ def test_the_engine_keeps_several_blocks_in_flight_and_waits_before_it_reads(
     monkeypatch.setattr(engine, "cpu_lane", lambda: recorded_lane(log, block_bytes=1 << 16))
     (tmp_path / "out").mkdir()
     finished = engine.execute(plan, tmp_path / "out", CPU, workers=1)
-    assert max(flying) == CUDA_DEPTH
+    assert max(flying) == cuda_lanes.DEPTH
     assert not pending
     found, exact = read_model(tmp_path / "out"), expected(tensors, adapter)
     for name, tensor in tensors.items():
@@ -273,12 +283,13 @@ def test_several_devices_share_the_shards(tmp_path: Path, monkeypatch: pytest.Mo
         (tmp_path / name).mkdir()
     engine.execute(plan, tmp_path / "one", CPU, workers=1)
     devices = [torch.device("cuda", index) for index in range(2)]
-    monkeypatch.setattr("adapter_merge.merge.worker.current_device", lambda device: contextlib.nullcontext())
-    shares: dict[torch.device, list[int]] = {device: [] for device in devices}
+    forms, blocks, _ = cuda_lanes._need(plan.shards)
+    each = forms + WORKSPACE + blocks * lanes.CPU_BLOCK_BYTES  # blocks of another size add up in another order
+    free = tuple(int(share * cuda_lanes.HASHING_WORKERS * each / cuda_lanes.VRAM_FRACTION) for share in (1, 3))
     computed: dict[torch.device, int] = dict.fromkeys(devices, 0)
-    block_bytes = lanes.cpu_lane().block_bytes  # another size adds up in another order
-    together = threading.Barrier(len(devices) * engine.CUDA_WORKERS)  # nobody is done before all have begun
+    together = threading.Barrier(len(devices) * cuda_lanes.HASHING_WORKERS)  # nobody is done before all have begun
     begun = threading.local()
+    owner: dict[int, torch.device] = {}
     real = Lane.launch
 
     def launch(self: Lane, *arguments: Any) -> None:
@@ -288,41 +299,41 @@ def test_several_devices_share_the_shards(tmp_path: Path, monkeypatch: pytest.Mo
         computed[owner[id(self)]] += 1
         real(self, *arguments)
 
-    owner: dict[int, torch.device] = {}
-
-    def lane_of(device: torch.device, vram: int) -> Lane:
-        lane = recorded_lane([], block_bytes=block_bytes)
-        shares[device].append(vram)
+    def lane_of(device: torch.device, size: int) -> Lane:
+        lane = recorded_lane([], block_bytes=size)
         owner[id(lane)] = device
         return lane
 
     monkeypatch.setattr(Lane, "launch", launch)
-    monkeypatch.setattr(engine, "cuda_lane", lane_of)
-    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: ((1 + device.index) << 30, 8 << 30))
-    engine.execute(plan, tmp_path / "two", devices)
+    with stand_in_devices(monkeypatch, lane_of, free) as given:
+        engine.execute(plan, tmp_path / "two", devices)
     for shard in plan.shards:
         assert (tmp_path / "one" / shard.file).read_bytes() == (tmp_path / "two" / shard.file).read_bytes()
     assert all(computed.values())
-    for index, device in enumerate(devices):
-        assert sum(shares[device]) <= engine.VRAM_FRACTION * ((1 + index) << 30)
+    assert given.count((0, lanes.CPU_BLOCK_BYTES)) == given.count((1, lanes.CPU_BLOCK_BYTES)) == len(given) / 2
 
 
-@pytest.mark.parametrize("vram", [2 << 20, 64 << 20, 8 << 30])
-def test_blocks_stay_within_the_memory_that_is_given(vram: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(lanes, "current_device", lambda device: contextlib.nullcontext())
-    monkeypatch.setattr(lanes, "CudaQueue", lambda device: Inline())
-    with monkeypatch.context() as patch:
-        patch.setattr(lanes, "Slot", lambda device, pinned: device_slot())
-        lane = lanes.cuda_lane(CUDA, vram)
-    assert len(lane.slots) == CUDA_DEPTH
-    assert lane.block_bytes * CUDA_DEPTH * BUFFERS_PER_SLOT <= vram
+@pytest.mark.parametrize("vram", [24 << 20, 64 << 20, 8 << 30])
+def test_blocks_stay_within_the_memory_that_is_given(
+    vram: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tensors = base_tensors()
+    bound = open_pair(write_base(tmp_path / "base", tensors), write_lora(tmp_path / "adapter", tensors, dora=True))
+    shards = plan_merge(bound.base, (bound,)).shards
+    with stand_in_devices(monkeypatch, lambda device, size: recorded_lane([]), (80 << 30,)):
+        makers, size = cuda_lanes.cuda_lanes([CUDA], shards, None, vram, hashing=True)
+    assert size == cuda_lanes.BLOCK_BYTES or vram < 1 << 30
     with fake_cuda():
         slot = Slot(CUDA, pinned=False)
-        rows = lane.block_bytes // (4 * COLUMNS)
-        for name, nbytes in (("in", 2), ("work", 4), ("spare", 4), ("out", 2)):
-            slot.bytes(name, rows * COLUMNS * nbytes)
-        held = sum(slot.bytes(name, 1).untyped_storage().nbytes() for name in ("in", "work", "spare", "out"))
-    assert held * CUDA_DEPTH <= vram
+        block = Block(0, size // (4 * COLUMNS), COLUMNS, torch.bfloat16, torch.float32, torch.bfloat16, False, 0)
+        up, magnitude = torch.empty(block.rows, RANK, device=CUDA), torch.empty(block.rows, device=CUDA)
+        form = CanonicalForm(up, torch.empty(RANK, COLUMNS, device=CUDA), magnitude=magnitude)
+        lane = Lane(CUDA, (slot,), Inline(), Inline(), Inline(), size)
+        lane.launch(slot, block, [form], [torch.empty(block.elements * 2, dtype=torch.uint8, device=CPU)])
+        names = ("in", "work", "spare", "out")
+        held = sum(slot.bytes(name, 1).untyped_storage().nbytes() for name in names)
+    one = WORKSPACE + cuda_lanes.DEPTH * held + cuda_lanes.TEMPORARY_BLOCKS * size
+    assert len(makers) * one <= vram
 
 
 def test_work_that_is_done_when_it_returns_needs_no_waiting() -> None:
@@ -332,37 +343,3 @@ def test_work_that_is_done_when_it_returns_needs_no_waiting() -> None:
     inline.wait(mark)
     assert isinstance(mark, Done)
     mark.synchronize()
-
-
-@pytest.mark.gpu
-@pytest.mark.parametrize("dora", [False, True])
-def test_cuda_merges_what_the_cpu_merges(tmp_path: Path, dora: bool) -> None:
-    if not torch.cuda.is_available():
-        pytest.skip("needs a CUDA device and a CUDA build of torch")
-    tensors = base_tensors(layers=2, factor=16)
-    base = write_base(tmp_path / "base", tensors)
-    adapter = write_lora(tmp_path / "adapter", tensors, dora=dora)
-    torch.backends.cuda.matmul.allow_tf32 = True  # the engine has to switch it off
-    content = merge(base, adapter, tmp_path / "out", device="cuda", vram=64 << 20)
-    assert content["options"]["device"].startswith("cuda")
-    found, exact = read_model(tmp_path / "out"), expected(tensors, adapter)
-    for name, tensor in tensors.items():
-        if name not in exact:
-            assert torch.equal(found[name], tensor)
-            continue
-        once = exact[name].bfloat16()
-        differs = found[name] != once
-        assert float(differs.double().mean()) < 2e-3
-        torch.testing.assert_close(found[name].double(), exact[name], rtol=2**-8, atol=1e-6)
-
-
-@pytest.mark.gpu
-def test_cuda_stays_within_vram(tmp_path: Path) -> None:
-    if not torch.cuda.is_available():
-        pytest.skip("needs a CUDA device and a CUDA build of torch")
-    tensors = base_tensors(layers=2, factor=32)
-    base = write_base(tmp_path / "base", tensors)
-    adapter = write_lora(tmp_path / "adapter", tensors, dora=True)
-    torch.cuda.reset_peak_memory_stats()
-    merge(base, adapter, tmp_path / "out", device="cuda:0", vram=48 << 20)
-    assert torch.cuda.max_memory_allocated() <= 48 << 20

@@ -5,21 +5,21 @@ from __future__ import annotations
 import contextlib
 import threading
 from collections import deque
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from adapter_merge.merge import engine, schedule
+from adapter_merge.merge import cuda_lanes, engine, schedule
 from adapter_merge.merge.bound import BoundModule
 from adapter_merge.merge.errors import InputError, NumericsError
 from adapter_merge.merge.form import CanonicalForm
-from adapter_merge.merge.lanes import CUDA_DEPTH, Block, Inline, Lane, Slot
+from adapter_merge.merge.lanes import Block, Lane, Slot
 from adapter_merge.merge.merging import open_pair
 from adapter_merge.merge.plan import MergePlan, plan_merge
 from adapter_merge.merge.schedule import Schedule
 from merge_models import base_tensors, write_base, write_lora
+from stand_in_devices import WORKSPACE, lagging_lane, stand_in_devices
 from torch import Tensor
 
 CPU = torch.device("cpu")
@@ -33,15 +33,6 @@ def plan(tmp_path: Path) -> MergePlan:
     bound = open_pair(base, write_lora(tmp_path / "adapter", tensors, dora=True))
     (tmp_path / "out").mkdir()
     return plan_merge(bound.base, (bound,))
-
-
-def lagging_lane(block_bytes: int) -> Lane:
-    """A lane on the CPU that does not know it: uploads and downloads are real copies, several blocks in flight."""
-    slots = tuple(Slot(CPU, pinned=False) for _ in range(CUDA_DEPTH))
-    for slot in slots:
-        slot.on_host = False
-        slot.sums, slot.norm = torch.empty_like(slot.sums), torch.empty_like(slot.norm)
-    return Lane(CPU, slots, Inline(), Inline(), Inline(), block_bytes)
 
 
 # -- what is held ---------------------------------------------------------------------------------------------
@@ -79,21 +70,6 @@ def test_forms_ahead_of_their_blocks_have_a_limit_in_bytes(
         assert (tmp_path / "out" / shard.file).read_bytes() == (tmp_path / "limited" / shard.file).read_bytes()
 
 
-@contextlib.contextmanager
-def two_devices(patch: pytest.MonkeyPatch, make: Any, free: tuple[int, int]) -> Iterator[list[tuple[int, int]]]:
-    given: list[tuple[int, int]] = []
-
-    def lane_of(device: torch.device, vram: int) -> Lane:
-        given.append((device.index, vram))
-        lane: Lane = make(device, vram)
-        return lane
-
-    patch.setattr("adapter_merge.merge.worker.current_device", lambda device: contextlib.nullcontext())
-    patch.setattr(engine, "cuda_lane", lane_of)
-    patch.setattr(torch.cuda, "mem_get_info", lambda device: (free[device.index], 80 << 30))
-    yield given
-
-
 def test_a_block_fits_the_device_with_the_least_memory(
     plan: MergePlan, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -106,29 +82,41 @@ def test_a_block_fits_the_device_with_the_least_memory(
         real(self, slot, block, *rest)
 
     monkeypatch.setattr(Lane, "launch", launch)
-    sizes = (1 << 16, 1 << 20)
-    with two_devices(monkeypatch, lambda device, vram: lagging_lane(sizes[device.index]), (4 << 30, 8 << 30)):
+    with stand_in_devices(monkeypatch, lambda device, size: lagging_lane(size), (64 << 20, 8 << 30)) as given:
         engine.execute(plan, tmp_path / "out", DEVICES)
-    assert 0 < largest <= sizes[0]
+    sizes = {size for _, size in given}
+    assert len(sizes) == 1
+    assert 0 < largest <= min(sizes) < cuda_lanes.BLOCK_BYTES
 
 
 def test_factors_count_as_device_memory(plan: MergePlan, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Blocks get what the largest factors leave; where they leave nothing, it is said before anything is written."""
-    held, slots = engine._device_need(plan.shards)
+    forms, blocks, least = cuda_lanes._need(plan.shards)
     largest = max(
         module.stored_form().up.nbytes + module.stored_form().down.nbytes
         for bound in plan.adapters
         for module in bound.modules
     )
-    assert held == engine.FORMS_HELD * largest
-    need = engine.CUDA_WORKERS * (held + slots)
-    with two_devices(monkeypatch, lambda device, vram: lagging_lane(1 << 16), (4 << 30, 4 << 30)) as given:
-        engine.execute(plan, tmp_path / "out", DEVICES, vram=need + 8)
-        assert {vram for _, vram in given} == {slots + 8 // engine.CUDA_WORKERS}
+    assert forms == cuda_lanes.FORMS_HELD * largest
+    need = forms + WORKSPACE + blocks * least
+    each = cuda_lanes.HASHING_WORKERS
+    with stand_in_devices(monkeypatch, lambda device, size: lagging_lane(size), (4 << 30, 4 << 30)) as given:
+        engine.execute(plan, tmp_path / "out", DEVICES, vram=each * (need + 8 * blocks))
+        assert sorted(given) == [(0, least + 8)] * each + [(1, least + 8)] * each
         (tmp_path / "none").mkdir()
         with pytest.raises(InputError, match="--vram"):
             engine.execute(plan, tmp_path / "none", DEVICES, vram=need - 1)
     assert list((tmp_path / "none").iterdir()) == []
+
+
+def test_a_device_with_little_memory_has_fewer_workers(
+    plan: MergePlan, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    forms, blocks, least = cuda_lanes._need(plan.shards)
+    free = (2 * (forms + WORKSPACE + blocks * least) + 8, 4 << 30)
+    with stand_in_devices(monkeypatch, lambda device, size: lagging_lane(size), free) as given:
+        engine.execute(plan, tmp_path / "out", DEVICES, vram=1 << 30)
+    assert sorted(device for device, _ in given) == [0, 0] + [1] * cuda_lanes.HASHING_WORKERS
 
 
 # -- what is left running -------------------------------------------------------------------------------------
@@ -164,7 +152,8 @@ def test_a_failure_waits_for_the_blocks_in_flight(
     def launch(self: Lane, slot: Slot, *rest: Any) -> None:
         real(self, slot, *rest)
         slot.host_norm.fill_(float("nan"))
-        rest[-1].fill_(float("nan"))
+        for target in rest[-1]:
+            target.fill_(255)  # NaN, in every float dtype
         slot.mark = Late()
         flying.append(slot.mark)
 
@@ -172,7 +161,7 @@ def test_a_failure_waits_for_the_blocks_in_flight(
     monkeypatch.setattr(engine, "cpu_lane", lambda: lagging_lane(1 << 16))
     with pytest.raises(NumericsError):
         engine.execute(plan, tmp_path / "out", CPU, 1)
-    assert len(flying) == CUDA_DEPTH
+    assert len(flying) == cuda_lanes.DEPTH
     assert list(flying) == waited
 
 
