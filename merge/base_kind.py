@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
 
 from .bound import BoundAdapter, BoundModule
@@ -12,6 +13,7 @@ from .lora import LoraModule
 from .tensors import read_tensor
 
 EVIDENCE_SAMPLES = 6
+WIDE = 8  # times the rank: in narrower weights any two parts have much in common
 
 
 def with_base_kind(bound: BoundAdapter, base_kind: str | None) -> BoundAdapter:
@@ -31,20 +33,7 @@ def with_base_kind(bound: BoundAdapter, base_kind: str | None) -> BoundAdapter:
         else:
             raise _lost(bound, str(lost or "loftq"))
     if base_kind is None:
-        step = max(1, len(principal) // EVIDENCE_SAMPLES)
-        cosines = []
-        for item in principal[::step][:EVIDENCE_SAMPLES]:
-            module = item.module
-            assert isinstance(module, LoraModule) and module.initial is not None
-            cosines.append(
-                base_evidence(
-                    item.oriented_weight(),
-                    read_tensor(module.a),
-                    read_tensor(module.b),
-                    module.scale if module.initial.method == "qr" else None,
-                )
-            )
-        evidence = f"cosine of base and B A: {min(cosines):.3f} .. {max(cosines):.3f} over {len(cosines)} weights"
+        cosines, evidence = _cosines(principal)
         if min(cosines) >= ORIGINAL_ABOVE:
             base_kind = "original"
         elif max(cosines) <= RESIDUAL_BELOW and stated == "original":
@@ -74,17 +63,31 @@ def with_base_kind(bound: BoundAdapter, base_kind: str | None) -> BoundAdapter:
     return replace(bound, modules=modules, base_kind="residual", evidence=evidence)
 
 
+def _cosines(modules: Sequence[BoundModule]) -> tuple[list[float], str]:
+    """base_evidence of a few weights from all over the model, small ones, and what to say of them."""
+    step = max(1, len(modules) // EVIDENCE_SAMPLES)
+    cosines = []
+    for first in range(0, len(modules), step)[:EVIDENCE_SAMPLES]:
+        item = min(modules[first : first + step], key=_reluctance)
+        module = item.module
+        if isinstance(module, LoraModule):
+            scale = module.scale if module.initial is not None and module.initial.method == "qr" else None
+            cosines.append(base_evidence(item.oriented_weight(), read_tensor(module.a), read_tensor(module.b), scale))
+    return cosines, f"cosine of base and B A: {min(cosines):.3f} .. {max(cosines):.3f} over {len(cosines)} weights"
+
+
+def _reluctance(item: BoundModule) -> tuple[bool, int]:
+    """How little a weight is fit to be looked at: too narrow, then too large (it is read whole, in float32)."""
+    shape, rank = item.module.shape, item.module.rank
+    narrow = min(shape) < WIDE * rank
+    return narrow, -min(shape) if narrow else shape[0] * shape[1]
+
+
 def _check_residual(bound: BoundAdapter) -> BoundAdapter:
     """A DuDe folder that says it belongs to the residual must not meet the original: nothing would be subtracted."""
     if bound.adapter.config.get("peft_type") != "DUDE" or bound.adapter.config.get("base") != "residual":
         return bound
-    step = max(1, len(bound.modules) // EVIDENCE_SAMPLES)
-    cosines = [
-        base_evidence(item.oriented_weight(), read_tensor(item.module.a), read_tensor(item.module.b))
-        for item in bound.modules[::step][:EVIDENCE_SAMPLES]
-        if isinstance(item.module, LoraModule)
-    ]
-    evidence = f"cosine of base and B A: {min(cosines):.3f} .. {max(cosines):.3f} over {len(cosines)} weights"
+    cosines, evidence = _cosines(bound.modules)
     if max(cosines) >= ORIGINAL_ABOVE:
         raise MismatchError(
             "the adapter was trained on the residual base, and this is the original",
