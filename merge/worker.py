@@ -186,9 +186,11 @@ class Worker:
         assert tensor is not None
         slot.mark.synchronize()
         if not is_finite(slot.norm_found, block.target, flight.stored):
+            hint = "values beyond the output dtype's range: try --dtype bfloat16 or float32"
+            if not slot.on_host:  # the CPU would have told this by itself
+                hint += "; or a row that is zero but has a magnitude: is this the base that was trained on?"
             raise NumericsError(
-                f"{place.name}: rows {task.first} .. {task.first + task.count} would hold NaN or infinity",
-                hint="values beyond the output dtype's range: try --dtype bfloat16 or float32",
+                f"{place.name}: rows {task.first} .. {task.first + task.count} would hold NaN or infinity", hint=hint
             )
         if (
             self.recorder is not None
