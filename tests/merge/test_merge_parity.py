@@ -12,6 +12,7 @@ import torch
 from adapter_merge.merge.conversion import convert
 from adapter_merge.merge.errors import ParityError
 from adapter_merge.merge.factors import factor
+from adapter_merge.merge.inputs import open_pair
 from adapter_merge.merge.merging import delta, merge
 from adapter_merge.merge.verification import verify
 from safetensors.torch import load_file, save_file
@@ -61,6 +62,26 @@ def test_the_residual_base_is_found_out(method: str, tmp_path: Path) -> None:
     content = merge(base, tmp_path / "adapter", tmp_path / "merged")
     assert content["adapters"][0]["base_kind"] == "residual"
     check(pico.logits(load(tmp_path / "merged", "llama")), want)
+
+
+def test_evidence_looks_at_small_weights_that_are_wide_enough(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A weight is read whole for it: of every part of the model the smallest, but none that the factors nearly fill."""
+    model = pico.pico_model("llama")  # k and v are 24 x 48, q and o 48 x 48, the others 96 x 48
+    base = pico.save_base(model, tmp_path / "base")
+    for rank in (2, 4, 16):
+        pico.peft_adapter(pico.pico_model("llama"), "llama", tmp_path / f"r{rank}", r=rank, **pico.METHODS["dude"])
+    seen: list[tuple[int, ...]] = []
+
+    def evidence(weight: torch.Tensor, *factors: object) -> float:
+        seen.append(tuple(weight.shape))
+        return 1.0
+
+    monkeypatch.setattr("adapter_merge.merge.base_kind.base_evidence", evidence)
+    for rank, smallest in ((2, (24, 48)), (4, (48, 48)), (16, (48, 48))):
+        seen.clear()
+        open_pair(base, tmp_path / f"r{rank}")
+        assert len(seen) == 6
+        assert min(seen) == smallest
 
 
 @pytest.mark.parametrize("rank", [1, 3])
