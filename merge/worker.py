@@ -40,9 +40,9 @@ class Flight:
 
     def stored(self) -> Tensor:
         """The result in the output dtype, once `slot.mark` has come."""
-        if len(self.targets) == 1:
-            return self.targets[0].view(self.block.target)
-        return torch.cat(self.targets).view(self.block.target)
+        if self.targets[0].dtype == self.block.target:
+            return self.targets[0]
+        return torch.cat(self.targets).view(self.block.target)  # a copy: pieces may lie at odd bytes
 
 
 class Worker:

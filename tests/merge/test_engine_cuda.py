@@ -23,6 +23,8 @@ from adapter_merge.merge.inputs import open_pair
 from adapter_merge.merge.lanes import Block, Done, Inline, Lane, Mark, Slot
 from adapter_merge.merge.merging import merge
 from adapter_merge.merge.plan import plan_merge
+from adapter_merge.merge.restore import restore
+from adapter_merge.merge.tensors import write_safetensors
 from merge_models import base_tensors, expected, read_model, write_base, write_lora
 from stand_in_devices import CPU, WORKSPACE, device_slot, stand_in_devices
 from torch import Tensor
@@ -254,6 +256,22 @@ def test_the_overlapping_path_writes_the_same_bytes(tmp_path: Path, monkeypatch:
     merge(base, adapter, tmp_path / "ring", workers=3)
     for file in (tmp_path / "plain").glob("*.safetensors"):
         assert file.read_bytes() == (tmp_path / "ring" / file.name).read_bytes()
+
+
+def test_results_at_odd_bytes_come_back(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A pre-image needs what came down in pieces as numbers, wherever in the file it lies."""
+    tensors = base_tensors(layers=2, factor=8)
+    base = write_base(tmp_path / "base", tensors, shards=1)
+    file = base / "model.safetensors"
+    file.unlink()
+    write_safetensors(file, {"model.mask": torch.ones(3, dtype=torch.bool), **tensors})
+    adapter = write_lora(tmp_path / "adapter", tensors)
+    merge(base, adapter, tmp_path / "plain", workers=1)
+    monkeypatch.setattr(engine, "cpu_lane", lambda: recorded_lane([], block_bytes=lanes.CPU_BLOCK_BYTES))
+    merge(base, adapter, tmp_path / "ring", keep_preimage=True)
+    assert (tmp_path / "ring" / file.name).read_bytes() == (tmp_path / "plain" / file.name).read_bytes()
+    restore(tmp_path / "ring", tmp_path / "back")
+    assert (tmp_path / "back" / file.name).read_bytes() == file.read_bytes()
 
 
 def test_a_device_without_memory_is_no_bug_of_ours(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
