@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
+from itertools import pairwise
 
 from .bound import BoundAdapter, BoundModule
 from .dude import ORIGINAL_ABOVE, RESIDUAL_BELOW, base_evidence
@@ -18,13 +19,13 @@ WIDE = 8  # times the rank: in narrower weights any two parts have much in commo
 
 def with_base_kind(bound: BoundAdapter, base_kind: str | None) -> BoundAdapter:
     """Decide whether the base is the original or the residual, and drop the residual step in the latter case."""
-    principal = [m for m in bound.modules if isinstance(m.module, LoraModule) and m.module.initial is not None]
+    principal = [(item, module) for item, module in _loras(bound) if module.initial is not None]
     if not principal:
         return _check_residual(bound) if base_kind is None else bound
     evidence = None
     stated = bound.adapter.config.get("base") if bound.adapter.config.get("peft_type") == "DUDE" else None
-    initials = [m.module.initial for m in principal if isinstance(m.module, LoraModule) and m.module.initial]
-    unsaved = [m.module.initial for m in principal if isinstance(m.module, LoraModule) and m.module.frozen is None]
+    initials = [module.initial for _, module in principal if module.initial]
+    unsaved = [module.initial for _, module in principal if module.frozen is None]
     lost = next((i.method for i in unsaved if i and i.method in LOST_INITS and not i.refs), None)
     measurable = all(i.method in ("svd", "qr", "pissa_niter") for i in initials)
     if base_kind is None and not measurable:
@@ -63,22 +64,25 @@ def with_base_kind(bound: BoundAdapter, base_kind: str | None) -> BoundAdapter:
     return replace(bound, modules=modules, base_kind="residual", evidence=evidence)
 
 
-def _cosines(modules: Sequence[BoundModule]) -> tuple[list[float], str]:
+def _loras(bound: BoundAdapter) -> list[tuple[BoundModule, LoraModule]]:
+    return [(item, item.module) for item in bound.modules if isinstance(item.module, LoraModule)]
+
+
+def _cosines(modules: Sequence[tuple[BoundModule, LoraModule]]) -> tuple[list[float], str]:
     """base_evidence of a few weights from all over the model, small ones, and what to say of them."""
-    step = max(1, len(modules) // EVIDENCE_SAMPLES)
+    count = min(EVIDENCE_SAMPLES, len(modules))
+    bounds = [number * len(modules) // count for number in range(count + 1)]
     cosines = []
-    for first in range(0, len(modules), step)[:EVIDENCE_SAMPLES]:
-        item = min(modules[first : first + step], key=_reluctance)
-        module = item.module
-        if isinstance(module, LoraModule):
-            scale = module.scale if module.initial is not None and module.initial.method == "qr" else None
-            cosines.append(base_evidence(item.oriented_weight(), read_tensor(module.a), read_tensor(module.b), scale))
+    for first, stop in pairwise(bounds):
+        item, module = min(modules[first:stop], key=_reluctance)
+        scale = module.scale if module.initial is not None and module.initial.method == "qr" else None
+        cosines.append(base_evidence(item.oriented_weight(), read_tensor(module.a), read_tensor(module.b), scale))
     return cosines, f"cosine of base and B A: {min(cosines):.3f} .. {max(cosines):.3f} over {len(cosines)} weights"
 
 
-def _reluctance(item: BoundModule) -> tuple[bool, int]:
+def _reluctance(pair: tuple[BoundModule, LoraModule]) -> tuple[bool, int]:
     """How little a weight is fit to be looked at: too narrow, then too large (it is read whole, in float32)."""
-    shape, rank = item.module.shape, item.module.rank
+    shape, rank = pair[1].shape, pair[1].rank
     narrow = min(shape) < WIDE * rank
     return narrow, -min(shape) if narrow else shape[0] * shape[1]
 
@@ -87,7 +91,10 @@ def _check_residual(bound: BoundAdapter) -> BoundAdapter:
     """A DuDe folder that says it belongs to the residual must not meet the original: nothing would be subtracted."""
     if bound.adapter.config.get("peft_type") != "DUDE" or bound.adapter.config.get("base") != "residual":
         return bound
-    cosines, evidence = _cosines(bound.modules)
+    loras = _loras(bound)
+    if not loras:
+        return replace(bound, base_kind="residual")
+    cosines, evidence = _cosines(loras)
     if max(cosines) >= ORIGINAL_ABOVE:
         raise MismatchError(
             "the adapter was trained on the residual base, and this is the original",

@@ -171,6 +171,9 @@ def report_error(error: AdapterMergeError) -> None:
 @contextmanager
 def loading() -> Iterator[None]:
     """Inside, torch is imported, without going through all that it has made so far again and again."""
+    if "torch" in sys.modules or not gc.isenabled():
+        yield
+        return
     gc.disable()
     try:
         yield

@@ -88,7 +88,7 @@ def engine_options(function: F) -> F:
             "--vram",
             callback=_size,
             metavar="SIZE",
-            help="Memory to use on each CUDA device; a quarter of what is free.",
+            help="Memory for tensors on each CUDA device; a quarter of what is free.",
         ),
     ):
         function = option(function)

@@ -54,8 +54,10 @@ class CudaQueue:
 def cuda_lane(device: torch.device, block_bytes: int) -> Lane:
     """A worker's lane on a CUDA device."""
     with current_device(device):
-        slots = tuple(Slot(device, True) for _ in range(DEPTH))
-        return Lane(device, slots, CudaQueue(device), CudaQueue(device), CudaQueue(device), block_bytes)
+        upload, compute, download = (CudaQueue(device) for _ in range(3))
+        with compute.activate():
+            slots = tuple(Slot(device, True) for _ in range(DEPTH))
+        return Lane(device, slots, upload, compute, download, block_bytes)
 
 
 def pinned_bytes(nbytes: int) -> Tensor:
@@ -100,16 +102,18 @@ def cuda_lanes(
 ) -> tuple[list[LaneMaker], int]:
     """The lanes of all workers, and the size of their blocks. Raises InputError where a device's memory is too small.
 
-    Memory that does not suffice for all workers has fewer of them.
+    Memory that does not suffice for all workers has fewer of them. A pass over a whole weight counts as one more.
     """
     cores = max(1, len(os.sched_getaffinity(0)) // len(devices))
     most = workers or min(cores, HASHING_WORKERS if hashing else WORKERS)
     forms, blocks, least = _need(shards)
     sizes: list[tuple[torch.device, int]] = []
     for device in devices:
-        free = torch.cuda.mem_get_info(device)[0]
+        kept = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)  # of what is this process's
+        free = torch.cuda.mem_get_info(device)[0] + kept
         held = forms + product_workspace(device)
-        need = held + blocks * least
+        one = held + blocks * least
+        need = 2 * one
         given = min(vram or int(free * VRAM_FRACTION), free)
         if vram is None and given < need <= free:
             given = need
@@ -119,7 +123,7 @@ def cuda_lanes(
                 expected=f"{need / 1e6:.0f} MB for the adapter's largest factors and a few rows of a weight",
                 hint="give more with --vram, or take --device cpu",
             )
-        each = min(most, given // need)
-        sizes += [(device, min(BLOCK_BYTES, (given // each - held) // blocks))] * each
+        each = min(most, given // one - 1)
+        sizes += [(device, min(BLOCK_BYTES, (given // (each + 1) - held) // blocks))] * each
     block = min(size for _, size in sizes)  # a block may go to any device
     return [partial(cuda_lane, device, block) for device, _ in sizes], block

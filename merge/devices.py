@@ -39,11 +39,18 @@ def exact_products(device: torch.device) -> Iterator[None]:
         yield
         return
     settings = torch.backends.cuda.matmul
-    # torch 2.9 has a new setting, and reading the old one fails where a process has used the new one.
-    name, exact = ("fp32_precision", "ieee") if hasattr(settings, "fp32_precision") else ("allow_tf32", False)
-    before = getattr(settings, name)
-    setattr(settings, name, exact)
+    if not hasattr(settings, "fp32_precision"):  # torch before 2.9
+        allowed, settings.allow_tf32 = settings.allow_tf32, False
+        try:
+            yield
+        finally:
+            settings.allow_tf32 = allowed
+        return
+    # The old setting cannot be read where a process has used the new one. What it says may be that of all backends:
+    # put back as "none", so that it goes on following them.
+    before = settings.fp32_precision
+    settings.fp32_precision = "ieee"
     try:
         yield
     finally:
-        setattr(settings, name, before)
+        settings.fp32_precision = "none" if before == getattr(torch.backends, "fp32_precision", None) else before

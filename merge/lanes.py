@@ -154,6 +154,11 @@ class Lane:
     download: Queue
     block_bytes: int  # of float32 in one block
 
+    def wait(self) -> None:
+        """Until nothing is on its way."""
+        for queue in (self.upload, self.compute, self.download):
+            queue.mark().synchronize()
+
     def launch(
         self,
         slot: Slot,
@@ -165,15 +170,17 @@ class Lane:
 
         `slot.norm_found` is then the norm of the result before rounding, `slot.host_sums` what block_sums found.
         """
-        before, stored = slot.matrix("host_in", block, block.source), targets[0]
         if not slot.on_host:
             nbytes = block.elements * block.source.itemsize
             with self.upload.activate():
                 slot.bytes("in", nbytes).copy_(slot.bytes("host_in", nbytes), non_blocking=True)
                 uploaded = self.upload.mark()
             self.compute.wait(uploaded)
-            before, stored = slot.matrix("in", block, block.source), slot.matrix("out", block, block.target)
-        with self.compute.activate():
+        with self.compute.activate():  # what is allocated here is this queue's: another one's may still be in use
+            if slot.on_host:
+                before, stored = slot.matrix("host_in", block, block.source), targets[0]
+            else:
+                before, stored = slot.matrix("in", block, block.source), slot.matrix("out", block, block.target)
             work = slot.matrix("work", block, block.arithmetic)
             work.copy_(before)
             if block.delta:

@@ -73,7 +73,7 @@ def merge(
     keep_partial: leave the finished shards when this run fails, for the next one to go on; a killed run always does.
     part: make only the i-th of n shares of the shards; returns an account of them, and the output is not there yet.
     finish: check that all parts are there and write the rest: side files, index and manifest, then the output's name.
-    vram: bytes of device memory to use on each CUDA device.
+    vram: bytes of tensors on each CUDA device; its context, and what the allocator rounds up, come on top.
     head_start: has begun to hash the base's files; stopped here when they are read in earnest.
     Raises AdapterMergeError (see errors.py); nothing is left behind then but what keep_partial or a part keeps.
     """

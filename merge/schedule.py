@@ -9,8 +9,7 @@ import math
 import threading
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from contextlib import nullcontext
+from concurrent.futures import CancelledError, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -18,11 +17,12 @@ import torch
 from torch import Tensor
 
 from .chunks import ChunkedFile, ChunkPool
+from .cuda_lanes import CudaQueue
 from .edits import BlockEdit
 from .errors import FileFormatError
 from .figures import TensorFigures
 from .hashing import Begun, Stopped, file_sha256
-from .lanes import current_device
+from .lanes import Queue, current_device
 from .links import link_file
 from .plan import ShardPlan, TensorJob
 from .sources import Sources
@@ -91,8 +91,11 @@ class Schedule:
         self._made: list[ShardWork] = []
         self._prepared: list[TensorWork] = []
         self._lock = threading.Lock()
-        self._pass_lock = threading.Lock()  # a device's memory is given out for one pass at a time
+        # A device's memory is given out for one pass at a time, and each thread that multiplies takes some of it.
+        self._passes = ThreadPoolExecutor(1, "pass") if device.type == "cuda" else None
+        self._pass_queue: Queue | None = None
         self._preparers = ThreadPoolExecutor(workers, "prepare", torch.set_num_threads, (1,))  # each thread has its own
+        self._threads = [self._preparers] if self._passes is None else [self._preparers, self._passes]
 
     def stop(self) -> None:
         """Let every worker give up at its next step."""
@@ -102,11 +105,13 @@ class Schedule:
         for shard in shards:
             if shard.digest is not None:
                 shard.digest.stop()
-        self._preparers.shutdown(wait=False, cancel_futures=True)  # a decomposition may take minutes
+        for threads in self._threads:
+            threads.shutdown(wait=False, cancel_futures=True)  # a decomposition may take minutes
 
     def close(self) -> None:
         """Give threads and descriptors back, whatever state the files are in; nobody works any more."""
-        self._preparers.shutdown(cancel_futures=True)
+        for threads in self._threads:
+            threads.shutdown(cancel_futures=True)
         for shard in self._made:
             shard.output.close()
 
@@ -208,24 +213,40 @@ class Schedule:
     def _columns(self, form: BlockEdit, tensor: TensorWork, arithmetic: torch.dtype) -> Tensor:
         """The sum of the form's column_squares over all rows, taken where its blocks will be computed.
 
-        Another device's products differ in their last bits: a threshold found there would miss its own element.
+        Another kind of device's products differ in their last bits: a threshold found there would miss its own
+        element. Of several CUDA devices the first takes all passes.
         """
-        source, device = tensor.job.source, self.device
+        if self._passes is None:
+            return self._pass(form, tensor, arithmetic)
+        try:
+            return self._passes.submit(self._pass_on_cuda, form, tensor, arithmetic).result()
+        except (RuntimeError, CancelledError):
+            if self.stopping:
+                raise Stopped from None
+            raise
+
+    def _pass_on_cuda(self, form: BlockEdit, tensor: TensorWork, arithmetic: torch.dtype) -> Tensor:
+        with current_device(self.device):
+            if self._pass_queue is None:
+                self._pass_queue = CudaQueue(self.device)
+            with self._pass_queue.activate():
+                return self._pass(form.to(self.device), tensor, arithmetic)
+
+    def _pass(self, form: BlockEdit, tensor: TensorWork, arithmetic: torch.dtype) -> Tensor:
+        source = tensor.job.source
         stored = TORCH_DTYPES[source.dtype]
         row_bytes = tensor.columns * stored.itemsize
         raw = torch.empty(tensor.step * row_bytes, dtype=torch.uint8)
+        work = torch.empty(tensor.step, tensor.columns, dtype=arithmetic, device=self.device)
         total: Tensor | None = None
-        with current_device(device), self._pass_lock if device.type == "cuda" else nullcontext():
-            form = form.to(device)
-            work = torch.empty(tensor.step, tensor.columns, dtype=arithmetic, device=device)
-            for start in range(0, tensor.rows, tensor.step):
-                if self.stopping:
-                    raise Stopped
-                count = min(tensor.step, tensor.rows - start)
-                piece = raw[: count * row_bytes]
-                self.sources.read(source, start * row_bytes, piece)
-                block = work[:count].copy_(piece.to(device).view(stored).view(count, tensor.columns))
-                found = form.column_squares(block, start)
-                total = found if total is None else total + found
-            assert total is not None
-            return total.cpu()
+        for start in range(0, tensor.rows, tensor.step):
+            if self.stopping:
+                raise Stopped
+            count = min(tensor.step, tensor.rows - start)
+            piece = raw[: count * row_bytes]
+            self.sources.read(source, start * row_bytes, piece)
+            block = work[:count].copy_(piece.to(self.device).view(stored).view(count, tensor.columns))
+            found = form.column_squares(block, start)
+            total = found if total is None else total + found
+        assert total is not None
+        return total.cpu()

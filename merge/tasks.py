@@ -11,6 +11,7 @@ from typing import NamedTuple
 
 import torch
 
+from .adapter import AdaptedModule
 from .chunks import CHUNK_BYTES, ChunkedFile
 from .edits import BlockEdit
 from .figures import FigureTotals, TensorFigures
@@ -26,13 +27,21 @@ def arithmetic_of(job: TensorJob) -> torch.dtype:
 
 
 def form_bytes(job: TensorJob) -> int:
-    """About what the job's forms take: factors of each edit's rank, twice where a residual has factors of its own."""
+    """About what the job's forms take: the factors of every adapter's every edit."""
     if not job.edits:
         return 0
     columns = job.source.shape[-1]
     rows = math.prod(job.source.shape[:-1])
-    rank = sum(edit.module.rank * (2 if getattr(edit.module, "initial", None) is not None else 1) for edit in job.edits)
+    rank = sum(_factors_held(edit.module) for edit in job.edits)
     return rank * (rows + columns) * arithmetic_of(job).itemsize
+
+
+def _factors_held(module: AdaptedModule) -> int:
+    """The rank of all factors of a module's form: a residual has as many again, a combination those of its parts."""
+    shares = getattr(module, "shares", None)
+    if shares is not None:
+        return sum(_factors_held(part.module) for share in shares for part in share.modules)
+    return module.rank * (2 if getattr(module, "initial", None) is not None else 1)
 
 
 @dataclass(eq=False)

@@ -70,9 +70,9 @@ class Worker:
             try:
                 self._loop(flying)
             finally:  # nothing may be on its way into buffers that are given back
-                for flight in flying:
+                for wait in (*(flight.slot.mark.synchronize for flight in flying), self.lane.wait):
                     with contextlib.suppress(Exception):  # the first failure is the one to tell
-                        flight.slot.mark.synchronize()
+                        wait()
 
     def _loop(self, flying: deque[Flight]) -> None:
         lane = self.lane

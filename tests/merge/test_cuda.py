@@ -6,17 +6,20 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import peft
 import pico
 import pytest
 import torch
 from adapter_merge.merge import cuda_lanes
+from adapter_merge.merge.combination import METHODS
 from adapter_merge.merge.errors import InputError, NumericsError
 from adapter_merge.merge.extraction import extract
 from adapter_merge.merge.factors import factor
 from adapter_merge.merge.merging import delta, merge
 from adapter_merge.merge.restore import restore
+from combination_oracle import recipe
 from merge_models import base_tensors, expected, read_model, write_base, write_lora
 from safetensors.torch import load_file, save_file
 from torch import Tensor
@@ -107,6 +110,8 @@ SETTINGS = {
 @pytest.mark.parametrize("setting", SETTINGS)
 def test_tf32_is_not_for_merges(setting: str, tmp_path: Path) -> None:
     """A process that allows TF32, in whatever way, gets float32 all the same, and keeps its setting."""
+    if torch.cuda.get_device_capability() < (8, 0):
+        pytest.skip("this device has no TF32")
     if setting == "new" and not hasattr(torch.backends.cuda.matmul, "fp32_precision"):
         pytest.skip("torch 2.9 has this setting")
     tensors = base_tensors(layers=1, dtype=torch.float32, factor=8)
@@ -171,6 +176,22 @@ def test_what_was_extracted_is_what_was_merged(tmp_path: Path) -> None:
         assert float((product - want).norm() / want.norm()) < 1e-4
 
 
+@pytest.mark.parametrize("method", METHODS)
+def test_combinations_are_what_the_cpu_makes_of_them(
+    method: str, base: Path, tensors: dict[str, Tensor], tmp_path: Path
+) -> None:
+    """Thresholds are found on the device that computes; elements of the threshold's own size may change places."""
+    adapters = {name: write_lora(tmp_path / name, tensors, dora=name == "b", only=f"layers.{i}") for i, name in
+                enumerate("ab")} | {"c": write_lora(tmp_path / "c", tensors, scale=0.05)}  # fmt: skip
+    made = recipe(adapters, {"a": 0.7, "b": 0.4, "c": -0.3}, method=method, density=1.0 if method == "linear" else 0.4)
+    merge(base, made, tmp_path / "cpu", device="cpu", dtype="float32")
+    merge(base, made, tmp_path / "cuda", device="cuda", dtype="float32")
+    one, two = read_model(tmp_path / "cpu"), read_model(tmp_path / "cuda")
+    for name, weight in one.items():
+        if weight.is_floating_point():
+            assert int(((weight - two[name]).abs() > 1e-5).sum()) <= (0 if method in ("linear", "dare") else 6), name
+
+
 # -- the same, and back ---------------------------------------------------------------------------------------
 
 
@@ -203,11 +224,15 @@ def test_parts_are_put_together(base: Path, tensors: dict[str, Tensor], tmp_path
 # -- memory, and what is refused ------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("vram", [80 << 20, 256 << 20])
+@pytest.mark.parametrize("vram", [96 << 20, 256 << 20])
+@pytest.mark.parametrize("combined", [False, True])
 def test_device_memory_stays_within_what_is_given(
-    base: Path, tensors: dict[str, Tensor], tmp_path: Path, vram: int
+    base: Path, tensors: dict[str, Tensor], tmp_path: Path, vram: int, combined: bool
 ) -> None:
-    adapter = write_lora(tmp_path / "adapter", tensors, dora=True)
+    adapter: Any = write_lora(tmp_path / "adapter", tensors, dora=True)
+    if combined:
+        adapters = {"a": adapter, "b": write_lora(tmp_path / "b", tensors)}
+        adapter = recipe(adapters, {"a": 0.5, "b": 0.5}, method="ties", density=0.5)
     cuda_lanes.forget_workspaces()
     held = torch.cuda.memory_allocated()
     torch.cuda.reset_peak_memory_stats()

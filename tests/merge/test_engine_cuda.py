@@ -6,6 +6,8 @@ test_cuda.py runs the real thing where a device is.
 from __future__ import annotations
 
 import contextlib
+import subprocess
+import sys
 import threading
 from collections import deque
 from collections.abc import Iterator
@@ -303,7 +305,7 @@ def test_several_devices_share_the_shards(tmp_path: Path, monkeypatch: pytest.Mo
     devices = [torch.device("cuda", index) for index in range(2)]
     forms, blocks, _ = cuda_lanes._need(plan.shards)
     each = forms + WORKSPACE + blocks * lanes.CPU_BLOCK_BYTES  # blocks of another size add up in another order
-    free = tuple(int(share * cuda_lanes.HASHING_WORKERS * each / cuda_lanes.VRAM_FRACTION) for share in (1, 3))
+    free = tuple(int(share * (cuda_lanes.HASHING_WORKERS + 1) * each / cuda_lanes.VRAM_FRACTION) for share in (1, 3))
     computed: dict[torch.device, int] = dict.fromkeys(devices, 0)
     together = threading.Barrier(len(devices) * cuda_lanes.HASHING_WORKERS)  # nobody is done before all have begun
     begun = threading.local()
@@ -343,15 +345,49 @@ def test_blocks_stay_within_the_memory_that_is_given(
     assert size == cuda_lanes.BLOCK_BYTES or vram < 1 << 30
     with fake_cuda():
         slot = Slot(CUDA, pinned=False)
-        block = Block(0, size // (4 * COLUMNS), COLUMNS, torch.bfloat16, torch.float32, torch.bfloat16, False, 0)
+        rows = size // (4 * COLUMNS)
+        block = Block(0, rows, COLUMNS, torch.float32, torch.float32, torch.float32, False, measured=rows)
         up, magnitude = torch.empty(block.rows, RANK, device=CUDA), torch.empty(block.rows, device=CUDA)
         form = CanonicalForm(up, torch.empty(RANK, COLUMNS, device=CUDA), magnitude=magnitude)
         lane = Lane(CUDA, (slot,), Inline(), Inline(), Inline(), size)
-        lane.launch(slot, block, [form], [torch.empty(block.elements * 2, dtype=torch.uint8, device=CPU)])
+        lane.launch(slot, block, [form], [torch.empty(block.elements * 4, dtype=torch.uint8, device=CPU)])
         names = ("in", "work", "spare", "out")
         held = sum(slot.bytes(name, 1).untyped_storage().nbytes() for name in names)
     one = WORKSPACE + cuda_lanes.DEPTH * held + cuda_lanes.TEMPORARY_BLOCKS * size
-    assert len(makers) * one <= vram
+    assert held == cuda_lanes.BLOCKS_PER_SLOT * block.elements * 4
+    assert (len(makers) + 1) * one <= vram  # one more for a pass over a whole weight
+
+
+@pytest.mark.skipif(not hasattr(torch.backends.cuda.matmul, "fp32_precision"), reason="torch 2.9 has this setting")
+@pytest.mark.parametrize(
+    "setting",
+    [
+        "pass",
+        "torch.set_float32_matmul_precision('high')",
+        "torch.backends.cuda.matmul.allow_tf32 = True",
+        "torch.backends.cuda.matmul.fp32_precision = 'tf32'",
+        "torch.backends.fp32_precision = 'tf32'",
+    ],
+)
+def test_products_are_exact_whatever_the_process_has_set_and_its_setting_comes_back(setting: str) -> None:
+    """In a process of its own: torch's old and new settings cannot be told apart once both were used."""
+    program = f"""
+import torch
+from adapter_merge.merge.devices import exact_products
+{setting}
+matmul = torch.backends.cuda.matmul
+before = matmul.fp32_precision, torch.backends.fp32_precision
+inherited = before[0] == before[1]
+with exact_products(torch.device("cuda")):
+    assert matmul.fp32_precision == "ieee"
+    torch.rand(64, 64) @ torch.rand(64, 64)
+assert (matmul.fp32_precision, torch.backends.fp32_precision) == before
+if inherited:
+    for value in ("tf32", "ieee"):
+        torch.backends.fp32_precision = value
+        assert matmul.fp32_precision == value, "it no longer follows the setting of all backends"
+"""
+    subprocess.run([sys.executable, "-c", program], check=True)
 
 
 def test_work_that_is_done_when_it_returns_needs_no_waiting() -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import threading
 from collections import deque
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,11 +15,14 @@ from adapter_merge.merge import cuda_lanes, engine, schedule
 from adapter_merge.merge.bound import BoundModule
 from adapter_merge.merge.errors import InputError, NumericsError
 from adapter_merge.merge.form import CanonicalForm
-from adapter_merge.merge.lanes import Block, Lane, Slot
+from adapter_merge.merge.lanes import Block, Inline, Lane, Mark, Slot
 from adapter_merge.merge.merging import open_pair
 from adapter_merge.merge.plan import MergePlan, plan_merge
 from adapter_merge.merge.schedule import Schedule
+from adapter_merge.merge.tasks import form_bytes
+from combination_oracle import CONFIGS, recipe, train_all
 from merge_models import base_tensors, write_base, write_lora
+from pico_bases import llama, quiet
 from stand_in_devices import WORKSPACE, lagging_lane, stand_in_devices
 from torch import Tensor
 
@@ -101,11 +105,11 @@ def test_factors_count_as_device_memory(plan: MergePlan, tmp_path: Path, monkeyp
     need = forms + WORKSPACE + blocks * least
     each = cuda_lanes.HASHING_WORKERS
     with stand_in_devices(monkeypatch, lambda device, size: lagging_lane(size), (4 << 30, 4 << 30)) as given:
-        engine.execute(plan, tmp_path / "out", DEVICES, vram=each * (need + 8 * blocks))
+        engine.execute(plan, tmp_path / "out", DEVICES, vram=(each + 1) * (need + 8 * blocks))
         assert sorted(given) == [(0, least + 8)] * each + [(1, least + 8)] * each
         (tmp_path / "none").mkdir()
         with pytest.raises(InputError, match="--vram"):
-            engine.execute(plan, tmp_path / "none", DEVICES, vram=need - 1)
+            engine.execute(plan, tmp_path / "none", DEVICES, vram=2 * need - 1)
     assert list((tmp_path / "none").iterdir()) == []
 
 
@@ -113,10 +117,68 @@ def test_a_device_with_little_memory_has_fewer_workers(
     plan: MergePlan, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     forms, blocks, least = cuda_lanes._need(plan.shards)
-    free = (2 * (forms + WORKSPACE + blocks * least) + 8, 4 << 30)
+    free = (3 * (forms + WORKSPACE + blocks * least) + 8, 4 << 30)
     with stand_in_devices(monkeypatch, lambda device, size: lagging_lane(size), free) as given:
         engine.execute(plan, tmp_path / "out", DEVICES, vram=1 << 30)
     assert sorted(device for device, _ in given) == [0, 0] + [1] * cuda_lanes.HASHING_WORKERS
+
+
+def test_every_share_of_a_combination_counts_as_device_memory(tmp_path: Path) -> None:
+    """Residuals of two DuDes are two more pairs of factors on the device."""
+    with quiet():
+        base = llama(tmp_path / "base")
+    adapters = train_all(base, tmp_path, dict.fromkeys(("one", "two"), CONFIGS["dude"]))
+    bound = open_pair(base, recipe(adapters, {"one": 0.5, "two": 0.5}, method="ties", density=0.5))
+    jobs = [job for shard in plan_merge(bound.base, (bound,)).shards for job in shard.jobs if job.edits]
+    assert jobs
+    for job in jobs:
+        rows, columns = job.source.shape
+        assert form_bytes(job) == 4 * (rows + columns) * 2 * (4 + 4)
+    single = open_pair(base, adapters["one"])
+    alone, both = (cuda_lanes._need(plan_merge(one.base, (one,)).shards) for one in (single, bound))
+    assert both[0] == 2 * alone[0]
+    assert both[1] == alone[1] + 2 * cuda_lanes.BLOCKS_PER_SHARE
+
+
+def test_passes_of_a_device_are_taken_one_at_a_time_where_blocks_are_computed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Thresholds of a combination: on the device, on one thread and one queue, with the result that the CPU has."""
+    with quiet():
+        base = llama(tmp_path / "base")
+    adapters = train_all(base, tmp_path, {name: CONFIGS[name] for name in ("lora", "dora")})
+    made = recipe(adapters, {"lora": 0.7, "dora": 0.3}, method="ties", density=0.4)
+    bound = open_pair(base, made)
+    plan = plan_merge(bound.base, (bound,))
+    for name in ("cpu", "device"):
+        (tmp_path / name).mkdir()
+    engine.execute(plan, tmp_path / "cpu", CPU, 2)
+    threads: set[str] = set()
+    queues: list[Inline] = []
+    first, real = Schedule.__init__, Schedule._pass
+
+    def begin(self: Schedule, *arguments: Any, **options: Any) -> None:
+        first(self, *arguments, **options)
+        assert self.device == DEVICES[0]
+        self.device = CPU  # there is no other one here
+
+    def one_pass(self: Schedule, *arguments: Any) -> Tensor:
+        threads.add(threading.current_thread().name)
+        return real(self, *arguments)
+
+    def queue(device: torch.device) -> Inline:
+        queues.append(Inline())
+        return queues[-1]
+
+    monkeypatch.setattr(Schedule, "__init__", begin)
+    monkeypatch.setattr(Schedule, "_pass", one_pass)
+    monkeypatch.setattr(schedule, "CudaQueue", queue)
+    with stand_in_devices(monkeypatch, lambda device, size: lagging_lane(size), (8 << 30, 8 << 30)):
+        engine.execute(plan, tmp_path / "device", DEVICES)
+    assert threads == {"pass_0"}
+    assert len(queues) == 1
+    for shard in plan.shards:
+        assert (tmp_path / "cpu" / shard.file).read_bytes() == (tmp_path / "device" / shard.file).read_bytes()
 
 
 # -- what is left running -------------------------------------------------------------------------------------
@@ -163,6 +225,41 @@ def test_a_failure_waits_for_the_blocks_in_flight(
         engine.execute(plan, tmp_path / "out", CPU, 1)
     assert len(flying) == cuda_lanes.DEPTH
     assert list(flying) == waited
+
+
+def test_a_launch_that_fails_midway_is_waited_for(
+    plan: MergePlan, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its kernels may have begun to write: the lane's queues come to their end before its buffers are given back."""
+    ended: list[str] = []
+
+    class Queue(Inline):
+        def __init__(self, name: str) -> None:
+            self.name = name
+
+        def mark(self) -> Mark:
+            return Ending(self.name)
+
+    class Ending:
+        def __init__(self, name: str) -> None:
+            self.name = name
+
+        def synchronize(self) -> None:
+            ended.append(self.name)
+
+    def launch(self: Lane, *arguments: Any) -> None:
+        raise NumericsError("midway")
+
+    queues = {name: Queue(name) for name in ("upload", "compute", "download")}
+    monkeypatch.setattr(Lane, "launch", launch)
+    monkeypatch.setattr(
+        engine,
+        "cpu_lane",
+        lambda: replace(lagging_lane(1 << 16), **queues),
+    )
+    with pytest.raises(NumericsError, match="midway"):
+        engine.execute(plan, tmp_path / "out", CPU, 1)
+    assert ended == ["upload", "compute", "download"]
 
 
 def test_a_failure_ends_what_was_to_be_decomposed(

@@ -477,6 +477,30 @@ def test_fused_and_split_projections(fused_base: bool, base: Callable[[str], Pat
         torch.testing.assert_close(got[key], value, atol=2e-6, rtol=0)
 
 
+def test_a_dude_of_fused_projections_on_a_split_residual(base: Callable[[str], Path], tmp_path: Path) -> None:
+    """None of its weights is looked at whole for evidence: what the folder says of its base is believed."""
+    torch.manual_seed(0)
+    tensors = {}
+    for layer in range(2):
+        module = f"base_model.model.model.layers.{layer}.mlp.gate_up_proj"
+        shape = load_file(base("llama") / "model.safetensors")[f"model.layers.{layer}.mlp.gate_proj.weight"].shape
+        tensors[f"{module}.lora_A.weight"] = torch.randn(4, shape[1])
+        tensors[f"{module}.lora_B.weight"] = 0.01 * torch.randn(2 * shape[0], 4)
+        tensors[f"{module}.lora_magnitude_vector"] = 1 + torch.rand(2 * shape[0])
+    folder = tmp_path / "a"
+    folder.mkdir()
+    save_file(tensors, folder / "adapter_model.safetensors", {"format": "pt"})
+    config = {"peft_type": "DUDE", "format_version": 1, "r": 4, "lora_alpha": 4, "use_rslora": False,
+              "base": "residual", "residual_dtype": "float32", "target_modules": ["gate_up_proj"]}  # fmt: skip
+    (folder / "adapter_config.json").write_text(json.dumps(config))
+    content = merge(base("llama"), folder, tmp_path / "out", device="cpu")
+    assert content["adapters"][0]["base_kind"] == "residual"
+    before, after = load_file(base("llama") / "model.safetensors"), load_file(tmp_path / "out" / "model.safetensors")
+    assert {key for key in before if not torch.equal(before[key], after[key])} == {
+        f"model.layers.{layer}.mlp.{kind}_proj.weight" for layer in range(2) for kind in ("gate", "up")
+    }
+
+
 def fuse(state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     result = {k: v for k, v in state.items() if not any(f".{n}_proj." in k for n in ("q", "k", "v", "gate", "up"))}
     for layer in range(2):
