@@ -23,7 +23,7 @@ from .tasks import arithmetic_of, form_bytes
 BLOCK_BYTES = 8 << 20  # of float32
 LEAST_BYTES = 1 << 16
 DEPTH = 3
-WORKERS = 2  # on each device: one reads while the other's blocks are written; more wait for the interpreter
+WORKERS = 2  # on each device: one reads while the other's blocks are written; six took more than twice as long
 HASHING_WORKERS = 4  # files are hashed side by side, each by the worker that reads it
 VRAM_FRACTION = 0.25
 BLOCKS_PER_SLOT = 4  # input, work, spare, output
