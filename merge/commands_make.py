@@ -175,7 +175,8 @@ def delta(inputs: tuple[str, ...], output: str, as_json: bool, quiet: bool, verb
 
     Of several adapters the delta of their combination, stated as for merge.
     """
-    from .merging import delta as run
+    with loading():
+        from .merging import delta as run
 
     started = time.perf_counter()
     base, adapter, base_kind, options = stated_inputs(inputs)
@@ -229,8 +230,9 @@ def factor(
     BASE may be left out where no base weight is needed (DCFT, LoRA). Several named adapters give the factors of their
     combination: exact for linear, truncated to --rank for the rest.
     """
-    from .factors import factor as run
-    from .factors import parse_rank, read_prompts
+    with loading():
+        from .factors import factor as run
+        from .factors import parse_rank, read_prompts
 
     started = time.perf_counter()
     base, adapter, base_kind, options = stated_inputs(inputs)

@@ -27,9 +27,7 @@ WORKERS = 2  # on each device: one reads while the other's blocks are written; s
 HASHING_WORKERS = 4  # files are hashed side by side, each by the worker that reads it
 VRAM_FRACTION = 0.25
 BLOCKS_PER_SLOT = 4  # input, work, spare, output
-TEMPORARY_BLOCKS = (
-    8  # what a form makes meanwhile, in a worker's blocks and in a pass over the whole weight before them
-)
+TEMPORARY_BLOCKS = 8  # what a form makes meanwhile
 BLOCKS_PER_SHARE = 12  # the same for each adapter of a combination: its delta, sizes as int64, its part of the stack
 FORMS_HELD = 2  # on a device, by each worker: those in use, and those before them that the allocator still keeps
 

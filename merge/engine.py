@@ -170,6 +170,7 @@ def execute(
     """Write `shards` (all of the plan's where none are named) into `folder`, on the disk when this returns.
 
     device: one, or several CUDA devices that share the shards.
+    workers: threads, on each device; None takes what has been measured to be fastest (CPU_WORKERS, cuda_lanes.py).
     progress: called with the bytes just written, from any thread.
     direct: write past the page cache where the file system can.
     link: how shards that no adapter touches get there (see links.py).

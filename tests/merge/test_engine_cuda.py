@@ -12,12 +12,14 @@ import threading
 from collections import deque
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 from adapter_merge.merge import cuda_lanes, engine, lanes
 from adapter_merge.merge.combination import METHODS, CombinedEdit, Part, Settings
+from adapter_merge.merge.devices import exact_products
 from adapter_merge.merge.edits import BlockEdit, InTurn, RowRange
 from adapter_merge.merge.errors import InputError
 from adapter_merge.merge.form import CanonicalForm, Residual
@@ -388,6 +390,18 @@ if inherited:
         assert matmul.fp32_precision == value, "it no longer follows the setting of all backends"
 """
     subprocess.run([sys.executable, "-c", program], check=True)
+
+
+@pytest.mark.parametrize("allowed", [False, True])
+def test_products_are_exact_where_torch_has_the_old_setting_alone(
+    allowed: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    settings = SimpleNamespace(allow_tf32=allowed)  # as torch 2.7 has it
+    monkeypatch.setattr(torch.backends.cuda, "matmul", settings)
+    with pytest.raises(InputError), exact_products(CUDA):
+        assert not settings.allow_tf32
+        raise InputError("put back after a failure as well")
+    assert settings.allow_tf32 is allowed
 
 
 def test_work_that_is_done_when_it_returns_needs_no_waiting() -> None:
