@@ -97,6 +97,23 @@ def write_lora(
     return folder
 
 
+def write_four_shards(folder: Path) -> tuple[Path, Path]:
+    """A base in four shards and an adapter that leaves the last one alone."""
+    tensors = base_tensors()
+    untouched = {name: tensors.pop(name) for name in ("model.embed_tokens.weight", "lm_head.weight", "model.counter")}
+    base = write_base(folder / "base", tensors | untouched, 1)
+    (base / "model.safetensors").unlink()
+    split = dict(tensors)
+    parts = [dict(list(split.items())[number::3]) for number in range(3)] + [untouched]
+    weight_map = {}
+    for number, part in enumerate(parts, 1):
+        file = f"model-{number:05d}-of-00004.safetensors"
+        save_file(part, base / file, {"format": "pt"})
+        weight_map.update(dict.fromkeys(part, file))
+    (base / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": weight_map}))
+    return base, write_lora(folder / "adapter", tensors)
+
+
 def expected(tensors: Mapping[str, Tensor], adapter: Path) -> dict[str, Tensor]:
     """W' of every adapted weight in float64: W0 + s B A, its rows scaled to the magnitude where there is one."""
     content = load_file(adapter / "adapter_model.safetensors")
@@ -131,3 +148,8 @@ def sha256_of(file: Path) -> str:
 def snapshot(folder: Path) -> dict[str, str]:
     """sha256 of every file below `folder`."""
     return {path.relative_to(folder).as_posix(): sha256_of(path) for path in folder.rglob("*") if path.is_file()}
+
+
+def shard_hashes(folder: Path) -> dict[str, str]:
+    """sha256 of every weight file in `folder` itself."""
+    return {path.name: sha256_of(path) for path in folder.glob("*.safetensors")}
