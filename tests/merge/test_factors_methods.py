@@ -11,8 +11,8 @@ from adapter_merge.merge.end_to_end import compare
 from adapter_merge.merge.errors import UnsupportedError
 from adapter_merge.merge.factors import factor
 from adapter_merge.merge.inputs import open_pair
+from peft_cases import BASES, CASES, TOLERANCE
 from pico_bases import error, load, logits, quiet, train
-from test_formats_peft import BASES, CASES, TOLERANCE
 
 # Only a merge can do these: replaced rows, biases, experts, and norms of an embedding's columns.
 NO_FACTORS = {
