@@ -29,8 +29,8 @@ from torch import Tensor
 sys.path.insert(0, str(Path(__file__).parents[1] / "tests" / "merge"))
 
 import peft
+import peft_cases as folders  # type: ignore[import-not-found]
 import test_formats_foreign as foreign  # type: ignore[import-not-found]
-import test_formats_peft as folders  # type: ignore[import-not-found]
 from adapter_merge.export.adapter_source import factors_of
 from adapter_merge.merge.combination import Settings
 from adapter_merge.merge.conversion import convert
