@@ -49,7 +49,7 @@ COLUMNS = ("convert", "merge", "delta", "factor", "combine", "serve", "export")
 WEIGHTS = (0.7, 0.3)
 State = dict[str, Tensor]
 
-# Rows of tests/merge/test_formats_peft.py that this table names; one for every method and every kind of target.
+# Rows of tests/merge/peft_cases.py that this table names; one for every method and every kind of target.
 PEFT_ROWS = (
     "lora", "rank_pattern, alpha_pattern, rsLoRA", "DoRA", "PiSSA", "OLoRA", "DuDe", "AdaLoRA", "LoKr", "LoHa", "VeRA",
     "VeRA from its seed", "bias all", "lora_bias", "modules_to_save", "embedding", "head", "tokens", "Conv1D",
