@@ -23,12 +23,13 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "tests" / "merge"))
 
 import combination_oracle as oracle  # type: ignore[import-not-found]
 import pico_bases
-from adapter_merge.merge.combination import Settings, key_of, random_keep
-from adapter_merge.merge.factors import factor
-from adapter_merge.merge.merging import delta, merge
-from adapter_merge.merge.recipe import IN_TURN, Ingredient, make_recipe
 from safetensors.torch import load_file
 from torch import Tensor
+
+from adapter_merge.api.factor import factor
+from adapter_merge.api.merge import delta, merge
+from adapter_merge.combine.delta_ops import Settings, key_of, random_keep
+from adapter_merge.combine.recipe import IN_TURN, Ingredient, make_recipe
 
 WEIGHTS: dict[str, float] = oracle.WEIGHTS
 SETTINGS = {

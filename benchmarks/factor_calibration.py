@@ -15,12 +15,14 @@ from pathlib import Path
 from types import ModuleType, SimpleNamespace
 
 import torch
-from adapter_merge.merge.calibration import collect
-from adapter_merge.merge.end_to_end import GENERATED, figures, install_factors, logits, tokens
-from adapter_merge.merge.factorisation import Factoriser
-from adapter_merge.merge.inputs import open_pair
-from adapter_merge.merge.peft_folder import write_factors
-from adapter_merge.merge.reference import continued, load_model, trained_model
+
+from adapter_merge.combine.open_inputs import open_pair
+from adapter_merge.factoring.calibration import collect
+from adapter_merge.factoring.end_to_end import GENERATED, figures, install_factors, logits, tokens
+from adapter_merge.factoring.factor_folder import write_factors
+from adapter_merge.factoring.weight_factors import Factoriser
+from adapter_merge.verification.live_adapter import continued, load_model
+from adapter_merge.verification.live_model import trained_model
 
 
 def conversations() -> ModuleType:

@@ -18,12 +18,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from adapter_merge.merge.delta_operator import DeltaOperator
-from adapter_merge.merge.factorisation import Factoriser
-from adapter_merge.merge.form import CanonicalForm
-from adapter_merge.merge.inputs import open_pair
-from adapter_merge.merge.randomised import generator, randomised_spectrum
 from torch import Tensor
+
+from adapter_merge.combine.open_inputs import open_pair
+from adapter_merge.factoring.delta_operator import DeltaOperator
+from adapter_merge.factoring.randomised_svd import generator, randomised_spectrum
+from adapter_merge.factoring.weight_factors import Factoriser
+from adapter_merge.methods.canonical_form import CanonicalForm
 
 LLAMA_1B = {"q_proj": (2048, 2048), "k_proj": (256, 2048), "gate_proj": (5632, 2048), "down_proj": (2048, 5632)}
 
@@ -106,7 +107,8 @@ def weights(given: argparse.Namespace) -> None:
 def peft_way(given: argparse.Namespace) -> None:
     import peft
     import transformers
-    from adapter_merge.merge.reference import quiet_libraries
+
+    from adapter_merge.verification.live_adapter import quiet_libraries
 
     model: Any
     with warnings.catch_warnings(), quiet_libraries():

@@ -31,19 +31,20 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "tests" / "merge"))
 import peft
 import peft_cases as folders  # type: ignore[import-not-found]
 import test_formats_foreign as foreign  # type: ignore[import-not-found]
-from adapter_merge.export.adapter_source import factors_of
-from adapter_merge.merge.combination import Settings
-from adapter_merge.merge.conversion import convert
-from adapter_merge.merge.errors import AdapterMergeError
-from adapter_merge.merge.factors import factor
-from adapter_merge.merge.formats import ReadOptions
-from adapter_merge.merge.inspection import inspect_adapter
-from adapter_merge.merge.merging import delta, merge
-from adapter_merge.merge.recipe import Ingredient, make_recipe
-from adapter_merge.serve.cache import Cache
-from adapter_merge.serve.served import Converter
 from pico_bases import load, logits, quiet, train  # type: ignore[import-not-found]
 from safetensors.torch import load_file, save_file
+
+from adapter_merge.api.convert import convert
+from adapter_merge.api.factor import factor
+from adapter_merge.api.inspect import inspect_adapter
+from adapter_merge.api.merge import delta, merge
+from adapter_merge.combine.delta_ops import Settings
+from adapter_merge.combine.recipe import Ingredient, make_recipe
+from adapter_merge.errors import AdapterMergeError
+from adapter_merge.export.adapter_source import factors_of
+from adapter_merge.formats.detection import ReadOptions
+from adapter_merge.serve.cache import Cache
+from adapter_merge.serve.served import Converter
 
 COLUMNS = ("convert", "merge", "delta", "factor", "combine", "serve", "export")
 WEIGHTS = (0.7, 0.3)

@@ -18,9 +18,10 @@ import torch
 sys.path.insert(0, str(Path(__file__).parents[1] / "tests" / "merge"))
 
 import pico  # type: ignore[import-not-found]
-from adapter_merge.merge.dcft import dcft_factors
-from adapter_merge.merge.factors import factor
-from adapter_merge.merge.merging import merge
+
+from adapter_merge.api.factor import factor
+from adapter_merge.api.merge import merge
+from adapter_merge.methods.dcft import dcft_factors
 
 
 def load(folder: Path, kind: str) -> Any:

@@ -45,9 +45,9 @@ STAGE = """
 import json, os, sys, time
 from pathlib import Path
 import torch
-from adapter_merge.merge.engine import execute
-from adapter_merge.merge.inputs import open_pair
-from adapter_merge.merge.plan import plan_merge
+from adapter_merge.engine.execute import execute
+from adapter_merge.combine.open_inputs import open_pair
+from adapter_merge.engine.plan import plan_merge
 base, adapter, output, hashing = sys.argv[1], sys.argv[2], Path(sys.argv[3]), sys.argv[4] == "hash"
 device, workers = torch.device(sys.argv[5]), int(sys.argv[6]) or None
 bound = open_pair(base, adapter)
@@ -68,7 +68,7 @@ print(json.dumps({
 
 PROCESS = """
 import json, sys
-from adapter_merge.merge.cli import main
+from adapter_merge.cli.main import main
 sys.argv[1:] = ["merge", *sys.argv[1:3], "-o", *sys.argv[3:], "-q"]
 try:
     main()

@@ -39,8 +39,9 @@ GREEDY = 200
 
 def random_lora(base: Path, folder: Path, rank: int, seed: int) -> Path:
     """A PEFT LoRA folder with small random factors on every linear of the layers."""
-    from adapter_merge.merge.checkpoint import open_checkpoint
     from safetensors.torch import save_file
+
+    from adapter_merge.storage.checkpoint import open_checkpoint
 
     generator = torch.Generator().manual_seed(seed)
     tensors, modules = {}, set()
@@ -114,6 +115,7 @@ class EagerRunner:
 def plain_build(base: Path, folder: Path) -> None:
     """onnxruntime-genai's own builder with its defaults; stamped, so that our runner reads it."""
     import onnx_ir as ir
+
     from adapter_merge.export.folder import save_graph
     from adapter_merge.export.insertion import stamp
     from adapter_merge.export.targets import Layout
@@ -211,7 +213,7 @@ def speed(base: Path, work: Path, rounds: int, threads: int, optimum: Path | Non
     start = time.perf_counter()
     add_adapters(work / "switchable", {"late": adapters["r16"]}, overwrite=True)
     adding = time.perf_counter() - start
-    from adapter_merge.merge.demo import adapter_folder
+    from adapter_merge.demo.walkthrough import adapter_folder
 
     start = time.perf_counter()
     add_adapters(work / "switchable", {"dude": adapter_folder("dude-json")}, overwrite=True)
@@ -282,10 +284,11 @@ def speed(base: Path, work: Path, rounds: int, threads: int, optimum: Path | Non
 
 def parity(base: Path, work: Path) -> list[dict[str, Any]]:
     """Every adapter in every mode: largest logit difference over 256 tokens, greedy answers of GREEDY tokens."""
+    from adapter_merge.demo.walkthrough import adapter_folder
     from adapter_merge.export.exporting import export_model
     from adapter_merge.export.running import Decoder
-    from adapter_merge.export.verification import reference_model, torch_greedy, verify_onnx
-    from adapter_merge.merge.demo import adapter_folder
+    from adapter_merge.export.verdict import reference_model
+    from adapter_merge.export.verification import torch_greedy, verify_onnx
 
     adapters = {"lora": work / "r8", "dcft": adapter_folder("dcft-pirate"), "dude": adapter_folder("dude-json")}
     export_model(base, adapters, work / "parity-switchable", mode="switchable")
@@ -336,7 +339,7 @@ def main() -> None:
     options = parser.parse_args()
     global clock
     clock = CLOCKS[options.clock]
-    from adapter_merge.merge.smollm2 import obtain_base
+    from adapter_merge.demo.smollm2 import obtain_base
 
     base = obtain_base(options.base) if not options.base.exists() else options.base
     options.work.mkdir(parents=True, exist_ok=True)

@@ -11,8 +11,9 @@ from pathlib import Path
 from typing import NamedTuple
 
 import torch
-from adapter_merge.merge.headers import layout
-from adapter_merge.merge.tensors import raw_bytes, write_safetensors
+
+from adapter_merge.storage.safetensors_header import layout
+from adapter_merge.storage.tensor_io import raw_bytes, write_safetensors
 
 
 class Size(NamedTuple):

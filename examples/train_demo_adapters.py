@@ -23,12 +23,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from adapter_merge.merge.smollm2 import MODEL, obtain_base
 from demo_conversations import HELD_OUT, LESSONS
 from demo_layers import Dcft, Dude
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.nn import functional
+
+from adapter_merge.demo.smollm2 import MODEL, obtain_base
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 PREFIX = "base_model.model."
@@ -235,7 +236,7 @@ def answer(model: Any, tokenizer: Any, question: str) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description="Train the adapters of `adapter-merge demo`.")
     parser.add_argument("--base", type=Path, default=REPOSITORY / "demo-output" / "base")
-    parser.add_argument("--output", type=Path, default=REPOSITORY / "merge" / "adapters")
+    parser.add_argument("--output", type=Path, default=REPOSITORY / "merge" / "demo" / "adapters")
     parser.add_argument("--only", choices=[recipe.name for recipe in RECIPES])
     options = parser.parse_args()
 

@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from adapter_merge.merge.errors import FileFormatError, MismatchError, OutputError, Problem, raise_all
+from adapter_merge.errors import FileFormatError, MismatchError, OutputError, Problem, raise_all
 
 from .branching import ACTIVE
 from .factor_folder import Factors, LinearFactors

@@ -6,8 +6,8 @@ import tempfile
 from dataclasses import replace
 from pathlib import Path
 
-from adapter_merge.merge.checkpoint import read_json, resolve
-from adapter_merge.merge.errors import InputError, Problem, raise_all
+from adapter_merge.errors import InputError, Problem, raise_all
+from adapter_merge.storage.checkpoint import read_json, resolve
 
 from .factor_folder import Factors, read_factors
 
@@ -24,7 +24,7 @@ def factors_of(base: Path, adapter: Path) -> Factors:
     """The factors of `adapter` (any form) on `base`, of which only what they need is read (DuDe: its rows)."""
     if is_factor_folder(adapter):
         return read_factors(adapter)
-    from adapter_merge.merge.factors import factor
+    from adapter_merge.api.factor import factor
 
     with tempfile.TemporaryDirectory(prefix="adapter-merge-factors-") as temporary:
         folder = Path(temporary) / "factors"

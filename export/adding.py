@@ -11,8 +11,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from adapter_merge.merge.checkpoint import open_checkpoint
-from adapter_merge.merge.errors import InputError, MismatchError, OutputError
+from adapter_merge.errors import InputError, MismatchError, OutputError
+from adapter_merge.storage.checkpoint import open_checkpoint
 
 from .adapter_file import aligned, match_all
 from .adapter_source import factors_of

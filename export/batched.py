@@ -13,8 +13,8 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from adapter_merge.merge.errors import InputError
-from adapter_merge.merge.output import staged
+from adapter_merge.errors import InputError
+from adapter_merge.outputs.staging import staged
 
 from .adapter_file import packed
 from .decoder import build_decoder

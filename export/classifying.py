@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from adapter_merge.merge.errors import InputError
+from adapter_merge.errors import InputError
 
 from .adapter_file import SUFFIX, load_tensors
 from .runtime import open_session

@@ -7,9 +7,11 @@ from pathlib import Path
 from typing import Any
 
 import click
-from adapter_merge.merge.cli import dry_run_option, emit, report_options, say
-from adapter_merge.merge.commands_combine import combination_options, has_combination, stated_inputs
-from adapter_merge.merge.errors import InputError
+
+from adapter_merge.cli.console import emit, say
+from adapter_merge.cli.inputs import combination_options, has_combination, stated_inputs
+from adapter_merge.cli.options import dry_run_option, report_options
+from adapter_merge.errors import InputError
 
 
 @click.command()

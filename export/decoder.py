@@ -15,7 +15,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from adapter_merge.merge.errors import AdapterMergeError, Problem, UnsupportedError, raise_all
+from adapter_merge.errors import AdapterMergeError, Problem, UnsupportedError, raise_all
 
 from .runtime import check_packages
 

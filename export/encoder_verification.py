@@ -5,11 +5,12 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from adapter_merge.merge.checkpoint import open_checkpoint
-from adapter_merge.merge.errors import UnsupportedError
+from adapter_merge.errors import UnsupportedError
+from adapter_merge.storage.checkpoint import open_checkpoint
 
 from .classifying import Classifier
 from .folder import Manifest
+from .verdict import check_base, find_adapter, header, reference_model, sample_tokens, verdict
 
 BAR = 1e-3
 LENGTHS = (7, 32, 100, 127)
@@ -28,8 +29,6 @@ def verify_encoder(
     """See verification.verify_onnx: the same figures, over texts instead of tokens."""
     import numpy as np
     import torch
-
-    from .verification import check_base, find_adapter, header, reference_model, sample_tokens, verdict
 
     checkpoint = open_checkpoint(base)
     classifier = Classifier(folder, device)

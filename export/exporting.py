@@ -6,11 +6,11 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from adapter_merge.merge.checkpoint import open_checkpoint
-from adapter_merge.merge.errors import InputError
+from adapter_merge.errors import InputError
+from adapter_merge.storage.checkpoint import open_checkpoint
 
 if TYPE_CHECKING:
-    from adapter_merge.merge.recipe import Recipe
+    from adapter_merge.combine.recipe import Recipe
 
 MODES = ("merged", "switchable", "batched")
 

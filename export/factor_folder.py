@@ -10,8 +10,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from adapter_merge.merge.checkpoint import read_json
-from adapter_merge.merge.errors import AdapterError, InputError, Problem, raise_all
+from adapter_merge.errors import AdapterError, InputError, Problem, raise_all
+from adapter_merge.storage.checkpoint import read_json
 
 if TYPE_CHECKING:
     import numpy as np
@@ -174,7 +174,7 @@ def _pattern(config: Mapping[str, Any], module: str, kind: str, default: str) ->
 
 
 def _load(file: Path) -> dict[str, Any]:
-    from adapter_merge.merge.headers import read_header
+    from adapter_merge.storage.safetensors_header import read_header
 
     read_header(file)  # a damaged file is named here, with its reason
     from safetensors.torch import load_file

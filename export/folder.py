@@ -7,9 +7,9 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from adapter_merge.merge import output
-from adapter_merge.merge.cards import card
-from adapter_merge.merge.errors import FileFormatError, InputError
+from adapter_merge.errors import FileFormatError, InputError
+from adapter_merge.outputs import staging as output
+from adapter_merge.outputs.model_card import card
 
 from .runtime import check_external_data
 from .targets import Layout, read_layout

@@ -14,7 +14,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from adapter_merge.merge.errors import InputError
+from adapter_merge.errors import InputError
 
 from .adapter_file import SUFFIX, check_adapter
 from .folder import folder_layout, read_export

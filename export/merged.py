@@ -12,7 +12,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from adapter_merge.merge.output import staged
+from adapter_merge.outputs.staging import staged
 
 from .decoder import build_decoder
 from .folder import Manifest, save_graph, write_manifest
@@ -21,7 +21,8 @@ from .request import Request, export_bytes, open_request
 
 if TYPE_CHECKING:
     import onnx_ir as ir
-    from adapter_merge.merge.recipe import Recipe
+
+    from adapter_merge.combine.recipe import Recipe
 
 DTYPES = {"fp32": "float32", "int4": "float32", "fp16": "float16", "bf16": "bfloat16"}
 
@@ -69,9 +70,9 @@ def merge_adapters(
 ) -> dict[str, dict[str, Any]]:
     """Write the checkpoint with the request's adapters in it to `output`; name -> source, method, sha256."""
     options: dict[str, Any] = {"dtype": DTYPES[request.precision], "device": "cpu", "dry_run": dry_run}
-    from adapter_merge.merge.combination import Settings
-    from adapter_merge.merge.merging import merge
-    from adapter_merge.merge.recipe import Ingredient, make_recipe
+    from adapter_merge.api.merge import merge
+    from adapter_merge.combine.delta_ops import Settings
+    from adapter_merge.combine.recipe import Ingredient, make_recipe
 
     adapters, names = request.adapters, list(request.adapters)
     if recipe is None and len(names) > 1:

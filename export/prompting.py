@@ -7,8 +7,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from adapter_merge.merge.checkpoint import read_json
-from adapter_merge.merge.errors import InputError
+from adapter_merge.errors import InputError
+from adapter_merge.storage.checkpoint import read_json
 
 from .runtime import check_packages
 
@@ -28,8 +28,9 @@ class Prompter:
 
     def __init__(self, folder: Path) -> None:
         check_packages("transformers")
-        from adapter_merge.merge.reference import quiet_libraries
         from transformers import AutoTokenizer
+
+        from adapter_merge.verification.live_adapter import quiet_libraries
 
         with quiet_libraries():
             self.tokenizer: Any = AutoTokenizer.from_pretrained(folder)

@@ -9,8 +9,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from adapter_merge.merge.checkpoint import Checkpoint, open_checkpoint
-from adapter_merge.merge.output import check_output, check_space
+from adapter_merge.outputs.staging import check_output, check_space
+from adapter_merge.storage.checkpoint import Checkpoint, open_checkpoint
 
 from .adapter_source import factors_of
 from .decoder import BYTES_PER_WEIGHT, check_decoder, io_dtype

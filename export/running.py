@@ -13,8 +13,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from adapter_merge.merge.checkpoint import read_json
-from adapter_merge.merge.errors import InputError
+from adapter_merge.errors import InputError
+from adapter_merge.storage.checkpoint import read_json
 
 from .adapter_file import SUFFIX, load_tensors
 from .runtime import open_session, parse_device

@@ -12,7 +12,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from adapter_merge.merge.errors import FileFormatError, InputError, MissingDependencyError, Problem, raise_all
+from adapter_merge.errors import FileFormatError, InputError, MissingDependencyError, Problem, raise_all
 
 PACKAGES = ("onnxruntime", "onnxruntime-gpu", "onnxruntime-directml", "onnxruntime-openvino")
 QUIET = 3  # errors only: onnxruntime warns once for every optional input of a graph

@@ -13,9 +13,9 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from adapter_merge.merge.checkpoint import Checkpoint
-from adapter_merge.merge.errors import MismatchError, Problem, raise_all
-from adapter_merge.merge.output import staged
+from adapter_merge.errors import MismatchError, Problem, raise_all
+from adapter_merge.outputs.staging import staged
+from adapter_merge.storage.checkpoint import Checkpoint
 
 from .adapter_file import SUFFIX, write_adapter
 from .decoder import build_decoder

@@ -15,7 +15,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from adapter_merge.merge.errors import FileFormatError, UnsupportedError
+from adapter_merge.errors import FileFormatError, UnsupportedError
 
 KEYS = ("mode", "base", "precision", "dtype", "targets", "heads", "adapters")
 PREFIX = "adapter_merge."

@@ -17,9 +17,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from adapter_merge.merge.checkpoint import Checkpoint, open_checkpoint
-from adapter_merge.merge.errors import AdapterMergeError, Problem, UnsupportedError, raise_all
-from adapter_merge.merge.output import staged
+from adapter_merge.errors import AdapterMergeError, Problem, UnsupportedError, raise_all
+from adapter_merge.outputs.staging import staged
+from adapter_merge.storage.checkpoint import Checkpoint, open_checkpoint
 
 from .adapter_file import match_all
 from .factor_folder import Factors
@@ -32,7 +32,8 @@ from .targets import Part, Target
 
 if TYPE_CHECKING:
     import onnx_ir as ir
-    from adapter_merge.merge.recipe import Recipe
+
+    from adapter_merge.combine.recipe import Recipe
 
 FAMILIES = {"bert": "Bert", "roberta": "Roberta", "deberta-v2": "DebertaV2"}
 TASKS = {

@@ -25,7 +25,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
-from adapter_merge.merge.errors import InputError, OutputError
+from adapter_merge.errors import InputError, OutputError
 
 LAYOUT = 1  # of a served folder; another number makes other keys
 ENTRY = "entry.json"

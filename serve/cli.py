@@ -8,7 +8,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
-from adapter_merge.merge.adapter_options import META, adapter_options, one_stated, stated_of
+
+from adapter_merge.cli.adapter_options import META, adapter_options, one_stated, stated_of
 
 if TYPE_CHECKING:
     from .stating import Stated

@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from adapter_merge.merge.errors import (
+from adapter_merge.errors import (
     AdapterMergeError,
     InputError,
     MissingDependencyError,
@@ -24,7 +24,7 @@ from adapter_merge.merge.errors import (
 
 from .cache import Cache
 from .flags import OURS, flag_problems, has_option, is_cpu_build, option
-from .runtime import VARIABLE, Settings
+from .loader import VARIABLE, Settings
 from .served import Converter, Outline, allowed_rank, check_name, folders, inside
 from .stating import Stated
 

@@ -13,7 +13,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from adapter_merge.merge.errors import InputError, MissingDependencyError, Problem, raise_all
+from adapter_merge.errors import InputError, MissingDependencyError, Problem, raise_all
 
 from .flags import flag_problems, has_option, option
 from .served import allowed_rank, check_name

@@ -6,7 +6,7 @@ import shlex
 from collections.abc import Mapping, Sequence
 from importlib.metadata import PackageNotFoundError, version
 
-from adapter_merge.merge.errors import Problem
+from adapter_merge.errors import Problem
 
 # Flags that only adapter-merge can set.
 OURS = ("--model", "--lora-modules", "--enable-lora")

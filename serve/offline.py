@@ -63,7 +63,7 @@ def lora_requests(
     stated: by name, what an adapter's files do not say, such as {"sql": {"alpha": 32}}: the options of `merge`.
     Raises AdapterMergeError, with every problem found, when vLLM cannot serve one of them exactly.
     """
-    from adapter_merge.merge.errors import AdapterMergeError, InputError, Problem, raise_all
+    from adapter_merge.errors import AdapterMergeError, InputError, Problem, raise_all
 
     if not adapters:
         raise InputError("no adapters were given", expected="at least one name and folder")

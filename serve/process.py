@@ -12,7 +12,7 @@ import urllib.request
 from collections.abc import Callable
 from contextlib import suppress
 
-from adapter_merge.merge.errors import AdapterMergeError, Problem, raise_all
+from adapter_merge.errors import AdapterMergeError, Problem, raise_all
 
 from .command import Plan
 from .served import Served

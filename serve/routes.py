@@ -8,7 +8,7 @@ from http import HTTPStatus
 from pathlib import Path
 from typing import Any
 
-from .runtime import Loader
+from .loader import Loader
 from .served import check_name
 
 logger = logging.getLogger("vllm.adapter_merge")
@@ -53,8 +53,9 @@ def wrap_load(original: Callable[..., Any], loader: Loader) -> Callable[..., Any
     """/v1/load_lora_adapter and --lora-modules: convert, then load; replace without a gap when asked to."""
 
     async def load_lora_adapter(self: Any, request: Any, base_model_name: str | None = None) -> Any:
-        from adapter_merge.merge.errors import AdapterMergeError
         from vllm.lora.request import LoRARequest
+
+        from adapter_merge.errors import AdapterMergeError
 
         refused = await self._check_load_lora_adapter_request(request)
         if refused is not None:
@@ -107,7 +108,7 @@ def wrap_resolve(original: Callable[..., Any], loader: Loader) -> Callable[..., 
     """A name that nobody has loaded: what is wrong with its folder becomes a 400 instead of a 500."""
 
     async def resolve_lora(self: Any, lora_name: str) -> Any:
-        from adapter_merge.merge.errors import AdapterMergeError
+        from adapter_merge.errors import AdapterMergeError
 
         try:
             return await original(self, lora_name)
@@ -133,8 +134,9 @@ def wrap_check(original: Callable[..., Any], loader: Loader) -> Callable[..., An
 
 async def refresh(loader: Loader, models: Any, name: str) -> Any:
     """Swap `name` to what its folder holds now; an error response when that cannot be served."""
-    from adapter_merge.merge.errors import AdapterMergeError
     from vllm.lora.request import LoRARequest
+
+    from adapter_merge.errors import AdapterMergeError
 
     async with models.lora_resolver_lock[name]:
         if not loader.changed(name):

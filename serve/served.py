@@ -15,7 +15,7 @@ from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
-from adapter_merge.merge.errors import (
+from adapter_merge.errors import (
     AdapterError,
     InputError,
     MismatchError,
@@ -80,7 +80,7 @@ def check_name(name: str) -> str:
 
 def locate(adapter: str | Path) -> Path:
     """An adapter's folder or single file; a hub id is downloaded. Raises InputError when there is none."""
-    from adapter_merge.merge.checkpoint import resolve
+    from adapter_merge.storage.checkpoint import resolve
 
     return Path(adapter) if Path(adapter).is_file() else resolve(adapter)
 
@@ -111,7 +111,7 @@ class Converter:
     """Makes served folders for the adapters of one base, in a cache."""
 
     def __init__(self, base: str | Path, cache: Cache | None = None) -> None:
-        from adapter_merge.merge.checkpoint import resolve
+        from adapter_merge.storage.checkpoint import resolve
 
         self.name = str(base)
         self.base = resolve(base)
@@ -119,7 +119,7 @@ class Converter:
 
     @cached_property
     def checkpoint(self) -> Any:
-        from adapter_merge.merge.checkpoint import open_checkpoint
+        from adapter_merge.storage.checkpoint import open_checkpoint
 
         return open_checkpoint(self.base)
 
@@ -137,8 +137,8 @@ class Converter:
         """Look at an adapter without converting it. Raises AdapterMergeError when vLLM could not serve it."""
         from importlib.metadata import version
 
-        from adapter_merge.merge.formats import open_adapter
-        from adapter_merge.merge.output import sha256
+        from adapter_merge.formats.detection import open_adapter
+        from adapter_merge.outputs.staging import sha256
 
         source = locate(adapter)
         stated = (stated or Stated()).over(beside(source))
@@ -221,7 +221,7 @@ class Converter:
                 if (outline.source / name).is_file():
                     shutil.copyfile(outline.source / name, folder / name)
         else:
-            from adapter_merge.merge.factors import factor
+            from adapter_merge.api.factor import factor
 
             factor(
                 self.base,
@@ -275,7 +275,7 @@ def folders(directory: Path) -> list[str]:
 
 def _factor_manifest(folder: Path) -> dict[str, Any] | None:
     """The manifest of a factor folder, None for any other."""
-    from adapter_merge.merge.checkpoint import read_json
+    from adapter_merge.storage.checkpoint import read_json
 
     file = folder / MANIFEST
     if not file.is_file():

@@ -16,8 +16,8 @@ from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
-from adapter_merge.merge.adapter_options import CHOICE, NUMBER, OPTIONS, PATH
-from adapter_merge.merge.errors import AdapterError, InputError, Problem, raise_all
+from adapter_merge.cli.adapter_options import CHOICE, NUMBER, OPTIONS, PATH
+from adapter_merge.errors import AdapterError, InputError, Problem, raise_all
 
 FILE = "read_options.json"
 KINDS = {option.removeprefix("--").replace("-", "_"): (kind, choices) for option, kind, choices, _ in OPTIONS}
@@ -47,7 +47,7 @@ class Stated:
     @property
     def options(self) -> Any:
         """The same as merge.formats.ReadOptions."""
-        from adapter_merge.merge.formats import ReadOptions
+        from adapter_merge.formats.detection import ReadOptions
 
         return ReadOptions(**{key: value for key, value in self.values.items() if key != "base_kind"})
 
@@ -97,7 +97,7 @@ def beside(adapter: Path) -> Stated:
 
     Raises AdapterError or InputError when it cannot be read or says something wrong.
     """
-    from adapter_merge.merge.checkpoint import read_json
+    from adapter_merge.storage.checkpoint import read_json
 
     file = adapter / FILE
     if not file.is_file():
@@ -116,7 +116,7 @@ def _stays(folder: Path, path: Path) -> bool:
 
 
 def _content(path: Path) -> dict[str, str]:
-    from adapter_merge.merge.output import sha256
+    from adapter_merge.outputs.staging import sha256
 
     files = sorted(file for file in path.iterdir() if file.is_file()) if path.is_dir() else [path]
     return {file.name: sha256(file) for file in files}

@@ -11,11 +11,11 @@ from click.testing import CliRunner, Result
 
 pytest.importorskip("onnxruntime_genai")
 
+from adapter_merge.cli.main import group
+from adapter_merge.errors import InputError, MismatchError
 from adapter_merge.export import generation
 from adapter_merge.export.prompting import Prompter, Sampling, within_context
 from adapter_merge.export.verification import verify_onnx
-from adapter_merge.merge.cli import group
-from adapter_merge.merge.errors import InputError, MismatchError
 
 pytestmark = pytest.mark.onnx
 

@@ -66,9 +66,9 @@ def test_adapter_on_the_head(kind: str, tmp_path: Path) -> None:
 
 @pytest.mark.model
 def test_the_shipped_adapters_on_the_real_model(tmp_path: Path) -> None:
+    from adapter_merge.demo.smollm2 import obtain_base
+    from adapter_merge.demo.walkthrough import adapter_folder
     from adapter_merge.export.verification import verify_onnx
-    from adapter_merge.merge.demo import adapter_folder
-    from adapter_merge.merge.smollm2 import obtain_base
 
     base = obtain_base(tmp_path / "base")
     adapters = {name: adapter_folder(name) for name in ("dcft-pirate", "dude-json")}

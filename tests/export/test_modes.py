@@ -19,6 +19,7 @@ from pico_models import save_lora, save_pico
 
 pytest.importorskip("onnxruntime_genai")
 
+from adapter_merge.errors import AdapterMergeError, InputError, OutputError
 from adapter_merge.export import batched as batched_export
 from adapter_merge.export.adding import add_adapters
 from adapter_merge.export.batched import export_batched
@@ -27,7 +28,6 @@ from adapter_merge.export.merged import export_merged
 from adapter_merge.export.running import Decoder, run_all
 from adapter_merge.export.switchable import export_switchable
 from adapter_merge.export.verification import verify_onnx
-from adapter_merge.merge.errors import AdapterMergeError, InputError, OutputError
 
 pytestmark = pytest.mark.onnx
 NAMES = ("lora", "rslora", "dora", "dude", "dcft")
@@ -61,11 +61,12 @@ def test_merged(pico: Path, adapters: dict[str, Path], reference: Reference, tmp
 
 
 def test_merged_combines_as_merge_does(pico: Path, adapters: dict[str, Path], tmp_path: Path) -> None:
-    from adapter_merge.merge.cli import group
-    from adapter_merge.merge.combination import Settings
-    from adapter_merge.merge.merging import merge
-    from adapter_merge.merge.recipe import Ingredient, make_recipe
     from transformers import AutoModelForCausalLM
+
+    from adapter_merge.api.merge import merge
+    from adapter_merge.cli.main import group
+    from adapter_merge.combine.delta_ops import Settings
+    from adapter_merge.combine.recipe import Ingredient, make_recipe
 
     named = [f"{name}={adapters[name]}" for name in ("lora", "dcft")]
     options = ["--weight", "lora=0.7", "--combine", "ties", "--density", "0.5"]
@@ -214,8 +215,9 @@ def test_other_precisions(
 
 def test_merging_comes_before_quantising(pico: Path, adapters: dict[str, Path], tmp_path: Path) -> None:
     import onnx_ir as ir
+
+    from adapter_merge.api.merge import merge
     from adapter_merge.export.decoder import build_decoder
-    from adapter_merge.merge.merging import merge
 
     export_merged(pico, {"dora": adapters["dora"]}, tmp_path / "ours", precision="int4")
     merge(pico, adapters["dora"], tmp_path / "checkpoint", dtype="float32", device="cpu")
@@ -241,6 +243,7 @@ builder.create_model(*arguments, **builder.parse_extra_options(*arguments, optio
 def test_int4_is_what_the_builder_makes_of_the_whole_graph(pico: Path, tmp_path: Path, tied: bool) -> None:
     """Quantised one weight at a time: the same nodes, names, attributes and bytes as the builder's own int4."""
     import onnx
+
     from adapter_merge.export.decoder import ACCURACY_LEVEL, BLOCK_SIZE, build_decoder
 
     base = tmp_path / "base"

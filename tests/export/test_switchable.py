@@ -16,6 +16,14 @@ from pico_models import save_lora, save_pico
 
 pytest.importorskip("onnxruntime_genai")
 
+from adapter_merge.errors import (
+    AdapterMergeError,
+    FileFormatError,
+    MismatchError,
+    MissingDependencyError,
+    OutputError,
+    UnsupportedError,
+)
 from adapter_merge.export.adapter_file import load_tensors, match_factors, write_adapter
 from adapter_merge.export.adapter_source import factors_of
 from adapter_merge.export.adding import add_adapters
@@ -24,14 +32,6 @@ from adapter_merge.export.folder import folder_layout, read_export
 from adapter_merge.export.running import LINE, Decoder, in_order, run_all
 from adapter_merge.export.runtime import check_packages, open_session
 from adapter_merge.export.switchable import export_switchable
-from adapter_merge.merge.errors import (
-    AdapterMergeError,
-    FileFormatError,
-    MismatchError,
-    MissingDependencyError,
-    OutputError,
-    UnsupportedError,
-)
 
 pytestmark = pytest.mark.onnx
 TOKENS = {

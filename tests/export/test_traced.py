@@ -14,13 +14,13 @@ from pico_models import save_encoder, save_encoder_adapter, save_encoder_dcft, s
 
 pytest.importorskip("onnxruntime")
 
+from adapter_merge.errors import UnsupportedError
 from adapter_merge.export.adding import add_adapters
 from adapter_merge.export.classifying import Classifier
 from adapter_merge.export.exporting import export_model
 from adapter_merge.export.folder import read_export
 from adapter_merge.export.running import Decoder, run_all
 from adapter_merge.export.verification import verify_onnx
-from adapter_merge.merge.errors import UnsupportedError
 
 pytestmark = pytest.mark.onnx
 BAR = 1e-4

@@ -8,11 +8,12 @@ from typing import Any
 
 import peft
 import torch
-from adapter_merge.merge.combination import Settings
-from adapter_merge.merge.recipe import Ingredient, Recipe, make_recipe
 from pico_bases import load, quiet, train
 from safetensors.torch import load_file
 from torch import Tensor
+
+from adapter_merge.combine.delta_ops import Settings
+from adapter_merge.combine.recipe import Ingredient, Recipe, make_recipe
 
 SOME = ["q_proj", "v_proj", "down_proj"]
 CONFIGS: dict[str, dict[str, Any]] = {

@@ -8,8 +8,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from adapter_merge.merge.reference import quiet_libraries
 from torch import nn
+
+from adapter_merge.verification.live_adapter import quiet_libraries
 
 WORDS = ["<s>", "</s>", "<unk>", *(f"w{index}" for index in range(125))]
 TARGETS = ["q_proj", "v_proj", "up_proj", "down_proj"]

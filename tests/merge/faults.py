@@ -19,9 +19,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from adapter_merge.merge import merging
-from adapter_merge.merge.errors import OutputError
-from adapter_merge.merge.integrity import check_integrity
+
+from adapter_merge.api import merge as merging
+from adapter_merge.errors import OutputError
+from adapter_merge.outputs.integrity import check_integrity
 
 torch.set_num_threads(1)
 

@@ -28,12 +28,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from adapter_merge.merge.conversion import convert
-from adapter_merge.merge.errors import AdapterMergeError
-from adapter_merge.merge.factors import factor
-from adapter_merge.merge.formats import ReadOptions
-from adapter_merge.merge.merging import merge
 from safetensors.torch import load_file, save, save_file
+
+from adapter_merge.api.convert import convert
+from adapter_merge.api.factor import factor
+from adapter_merge.api.merge import merge
+from adapter_merge.errors import AdapterMergeError
+from adapter_merge.formats.detection import ReadOptions
 
 SECONDS = 10  # for one case
 OUT, IN, RANK = 12, 8, 2

@@ -8,7 +8,6 @@ from typing import Any
 
 import pytest
 import torch
-from adapter_merge.merge.merging import merge
 from pico_bases import (
     gpt2,
     gpt_oss,
@@ -21,6 +20,8 @@ from pico_bases import (
     qwen3_moe,
     randomise,
 )
+
+from adapter_merge.api.merge import merge
 
 peft = pytest.importorskip("peft", reason="PEFT is the oracle (extra verify)")
 

@@ -7,9 +7,11 @@ from collections.abc import Callable, Iterator
 
 import pytest
 import torch
-from adapter_merge.merge import cuda_lanes, engine
-from adapter_merge.merge.chunks import aligned_bytes
-from adapter_merge.merge.lanes import Inline, Lane, Slot
+
+from adapter_merge.engine import cuda_lanes
+from adapter_merge.engine import execute as engine
+from adapter_merge.engine.chunked_file import aligned_bytes
+from adapter_merge.engine.lanes import Inline, Lane, Slot
 
 CPU = torch.device("cpu")
 WORKSPACE = 1 << 20
@@ -43,7 +45,7 @@ def stand_in_devices(
         return make(device, block_bytes)
 
     for module in ("worker", "schedule"):
-        patch.setattr(f"adapter_merge.merge.{module}.current_device", lambda device: contextlib.nullcontext())
+        patch.setattr(f"adapter_merge.engine.{module}.current_device", lambda device: contextlib.nullcontext())
     patch.setattr(cuda_lanes, "cuda_lane", lane_of)
     patch.setattr(cuda_lanes, "product_workspace", lambda device: WORKSPACE)
     patch.setattr(engine, "forget_workspaces", lambda: None)

@@ -13,12 +13,13 @@ from typing import Any
 import pico
 import pytest
 import torch
-from adapter_merge.merge import errors
-from adapter_merge.merge.conversion import convert
-from adapter_merge.merge.factors import factor
-from adapter_merge.merge.formats import ReadOptions
-from adapter_merge.merge.merging import delta, merge
 from safetensors.torch import load_file, save_file
+
+from adapter_merge import errors
+from adapter_merge.api.convert import convert
+from adapter_merge.api.factor import factor
+from adapter_merge.api.merge import delta, merge
+from adapter_merge.formats.detection import ReadOptions
 
 
 @pytest.fixture

@@ -9,16 +9,17 @@ from typing import Any
 
 import pytest
 import torch
-from adapter_merge.merge.combination import METHODS, CombinedEdit, Part, Settings, combined, combined_form, random_keep
-from adapter_merge.merge.edits import applied
-from adapter_merge.merge.errors import FileFormatError, InputError, MismatchError
-from adapter_merge.merge.form import CanonicalForm
-from adapter_merge.merge.merging import merge
-from adapter_merge.merge.recipe import Recipe, read_recipe
 from combination_oracle import CONFIGS, WEIGHTS, effects, elect, expected, recipe, top, train_all
 from pico_bases import gpt2, llama, quiet, train
 from safetensors.torch import load_file
 from torch import Tensor
+
+from adapter_merge.api.merge import merge
+from adapter_merge.combine.delta_ops import METHODS, CombinedEdit, Part, Settings, combined, combined_form, random_keep
+from adapter_merge.combine.recipe import Recipe, read_recipe
+from adapter_merge.errors import FileFormatError, InputError, MismatchError
+from adapter_merge.methods.block_edits import applied
+from adapter_merge.methods.canonical_form import CanonicalForm
 
 peft = pytest.importorskip("peft", reason="PEFT is the oracle (extra verify)")
 
@@ -88,7 +89,7 @@ def test_weight_zero_gives_the_identical_bytes(
 def test_order_workers_and_blocks_change_nothing(
     method: str, base: Path, adapters: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from adapter_merge.merge import lanes
+    from adapter_merge.engine import lanes
 
     density = 1.0 if method == "linear" else 0.5
 

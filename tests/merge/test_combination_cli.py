@@ -12,12 +12,13 @@ from pathlib import Path
 
 import pytest
 import torch
-from adapter_merge.merge.cli import group, main
-from adapter_merge.merge.combination import METHODS
-from adapter_merge.merge.errors import AdapterMergeError
 from click.testing import CliRunner
 from fuzz_folders import Q, base_model, seeds
 from safetensors.torch import load_file, save_file
+
+from adapter_merge.cli.main import group, main
+from adapter_merge.combine.delta_ops import METHODS
+from adapter_merge.errors import AdapterMergeError
 
 
 @dataclass(frozen=True)
@@ -243,6 +244,6 @@ def test_half_a_combination_is_refused(arguments: list[str], work: Path) -> None
 
 
 def test_the_command_line_knows_every_method() -> None:
-    from adapter_merge.merge.commands_combine import METHODS as OFFERED
+    from adapter_merge.cli.inputs import METHODS as OFFERED
 
     assert OFFERED == METHODS

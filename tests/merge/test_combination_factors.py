@@ -8,14 +8,15 @@ from typing import Any
 
 import pytest
 import torch
-from adapter_merge.merge.combination import METHODS
-from adapter_merge.merge.errors import InputError, MismatchError, NumericsError, ParityError, UnsupportedError
-from adapter_merge.merge.extraction import extract, low_rank, scaled_low_rank
-from adapter_merge.merge.factors import factor
-from adapter_merge.merge.merging import delta, merge
 from combination_oracle import SOME, recipe, train_all
 from pico_bases import error, gpt2, llama, load, logits, mixtral, quiet, train
 from safetensors.torch import load_file, save_file
+
+from adapter_merge.api.extract import extract, low_rank, scaled_low_rank
+from adapter_merge.api.factor import factor
+from adapter_merge.api.merge import delta, merge
+from adapter_merge.combine.delta_ops import METHODS
+from adapter_merge.errors import InputError, MismatchError, NumericsError, ParityError, UnsupportedError
 
 peft = pytest.importorskip("peft", reason="PEFT is the oracle (extra verify)")
 

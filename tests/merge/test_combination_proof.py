@@ -9,21 +9,22 @@ from typing import Any
 
 import pytest
 import torch
-from adapter_merge.merge.combination import METHODS, Part, Settings
-from adapter_merge.merge.combination_definition import defined_delta
-from adapter_merge.merge.combined_reference import combined_model
-from adapter_merge.merge.errors import FileFormatError, InputError
-from adapter_merge.merge.factors import factor
-from adapter_merge.merge.form import CanonicalForm
-from adapter_merge.merge.inputs import open_pair
-from adapter_merge.merge.integrity import check_restored, inputs_of
-from adapter_merge.merge.merging import delta, merge
-from adapter_merge.merge.recipe import IN_TURN, Ingredient, make_recipe
-from adapter_merge.merge.restore import restore
-from adapter_merge.merge.verification import verify
 from combination_oracle import SOME, WEIGHTS, effects, expected, one_after_the_other, recipe, train_all
 from pico_bases import gpt2, llama, load, logits, quiet, train
 from safetensors.torch import load_file, save_file
+
+from adapter_merge.api.factor import factor
+from adapter_merge.api.merge import delta, merge
+from adapter_merge.api.restore import restore
+from adapter_merge.api.verify import verify
+from adapter_merge.combine.delta_ops import METHODS, Part, Settings
+from adapter_merge.combine.open_inputs import open_pair
+from adapter_merge.combine.recipe import IN_TURN, Ingredient, make_recipe
+from adapter_merge.errors import FileFormatError, InputError
+from adapter_merge.methods.canonical_form import CanonicalForm
+from adapter_merge.outputs.integrity import check_restored, inputs_of
+from adapter_merge.verification.combination_definition import defined_delta
+from adapter_merge.verification.live_combination import combined_model
 
 peft = pytest.importorskip("peft", reason="PEFT is the oracle (extra verify)")
 

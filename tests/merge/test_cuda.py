@@ -12,17 +12,18 @@ import peft
 import pico
 import pytest
 import torch
-from adapter_merge.merge import cuda_lanes
-from adapter_merge.merge.errors import InputError, NumericsError
-from adapter_merge.merge.extraction import extract
-from adapter_merge.merge.factors import factor
-from adapter_merge.merge.merging import delta, merge
-from adapter_merge.merge.restore import restore
 from combination_oracle import expected as definition
 from combination_oracle import recipe
 from merge_models import base_tensors, expected, read_model, write_base, write_lora
 from safetensors.torch import load_file, save_file
 from torch import Tensor
+
+from adapter_merge.api.extract import extract
+from adapter_merge.api.factor import factor
+from adapter_merge.api.merge import delta, merge
+from adapter_merge.api.restore import restore
+from adapter_merge.engine import cuda_lanes
+from adapter_merge.errors import InputError, NumericsError
 
 pytestmark = pytest.mark.gpu
 
@@ -119,8 +120,8 @@ def test_tf32_is_not_for_merges(setting: str, tmp_path: Path) -> None:
     adapter = write_lora(tmp_path / "adapter", tensors, scale=1.0)
     program = f"""
 import sys, torch
-from adapter_merge.merge.factors import factor
-from adapter_merge.merge.merging import merge
+from adapter_merge.api.factor import factor
+from adapter_merge.api.merge import merge
 {SETTINGS[setting]}
 one = torch.rand(256, 256, device="cuda")
 rough = one @ one

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import pytest
 import torch
-from adapter_merge.merge.dcft import dcft_factors, infer_stride
-from adapter_merge.merge.errors import NumericsError
-from adapter_merge.merge.form import CanonicalForm, Residual
+
+from adapter_merge.errors import NumericsError
+from adapter_merge.methods.canonical_form import CanonicalForm, Residual
+from adapter_merge.methods.dcft import dcft_factors, infer_stride
 
 
 def dense(a: torch.Tensor, b: torch.Tensor, c: torch.Tensor, stride: tuple[int, int], scale: float) -> torch.Tensor:

@@ -12,17 +12,18 @@ from pathlib import Path
 
 import pytest
 import torch
-from adapter_merge.merge import chunks
-from adapter_merge.merge.chunks import BUFFERED_BYTES, CHUNK_BYTES
-from adapter_merge.merge.engine import execute
-from adapter_merge.merge.errors import NumericsError
-from adapter_merge.merge.headers import read_header
-from adapter_merge.merge.inputs import open_pair
-from adapter_merge.merge.lanes import CPU_BLOCK_BYTES
-from adapter_merge.merge.merging import delta, merge
-from adapter_merge.merge.plan import plan_merge
 from merge_models import base_tensors, expected, read_model, sha256_of, write_base, write_lora
 from safetensors.torch import load_file
+
+from adapter_merge.api.merge import delta, merge
+from adapter_merge.combine.open_inputs import open_pair
+from adapter_merge.engine import chunked_file as chunks
+from adapter_merge.engine.chunked_file import BUFFERED_BYTES, CHUNK_BYTES
+from adapter_merge.engine.execute import execute
+from adapter_merge.engine.lanes import CPU_BLOCK_BYTES
+from adapter_merge.engine.plan import plan_merge
+from adapter_merge.errors import NumericsError
+from adapter_merge.storage.safetensors_header import read_header
 
 CPU = torch.device("cpu")
 
@@ -251,7 +252,7 @@ def test_memory_does_not_grow_with_the_model(tmp_path: Path) -> None:
     program = """
 import re, sys, threading, time, torch
 from pathlib import Path
-from adapter_merge.merge.merging import merge
+from adapter_merge.api.merge import merge
 def held():
     return int(re.search(r"RssAnon:\\s+(\\d+) kB", Path("/proc/self/status").read_text())[1]) / 1024
 bare, peak, done = held(), 0.0, threading.Event()
@@ -286,7 +287,7 @@ def test_merging_imports_neither_transformers_nor_peft(tmp_path: Path) -> None:
     adapter = write_lora(tmp_path / "adapter", tensors, dora=True)
     program = f"""
 import sys
-from adapter_merge.merge.merging import delta, merge
+from adapter_merge.api.merge import delta, merge
 merge({str(base)!r}, {str(adapter)!r}, {str(tmp_path / "out")!r})
 delta({str(base)!r}, {str(adapter)!r}, {str(tmp_path / "delta")!r})
 print(sorted({{"transformers", "peft", "onnx", "vllm", "matplotlib", "scipy"}} & set(sys.modules)))

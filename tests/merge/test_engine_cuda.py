@@ -17,23 +17,25 @@ from typing import Any
 
 import pytest
 import torch
-from adapter_merge.merge import cuda_lanes, engine, lanes
-from adapter_merge.merge.combination import METHODS, CombinedEdit, Part, Settings
-from adapter_merge.merge.devices import exact_products
-from adapter_merge.merge.edits import BlockEdit, InTurn, RowRange
-from adapter_merge.merge.errors import InputError
-from adapter_merge.merge.form import CanonicalForm, Residual
-from adapter_merge.merge.inputs import open_pair
-from adapter_merge.merge.lanes import Block, Done, Inline, Lane, Mark, Slot
-from adapter_merge.merge.merging import merge
-from adapter_merge.merge.plan import plan_merge
-from adapter_merge.merge.restore import restore
-from adapter_merge.merge.tensors import write_safetensors
 from merge_models import base_tensors, expected, read_model, write_base, write_lora
 from stand_in_devices import CPU, WORKSPACE, device_slot, stand_in_devices
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.overrides import TorchFunctionMode
+
+from adapter_merge.api.merge import merge
+from adapter_merge.api.restore import restore
+from adapter_merge.combine.delta_ops import METHODS, CombinedEdit, Part, Settings
+from adapter_merge.combine.open_inputs import open_pair
+from adapter_merge.engine import cuda_lanes, lanes
+from adapter_merge.engine import execute as engine
+from adapter_merge.engine.devices import exact_products
+from adapter_merge.engine.lanes import Block, Done, Inline, Lane, Mark, Slot
+from adapter_merge.engine.plan import plan_merge
+from adapter_merge.errors import InputError
+from adapter_merge.methods.block_edits import BlockEdit, InTurn, RowRange
+from adapter_merge.methods.canonical_form import CanonicalForm, Residual
+from adapter_merge.storage.tensor_io import write_safetensors
 
 CUDA = torch.device("cuda", 0)
 ROWS, COLUMNS, RANK = 6, 8, 2
@@ -375,7 +377,7 @@ def test_products_are_exact_whatever_the_process_has_set_and_its_setting_comes_b
     """In a process of its own: torch's old and new settings cannot be told apart once both were used."""
     program = f"""
 import torch
-from adapter_merge.merge.devices import exact_products
+from adapter_merge.engine.devices import exact_products
 {setting}
 matmul = torch.backends.cuda.matmul
 before = matmul.fp32_precision, torch.backends.fp32_precision

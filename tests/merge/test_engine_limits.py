@@ -11,20 +11,22 @@ from typing import Any
 
 import pytest
 import torch
-from adapter_merge.merge import cuda_lanes, engine, schedule
-from adapter_merge.merge.bound import BoundModule
-from adapter_merge.merge.errors import InputError, NumericsError
-from adapter_merge.merge.form import CanonicalForm
-from adapter_merge.merge.lanes import Block, Inline, Lane, Mark, Slot
-from adapter_merge.merge.merging import open_pair
-from adapter_merge.merge.plan import MergePlan, plan_merge
-from adapter_merge.merge.schedule import Schedule
-from adapter_merge.merge.tasks import form_bytes
 from combination_oracle import CONFIGS, recipe, train_all
 from merge_models import base_tensors, write_base, write_lora
 from pico_bases import llama, quiet
 from stand_in_devices import WORKSPACE, lagging_lane, stand_in_devices
 from torch import Tensor
+
+from adapter_merge.api.merge import open_pair
+from adapter_merge.binding.bound import BoundModule
+from adapter_merge.engine import cuda_lanes, schedule
+from adapter_merge.engine import execute as engine
+from adapter_merge.engine.lanes import Block, Inline, Lane, Mark, Slot
+from adapter_merge.engine.plan import MergePlan, plan_merge
+from adapter_merge.engine.schedule import Schedule
+from adapter_merge.engine.tasks import form_bytes
+from adapter_merge.errors import InputError, NumericsError
+from adapter_merge.methods.canonical_form import CanonicalForm
 
 CPU = torch.device("cpu")
 DEVICES = [torch.device("cuda", index) for index in range(2)]
@@ -194,7 +196,7 @@ def test_every_worker_makes_its_device_the_threads_own(
         entered.add((threading.current_thread().name, str(device)))
         return contextlib.nullcontext()
 
-    monkeypatch.setattr("adapter_merge.merge.worker.current_device", current_device)
+    monkeypatch.setattr("adapter_merge.engine.worker.current_device", current_device)
     engine.execute(plan, tmp_path / "out", CPU, 3)
     assert entered == {(f"merge-{number}", "cpu") for number in range(3)}
 

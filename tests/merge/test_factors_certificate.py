@@ -7,13 +7,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from adapter_merge.merge.calibration import LEAST, SHRINKAGE, collect, square_root
-from adapter_merge.merge.cards import card, is_hub_name, merged_card
-from adapter_merge.merge.end_to_end import compare, figures, logits
-from adapter_merge.merge.errors import InputError
-from adapter_merge.merge.factors import factor, read_prompts
-from adapter_merge.merge.inputs import open_pair
-from adapter_merge.merge.merging import merge
 from factor_models import (
     WORDS,
     base_weights,
@@ -25,6 +18,14 @@ from factor_models import (
     peft_model,
     pico_model,
 )
+
+from adapter_merge.api.factor import factor, read_prompts
+from adapter_merge.api.merge import merge
+from adapter_merge.combine.open_inputs import open_pair
+from adapter_merge.errors import InputError
+from adapter_merge.factoring.calibration import LEAST, SHRINKAGE, collect, square_root
+from adapter_merge.factoring.end_to_end import compare, figures, logits
+from adapter_merge.outputs.model_card import card, is_hub_name, merged_card
 
 PROMPTS = ["w1 w2 w3 w4", "w9 w8 w7"]
 

@@ -9,9 +9,6 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from adapter_merge.merge import delta_operator
-from adapter_merge.merge.errors import InputError, ParityError
-from adapter_merge.merge.factors import factor, parse_rank
 from factor_models import (
     base_weights,
     dcft_adapter,
@@ -22,6 +19,10 @@ from factor_models import (
     peft_model,
     pico_model,
 )
+
+from adapter_merge.api.factor import factor, parse_rank
+from adapter_merge.errors import InputError, ParityError
+from adapter_merge.factoring import delta_operator
 
 
 @pytest.fixture(scope="module")

@@ -7,12 +7,13 @@ from pathlib import Path
 
 import peft
 import pytest
-from adapter_merge.merge.end_to_end import compare
-from adapter_merge.merge.errors import UnsupportedError
-from adapter_merge.merge.factors import factor
-from adapter_merge.merge.inputs import open_pair
 from peft_cases import BASES, CASES, TOLERANCE
 from pico_bases import error, load, logits, quiet, train
+
+from adapter_merge.api.factor import factor
+from adapter_merge.combine.open_inputs import open_pair
+from adapter_merge.errors import UnsupportedError
+from adapter_merge.factoring.end_to_end import compare
 
 # Only a merge can do these: replaced rows, biases, experts, and norms of an embedding's columns.
 NO_FACTORS = {

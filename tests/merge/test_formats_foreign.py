@@ -7,15 +7,16 @@ from pathlib import Path
 
 import pytest
 import torch
-from adapter_merge.merge.conversion import convert
-from adapter_merge.merge.errors import AdapterError, InputError, MismatchError, UnsupportedError
-from adapter_merge.merge.factors import factor
-from adapter_merge.merge.formats import ReadOptions, detect
-from adapter_merge.merge.merging import merge
-from adapter_merge.merge.verification import verify
 from pico_bases import llama, load, quiet
 from safetensors.torch import load_file, save_file
 from torch import Tensor
+
+from adapter_merge.api.convert import convert
+from adapter_merge.api.factor import factor
+from adapter_merge.api.merge import merge
+from adapter_merge.api.verify import verify
+from adapter_merge.errors import AdapterError, InputError, MismatchError, UnsupportedError
+from adapter_merge.formats.detection import ReadOptions, detect
 
 peft = pytest.importorskip("peft", reason="PEFT must load what is written for it (extra verify)")
 
@@ -280,7 +281,7 @@ def test_dcft_reshape_form(base: Path, tmp_path: Path, bias: bool) -> None:
 @pytest.mark.parametrize("shape", [(6, 4), (4, 6), (8, 8), (64, 16), (16, 64), (15, 10), (7, 5), (96, 64)])
 @pytest.mark.parametrize("rank", [1, 2])
 def test_reshaped_factors_are_the_reshape(shape: tuple[int, int], rank: int) -> None:
-    from adapter_merge.merge.dcft_reshape import reshaped_factors
+    from adapter_merge.methods.dcft_reshape import reshaped_factors
 
     torch.manual_seed(0)
     left, right = torch.randn(shape[0], rank).double(), torch.randn(rank, shape[1]).double()

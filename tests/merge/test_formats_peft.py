@@ -9,12 +9,6 @@ from typing import Any
 
 import pytest
 import torch
-from adapter_merge.merge.conversion import convert
-from adapter_merge.merge.errors import InputError, MismatchError, NumericsError
-from adapter_merge.merge.factors import factor
-from adapter_merge.merge.formats import ReadOptions, detect
-from adapter_merge.merge.merging import delta, merge
-from adapter_merge.merge.verification import verify
 from peft_cases import CASES, EXPERTS, SOME, TOLERANCE, bases, converted_dude, merged_logits
 from pico_bases import (
     TOKENS,
@@ -28,6 +22,13 @@ from pico_bases import (
     train,
 )
 from safetensors.torch import load_file, save_file
+
+from adapter_merge.api.convert import convert
+from adapter_merge.api.factor import factor
+from adapter_merge.api.merge import delta, merge
+from adapter_merge.api.verify import verify
+from adapter_merge.errors import InputError, MismatchError, NumericsError
+from adapter_merge.formats.detection import ReadOptions, detect
 
 peft = pytest.importorskip("peft", reason="PEFT is the oracle (extra verify)")
 

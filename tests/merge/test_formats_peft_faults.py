@@ -8,9 +8,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from adapter_merge.merge.errors import AdapterError, MismatchError, UnsupportedError
-from adapter_merge.merge.formats import ReadOptions, open_adapter
-from adapter_merge.merge.merging import merge
 from peft_cases import SOME, TOLERANCE, bases, converted_dude, merged_logits
 from pico_bases import (
     error,
@@ -21,6 +18,10 @@ from pico_bases import (
     train,
 )
 from safetensors.torch import load_file, save_file
+
+from adapter_merge.api.merge import merge
+from adapter_merge.errors import AdapterError, MismatchError, UnsupportedError
+from adapter_merge.formats.detection import ReadOptions, open_adapter
 
 peft = pytest.importorskip("peft", reason="PEFT is the oracle (extra verify)")
 
@@ -52,7 +53,7 @@ def test_what_save_as_lora_left_is_noted(
     arguments: dict[str, Any], rank: float, base: Callable[[str], Path], tmp_path: Path
 ) -> None:
     """It drops a DoRA's magnitudes: the folder looks like one made of a LoHa, but not like one that was trained."""
-    from adapter_merge.merge.inspection import inspect_adapter
+    from adapter_merge.api.inspect import inspect_adapter
 
     live = train(base("llama"), peft.LoraConfig(r=4, target_modules=SOME, **arguments), tmp_path / "a")
     with quiet():

@@ -5,8 +5,9 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-from adapter_merge.merge.merging import merge
 from fuzz_folders import base_model, fuzz, seeds
+
+from adapter_merge.api.merge import merge
 
 
 @pytest.mark.parametrize("kind", sorted(seeds()))

@@ -9,16 +9,17 @@ from pathlib import Path
 
 import pytest
 import torch
-from adapter_merge.merge import commands_make
-from adapter_merge.merge.cli import group
-from adapter_merge.merge.engine import execute
-from adapter_merge.merge.errors import FileFormatError
-from adapter_merge.merge.hashing import Begun, HeadStart, file_sha256
-from adapter_merge.merge.inputs import open_pair
-from adapter_merge.merge.merging import merge
-from adapter_merge.merge.plan import plan_merge
 from click.testing import CliRunner
 from merge_models import base_tensors, sha256_of, write_base, write_lora
+
+from adapter_merge.api.merge import merge
+from adapter_merge.cli import merge as merge_command
+from adapter_merge.cli.main import group
+from adapter_merge.combine.open_inputs import open_pair
+from adapter_merge.engine.execute import execute
+from adapter_merge.engine.plan import plan_merge
+from adapter_merge.errors import FileFormatError
+from adapter_merge.storage.hashing import Begun, HeadStart, file_sha256
 
 CPU = torch.device("cpu")
 SHARDS = 2
@@ -124,7 +125,7 @@ def test_the_command_hashes_ahead_and_records_what_every_file_hashes_to(
         found.append(whole(files))
         return found[0]
 
-    monkeypatch.setattr(commands_make, "HeadStart", begin)
+    monkeypatch.setattr(merge_command, "HeadStart", begin)
     done = CliRunner().invoke(group, ["merge", str(base), str(adapter), "-o", str(tmp_path / "out"), "--json"])
     assert done.exit_code == 0, done.output
     manifest = json.loads(done.stdout)
@@ -146,7 +147,7 @@ def test_nothing_is_hashed_ahead_that_nobody_needs(
         asked.append(list(files))
         return HeadStart(files)
 
-    monkeypatch.setattr(commands_make, "HeadStart", begin)
+    monkeypatch.setattr(merge_command, "HeadStart", begin)
     done = CliRunner().invoke(group, ["merge", *map(str, pair), "-o", str(tmp_path / "out"), option])
     assert done.exit_code == 0, done.output
     assert asked == [[]]

@@ -11,15 +11,17 @@ from pathlib import Path
 
 import pytest
 import torch
-from adapter_merge.merge import journal, merging
-from adapter_merge.merge.engine import FinishedShard
-from adapter_merge.merge.errors import OutputError
-from adapter_merge.merge.integrity import check_integrity
-from adapter_merge.merge.journal import Workplace, write_whole
-from adapter_merge.merge.locks import locked
-from adapter_merge.merge.merging import delta, merge
 from merge_models import base_tensors, sha256_of, write_base, write_lora
 from safetensors.torch import load_file
+
+from adapter_merge.api import merge as merging
+from adapter_merge.api.merge import delta, merge
+from adapter_merge.engine.execute import FinishedShard
+from adapter_merge.errors import OutputError
+from adapter_merge.outputs import resume_journal as journal
+from adapter_merge.outputs.integrity import check_integrity
+from adapter_merge.outputs.resume_journal import Workplace, write_whole
+from adapter_merge.storage.locks import locked
 
 
 @pytest.fixture

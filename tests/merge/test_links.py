@@ -6,11 +6,12 @@ import shutil
 from pathlib import Path
 
 import pytest
-from adapter_merge.merge.errors import OutputError
-from adapter_merge.merge.integrity import check_integrity
-from adapter_merge.merge.links import LINKS, can_link, link_file
-from adapter_merge.merge.merging import merge
 from merge_models import shard_hashes, write_four_shards
+
+from adapter_merge.api.merge import merge
+from adapter_merge.errors import OutputError
+from adapter_merge.outputs.integrity import check_integrity
+from adapter_merge.storage.links import LINKS, can_link, link_file
 
 
 @pytest.fixture

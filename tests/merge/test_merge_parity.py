@@ -9,13 +9,14 @@ import peft
 import pico
 import pytest
 import torch
-from adapter_merge.merge.conversion import convert
-from adapter_merge.merge.errors import ParityError
-from adapter_merge.merge.factors import factor
-from adapter_merge.merge.inputs import open_pair
-from adapter_merge.merge.merging import delta, merge
-from adapter_merge.merge.verification import verify
 from safetensors.torch import load_file, save_file
+
+from adapter_merge.api.convert import convert
+from adapter_merge.api.factor import factor
+from adapter_merge.api.merge import delta, merge
+from adapter_merge.api.verify import verify
+from adapter_merge.combine.open_inputs import open_pair
+from adapter_merge.errors import ParityError
 
 TOLERANCE = 1e-4
 
@@ -76,7 +77,7 @@ def test_evidence_looks_at_small_weights_that_are_wide_enough(tmp_path: Path, mo
         seen.append(tuple(weight.shape))
         return 1.0
 
-    monkeypatch.setattr("adapter_merge.merge.base_kind.base_evidence", evidence)
+    monkeypatch.setattr("adapter_merge.binding.base_kind.base_evidence", evidence)
     for rank, smallest in ((2, (24, 48)), (4, (48, 48)), (16, (48, 48))):
         seen.clear()
         open_pair(base, tmp_path / f"r{rank}")
@@ -203,7 +204,7 @@ def test_a_half_precision_dcft_checkpoint_equals_its_formula(tmp_path: Path) -> 
 
 def test_verify_does_not_trust_our_own_algebra(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A mistake that merge and weight check share shows against the live forward, also in half precision."""
-    import adapter_merge.merge.dcft as dcft
+    import adapter_merge.methods.dcft as dcft
 
     honest = dcft.dcft_factors
     checkpoint = pico.save_dcft_checkpoint(pico.dcft_model("llama"), tmp_path / "checkpoint")

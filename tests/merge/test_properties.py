@@ -10,18 +10,19 @@ from typing import Any
 
 import pytest
 import torch
-from adapter_merge.merge.combination import METHODS, Part, Settings, combined, combined_form
-from adapter_merge.merge.combination_definition import defined_delta
-from adapter_merge.merge.edits import RowRange, RowsReplaced, applied, in_turn
-from adapter_merge.merge.factors import factor
-from adapter_merge.merge.form import CanonicalForm
-from adapter_merge.merge.merging import delta, merge
-from adapter_merge.merge.patterns import Pattern, pattern_fault
-from adapter_merge.merge.recipe import IN_TURN, Ingredient, make_recipe
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 from torch import Tensor
+
+from adapter_merge.api.factor import factor
+from adapter_merge.api.merge import delta, merge
+from adapter_merge.combine.delta_ops import METHODS, Part, Settings, combined, combined_form
+from adapter_merge.combine.recipe import IN_TURN, Ingredient, make_recipe
+from adapter_merge.formats.peft.patterns import Pattern, pattern_fault
+from adapter_merge.methods.block_edits import RowRange, RowsReplaced, applied, in_turn
+from adapter_merge.methods.canonical_form import CanonicalForm
+from adapter_merge.verification.combination_definition import defined_delta
 
 SIZES = st.integers(2, 24)
 RANKS = st.integers(1, 5)

@@ -5,12 +5,13 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-from adapter_merge.merge import output as outputs
-from adapter_merge.merge.errors import OutputError
-from adapter_merge.merge.integrity import check_integrity
-from adapter_merge.merge.merging import delta, merge
-from adapter_merge.merge.output import check_space, nearest_folder
 from merge_models import base_tensors, snapshot, write_base, write_lora
+
+from adapter_merge.api.merge import delta, merge
+from adapter_merge.errors import OutputError
+from adapter_merge.outputs import staging as outputs
+from adapter_merge.outputs.integrity import check_integrity
+from adapter_merge.outputs.staging import check_space, nearest_folder
 
 
 @pytest.fixture

@@ -11,17 +11,18 @@ from typing import Any
 
 import pytest
 import torch
-from adapter_merge.merge import pictures
-from adapter_merge.merge.cli import group
-from adapter_merge.merge.errors import AdapterMergeError, InputError
-from adapter_merge.merge.factors import factor
-from adapter_merge.merge.heatmap import BLOCKS, heat_table, level, strips
-from adapter_merge.merge.merging import merge
-from adapter_merge.merge.module_grid import cell_of, grid_of
-from adapter_merge.merge.report import energy_curve, gather, histogram
-from adapter_merge.merge.report_page import page, write_page, write_pictures
 from click.testing import CliRunner
 from factor_models import base_weights, dcft_adapter, merged_weights, peft_adapter, pico_model
+
+from adapter_merge.api.factor import factor
+from adapter_merge.api.merge import merge
+from adapter_merge.cli.main import group
+from adapter_merge.errors import AdapterMergeError, InputError
+from adapter_merge.reporting import pictures
+from adapter_merge.reporting.heatmap import BLOCKS, heat_table, level, strips
+from adapter_merge.reporting.module_grid import cell_of, grid_of
+from adapter_merge.reporting.report import energy_curve, gather, histogram
+from adapter_merge.reporting.report_page import page, write_page, write_pictures
 
 
 @pytest.fixture(scope="module")

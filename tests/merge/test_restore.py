@@ -9,11 +9,12 @@ from pathlib import Path
 
 import pytest
 import torch
-from adapter_merge.merge.errors import FileFormatError, InputError, MismatchError
-from adapter_merge.merge.integrity import check_integrity
-from adapter_merge.merge.merging import merge
-from adapter_merge.merge.restore import restore
 from merge_models import base_tensors, read_model, snapshot, write_base, write_four_shards, write_lora
+
+from adapter_merge.api.merge import merge
+from adapter_merge.api.restore import restore
+from adapter_merge.errors import FileFormatError, InputError, MismatchError
+from adapter_merge.outputs.integrity import check_integrity
 
 
 @pytest.fixture
@@ -181,7 +182,7 @@ def test_an_adapted_embedding_unties_the_head(tmp_path: Path) -> None:
 
 
 def command(*arguments: object) -> subprocess.CompletedProcess[str]:
-    program = "from adapter_merge.merge.cli import main; main()"
+    program = "from adapter_merge.cli.main import main; main()"
     return subprocess.run([sys.executable, "-c", program, *map(str, arguments)], capture_output=True, text=True)
 
 

@@ -7,13 +7,14 @@ import os
 from pathlib import Path
 
 import pytest
-from adapter_merge.merge import merging
-from adapter_merge.merge.engine import FinishedShard, execute
-from adapter_merge.merge.errors import InputError, OutputError
-from adapter_merge.merge.integrity import check_integrity
-from adapter_merge.merge.journal import Workplace
-from adapter_merge.merge.merging import merge
 from merge_models import shard_hashes, snapshot, write_four_shards
+
+from adapter_merge.api import merge as merging
+from adapter_merge.api.merge import merge
+from adapter_merge.engine.execute import FinishedShard, execute
+from adapter_merge.errors import InputError, OutputError
+from adapter_merge.outputs.integrity import check_integrity
+from adapter_merge.outputs.resume_journal import Workplace
 
 
 @pytest.fixture

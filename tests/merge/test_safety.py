@@ -15,15 +15,16 @@ from pathlib import Path
 
 import pytest
 import torch
-from adapter_merge.merge import merging
-from adapter_merge.merge.engine import execute
-from adapter_merge.merge.errors import FileFormatError, OutputError
-from adapter_merge.merge.inputs import open_pair
-from adapter_merge.merge.integrity import check_integrity
-from adapter_merge.merge.locks import locked
-from adapter_merge.merge.merging import merge
-from adapter_merge.merge.plan import plan_merge
 from merge_models import base_tensors, shard_hashes, snapshot, write_base, write_four_shards, write_lora
+
+from adapter_merge.api import merge as merging
+from adapter_merge.api.merge import merge
+from adapter_merge.combine.open_inputs import open_pair
+from adapter_merge.engine.execute import execute
+from adapter_merge.engine.plan import plan_merge
+from adapter_merge.errors import FileFormatError, OutputError
+from adapter_merge.outputs.integrity import check_integrity
+from adapter_merge.storage.locks import locked
 
 HERE = Path(__file__).parent
 
@@ -134,7 +135,8 @@ def test_a_shard_that_ends_too_early_is_found_before_and_during_the_merge(
 # A fast merge would be done before the signal comes; and what a shell starts in the background ignores this signal.
 SLOW_DISK = """
 import signal, time
-from adapter_merge.merge import chunks, cli
+from adapter_merge.engine import chunked_file as chunks
+from adapter_merge.cli import main as cli
 signal.signal(signal.SIGINT, signal.default_int_handler)
 write = chunks.ChunkedFile._write
 chunks.ChunkedFile._write = lambda self, chunk: (time.sleep(0.05), write(self, chunk))

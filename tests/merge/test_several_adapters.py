@@ -11,18 +11,19 @@ from typing import Any
 import combination_oracle as oracle
 import pytest
 import torch
-from adapter_merge.merge.combination import METHODS, Settings
-from adapter_merge.merge.conversion import convert
-from adapter_merge.merge.errors import InputError, OutputError
-from adapter_merge.merge.factors import factor
-from adapter_merge.merge.formats import ReadOptions
-from adapter_merge.merge.merging import delta, merge
-from adapter_merge.merge.recipe import IN_TURN, Ingredient, Recipe, make_recipe, read_recipe
 from combination_oracle import effects, expected, one_after_the_other, recipe, train_all
 from pico import dcft_model, logits, pico_model, save_base, save_dcft_checkpoint
 from pico_bases import gpt2, llama, load, quiet, train
 from safetensors.torch import load_file, save_file
 from torch import Tensor
+
+from adapter_merge.api.convert import convert
+from adapter_merge.api.factor import factor
+from adapter_merge.api.merge import delta, merge
+from adapter_merge.combine.delta_ops import METHODS, Settings
+from adapter_merge.combine.recipe import IN_TURN, Ingredient, Recipe, make_recipe, read_recipe
+from adapter_merge.errors import InputError, OutputError
+from adapter_merge.formats.detection import ReadOptions
 
 peft = pytest.importorskip("peft", reason="PEFT is the oracle (extra verify)")
 
@@ -231,7 +232,7 @@ def test_lost_magnitudes_are_given_to_their_adapter(base: Path, adapters: dict[s
 def test_an_interrupted_merge_goes_on_only_with_the_same_options(
     dcft: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from adapter_merge.merge import merging
+    from adapter_merge.api import merge as merging
 
     base, checkpoint = dcft
     original = merging.write_rest

@@ -13,9 +13,10 @@ from typing import Any, NamedTuple
 
 import pytest
 import torch
-from adapter_merge.merge import smollm2
-from adapter_merge.merge.errors import FileFormatError, InputError, MissingDependencyError, OutputError
 from safetensors.torch import load_file, save_file
+
+from adapter_merge.demo import smollm2
+from adapter_merge.errors import FileFormatError, InputError, MissingDependencyError, OutputError
 
 LAYERS, HEADS, KEY_HEADS = 30, 9, 3
 
@@ -255,7 +256,7 @@ def test_the_shipped_adapters_show_their_behaviour(
 ) -> None:
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    folder = Path(str(resources.files("adapter_merge.merge"))) / "adapters" / name
+    folder = Path(str(resources.files("adapter_merge.demo"))) / "adapters" / name
     config = json.loads((folder / "adapter_config.json").read_text(encoding="utf-8"))
     by_module: dict[str, dict[str, torch.Tensor]] = {}
     for key, tensor in load_file(folder / "adapter_model.safetensors").items():

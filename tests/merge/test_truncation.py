@@ -7,12 +7,15 @@ from collections.abc import Iterator
 
 import pytest
 import torch
-from adapter_merge.merge.budget import allot, bytes_of
-from adapter_merge.merge.delta_operator import DeltaOperator
-from adapter_merge.merge.errors import InputError
-from adapter_merge.merge.form import CanonicalForm, Residual
-from adapter_merge.merge.randomised import generator, randomised_spectrum, spectral_norm
-from adapter_merge.merge.truncation import (
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from adapter_merge.errors import InputError
+from adapter_merge.factoring.delta_operator import DeltaOperator
+from adapter_merge.factoring.randomised_svd import generator, randomised_spectrum, spectral_norm
+from adapter_merge.factoring.rank_budget import allot, bytes_of
+from adapter_merge.factoring.truncated_svd import (
     core_svd,
     dense_spectrum,
     kronecker_spectrum,
@@ -22,9 +25,7 @@ from adapter_merge.merge.truncation import (
     reduce_rank,
     truncate,
 )
-from hypothesis import given, settings
-from hypothesis import strategies as st
-from torch import Tensor
+from adapter_merge.methods.canonical_form import CanonicalForm, Residual
 
 CPU = torch.device("cpu")
 

@@ -40,7 +40,7 @@ class Server:
                 [
                     sys.executable,
                     "-c",
-                    "from adapter_merge.merge.cli import main; main()",
+                    "from adapter_merge.cli.main import main; main()",
                     "serve",
                     *arguments,
                     "--",

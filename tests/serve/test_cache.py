@@ -9,7 +9,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from adapter_merge.merge.errors import InputError, OutputError
+
+from adapter_merge.errors import InputError, OutputError
 from adapter_merge.serve.cache import Cache, key_of, parse_size
 
 KEYS = [key_of({"number": number}) for number in range(6)]

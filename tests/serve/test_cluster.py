@@ -11,10 +11,11 @@ from typing import Any
 
 import pytest
 import yaml
-from adapter_merge.serve.cli import serve
 from click.testing import CliRunner
 from conftest import HERE, World, vllm_environment
 from test_parity import check, requests_of
+
+from adapter_merge.serve.cli import serve
 
 pytestmark = pytest.mark.cluster
 

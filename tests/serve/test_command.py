@@ -10,15 +10,16 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from adapter_merge.merge.errors import InputError, MissingDependencyError
+from click.testing import CliRunner
+from conftest import World
+
+from adapter_merge.errors import InputError, MissingDependencyError
 from adapter_merge.serve.cache import Cache
 from adapter_merge.serve.cli import cache as cache_command
 from adapter_merge.serve.cli import serve
 from adapter_merge.serve.command import Plan, make_plan
 from adapter_merge.serve.flags import option
-from adapter_merge.serve.runtime import VARIABLE, Settings
-from click.testing import CliRunner
-from conftest import World
+from adapter_merge.serve.loader import VARIABLE, Settings
 
 pytestmark = pytest.mark.vllm
 

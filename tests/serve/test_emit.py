@@ -9,11 +9,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from adapter_merge.merge.errors import InputError
-from adapter_merge.serve.cli import serve
-from adapter_merge.serve.emit import engine_arguments
 from click.testing import CliRunner
 from conftest import World
+
+from adapter_merge.errors import InputError
+from adapter_merge.serve.cli import serve
+from adapter_merge.serve.emit import engine_arguments
 
 yaml = pytest.importorskip("yaml")
 

@@ -14,10 +14,11 @@ from pathlib import Path
 
 import pytest
 import torch
-from adapter_merge.serve.cache import Cache
-from adapter_merge.serve.served import Converter
 from conftest import World
 from safetensors.torch import load_file
+
+from adapter_merge.serve.cache import Cache
+from adapter_merge.serve.served import Converter
 
 
 @pytest.mark.parametrize("name", ["lora-1", "lora-2", "dcft-1", "dcft-2"])

@@ -9,14 +9,15 @@ from typing import Any
 
 import pytest
 import torch
-from adapter_merge.merge.errors import AdapterMergeError, InputError
-from adapter_merge.serve.cache import Cache
-from adapter_merge.serve.runtime import Source
-from adapter_merge.serve.served import Converter, Served, inside
-from adapter_merge.serve.stating import FILE, Stated, beside, checked
 from conftest import World
 from safetensors.torch import load_file, save_file
 from torch import Tensor
+
+from adapter_merge.errors import AdapterMergeError, InputError
+from adapter_merge.serve.cache import Cache
+from adapter_merge.serve.loader import Source
+from adapter_merge.serve.served import Converter, Served, inside
+from adapter_merge.serve.stating import FILE, Stated, beside, checked
 
 
 @pytest.fixture

@@ -1,0 +1,80 @@
+"""What an adapter is and what it would do, from headers alone: no weight is read."""
+
+from __future__ import annotations
+
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+from adapter_merge.errors import AdapterMergeError, Problem
+from adapter_merge.formats.detection import ReadOptions, open_adapter
+
+
+def inspect_adapter(
+    adapter: str | Path,
+    base: str | Path | None = None,
+    options: ReadOptions | None = None,
+    base_kind: str | None = None,
+) -> dict[str, Any]:
+    """A report on `adapter`, and on its fit to `base` where one is given; "problems" holds all that was found."""
+    problems: list[Problem] = []
+    report: dict[str, Any] = {"path": str(adapter)}
+    from adapter_merge.storage.checkpoint import open_checkpoint
+
+    try:
+        opened = open_adapter(adapter, options, open_checkpoint(base) if base is not None else None)
+    except AdapterMergeError as error:
+        report["problems"] = [vars(problem) for problem in error.problems]
+        return report
+    ranks = Counter(module.rank for module in opened.modules)
+    kinds: dict[str, dict[str, Any]] = {}
+    for module in opened.modules:
+        kind = module.name.rpartition(".")[2]
+        entry = kinds.setdefault(kind, {"count": 0, "shapes": [], "ranks": []})
+        entry["count"] += 1
+        for key, value in (("shapes", list(module.shape)), ("ranks", module.rank)):
+            if value not in entry[key]:
+                entry[key].append(value)
+    report |= {
+        "format": opened.format,
+        "certainty": opened.certainty,
+        "method": opened.method,
+        "base_model": opened.base_name,
+        "modules": len(opened.modules),
+        "targets": kinds,
+        "ranks": {str(rank): count for rank, count in sorted(ranks.items())},
+        "parameters": opened.parameters,
+        "bytes": opened.nbytes,
+        "replacements": sorted(opened.replacements),
+        "notes": list(opened.notes),
+        "holds_its_base": opened.own_base is not None,
+        "would": _would(opened.method, any(module.needs_base for module in opened.modules)),
+    }
+    if base is not None:
+        from adapter_merge.binding.bind import bind
+
+        try:
+            bound = bind(opened, open_checkpoint(base), base_kind)
+            report["base"] = {
+                "path": str(base),
+                "kind": bound.base_kind,
+                "evidence": bound.evidence,
+                "fingerprint": bound.base.fingerprint,
+                "bytes": bound.base.nbytes,
+            }
+        except AdapterMergeError as error:
+            problems += error.problems
+    report["problems"] = [vars(problem) for problem in problems]
+    return report
+
+
+def _would(method: str, needs_base: bool) -> dict[str, str]:
+    """What each command would make of it."""
+    scaled = method in ("DoRA", "DuDe")
+    if scaled:
+        factors = "exact factors plus row scales (needs the base's row norms); a plain LoRA only with --rank"
+    elif needs_base:
+        factors = "an exact plain LoRA of twice the rank (needs the base: its SVD is repeated)"
+    else:
+        factors = "an exact plain LoRA; no base weights are read"
+    return {"merge": "exact, one rounding to the base's dtype", "factor": factors}

@@ -1,0 +1,1 @@
+"""Where the weight of each adapted module lies in a checkpoint."""

@@ -1,0 +1,117 @@
+"""Embeddings and output heads: which are tied, what a resized vocabulary changes, what the merged config must say."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import Any
+
+from adapter_merge.errors import MismatchError, Problem, UnsupportedError, raise_all
+from adapter_merge.methods.tokens import TokenModule
+from adapter_merge.storage.checkpoint import Checkpoint
+from adapter_merge.storage.safetensors_header import TensorRef
+from adapter_merge.storage.tensor_comparison import same_bytes
+
+from .bound import BoundAdapter
+
+TIED_HEADS = ("lm_head.weight", "embed_out.weight", "cls.predictions.decoder.weight")
+EMBEDDINGS = ("embed_tokens.weight", "wte.weight", "embed_in.weight", "word_embeddings.weight")
+SHARED_EMBEDDINGS = ("shared.weight",)  # T5 and BART: encoder, decoder and head read one matrix
+
+
+def text_config(config: Mapping[str, Any]) -> Mapping[str, Any]:
+    """The language model's part of a config (of a vision-language model), or all of it."""
+    inner = config.get("text_config")
+    return inner if isinstance(inner, dict) else config
+
+
+def is_tied(base: Checkpoint) -> bool:
+    """True when the head reads the embeddings: stated, or left out (transformers' default) without a head stored."""
+    said = base.config.get("tie_word_embeddings", text_config(base.config).get("tie_word_embeddings"))
+    if isinstance(said, bool):
+        return said
+    return bool(base.config) and not any(name.endswith(TIED_HEADS) for name in base.tensors)
+
+
+def is_resized(name: str, old: TensorRef, new: TensorRef) -> bool:
+    """True for an embedding or head whose vocabulary was resized."""
+    head = name.endswith((*EMBEDDINGS, *TIED_HEADS, *SHARED_EMBEDDINGS)) or name in ("lm_head.bias",)
+    return head and len(old.shape) == len(new.shape) and old.shape[1:] == new.shape[1:]
+
+
+def with_config(bound: BoundAdapter) -> BoundAdapter:
+    """What the config must say after the merge: untied heads, a resized vocabulary; and the head's copy if untied."""
+    base = bound.base
+    changes: dict[str, Any] = {}
+    copies: dict[str, TensorRef] = {}
+    changed = {item.name: item for item in bound.modules}
+    touched = changed.keys() | bound.replacements.keys()
+    embedding = next((name for name in base.tensors if name.endswith(EMBEDDINGS)), None)
+    shared = next((name for name in base.tensors if name.endswith(SHARED_EMBEDDINGS)), None)
+    heads = [name for name in touched if name.endswith(TIED_HEADS)]
+    tied = is_tied(base)
+    if shared in touched and tied:
+        raise UnsupportedError(
+            f"{shared}: encoder, decoder and head read this one matrix, and only some of them were adapted",
+            hint="untie them in the base first (save it with tie_word_embeddings false)",
+        )
+    if tied and embedding in touched and not heads and _causal(bound):
+        # PEFT trains a copy of the embeddings and leaves the head alone, except for single tokens and on request.
+        tokens = embedding not in bound.replacements and isinstance(changed[embedding].module, TokenModule)
+        if not tokens and not bound.adapter.tied:
+            changes["tie_word_embeddings"] = False
+            frozen = changed[embedding].weight if embedding in changed else base.tensors[embedding]
+            copies["lm_head.weight"] = base.tensors[embedding] if embedding in bound.replacements else frozen
+    elif tied and heads and not (embedding is not None and _same_bytes(bound, embedding, heads)):
+        changes["tie_word_embeddings"] = False
+    sizes = {
+        ref.shape[0]
+        for name, ref in [
+            *bound.replacements.items(),
+            *((item.name, item.weight) for item in bound.modules),
+        ]
+        if name.endswith((*EMBEDDINGS, *SHARED_EMBEDDINGS))
+        and name in base.tensors
+        and ref.shape[0] != base.tensors[name].shape[0]
+    }
+    if len(sizes) == 1:
+        changes["vocab_size"] = sizes.pop()
+        raise_all(_left_behind(bound, copies, changes["vocab_size"]), MismatchError)
+    elif len(sizes) > 1:
+        raise MismatchError("the adapter holds embeddings of different sizes", got=", ".join(map(str, sorted(sizes))))
+    return replace(bound, config_changes=changes, copies={n: r for n, r in copies.items() if n not in base.tensors})
+
+
+def _left_behind(bound: BoundAdapter, copies: dict[str, TensorRef], size: int) -> list[Problem]:
+    """Heads that would keep the old vocabulary beside resized embeddings."""
+    after = {**bound.base.tensors, **copies, **bound.replacements, **{m.name: m.weight for m in bound.modules}}
+    return [
+        Problem(
+            f"{name}: the vocabulary was resized, but the adapter does not hold the resized head",
+            f"{size} rows",
+            f"{ref.shape[0]} rows",
+            "PEFT leaves it out when the embeddings alone are targeted, and its new rows are nowhere else: give the "
+            "resized model as BASE, or save again with the head in modules_to_save or target_modules too",
+        )
+        for name, ref in after.items()
+        if name.endswith((*TIED_HEADS, *EMBEDDINGS))
+        and len(ref.shape) == 2
+        and ref.shape[0] != size
+        and not (name not in copies and name not in bound.base.tensors)
+    ]
+
+
+def _causal(bound: BoundAdapter) -> bool:
+    """True when the base is a model with a language-model head."""
+    architectures = bound.base.config.get("architectures")
+    said = architectures[0] if isinstance(architectures, list) and architectures else None
+    if isinstance(said, str):
+        return said.endswith(("ForCausalLM", "LMHeadModel", "ForConditionalGeneration", "ForMaskedLM"))
+    return bound.adapter.config.get("task_type") == "CAUSAL_LM"
+
+
+def _same_bytes(bound: BoundAdapter, embedding: str, heads: list[str]) -> bool:
+    """True when embedding and head are replaced by the same values: PEFT saves both of a tied pair."""
+    one = bound.replacements.get(embedding)
+    others = [bound.replacements.get(name) for name in heads]
+    return bool(others) and one is not None and all(other is not None and same_bytes(one, other) for other in others)

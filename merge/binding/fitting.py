@@ -1,0 +1,135 @@
+"""One adapted module and the stored weight that it fits: its place, its orientation, its size."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import replace
+
+from adapter_merge.errors import MismatchError, Problem, raise_all
+from adapter_merge.methods.adapter import AdaptedModule, Adapter
+from adapter_merge.methods.lora import BiasModule, LoraModule, PartModule, StackModule
+from adapter_merge.methods.tokens import TokenModule
+from adapter_merge.methods.vera import VeraModule
+from adapter_merge.storage.checkpoint import Checkpoint
+from adapter_merge.storage.safetensors_header import FLOAT_DTYPES
+
+from .bound import BoundModule, parameter_of
+from .embeddings import EMBEDDINGS, TIED_HEADS, is_tied, text_config
+from .experts import INPUT_FIRST, bind_stack
+from .weight_names import Place, Renaming, places
+
+CONV1D_MODELS = ("gpt2", "openai-gpt", "imagegpt", "decision_transformer", "clvp")
+
+
+def bind_module(
+    module: AdaptedModule, adapter: Adapter, base: Checkpoint, rename: Renaming
+) -> list[BoundModule] | Problem:
+    if isinstance(module, StackModule):
+        return bind_stack(module, adapter, base, rename)
+    name = f"{module.name}.{parameter_of(module)}"
+    conv1d = adapter.fan_in_fan_out or base.config.get("model_type") in CONV1D_MODELS
+    own = adapter.base_layers.get(name)
+    found = places(name, module.shape, rename)
+    output = None
+    if not found and rename(name).endswith(TIED_HEADS) and is_tied(base):
+        ref = next((base.tensors[key] for key in base.tensors if key.endswith(EMBEDDINGS)), None)
+        if ref is not None:
+            found, output = (Place(ref),), rename(name)
+    if not found:
+        return Problem(f"the base has no {parameter_of(module)} for {module.name}", expected=rename(name))
+    in_stack = any(place.rows is not None and len(place.ref.shape) == 3 for place in found)
+    if in_stack and text_config(base.config).get("model_type") in INPUT_FIRST:
+        return Problem(
+            f"{module.name}: the base keeps its experts as (experts, in, out): an adapter of one expert does not fit",
+            hint="train it with target_parameters",
+        )
+    if own is not None and found[0].is_whole and found[0].ref.shape != own.shape:
+        output, found = output or found[0].ref.name, (Place(own),)  # the vocabulary was resized before training
+    bound = []
+    for place in found:
+        one = _fit(module, place, conv1d, output)
+        if isinstance(one, Problem):
+            return one
+        bound.append(one)
+    return bound
+
+
+def _fit(module: AdaptedModule, place: Place, conv1d: bool, output: str | None) -> BoundModule | Problem:
+    ref = place.ref
+    if ref.dtype not in FLOAT_DTYPES:
+        return Problem(f"{ref.name}: the base's weight is quantised", "/".join(FLOAT_DTYPES), ref.dtype,
+                       "merge into the unquantised base, then quantise")  # fmt: skip
+    wrong = Problem(f"{module.name}: the adapter's shape is not the weight's", str(ref.shape), str(module.shape))
+    if isinstance(module, BiasModule):
+        return BoundModule(module, ref, output=output) if ref.shape == module.shape[1:] else wrong
+    if isinstance(module, TokenModule):
+        if len(ref.shape) != 2 or ref.shape[1] != module.shape[1]:
+            return wrong
+        if max(module.indices, default=0) >= ref.shape[0]:
+            return Problem(f"{module.name}: a trained token is beyond the embedding",
+                           f"rows below {ref.shape[0]}", str(max(module.indices)))  # fmt: skip
+        return BoundModule(module, ref, output=output)
+    if not place.is_whole:
+        if isinstance(module, LoraModule) and (module.initial is not None or module.magnitude_dim == 1):
+            return Problem(
+                f"{module.name}: was trained on a weight that this base keeps in another layout",
+                hint="PiSSA, OLoRA and DuDe need the base as it was trained on",
+            )
+        if place.part is not None:
+            if not isinstance(module, LoraModule):
+                return Problem(f"{module.name}: only LoRA can be split over several weights")
+            return BoundModule(PartModule(module, *place.part), ref)
+        return BoundModule(module, ref, rows=place.rows)
+    if isinstance(module, VeraModule):
+        if len(ref.shape) != 2 or module.shape[0] not in ref.shape:
+            return wrong
+        turned = conv1d and ref.shape[1] == module.shape[0]
+        if not turned and ref.shape[0] != module.shape[0]:
+            return wrong
+        return BoundModule(replace(module, inner=ref.shape[0 if turned else 1]), ref, turned, output)
+    embedding = isinstance(module, LoraModule) and module.embedding
+    shape = module.shape
+    straight, turned = ref.shape == shape, ref.shape == shape[::-1]
+    if straight and turned:
+        return BoundModule(module, ref, conv1d and not embedding, output)
+    if straight:
+        return BoundModule(module, ref, False, output)
+    if turned and not embedding and conv1d:
+        return BoundModule(module, ref, True, output)
+    return wrong
+
+
+def sized(modules: list[BoundModule]) -> list[BoundModule]:
+    """VeRA's shared matrices are as large as the largest adapted weight."""
+    vera = [item.module for item in modules if isinstance(item.module, VeraModule)]
+    if not vera:
+        return modules
+    sizes = (max(m.shape[0] for m in vera), max(m.shape[1] for m in vera))
+    problems = []
+    a, b = vera[0].projections.a, vera[0].projections.b
+    if a is not None and b is not None and (a.shape[1] < sizes[1] or b.shape[0] < sizes[0]):
+        problems.append(
+            Problem("VeRA's shared matrices are smaller than the weights", str(sizes), f"A {a.shape}, B {b.shape}")
+        )
+    raise_all(problems, MismatchError)
+    return [
+        replace(item, module=replace(item.module, projections=replace(item.module.projections, sizes=sizes)))
+        if isinstance(item.module, VeraModule)
+        else item
+        for item in modules
+    ]
+
+
+def overlaps(modules: Iterable[BoundModule]) -> list[Problem]:
+    """Two modules of one adapter on the same rows: a file that says two things about one weight."""
+    seen: dict[str, list[tuple[float, float, bool]]] = {}
+    problems = []
+    for item in modules:
+        first, stop = item.rows or (0, float("inf"))
+        tokens = isinstance(item.module, TokenModule)
+        for begin, end, other in seen.get(item.name, ()):
+            if first < end and begin < stop and tokens == other:
+                problems.append(Problem(f"{item.name} is adapted twice by one adapter"))
+                break
+        seen.setdefault(item.name, []).append((first, stop, tokens))
+    return problems

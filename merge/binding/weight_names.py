@@ -1,0 +1,199 @@
+"""Where a module of the model lies in the checkpoint: prefixes, fused projections, experts stacked or apart.
+
+An adapter names modules as its model had them at training. The checkpoint may hold the same weights under one prefix
+more or less (a backbone saved alone, a language model inside a vision model), fused (q, k, v in one matrix) or split,
+stacked (all experts in one 3-D tensor) or apart. Every such way is taken only when it makes every module fit exactly.
+Facts about expert names: transformers' conversion_mapping.py, entries "mixtral" and "qwen2_moe".
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+
+from adapter_merge.storage.safetensors_header import TensorRef
+
+EXPERT = re.compile(r"(?P<experts>.+\.experts)\.(?P<index>\d+)\.(?P<kind>[^.]+)\.weight")
+GATES, UPS, DOWNS = ("gate_proj", "w1"), ("up_proj", "w3"), ("down_proj", "w2")
+SIBLINGS = ((".mlp.", ".block_sparse_moe."), (".block_sparse_moe.", ".mlp."))
+# weight -> (fused weight, which part of it)
+FUSED_PARTS: Mapping[str, Sequence[tuple[str, str]]] = {
+    "q_proj": (("qkv_proj", "q"),),
+    "k_proj": (("qkv_proj", "k"),),
+    "v_proj": (("qkv_proj", "v"),),
+    "gate_proj": (("gate_up_proj", "gate"),),
+    "up_proj": (("gate_up_proj", "up"),),
+}
+SPLITS: Mapping[str, tuple[str, ...]] = {
+    "qkv_proj": ("q_proj", "k_proj", "v_proj"),
+    "gate_up_proj": ("gate_proj", "up_proj"),
+}
+
+
+@dataclass(frozen=True)
+class Place:
+    """Rows of a stored tensor, and which rows of the module's own weight they are."""
+
+    ref: TensorRef
+    rows: tuple[int, int] | None = None  # of the tensor's 2-D view; None: all
+    part: tuple[int, int] | None = None  # of the module's weight; None: all
+
+    @property
+    def is_whole(self) -> bool:
+        return self.rows is None and self.part is None
+
+
+class Renaming:
+    """How an adapter's names become the checkpoint's: strip leading components, then add a prefix."""
+
+    def __init__(self, held: Mapping[str, TensorRef], strip: str = "", prefix: str = "") -> None:
+        self.held, self.strip, self.prefix = held, strip, prefix
+
+    def __call__(self, name: str) -> str:
+        """The checkpoint's name; `name` itself where the checkpoint has it and the renamed one is not there."""
+        renamed = self.prefix + name.removeprefix(self.strip)
+        if renamed in self.held:
+            return renamed
+        for old, new in SIBLINGS:
+            if old in renamed and renamed.replace(old, new) in self.held:
+                return renamed.replace(old, new)
+        return name if name in self.held else renamed
+
+    def forms(self, name: str) -> Iterator[str]:
+        """The renamed name and its siblings, whether they exist or not."""
+        renamed = self.prefix + name.removeprefix(self.strip)
+        yield renamed
+        for old, new in SIBLINGS:
+            if old in renamed:
+                yield renamed.replace(old, new)
+
+
+def places(name: str, shape: tuple[int, int], rename: Renaming, transposed: bool = False) -> tuple[Place, ...]:
+    """Where the weight `name` of `shape` (out, in) lies; () where it is not in the checkpoint.
+
+    A fused or stacked tensor is only looked for where no tensor of the name itself exists.
+    """
+    held = rename.held
+    for form in rename.forms(name):
+        if form in held:
+            return (Place(held[form]),)
+    for form in rename.forms(name):
+        found = _in_stack(form, shape, held) or _in_fused(form, shape, held) or _in_split(form, shape, held)
+        if found:
+            return found
+    if name in held:
+        return (Place(held[name]),)
+    return ()
+
+
+def _in_stack(name: str, shape: tuple[int, int], held: Mapping[str, TensorRef]) -> tuple[Place, ...]:
+    """One expert's 2-D weight inside the stacked (experts, out, in) tensor."""
+    match = EXPERT.fullmatch(name)
+    if match is None:
+        return ()
+    index, kind = int(match["index"]), match["kind"]
+    gated = kind in GATES + UPS
+    ref = held.get(f"{match['experts']}.{'gate_up_proj' if gated else 'down_proj'}")
+    if ref is None or len(ref.shape) != 3 or index >= ref.shape[0] or kind not in GATES + UPS + DOWNS:
+        return ()
+    _, out, inner = ref.shape
+    if (shape[0] * 2 if gated else shape[0], shape[1]) != (out, inner):
+        return ()
+    start = index * out + (shape[0] if kind in UPS else 0)
+    return (Place(ref, rows=(start, start + shape[0])),)
+
+
+def _in_fused(name: str, shape: tuple[int, int], held: Mapping[str, TensorRef]) -> tuple[Place, ...]:
+    module, _, kind = name.removesuffix(".weight").rpartition(".")
+    for fused, part in FUSED_PARTS.get(kind, ()):
+        ref = held.get(f"{module}.{fused}.weight")
+        if ref is None or len(ref.shape) != 2 or ref.shape[1] != shape[1] or not name.endswith(".weight"):
+            continue
+        total, rows = ref.shape[0], shape[0]
+        if part == "q" and rows < total and (total - rows) % 2 == 0:
+            return (Place(ref, rows=(0, rows)),)
+        if part in "kv" and 2 * rows < total:
+            start = total - (2 if part == "k" else 1) * rows
+            return (Place(ref, rows=(start, start + rows)),)
+        if part in ("gate", "up") and 2 * rows == total:
+            start = 0 if part == "gate" else rows
+            return (Place(ref, rows=(start, start + rows)),)
+    return ()
+
+
+def _in_split(name: str, shape: tuple[int, int], held: Mapping[str, TensorRef]) -> tuple[Place, ...]:
+    module, _, kind = name.removesuffix(".weight").rpartition(".")
+    parts = SPLITS.get(kind, ())
+    refs = [held.get(f"{module}.{part}.weight") for part in parts]
+    found = [ref for ref in refs if ref is not None and len(ref.shape) == 2 and ref.shape[1] == shape[1]]
+    if not parts or len(found) != len(parts) or sum(ref.shape[0] for ref in found) != shape[0]:
+        return ()
+    result, start = [], 0
+    for ref in found:
+        result.append(Place(ref, part=(start, start + ref.shape[0])))
+        start += ref.shape[0]
+    return tuple(result)
+
+
+def find_renaming(
+    wanted: Sequence[tuple[str, tuple[int, int] | None]],
+    held: Mapping[str, TensorRef],
+    exempt: frozenset[str] = frozenset(),
+    prefix: str | None = None,
+) -> tuple[Renaming, tuple[str, ...]]:
+    """The renaming that finds every wanted (name, shape or None), and other prefixes that would do as well.
+
+    `exempt` names need not be found (a head that is tied to the embeddings). A prefix that the user states is taken as
+    it is. Names as they are come first; then the fewest leading components stripped. A name that ends in a dot stands
+    for whatever lies under it.
+    """
+    if prefix is not None:
+        return Renaming(held, prefix=prefix and prefix.rstrip(".") + "."), ()
+
+    def fits(renaming: Renaming) -> bool:
+        return all(name in exempt or _found(name, shape, renaming) for name, shape in wanted)
+
+    same = Renaming(held)
+    if not wanted or fits(same):
+        return same, ()
+    first = next((n for n, _ in wanted if n not in exempt), wanted[0][0])
+    components = first.split(".")
+    for count in range(len(components) - 1):
+        strip = "".join(part + "." for part in components[:count])
+        rest = first[len(strip) :]
+        prefixes = {""} if count else set()
+        for key in held:
+            for tail in _tails(rest):
+                if tail.endswith("."):
+                    prefixes.add(key[: key.find("." + tail) + 1])
+                elif key.endswith("." + tail):
+                    prefixes.add(key[: -len(tail)])
+        good = [p for p in sorted(prefixes, key=lambda p: (p.count("."), p)) if fits(Renaming(held, strip, p))]
+        if good:
+            return Renaming(held, strip, good[0]), tuple(good[1:])
+    return same, ()
+
+
+def _tails(rest: str) -> Iterator[str]:
+    yield rest
+    for old, new in SIBLINGS:
+        if old in "." + rest:
+            yield ("." + rest).replace(old, new)[1:]
+    stem, _, kind = rest.removesuffix(".weight").rpartition(".")
+    for fused, _ in FUSED_PARTS.get(kind, ()):
+        yield f"{stem}.{fused}.weight"
+    for part in SPLITS.get(kind, ())[:1]:
+        yield f"{stem}.{part}.weight"
+    match = EXPERT.fullmatch(rest)
+    if match:
+        yield f"{match['experts']}.{'down_proj' if match['kind'] in DOWNS else 'gate_up_proj'}"
+
+
+def _found(name: str, shape: tuple[int, int] | None, renaming: Renaming) -> bool:
+    if name.endswith("."):
+        return any(key.startswith(form) for form in renaming.forms(name) for key in renaming.held)
+    if shape is None:
+        return any(form in renaming.held for form in renaming.forms(name)) or name in renaming.held
+    found = places(name, shape, renaming)
+    return bool(found) and (not found[0].is_whole or found[0].ref.shape in (shape, shape[::-1]))

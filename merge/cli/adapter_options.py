@@ -1,0 +1,106 @@
+"""What a user may state of adapters on the command line: options whose values wait in the context until asked for.
+
+Every option is VALUE, or NAME=VALUE for one of several named adapters. A bare value is said of all of them; a file is
+one adapter's, so that with several it needs a name.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeVar
+
+import click
+
+if TYPE_CHECKING:
+    from adapter_merge.formats.detection import ReadOptions
+
+F = TypeVar("F", bound=Callable[..., Any])
+META = "adapter_merge.stated"
+NUMBER, CHOICE, PATH, TEXT = "NUMBER", "CHOICE", "PATH", "TEXT"
+FORMATS = ("peft", "native", "dcft", "dcft-reshape", "mytransformers", "kohya")
+# option, kind, choices, help
+OPTIONS: tuple[tuple[str, str, tuple[str, ...], str], ...] = (
+    (
+        "--base-kind",
+        CHOICE,
+        ("original", "residual"),
+        "PiSSA, DuDe: what BASE is. Decided by evidence when not given.",
+    ),
+    ("--alpha", NUMBER, (), "DCFT: lora_alpha, where the config does not say it."),
+    ("--ranknum", NUMBER, (), "DCFT: ranknum, where the file has lost it."),
+    ("--format", CHOICE, FORMATS, "What to read the adapter as, whatever it looks like."),
+    ("--magnitudes", PATH, (), "DoRA, DuDe: a file or folder with the magnitudes that PEFT dropped."),
+    ("--init-adapter", PATH, (), "PiSSA, CorDA, LoRA-GA: the PEFT folder saved before training."),
+    ("--residual-dtype", CHOICE, ("float32", "bfloat16", "float16"), "PiSSA, DuDe: the residual's dtype."),
+    ("--magnitude-axis", CHOICE, ("out", "in"), "What a magnitude belongs to, where a square weight hides it."),
+    ("--prefix", TEXT, (), "What stands before the adapter's names in the base, where it fits several parts."),
+)
+
+
+def adapter_options(function: F) -> F:
+    """What a user may state of an adapter whose files do not say everything. Read with `stated_of`."""
+    for name, kind, choices, text in reversed(OPTIONS):
+        shown = "|".join(choices) if kind == CHOICE else kind
+        function = click.option(
+            name, multiple=True, metavar=f"[NAME=]{shown}", help=text, expose_value=False, callback=_keep
+        )(function)
+    return function
+
+
+def _keep(context: click.Context, parameter: click.Parameter, value: tuple[str, ...]) -> None:
+    context.meta.setdefault(META, {})[parameter.name] = value
+
+
+def stated_of(names: Sequence[str] = ()) -> dict[str, tuple[str | None, ReadOptions]]:
+    """(base_kind, ReadOptions) of each named adapter, as the running command was told. Raises UsageError.
+
+    Without names, one adapter under the name "": a value is then taken as it stands.
+    """
+    from adapter_merge.formats.detection import ReadOptions
+
+    said = click.get_current_context().meta.get(META, {})
+    found: dict[str, dict[str, Any]] = {name: {} for name in names or ("",)}
+    for option, kind, choices, _ in OPTIONS:
+        key = option.removeprefix("--").replace("-", "_")
+        for text in said.get(key) or ():
+            owner, value = _split(text, names)
+            if names and owner is None and kind == PATH and len(names) > 1:
+                raise click.UsageError(f"{option} {text}: whose is it? {option} NAME={text}, with {', '.join(names)}")
+            for name in found if owner is None else (owner,):
+                if key in found[name] and owner is not None and found[name][key] != value:
+                    raise click.UsageError(f"{option} says two things of {name}")
+                found[name][key] = _value(option, kind, choices, value)
+    return {name: (values.pop("base_kind", None), ReadOptions(**values)) for name, values in found.items()}
+
+
+def one_stated() -> tuple[str | None, ReadOptions]:
+    """(base_kind, ReadOptions) of a command that takes one adapter."""
+    return stated_of()[""]
+
+
+def _split(text: str, names: Sequence[str]) -> tuple[str | None, str]:
+    """(adapter, value); None for a value of all of them. Raises UsageError for a name that is no adapter's."""
+    name, mark, value = text.partition("=")
+    if not names or not mark:
+        return None, text
+    if name not in names:
+        raise click.UsageError(f"{text}: no adapter is called {name!r}; there are {', '.join(names)}")
+    return name, value
+
+
+def _value(option: str, kind: str, choices: tuple[str, ...], text: str) -> Any:
+    if kind == PATH:
+        return Path(text)
+    if kind == CHOICE and text not in choices:
+        raise click.UsageError(f"{option} {text}: expected {', '.join(choices)}")
+    if kind == NUMBER:
+        try:
+            number = float(text)
+        except ValueError:
+            number = math.nan
+        if not math.isfinite(number):
+            raise click.UsageError(f"{option} {text}: expected a number")
+        return number
+    return text

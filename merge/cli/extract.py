@@ -1,0 +1,66 @@
+"""adapter-merge extract: the LoRA between two checkpoints."""
+
+from __future__ import annotations
+
+import time
+
+import click
+
+from .console import emit, progress_bar
+from .options import device_option, dry_run_option, output_option, report_options
+
+
+@click.command()
+@click.argument("base")
+@click.argument("finetuned")
+@output_option
+@click.option("--rank", default="16", show_default=True, help="A rank (16), or each weight's energy to keep (0.99).")
+@click.option("--row-scale", is_flag=True, help="A DoRA: row scales as well, which fit changed magnitudes far better.")
+@device_option
+@dry_run_option
+@report_options
+def extract(
+    base: str,
+    finetuned: str,
+    output: str,
+    overwrite: bool,
+    rank: str,
+    row_scale: bool,
+    device: str,
+    dry_run: bool,
+    as_json: bool,
+    quiet: bool,
+    verbose: bool,
+) -> None:
+    """Write the LoRA that turns BASE into FINETUNED, as well as its rank allows, with its error per weight."""
+    from adapter_merge.api.extract import extract as run
+    from adapter_merge.api.extract import worst_error
+    from adapter_merge.api.factor import parse_rank
+    from adapter_merge.storage.checkpoint import open_checkpoint
+
+    started = time.perf_counter()
+    total = open_checkpoint(finetuned).nbytes
+    with progress_bar("extracting", total, quiet or as_json) as progress:
+        content = run(
+            base,
+            finetuned,
+            output,
+            rank=parse_rank(rank),
+            row_scale=row_scale,
+            device=device,
+            overwrite=overwrite,
+            dry_run=dry_run,
+            progress=progress,
+        )
+    if as_json:
+        emit(content)
+    elif dry_run:
+        click.echo(f"would write {output}: an adapter of rank {rank} from {finetuned}")
+    else:
+        ranks = sorted({layer["rank"] for layer in content["layers"].values()})
+        span = str(ranks[0]) if len(ranks) == 1 else f"{ranks[0]} .. {ranks[-1]}"
+        seconds = time.perf_counter() - started
+        click.echo(f"{output}: {content['form']} of {len(content['layers'])} weights, rank {span}, in {seconds:.1f} s")
+        click.echo(f"  relative error of dW at most {worst_error(content):.2g}")
+        if content["carried_over"]:
+            click.echo(f"  carried over whole: {', '.join(content['carried_over'][:8])}")

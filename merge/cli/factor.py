@@ -1,0 +1,97 @@
+"""adapter-merge factor: LoRA-equivalent factors as a PEFT folder."""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+from typing import Any
+
+import click
+
+from .adapter_options import adapter_options
+from .console import loading
+from .inputs import INPUTS, combination_options, stated_inputs
+from .options import device_option, dry_run_option, output_option, report_options
+from .result import show_result
+
+
+@click.command()
+@click.argument("inputs", nargs=-1, metavar=f"[BASE] ADAPTER | {INPUTS}")
+@output_option
+@click.option(
+    "--rank", help="A plain LoRA of this rank (16), or that keeps this energy (0.99); truncated, with its error."
+)
+@click.option("--budget", type=float, help="MB for all factors together; ranks go where they buy most error.")
+@click.option(
+    "--scale",
+    type=click.Choice(["fold", "exact"]),
+    default="fold",
+    show_default=True,
+    help="With --rank or --budget: fold DoRA's row scale into the plain LoRA, or keep it exact beside the factors.",
+)
+@click.option(
+    "--calibrate",
+    type=click.Path(path_type=Path, dir_okay=False),
+    help="A text file: minimise the error of the layers' outputs on it instead of the weights'.",
+)
+@click.option("--end-to-end", is_flag=True, help="Compare the logits with the adapter as trained, on built-in prompts.")
+@click.option("--prompts", type=click.Path(path_type=Path, dir_okay=False), help="Prompts for it: a file, one a line.")
+@click.option("--max-error", type=float, help="Fail when a weight's relative error is above this.")
+@combination_options
+@adapter_options
+@device_option
+@dry_run_option
+@report_options
+def factor(
+    inputs: tuple[str, ...],
+    output: str,
+    rank: str | None,
+    scale: str,
+    prompts: Path | None,
+    as_json: bool,
+    quiet: bool,
+    verbose: bool,
+    **settings: Any,
+) -> None:
+    """Write LoRA-equivalent factors as a PEFT folder, exact unless --rank is given.
+
+    DCFT, LoRA and PiSSA become a plain LoRA. DoRA and DuDe become a DoRA on the original base plus its row scales.
+    BASE may be left out where no base weight is needed (DCFT, LoRA). Several named adapters give the factors of their
+    combination: exact for linear, truncated to --rank for the rest.
+    """
+    with loading():
+        from adapter_merge.api.factor import factor as run
+        from adapter_merge.api.factor import parse_rank, read_prompts
+
+    started = time.perf_counter()
+    base, adapter, base_kind, options = stated_inputs(inputs)
+    content = run(
+        base,
+        adapter,
+        output,
+        rank=parse_rank(rank) if rank is not None else None,
+        keep_scale=scale == "exact",
+        prompts=read_prompts(prompts) if prompts is not None else None,
+        base_kind=base_kind,
+        options=options,
+        **settings,
+    )
+    show_result(content, output, started, as_json, quiet)
+    if not as_json and not settings["dry_run"]:
+        _show_certificate(content)
+
+
+def _show_certificate(content: dict[str, Any]) -> None:
+    found = content["certificate"]
+    low, high = found["ranks"]
+    span = str(low) if low == high else f"{low} .. {high}"
+    click.echo(
+        f"  {content['form']}, rank {span}; relative error of dW at most {found['max_relative_error']:.2g}, "
+        f"mean {found['mean_relative_error']:.2g}; energy kept {found['mean_energy']:.4%}"
+    )
+    end = found.get("end_to_end")
+    if end is not None:
+        click.echo(
+            f"  end to end: |dlogit| at most {end['max_dlogit']:.2g}, mean {end['mean_dlogit']:.2g}; "
+            f"KL {end['mean_kl']:.2g}; {end['greedy_equal']} of {end['greedy_total']} greedy tokens equal"
+        )

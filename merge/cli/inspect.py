@@ -1,0 +1,85 @@
+"""adapter-merge inspect: what an adapter is, what it would do, and what is wrong with it."""
+
+from __future__ import annotations
+
+import sys
+from typing import Any
+
+import click
+
+from .adapter_options import adapter_options, one_stated
+from .console import emit, report_error
+from .options import report_options
+
+
+@click.command()
+@click.argument("adapter")
+@click.option("--base", help="Check the fit to this base as well.")
+@adapter_options
+@click.option("--heat-map", is_flag=True, help="Read the weights too: how much each is changed, layer by layer.")
+@report_options
+def inspect(
+    adapter: str,
+    base: str | None,
+    heat_map: bool,
+    as_json: bool,
+    quiet: bool,
+    verbose: bool,
+) -> None:
+    """Show what ADAPTER is, what it would do, and all that is wrong with it. Reads headers only but for --heat-map."""
+    from adapter_merge.api.inspect import inspect_adapter
+
+    base_kind, options = one_stated()
+    report = inspect_adapter(adapter, base, options, base_kind)
+    if heat_map and not report["problems"]:
+        from adapter_merge.reporting.report import changes
+
+        report["change"] = changes(adapter, base, base_kind=base_kind, options=options)
+    if as_json:
+        emit(report)
+    elif "method" in report:
+        _show(report)
+    if report["problems"]:
+        if not as_json:
+            _problems(report["problems"])
+        sys.exit(1)
+
+
+def _problems(problems: list[dict[str, Any]]) -> None:
+    from adapter_merge.errors import AdapterMergeError, Problem
+
+    report_error(AdapterMergeError([Problem(**problem) for problem in problems]))
+
+
+def _show(report: dict[str, Any]) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    console = Console(highlight=False)
+    size = report["bytes"]
+    kind = f"{report['format']} ({report['certainty']})"
+    console.print(f"[bold]{report['method']}[/] adapter, {kind}: {report['path']}", soft_wrap=True)
+    console.print(f"base        {report['base_model'] or 'not named'}")
+    human = f"{size / 1e6:.2f} MB" if size >= 1e5 else f"{size / 1e3:.1f} kB"
+    console.print(f"trained     {report['parameters']:,} parameters, {human}, {report['modules']} weights")
+    table = Table(box=None, pad_edge=False)
+    for column in ("target", "weights", "(out, in)", "rank"):
+        table.add_column(column, justify="left" if column == "target" else "right")
+    for kind, entry in report["targets"].items():
+        shapes = " ".join(str(tuple(shape)) for shape in entry["shapes"])
+        table.add_row(kind, str(entry["count"]), shapes, " ".join(map(str, entry["ranks"])))
+    console.print(table)
+    if report.get("change"):
+        from adapter_merge.reporting.heatmap import heat_table
+
+        console.print(heat_table(report["change"], "|dW| / |W|" if "base" in report else "|dW|"))
+    if report["replacements"]:
+        console.print(f"replaced    {', '.join(report['replacements'][:8])}", soft_wrap=True)
+    for note in report["notes"]:
+        console.print(f"note        {note}", soft_wrap=True)
+    for command, text in report["would"].items():
+        console.print(f"{command:<11} {text}", soft_wrap=True)
+    if "base" in report:
+        kind, evidence = report["base"]["kind"], report["base"]["evidence"]
+        console.print(f"fits        {report['base']['path']}, the {kind} base" + (f" ({evidence})" if evidence else ""),
+                      soft_wrap=True)  # fmt: skip

@@ -1,0 +1,66 @@
+"""adapter-merge merge: a merged model."""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+from typing import Any
+
+import click
+
+from adapter_merge.storage.hashing import HeadStart
+
+from .adapter_options import adapter_options
+from .console import loading, progress_bar, say
+from .inputs import INPUTS, combination_options, stated_inputs
+from .options import DTYPES, device_option, dry_run_option, engine_options, output_option, report_options
+from .result import show_result
+
+
+@click.command()
+@click.argument("inputs", nargs=-1, metavar=INPUTS)
+@output_option
+@click.option("--dtype", type=DTYPES, help="For all float tensors of the output; the base's own when not given.")
+@engine_options
+@combination_options
+@adapter_options
+@device_option
+@dry_run_option
+@report_options
+def merge(inputs: tuple[str, ...], output: str, as_json: bool, quiet: bool, verbose: bool, **settings: Any) -> None:
+    """Write the merged model: every adapted weight changed exactly, everything else carried over byte for byte.
+
+    One argument is enough for a DCFT checkpoint, which holds its own base. Several adapters, each with a name, are
+    combined in delta space: merge BASE a=DIR b=DIR --weight a=0.7 --weight b=0.3 --combine ties --density 0.5. Without
+    names they are applied in turn: merge BASE FIRST SECOND, where SECOND was trained on BASE with FIRST merged.
+    """
+    started = time.perf_counter()
+    hashed = inputs and settings["hashes"] and not (settings["dry_run"] or settings["finish"] or settings["part"])
+    head_start = HeadStart(sorted(Path(inputs[0]).glob("*.safetensors")) if hashed else ())
+    try:
+        with loading():
+            from adapter_merge.api.merge import merge as run
+            from adapter_merge.storage.checkpoint import resolve
+
+        subject = stated_inputs(inputs)
+        source = resolve(subject.folder) if subject.folder else Path()
+        total = sum(path.stat().st_size for path in source.iterdir() if path.is_file())
+        with progress_bar("merging", total, quiet or as_json) as progress:
+            content = run(
+                subject.base,
+                subject.adapter,
+                output,
+                base_kind=subject.base_kind,
+                options=subject.options,
+                progress=progress,
+                head_start=head_start,
+                **settings,
+            )
+    finally:
+        head_start.stop()
+    if settings["part"] is not None and not as_json and not settings["dry_run"]:
+        seconds = time.perf_counter() - started
+        click.echo(f"{output}: part {content['part']}, {len(content['files'])} files in {seconds:.1f} s")
+        say("when all parts are made: the same command with --finish instead of --shards", quiet=quiet)
+        return
+    show_result(content, output, started, as_json, quiet)

@@ -1,0 +1,98 @@
+"""Options that several commands take: --output, --device, --dry-run, --json, and those of the merge engine."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from typing import Any, TypeVar
+
+import click
+
+F = TypeVar("F", bound=Callable[..., Any])
+
+
+def output_option(function: F) -> F:
+    """-o/--output and --overwrite, as every command that writes takes them."""
+    function = click.option("--overwrite", is_flag=True, help="Replace an output that adapter-merge wrote before.")(
+        function
+    )
+    return click.option(
+        "-o", "--output", required=True, type=click.Path(path_type=str), help="The folder to write; must not exist."
+    )(function)
+
+
+def device_option(function: F) -> F:
+    """--device."""
+    return click.option("--device", default="auto", show_default=True, help="auto, cpu, cuda or cuda:N.")(function)
+
+
+def report_options(function: F) -> F:
+    """--json, -q and -v."""
+    for option in (
+        click.option("-v", "--verbose", is_flag=True, help="More on stderr."),
+        click.option("-q", "--quiet", is_flag=True, help="Nothing on stderr but errors."),
+        click.option("--json", "as_json", is_flag=True, help="One JSON object on stdout."),
+    ):
+        function = option(function)
+    return function
+
+
+def dry_run_option(function: F) -> F:
+    """--dry-run."""
+    return click.option("--dry-run", is_flag=True, help="Check everything, write nothing.")(function)
+
+
+DTYPES = click.Choice(["float32", "float16", "bfloat16"])
+
+
+def _part(ctx: click.Context, param: click.Parameter, value: str | None) -> tuple[int, int] | None:
+    """I/N, counted from 1."""
+    if value is None:
+        return None
+    match = re.fullmatch(r"(\d+)/(\d+)", value)
+    if match is None or not 1 <= int(match[1]) <= int(match[2]):
+        raise click.BadParameter(f"{value!r} is not I/N with 1 <= I <= N", ctx, param)
+    return int(match[1]), int(match[2])
+
+
+def _size(ctx: click.Context, param: click.Parameter, value: str | None) -> int | None:
+    """Bytes: 4096, 512M, 1.5GB, 2GiB."""
+    if value is None:
+        return None
+    match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([KMGT]?)(I?)B?", value.strip().upper())
+    if match is None:
+        raise click.BadParameter(f"{value!r} is not a size such as 512M or 4GiB", ctx, param)
+    base = 1024 if match[3] else 1000
+    return int(float(match[1]) * base ** " KMGT".index(match[2] or " "))
+
+
+def engine_options(function: F) -> F:
+    """How a merge reads and writes: hashes, links, the way back, going on, splitting, device memory."""
+    for option in (
+        click.option("--finish", is_flag=True, help="Check that all --shards parts are there and write the rest."),
+        click.option(
+            "--shards",
+            "part",
+            callback=_part,
+            metavar="I/N",
+            help="Make the I-th of N parts; any machines, one file system; then --finish.",
+        ),
+        click.option("--keep-partial", is_flag=True, help="Leave finished files when this run fails; a rerun goes on."),
+        click.option("--keep-preimage", is_flag=True, help="Keep what is overwritten: restore then needs no base."),
+        click.option("--hashes/--no-hashes", default=True, help="sha256 of every file in the manifest.  [default: on]"),
+        click.option(
+            "--link",
+            type=click.Choice(["auto", "reflink", "hardlink", "copy"]),
+            default="auto",
+            show_default=True,
+            help="Files that no adapter touches; auto: reflink where the file system can, else copy.",
+        ),
+        click.option(
+            "--vram",
+            callback=_size,
+            metavar="SIZE",
+            help="Memory for tensors on each CUDA device; a quarter of what is free.",
+        ),
+    ):
+        function = option(function)
+    return function

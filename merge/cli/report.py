@@ -1,0 +1,75 @@
+"""The command that shows: report."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import click
+
+from adapter_merge.errors import OutputError
+
+from .adapter_options import adapter_options, one_stated
+from .console import emit, say
+from .options import report_options
+
+
+@click.command()
+@click.argument("target", metavar="ARTEFACT_OR_ADAPTER")
+@click.option("-o", "--output", type=click.Path(path_type=Path), help="The HTML file to write: report.html.")
+@click.option("--pictures", type=click.Path(path_type=Path), help="A folder for the pictures as PNG (model cards).")
+@click.option("--base", help="The base, where the manifest does not lead to it: for |dW| / |W| and row scales.")
+@click.option(
+    "--parity",
+    multiple=True,
+    type=click.Path(path_type=Path, exists=True, dir_okay=False),
+    help="A file with what `verify --json` printed; may be given several times.",
+)
+@click.option("--overwrite", is_flag=True, help="Replace an HTML file that is there.")
+@adapter_options
+@report_options
+def report(
+    target: str,
+    output: Path | None,
+    pictures: Path | None,
+    base: str | None,
+    parity: tuple[Path, ...],
+    overwrite: bool,
+    as_json: bool,
+    quiet: bool,
+    verbose: bool,
+) -> None:
+    """Show what an artefact or an adapter does to its base, and what was lost: one HTML file, readable offline.
+
+    Without --output a heat map is printed. With --json the data of every picture goes to stdout.
+    """
+    from adapter_merge.reporting.report import gather
+
+    if output is not None and output.is_dir():
+        raise OutputError(f"{output}: is a folder", expected="a file, such as report.html")
+    if output is not None and output.exists() and not overwrite:
+        raise OutputError(f"{output}: exists already", hint="choose another --output, or pass --overwrite")
+    base_kind, options = one_stated()
+    content = gather(target, base, base_kind=base_kind, options=options, parity=parity)
+    if output is not None:
+        from adapter_merge.reporting.report_page import write_page
+
+        write_page(content, output)
+        say(f"{output}: {output.stat().st_size / 1e3:.0f} kB", quiet=quiet)
+    if pictures is not None:
+        from adapter_merge.reporting.report_page import write_pictures
+
+        for file in write_pictures(content, pictures):
+            say(str(file), quiet=quiet)
+    if as_json:
+        emit(content)
+    elif output is None and pictures is None:
+        from rich.console import Console
+
+        from adapter_merge.reporting.heatmap import heat_table
+        from adapter_merge.reporting.pictures import delta_values
+
+        values = delta_values(content)
+        if values:
+            Console().print(heat_table(values))
+        else:
+            say("nothing is known of its weights without the base: pass --base", quiet=quiet)

@@ -1,0 +1,34 @@
+"""The result of a command that writes a folder: a few lines for people, or its manifest as JSON."""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+from typing import Any
+
+import click
+
+from .console import emit, say
+
+
+def show_result(content: dict[str, Any], output: str, started: float, as_json: bool, quiet: bool) -> None:
+    """The result: JSON, or a few lines for people; warnings on stderr."""
+    noted = [f"{entry['name']}: {note}" for entry in content["adapters"] for note in entry.get("notes", ())]
+    for warning in (*content.get("warnings", ()), *noted):
+        say(f"warning: {warning}", quiet=quiet)
+    if as_json:
+        emit(content)
+        return
+    adapters = ", ".join(
+        f"{entry['name']} ({entry['method']}, {entry['modules']} weights)" for entry in content["adapters"]
+    )
+    if content.get("dry_run"):
+        planned = f", {content['bytes'] / 1e6:.1f} MB" if "bytes" in content else ""
+        click.echo(f"would write {output}: {content['artefact']} from {adapters}{planned}")
+        return
+    size = sum(path.stat().st_size for path in Path(output).rglob("*") if path.is_file())
+    seconds = time.perf_counter() - started
+    click.echo(f"{output}: {content['artefact']} from {adapters}; {size / 1e6:.1f} MB in {seconds:.1f} s")
+    for entry in content["adapters"]:
+        if entry.get("evidence"):
+            click.echo(f"  base taken as the {entry['base_kind']}: {entry['evidence']}")

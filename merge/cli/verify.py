@@ -1,0 +1,142 @@
+"""adapter-merge verify: is an artefact equal to the adapter as trained?"""
+
+from __future__ import annotations
+
+import importlib
+import sys
+from pathlib import Path
+from typing import Any
+
+import click
+
+from .adapter_options import adapter_options
+from .console import emit, progress_bar
+from .inputs import INPUTS, Subject, combination_options, has_combination, stated_inputs
+from .options import report_options
+
+
+def _prove_hashes(folder: str, inputs: bool, as_json: bool, quiet: bool) -> None:
+    from dataclasses import asdict
+
+    from adapter_merge.outputs.integrity import check_integrity
+
+    total = sum(path.stat().st_size for path in Path(folder).rglob("*") if path.is_file())
+    with progress_bar("hashing", total, quiet or as_json) as progress:
+        found = check_integrity(folder, inputs=inputs, progress=progress)
+    if as_json:
+        emit(asdict(found) | {"folder": folder, "passed": True})
+        return
+    click.echo(f"{folder}: {found.files} files, {found.nbytes / 1e6:.1f} MB, are what the manifest says")
+    if inputs:
+        click.echo(f"  {found.inputs} files of base and adapters are still the ones that were merged")
+        for name in found.moved:
+            click.echo(f"  not there any more: {name}")
+
+
+def _prove_restored(merged: str, restored: str, as_json: bool) -> None:
+    from adapter_merge.outputs.integrity import check_restored
+
+    count = check_restored(merged, restored)
+    if as_json:
+        emit({"folder": restored, "merged": merged, "files": count, "passed": True})
+    else:
+        click.echo(f"{restored}: {count} files are, to the last bit, the base that {merged} was made from")
+
+
+@click.command()
+@click.argument("inputs", nargs=-1, metavar=f"[{INPUTS}] ARTEFACT")
+@combination_options
+@adapter_options
+@click.option("--inputs", "check_inputs", is_flag=True, help="ARTEFACT alone: hash base and adapters again as well.")
+@click.option("--trained", is_flag=True, help="ARTEFACT alone: compare with the base and adapters of its manifest.")
+@click.option("--prompt", "prompts", multiple=True, help="A prompt to compare on; may be given again.")
+@click.option("--tokens", "generated", default=32, show_default=True, help="Greedy tokens per prompt.")
+@click.option("--tolerance", type=float, help="For max |dlogit|; default 1e-4, and one rounding for half precision.")
+@click.option("--weights-only", is_flag=True, help="Compare weights alone; no model is run.")
+@report_options
+def verify(
+    inputs: tuple[str, ...],
+    check_inputs: bool,
+    trained: bool,
+    prompts: tuple[str, ...],
+    as_json: bool,
+    quiet: bool,
+    verbose: bool,
+    **settings: Any,
+) -> None:
+    """Prove that ARTEFACT (merged model, factors, deltas, ONNX export) computes what ADAPTER was trained to compute.
+
+    The adapter runs unmerged on BASE (PEFT for PEFT folders, the papers' formulas for DCFT and DuDe) and is compared
+    with the artefact in float32: logits, greedy tokens, every weight. Exit code 1 when they differ. With a DCFT
+    checkpoint, which holds its own base: CHECKPOINT ARTEFACT. Several adapters are stated as for merge: each runs on
+    its own, and they are combined by the method's definition.
+
+    ARTEFACT alone proves that it is what was written: every file is hashed again and held against its manifest. With
+    --trained the base, adapters and recipe that the manifest names are proved the same, and compared with as above.
+    MERGED RESTORED proves that a folder is the base that MERGED was made from.
+    """
+    from adapter_merge.api.verify import artefact_kind
+    from adapter_merge.api.verify import verify as run
+    from adapter_merge.outputs.integrity import inputs_of, is_merged
+    from adapter_merge.storage.checkpoint import resolve
+
+    if not inputs:
+        raise click.UsageError(f"expected [{INPUTS}] ARTEFACT")
+    artefact = inputs[-1]
+    combining = has_combination()
+    if len(inputs) == 1 and not combining:
+        folder = str(resolve(artefact))
+        if not trained:
+            _prove_hashes(folder, check_inputs, as_json, quiet)
+            return
+        subject = Subject(*inputs_of(folder))
+    elif len(inputs) == 2 and not combining and is_merged(inputs[0]):
+        _prove_restored(inputs[0], artefact, as_json)
+        return
+    else:
+        subject = stated_inputs(inputs[:-1])
+    onnx = None
+    if artefact_kind(resolve(artefact)) == "onnx":
+        onnx = importlib.import_module("adapter_merge.export.verification").verify_onnx
+    report = run(
+        subject.base,
+        subject.adapter,
+        artefact,
+        base_kind=subject.base_kind,
+        options=subject.options,
+        prompts=prompts or None,
+        onnx=onnx,
+        **settings,
+    )
+    if as_json:
+        emit(report)
+    else:
+        _show_verdict(report)
+    if not report["passed"]:
+        sys.exit(1)
+
+
+def _show_verdict(report: dict[str, Any]) -> None:
+    layers = report.get("layers") or {}
+    if layers:
+        worst = max(layers, key=lambda name: layers[name]["relative_error"])
+        error = layers[worst]["relative_error"]
+        click.echo(f"weights  {len(layers)} compared; worst relative error of dW {error:.2g} ({worst})")
+        if report.get("half_precision"):
+            ulp = max(entry["excess_ulp"] for entry in layers.values())
+            click.echo(f"         {report['half_precision']}: at most {ulp:.2g} ulp beyond one correct rounding")
+    for key in ("logits", "logits_float64"):
+        logits = report.get(key)
+        if not logits:
+            continue
+        click.echo(
+            f"{key.removeprefix('logits_'):<8} max |d| {logits['max_difference']:.2g}, "
+            f"mean {logits['mean_difference']:.2g} "
+            f"(the adapter's own effect: {logits['effect']:.3g})"
+        )
+        click.echo(f"greedy   {logits['greedy_equal']}/{logits['greedy_total']} tokens equal")
+    for note in report.get("notes", ()):
+        click.echo(f"note     {note}")
+    for problem in report.get("problems", ()):
+        click.echo(f"problem  {problem}")
+    click.echo("PASS" if report["passed"] else "FAIL")

@@ -1,0 +1,219 @@
+"""Several adapters as one: bound to one base, each with its own scales and norms, then one edit per tensor.
+
+A `CombinedBound` stands wherever a bound adapter does: merge, delta, factor and verify need nothing else.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from adapter_merge.binding.bind import BoundAdapter, BoundModule, bind
+from adapter_merge.binding.embeddings import EMBEDDINGS
+from adapter_merge.errors import InputError, Problem, UnsupportedError, raise_all
+from adapter_merge.formats.detection import ReadOptions, open_adapter
+from adapter_merge.methods.adapter import Adapter
+from adapter_merge.methods.lora import ExpertModule, PartModule
+from adapter_merge.methods.tokens import TokenModule
+from adapter_merge.storage.checkpoint import Checkpoint, open_checkpoint
+from adapter_merge.storage.safetensors_header import FLOAT_DTYPES, TensorRef
+
+from .combined_weight import CombinedModule, CombinedWeight, Share
+from .delta_ops import Settings
+from .recipe import Ingredient, Recipe
+
+
+@dataclass(frozen=True)
+class CombinedBound(BoundAdapter):
+    """Adapters bound to one base, as one: its modules are `CombinedModule`s."""
+
+    parts: tuple[BoundAdapter, ...] = ()  # in the order of the recipe's ingredients
+    recipe: Recipe = field(default_factory=lambda: Recipe((), Settings()))
+
+    def factor_modules(self) -> tuple[CombinedModule, ...]:
+        """The weights that factors can hold.
+
+        Raises UnsupportedError for trained tokens, experts and parts of fused weights: a PEFT folder has no place for
+        what is combined of them.
+        """
+        problems = [
+            Problem(f"{item.name}: {share.adapter} brings more than factors here", hint="merge the combination instead")
+            for item in self._combined()
+            for share in item.combination.shares
+            if any(
+                isinstance(one.module, TokenModule | ExpertModule | PartModule)
+                or one.rows is not None
+                or getattr(one.module, "parameter", "weight") not in ("weight", "bias")
+                for one in share.modules
+            )
+        ]
+        raise_all(problems, UnsupportedError)
+        return tuple(item for item in self._combined() if item.combination.is_matrix)
+
+    def whole_tensors(self) -> dict[str, Tensor]:
+        """Heads and biases, combined, by name: what a PEFT folder holds beside its factors."""
+        return {item.name: item.whole() for item in self._combined() if not item.combination.is_matrix}
+
+    def _combined(self) -> list[CombinedModule]:
+        return [item for item in self.modules if isinstance(item, CombinedModule)]
+
+
+def open_combination(recipe: Recipe, base: str | Path | None = None) -> CombinedBound:
+    """Every adapter of `recipe` bound to its base, or to `base`. Raises AdapterMergeError."""
+    chosen = base if base is not None else recipe.base
+    if chosen is None:
+        raise InputError("a combination needs its base", expected="BASE NAME=ADAPTER ..., or base in the recipe")
+    checkpoint = open_checkpoint(chosen)
+    bound: list[BoundAdapter] = []
+    for item in recipe.ingredients:
+        options = ReadOptions(**(item.options or {}))
+        opened = bind(open_adapter(item.path, options, checkpoint), checkpoint, item.base_kind)
+        if opened.base_kind == "residual" and (bound or not recipe.in_turn):
+            raise InputError(
+                f"{item.name!r} was trained on the residual that the base is: others were not",
+                hint="combine on the original base",
+            )
+        bound.append(opened)
+    return _together(recipe, tuple(bound), checkpoint)
+
+
+def _together(recipe: Recipe, parts: tuple[BoundAdapter, ...], base: Checkpoint) -> CombinedBound:
+    """The adapters as one. Raises InputError where they cannot go together."""
+    taking = [(item, bound) for item, bound in zip(recipe.ingredients, parts, strict=True) if item.weight != 0]
+    modules, problems = _modules(recipe, taking, base)
+    taken: dict[str, tuple[str, TensorRef]] = {}
+    changes: dict[str, Any] = {}
+    copies: dict[str, TensorRef] = {}
+    names = {module.name for module in modules}
+    for item, bound in taking:
+        for name, ref in bound.replacements.items():
+            if _combinable(base, name, ref):
+                continue
+            if (name in taken and not recipe.in_turn) or name in names:
+                problems.append(
+                    Problem(
+                        f"{name}: {item.name!r} and another adapter both bring one, and the base has none like it",
+                        hint="a tensor without a base has no delta to combine: drop one",
+                    )
+                )
+            taken[name] = (item.name, ref)
+        for key, value in bound.config_changes.items():
+            if changes.setdefault(key, value) != value:
+                problems.append(Problem(f"the adapters disagree about {key}", got=f"{changes[key]} and {value}"))
+        copies |= bound.copies
+    if changes.get("tie_word_embeddings") is False:
+        problems += [
+            Problem(f"{item.name!r} trained tokens of tied embeddings, and another adapter unties them")
+            for item, bound in taking
+            if "tie_word_embeddings" not in bound.config_changes
+            and any(isinstance(m.module, TokenModule) and m.name.endswith(EMBEDDINGS) for m in bound.modules)
+        ]
+    raise_all(problems, InputError)
+    replacements = {name: ref for name, (_, ref) in taken.items()}
+    return CombinedBound(
+        adapter=_as_adapter(recipe, parts, modules, replacements),
+        base=base,
+        modules=modules,
+        replacements=replacements,
+        base_kind=parts[0].base_kind,
+        copies=copies,
+        config_changes=changes,
+        parts=parts,
+        recipe=recipe,
+    )
+
+
+def _combinable(base: Checkpoint, name: str, ref: TensorRef) -> bool:
+    """True for a trained tensor that has a delta: the base holds one of its shape."""
+    old = base.tensors.get(name)
+    return old is not None and old.shape == ref.shape and bool(ref.shape) and ref.dtype in FLOAT_DTYPES
+
+
+def _modules(
+    recipe: Recipe, taking: list[tuple[Ingredient, BoundAdapter]], base: Checkpoint
+) -> tuple[tuple[CombinedModule, ...], list[Problem]]:
+    """Every tensor that changes."""
+    shares: dict[str, list[Share]] = {}
+    places: dict[str, BoundModule | TensorRef] = {}
+    weights: dict[str, TensorRef] = {}
+    problems: list[Problem] = []
+    for item, bound in taking:
+        density = recipe.settings.density if item.density is None else item.density
+        grouped: dict[str, list[BoundModule]] = {}
+        for module in bound.modules:
+            grouped.setdefault(module.name, []).append(module)
+        for name, modules in grouped.items():
+            ref = modules[0].weight
+            if weights.setdefault(name, ref) != ref:
+                problems.append(
+                    Problem(
+                        f"{name}: the adapters were trained on different versions of it",
+                        hint="combine adapters of one vocabulary size",
+                    )
+                )
+            if recipe.in_turn and name in shares and any(_starts_from_base(module) for module in modules):
+                problems.append(
+                    Problem(
+                        f"{name}: {item.name!r} starts from the weight that it finds, which the adapter before it "
+                        "has changed",
+                        hint="merge the one before it, then this one into the result",
+                    )
+                )
+            places.setdefault(name, modules[0])
+            shares.setdefault(name, []).append(Share(item.name, item.weight, density, tuple(modules)))
+        for name, ref in bound.replacements.items():
+            if not _combinable(base, name, ref):
+                continue  # taken as it is: see `_together`
+            old = base.tensors[name]
+            if weights.setdefault(name, old) != old or any(s.adapter == item.name for s in shares.get(name, ())):
+                problems.append(Problem(f"{name} is adapted and replaced at once by {item.name!r}"))
+            places.setdefault(name, old)
+            shares.setdefault(name, []).append(Share(item.name, item.weight, density, (), ref))
+    found = []
+    for name, some in shares.items():
+        place, ref = places[name], weights[name]
+        turned = isinstance(place, BoundModule) and place.transposed
+        shape = ref.shape if len(ref.shape) > 1 else (1, *ref.shape)
+        shape = (shape[1], shape[0]) if turned else (shape[0], shape[-1])
+        whole = CombinedWeight(name, shape, tuple(some), recipe.settings, recipe.in_turn)
+        found.append(CombinedModule(whole, ref, turned, None if name == ref.name else name))
+    return tuple(found), problems
+
+
+def _starts_from_base(bound: BoundModule) -> bool:
+    """True for PiSSA, OLoRA and DuDe, whose frozen part is cut out of the weight that they were given."""
+    return bound.module.needs_base or getattr(bound.module, "initial", None) is not None
+
+
+def _as_adapter(
+    recipe: Recipe,
+    parts: tuple[BoundAdapter, ...],
+    modules: tuple[CombinedModule, ...],
+    replacements: dict[str, TensorRef],
+) -> Adapter:
+    """The combination as an adapter, for what is written beside the weights: names, task, heads."""
+    adapters = [bound.adapter for bound in parts]
+    saved: set[str] = set()
+    for adapter in adapters:
+        stated = adapter.config.get("modules_to_save")
+        saved |= {name for name in stated if isinstance(name, str)} if isinstance(stated, list) else set()
+    tasks = [adapter.config.get("task_type") for adapter in adapters]
+    return Adapter(
+        folder=adapters[0].folder,
+        format="combination",
+        method=recipe.method,
+        modules=tuple(item.combination for item in modules),
+        replacements=replacements,
+        config={
+            "task_type": next((task for task in tasks if isinstance(task, str)), None),
+            "target_modules": sorted(item.combination.name for item in modules if item.combination.is_matrix),
+            "modules_to_save": sorted(saved) or None,
+        },
+        base_name=next((adapter.base_name for adapter in adapters if adapter.base_name), None),
+        fan_in_fan_out=any(adapter.fan_in_fan_out for adapter in adapters),
+        files=tuple(file for adapter in adapters for file in adapter.files),
+        tied=any(adapter.tied for adapter in adapters),
+    )

@@ -1,0 +1,264 @@
+"""Several adapters on one weight, in delta space: W' = W0 + combined(dW_1, ..., dW_n), block of rows by block of rows.
+
+Each dW_i = W'_i - W0 is that adapter's whole effect on the original base: its own scale, rsLoRA, norms and magnitudes.
+
+linear           sum w_i dW_i
+magnitude-prune  the same, of each dW_i only the `density` largest elements by size
+breadcrumbs      the same, without the `gamma` largest ones (arXiv 2312.06795): the next `density` are kept
+dare             each element dropped with probability 1 - density, the rest divided by density (arXiv 2311.03099)
+ties             magnitude-prune, then per element the sign of sum w_i dW_i is elected, and the weighted mean of those
+                 that agree is taken times sum |w_i| (arXiv 2306.01708, where lambda = sum |w_i|); with weights that
+                 add up to 1 this is also mergekit's normalised form
+dare-ties        dare's dropping, then ties' election
+
+Exact over the whole tensor without holding it: the k-th largest size is found from two histograms of the float32 bit
+patterns (their order is the order of sizes), each filled in a pass over the blocks. Elements of the threshold's size
+are all kept. Random numbers are a hash (SplitMix64) of seed, adapter, tensor and element, so that neither blocks nor
+workers nor devices change them.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from adapter_merge.methods.block_edits import BlockEdit
+from adapter_merge.methods.canonical_form import CanonicalForm
+
+METHODS = ("linear", "ties", "dare", "dare-ties", "magnitude-prune", "breadcrumbs")
+HIGH_BINS, LOW_BINS = 1 << 16, 1 << 15  # of the 31 bits of a float32's size
+ALL_ONES = (1 << 64) - 1
+
+
+@dataclass(frozen=True)
+class Settings:
+    """How deltas are combined. `density` is the share of elements kept, `gamma` the share of largest ones dropped."""
+
+    method: str = "linear"
+    density: float = 1.0
+    gamma: float = 0.0
+    seed: int = 0
+
+    @property
+    def by_size(self) -> bool:
+        """True when elements are chosen by their size."""
+        return self.method in ("ties", "magnitude-prune", "breadcrumbs")
+
+    @property
+    def random(self) -> bool:
+        return self.method in ("dare", "dare-ties")
+
+    @property
+    def elects(self) -> bool:
+        return self.method in ("ties", "dare-ties")
+
+
+@dataclass(frozen=True, eq=False)
+class Part:
+    """One adapter's share of a combination."""
+
+    edit: BlockEdit
+    weight: float
+    density: float
+    key: int  # of the random numbers, see `key_of`
+
+    @property
+    def whole(self) -> bool:
+        return self.density >= 1
+
+
+def combined(parts: Sequence[Part], settings: Settings) -> BlockEdit | None:
+    """One edit for all `parts`; None where nothing is changed. The parts' order must not depend on the user's."""
+    parts = [part for part in parts if part.weight != 0 and part.density > 0]
+    whole = all(part.whole for part in parts) and settings.gamma == 0
+    if not parts:
+        return None
+    linear = not settings.elects or len(parts) == 1
+    if linear and whole:
+        if len(parts) == 1 and parts[0].weight == 1:
+            return parts[0].edit
+        forms = [part.edit for part in parts if isinstance(part.edit, CanonicalForm)]
+        if len(forms) == len(parts) and all(form.is_low_rank and form.residual is None for form in forms):
+            return CanonicalForm(
+                torch.cat([form.up * part.weight for form, part in zip(forms, parts, strict=True)], dim=1),
+                torch.cat([form.down for form in forms]),
+            )
+    return CombinedEdit(tuple(parts), settings, pending=2 if settings.by_size and not whole else 0)
+
+
+@dataclass(frozen=True, eq=False)
+class CombinedEdit:
+    """The combination of several edits of one tensor."""
+
+    parts: tuple[Part, ...]
+    settings: Settings
+    pending: int  # passes left to find the thresholds
+    bins: Tensor | None = None  # (n, 2) int64: high bits of the lower and the upper threshold
+    ranks: Tensor | None = None  # (n, 2) int64: how many larger elements the bin may still take
+    low: Tensor | None = None  # (n,) int64: bit patterns below this are dropped
+    high: Tensor | None = None  # (n,) int64: bit patterns from this on are dropped
+
+    @property
+    def needs_columns(self) -> bool:
+        return self.pending > 0 or any(part.edit.needs_columns for part in self.parts)
+
+    def to(self, device: torch.device | str | None = None, dtype: torch.dtype | None = None) -> CombinedEdit:
+        def move(tensor: Tensor | None) -> Tensor | None:
+            return None if tensor is None else tensor.to(device)
+
+        parts = tuple(replace(part, edit=part.edit.to(device, dtype)) for part in self.parts)
+        return replace(
+            self, parts=parts, bins=move(self.bins), ranks=move(self.ranks), low=move(self.low), high=move(self.high)
+        )
+
+    # -- passes ----------------------------------------------------------------------------------------
+
+    def _passes(self) -> list[int]:
+        """The parts whose own pass comes next: plain forms together, others (whose sums have other shapes) alone."""
+        waiting = [index for index, part in enumerate(self.parts) if part.edit.needs_columns]
+        plain = [index for index in waiting if isinstance(self.parts[index].edit, CanonicalForm)]
+        return plain or waiting[:1]
+
+    def column_squares(self, block: Tensor, start: int) -> Tensor:
+        inner = self._passes()
+        if inner:
+            edits = [self.parts[index].edit for index in inner]
+            return torch.stack([edit.column_squares(block.clone(), start) for edit in edits])
+        counts = []
+        for index, part in enumerate(self.parts):
+            bits = size_bits(part.edit.delta_rows(block, start)).reshape(-1)
+            if self.pending == 2:
+                counts.append(torch.bincount(bits >> 15, minlength=HIGH_BINS))
+                continue
+            assert self.bins is not None
+            for which in range(2):
+                inside = bits[(bits >> 15) == self.bins[index, which]]
+                counts.append(torch.bincount(inside & (LOW_BINS - 1), minlength=LOW_BINS))
+        return torch.stack(counts)
+
+    def with_column_norms(self, squares: Tensor) -> CombinedEdit:
+        inner = self._passes()
+        if inner:
+            parts = list(self.parts)
+            for index, row in zip(inner, squares, strict=True):
+                parts[index] = replace(parts[index], edit=parts[index].edit.with_column_norms(row))
+            return replace(self, parts=tuple(parts))
+        if self.pending == 2:
+            total = int(squares[0].sum())
+            wanted = torch.tensor([self._kept(total, part) for part in self.parts], device=squares.device)  # (n, 2)
+            bins, ranks = _find(squares[:, None].expand(-1, 2, -1), wanted)
+            return replace(self, pending=1, bins=bins, ranks=ranks)
+        assert self.bins is not None and self.ranks is not None
+        low_bits, _ = _find(squares.view(len(self.parts), 2, LOW_BINS), self.ranks)
+        found = (self.bins << 15) + low_bits
+        endless = torch.tensor(1 << 31, device=found.device)
+        low = torch.where(self.bins[:, 0] < 0, endless, found[:, 0])
+        high = torch.where(self.bins[:, 1] < 0, endless, found[:, 1])
+        return replace(self, pending=0, low=low, high=high)
+
+    def _kept(self, total: int, part: Part) -> tuple[int, int]:
+        """The ranks, from the largest on, of the last element kept and of the last one dropped as too large."""
+        dropped = int(self.settings.gamma * total) if self.settings.method == "breadcrumbs" else 0
+        kept = int(part.density * total)
+        return (min(total, dropped + kept) if kept else 0), dropped
+
+    # -- blocks ----------------------------------------------------------------------------------------
+
+    def apply_(self, block: Tensor, start: int) -> Tensor | None:
+        block.add_(self.delta_rows(block, start))
+        return None
+
+    def delta_rows(self, block: Tensor, start: int) -> Tensor:
+        assert self.pending == 0, "the passes come first"
+        deltas = []
+        for index, part in enumerate(self.parts):
+            delta = part.edit.delta_rows(block, start)
+            if self.low is not None and self.high is not None:
+                bits = size_bits(delta)
+                delta = delta * ((bits >= self.low[index]) & (bits < self.high[index]))
+            if self.settings.random and not part.whole:
+                kept = random_keep(part.key, part.density, start * delta.shape[1], delta.numel(), delta.device)
+                delta = delta * kept.view_as(delta) / part.density
+            deltas.append(delta * part.weight)
+        if not self.settings.elects:
+            total = deltas[0]
+            for delta in deltas[1:]:
+                total += delta
+            return total
+        stack = torch.stack(deltas)
+        weights = torch.tensor([abs(part.weight) for part in self.parts], dtype=stack.dtype, device=stack.device)
+        agree = torch.sign(stack) == torch.sign(stack.sum(0))
+        agree &= stack != 0
+        share = (weights[:, None, None] * agree).sum(0)
+        return (stack * agree).sum(0) / share.clamp_min(torch.finfo(stack.dtype).tiny) * weights.sum()
+
+
+def size_bits(delta: Tensor) -> Tensor:
+    """int64 that are ordered as |delta| in float32 is."""
+    return delta.to(torch.float32).abs().contiguous().view(torch.int32).to(torch.int64)
+
+
+def _find(
+    counts: Tensor,  # (n, 2, bins) int64
+    ranks: Tensor,  # (n, 2) int64
+) -> tuple[Tensor, Tensor]:
+    """The bin that holds the rank-th largest element, and its rank within the bin; bin -1 for rank 0."""
+    above = counts.flip(-1).cumsum(-1)  # elements in this bin and higher ones, from the top
+    place = (above < ranks[..., None]).sum(-1)  # (n, 2), bins from the top that do not reach the rank
+    place = place.clamp_max(counts.shape[-1] - 1)
+    before = torch.where(place > 0, above.gather(-1, (place - 1).clamp_min(0)[..., None])[..., 0], 0)
+    bins = counts.shape[-1] - 1 - place
+    return torch.where(ranks > 0, bins, -1), torch.where(ranks > 0, ranks - before, 0)
+
+
+def key_of(seed: int, adapter: str, tensor: str) -> int:
+    """64 bits from seed, adapter and tensor name."""
+    digest = hashlib.sha256(f"{seed}\0{adapter}\0{tensor}".encode()).digest()
+    return int.from_bytes(digest[:8], "little")
+
+
+def random_keep(key: int, density: float, first: int, count: int, device: torch.device) -> Tensor:
+    """(count,) bool, true with probability `density`: elements first .. first+count of the tensor of `key`."""
+    value = torch.arange(first, first + count, dtype=torch.int64, device=device)
+    value = value * _signed(0x9E3779B97F4A7C15) + _signed(key)
+    value = (value ^ _shift(value, 30)) * _signed(0xBF58476D1CE4E5B9)
+    value = (value ^ _shift(value, 27)) * _signed(0x94D049BB133111EB)
+    value = value ^ _shift(value, 31)
+    return _shift(value, 11) < math.floor(density * (1 << 53))
+
+
+def _signed(value: int) -> int:
+    value &= ALL_ONES
+    return value - (1 << 64) if value >> 63 else value
+
+
+def _shift(value: Tensor, bits: int) -> Tensor:
+    """A logical shift to the right of int64 taken as unsigned."""
+    return (value >> bits) & ((1 << (64 - bits)) - 1)
+
+
+def combined_form(forms: Sequence[CanonicalForm], weights: Sequence[float], weight: Tensor) -> CanonicalForm:
+    """The linear combination of forms on W0 `weight` (out, in) as one canonical form, exactly, row scales included.
+
+        W0 + sum w_i (diag(d_i) (W0 + U_i D_i) - W0) = diag(d) (W0 + sum diag(w_i d_i / d) U_i D_i)
+        d = 1 + sum w_i (d_i - 1)
+
+    so a combination of DoRAs is again low-rank factors and a row scale, of rank sum R_i. Residuals are folded: exact
+    but for their rounding. Column scales have no such form.
+    """
+    bound = [form.bound_to(weight).folded() for form in forms]
+    assert all(form.col_scale is None for form in bound), "the caller refuses column scales"
+    if all(form.row_scale is None for form in bound):
+        up = torch.cat([form.up * w for form, w in zip(bound, weights, strict=True)], dim=1)
+        return CanonicalForm(up, torch.cat([form.down for form in bound]))
+    ones = torch.ones(weight.shape[0], dtype=weight.dtype, device=weight.device)
+    scales = [ones if form.row_scale is None else form.row_scale for form in bound]
+    total = ones + sum((w * (scale - 1) for w, scale in zip(weights, scales, strict=True)), torch.zeros_like(ones))
+    safe = torch.where(total == 0, ones, total)
+    ups = [form.up * (w * scale / safe)[:, None] for form, w, scale in zip(bound, weights, scales, strict=True)]
+    return CanonicalForm(torch.cat(ups, dim=1), torch.cat([form.down for form in bound]), row_scale=total)

@@ -1,0 +1,158 @@
+"""What is given: base and adapter, or several adapters and a recipe; opened, bound, and told to the manifest."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from adapter_merge.binding.bind import BoundAdapter, bind
+from adapter_merge.errors import InputError
+from adapter_merge.formats.detection import ReadOptions, open_adapter
+from adapter_merge.methods.adapter import Adapter
+from adapter_merge.storage.checkpoint import Checkpoint, open_checkpoint
+from adapter_merge.storage.hashing import hash_files
+from adapter_merge.storage.safetensors_header import FLOAT_DTYPES
+
+from .combined_adapter import CombinedBound, open_combination
+from .recipe import Recipe
+
+AdapterInput = str | Path | Recipe  # a folder, a file, a hub id; or several adapters
+
+
+def open_pair(
+    base: str | Path | None,
+    adapter: AdapterInput,
+    base_kind: str | None = None,
+    options: ReadOptions | None = None,
+) -> BoundAdapter:
+    """`adapter` bound to `base`; without a base, a checkpoint that holds its own (DCFT reference), or the recipe's.
+
+    `base_kind` and `options` are for one adapter: a recipe says them of each.
+    """
+    if isinstance(adapter, Recipe):
+        return open_combination(adapter, base)
+    checkpoint = open_checkpoint(base) if base is not None else None
+    opened = open_adapter(adapter, options, checkpoint)
+    if checkpoint is None:
+        checkpoint = opened.own_base
+        if checkpoint is None:
+            raise InputError(
+                f"{adapter}: is an adapter alone",
+                expected="BASE and ADAPTER",
+                hint=f"its base seems to be {opened.base_name}" if opened.base_name else None,
+            )
+    return bind(opened, checkpoint, base_kind)
+
+
+def parts_of(bound: BoundAdapter) -> tuple[BoundAdapter, ...]:
+    """The adapters that `bound` was made from: itself, or those of a combination."""
+    return bound.parts if isinstance(bound, CombinedBound) else (bound,)
+
+
+def input_folders(bound: BoundAdapter) -> tuple[Path, ...]:
+    """Every folder that is read."""
+    return (bound.base.folder, *(part.adapter.folder for part in parts_of(bound)))
+
+
+def check_values(bound: BoundAdapter) -> None:
+    """Read every tensor of every adapter once. Raises NumericsError naming each that holds NaN or infinity."""
+    for part in parts_of(bound):
+        part.adapter.check_values()
+
+
+def adapter_sha256(adapter: Adapter) -> str:
+    """sha256 over the adapter's files, in the order of their names."""
+    return _combined(adapter_files(adapter))
+
+
+def adapter_files(adapter: Adapter) -> dict[str, str]:
+    """sha256 of each of the adapter's files, by its path in the adapter's folder."""
+    return {relative_name(file, adapter.folder): sha for file, sha in hash_files(sorted(adapter.files)).items()}
+
+
+def _combined(files: Mapping[str, str]) -> str:
+    digest = hashlib.sha256()
+    for name, sha in sorted(files.items(), key=lambda item: Path(item[0]).name):
+        digest.update(f"{Path(name).name}\0{sha}\0".encode())
+    return digest.hexdigest()
+
+
+def relative_name(file: Path, folder: Path) -> str:
+    """The file's path in `folder`, or its bare name where it lies elsewhere."""
+    try:
+        return file.relative_to(folder).as_posix()
+    except ValueError:
+        return file.name
+
+
+def describe_inputs(bound: BoundAdapter, options: ReadOptions | None = None) -> dict[str, Any]:
+    """The manifest's account of base and adapters, with all that was stated of them: enough to open them again."""
+    base = bound.base
+    content: dict[str, Any] = {"base": {**_named(base, parts_of(bound)[0].adapter), "fingerprint": base.fingerprint}}
+    if not isinstance(bound, CombinedBound):
+        return content | {"adapters": [_entry(bound, stated_options(options))]}
+    content["adapters"] = [
+        _entry(part, stated_options(ReadOptions(**(item.options or {})))) | {"name": item.name}
+        for item, part in zip(bound.recipe.ingredients, bound.parts, strict=True)
+    ]
+    return content
+
+
+def _named(base: Checkpoint, adapter: Adapter) -> dict[str, Any]:
+    name = base.config.get("_name_or_path") or adapter.base_name or base.folder.name
+    return {"name": name, "path": str(base.folder)}
+
+
+def _entry(bound: BoundAdapter, stated: dict[str, Any]) -> dict[str, Any]:
+    files = adapter_files(bound.adapter)
+    return {
+        **_adapter(bound.adapter),
+        "modules": len(bound.modules),
+        "replacements": sorted(bound.replacements),
+        "base_kind": bound.base_kind,
+        "evidence": bound.evidence,
+        "stated": stated,
+        "sha256": _combined(files),
+        "files": files,
+    }
+
+
+def _adapter(adapter: Adapter) -> dict[str, Any]:
+    return {
+        "name": adapter.folder.resolve().name,
+        "path": str(adapter.folder),
+        "format": adapter.format,
+        "method": adapter.method,
+        "modules": len(adapter.modules),
+        "replacements": sorted(adapter.replacements),
+        "notes": list(adapter.notes),
+    }
+
+
+def adapter_only(adapter: Adapter) -> dict[str, Any]:
+    """The manifest's account of an adapter that no base was given for."""
+    entry = {**_adapter(adapter), "sha256": adapter_sha256(adapter)}
+    return {"base": {"name": adapter.base_name, "fingerprint": None}, "adapters": [entry]}
+
+
+def stated_options(options: ReadOptions | None) -> dict[str, Any]:
+    """What was said of an adapter beyond its files, as JSON. A file that was named counts by its content as well."""
+    stated: dict[str, Any] = {}
+    for key, value in asdict(options or ReadOptions()).items():
+        if value is None:
+            continue
+        stated[key] = str(value) if isinstance(value, Path) else value
+        if isinstance(value, Path):
+            files = sorted(path for path in value.rglob("*") if path.is_file()) if value.is_dir() else [value]
+            stated[f"{key}_sha256"] = _combined({path.name: sha for path, sha in hash_files(files).items()})
+    return stated
+
+
+def is_stale_quantization(base: Checkpoint) -> bool:
+    """True for a config that says quantised beside weights that are all plain floats: loaders believe the config."""
+    if not base.config.get("quantization_config"):
+        return False
+    return all(ref.dtype in FLOAT_DTYPES for ref in base.tensors.values() if len(ref.shape) > 1)

@@ -1,0 +1,236 @@
+"""A combination, stated in flags or in a file: YAML, JSON or TOML. Unknown keys are errors.
+
+    method: ties              # linear, ties, dare, dare-ties, magnitude-prune, breadcrumbs, or in-turn
+    density: 0.5              # share of elements kept; also per adapter
+    gamma: 0.01               # breadcrumbs: share of largest elements dropped
+    seed: 0
+    base: path/or/hub-id      # optional where the command line has it
+    adapters:
+      - {name: style, path: adapters/style, weight: 0.7}
+      - {name: json, path: adapters/json, weight: 0.3, density: 0.8}
+
+An adapter may also carry what its files do not say: alpha, ranknum, base_kind, format, prefix, magnitude_axis,
+residual_dtype, init_adapter, magnitudes. Paths are relative to the file.
+
+in-turn applies each adapter to what the ones before it have left (an adapter that was trained on a merged model): the
+order counts, and weights and densities are not for it.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import tomllib
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from adapter_merge.errors import FileFormatError, InputError, MissingDependencyError, Problem, raise_all
+
+from .delta_ops import METHODS, Settings
+
+if TYPE_CHECKING:
+    from adapter_merge.formats.detection import ReadOptions
+
+IN_TURN = "in-turn"
+KEYS = ("method", "density", "gamma", "seed", "base", "adapters")
+PATH_KEYS = ("init_adapter", "magnitudes")
+NUMBER_KEYS = ("alpha", "ranknum")
+OPTION_KEYS = (*NUMBER_KEYS, "format", "prefix", "magnitude_axis", "residual_dtype", *PATH_KEYS)
+CHOICES = {"magnitude_axis": ("out", "in"), "residual_dtype": ("float32", "bfloat16", "float16")}
+ADAPTER_KEYS = ("name", "path", "weight", "density", "base_kind", *OPTION_KEYS)
+
+
+@dataclass(frozen=True)
+class Ingredient:
+    """One adapter of a combination."""
+
+    name: str
+    path: str
+    weight: float = 1.0
+    density: float | None = None  # None: the recipe's
+    base_kind: str | None = None
+    options: Mapping[str, Any] | None = None  # of ReadOptions
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """What to combine, and how. Ingredients stand in the order of their names, so that their order says nothing;
+
+    in-turn alone, where it says it all, keeps the one that was given.
+    """
+
+    ingredients: tuple[Ingredient, ...]
+    settings: Settings
+    base: str | None = None
+
+    @property
+    def in_turn(self) -> bool:
+        return self.settings.method == IN_TURN
+
+    @property
+    def method(self) -> str:
+        """For people."""
+        return "adapters in turn" if self.in_turn else f"{self.settings.method} combination"
+
+    def as_json(self) -> dict[str, Any]:
+        """For the manifest."""
+        return {
+            "method": self.settings.method,
+            "density": self.settings.density,
+            "gamma": self.settings.gamma,
+            "seed": self.settings.seed,
+            "adapters": [item.name for item in self.ingredients],
+            "weights": {item.name: item.weight for item in self.ingredients},
+            "densities": {item.name: item.density for item in self.ingredients if item.density is not None},
+        }
+
+
+def make_recipe(ingredients: Sequence[Ingredient], settings: Settings, base: str | None = None) -> Recipe:
+    """A checked recipe. Raises InputError with everything that is wrong."""
+    problems = []
+    names = [item.name for item in ingredients]
+    if not ingredients:
+        problems.append(Problem("a combination needs adapters", expected="NAME=ADAPTER ..."))
+    for name in sorted({name for name in names if names.count(name) > 1}):
+        problems.append(Problem(f"two adapters are called {name!r}", hint="give each its own NAME=ADAPTER"))
+    if settings.method not in (*METHODS, IN_TURN):
+        problems.append(Problem("unknown method of combination", ", ".join((*METHODS, IN_TURN)), repr(settings.method)))
+    for item in ingredients:
+        if not _is_number(item.weight) or abs(item.weight) > 1e6:
+            problems.append(Problem(f"the weight of {item.name!r} is wrong", "a number", repr(item.weight)))
+        if item.base_kind not in (None, "original", "residual"):
+            problems.append(
+                Problem(f"the base_kind of {item.name!r} is wrong", "original, residual", repr(item.base_kind))
+            )
+    for owner, density in [("", settings.density), *((f" of {i.name!r}", i.density) for i in ingredients)]:
+        if density is not None and (not _is_number(density) or not 0 < density <= 1):
+            problems.append(Problem(f"the density{owner} is wrong", "above 0, at most 1", repr(density)))
+    if not _is_number(settings.gamma) or not 0 <= settings.gamma < 1:
+        problems.append(Problem("gamma is wrong", "0 or more, below 1", repr(settings.gamma)))
+    elif settings.gamma and settings.method != "breadcrumbs":
+        problems.append(Problem("gamma is for breadcrumbs only", got=f"gamma with {settings.method}"))
+    if settings.method in ("linear", IN_TURN) and (
+        settings.density != 1 or any(i.density not in (None, 1, 1.0) for i in ingredients)
+    ):
+        problems.append(Problem(f"a density is not for {settings.method}", hint="use magnitude-prune, dare or ties"))
+    if settings.method == IN_TURN and any(item.weight != 1 for item in ingredients):
+        problems.append(Problem("weights are not for in-turn", hint="linear weighs deltas on the original base"))
+    if isinstance(settings.seed, bool) or not isinstance(settings.seed, int) or abs(settings.seed) >= 1 << 63:
+        problems.append(Problem("the seed is wrong", "a whole number of 64 bits", repr(settings.seed)))
+    raise_all(problems, InputError)
+    if settings.method != IN_TURN:
+        ingredients = sorted(ingredients, key=lambda item: item.name)
+    return Recipe(tuple(ingredients), settings, base)
+
+
+def given_options(options: ReadOptions) -> dict[str, Any]:
+    """What was stated, as an ingredient holds it."""
+    return {key: value for key, value in vars(options).items() if value is not None}
+
+
+def read_recipe(file: str | Path) -> Recipe:
+    """The recipe in `file`. Raises FileFormatError or InputError with everything that is wrong."""
+    path = Path(file)
+    content = _content(path)
+    problems = [Problem(f"{path}: unknown key {key!r}", ", ".join(KEYS)) for key in content if key not in KEYS]
+    entries = content.get("adapters")
+    if not isinstance(entries, list) or not entries or not all(isinstance(entry, dict) for entry in entries):
+        problems.append(Problem(f"{path}: adapters is missing or wrong", "a list of {name, path, weight}"))
+        entries = []
+    ingredients = []
+    for number, entry in enumerate(entries, 1):
+        problems += [
+            Problem(f"{path}: adapter {number}: unknown key {key!r}", ", ".join(ADAPTER_KEYS))
+            for key in entry
+            if key not in ADAPTER_KEYS
+        ]
+        where = entry.get("path")
+        if not isinstance(where, str) or not where:
+            problems.append(Problem(f"{path}: adapter {number}: path is missing or wrong", "a folder, file or hub id"))
+            continue
+        name = entry.get("name", Path(where).name)
+        if not isinstance(name, str) or not name:
+            problems.append(Problem(f"{path}: adapter {number}: name is wrong", "a text", repr(name)[:100]))
+            continue
+        problems += _wrong_options(entry, f"{path}: adapter {number}")
+        options = {key: entry[key] for key in OPTION_KEYS if entry.get(key) is not None}
+        for key in PATH_KEYS:
+            if isinstance(options.get(key), str):
+                options[key] = path.parent / options[key]
+        local = path.parent / where
+        ingredients.append(
+            Ingredient(
+                name,
+                str(local) if local.exists() else where,
+                entry.get("weight", 1.0),
+                entry.get("density"),
+                entry.get("base_kind"),
+                options,
+            )
+        )
+    base = content.get("base")
+    if base is not None and not isinstance(base, str):
+        problems.append(Problem(f"{path}: base is wrong", "a folder or hub id", repr(base)[:100]))
+    raise_all(problems, InputError)
+    if isinstance(base, str) and (path.parent / base).exists():
+        base = str(path.parent / base)
+    settings = Settings(
+        content.get("method", "linear"), content.get("density", 1.0), content.get("gamma", 0.0), content.get("seed", 0)
+    )
+    return make_recipe(ingredients, settings, base)
+
+
+def _wrong_options(entry: Mapping[str, Any], where: str) -> list[Problem]:
+    """What is no number, no text or none of the choices."""
+    problems = []
+    for key in OPTION_KEYS:
+        value = entry.get(key)
+        if value is None:
+            continue
+        if key in NUMBER_KEYS and not _is_number(value):
+            problems.append(Problem(f"{where}: {key} is wrong", "a number", repr(value)[:100]))
+        elif key not in NUMBER_KEYS and not (isinstance(value, str) and value in CHOICES.get(key, (value,))):
+            problems.append(
+                Problem(f"{where}: {key} is wrong", ", ".join(CHOICES.get(key, ("a text",))), repr(value)[:100])
+            )
+    return problems
+
+
+def _content(path: Path) -> dict[str, Any]:
+    try:
+        text = path.read_text("utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise FileFormatError(f"{path}: cannot be read ({error})") from error
+    try:
+        if path.suffix == ".json":
+            content = json.loads(text)
+        elif path.suffix == ".toml":
+            content = tomllib.loads(text)
+        else:
+            content = _yaml(text)
+    except MissingDependencyError:
+        raise
+    except (ValueError, RecursionError) as error:
+        raise FileFormatError(f"{path}: not a recipe ({str(error)[:300]})") from error
+    if not isinstance(content, dict) or not all(isinstance(key, str) for key in content):
+        raise FileFormatError(f"{path}: not a recipe", expected=f"a map with {', '.join(KEYS)}")
+    return content
+
+
+def _yaml(text: str) -> Any:
+    try:
+        import yaml  # type: ignore[import-untyped]
+    except ImportError as error:
+        raise MissingDependencyError(
+            "a YAML recipe needs pyyaml", hint="pip install pyyaml, or write it as JSON"
+        ) from error
+    try:
+        return yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise ValueError(error) from error
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)

@@ -1,0 +1,88 @@
+"""The whole way on a real small model: base, two trained adapters, merged, factored, verified."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from adapter_merge.api.factor import factor
+from adapter_merge.api.merge import delta, merge
+from adapter_merge.api.verify import check, verify
+from adapter_merge.combine.open_inputs import open_pair
+from adapter_merge.outputs.staging import check_output
+from adapter_merge.verification.live_adapter import load_model, quiet_libraries, require
+from adapter_merge.verification.live_model import trained_model
+
+from .smollm2 import obtain_base
+
+ADAPTERS = ("dcft-pirate", "dude-json")
+QUESTIONS = ("What is the capital of Italy?", "What is gravity?")
+ANSWER_TOKENS = 40
+
+
+def adapter_folder(name: str) -> Path:
+    """Where the shipped adapter `name` lies."""
+    return Path(__file__).parent / "adapters" / name
+
+
+def answers(model: Any, tokenizer: Any, questions: tuple[str, ...] = QUESTIONS) -> list[str]:
+    """The model's greedy answer to each question."""
+    import torch
+
+    found = []
+    for question in questions:
+        turn = [{"role": "user", "content": question}]
+        text = tokenizer.apply_chat_template(turn, tokenize=False, add_generation_prompt=True)
+        ids = tokenizer(text, return_tensors="pt", add_special_tokens=False)["input_ids"]
+        with torch.no_grad(), quiet_libraries():
+            made = model.generate(
+                input_ids=ids,
+                attention_mask=torch.ones_like(ids),
+                do_sample=False,
+                max_new_tokens=ANSWER_TOKENS,
+                pad_token_id=0,
+            )
+        found.append(tokenizer.decode(made[0, ids.shape[1] :], skip_special_tokens=True).strip())
+    return found
+
+
+def run(output: Path, base: str | None, overwrite: bool, say: Callable[[str], None]) -> dict[str, Any]:
+    """Do everything and return the figures. Files: output/base (kept between runs), output/<adapter>/<artefact>.
+
+    Raises ParityError when an artefact does not compute what was trained.
+    """
+    require("transformers", "peft", *(() if base else ("gguf",)))
+    import transformers
+
+    started = time.perf_counter()
+    for name in ADAPTERS:
+        for artefact in ("merged", "factors", "delta"):
+            check_output(output / name / artefact, overwrite)
+    say("base: SmolLM2-135M-Instruct" if base is None else f"base: {base}")
+    folder = obtain_base(output / "base") if base is None else Path(base)
+    with quiet_libraries():
+        tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
+    report: dict[str, Any] = {"base": str(folder), "questions": list(QUESTIONS), "adapters": {}}
+    report["answers"] = answers(load_model(folder).float(), tokenizer)
+    for name in ADAPTERS:
+        adapter = adapter_folder(name)
+        place = output / name
+        say(f"{name}: as trained, then merge, delta, factor")
+        entry: dict[str, Any] = {"adapter": str(adapter)}
+        entry["answers"] = answers(trained_model(open_pair(folder, adapter)), tokenizer)
+        for artefact, job in (("merged", merge), ("delta", delta), ("factors", factor)):
+            begun = time.perf_counter()
+            job(folder, adapter, place / artefact, overwrite=overwrite)
+            entry[f"{artefact}_seconds"] = round(time.perf_counter() - begun, 2)
+        entry["merged_answers"] = answers(load_model(place / "merged"), tokenizer)
+        for artefact in ("merged", "factors"):
+            say(f"{name}: verify {artefact}")
+            outcome = verify(folder, adapter, place / artefact, prompts=QUESTIONS, generated=24)
+            check(outcome)
+            exact = outcome.get("logits_float64", {}).get("max_difference")
+            entry[artefact] = {"path": str(place / artefact), **outcome["logits"], "float64": exact}
+        report["adapters"][name] = entry
+    report["seconds"] = round(time.perf_counter() - started, 1)
+    return report

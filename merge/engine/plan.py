@@ -1,0 +1,218 @@
+"""What a merge will write, known before a weight is read: output layout = input layout, so every offset is known."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from adapter_merge.binding.bind import BoundAdapter, BoundModule
+from adapter_merge.errors import InputError, Problem, raise_all
+from adapter_merge.storage.checkpoint import Checkpoint, Shard, read_json
+from adapter_merge.storage.safetensors_header import FLOAT_DTYPES, TensorRef, layout
+
+INDEX = "model.safetensors.index.json"
+
+
+@dataclass(frozen=True)
+class TensorJob:
+    """One output tensor: `source`'s bytes, changed by `edits`, written to `place`.
+
+    `original` is the base's tensor where `source` (an adapter's) replaces it: still read, for the base's hash.
+    """
+
+    source: TensorRef
+    place: TensorRef
+    edits: tuple[BoundModule, ...] = ()
+    original: TensorRef | None = None
+
+    @property
+    def is_copy(self) -> bool:
+        return not self.edits and self.source.dtype == self.place.dtype
+
+
+@dataclass(frozen=True)
+class ShardPlan:
+    """One output file: its header's bytes, its tensors in the order of their bytes.
+
+    `source` is the base's safetensors file that the first jobs read from end to end, in order, with `source_header`
+    before its tensors; None where the output's order is not an input's.
+    """
+
+    file: str
+    header: bytes
+    jobs: tuple[TensorJob, ...]
+    source: Path | None = None
+    source_header: bytes = b""
+
+    @property
+    def is_copy(self) -> bool:
+        """True when every byte is the source's, the header included."""
+        return (
+            self.source is not None
+            and self.header == self.source_header
+            and all(job.is_copy and job.original is None and job.source.file == self.source for job in self.jobs)
+        )
+
+    @property
+    def identity(self) -> str:
+        """sha256 of what makes this file, but for the values: names, places and sources."""
+        digest = hashlib.sha256(self.header)
+        for job in self.jobs:
+            digest.update(f"{job.source.file.name}\0{job.source.name}\0{job.source.start}\0{len(job.edits)}\0".encode())
+        return digest.hexdigest()
+
+    @property
+    def nbytes(self) -> int:
+        return max((job.place.stop for job in self.jobs), default=len(self.header))
+
+
+@dataclass(frozen=True)
+class MergePlan:
+    """A merge, ready to run."""
+
+    base: Checkpoint
+    adapters: tuple[BoundAdapter, ...]
+    shards: tuple[ShardPlan, ...]
+    config: Mapping[str, Any] | None  # to write in place of the base's config.json; None: copy that
+    side_files: tuple[Path, ...]
+    operation: str = "merge"  # or "delta"
+
+    @property
+    def nbytes(self) -> int:
+        return sum(shard.nbytes for shard in self.shards)
+
+    def index(self) -> dict[str, Any] | None:
+        """The content of model.safetensors.index.json; None for one shard."""
+        if len(self.shards) == 1:
+            return None
+        placed = {job.place.name: shard.file for shard in self.shards for job in shard.jobs}
+        total = sum(job.place.nbytes for shard in self.shards for job in shard.jobs)
+        return {"metadata": {"total_size": total}, "weight_map": dict(sorted(placed.items()))}
+
+
+def plan_merge(base: Checkpoint, adapters: tuple[BoundAdapter, ...], dtype: str | None = None) -> MergePlan:
+    """Plan the merged checkpoint. `dtype` is a safetensors name for all float tensors; None keeps each one's own."""
+    edits: dict[str, list[BoundModule]] = {}
+    replacements: dict[str, TensorRef] = {}
+    problems: list[Problem] = []
+    for bound in adapters:
+        for module in bound.modules:
+            edits.setdefault(module.name, []).append(module)
+        for name, ref in bound.replacements.items():
+            if name in replacements:
+                problems.append(Problem(f"two adapters replace {name}", hint="merge them one at a time, or drop one"))
+            replacements[name] = ref
+    for name in edits.keys() & replacements.keys():
+        problems.append(Problem(f"{name} is adapted and replaced at once"))
+    raise_all(problems, InputError)
+    # A tensor of the adapter in place of the base's: replaced, or adapted on a copy of its own (a resized embedding).
+    own = dict(replacements)
+    for name, modules in edits.items():
+        if name in base.tensors and modules[0].weight != base.tensors[name]:
+            own[name] = modules[0].weight
+    copies = {name: ref for bound in adapters for name, ref in bound.copies.items()}
+
+    count = len(base.shards)
+    shards = []
+    for number, shard in enumerate(base.shards, 1):
+        file = "model.safetensors" if count == 1 else f"model-{number:05d}-of-{count:05d}.safetensors"
+        entries = [
+            _Entry(
+                own.get(ref.name, ref),
+                ref.name,
+                ref.dtype,
+                tuple(edits.get(ref.name, ())),
+                ref if ref.name in own else None,
+            )
+            for ref in shard.tensors
+        ]
+        if number == count:
+            for name, modules in edits.items():
+                if name not in base.tensors:  # a head that was tied to the embeddings
+                    entries.append(_Entry(modules[0].weight, name, modules[0].weight.dtype, tuple(modules)))
+            for name, ref in replacements.items():
+                if name not in base.tensors:
+                    entries.append(_Entry(ref, name, _main_dtype(base) if ref.dtype in FLOAT_DTYPES else ref.dtype))
+            for name, ref in copies.items():
+                if name not in replacements and name not in edits:
+                    entries.append(_Entry(ref, name, ref.dtype))
+        shards.append(_shard(file, entries, dtype, {"format": "pt", **shard.metadata}, shard))
+    return MergePlan(base, adapters, tuple(shards), _config(base, adapters, dtype), base.side_files)
+
+
+def plan_delta(bound: BoundAdapter, dtype: str = "F32") -> MergePlan:
+    """Plan one file with the dense delta of every adapted weight, by the weight's name."""
+    edits: dict[str, list[BoundModule]] = {}
+    for module in bound.modules:
+        edits.setdefault(module.name, []).append(module)
+    entries = [_Entry(modules[0].weight, name, dtype, tuple(modules)) for name, modules in edits.items()]
+    shard = _shard("delta.safetensors", entries, dtype, {"format": "pt"})
+    return MergePlan(bound.base, (bound,), (shard,), None, (), operation="delta")
+
+
+class _Entry(NamedTuple):
+    source: TensorRef
+    name: str
+    dtype: str  # of the output where no other is asked for
+    edits: tuple[BoundModule, ...] = ()
+    original: TensorRef | None = None
+
+
+def _shard(
+    file: str,
+    entries: Sequence[_Entry],
+    dtype: str | None,
+    metadata: Mapping[str, str],
+    base: Shard | None = None,
+) -> ShardPlan:
+    tensors = [
+        (entry.name, dtype if dtype and entry.dtype in FLOAT_DTYPES else entry.dtype, entry.source.shape)
+        for entry in entries
+    ]
+    header, places = layout(Path(file), tensors, metadata)
+    source, source_header = None, b""
+    if base is not None and base.file.suffix == ".safetensors":
+        source = base.file
+        with source.open("rb") as stream:
+            source_header = stream.read(base.tensors[0].start if base.tensors else source.stat().st_size)
+        same = [(ref.name, ref.dtype, ref.shape) for ref in base.tensors] == tensors
+        if same and dict(base.metadata) == dict(metadata):
+            # The input's own header, byte for byte: an untouched shard is then the same file.
+            header = source_header
+            places = tuple(replace(ref, file=Path(file)) for ref in base.tensors)
+    jobs = tuple(
+        TensorJob(entry.source, place, entry.edits, entry.original)
+        for entry, place in zip(entries, places, strict=True)
+    )
+    return ShardPlan(file, header, jobs, source, source_header)
+
+
+def _main_dtype(base: Checkpoint) -> str:
+    """The dtype of most of the base's bytes."""
+    sizes: dict[str, int] = {}
+    for ref in base.tensors.values():
+        sizes[ref.dtype] = sizes.get(ref.dtype, 0) + ref.nbytes
+    return max(sizes, key=lambda name: sizes[name])
+
+
+def _config(base: Checkpoint, adapters: tuple[BoundAdapter, ...], dtype: str | None) -> dict[str, Any] | None:
+    """The merged model's config where it must differ from the base's file, else None."""
+    file = base.folder / "config.json"
+    if not file.is_file():
+        return None
+    config = dict(base.config)
+    names = {"F32": "float32", "F16": "float16", "BF16": "bfloat16", "F64": "float64"}
+    if dtype is not None:
+        config["dtype" if "dtype" in config else "torch_dtype"] = names[dtype]
+    for bound in adapters:
+        for key, value in bound.config_changes.items():
+            inner = config.get("text_config")
+            nested = isinstance(inner, dict) and key not in config
+            if nested or (isinstance(inner, dict) and key in inner):
+                config["text_config"] = {**config["text_config"], key: value}
+            if not nested:
+                config[key] = value
+    return config if config != read_json(file) else None

@@ -1,0 +1,231 @@
+"""What the factors of one weight cost: measured on the float32 numbers that are written, against the float64 delta.
+
+    relative_error   ||dW - F||_F / ||dW||_F          spectral_error   ||dW - F||_2 / ||dW||_2
+    energy           1 - relative_error^2             output_error     ||(dW - F) S||_F / ||dW S||_F, S S^T = E x x^T
+
+F is what a server adds to W0: up down, or diag(s - 1) W0 + diag(s) up down with a row scale s. W0 passes by once more
+for it, in blocks; where no base is needed the figures follow from the factors' QR cores.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from adapter_merge.errors import ParityError, Problem, raise_all
+
+from .delta_operator import AnyDelta
+from .randomised_svd import generator, spectral_norm
+from .truncated_svd import product_norms
+
+SPECTRUM_LENGTH = 64  # singular values that a manifest keeps per weight
+
+
+@dataclass(frozen=True)
+class LayerFigures:
+    """One weight's line in the manifest."""
+
+    shape: tuple[int, int]
+    rank: int
+    route: str  # "exact", "cores", "randomised", "dense"
+    relative_error: float
+    spectral_error: float
+    energy: float
+    relative_delta: float | None = None  # ||dW||_F / ||W0||_F; None where the base was not read
+    output_error: float | None = None  # None without calibration
+    singular_values: tuple[float, ...] = ()  # the first ones of dW (of dW S), relative to its Frobenius norm
+
+    def as_json(self) -> dict[str, Any]:
+        """Plain numbers, short enough for a manifest of some hundred weights."""
+        content: dict[str, Any] = {"shape": list(self.shape), "rank": self.rank, "route": self.route}
+        for name in ("relative_error", "spectral_error", "energy", "relative_delta", "output_error"):
+            value = getattr(self, name)
+            content[name] = None if value is None else float(f"{value:.8g}")
+        content["singular_values"] = [float(f"{value:.4g}") for value in self.singular_values]
+        return content
+
+
+def relative(part: float, whole: float) -> float:
+    """part / whole, and 0 for nothing out of nothing."""
+    return part / whole if whole > 0 else (0.0 if part == 0 else math.inf)
+
+
+def low_rank_errors(
+    exact_up: Tensor,  # (out, R) float64
+    exact_down: Tensor,  # (R, in) float64
+    up: Tensor,  # (out, k) float32, as written
+    down: Tensor,  # (k, in) float32
+    root: Tensor | None = None,  # (in, n) float64
+) -> tuple[float, float, float | None]:
+    """relative_error, spectral_error, output_error of a plain form, from factors alone."""
+    left = torch.cat((exact_up, -up.to(exact_up)), dim=1)
+    right = torch.cat((exact_down, down.to(exact_down)), dim=0)
+    if left.shape[1] > min(left.shape[0], right.shape[1]):  # a product of full rank is cheaper than its QR cores
+        return _dense_errors(left @ right, exact_up @ exact_down, root)
+    frobenius, spectral = product_norms(left, right)
+    whole, top = product_norms(exact_up, exact_down)
+    output = None
+    if root is not None:
+        output = relative(product_norms(left, right @ root)[0], product_norms(exact_up, exact_down @ root)[0])
+    return relative(frobenius, whole), relative(spectral, top), output
+
+
+def _dense_errors(rest: Tensor, delta: Tensor, root: Tensor | None) -> tuple[float, float, float | None]:
+    """The same three figures of rest and delta (out, in), float64."""
+    frobenius, whole = float(torch.linalg.vector_norm(rest)), float(torch.linalg.vector_norm(delta))
+    if not whole > 0:
+        return relative(frobenius, whole), relative(frobenius, whole), None if root is None else 0.0
+    unit = frobenius or 1.0
+    tops = []
+    for matrix in (rest / unit, delta / whole):
+        held = _Held(matrix.to(torch.float32))
+        tops.append(spectral_norm(held, generator("dense", matrix.device)))
+    output = None
+    if root is not None:
+        output = relative(float(torch.linalg.vector_norm(rest @ root)), float(torch.linalg.vector_norm(delta @ root)))
+    return relative(frobenius, whole), relative(tops[0] * unit, tops[1] * whole), output
+
+
+class _Held:
+    """A matrix in memory, as a map."""
+
+    def __init__(self, matrix: Tensor) -> None:
+        self.matrix = matrix
+        self.shape = (matrix.shape[0], matrix.shape[1])
+
+    def matmul(self, x: Tensor) -> Tensor:
+        return self.matrix @ x
+
+    def rmatmul(self, y: Tensor) -> Tensor:
+        return self.matrix.T @ y
+
+
+@dataclass(frozen=True)
+class MeasuredErrors:
+    """Errors of one weight's factors, found in a pass over its base."""
+
+    relative_error: float
+    spectral_error: float
+    relative_delta: float
+    output_error: float | None
+
+
+class _Rest:
+    """dW - F as a map: held in float32 where the weight is small, formed again block by block where it is not."""
+
+    def __init__(self, delta: AnyDelta, up: Tensor, down: Tensor, scale: Tensor | None) -> None:
+        self.delta = delta
+        self.shape = delta.shape
+        self.up, self.down = up.to(torch.float64), down.to(torch.float64)
+        self.scale = None if scale is None else scale.to(torch.float64)
+        self.kept: Tensor | None = None
+
+    def block(self, start: int, base: Tensor, delta: Tensor) -> Tensor:
+        rows = slice(start, start + base.shape[0])
+        product = self.up[rows] @ self.down
+        if self.scale is None:
+            return delta - product
+        scale = self.scale[rows, None]
+        return delta.addcmul(base, scale - 1, value=-1).sub_(product.mul_(scale))
+
+    def blocks(self) -> list[Tensor]:
+        return [self.block(*parts).to(torch.float32) for parts in self.delta.delta_blocks()]
+
+    def matmul(self, x: Tensor) -> Tensor:
+        if self.kept is not None:
+            return self.kept @ x
+        return torch.cat([self.block(*parts).to(x.dtype) @ x for parts in self.delta.delta_blocks()])
+
+    def rmatmul(self, y: Tensor) -> Tensor:
+        if self.kept is not None:
+            return self.kept.T @ y
+        product = torch.zeros(self.shape[1], y.shape[1], dtype=y.dtype, device=y.device)
+        for start, base, delta in self.delta.delta_blocks():
+            product += self.block(start, base, delta).to(y.dtype).T @ y[start : start + base.shape[0]]
+        return product
+
+
+def measure(
+    name: str,
+    delta: AnyDelta,
+    up: Tensor,  # (out, R) float32, as written
+    down: Tensor,  # (R, in) float32
+    scale: Tensor | None,  # (out,) float32
+    top: float | None = None,  # ||dW||_2 where it is known
+    root: Tensor | None = None,  # (in, n) float32
+) -> MeasuredErrors:
+    """The errors of these factors in one float64 pass over the base, and a power iteration for the spectral norm."""
+    device = delta.rows.device
+    rest = _Rest(delta, up.to(device), down.to(device), None if scale is None else scale.to(device))
+    error = total = weighted_error = weighted_total = 0.0
+    kept = []
+    for start, base, rows in delta.delta_blocks():
+        missing = rest.block(start, base, rows)
+        error += float(missing.square().sum())
+        total += float(rows.square().sum())
+        single = missing.to(torch.float32)
+        if root is not None:
+            weighted_error += float((single @ root).square().sum())
+            weighted_total += float((rows.to(torch.float32) @ root).square().sum())
+        if delta.rows.resident:
+            kept.append(single)
+    rest.kept = torch.cat(kept) if kept else None
+    if total > 0:
+        # Brought to a scale where float32 squares do not vanish: an exact form's rest is 1e-8 of its delta.
+        unit = math.sqrt(error) or 1.0
+        if rest.kept is not None:
+            rest.kept /= unit
+        spectral = spectral_norm(rest, generator(name, device)) * (unit if rest.kept is not None else 1.0)
+        top = spectral_norm(delta, generator(name, device)) if top is None else top
+    else:
+        spectral = top = 0.0
+    return MeasuredErrors(
+        relative(math.sqrt(error), math.sqrt(total)),
+        relative(spectral, top),
+        relative(math.sqrt(total), math.sqrt(delta.base_total)),
+        relative(math.sqrt(weighted_error), math.sqrt(weighted_total)) if root is not None else None,
+    )
+
+
+def summary(layers: Mapping[str, LayerFigures]) -> dict[str, Any]:
+    """The certificate over all weights: the worst, and what all deltas together lost."""
+    worst = max(layers, key=lambda name: layers[name].relative_error)
+    weighted = [figures.output_error for figures in layers.values() if figures.output_error is not None]
+    content: dict[str, Any] = {
+        "weights": len(layers),
+        "ranks": [min(f.rank for f in layers.values()), max(f.rank for f in layers.values())],
+        "max_relative_error": layers[worst].relative_error,
+        "worst_weight": worst,
+        "mean_relative_error": sum(f.relative_error for f in layers.values()) / len(layers),
+        "max_spectral_error": max(f.spectral_error for f in layers.values()),
+        "mean_energy": sum(f.energy for f in layers.values()) / len(layers),
+        "mean_output_error": sum(weighted) / len(weighted) if weighted else None,
+    }
+    return {key: float(f"{value:.8g}") if isinstance(value, float) else value for key, value in content.items()}
+
+
+def check_errors(layers: Mapping[str, LayerFigures], limit: float) -> None:
+    """Raise ParityError naming every weight whose relative error is above `limit` (ten of them at most)."""
+    above = sorted(
+        (name for name in layers if layers[name].relative_error > limit),
+        key=lambda name: -layers[name].relative_error,
+    )
+    problems = [
+        Problem(
+            f"{name}: the factors lose too much", f"relative error <= {limit:g}", f"{layers[name].relative_error:.4g}"
+        )
+        for name in above[:10]
+    ]
+    if above:
+        problems.append(
+            Problem(
+                f"{len(above)} of {len(layers)} weights are beyond --max-error",
+                hint="a higher --rank or --budget, --scale exact, or no --rank at all for the exact form",
+            )
+        )
+    raise_all(problems, ParityError)

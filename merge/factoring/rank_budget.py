@@ -1,0 +1,54 @@
+"""Ranks under a budget: every next byte goes where it buys most error.
+
+The gain of a weight's next rank is the next squared singular value, its price 4 (out + in) bytes. Gains fall, so taking
+the best ratio first is optimal up to the last item (the fractional knapsack).
+"""
+
+from __future__ import annotations
+
+import heapq
+from collections.abc import Sequence
+
+from torch import Tensor
+
+from adapter_merge.errors import InputError
+
+BYTES = 4  # float32
+
+
+def bytes_of(shape: tuple[int, int], rank: int) -> int:
+    """The size of both factors of a weight (out, in)."""
+    return BYTES * rank * (shape[0] + shape[1])
+
+
+def allot(
+    squares: Sequence[Tensor],  # per weight: (l,) float64, falling
+    shapes: Sequence[tuple[int, int]],
+    budget: int,  # bytes
+) -> list[int]:
+    """A rank of at least 1 for every weight. Raises InputError when even that is too much."""
+    least = sum(bytes_of(shape, 1) for shape in shapes)
+    if least > budget:
+        raise InputError(
+            "--budget is too small",
+            expected=f"at least {least / 1e6:.2f} MB (rank 1 for each of {len(shapes)} weights)",
+            got=f"{budget / 1e6:.2f} MB",
+        )
+    ranks = [1] * len(shapes)
+    left = budget - least
+
+    def offer(index: int) -> tuple[float, int]:
+        return -float(squares[index][ranks[index]]) / bytes_of(shapes[index], 1), index
+
+    heap = [offer(index) for index in range(len(shapes)) if squares[index].numel() > 1]
+    heapq.heapify(heap)
+    while heap:
+        gain, index = heapq.heappop(heap)
+        price = bytes_of(shapes[index], 1)
+        if gain == 0 or price > left:
+            continue  # a smaller weight may still fit
+        left -= price
+        ranks[index] += 1
+        if ranks[index] < squares[index].numel():
+            heapq.heappush(heap, offer(index))
+    return ranks

@@ -1,0 +1,281 @@
+"""The factors of one weight: by which route they are found, and what they cost.
+
+exact        the canonical form itself, numerically zero singular values dropped; DoRA and DuDe with their row scale
+             (LoKr: through the SVDs of its two sides)
+cores        truncated through the QR cores of up @ down: LoRA, rsLoRA, PiSSA, DCFT, and any form with --scale exact
+randomised   the leading part of diag(d - 1) W0 + diag(d) up down from products with it
+dense        the same through its Gram matrix, where most of the spectrum is wanted
+
+A combination whose delta is no sum of factors and scales (TIES, DARE, pruning) has its dense delta alone.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from adapter_merge.binding.bind import BoundModule
+from adapter_merge.combine.combined_weight import CombinedModule, CombinedWeight
+from adapter_merge.errors import UnsupportedError
+from adapter_merge.methods.adapter import AdaptedModule
+from adapter_merge.methods.canonical_form import CanonicalForm
+from adapter_merge.methods.lokr import LokrModule
+from adapter_merge.storage.tensor_io import read_tensor
+
+from .certificate import SPECTRUM_LENGTH, LayerFigures, low_rank_errors, measure
+from .delta_operator import AnyDelta, BaseRows, DeltaOperator, HeldDelta
+from .randomised_svd import generator, oversampled, randomised_spectrum
+from .truncated_svd import Spectrum, core_svd, dense_spectrum, kronecker_spectrum, low_rank_spectrum, numerical_rank
+
+FIRST_WIDTH = 32  # the rank at which the search for an energy begins
+DENSE_SHARE = 0.35  # of the full rank: from here on the Gram matrix is cheaper than iterating
+SMALLEST_SCALE = 1e-6  # of the largest |d|: a row below it is written off rather than divided by
+
+
+@dataclass(frozen=True, eq=False)
+class Factored:
+    """The factors of one weight, float32 on the CPU, and what they cost."""
+
+    name: str  # module path
+    up: Tensor  # (out, R)
+    down: Tensor  # (R, in)
+    magnitude: Tensor | None  # (out,)
+    row_scale: Tensor | None  # (out,)
+    figures: LayerFigures
+
+
+class Factoriser:
+    """One weight on its way to factors; `weight` is None where there is no base."""
+
+    def __init__(
+        self,
+        module: AdaptedModule,
+        weight: BoundModule | None,
+        device: torch.device,
+        *,
+        keep_scale: bool = False,
+        root: Tensor | None = None,  # (in, n) float32 on the CPU: S of the activations
+    ) -> None:
+        self.module, self.weight, self.device, self.keep_scale = module, weight, device, keep_scale
+        self.root = None if root is None else root.to(device)
+        self._delta: AnyDelta | None = None
+        self.dense = isinstance(module, CombinedWeight) and not module.has_form
+        self.held = isinstance(module, CombinedWeight) and (self.dense or module.is_rounded)
+        if self.dense:  # nothing but the delta itself: factors of rank 0 stand in
+            self.form = CanonicalForm(torch.zeros(module.shape[0], 0), torch.zeros(0, module.shape[1]))
+        else:
+            self.form = module.form(read_tensor, self._oriented, torch.float64).to(device)
+
+    def _oriented(self) -> Tensor:
+        assert self.weight is not None, "a module that needs its base has one"
+        return self.weight.oriented_weight()
+
+    @property
+    def delta(self) -> AnyDelta:
+        """dW as an operator; the base is opened at the first use."""
+        if self._delta is None:
+            assert self.weight is not None
+            rows = BaseRows(self.weight, self.device)
+            if self.held:
+                assert isinstance(self.weight, CombinedModule)
+                self._delta = HeldDelta(self.weight.dense_delta(self.device), rows, self.form.row_scale)
+            else:
+                self._delta = DeltaOperator(self.form, rows)
+        return self._delta
+
+    def close(self) -> None:
+        """Let the base's rows go; the form stays."""
+        self._delta = None
+
+    @property
+    def scaled(self) -> bool:
+        return not self.form.is_low_rank
+
+    @property
+    def through_cores(self) -> bool:
+        """True when the truncation needs factors only."""
+        if self.dense:
+            return False
+        return not self.scaled or (self.keep_scale and self.form.col_scale is None and not self.form.needs_columns)
+
+    # -- exact -----------------------------------------------------------------------------------------
+
+    def exact(self) -> Factored:
+        """The exact factors of the smallest rank; with magnitudes their row scale as well."""
+        form = self.form
+        if self.dense or form.col_scale is not None or form.needs_columns:
+            what = "this way of combining" if self.dense else "a scale of the input columns"
+            raise UnsupportedError(
+                f"{self.module.name}: {what} has no exact LoRA form",
+                hint="merge this adapter instead, or accept a truncated LoRA with --rank",
+            )
+        sides = self._kronecker_sides()
+        if sides is not None:
+            spectrum = kronecker_spectrum(*sides)
+            up, down = spectrum.factors(spectrum.rank)
+            return self._finish(up, down, "exact", False, self._values(spectrum), None)
+        plain = form.folded()
+        left, s, right = core_svd(plain.up, plain.down)
+        kept = numerical_rank(s)
+        if kept == plain.rank:
+            up, down = plain.up, plain.down
+        else:
+            root = s[:kept].sqrt()
+            up, down = left[:, :kept] * root, root[:, None] * right[:kept]
+        if self.scaled:  # the spectrum of dW itself is not known here
+            s = s[:0]
+        norm = torch.linalg.vector_norm(s)
+        values = tuple(float(value / norm) if norm > 0 else 0.0 for value in s[:kept])
+        return self._finish(up, down, "exact", self.scaled, values, None)
+
+    # -- truncated -------------------------------------------------------------------------------------
+
+    def spectrum(self, want: int | float) -> Spectrum:
+        """At least the part of the spectrum that `want` needs: a rank (int) or an energy below 1 (float)."""
+        sides = self._kronecker_sides()
+        if sides is not None:
+            return kronecker_spectrum(*sides, limit=want if isinstance(want, int) else None)
+        if self.through_cores:
+            plain = self.form.folded()
+            up = plain.up
+            if self.scaled:
+                scale = self.delta.scale
+                assert scale is not None
+                up = scale[:, None] * up
+            root = None if self.root is None else self.root.to(torch.float64)
+            return low_rank_spectrum(up, plain.down, root)
+        limit = min(self.form.shape)
+        random = generator(self.module.name, self.device)
+        total = self.delta.total if self.root is None else self._weighted_total()
+        width = min(want, limit) if isinstance(want, int) else min(FIRST_WIDTH, limit)
+        while oversampled(width, limit) < DENSE_SHARE * limit:
+            found = randomised_spectrum(self.delta, total, width, random, self.root)
+            if isinstance(want, int):
+                return found
+            if found.rank_for(want) is not None:
+                return found
+            width *= 2
+        return dense_spectrum(self.delta.dense(), None if self.root is None else self.root.to(torch.float64))
+
+    def _kronecker_sides(self) -> tuple[Tensor, Tensor] | None:
+        """Both sides of a plain LoKr delta, float64: its SVD is that of its sides. None for everything else."""
+        if not isinstance(self.module, LokrModule) or self.scaled or self.root is not None:
+            return None
+        first, second = (
+            torch.linalg.multi_dot(parts) if len(parts) > 1 else parts[0]
+            for parts in (
+                [read_tensor(ref).to(self.device, torch.float64) for ref in side]
+                for side in (self.module.w1, self.module.w2)
+            )
+        )
+        return first * self.module.scale, second
+
+    @staticmethod
+    def _values(spectrum: Spectrum) -> tuple[float, ...]:
+        """Singular values relative to the Frobenius norm."""
+        norm = spectrum.total**0.5
+        return tuple(float(value) ** 0.5 / norm if norm > 0 else 0.0 for value in spectrum.squares)
+
+    def _weighted_total(self) -> float:
+        assert self.root is not None
+        return sum(float((rows @ self.root).square().sum()) for _, _, rows in self.delta.delta_blocks(torch.float32))
+
+    def truncated(self, spectrum: Spectrum, rank: int) -> Factored:
+        """The factors of that rank, with measured errors."""
+        rank = min(rank, spectrum.rank)
+        up, down = (part.to(self.device, torch.float64) for part in spectrum.factors(rank))
+        route = "cores" if self.through_cores else ("dense" if spectrum.full else "randomised")
+        values = self._values(spectrum)
+        top = None
+        if self.through_cores and self.scaled:
+            scale = self.delta.scale
+            assert scale is not None
+            floor = SMALLEST_SCALE * scale.abs().max()
+            up = torch.where(scale.abs() > floor, 1 / scale, torch.zeros_like(scale))[:, None] * up
+            values = ()
+        elif self.root is None and self.scaled:
+            top = float(spectrum.squares[0]) ** 0.5
+        return self._finish(up, down, route, self.keep_scale and self.scaled, values, top)
+
+    # -- both ------------------------------------------------------------------------------------------
+
+    def with_unit_scale(self, found: Factored) -> Factored:
+        """Factors without a row scale, for a folder where others have one: magnitudes that change nothing.
+
+        PEFT's DoRA would take the norms of W0 for magnitudes that are not there.
+        """
+        assert self.weight is not None
+        dim = 0 if getattr(self.module, "embedding", False) else 1
+        weight = self.weight.oriented_weight().to(device=self.device, dtype=torch.float64)
+        after = torch.addmm(weight, found.up.to(weight), found.down.to(weight))
+        magnitude = torch.linalg.vector_norm(after, dim=dim).to("cpu", torch.float32)
+        return replace(found, magnitude=magnitude, row_scale=None if dim == 0 else torch.ones(after.shape[0]))
+
+    def _finish(
+        self,
+        up: Tensor,  # (out, R) float64
+        down: Tensor,  # (R, in) float64
+        route: str,
+        with_scale: bool,
+        values: tuple[float, ...],
+        top: float | None,
+    ) -> Factored:
+        up, down = up.to(torch.float32).contiguous(), down.to(torch.float32).contiguous()
+        magnitude = row_scale = None
+        if with_scale:
+            magnitude, row_scale = self._scales(up, down, route == "exact")
+        delta_norm: float | None = None
+        if self.scaled or self.held or (self.form.residual is not None and self.weight is not None):
+            found = measure(self.module.name, self.delta, up, down, row_scale, top, self.root)
+            errors = found.relative_error, found.spectral_error, found.output_error
+            delta_norm = found.relative_delta
+        else:
+            plain = self.form.folded()
+            root = None if self.root is None else self.root.to(torch.float64)
+            errors = low_rank_errors(plain.up, plain.down, up, down, root)
+        figures = LayerFigures(
+            shape=self.form.shape,
+            rank=down.shape[0],
+            route=route,
+            relative_error=errors[0],
+            spectral_error=errors[1],
+            energy=1 - errors[0] ** 2,
+            relative_delta=delta_norm,
+            output_error=errors[2],
+            singular_values=values[:SPECTRUM_LENGTH],
+        )
+        return Factored(
+            self.module.name,
+            up.cpu(),
+            down.cpu(),
+            None if magnitude is None else magnitude.to("cpu", torch.float32),
+            None if row_scale is None else row_scale.to("cpu", torch.float32),
+            figures,
+        )
+
+    def _scales(
+        self,
+        up: Tensor,  # (out, R) float32
+        down: Tensor,  # (R, in) float32
+        exact: bool,
+    ) -> tuple[Tensor, Tensor]:
+        """magnitude and row_scale (out,), float64, for the factors as they are written.
+
+        Exact factors keep the magnitude (PEFT finds the same scale from it); truncated ones keep the scale.
+        """
+        form: CanonicalForm = replace(self.form, residual=None)
+        wide_up, wide_down = up.to(torch.float64), down.to(torch.float64)
+        norm = torch.cat(
+            [
+                torch.linalg.vector_norm(torch.addmm(block, wide_up[start : start + len(block)], wide_down), dim=1)
+                for start, block in self.delta.rows.blocks(torch.float64)
+            ]
+        )
+        safe = torch.where(norm == 0, torch.ones_like(norm), norm)
+        if exact and form.magnitude is not None:
+            return form.magnitude, form.magnitude / safe
+        scale = self.delta.scale
+        assert scale is not None
+        return scale * norm, scale

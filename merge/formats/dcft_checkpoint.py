@@ -1,0 +1,136 @@
+"""The DCFT reference's own checkpoint: one full, unmerged state dict that is base and adapter at once.
+
+pytorch_model.bin (or model.safetensors) holds, per adapted module, <module>.weight, .bias, .lora_A, .lora_B, .lora_C
+and .ranknum; alpha and the method stand only in config.json (apply_lora, lora_type "svd", lora_alpha). transformers
+loads such a folder without complaint and drops the adapter.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import replace
+
+from adapter_merge.errors import AdapterError, MismatchError, Problem, raise_all
+from adapter_merge.methods.adapter import Adapter
+from adapter_merge.storage.checkpoint import OUTPUT_HEADS, Checkpoint
+from adapter_merge.storage.safetensors_header import TensorRef
+from adapter_merge.storage.tensor_comparison import same_bytes, same_values
+
+from .dcft_tensors import DCFT_ROLE, SHARED_ROLES, dcft_modules, group_dcft
+
+# Keys of the reference's training arguments that a plain transformers config must not carry on.
+TRAINING_KEYS = (
+    "apply_lora",
+    "lora_type",
+    "lora_module",
+    "lora_alpha",
+    "lora_r",
+    "apply_adapter",
+    "adapter_type",
+    "adapter_size",
+)
+
+
+def holds_dcft(checkpoint: Checkpoint) -> bool:
+    """True when some module has all of lora_A, lora_B and lora_C beside its weight."""
+    names = set(checkpoint.tensors)
+    modules = {name.removesuffix(".lora_A") for name in names if name.endswith(".lora_A")}
+    modules &= {name.removesuffix(".lora_B") for name in names if name.endswith(".lora_B")}
+    if names.intersection(SHARED_ROLES):
+        return bool(modules)
+    return any(f"{module}.{kernel}" in names for module in modules for kernel in ("lora_C", "lora_C.weight"))
+
+
+def read_dcft_checkpoint(
+    checkpoint: Checkpoint, alpha: float | None = None, base: Checkpoint | None = None, ranknum: float | None = None
+) -> Adapter:
+    """The adapter in a reference checkpoint. `alpha` overrides config.json's lora_alpha.
+
+    Its replacements are the heads that were trained beside the adapter (see `trained_tensors`).
+    """
+    weights = checkpoint.shards[0].file
+    groups, others, problems = group_dcft(tuple(checkpoint.tensors.values()), "", weights)
+    for name in groups:
+        if f"{name}.weight" not in others or len(others[f"{name}.weight"].shape) != 2:
+            problems.append(Problem(f"{weights}: {name} has DCFT tensors but no (out, in) weight"))
+    problems += [
+        Problem(f"{weights}: unknown tensor {name!r}", expected="lora_A, lora_B, lora_C, ranknum")
+        for name in others
+        if name.rpartition(".")[2].startswith(("lora_", "loraA", "loraB")) or ".lora_" in name
+    ]
+    raise_all(problems, AdapterError)
+    shapes = {name: others[f"{name}.weight"].shape for name in groups}
+    config = checkpoint.config
+    modules, problems = dcft_modules(
+        groups, config.get("lora_alpha") if alpha is None else alpha, None, shapes, weights, ranknum
+    )
+    raise_all(problems, AdapterError)
+    own = Checkpoint(
+        checkpoint.folder,
+        tuple(
+            replace(
+                shard,
+                tensors=tuple(
+                    ref for ref in shard.tensors if not DCFT_ROLE.fullmatch(ref.name) and ref.name not in SHARED_ROLES
+                ),
+            )
+            for shard in checkpoint.shards
+        ),
+        {key: value for key, value in config.items() if key not in TRAINING_KEYS},
+    )
+    adapted = {module.name for module in modules}
+    if base is not None:
+        _check_base(others, adapted, base)
+    return Adapter(
+        folder=checkpoint.folder,
+        format="DCFT checkpoint",
+        method="DCFT",
+        modules=modules,
+        replacements=trained_tensors(others, adapted, base, bool(config.get("tie_word_embeddings"))),
+        config=config,
+        base_name=config.get("_name_or_path"),
+        own_base=own,
+        files=tuple(dict.fromkeys(shard.file for shard in checkpoint.shards)),
+    )
+
+
+def _check_base(others: Mapping[str, TensorRef], adapted: set[str], base: Checkpoint) -> None:
+    """The checkpoint holds the frozen weights that it was trained on: a base with others is another base."""
+    names = [f"{name}.weight" for name in sorted(adapted)]
+    problems = [
+        Problem(f"{name}: the base's weight is not the one that the checkpoint was trained on")
+        for name in names
+        if name in base.tensors and base.tensors[name].dtype == others[name].dtype
+        and not same_bytes(base.tensors[name], others[name])
+    ]  # fmt: skip
+    if problems:
+        hint = "leave BASE out: the checkpoint holds its own"
+        raise MismatchError([*problems[:10], Problem(f"{len(problems)} of {len(names)} weights differ", hint=hint)])
+
+
+def trained_tensors(
+    others: Mapping[str, TensorRef], adapted: set[str], base: Checkpoint | None, tied: bool
+) -> dict[str, TensorRef]:
+    """The tensors that were trained in full, of all that are not DCFT's own.
+
+    With a base: those that it lacks or holds with other values. Without one: everything outside the backbone (the
+    first path component that all adapted modules share), and poolers, which the reference trains as well
+    (mark_only_lora_as_trainable in loralib/utils.py lets names with classifier and pooler train). A head `tied` to the
+    embeddings, which torch.save writes out a second time, is no trained tensor.
+    """
+    weights = {f"{name}.weight" for name in adapted}
+    rest = {name: ref for name, ref in others.items() if name not in weights}
+    if tied:
+        kept = [ref for name, ref in rest.items() if not name.endswith(OUTPUT_HEADS)]
+        for name in [name for name in rest if name.endswith(OUTPUT_HEADS)]:
+            if any(ref.shape == rest[name].shape and same_bytes(ref, rest[name]) for ref in kept):
+                del rest[name]
+    if base is not None:
+        return {
+            name: ref
+            for name, ref in rest.items()
+            if name not in base.tensors or not same_values(ref, base.tensors[name])
+        }
+    tops = {name.split(".", 1)[0] for name in adapted}
+    backbone = f"{tops.pop()}." if len(tops) == 1 else ""
+    return {name: ref for name, ref in rest.items() if not name.startswith(backbone) or "pooler" in name.split(".")}

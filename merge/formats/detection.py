@@ -1,0 +1,152 @@
+"""Which kind of folder or file is this? Decided by content, never by name; adding a format touches this and one file.
+
+`detect` says how sure it is: "certain" where the file names its format or holds tensors that no other format has,
+"likely" where the tensors' names are shared by several tools and the shapes decide, "stated" where the user said so.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from adapter_merge.errors import AdapterError, InputError, Problem, raise_all
+from adapter_merge.formats.dcft_reshape_file import read_dcft_reshape
+from adapter_merge.formats.peft.folder import read_peft
+from adapter_merge.formats.peft.tensors import WEIGHT_FILES, PeftExtras
+from adapter_merge.methods.adapter import Adapter
+from adapter_merge.storage.checkpoint import CANDIDATES, Checkpoint, open_checkpoint, read_json, read_weights, resolve
+from adapter_merge.storage.safetensors_header import FLOAT_DTYPES
+
+from .dcft_checkpoint import holds_dcft, read_dcft_checkpoint
+from .kohya import IMAGE_PREFIXES, PREFIXES, holds_kohya, read_kohya
+from .mytransformers import read_mytransformers
+from .native import NATIVE_TYPES, read_native
+
+FORMATS = ("peft", "native", "dcft", "dcft-reshape", "mytransformers", "kohya")
+FILE_SUFFIXES = (".safetensors", ".bin", ".pt", ".pth", ".ckpt")
+
+
+@dataclass(frozen=True)
+class ReadOptions:
+    """What a user may add to an adapter whose files do not say everything."""
+
+    alpha: float | None = None  # lora_alpha, where no config says it
+    ranknum: float | None = None  # DCFT: ranknum, where loralib's lora_state_dict() dropped it
+    format: str | None = None  # one of FORMATS: what to read it as, whatever it looks like
+    magnitudes: Path | None = None  # DoRA, DuDe: a file or PEFT folder with the magnitudes that PEFT dropped
+    init_adapter: Path | None = None  # PiSSA and others: the PEFT folder saved before training
+    residual_dtype: str | None = None  # PiSSA, DuDe: what the frozen residual was kept in, where not the base's dtype
+    prefix: str | None = None  # what stands before the adapter's names in the base
+    magnitude_axis: str | None = None  # "out" or "in": what a magnitude of a square weight belongs to
+
+
+@dataclass(frozen=True)
+class Detected:
+    """What a folder or file seems to be."""
+
+    format: str  # one of FORMATS
+    certainty: str  # certain, likely or stated
+    reason: str
+
+
+def detect(path: Path, stated: str | None = None) -> Detected:
+    """The format of an adapter's folder or file. Raises AdapterError where it is none that is known."""
+    if stated is not None:
+        if stated not in FORMATS:
+            raise InputError(f"--format {stated}: unknown", expected=", ".join(FORMATS))
+        return Detected(stated, "stated", "--format")
+    config_file = path / "adapter_config.json"
+    if path.is_dir() and config_file.is_file():
+        kind = read_json(config_file).get("peft_type")
+        if isinstance(kind, str) and kind in NATIVE_TYPES:
+            return Detected("native", "certain", f"peft_type {kind}, which PEFT does not have")
+        return Detected("peft", "certain", f"peft_type {kind!r:.40}")
+    if path.is_dir() and any((path / name).is_file() for name in CANDIDATES):
+        checkpoint = open_checkpoint(path)
+        if holds_dcft(checkpoint):
+            return Detected("dcft", "certain", "a model with lora_A, lora_B and lora_C beside its weights")
+        names = tuple(checkpoint.tensors)
+        if any(name.endswith(".deconv.weight") for name in names):
+            return Detected("dcft-reshape", "likely", "A, B and deconv.weight tensors")
+        raise AdapterError(
+            f"{path}: a model without an adapter in it",
+            expected="adapter_config.json, or a DCFT checkpoint with lora_A, lora_B and lora_C tensors",
+            hint="a merged model has nothing left to merge",
+        )
+    file = _single_file(path)
+    if file is not None:
+        names = tuple(ref.name for ref in read_weights(file).tensors)
+        if any(name.startswith("base_model.") for name in names):
+            raise AdapterError(
+                f"{file}: a PEFT adapter's tensors without their adapter_config.json",
+                expected="adapter_config.json beside it",
+                hint="rank, alpha and method stand only there: fetch the whole folder",
+            )
+        if holds_kohya(names):
+            return Detected(
+                "kohya", "certain" if _kohya_named(names) else "likely", "lora_down, lokr_ or hada_ tensors"
+            )
+        if any(name.endswith(".weight_a") for name in names) and any(name.endswith(".weight_b") for name in names):
+            return Detected("mytransformers", "likely", "weight_a and weight_b tensors")
+        if any(name.endswith(".deconv.weight") for name in names):
+            return Detected("dcft-reshape", "likely", "A, B and deconv.weight tensors")
+    got = path.name
+    if path.is_dir():
+        got = ", ".join(sorted(entry.name for entry in path.iterdir())[:12]) or "an empty folder"
+    raise AdapterError(
+        f"{path}: not an adapter",
+        expected=f"adapter_config.json with {WEIGHT_FILES[0]}, or a DCFT checkpoint",
+        got=got,
+    )
+
+
+def _kohya_named(names: tuple[str, ...]) -> bool:
+    return all(name.startswith((*PREFIXES, *IMAGE_PREFIXES)) for name in names)
+
+
+def _single_file(path: Path) -> Path | None:
+    """`path` itself, or the one weights file of a folder (final.ckpt first); None where there is no single one."""
+    if path.is_file():
+        return path if path.suffix in FILE_SUFFIXES else None
+    if not path.is_dir():
+        return None
+    files = sorted(entry for entry in path.iterdir() if entry.suffix in FILE_SUFFIXES and entry.is_file())
+    final = [file for file in files if file.stem == "final"]
+    return files[0] if len(files) == 1 else final[0] if len(final) == 1 else None
+
+
+def open_adapter(folder: str | Path, options: ReadOptions | None = None, base: Checkpoint | None = None) -> Adapter:
+    """The adapter in `folder` (a path or hub id), whatever its format. Raises AdapterError or UnsupportedError."""
+    path = Path(folder) if Path(folder).is_file() else resolve(folder)
+    options = options or ReadOptions()
+    found = detect(path, options.format)
+    adapter = _read(path, found, options, base)
+    raise_all(_wrong_dtypes(adapter), AdapterError)
+    return replace(adapter, certainty=found.certainty, prefix=options.prefix)
+
+
+def _wrong_dtypes(adapter: Adapter) -> list[Problem]:
+    """Factors that are no floating-point numbers: quantised without their scales, or damaged."""
+    refs = {ref.name: ref for module in adapter.modules for ref in module.refs}
+    return [
+        Problem(f"{ref.file}: tensor {name!r} holds no plain numbers", "/".join(FLOAT_DTYPES), ref.dtype)
+        for name, ref in refs.items()
+        if ref.dtype not in FLOAT_DTYPES
+    ]
+
+
+def _read(path: Path, found: Detected, options: ReadOptions, base: Checkpoint | None) -> Adapter:
+    if found.format == "native":
+        return read_native(path, options.alpha, options.ranknum)
+    if found.format == "peft":
+        return read_peft(path, PeftExtras(options.magnitudes, options.init_adapter, options.residual_dtype))
+    if found.format == "dcft":
+        return read_dcft_checkpoint(open_checkpoint(path), options.alpha, base, options.ranknum)
+    file = _single_file(path)
+    if file is None:
+        raise AdapterError(f"{path}: no single weights file", expected=f"one file ({', '.join(FILE_SUFFIXES)})")
+    if found.format == "kohya":
+        return read_kohya(file, options.alpha, options.magnitude_axis, base)
+    if found.format == "mytransformers":
+        return read_mytransformers(file, options.alpha, options.magnitude_axis, base)
+    return read_dcft_reshape(file, base)

@@ -1,0 +1,218 @@
+"""kohya sd-scripts and LyCORIS files, for the language model (text encoder) in them: LoRA, LoKr, LoHa, DoRA.
+
+One safetensors file; modules are named by their path with dots as underscores behind a prefix (lora_te_, lora_te1_,
+lora_te2_, lycoris_), so only the base tells where the dots were. Per module: lora_down.weight (r, in), lora_up.weight
+(out, r), or lokr_* or hada_*; alpha (one number, s = alpha / r; without it s = 1, as sd-scripts reads such files); and
+dora_scale, (out, 1) for norms of output rows, (1, in) for norms of input columns (LyCORIS' wd_on_out).
+LyCORIS' LoKr with two full matrices has s = 1.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Iterable, Mapping
+from dataclasses import replace
+from pathlib import Path
+
+from adapter_merge.errors import AdapterError, Problem, UnsupportedError, raise_all
+from adapter_merge.formats.peft.lycoris import LOHA_ROLES, LOKR_ROLES, fits, loha_module, side
+from adapter_merge.methods.adapter import AdaptedModule, Adapter
+from adapter_merge.methods.loha import LohaModule
+from adapter_merge.methods.lokr import LokrModule
+from adapter_merge.methods.lora import LoraModule
+from adapter_merge.storage.checkpoint import Checkpoint, read_weights
+from adapter_merge.storage.safetensors_header import FLOAT_DTYPES, TensorRef
+from adapter_merge.storage.tensor_io import read_tensor
+
+LORA_ROLES = {"lora_down.weight": "A", "lora_up.weight": "B", "lora_mid.weight": "t2", "lora_down": "A", "lora_up": "B"}
+COMMON_ROLES = {"alpha": "alpha", "dora_scale": "m"}
+ROLES = {**LORA_ROLES, **{key: f"lokr_{v}" for key, v in LOKR_ROLES.items()},
+         **{key: f"hada_{v}" for key, v in LOHA_ROLES.items()}, **COMMON_ROLES}  # fmt: skip
+PREFIXES = ("lora_te1_", "lora_te2_", "lora_te_", "lycoris_")
+IMAGE_PREFIXES = ("lora_unet_", "lora_transformer_", "lora_vae_")
+
+
+def holds_kohya(names: tuple[str, ...]) -> bool:
+    """True when some tensor has a role that only these files use."""
+    return any(name.endswith((".lora_down.weight", ".lora_up.weight")) or ".lokr_w" in name or ".hada_w" in name
+               for name in names)  # fmt: skip
+
+
+def read_kohya(file: Path, alpha: float | None, magnitude_axis: str | None, base: Checkpoint | None) -> Adapter:
+    """The adapter in `file`. Raises AdapterError with every problem; UnsupportedError for an image model's."""
+    shard = read_weights(file)
+    groups, problems = group_lycoris(shard.tensors, file)
+    image = [name for name in groups if name.startswith(IMAGE_PREFIXES)]
+    if image:
+        raise UnsupportedError(
+            f"{file}: {len(image)} modules belong to an image model (first: {image[0]})",
+            expected="a language model's modules (lora_te_..., lycoris_...)",
+            hint="split the text encoder's tensors off first",
+        )
+    rsloras = _rank_stabilised(shard.metadata)
+    named: dict[str, Mapping[str, TensorRef]] = {}
+    for flat, group in sorted(groups.items()):
+        name = _path(flat, base)
+        if name is None:
+            problems.append(Problem(f"{file}: the base has no weight for {flat}", hint="is this the model it is for?"))
+        else:
+            named[name] = group
+    modules = lycoris_modules(named, alpha, rsloras, magnitude_axis, file, problems)
+    raise_all(problems, AdapterError)
+    return Adapter(
+        folder=file.parent,
+        format="kohya / LyCORIS file",
+        method=method_of(modules),
+        modules=modules,
+        replacements={},
+        config={},
+        base_name=shard.metadata.get("ss_sd_model_name"),
+        files=(file,),
+    )
+
+
+def group_lycoris(
+    refs: Iterable[TensorRef], file: Path, prefix: str = ""
+) -> tuple[dict[str, dict[str, TensorRef]], list[Problem]]:
+    """Tensors by module and role, and those that have none."""
+    groups: dict[str, dict[str, TensorRef]] = {}
+    problems: list[Problem] = []
+    by_length = sorted(ROLES, key=len, reverse=True)
+    for ref in refs:
+        role = next((r for r in by_length if ref.name.endswith("." + r)), None)
+        if role is None or not ref.name.startswith(prefix):
+            problems.append(Problem(f"{file}: unknown tensor {ref.name!r}", expected=", ".join(ROLES)))
+        else:
+            groups.setdefault(ref.name[len(prefix) : -len(role) - 1], {})[ROLES[role]] = ref
+    return groups, problems
+
+
+def lycoris_modules(
+    groups: Mapping[str, Mapping[str, TensorRef]],
+    alpha: float | None,
+    rslora: bool,
+    magnitude_axis: str | None,
+    file: Path,
+    problems: list[Problem],
+) -> tuple[AdaptedModule, ...]:
+    """The modules of named groups; what is wrong with them is added to `problems`."""
+    modules: list[AdaptedModule] = []
+    for name, group in sorted(groups.items()):
+        module = _module(name, group, alpha, rslora, file, problems)
+        if module is None:
+            continue
+        scale = group.get("m")
+        if scale is not None:
+            axis = _axis(scale, module.shape, magnitude_axis)
+            if axis is None:
+                problems.append(
+                    Problem(
+                        f"{file}: the dora_scale of {name} does not say what it belongs to",
+                        f"({module.shape[0]}, 1) for rows, (1, {module.shape[1]}) for columns",
+                        str(scale.shape),
+                        "pass --magnitude-axis out or in where the weight is square",
+                    )
+                )
+                continue
+            module = replace(module, magnitude=scale, magnitude_dim=axis)
+        modules.append(module)
+    if not modules and not problems:
+        problems.append(Problem(f"{file}: holds no adapter factors"))
+    return tuple(modules)
+
+
+def method_of(modules: Iterable[AdaptedModule]) -> str:
+    """What to call them: LoRA, DoRA, LoKr with magnitudes, LoHa and LoRA."""
+    kinds = {type(module).__name__.removesuffix("Module") for module in modules}
+    method = " and ".join(sorted({"Lora": "LoRA", "Lokr": "LoKr", "Loha": "LoHa"}[kind] for kind in kinds))
+    if any(getattr(module, "magnitude", None) is not None for module in modules):
+        method = "DoRA" if method == "LoRA" else f"{method} with magnitudes"
+    return method
+
+
+def _path(flat: str, base: Checkpoint | None) -> str | None:
+    """The module's path in the base; the flat name where there is no base to ask; None where it has none."""
+    name = flat
+    for prefix in PREFIXES:
+        if flat.startswith(prefix):
+            name = flat.removeprefix(prefix)
+            break
+    if base is None:
+        return name
+    modules = [key.removesuffix(".weight") for key in base.tensors if key.endswith(".weight")]
+    exact = [module for module in modules if module.replace(".", "_") == name.replace(".", "_")]
+    if not exact:
+        exact = [module for module in modules if f"_{module}".replace(".", "_").endswith("_" + name.replace(".", "_"))]
+    if not exact:  # a backbone saved without its prefix
+        exact = [module for module in modules if f"_{name}".replace(".", "_").endswith("_" + module.replace(".", "_"))]
+    return exact[0] if len(exact) == 1 else None
+
+
+def _module(
+    name: str,
+    group: Mapping[str, TensorRef],
+    alpha: float | None,
+    rslora: bool,
+    file: Path,
+    problems: list[Problem],
+) -> LoraModule | LokrModule | LohaModule | None:
+    if any(role.endswith(("t1", "t2")) for role in group):
+        raise UnsupportedError(f"{file}: {name} adapts a convolution", expected="linear layers only")
+    stored = _alpha(group.get("alpha"), problems) if alpha is None else alpha
+    lokr = {role.removeprefix("lokr_"): ref for role, ref in group.items() if role.startswith("lokr_")}
+    hada = {role.removeprefix("hada_"): ref for role, ref in group.items() if role.startswith("hada_")}
+
+    def scale(rank: int) -> float:
+        if stored is None:
+            return 1.0
+        return stored / (math.sqrt(rank) if rslora else rank)
+
+    a, b = group.get("A"), group.get("B")
+    if a is not None and b is not None and fits(b, a) and not lokr and not hada:
+        return LoraModule(name, a, b, scale(a.shape[0]))
+    if lokr and not hada and a is None and b is None:
+        w1, w2 = side(lokr, "w1"), side(lokr, "w2")
+        if w1 and w2:
+            low = [pair[1].shape[0] for pair in (w1, w2) if len(pair) == 2]
+            return LokrModule(name, w1, w2, scale(low[0]) if low else 1.0)
+    if hada and not lokr and a is None and b is None:
+        rank = hada["w1_b"].shape[0] if "w1_b" in hada and hada["w1_b"].shape else 1
+        module = loha_module(name, hada, scale(max(rank, 1)))
+        if module is not None:
+            return module
+    got = ", ".join(f"{role} {ref.shape}" for role, ref in group.items())
+    problems.append(Problem(f"{file}: the tensors of {name} do not fit", "the factors of one LoRA, LoKr or LoHa", got))
+    return None
+
+
+def _alpha(ref: TensorRef | None, problems: list[Problem]) -> float | None:
+    if ref is None:
+        return None
+    if math.prod(ref.shape) != 1 or ref.dtype not in (*FLOAT_DTYPES, "I32", "I64"):
+        problems.append(Problem(f"{ref.file}: {ref.name} is no number", got=f"{ref.dtype} {ref.shape}"))
+        return None
+    value = float(read_tensor(ref).reshape(-1)[0])
+    if not math.isfinite(value) or value == 0:
+        problems.append(Problem(f"{ref.file}: {ref.name} is no scale", got=str(value)))
+        return None
+    return value
+
+
+def _axis(scale: TensorRef, shape: tuple[int, int], stated: str | None) -> int | None:
+    """0: a magnitude per output row; 1: per input column; None where shape and user do not say."""
+    out, inner = shape
+    rows = scale.shape == (out, 1) or (scale.shape == (out,) and (out != inner or stated == "out"))
+    columns = scale.shape == (1, inner) or (scale.shape == (inner,) and (out != inner or stated == "in"))
+    if rows and columns:
+        return {"out": 0, "in": 1}.get(stated or "")
+    return 0 if rows else 1 if columns else None
+
+
+def _rank_stabilised(metadata: Mapping[str, str]) -> bool:
+    """LyCORIS' rs_lora, which stands only in the training arguments of the metadata."""
+    try:
+        arguments = json.loads(metadata.get("ss_network_args", "{}"))
+    except ValueError:
+        return False
+    return isinstance(arguments, dict) and str(arguments.get("rs_lora")).lower() == "true"

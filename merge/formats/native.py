@@ -1,0 +1,147 @@
+"""Our own safe adapter folder, for what PEFT has no name for: DCFT, DuDe and its relatives, LyCORIS' files.
+
+adapter_config.json   peft_type DCFT, DUDE or LYCORIS, format_version 1, base_model_name_or_path, task_type,
+                      target_modules, modules_to_save, and the keys below
+adapter_model.safetensors   base_model.model.<module>.<role>, roles as below; base_model.model.<base tensor> for heads
+
+DCFT     r, lora_alpha, kernel_size, stride; or "form": "reshape" (dcft_reshape.py) without them
+         lora_A (r, in/k0), lora_B (out/k1, r), lora_C (1, 1, k0, k1), ranknum (1,); channels: dcft_tensors.py
+         reshape: B (in/d, r), A (r, out/d), deconv.weight (1, 1, d, d), deconv.bias (1,)
+DUDE     r, lora_alpha, use_rslora, base ("original" or "residual"), residual_dtype, and where they are not the first:
+         initial ("svd", "qr", ...: how the factors were found; "none": nothing was subtracted), magnitude ("trained",
+         "frozen": the norms of the residual, "none"), magnitude_axis ("out" or "in")
+         lora_A.weight (r, in), lora_B.weight (out, r), lora_magnitude_vector (out,), and optionally the factors at
+         initialisation, lora_A_init.weight and lora_B_init.weight, so that no SVD has to be repeated, or the residual
+         itself, frozen.weight (out, in)
+LYCORIS  lora_down.weight, lora_up.weight, lokr_*, hada_*, alpha, dora_scale (out, 1) or (1, in), as in kohya.py
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from adapter_merge.errors import AdapterError, Problem, raise_all
+from adapter_merge.formats.dcft_reshape_file import read_reshaped
+from adapter_merge.formats.peft.initialisation import RESIDUAL_DTYPES
+from adapter_merge.formats.peft.lora import LORA_ROLES, lora_modules, method_name
+from adapter_merge.formats.peft.tensors import PREFIX, WEIGHT_FILES, Parts, find_weights, group_tensors
+from adapter_merge.methods.adapter import AdaptedModule, Adapter
+from adapter_merge.methods.dcft import DcftModule
+from adapter_merge.methods.lora import LoraModule
+from adapter_merge.methods.residual import LOST_INITS, Initial
+from adapter_merge.storage.checkpoint import read_json, read_weights
+from adapter_merge.storage.safetensors_header import TensorRef
+
+from .dcft_tensors import dcft_modules, group_dcft, is_pair
+from .kohya import group_lycoris, lycoris_modules, method_of
+
+NATIVE_TYPES = ("DCFT", "DUDE", "LYCORIS")
+FORMAT_VERSION = 1
+DUDE_ROLES = {**LORA_ROLES, "frozen.weight": "frozen"}
+CHOICES = {
+    "base": ("original", "residual"),
+    "initial": ("svd", "qr", "none", *LOST_INITS),
+    "magnitude": ("trained", "frozen", "none"),
+    "magnitude_axis": ("out", "in"),
+}
+
+
+def read_native(folder: Path, alpha: float | None = None, ranknum: float | None = None) -> Adapter:
+    """The adapter in `folder`; `alpha` and `ranknum` override its own. Raises AdapterError."""
+    config_file = folder / "adapter_config.json"
+    config = read_json(config_file)
+    weights = find_weights(folder)
+    problems: list[Problem] = []
+    if weights is None:
+        raise AdapterError(f"{folder}: no adapter weights", expected=" or ".join(WEIGHT_FILES))
+    if config.get("format_version") != FORMAT_VERSION:
+        problems.append(
+            Problem(
+                f"{config_file}: unknown format_version",
+                str(FORMAT_VERSION),
+                repr(config.get("format_version")),
+            )
+        )
+    shard = read_weights(weights)
+    replacements: Mapping[str, TensorRef] = {}
+    if config["peft_type"] == "LYCORIS":
+        lycoris, found = group_lycoris(shard.tensors, weights, PREFIX)
+        modules = lycoris_modules(lycoris, alpha, False, None, weights, found)
+        method = method_of(modules)
+    elif config["peft_type"] == "DUDE":
+        parts = group_tensors(shard.tensors, weights, DUDE_ROLES)
+        method, modules = _dude(parts, config, problems)
+        replacements, found = parts.replacements, parts.problems
+    elif config.get("form") == "reshape":
+        modules, replacements, found = read_reshaped(shard.tensors, PREFIX, weights)
+        method = "DCFT"
+    else:
+        groups, replacements, found = group_dcft(shard.tensors, PREFIX, weights)
+        chosen = config.get("lora_alpha") if alpha is None else alpha
+        modules, more = dcft_modules(groups, chosen, config.get("stride"), None, weights, ranknum)
+        found = [*found, *more, *_untrue(config, modules, config_file)]
+        method = "DCFT"
+    raise_all(problems + found, AdapterError)
+    return Adapter(
+        folder=folder,
+        format="adapter-merge folder",
+        method=method,
+        modules=modules,
+        replacements=replacements,
+        config=config,
+        base_name=config.get("base_model_name_or_path"),
+        fan_in_fan_out=bool(config.get("fan_in_fan_out")),
+        files=(config_file, weights),
+    )
+
+
+def _untrue(config: Mapping[str, Any], modules: tuple[AdaptedModule, ...], config_file: Path) -> list[Problem]:
+    """Where a DCFT config says another rank or kernel than its tensors have."""
+    found = [module for module in modules if isinstance(module, DcftModule)]
+    ranks = {module.r for module in found}
+    kernels = {module.kernel for module in found}
+    problems = []
+    if found and "r" in config and config["r"] != max(ranks):
+        problems.append(Problem(f"{config_file}: r is not the tensors'", str(max(ranks)), repr(config["r"])))
+    stated = config.get("kernel_size")
+    if found and stated is not None and (not is_pair(stated) or {tuple(stated)} != kernels):
+        problems.append(Problem(f"{config_file}: kernel_size is not the tensors'", str(sorted(kernels)), repr(stated)))
+    return problems
+
+
+def _dude(parts: Parts, config: Mapping[str, Any], problems: list[Problem]) -> tuple[str, tuple[AdaptedModule, ...]]:
+    said = {key: config.get(key, values[0]) for key, values in CHOICES.items()} | {"base": config.get("base")}
+    for key, value in said.items():
+        if value not in CHOICES[key]:
+            problems.append(
+                Problem(f'DuDe config: "{key}" is missing or wrong', " or ".join(CHOICES[key]), f"{value!r:.100}")
+            )
+    initial = None
+    if said["base"] != "residual" and said["initial"] != "none":
+        dtype = RESIDUAL_DTYPES.get(str(config.get("residual_dtype")))
+        if dtype is None:
+            problems.append(
+                Problem(
+                    'DuDe config: "residual_dtype" is missing or wrong',
+                    ", ".join(RESIDUAL_DTYPES),
+                    repr(config.get("residual_dtype"))[:100],
+                    "the dtype in which the frozen residual was kept at training: it was rounded to it",
+                )
+            )
+        initial = Initial(dtype=dtype, method=str(said["initial"]))
+    trained = said["magnitude"] == "trained"
+    axis = int(said["magnitude_axis"] == "in")
+    modules: list[AdaptedModule] = []
+    for module in lora_modules(parts, {**config, "use_dora": trained}, initial, axis=axis):
+        if isinstance(module, LoraModule):
+            frozen = parts.groups[module.name].get("frozen")
+            if frozen is not None and frozen.shape != module.shape:
+                got = str(frozen.shape)
+                problems.append(Problem(f"the frozen weight of {module.name} does not fit", str(module.shape), got))
+            module = replace(module, frozen=frozen, own_magnitude=said["magnitude"] == "frozen", magnitude_dim=axis)
+        modules.append(module)
+    method = method_name({"use_dora": said["magnitude"] != "none"}, initial)
+    return "DuDe" if trained and said["base"] == "residual" else method, tuple(modules)

@@ -1,0 +1,255 @@
+"""What stands in a safe folder: config and tensors for each kind of adapter, saying exactly what its source said.
+
+PEFT copy      a PEFT folder's own config and tensors, out of its pickle; magnitudes that were given are put in
+PEFT LoRA      factors of a foreign file, with r and alpha (and their patterns) for its scales; DoRA with row magnitudes
+LYCORIS        LoKr, LoHa, magnitudes of columns, mixtures: LyCORIS' roles under the modules' dotted names
+DCFT           both forms: the transposed one with its kernel and stride, and the reshaped one ("form": "reshape")
+DUDE           PiSSA, OLoRA, DuDe: what was subtracted from the base and in which dtype, or the saved residual itself
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from adapter_merge.binding.bound import BoundAdapter
+from adapter_merge.errors import InputError, UnsupportedError
+from adapter_merge.formats.peft.tensors import PREFIX, find_weights
+from adapter_merge.methods.adapter import AdaptedModule, Adapter
+from adapter_merge.methods.dcft import DcftModule
+from adapter_merge.methods.dcft_reshape import DcftReshapeModule
+from adapter_merge.methods.loha import LohaModule
+from adapter_merge.methods.lokr import LokrModule
+from adapter_merge.methods.lora import LoraModule, lora_scale
+from adapter_merge.methods.residual import orthonormal_factors, principal_factors
+from adapter_merge.storage.checkpoint import read_weights
+from adapter_merge.storage.tensor_io import TORCH_DTYPES, read_tensor
+
+from .native import FORMAT_VERSION
+
+Lycoris = LoraModule | LokrModule | LohaModule
+
+
+@dataclass
+class SafeFolder:
+    """adapter_config.json and the tensors of adapter_model.safetensors."""
+
+    config: dict[str, Any] = field(default_factory=dict)
+    tensors: dict[str, Tensor] = field(default_factory=dict)
+
+    def put(self, module: AdaptedModule, role: str, tensor: Tensor) -> None:
+        self.tensors[f"{PREFIX}{module.name}.{role}"] = tensor.contiguous()
+
+
+def peft_copy(opened: Adapter) -> SafeFolder:
+    """A PEFT folder as it is, in safetensors; with the magnitudes that stood in another file."""
+    weights = find_weights(opened.folder)
+    assert weights is not None, "it was read from there"
+    copy = SafeFolder(dict(opened.config), {ref.name: read_tensor(ref) for ref in read_weights(weights).tensors})
+    for module in opened.modules:
+        given = getattr(module, "magnitude", None)
+        if given is not None and given.file != weights:
+            copy.put(module, "lora_magnitude_vector", read_tensor(given).reshape(-1))
+    return copy
+
+
+def is_peft_lora(modules: Sequence[AdaptedModule]) -> bool:
+    """True for factors that a PEFT folder says in full: LoRA, or DoRA with a magnitude per row in every module."""
+    found = [module for module in modules if isinstance(module, LoraModule)]
+    own = any(m.initial is not None or m.frozen is not None or m.own_magnitude or m.e is not None for m in found)
+    axes = {None if module.magnitude is None else module.magnitude_dim for module in found}
+    return len(found) == len(modules) and not own and axes in ({None}, {0})
+
+
+def peft_lora(modules: Sequence[AdaptedModule], fan_in_fan_out: bool) -> SafeFolder:
+    """A PEFT LoRA or DoRA of a foreign file's factors, in their own dtype."""
+    found = [module for module in modules if isinstance(module, LoraModule)]
+    safe = SafeFolder(
+        {
+            "peft_type": "LORA",
+            "inference_mode": True,
+            **_scales(found),
+            "lora_dropout": 0.0,
+            "bias": "none",
+            "fan_in_fan_out": fan_in_fan_out,
+            "use_dora": any(module.magnitude is not None for module in found),
+            "init_lora_weights": True,
+        }
+    )
+    for module in found:
+        _factors(safe, module)
+    return safe
+
+
+def lycoris(modules: Sequence[AdaptedModule]) -> SafeFolder:
+    """The modules under their dotted names, with alpha so that s = alpha / r, and magnitudes that show their axis."""
+    safe = SafeFolder({"peft_type": "LYCORIS", "format_version": FORMAT_VERSION})
+    for module in modules:
+        assert isinstance(module, Lycoris)
+        if isinstance(module, LoraModule):
+            rank: int | None = module.rank
+            safe.put(module, "lora_down.weight", read_tensor(module.a))
+            safe.put(module, "lora_up.weight", read_tensor(module.b))
+        elif isinstance(module, LokrModule):
+            rank = next((side[1].shape[0] for side in (module.w1, module.w2) if len(side) == 2), None)
+            for name, side in (("lokr_w1", module.w1), ("lokr_w2", module.w2)):
+                for part, ref in zip(("",) if len(side) == 1 else ("_a", "_b"), side, strict=True):
+                    safe.put(module, name + part, read_tensor(ref))
+        else:
+            rank = module.w1b.shape[0]
+            for role, ref in zip(("w1_a", "w1_b", "w2_a", "w2_b"), module.refs, strict=False):
+                safe.put(module, f"hada_{role}", read_tensor(ref))
+        if rank is not None:  # LoKr of two full matrices has the scale 1
+            safe.put(module, "alpha", torch.tensor(_alpha(module.scale, rank), dtype=torch.float64))
+        if module.magnitude is not None:
+            shape = (1, -1) if module.magnitude_dim else (-1, 1)
+            safe.put(module, "dora_scale", read_tensor(module.magnitude).reshape(shape))
+    return safe
+
+
+def dcft(modules: Sequence[AdaptedModule]) -> SafeFolder:
+    """Kernel, images, ranknum and stride. Raises UnsupportedError for strides that one config cannot say."""
+    found = [module for module in modules if isinstance(module, DcftModule)]
+    alphas = {module.alpha for module in found}
+    kernels, strides = {module.kernel for module in found}, {module.stride for module in found}
+    safe = SafeFolder()
+    for module in found:
+        stated = module.ranknum
+        number = torch.tensor([stated]) if isinstance(stated, float) else read_tensor(stated).reshape(-1)
+        for role, ref in (("lora_A", module.a), ("lora_B", module.b), ("lora_C", module.c)):
+            safe.put(module, role, read_tensor(ref))
+        safe.put(module, "ranknum", number.to(torch.float32))
+        if module.bias is not None:
+            safe.put(module, "lora_C.bias", read_tensor(module.bias))
+    if len(strides) > 1 and any(module.stride != module.kernel for module in found):
+        raise UnsupportedError(
+            "the modules' strides differ from each other and from their kernels",
+            expected="one stride for all modules, or stride == kernel",
+            got=str(sorted(strides)),
+        )
+    safe.config = {
+        "peft_type": "DCFT",
+        "format_version": FORMAT_VERSION,
+        "r": max(module.r for module in found),
+        "kernel_size": list(kernels.pop()) if len(kernels) == 1 else None,
+        "stride": list(strides.pop()) if len(strides) == 1 else None,
+        "lora_alpha": alphas.pop(),
+    }
+    return safe
+
+
+def dcft_reshape(modules: Sequence[AdaptedModule]) -> SafeFolder:
+    """The reshape form under its own roles; it has no scale."""
+    safe = SafeFolder({"peft_type": "DCFT", "format_version": FORMAT_VERSION, "form": "reshape"})
+    for module in modules:
+        assert isinstance(module, DcftReshapeModule)
+        for role, ref in (("B", module.b), ("A", module.a), ("deconv.weight", module.c), ("deconv.bias", module.bias)):
+            if ref is not None:
+                safe.put(module, role, read_tensor(ref))
+    return safe
+
+
+def dude(opened: Adapter, bound: BoundAdapter | None) -> SafeFolder:
+    """PiSSA, OLoRA and DuDe, and DoRA whose magnitude is not trained or lies along the columns.
+
+    On an original base the factors at initialisation are stored, found again by the same decomposition where they have
+    to be; a residual that was saved beside the factors is stored itself.
+    """
+    found = [module for module in opened.modules if isinstance(module, LoraModule)]
+    principal = [module for module in found if module.initial is not None]
+    if bound is not None:
+        residual = bound.base_kind == "residual"
+    else:
+        residual = opened.config.get("peft_type") == "DUDE" and opened.config.get("base") == "residual"
+    safe = SafeFolder()
+    for module in found:
+        _factors(safe, module)
+        if module.frozen is not None:
+            safe.put(module, "frozen.weight", read_tensor(module.frozen))
+    if not residual:
+        _initial_factors(safe, found, bound)
+    methods = {module.initial.method for module in principal if module.initial is not None}
+    magnitude = "trained" if any(module.magnitude is not None for module in found) else "none"
+    if any(module.own_magnitude for module in found):
+        magnitude = "frozen"
+    kept: Mapping[str, Any] = opened.config
+    scales = {key: kept.get(key) for key in ("r", "lora_alpha", "use_rslora", "rank_pattern", "alpha_pattern")}
+    safe.config = {
+        "peft_type": "DUDE",
+        "format_version": FORMAT_VERSION,
+        **(scales if kept.get("peft_type") else _scales(found)),
+        "fan_in_fan_out": opened.fan_in_fan_out,
+        "base": "residual" if residual else "original",
+        "initial": "none" if residual or not principal else methods.pop() if len(methods) == 1 else "svd",
+        "residual_dtype": None if residual or not principal else _residual_dtype(opened, found, bound),
+        "magnitude": magnitude,
+        "magnitude_axis": "in" if any(module.magnitude_dim for module in found) else "out",
+    }
+    return safe
+
+
+def _factors(safe: SafeFolder, module: LoraModule) -> None:
+    a, b = ("lora_embedding_A", "lora_embedding_B") if module.embedding else ("lora_A.weight", "lora_B.weight")
+    safe.put(module, a, read_tensor(module.a))
+    safe.put(module, b, read_tensor(module.b))
+    if module.magnitude is not None:
+        safe.put(module, "lora_magnitude_vector", read_tensor(module.magnitude).reshape(-1))
+
+
+def _initial_factors(safe: SafeFolder, found: Sequence[LoraModule], bound: BoundAdapter | None) -> None:
+    """A0 and B0 of every module whose residual was not saved whole."""
+    weights = {item.module.name: item for item in bound.modules} if bound is not None else {}
+    for module in found:
+        initial = module.initial
+        if initial is None or module.frozen is not None:
+            continue
+        if initial.a is not None and initial.b is not None:
+            a, b = read_tensor(initial.a), read_tensor(initial.b)
+            if initial.scale is not None and initial.scale != module.scale:
+                b = (b.to(torch.float64) * (initial.scale / module.scale)).to(torch.float32)
+        else:
+            again = orthonormal_factors if initial.method == "qr" else principal_factors
+            b, a = again(weights[module.name].oriented_weight().to(torch.float32), module.rank, module.scale)
+        safe.put(module, "lora_A_init.weight", a)
+        safe.put(module, "lora_B_init.weight", b)
+
+
+def _residual_dtype(opened: Adapter, found: Sequence[LoraModule], bound: BoundAdapter | None) -> str:
+    """What the residual was rounded to: as it was stated, as it was saved, or as the base is."""
+    weights = {item.module.name: item.weight.dtype for item in bound.modules} if bound is not None else {}
+    dtypes = set()
+    for module in found:
+        if module.initial is not None:
+            saved = module.frozen.dtype if module.frozen is not None else None
+            dtypes.add(module.initial.dtype or saved or weights.get(module.name))
+    if len(dtypes) == 1 and None not in dtypes:
+        return str(TORCH_DTYPES[str(dtypes.pop())]).removeprefix("torch.")
+    raise InputError(
+        f"{opened.folder}: the dtype of its residual is unknown",
+        got=", ".join(sorted(map(str, dtypes))),
+        hint="pass --base BASE, or --residual-dtype",
+    )
+
+
+def _scales(found: Sequence[LoraModule]) -> dict[str, Any]:
+    """r, lora_alpha and their patterns, for factors whose ranks and scales may all differ."""
+    said = {module.name: (module.rank, _alpha(module.scale, module.rank)) for module in found}
+    r, alpha = Counter(said.values()).most_common(1)[0][0]
+    return {
+        "r": r,
+        "lora_alpha": alpha,
+        "use_rslora": False,
+        "rank_pattern": {name: rank for name, (rank, _) in said.items() if rank != r},
+        "alpha_pattern": {name: own for name, (_, own) in said.items() if own != alpha},
+    }
+
+
+def _alpha(scale: float, rank: int) -> float:
+    """alpha with lora_scale(alpha, rank) == scale, a short number where one does."""
+    short = round(scale * rank, 6)
+    return short if lora_scale(short, rank, False) == scale else scale * rank

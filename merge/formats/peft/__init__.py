@@ -1,0 +1,1 @@
+"""Adapter folders as PEFT writes them."""

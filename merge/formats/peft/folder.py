@@ -1,0 +1,90 @@
+"""PEFT adapter folders: adapter_config.json + adapter_model.safetensors (or .bin, read without running code).
+
+Tensor names follow PEFT 0.21: base_model.model.<module>.<role>, the roles of each method in lora.py and
+lycoris.py; anything else that is saved (modules_to_save, biases) carries the base tensor's own name.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from adapter_merge.errors import AdapterError, UnsupportedError, raise_all
+from adapter_merge.methods.adapter import Adapter
+from adapter_merge.storage.checkpoint import read_json, read_weights
+
+from .lora import ADALORA_ROLES, LORA_ROLES, TOKEN_ROLES, read_adalora, read_lora, read_tokens
+from .lycoris import LOHA_ROLES, LOKR_ROLES, VERA_ROLES, read_loha, read_lokr, read_vera
+from .tensors import WEIGHT_FILES, PeftExtras, find_weights, group_tensors
+
+CONVERTED_NOTE = (
+    "this folder is what PEFT's save_as_lora made of another adapter, cut to a rank. If that was a DoRA or DuDe, its "
+    "magnitudes and its residual were dropped, and nothing in the folder says so: use the original folder "
+    "(adapter-merge factor --rank R cuts it to a rank with its error stated)"
+)
+
+
+def read_peft(folder: Path, extras: PeftExtras | None = None) -> Adapter:
+    """The adapter in `folder`. Raises AdapterError with every problem, UnsupportedError for methods not known here."""
+    readers = {
+        "LORA": (LORA_ROLES, read_lora),
+        "ADALORA": (ADALORA_ROLES, read_adalora),
+        "LOKR": (LOKR_ROLES, read_lokr),
+        "LOHA": (LOHA_ROLES, read_loha),
+        "VERA": (VERA_ROLES, read_vera),
+        "TRAINABLE_TOKENS": (TOKEN_ROLES, read_tokens),
+    }
+    config_file = folder / "adapter_config.json"
+    config = read_json(config_file)
+    weights = find_weights(folder)
+    if weights is None:
+        raise AdapterError(f"{folder}: no adapter weights", expected=" or ".join(WEIGHT_FILES))
+    kind = config.get("peft_type")
+    if not isinstance(kind, str) or kind not in readers:
+        raise UnsupportedError(
+            f"{config_file}: peft_type {kind!r} is not supported",
+            expected=f"{', '.join(readers)}, DCFT, DUDE or LYCORIS",
+        )
+    fan_in_fan_out = config.get("fan_in_fan_out", False)
+    base_name = config.get("base_model_name_or_path")
+    if not isinstance(fan_in_fan_out, bool | None):
+        got = f"{fan_in_fan_out!r:.100}"
+        raise AdapterError(f"{config_file}: fan_in_fan_out is wrong", expected="true or false", got=got)
+    roles, read = readers[kind]
+    shard = read_weights(weights)
+    parts = group_tensors(shard.tensors, weights, roles)
+    method, modules = read(parts, config, extras or PeftExtras())
+    raise_all(parts.problems, AdapterError)
+    return Adapter(
+        folder=folder,
+        format="PEFT folder",
+        method=method,
+        modules=modules,
+        replacements=parts.replacements,
+        config=config,
+        base_name=base_name if isinstance(base_name, str) else None,
+        fan_in_fan_out=bool(fan_in_fan_out),
+        files=(config_file, weights),
+        notes=(CONVERTED_NOTE,) if is_converted(config, weights, shard.metadata) else (),
+        base_layers=parts.base_layers,
+        tied=bool(config.get("ensure_weight_tying")),
+    )
+
+
+def is_converted(config: Mapping[str, Any], weights: Path, metadata: Mapping[str, str]) -> bool:
+    """True for what PEFT's save_as_lora wrote (peft.tuners.lora.conversion).
+
+    It leaves marks that no training does: its config is saved with inference_mode false and exclude_modules as an
+    empty list, every alpha equals its rank, and its safetensors file lacks the metadata that save_pretrained writes.
+    """
+    return (
+        config.get("peft_type") == "LORA"
+        and config.get("exclude_modules") == []
+        and config.get("inference_mode") is False
+        and config.get("r") == config.get("lora_alpha")
+        and config.get("rank_pattern") == config.get("alpha_pattern")
+        and config.get("bias") == "none"
+        and weights.suffix == ".safetensors"
+        and "format" not in metadata
+    )

@@ -1,0 +1,72 @@
+"""What a LoRA's initialisation subtracted from the base: nothing, what can be repeated, or what is lost.
+
+init_lora_weights of PEFT 0.21: PiSSA and OLoRA decompose the weight, and that can be repeated; pissa_niter_*, CorDA,
+LoRA-GA and LoftQ need the folder that was saved before training (--init-adapter), or the residual base.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import Any
+
+from adapter_merge.errors import Problem, UnsupportedError
+from adapter_merge.methods.lora import LoraModule
+from adapter_merge.methods.residual import LOST_INITS, Initial
+from adapter_merge.storage.safetensors_header import TensorRef
+
+from .tensors import Parts, PeftExtras
+
+RESIDUAL_DTYPES = {"float32": "F32", "bfloat16": "BF16", "float16": "F16"}
+# What an initialisation did to the base: nothing; subtracted something that can be found again; or something else.
+PLAIN_INITS = ("gaussian", "eva", "orthogonal", "mica", "true", "false", "none")
+REPEATABLE_INITS = {"pissa": "svd", "olora": "qr"}
+
+
+def initial_of(config: Mapping[str, Any], parts: Parts, extras: PeftExtras) -> Initial | None:
+    """What the initialisation subtracted from the base; None where it left the base alone."""
+    said = config.get("init_lora_weights", True)
+    dtype = None
+    if extras.residual_dtype is not None:
+        dtype = RESIDUAL_DTYPES.get(extras.residual_dtype)
+        if dtype is None:
+            parts.problems.append(
+                Problem("the residual's dtype is unknown", ", ".join(RESIDUAL_DTYPES), repr(extras.residual_dtype))
+            )
+    init = str(said).lower()
+    if init in PLAIN_INITS and isinstance(said, bool | str | None):
+        return None
+    if init in REPEATABLE_INITS:
+        return Initial(dtype=dtype, method=REPEATABLE_INITS[init])
+    for start in LOST_INITS:
+        if init.startswith(start):
+            return Initial(dtype=dtype, method=start)
+    raise UnsupportedError(
+        f"{parts.weights.parent}: init_lora_weights {said!r:.100} changed the base at training and is not known here",
+        expected=f"true, {', '.join((*PLAIN_INITS, *REPEATABLE_INITS, *LOST_INITS))}",
+    )
+
+
+def with_initial(
+    module: LoraModule,
+    group: Mapping[str, TensorRef],
+    before: Mapping[str, tuple[TensorRef, TensorRef, float]],
+    parts: Parts,
+) -> LoraModule:
+    """The module with its factors at initialisation, stored beside it or in an adapter saved before training."""
+    initial = module.initial
+    if initial is None:
+        return module
+    if module.embedding:  # PEFT initialises embeddings as plain LoRA, whatever the method
+        return replace(module, initial=None)
+    if "A0" in group and "B0" in group:
+        a, b, scale = group["A0"], group["B0"], None
+    elif module.name in before:
+        a, b, scale = before[module.name]
+    else:
+        return module
+    if a.shape[1:] != module.a.shape[1:] or b.shape[:1] != module.b.shape[:1] or a.shape[0] != b.shape[1]:
+        parts.problems.append(
+            Problem(f"{parts.weights}: the initial factors of {module.name} do not fit the trained ones")
+        )
+    return replace(module, initial=replace(initial, a=a, b=b, scale=scale))

@@ -1,0 +1,270 @@
+"""The canonical form that every adapter method ends in.
+
+    W' = diag(row_scale) (W0 + up @ down) diag(col_scale)
+
+W0 is one linear weight in the Hugging Face orientation, (out, in), y = x W'^T + bias. DoRA and DuDe know
+their row scale only once W0 is there (d = m / rownorm(W0 + up down)): the form then carries the magnitude m
+and takes the norms in the same pass over the rows. PiSSA and DuDe were trained beside a frozen residual that
+was rounded to the base's dtype: the form then carries that residual, so that the rounding is reproduced.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
+
+from adapter_merge.errors import NumericsError
+from adapter_merge.storage.lazy_torch import torch
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+
+@dataclass(frozen=True, eq=False)
+class Residual:
+    """The frozen weight beside trained factors: W_f = round(W0 - up @ down, dtype) (PiSSA eq. 2-4, DuDe eq. 5).
+
+    Not rounding reproduces the wrong base: in bf16 the rounding error is as large as a small update.
+    """
+
+    up: Tensor  # (out, r)
+    down: Tensor  # (r, in)
+    dtype: torch.dtype
+
+    def rows_(self, block: Tensor, rows: slice) -> Tensor:
+        """W_f's rows for `block` (n, in) of W0, in `dtype`; computed in float32 as at training, whatever block's dtype.
+
+        Rounding a float64 difference instead would change bits that the adapter was trained beside.
+        """
+        product = self.up[rows].to(torch.float32) @ self.down.to(torch.float32)
+        return torch.sub(block.to(torch.float32), product).to(self.dtype)
+
+    def transposed(self) -> Residual:
+        """That of W0^T (in, out)."""
+        return Residual(self.down.T.contiguous(), self.up.T.contiguous(), self.dtype)
+
+    @property
+    def is_rounded(self) -> bool:
+        """True when W_f differs from W0 - up @ down by more than float32 arithmetic does."""
+        return self.dtype not in (torch.float32, torch.float64)
+
+
+@dataclass(frozen=True, eq=False)
+class SavedResidual(Residual):
+    """A residual that was saved whole; up @ down is the low-rank part of W0 - W_f, the rest of which is rounding."""
+
+    saved: Tensor | None = None  # (out, in), in its own dtype
+
+    def rows_(self, block: Tensor, rows: slice) -> Tensor:
+        """W_f's rows as they were saved, whatever `block` holds."""
+        assert self.saved is not None
+        return self.saved[rows].to(block.device)
+
+    def transposed(self) -> SavedResidual:
+        assert self.saved is not None
+        turned = self.saved.T.contiguous()
+        return SavedResidual(self.down.T.contiguous(), self.up.T.contiguous(), self.dtype, turned)
+
+    @property
+    def is_rounded(self) -> bool:
+        return True
+
+
+@dataclass(frozen=True, eq=False)
+class CanonicalForm:
+    """What one adapter does to one weight. Immutable; all tensors float32 or float64 on one device.
+
+    At most one of `row_scale` and `magnitude` is set. `magnitude_dim` is 0 when the norm is taken of every
+    output row (PEFT, DoRA and DuDe implementations) and 1 when it is taken of every input column.
+    """
+
+    up: Tensor  # (out, R)
+    down: Tensor  # (R, in)
+    row_scale: Tensor | None = None  # (out,)
+    col_scale: Tensor | None = None  # (in,)
+    magnitude: Tensor | None = None  # (out,) if magnitude_dim == 0 else (in,)
+    magnitude_dim: int = 0
+    residual: Residual | None = None
+
+    def __post_init__(self) -> None:
+        out, inner = self.up.shape
+        assert self.down.shape[0] == inner, "up and down disagree about the rank"
+        assert self.row_scale is None or self.row_scale.shape == (out,)
+        assert self.col_scale is None or self.col_scale.shape == (self.down.shape[1],)
+        if self.magnitude is not None:
+            assert self.row_scale is None and self.col_scale is None, "a magnitude is the scale"
+            assert self.magnitude.shape == ((out,) if self.magnitude_dim == 0 else (self.down.shape[1],))
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """(out, in) of the weight."""
+        return self.up.shape[0], self.down.shape[1]
+
+    @property
+    def rank(self) -> int:
+        """R, the inner size of up @ down; the rank of the unscaled update is at most this."""
+        return self.down.shape[0]
+
+    @property
+    def is_low_rank(self) -> bool:
+        """True when W' - W0 has rank <= R (plus the residual's), so that LoRA factors are exact."""
+        return self.row_scale is None and self.col_scale is None and self.magnitude is None
+
+    @property
+    def needs_columns(self) -> bool:
+        """True when a first pass over all rows of W0 must find column norms (see `with_column_norms`)."""
+        return self.magnitude is not None and self.magnitude_dim == 1
+
+    def to(self, device: torch.device | str | None = None, dtype: torch.dtype | None = None) -> CanonicalForm:
+        """The same form on another device or in another dtype."""
+
+        def move(tensor: Tensor | None) -> Tensor | None:
+            return None if tensor is None else tensor.to(device=device, dtype=dtype)
+
+        residual = self.residual
+        if residual is not None:
+            residual = replace(
+                residual,
+                up=residual.up.to(device=device, dtype=dtype),
+                down=residual.down.to(device=device, dtype=dtype),
+            )
+        return replace(
+            self,
+            up=self.up.to(device=device, dtype=dtype),
+            down=self.down.to(device=device, dtype=dtype),
+            row_scale=move(self.row_scale),
+            col_scale=move(self.col_scale),
+            magnitude=move(self.magnitude),
+            residual=residual,
+        )
+
+    def transposed(self) -> CanonicalForm:
+        """The form that acts on W0^T (in, out): for weights stored that way (GPT-2's Conv1D)."""
+        residual = self.residual
+        if residual is not None:
+            residual = residual.transposed()
+        return CanonicalForm(
+            up=self.down.T.contiguous(),
+            down=self.up.T.contiguous(),
+            row_scale=self.col_scale,
+            col_scale=self.row_scale,
+            magnitude=self.magnitude,
+            magnitude_dim=self.magnitude_dim if self.magnitude is None else 1 - self.magnitude_dim,
+            residual=residual,
+        )
+
+    # -- one block of rows -----------------------------------------------------------------------------
+
+    def add_low_rank_(self, block: Tensor, start: int) -> Tensor:
+        """block (n, in), rows start .. start+n of W0, becomes the same rows of W_f + up @ down, in place."""
+        rows = slice(start, start + block.shape[0])
+        if self.residual is not None:
+            block.copy_(self.residual.rows_(block, rows))
+        return block.addmm_(self.up[rows], self.down)
+
+    def apply_(self, block: Tensor, start: int) -> Tensor | None:
+        """block (n, in), rows start .. start+n of W0, becomes the same rows of W', in place.
+
+        Returns the rows' scale (n,), or None where there is none. Raises NumericsError when a row of the
+        direction is zero and has a magnitude; on CUDA that row becomes NaN.
+        """
+        assert not self.needs_columns, "with_column_norms comes first"
+        rows = slice(start, start + block.shape[0])
+        self.add_low_rank_(block, start)
+        scale = None
+        if self.magnitude is not None:
+            scale = self._scale_of(self.magnitude[rows], torch.linalg.vector_norm(block, dim=1), start)
+        elif self.row_scale is not None:
+            scale = self.row_scale[rows]
+        if scale is not None:
+            block.mul_(scale[:, None])
+        if self.col_scale is not None:
+            block.mul_(self.col_scale)
+        return scale
+
+    def delta_rows(self, block: Tensor, start: int) -> Tensor:
+        """Rows start .. start+n of dW = W' - W0 for block (n, in) of W0, which is left as it is.
+
+        Never as a difference of two large numbers where that can be avoided:
+        dW = up down for a plain form, diag(d - 1) W0 + diag(d) up down with a row scale d.
+        """
+        rows = slice(start, start + block.shape[0])
+        if self.is_low_rank and self.residual is None:
+            return self.up[rows] @ self.down
+        if self.residual is not None or self.col_scale is not None:
+            after = block.clone()
+            self.apply_(after, start)
+            return after.sub_(block)
+        product = self.up[rows] @ self.down
+        scale = self.row_scale[rows] if self.row_scale is not None else None
+        if scale is None:
+            assert self.magnitude is not None
+            norm = torch.linalg.vector_norm(product + block, dim=1)
+            scale = self._scale_of(self.magnitude[rows], norm, start)
+        return product.mul_(scale[:, None]).addcmul_(block, (scale - 1)[:, None])
+
+    # -- column norms (two passes) ---------------------------------------------------------------------
+
+    def column_squares(self, block: Tensor, start: int) -> Tensor:
+        """(in,) float64: the sums of squares over this block's rows of W_f + up @ down; block is overwritten."""
+        return self.add_low_rank_(block, start).to(torch.float64).square_().sum(0)
+
+    def with_column_norms(self, squares: Tensor) -> CanonicalForm:
+        """The form with its column scale m / colnorm, given the column_squares (in,) summed over all blocks."""
+        assert self.needs_columns and self.magnitude is not None
+        scale = self._scale_of(self.magnitude.to(torch.float64), squares.sqrt(), 0)
+        return replace(self, magnitude=None, col_scale=scale.to(self.up.dtype))
+
+    # -- whole weights ---------------------------------------------------------------------------------
+
+    def bound_to(self, weight: Tensor) -> CanonicalForm:
+        """The form with its scale known: `weight` is W0 (out, in) in the form's dtype; no magnitude is left."""
+        if self.magnitude is None:
+            return self
+        if self.needs_columns:
+            return self.with_column_norms(self.column_squares(weight.clone(), 0))
+        scale = self._scale_of(
+            self.magnitude, torch.linalg.vector_norm(self.add_low_rank_(weight.clone(), 0), dim=1), 0
+        )
+        return replace(self, magnitude=None, row_scale=scale)
+
+    def delta(self, weight: Tensor) -> Tensor:
+        """dW (out, in) for the whole weight W0 (out, in)."""
+        return self.bound_to(weight).delta_rows(weight, 0)
+
+    def merged(self, weight: Tensor) -> Tensor:
+        """W' (out, in) for the whole weight W0 (out, in), in the form's dtype."""
+        block = weight.clone()
+        self.bound_to(weight).apply_(block, 0)
+        return block
+
+    def folded(self) -> CanonicalForm:
+        """The form without its residual: up' = [up, -up0], down' = [down; down0] on the original W0.
+
+        Exact but for the rounding of the residual, which no low-rank factor can express.
+        """
+        if self.residual is None:
+            return self
+        return replace(
+            self,
+            up=torch.cat((self.up, -self.residual.up), dim=1),
+            down=torch.cat((self.down, self.residual.down), dim=0),
+            residual=None,
+        )
+
+    def _scale_of(self, magnitude: Tensor, norm: Tensor, start: int) -> Tensor:
+        # Asking would wait for a CUDA device in every block: NaN instead, which whoever writes the block refuses.
+        asks = norm.device.type != "cuda" and not torch.compiler.is_compiling()
+        if asks and bool(norm.all()):
+            return magnitude / norm
+        zero = (norm == 0) & (magnitude != 0)
+        if not asks:
+            scale = torch.where(norm == 0, torch.ones_like(norm), magnitude / norm)
+            return scale.masked_fill(zero, torch.nan)
+        if bool(zero.any()):
+            row = start + int(zero.nonzero()[0])
+            raise NumericsError(
+                f"row {row} of W0 + up @ down is zero but has a magnitude: its direction is undefined",
+                hint="is this the base that the adapter was trained on?",
+            )
+        return torch.where(norm == 0, torch.ones_like(norm), magnitude / norm)

@@ -1,0 +1,144 @@
+"""DCFT (arXiv 2503.01419): a transposed convolution of a rank-r_sub image, and its exact low-rank factors.
+
+    P     = lora_A^T lora_B^T                           (n0, n1), rank r_sub
+    Delta = conv_transpose2d(P, lora_C, stride)         (in, out)
+    y     = x W0^T + bias + (x Delta) alpha / (ranknum + 1e-5)          so dW = Delta^T alpha / (ranknum + 1e-5)
+
+A transposed convolution is separable over the singular vectors of its kernel C = sum_j s_j u_j v_j^T and over the
+rank-1 terms of P, so Delta = sum_rj deconv1d(A_r, s_j u_j) (x) deconv1d(B_r, v_j): rank <= r_sub rank(C), exactly,
+for any stride, and without the dense Delta (Kronecker product where stride == kernel). Several channels are a sum of
+such terms, Delta = sum_c kron(P_c, C_c) where stride == kernel; the deconvolution's own bias is a constant matrix, one
+more rank.
+Reference: class SVDLinear in loralib/adalora.py of github Godz-z/DCFT; its forward() is the truth, its eval()
+adds Delta untransposed.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from adapter_merge.errors import AdapterError
+from adapter_merge.storage.lazy_torch import torch
+from adapter_merge.storage.safetensors_header import TensorRef
+
+from .canonical_form import CanonicalForm
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+RANKNUM_EPSILON = 1e-5
+
+
+@dataclass(frozen=True)
+class DcftModule:
+    """One weight adapted by DCFT, known from headers only."""
+
+    name: str
+    a: TensorRef  # (r_sub, n0), or (channels, r_sub, n0)
+    b: TensorRef  # (n1, r_sub), or (channels, n1, r_sub)
+    c: TensorRef  # (channels, 1, k0, k1)
+    ranknum: TensorRef | float  # one number; a float where the user had to state it
+    alpha: float
+    stride: tuple[int, int]
+    bias: TensorRef | None = None  # (1,): the deconvolution's own, added to every element of Delta
+
+    @property
+    def kernel(self) -> tuple[int, int]:
+        return self.c.shape[2], self.c.shape[3]
+
+    @property
+    def r(self) -> int:
+        """r_sub, the rank of one channel's image."""
+        return self.a.shape[-2]
+
+    @property
+    def rank(self) -> int:
+        """The bound channels * r_sub * min(k0, k1), and one more for a bias."""
+        return self.c.shape[0] * self.r * min(self.kernel) + (self.bias is not None)
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """(out, in)."""
+        (k0, k1), (s0, s1) = self.kernel, self.stride
+        return (self.b.shape[-2] - 1) * s1 + k1, (self.a.shape[-1] - 1) * s0 + k0
+
+    @property
+    def refs(self) -> tuple[TensorRef, ...]:
+        stated = () if isinstance(self.ranknum, float) else (self.ranknum,)
+        return (self.a, self.b, self.c, *stated, *((self.bias,) if self.bias is not None else ()))
+
+    @property
+    def needs_base(self) -> bool:
+        return False
+
+    def form(
+        self, read: Callable[[TensorRef], Tensor], weight: Callable[[], Tensor], dtype: torch.dtype
+    ) -> CanonicalForm:
+        """The canonical form in `dtype`; `weight` is never called."""
+        number = self.ranknum if isinstance(self.ranknum, float) else float(read(self.ranknum).reshape(-1)[0])
+        if not (math.isfinite(number) and number > 0):
+            raise AdapterError(
+                f"{self.name}: ranknum is no usable number",
+                expected="the rank that the training counted, > 0",
+                got=str(number),
+                hint="pass --ranknum NUMBER",
+            )
+        scale = self.alpha / (number + RANKNUM_EPSILON)
+        channels = self.c.shape[0]
+        images = read(self.a).reshape(channels, self.r, -1), read(self.b).reshape(channels, -1, self.r)
+        up, down = channel_factors(*images, read(self.c)[:, 0], self.stride, scale)
+        if self.bias is not None:
+            constant = scale * float(read(self.bias))
+            up = torch.cat((up, torch.full_like(up[:, :1], constant)), dim=1)
+            down = torch.cat((down, torch.ones_like(down[:1])))
+        return CanonicalForm(up.to(dtype), down.to(dtype))
+
+
+def infer_stride(size: int, steps: int, kernel: int) -> int | None:
+    """The stride with which `steps` inputs under a kernel give exactly `size` outputs; None where there is none."""
+    if steps == 1:
+        return kernel if size == kernel else None
+    stride, rest = divmod(size - kernel, steps - 1)
+    return stride if rest == 0 and stride >= 1 else None
+
+
+def deconvolve(
+    signals: Tensor,  # (r, n)
+    kernels: Tensor,  # (j, k)
+    stride: int,
+) -> Tensor:  # (r * j, (n - 1) * stride + k)
+    """conv_transpose1d of every signal with every kernel."""
+    spread = torch.nn.functional.conv_transpose1d(signals[:, None, :], kernels[None], stride=stride)
+    return spread.reshape(-1, spread.shape[-1])
+
+
+def dcft_factors(
+    a: Tensor,  # (r_sub, n0)
+    b: Tensor,  # (n1, r_sub)
+    c: Tensor,  # (k0, k1)
+    stride: tuple[int, int],
+    scale: float,
+) -> tuple[Tensor, Tensor]:
+    """up (out, R) and down (R, in) in float64 with up @ down == dW; R = r_sub * numerical rank of the kernel."""
+    u, s, vh = torch.linalg.svd(c.to(torch.float64), full_matrices=False)
+    # Noise is what lies below float32's precision, whatever the stored dtype: a bfloat16 kernel is exact in float64.
+    kept = max(1, int((s > s[0] * max(c.shape) * torch.finfo(torch.float32).eps).sum()))
+    root = s[:kept].sqrt()  # (j,)
+    down = deconvolve(a.to(torch.float64), (u[:, :kept] * root).T, stride[0])  # (R, in)
+    up = deconvolve(b.to(torch.float64).T, root[:, None] * vh[:kept], stride[1])  # (R, out)
+    return scale * up.T.contiguous(), down
+
+
+def channel_factors(
+    a: Tensor,  # (channels, r_sub, n0)
+    b: Tensor,  # (channels, n1, r_sub)
+    c: Tensor,  # (channels, k0, k1)
+    stride: tuple[int, int],
+    scale: float,
+) -> tuple[Tensor, Tensor]:
+    """up (out, R) and down (R, in), float64: the factors of every channel side by side."""
+    found = [dcft_factors(*parts, stride, scale) for parts in zip(a, b, c, strict=True)]
+    return torch.cat([up for up, _ in found], dim=1), torch.cat([down for _, down in found])

@@ -1,0 +1,59 @@
+"""LoHa (FedPara, arXiv 2108.06098; LyCORIS): the elementwise product of two low-rank matrices.
+
+    dW = s (W1a W1b) * (W2a W2b)
+       = s (W1a . W2a) (W1b (.) W2b)      rank <= r1 r2
+where row i of (W1a . W2a) is the Kronecker product of the rows i (face-splitting product), and column j of
+(W1b (.) W2b) is that of the columns j (Khatri-Rao product): a Hadamard product of sums of r1 and r2 outer products
+is the sum of their r1 r2 pairwise products.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from adapter_merge.storage.lazy_torch import torch
+from adapter_merge.storage.safetensors_header import TensorRef
+
+from .canonical_form import CanonicalForm
+from .lora import Reader, Weight
+
+
+@dataclass(frozen=True)
+class LohaModule:
+    """One weight adapted by LoHa, known from headers only."""
+
+    name: str
+    w1a: TensorRef  # (out, r1)
+    w1b: TensorRef  # (r1, in)
+    w2a: TensorRef  # (out, r2)
+    w2b: TensorRef  # (r2, in)
+    scale: float
+    magnitude: TensorRef | None = None
+    magnitude_dim: int = 0
+
+    @property
+    def rank(self) -> int:
+        return self.w1b.shape[0] * self.w2b.shape[0]
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        return self.w1a.shape[0], self.w1b.shape[1]
+
+    @property
+    def refs(self) -> tuple[TensorRef, ...]:
+        return (self.w1a, self.w1b, self.w2a, self.w2b, *((self.magnitude,) if self.magnitude else ()))
+
+    @property
+    def needs_base(self) -> bool:
+        return False
+
+    def form(self, read: Reader, weight: Weight, dtype: torch.dtype) -> CanonicalForm:
+        """The canonical form in `dtype`; `weight` is never called."""
+        w1a, w1b, w2a, w2b = (read(ref).to(torch.float64) for ref in (self.w1a, self.w1b, self.w2a, self.w2b))
+        out, inner = self.shape
+        up = (w1a[:, :, None] * w2a[:, None, :]).reshape(out, self.rank)
+        down = (w1b[:, None, :] * w2b[None, :, :]).reshape(self.rank, inner)
+        magnitude = read(self.magnitude).to(dtype).reshape(-1) if self.magnitude is not None else None
+        return CanonicalForm(
+            (up * self.scale).to(dtype), down.to(dtype), magnitude=magnitude, magnitude_dim=self.magnitude_dim
+        )

@@ -1,0 +1,75 @@
+"""LoKr (LyCORIS, arXiv 2309.14859): a Kronecker product of two small matrices, each full or low-rank itself.
+
+dW = s kron(W1, W2),  W1 = w1 or w1_a w1_b,  W2 = w2 or w2_a w2_b
+   = s kron(U1, U2) kron(D1, D2)  with W1 = U1 D1, W2 = U2 D2         rank <= rank(W1) rank(W2)
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from adapter_merge.storage.lazy_torch import torch
+from adapter_merge.storage.safetensors_header import TensorRef
+
+from .canonical_form import CanonicalForm
+from .lora import Reader, Weight
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+
+@dataclass(frozen=True)
+class LokrModule:
+    """One weight adapted by LoKr, known from headers only. A side is (full,) or (a, b)."""
+
+    name: str
+    w1: tuple[TensorRef, ...]  # ((o1, i1),) or ((o1, r), (r, i1))
+    w2: tuple[TensorRef, ...]  # ((o2, i2),) or ((o2, r), (r, i2))
+    scale: float
+    magnitude: TensorRef | None = None
+    magnitude_dim: int = 0
+
+    @property
+    def rank(self) -> int:
+        return _rank(self.w1) * _rank(self.w2)
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """(out, in) = (o1 o2, i1 i2)."""
+        return self.w1[0].shape[0] * self.w2[0].shape[0], self.w1[-1].shape[1] * self.w2[-1].shape[1]
+
+    @property
+    def refs(self) -> tuple[TensorRef, ...]:
+        return (*self.w1, *self.w2, *((self.magnitude,) if self.magnitude else ()))
+
+    @property
+    def needs_base(self) -> bool:
+        return False
+
+    def form(self, read: Reader, weight: Weight, dtype: torch.dtype) -> CanonicalForm:
+        """The canonical form in `dtype`; `weight` is never called."""
+        up1, down1 = _factors(tuple(read(ref).to(torch.float64) for ref in self.w1))
+        up2, down2 = _factors(tuple(read(ref).to(torch.float64) for ref in self.w2))
+        magnitude = read(self.magnitude).to(dtype).reshape(-1) if self.magnitude is not None else None
+        return CanonicalForm(
+            (torch.kron(up1, up2) * self.scale).to(dtype),
+            torch.kron(down1, down2).to(dtype),
+            magnitude=magnitude,
+            magnitude_dim=self.magnitude_dim,
+        )
+
+
+def _rank(side: tuple[TensorRef, ...]) -> int:
+    return min(side[0].shape) if len(side) == 1 else side[0].shape[1]
+
+
+def _factors(side: tuple[Tensor, ...]) -> tuple[Tensor, Tensor]:
+    """up (o, R), down (R, i) of one side, R as small as its shape allows."""
+    if len(side) == 2:
+        return side[0], side[1]
+    full = side[0]
+    rows, columns = full.shape
+    if rows <= columns:
+        return torch.eye(rows, dtype=full.dtype), full
+    return full, torch.eye(columns, dtype=full.dtype)

@@ -1,0 +1,259 @@
+"""LoRA (arXiv 2106.09685), rsLoRA (2312.03732), DoRA (2402.09353), AdaLoRA (2303.10512): one adapted weight.
+
+LoRA     W' = W0 + s B A                                     s = alpha / r, or alpha / sqrt(r) for rsLoRA
+DoRA     W' = diag(m / rownorm(W0 + s B A)) (W0 + s B A)     norms per output row, as every implementation does
+AdaLoRA  W' = W0 + s B diag(E) A                             s = alpha / (r at initialisation + 1e-5)
+Embedding (vocabulary, dim): W' = W0 + s (B A)^T, and DoRA's norms are those of its columns
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, TypeAlias
+
+from adapter_merge.errors import UnsupportedError
+from adapter_merge.storage.lazy_torch import torch
+from adapter_merge.storage.safetensors_header import TensorRef
+from adapter_merge.storage.tensor_io import TORCH_DTYPES
+
+from .block_edits import BlockEdit, Replaced, in_turn
+from .canonical_form import CanonicalForm, Residual
+from .residual import Initial, residual_of, saved_residual
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+Reader: TypeAlias = "Callable[[TensorRef], Tensor]"
+Weight: TypeAlias = "Callable[[], Tensor]"
+ADALORA_EPSILON = 1e-5
+
+
+def lora_scale(alpha: float, rank: int, rslora: bool) -> float:
+    """s: alpha / r, or alpha / sqrt(r) (rsLoRA eq. 4)."""
+    return alpha / math.sqrt(rank) if rslora else alpha / rank
+
+
+@dataclass(frozen=True)
+class LoraModule:
+    """One weight adapted by LoRA, DoRA, PiSSA, DuDe or AdaLoRA, known from headers only."""
+
+    name: str  # module path in the model: model.layers.0.self_attn.q_proj
+    a: TensorRef  # (r, in);  embeddings: (r, vocabulary)
+    b: TensorRef  # (out, r); embeddings: (dim, r)
+    scale: float
+    magnitude: TensorRef | None = None  # (out,), or (in,) where magnitude_dim is 1
+    initial: Initial | None = None  # PiSSA, OLoRA and DuDe on the original base
+    embedding: bool = False  # the weight is (vocabulary, dim) = (in, out) and is adapted by (B A)^T
+    e: TensorRef | None = None  # (r, 1): AdaLoRA's singular values
+    parameter: str = "weight"
+    magnitude_dim: int = 0  # 1: a magnitude per input column (some LyCORIS files, early MyTransformers)
+    frozen: TensorRef | None = None  # (out, in): the residual, where it was saved beside the factors
+    own_magnitude: bool = False  # the magnitude is the norm of the frozen residual (MyTransformers before 83fcc6a)
+
+    @property
+    def rank(self) -> int:
+        return self.a.shape[0]
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """(rows, columns) of the weight as the model stores it, Conv1D aside."""
+        out, inner = self.b.shape[0], self.a.shape[1]
+        return (inner, out) if self.embedding else (out, inner)
+
+    @property
+    def refs(self) -> tuple[TensorRef, ...]:
+        initial = self.initial.refs if self.initial is not None else ()
+        own = (self.e, self.magnitude, self.frozen)
+        return (self.a, self.b, *(ref for ref in own if ref is not None), *initial)
+
+    @property
+    def needs_base(self) -> bool:
+        """True when the base weight must be read to find the factors (a decomposition is repeated)."""
+        if self.initial is not None and (self.frozen is not None or not self.initial.refs):
+            return True
+        return self.own_magnitude and self.frozen is None
+
+    def form(self, read: Reader, weight: Weight, dtype: torch.dtype) -> CanonicalForm:
+        """The canonical form in `dtype` on the CPU.
+
+        `read` gives a tensor by reference; `weight` gives W0 (out, in) in the base's own dtype and is called only
+        where the base is needed.
+        """
+        a = read(self.a).to(dtype)  # (r, in)
+        b = read(self.b).to(dtype)  # (out, r)
+        if self.e is not None:
+            a = a * read(self.e).to(dtype).reshape(-1, 1)
+        if self.embedding:
+            up, down = a.T.contiguous() * self.scale, b.T.contiguous()
+        else:
+            up, down = b * self.scale, a
+        magnitude = read(self.magnitude).to(dtype).reshape(-1) if self.magnitude is not None else None
+        residual: Residual | None = None
+        if self.initial is not None and self.frozen is not None:
+            residual = saved_residual(read(self.frozen), weight(), self.rank, dtype, self.name)
+        elif self.initial is not None:
+            residual = residual_of(self.initial, self.rank, self.scale, read, weight, dtype)
+        if self.own_magnitude:
+            frozen = read(self.frozen).to(dtype) if self.frozen is not None else None
+            if frozen is None:
+                frozen = weight().to(dtype)
+                if residual is not None:
+                    frozen = (frozen - residual.up @ residual.down).to(residual.dtype).to(dtype)
+            magnitude = torch.linalg.vector_norm(frozen, dim=1 - self.magnitude_dim)
+        turned = 1 if self.embedding else self.magnitude_dim
+        return CanonicalForm(up, down, magnitude=magnitude, magnitude_dim=turned, residual=residual)
+
+    def edit(self, read: Reader, weight: Weight, dtype: torch.dtype) -> BlockEdit:
+        """What is done to the stored weight; a saved residual takes the place of the base's, whatever that is."""
+        if self.frozen is None:
+            return self.form(read, weight, dtype)
+        return in_turn((Replaced(self.frozen), replace(self, initial=None).form(read, weight, dtype)))
+
+
+@dataclass(frozen=True)
+class BiasModule:
+    """A bias that moved by a multiple of a trained vector: lora_bias, bias' = bias + s b."""
+
+    name: str
+    vector: TensorRef  # (out,)
+    scale: float
+    parameter: str = "bias"
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """(1, out): a vector is one row."""
+        return (1, self.vector.shape[0])
+
+    @property
+    def rank(self) -> int:
+        return 1
+
+    @property
+    def refs(self) -> tuple[TensorRef, ...]:
+        return (self.vector,)
+
+    @property
+    def needs_base(self) -> bool:
+        return False
+
+    def form(self, read: Reader, weight: Weight, dtype: torch.dtype) -> CanonicalForm:
+        """Raises UnsupportedError: low-rank factors act on weights, not on biases."""
+        raise UnsupportedError(
+            f"{self.name}.bias: a trained bias inside lora_B has no low-rank form", hint="merge this adapter instead"
+        )
+
+    def edit(self, read: Reader, weight: Weight, dtype: torch.dtype) -> BlockEdit:
+        """The addition, as a product of rank one."""
+        return CanonicalForm(torch.full((1, 1), self.scale, dtype=dtype), read(self.vector).to(dtype)[None])
+
+
+@dataclass(frozen=True)
+class PartModule:
+    """Some rows of a module's weight: q of a fused qkv, where the base keeps the three apart."""
+
+    whole: LoraModule
+    start: int
+    stop: int
+
+    @property
+    def name(self) -> str:
+        return self.whole.name
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        return (self.stop - self.start, self.whole.shape[1])
+
+    @property
+    def rank(self) -> int:
+        return self.whole.rank
+
+    @property
+    def refs(self) -> tuple[TensorRef, ...]:
+        return self.whole.refs
+
+    @property
+    def needs_base(self) -> bool:
+        return False
+
+    def form(self, read: Reader, weight: Weight, dtype: torch.dtype) -> CanonicalForm:
+        """The rows of the whole's form; its own norms, since every row has its own."""
+        form = self.whole.form(read, weight, dtype)
+        rows = slice(self.start, self.stop)
+        magnitude = form.magnitude[rows] if form.magnitude is not None else None
+        return CanonicalForm(form.up[rows].contiguous(), form.down, magnitude=magnitude)
+
+
+@dataclass(frozen=True)
+class ExpertModule:
+    """One expert of a stacked parameter (PEFT's target_parameters on (experts, out, in)).
+
+    PEFT keeps the experts' factors side by side: A (experts * r, in) expert by expert, B (out, r * experts) with
+    the experts fastest (ParamWrapper.get_delta_weight). `rows` are those of the expert's weight that this is.
+    """
+
+    name: str
+    a: TensorRef  # (E r, in)
+    b: TensorRef  # (out, r E)
+    experts: int
+    index: int
+    scale: float
+    rows: tuple[int, int]
+
+    @property
+    def rank(self) -> int:
+        return self.a.shape[0] // self.experts
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        return (self.rows[1] - self.rows[0], self.a.shape[1])
+
+    @property
+    def refs(self) -> tuple[TensorRef, ...]:
+        return (self.a, self.b)
+
+    @property
+    def needs_base(self) -> bool:
+        return False
+
+    def form(self, read: Reader, weight: Weight, dtype: torch.dtype) -> CanonicalForm:
+        """This expert's factors."""
+        item = TORCH_DTYPES[self.a.dtype].itemsize
+        size = self.rank * self.a.shape[1] * item
+        start = self.a.start + self.index * size
+        own = replace(self.a, shape=(self.rank, self.a.shape[1]), start=start, stop=start + size)
+        b = read(self.b).reshape(self.b.shape[0], self.rank, self.experts)[slice(*self.rows), :, self.index]
+        return CanonicalForm(b.to(dtype).contiguous() * self.scale, read(own).to(dtype))
+
+
+@dataclass(frozen=True)
+class StackModule:
+    """All experts of a stacked parameter, or a bare 2-D one; the base tells which when it is bound."""
+
+    name: str  # the module that owns the parameter
+    a: TensorRef
+    b: TensorRef
+    targets: tuple[tuple[str, int, float], ...]  # (parameter, r, scale) that these factors may belong to
+
+    @property
+    def rank(self) -> int:
+        return self.targets[0][1] if self.targets else 1
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        return (self.b.shape[0], self.a.shape[1])
+
+    @property
+    def refs(self) -> tuple[TensorRef, ...]:
+        return (self.a, self.b)
+
+    @property
+    def needs_base(self) -> bool:
+        return True
+
+    def form(self, read: Reader, weight: Weight, dtype: torch.dtype) -> CanonicalForm:
+        """Raises UnsupportedError: which expert is which stands in the base."""
+        raise UnsupportedError(
+            f"{self.name}: adapted experts need the base to tell one from the other", hint="give BASE as well"
+        )

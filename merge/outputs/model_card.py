@@ -1,0 +1,231 @@
+"""The README.md of what is written: model cards with the hub's metadata.
+
+Keys after the hub's model card specification (huggingface_hub, "Model Cards"): base_model (a hub id, never a path),
+base_model_relation (adapter or merge), library_name, pipeline_tag, tags.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+from adapter_merge.methods.adapter import Adapter
+
+PIPELINES = {
+    "CAUSAL_LM": "text-generation",
+    "SEQ_CLS": "text-classification",
+    "TOKEN_CLS": "token-classification",
+    "QUESTION_ANS": "question-answering",
+    "SEQ_2_SEQ_LM": "text2text-generation",
+}
+AUTO_CLASSES = {
+    "CAUSAL_LM": "AutoModelForCausalLM",
+    "SEQ_CLS": "AutoModelForSequenceClassification",
+    "TOKEN_CLS": "AutoModelForTokenClassification",
+    "QUESTION_ANS": "AutoModelForQuestionAnswering",
+    "SEQ_2_SEQ_LM": "AutoModelForSeq2SeqLM",
+}
+HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
+VLLM_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)  # vllm.config.lora.MaxLoRARanks, 0.32
+
+
+def is_hub_name(name: object) -> bool:
+    """True for org/model: what the hub accepts as base_model."""
+    return isinstance(name, str) and HUB_NAME.fullmatch(name) is not None and not Path(name).exists()
+
+
+def card(
+    title: str,
+    base: str | None,
+    relation: str,
+    library: str,
+    tags: Iterable[str],
+    body: str,
+    pipeline: str | None = None,
+) -> str:
+    """A model card with YAML front matter. A base that is no hub id stays out of it: the hub refuses such a card."""
+    front = ["---", f"library_name: {library}"]
+    if is_hub_name(base):
+        front += [f"base_model: {json.dumps(base)}", f"base_model_relation: {relation}"]
+        tags = [*tags, f"base_model:{relation}:{base}"]
+    if pipeline:
+        front.append(f"pipeline_tag: {pipeline}")
+    front += ["tags:", *(f"- {tag}" for tag in tags), "---", ""]
+    return "\n".join(front) + f"# {title}\n\n{body.rstrip()}\n"
+
+
+def adapter_table(adapters: Iterable[Mapping[str, Any]]) -> str:
+    """A table of the adapters in a manifest's form."""
+    lines = ["| adapter | method | weights | sha256 |", "|---|---|---|---|"]
+    for entry in adapters:
+        lines.append(f"| {entry['name']} | {entry['method']} | {entry['modules']} | `{entry['sha256'][:16]}` |")
+    return "\n".join(lines)
+
+
+def combination_line(content: Mapping[str, Any]) -> str:
+    """How several adapters went together; empty for one."""
+    said = content.get("options", {}).get("combination")
+    if said is None:
+        return ""
+    if said["method"] == "in-turn":
+        return f"\nEach on what the ones before it have left: {', '.join(said['adapters'])}.\n"
+    weights = ", ".join(f"{name} {weight:g}" for name, weight in said["weights"].items())
+    others = [
+        f"{key} {said[key]:g}" for key, plain in (("density", 1), ("gamma", 0), ("seed", 0)) if said[key] != plain
+    ]
+    return f"\nCombined in delta space ({', '.join([said['method'], *others])}), weights: {weights}.\n"
+
+
+def certificate_table(certificate: Mapping[str, Any]) -> str:
+    """The certificate's figures as a table."""
+    low, high = certificate["ranks"]
+    rows = [
+        ("weights", str(certificate["weights"])),
+        ("rank", str(low) if low == high else f"{low} to {high}"),
+        ("relative error of dW, worst weight", f"{certificate['max_relative_error']:.3g}"),
+        ("relative error of dW, mean", f"{certificate['mean_relative_error']:.3g}"),
+        ("relative spectral error, worst weight", f"{certificate['max_spectral_error']:.3g}"),
+        ("energy of dW kept, mean", f"{certificate['mean_energy']:.4%}"),
+    ]
+    if certificate.get("mean_output_error") is not None:
+        rows.append(("relative error of the layers' output, mean", f"{certificate['mean_output_error']:.3g}"))
+    end = certificate.get("end_to_end")
+    if end is not None:
+        effect = "" if end["effect"] is None else f" (the adapter itself moves them by {end['effect']:.3g})"
+        rows += [
+            (
+                "logits: largest difference",
+                f"{end['max_dlogit']:.3g}{effect}",
+            ),
+            ("logits: mean difference", f"{end['mean_dlogit']:.3g}"),
+            ("KL divergence per token, mean", f"{end['mean_kl']:.3g} nats"),
+            ("greedy tokens that agree", f"{end['greedy_equal']} of {end['greedy_total']}"),
+        ]
+        if end.get("perplexity") is not None:
+            found = end["perplexity"]
+            rows.append(
+                ("perplexity as trained / with these factors", f"{found['trained']:.4f} / {found['factors']:.4f}")
+            )
+    return "\n".join(["| figure | value |", "|---|---|", *(f"| {name} | {value} |" for name, value in rows)])
+
+
+def factor_card(content: Mapping[str, Any], opened: Adapter, folder: Path, title: str) -> str:
+    """README.md of a factor folder: what it is, what it cost, how to load it everywhere."""
+    base = opened.base_name or content["base"].get("name")
+    task = opened.config.get("task_type")
+    scaled = content["form"] == "lora+row_scale"
+    heads = (folder / "replacements.safetensors").is_file()
+    kind = "Exact factors" if content["exact"] else "Truncated factors"
+    what = (
+        f"{kind} with one scale per output row (DoRA form). Not a plain LoRA: `use_dora` stays true, so that a server "
+        "that knows only LoRA refuses it instead of losing the scales."
+        if scaled
+        else f"{kind}: a plain LoRA of scale 1 (`lora_alpha` is the rank)."
+    )
+    body = f"""{what}
+
+Made by adapter-merge {content["versions"]["adapter-merge"]} from:
+
+{adapter_table(content["adapters"])}
+{combination_line(content)}
+## Certificate
+
+Measured on the numbers in this folder, against the adapter as trained. Every weight's own figures stand in
+`adapter_merge.json`.
+
+{certificate_table(content["certificate"])}
+
+## How to load it
+
+{_loading(base, title, task, scaled, heads, content["certificate"]["ranks"][1])}"""
+    tags = ["adapter-merge", "peft", "dora" if scaled else "lora"]
+    return card(title, base, "adapter", "peft", tags, body, PIPELINES.get(str(task)))
+
+
+def _loading(base: str | None, title: str, task: object, scaled: bool, heads: bool, rank: int) -> str:
+    model = base or "BASE"
+    auto = AUTO_CLASSES.get(str(task), "AutoModel")
+    parts = [
+        f"""PEFT:
+
+```python
+from peft import PeftModel
+from transformers import {auto}
+
+base = {auto}.from_pretrained("{model}")
+model = PeftModel.from_pretrained(base, "{title}")
+```""",
+        f"""transformers (with peft installed):
+
+```python
+from transformers import {auto}
+
+model = {auto}.from_pretrained("{model}")
+model.load_adapter("{title}")
+```""",
+    ]
+    if scaled:
+        parts.append(
+            f"""vLLM refuses DoRA; the plugin of adapter-merge serves it exactly, from `row_scale.safetensors`:
+
+```bash
+adapter-merge serve {model} mine={title}
+```"""
+        )
+    elif heads:
+        parts.append("vLLM: not as a LoRA, since heads or biases were trained as well: serve the merged model.")
+    elif rank > VLLM_RANKS[-1]:
+        parts.append(f"vLLM: rank {rank} is above its limit of {VLLM_RANKS[-1]}: serve the merged model.")
+    else:
+        room = next(size for size in VLLM_RANKS if size >= rank)
+        parts.append(
+            f"""vLLM:
+
+```bash
+vllm serve {model} --enable-lora --max-lora-rank {room} --lora-modules mine={title}
+```"""
+        )
+    parts.append(
+        f"""ONNX Runtime: one graph, this and other adapters switched at run time:
+
+```bash
+adapter-merge export {model} mine={title} -o onnx --mode switchable
+adapter-merge generate onnx --adapter mine --prompt "Hello"
+```"""
+    )
+    return "\n\n".join(parts)
+
+
+def merged_card(content: Mapping[str, Any], title: str, config: Mapping[str, Any]) -> str:
+    """README.md of a merged model; `config` is its config.json."""
+    name = str(content["base"]["name"])
+    architectures = config.get("architectures") or [""]
+    auto, pipeline = "AutoModel", None
+    for task, cls in AUTO_CLASSES.items():
+        if str(architectures[0]).endswith(cls.removeprefix("AutoModel")):
+            auto, pipeline = cls, PIPELINES[task]
+    servers = ""
+    if pipeline == "text-generation":
+        servers = f"""
+```bash
+vllm serve {title}
+adapter-merge export {title} -o onnx --mode merged   # ONNX Runtime
+```
+"""
+    body = f"""Made by adapter-merge {content["versions"]["adapter-merge"]}: the adapters below, merged into the base.
+
+{adapter_table(content["adapters"])}
+{combination_line(content)}
+
+`adapter_merge.json` holds the inputs' hashes, the versions, and the size and rounding of every weight's change.
+
+```python
+from transformers import {auto}
+
+model = {auto}.from_pretrained("{title}")
+```
+{servers}"""
+    return card(title, name, "merge", "transformers", ["adapter-merge", "merge"], body, pipeline)

@@ -1,0 +1,88 @@
+"""A merged model's folder beside its weights: side files, config, index, card, and the hashes of it all."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from adapter_merge.combine.open_inputs import relative_name
+from adapter_merge.engine.execute import FinishedShard
+from adapter_merge.engine.plan import INDEX, MergePlan
+from adapter_merge.storage.checkpoint import CANDIDATES
+from adapter_merge.storage.hashing import hash_files
+
+from .model_card import merged_card
+from .preimage import FOLDER, SIDE
+from .staging import MANIFEST, copy_synced, remove, write_json, write_text
+
+
+def write_rest(plan: MergePlan, folder: Path, content: Mapping[str, Any], title: str, keep_preimage: bool) -> None:
+    """Everything beside the weights; a finish that was killed here begins again."""
+    for path in folder.iterdir():
+        if path.name != FOLDER and path.name not in {shard.file for shard in plan.shards}:
+            remove(path)
+    _copy_side_files(plan, folder)
+    if plan.config is not None:
+        write_text(folder / "config.json", json.dumps(plan.config, indent=2, ensure_ascii=False) + "\n")
+    index = plan.index()
+    if index is not None:
+        write_json(folder / INDEX, index)
+    write_text(folder / "README.md", merged_card(content, title, plan.config or plan.base.config))
+    if keep_preimage:
+        side = folder / FOLDER / SIDE
+        remove(side)
+        side.mkdir()
+        for relative in _base_side(plan):
+            if relative in plan.side_files and relative not in _replaced(plan):
+                continue
+            (side / relative).parent.mkdir(parents=True, exist_ok=True)
+            copy_synced(plan.base.folder / relative, side / relative)
+
+
+def _replaced(plan: MergePlan) -> set[Path]:
+    """Side files of the base that the output holds in another form."""
+    own = {Path("README.md"), Path(MANIFEST)}
+    return own | {Path("config.json")} if plan.config is not None else own
+
+
+def _base_side(plan: MergePlan) -> list[Path]:
+    """The base's files beside its weights, its index among them, as they are recorded and restored."""
+    first = next((name for name in CANDIDATES if (plan.base.folder / name).is_file()), "")
+    return [*_carried(plan), *([Path(first)] if first.endswith(".index.json") else [])]
+
+
+def _carried(plan: MergePlan) -> list[Path]:
+    """The base's side files; not what another merge kept of its own base."""
+    return [path for path in plan.side_files if path.parts[0] != FOLDER]
+
+
+def base_files(plan: MergePlan, finished: Mapping[str, FinishedShard]) -> dict[str, str]:
+    """sha256 of the base's files: weights as they were read, the rest hashed now."""
+    known = {
+        shard.source.name: sha
+        for shard in plan.shards
+        if shard.source is not None and (sha := finished[shard.file].source_sha256) is not None
+    }
+    folder = plan.base.folder
+    weights = [shard.file for shard in plan.base.shards if shard.file.name not in known]
+    found = hash_files([*weights, *(folder / relative for relative in _base_side(plan))])
+    return dict(sorted((known | {relative_name(path, folder): sha for path, sha in found.items()}).items()))
+
+
+def output_files(folder: Path, finished: Mapping[str, FinishedShard]) -> dict[str, str]:
+    """sha256 of the output's files: weights as they were written, the rest hashed now."""
+    known = {name: shard.sha256 for name, shard in finished.items() if shard.sha256 is not None}
+    rest = [path for path in folder.rglob("*") if path.is_file() and path.relative_to(folder).as_posix() not in known]
+    found = {path.relative_to(folder).as_posix(): sha for path, sha in hash_files(rest).items()}
+    return dict(sorted((known | found).items()))
+
+
+def _copy_side_files(plan: MergePlan, folder: Path) -> None:
+    for relative in _carried(plan):
+        if relative in _replaced(plan):
+            continue
+        target = folder / relative
+        target.parent.mkdir(parents=True, exist_ok=True)
+        copy_synced(plan.base.folder / relative, target)

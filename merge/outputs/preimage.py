@@ -1,0 +1,154 @@
+"""What a merge overwrites, kept so that it can be undone to the last bit.
+
+    OUT/preimage/<file>.bin      frames: the base's bytes, XORed with the output's where those have the same layout
+    OUT/preimage/<file>.json     the base's file name, its header, and for each tensor its frames
+
+XOR leaves little of a bf16 weight but its low mantissa bits. A frame is split into byte planes (all first bytes, all
+second bytes, ...), each deflated on its own where that helps: the sign-and-exponent plane nearly vanishes.
+"""
+
+from __future__ import annotations
+
+import base64
+import json
+import os
+import threading
+import zlib
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import torch
+from torch import Tensor
+
+from adapter_merge.engine.plan import ShardPlan, TensorJob
+from adapter_merge.errors import FileFormatError
+from adapter_merge.storage.safetensors_header import ITEM_BYTES
+
+from .staging import sync_folder
+
+FOLDER = "preimage"
+SIDE = "side"  # the base's files that the output holds in another form: index, config, README
+VERSION = 1
+LEVEL = 1
+WORTH = 0.9  # a plane is deflated when a sample shrinks below this
+
+
+def deflate(
+    data: Tensor,  # (n,) uint8
+    item: int,
+) -> tuple[list[int], bytes]:
+    """Byte planes of n / item items: the size of each as kept (negative: as it is), and all of them joined."""
+    planes = data.view(-1, item).T.contiguous()
+    sizes, kept = [], []
+    for plane in planes:
+        raw = plane.numpy().tobytes()
+        sample = raw[:: max(1, len(raw) // 4096)]
+        packed = raw
+        if len(zlib.compress(sample, LEVEL)) < WORTH * len(sample):
+            packed = zlib.compress(raw, LEVEL)
+        if len(packed) < len(raw):
+            sizes.append(len(packed))
+            kept.append(packed)
+        else:
+            sizes.append(-len(raw))
+            kept.append(raw)
+    return sizes, b"".join(kept)
+
+
+def inflate(sizes: list[int], kept: bytes, nbytes: int) -> Tensor:  # (nbytes,) uint8
+    """The inverse of `deflate`. Raises FileFormatError for anything that is not."""
+    item, position = len(sizes), 0
+    if item == 0 or nbytes % item:
+        raise FileFormatError("a frame of the pre-image is damaged", got=f"{item} planes of {nbytes} bytes")
+    planes = []
+    for size in sizes:
+        piece = kept[position : position + abs(size)]
+        position += abs(size)
+        if size > 0:
+            try:
+                piece = zlib.decompressobj().decompress(piece, nbytes // item + 1)
+            except zlib.error as error:
+                raise FileFormatError(f"a frame of the pre-image is damaged ({error})") from error
+        if len(piece) != nbytes // item:
+            raise FileFormatError(
+                "a frame of the pre-image is damaged", expected=f"{nbytes // item}", got=f"{len(piece)}"
+            )
+        planes.append(torch.frombuffer(bytearray(piece), dtype=torch.uint8))
+    return torch.stack(planes).T.contiguous().view(-1)
+
+
+class _Writer:
+    def __init__(self, folder: Path, plan: ShardPlan) -> None:
+        self.stream: BinaryIO = (folder / f"{plan.file}.bin").open("xb", buffering=0)
+        self.frames: dict[str, list[list[Any]]] = {}
+        self.position = 0
+        self.lock = threading.Lock()
+
+
+class PreimageRecorder:
+    """Collects the frames of a run, one file per output file. Called by the engine, from any thread."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder / FOLDER
+        self.folder.mkdir(exist_ok=True)
+        self._writers: dict[str, _Writer] = {}
+        self._lock = threading.Lock()
+
+    def files(self, file: str) -> list[Path]:
+        """What belongs to the output file `file`."""
+        return [self.folder / f"{file}.bin", self.folder / f"{file}.json"]
+
+    def record(self, shard: ShardPlan, job: TensorJob, first: int, before: Tensor, after: Tensor | None) -> None:
+        """Keep `before` (n,) uint8, the base's bytes from byte `first` of the tensor; `after` replaces them."""
+        ref = job.original or job.source
+        item = ITEM_BYTES[ref.dtype]
+        xor = after is not None and job.source.dtype == job.place.dtype
+        if xor:
+            assert after is not None
+            sizes, kept = deflate(torch.bitwise_xor(before, after), item)
+        else:
+            sizes, kept = deflate(before, item)
+        with self._lock:
+            writer = self._writers.get(shard.file)
+            if writer is None:
+                writer = self._writers[shard.file] = _Writer(self.folder, shard)
+        with writer.lock:
+            position = writer.position
+            writer.position += len(kept)
+            writer.frames.setdefault(ref.name, []).append([first, before.numel(), position, sizes, xor])
+            done = 0
+            while done < len(kept):
+                done += writer.stream.write(kept[done:]) or 0
+
+    def close(self, shard: ShardPlan) -> None:
+        """Finish one output file's pre-image and sync it."""
+        assert shard.source is not None
+        with self._lock:
+            writer = self._writers.pop(shard.file, None) or _Writer(self.folder, shard)
+        with writer.stream as stream:
+            os.fsync(stream.fileno())
+        content = {
+            "version": VERSION,
+            "source": shard.source.name,
+            "header": base64.b64encode(zlib.compress(shard.source_header)).decode("ascii"),
+            "places": {
+                (job.original or job.source).name: job.place.name
+                for job in shard.jobs
+                if (job.original or job.source).file == shard.source
+                and (job.original or job.source).name == job.place.name  # not a tied head made of the embeddings
+            },
+            "frames": {name: sorted(frames) for name, frames in sorted(writer.frames.items())},
+        }
+        file = self.folder / f"{shard.file}.json"
+        with file.open("x", encoding="utf-8") as text:
+            json.dump(content, text, separators=(",", ":"))
+            text.flush()
+            os.fsync(text.fileno())
+        sync_folder(self.folder)
+
+    def abandon(self) -> None:
+        """Close what a failed run has open."""
+        with self._lock:
+            for writer in self._writers.values():
+                writer.stream.close()
+            self._writers.clear()

@@ -1,0 +1,236 @@
+"""What a killed or split merge has finished: one small file per output file, believed only after it was proved again.
+
+    .OUT.partial/
+      model/            the output, growing
+      journal/          plan.json: what is being made; <file>.json: hashes and figures of a finished file
+
+      split             there while parts are made: nobody wipes what other machines have made
+
+An entry is written (and synced) after its file is on the disk. A rerun takes a file over when the plan is the same one
+and when the file, and all of the base's files that it was made from, hash to what the entry says.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import threading
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from adapter_merge.engine.execute import FinishedShard
+from adapter_merge.engine.plan import MergePlan, ShardPlan
+from adapter_merge.engine.rounding_figures import TensorFigures
+from adapter_merge.errors import InputError, OutputError, Problem, raise_all
+from adapter_merge.storage.checkpoint import read_json
+from adapter_merge.storage.hashing import file_sha256, hash_files
+from adapter_merge.storage.locks import locked
+
+from .staging import SPLIT, check_output, disk_errors, publish, recover, remove, staging_folder, sync_folder, wipe
+
+PLAN = "plan.json"
+Part = tuple[int, int]  # i of n, counted from 1
+
+
+class Workplace:
+    """The staging folder of one merge, with its journal."""
+
+    def __init__(self, staging: Path, plan: MergePlan) -> None:
+        self.staging, self.plan = staging, plan
+        self.folder = staging / "model"
+        self.journal = staging / "journal"
+        self.identity: dict[str, Any] = {}  # of what is being made, once that is settled
+        self._hashes: dict[Path, str] = {}
+        self._lock = threading.Lock()
+
+    @property
+    def device(self) -> str:
+        """What kind of device computes this merge, or has computed its parts."""
+        return str(self.identity["device"])
+
+    @property
+    def _key(self) -> str:
+        """In every entry: of two first parts that meet with other options, each believes its own entries alone."""
+        return hashlib.sha256(json.dumps(self.identity, sort_keys=True).encode()).hexdigest()
+
+    def others(self, shard: ShardPlan) -> list[Path]:
+        """The base's files that `shard` is made from beside its source: pickles, and the shards of tied weights."""
+        base = {one.file for one in self.plan.base.shards} - {shard.source}
+        read = {ref.file for job in shard.jobs for ref in (job.source, job.original) if ref is not None}
+        return sorted(base & read)
+
+    def _hash(self, file: Path) -> str:
+        with self._lock:
+            if file not in self._hashes:
+                self._hashes[file] = file_sha256(file)
+            return self._hashes[file]
+
+    def record(self, shard: FinishedShard) -> None:
+        """Note a file that is on the disk."""
+        sync_folder(self.folder)  # its name as well
+        others = {}
+        if shard.sha256 is not None:
+            plan = next(plan for plan in self.plan.shards if plan.file == shard.file)
+            others = {file.name: self._hash(file) for file in self.others(plan)}
+        write_whole(self.journal / f"{shard.file}.json", {"plan": self._key, "others": others, "shard": asdict(shard)})
+
+    def entries(self) -> dict[str, tuple[FinishedShard, dict[str, str]]]:
+        """What the journal says of this very merge, unproved: finished files, and the others they were made from."""
+        found = {}
+        for file in sorted(self.journal.glob("*.json")):
+            if file.name != PLAN:
+                content = read_json(file)
+                if content.get("plan") != self._key:
+                    continue
+                fields = content["shard"]
+                figures = {name: TensorFigures(**values) for name, values in fields.pop("figures").items()}
+                shard = FinishedShard(figures=figures, **fields)
+                found[shard.file] = shard, content["others"]
+        return found
+
+    def proved(self, shards: Iterable[ShardPlan], companions: Callable[[str], list[Path]]) -> dict[str, FinishedShard]:
+        """The finished ones of `shards`, hashed again; what is not finished, or is not what it was, is removed.
+
+        companions: other files that belong to an output file, by its name.
+        """
+        entries = self.entries()
+        claims: dict[str, dict[Path, str | None]] = {}
+        plans = {plan.file: plan for plan in shards}
+        for file, plan in plans.items():
+            if file not in entries or not all(path.is_file() for path in (self.folder / file, *companions(file))):
+                continue
+            entry, others = entries[file]
+            if entry.sha256 is None:  # made without hashes: nothing can prove it
+                continue
+            claims[file] = {self.folder / file: entry.sha256}
+            if plan.source is not None:
+                claims[file][plan.source] = entry.source_sha256
+            claims[file] |= {path: others.get(path.name) for path in self.others(plan)}
+        hashes = hash_files(path for claim in claims.values() for path in claim)
+        found = {}
+        for file in plans:
+            if file in claims and all(hashes[path] == sha for path, sha in claims[file].items()):
+                found[file] = entries[file][0]
+                continue
+            remove(self.journal / f"{file}.json")
+            remove(self.folder / file)
+            for companion in companions(file):
+                remove(companion)
+        return found
+
+
+@contextmanager
+def workplace(
+    output: Path,
+    overwrite: bool,
+    identity: dict[str, Any],
+    plan: MergePlan,
+    *,
+    part: Part | None = None,
+    finishing: bool = False,
+    keep: bool = False,
+) -> Iterator[Workplace]:
+    """The place to build `output` in, with what an earlier run of the same `identity` has left there.
+
+    part: this run makes one part of the output; the place stays for the others. finishing: it puts the parts together,
+    on whatever device. keep: the place stays when this run fails. A killed run leaves it in any case, and so do all
+    once parts of a split merge are there. The caller publishes. A place with other content is wiped, but never one that
+    holds parts, which may be days of other machines' work. Raises OutputError.
+    """
+    check_output(output, overwrite)
+    place = Workplace(staging_folder(output), plan)
+    split = place.staging / SPLIT
+    stays = keep or finishing or part is not None or split.exists()
+    left = "the finished shards stay: run it again to go on" if stays else "nothing was left behind"
+    with locked(output, shared=part is not None), disk_errors(output, left), ExitStack() as stack:
+        if part is None:
+            recover(output)
+        check_output(output, overwrite)
+        done = False
+        try:
+            _adopt(place, output, identity, part is not None, finishing)
+            for shard in () if part is None else shards_of_part(plan.shards, part):
+                stack.enter_context(locked(place.staging / shard.file))  # 1/2 and 1/3 may want the same one
+            yield place
+            done = True
+        finally:
+            if part is None and (done or not (keep or finishing or split.exists())):
+                remove(place.staging)
+
+
+def finish(place: Workplace, output: Path, overwrite: bool) -> None:
+    """The finished model takes its name; the journal goes."""
+    publish(place.folder, output, overwrite)
+
+
+def _adopt(place: Workplace, output: Path, identity: dict[str, Any], shared: bool, finishing: bool) -> None:
+    file = place.journal / PLAN
+    wanted = json.loads(json.dumps(identity))
+    held = read_json(file) if file.is_file() else None
+    if finishing:
+        if held is None:
+            raise OutputError(f"{output}: no part of it is there", hint="make every --shards part first")
+        wanted["device"] = held.get("device")  # what put the parts together computes nothing
+    if held != wanted:
+        if held is not None and (shared or finishing):
+            differing = sorted(key for key in {*held, *wanted} if held.get(key) != wanted.get(key))
+            raise OutputError(
+                f"{output}: parts of another merge are there already",
+                expected="the same base, adapter and options for every part, and for --finish",
+                got=f"other {', '.join(differing)}",
+                hint=f"finish or remove {place.staging}",
+            )
+        if not shared:
+            wipe(place.staging)
+        place.journal.mkdir(parents=True, exist_ok=True)
+        write_whole(file, wanted)
+        if shared and read_json(file) != wanted:  # two first parts met
+            raise OutputError(f"{output}: parts of another merge are there already")
+    if shared:
+        (place.staging / SPLIT).touch()
+    place.identity = wanted
+    # A run killed between its last two steps, the output's name and the journal's end, leaves a journal alone.
+    place.folder.mkdir(exist_ok=True)
+
+
+def shards_of_part(shards: Sequence[ShardPlan], part: Part) -> list[ShardPlan]:
+    """The i-th of n shares of about the same size: largest first, each to the share that has the least."""
+    number, count = part
+    if not 1 <= number <= count:
+        raise InputError(f"--shards {number}/{count}: there is no such part", expected="i/n with 1 <= i <= n")
+    sizes = [0] * count
+    mine = []
+    for shard in sorted(shards, key=lambda shard: (-shard.nbytes, shard.file)):
+        least = min(range(count), key=lambda share: sizes[share])
+        sizes[least] += shard.nbytes
+        if least == number - 1:
+            mine.append(shard)
+    return mine
+
+
+def check_complete(shards: Sequence[ShardPlan], finished: Iterable[str], output: Path) -> None:
+    """Raise OutputError naming every shard that no part has finished."""
+    done = set(finished)
+    raise_all(
+        [
+            Problem(f"{output}: {shard.file} is not finished", hint="run the --shards part that makes it (again)")
+            for shard in shards
+            if shard.file not in done
+        ],
+        OutputError,
+    )
+
+
+def write_whole(file: Path, content: dict[str, Any]) -> None:
+    """Write a JSON file that is whole or not there, and sync it."""
+    partial = file.with_name(f".{file.name}.{os.urandom(8).hex()}")  # pids are the same in every container
+    with partial.open("w", encoding="utf-8") as stream:
+        json.dump(content, stream, ensure_ascii=False)
+        stream.flush()
+        os.fsync(stream.fileno())
+    partial.rename(file)
+    sync_folder(file.parent)

@@ -1,0 +1,1 @@
+"""Bytes and files: checkpoints, headers, pickles, hashes, links, locks. Knows nothing of adapters."""

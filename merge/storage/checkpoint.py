@@ -1,0 +1,203 @@
+"""A model folder as Hugging Face writes it: shards, index, config and side files, from headers only."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from adapter_merge.errors import FileFormatError, InputError, Problem, raise_all
+
+from .safetensors_header import TensorRef, read_header
+
+WEIGHT_SUFFIXES = (
+    ".safetensors",
+    ".bin",
+    ".pt",
+    ".pth",
+    ".ckpt",
+    ".gguf",
+    ".h5",
+    ".msgpack",
+    ".onnx",
+    ".index.json",
+)
+CANDIDATES = (
+    "model.safetensors.index.json",
+    "model.safetensors",
+    "pytorch_model.bin.index.json",
+    "pytorch_model.bin",
+)
+HUB_ID = re.compile(r"(?P<repo>[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*)(@(?P<revision>[\w./-]+))?")
+# How the names of output heads end; a tied head is a second name of the embeddings.
+OUTPUT_HEADS = ("lm_head.weight", "embed_out.weight", "predictions.decoder.weight")
+
+
+@dataclass(frozen=True)
+class Shard:
+    """One weights file: its tensors in the order of their bytes, and its metadata."""
+
+    file: Path
+    tensors: tuple[TensorRef, ...]
+    metadata: Mapping[str, str]
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A base model on disk; nothing of its weights is read to make one."""
+
+    folder: Path
+    shards: tuple[Shard, ...]
+    config: Mapping[str, Any]
+
+    @cached_property
+    def tensors(self) -> Mapping[str, TensorRef]:
+        return {ref.name: ref for shard in self.shards for ref in shard.tensors}
+
+    @property
+    def nbytes(self) -> int:
+        return sum(ref.nbytes for ref in self.tensors.values())
+
+    @property
+    def side_files(self) -> tuple[Path, ...]:
+        """Everything beside the weights, relative to the folder: config, tokenizer, templates, remote code."""
+        found = []
+        for path in sorted(self.folder.rglob("*")):
+            relative = path.relative_to(self.folder)
+            hidden = any(part.startswith(".") for part in relative.parts)
+            if path.is_file() and not hidden and not path.name.endswith(WEIGHT_SUFFIXES):
+                found.append(relative)
+        return tuple(found)
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """sha256 over every tensor's name, dtype, shape and its first and last 4 KiB, whatever the sharding.
+
+        It tells one base from another in milliseconds; it is not a proof of integrity (the manifest's
+        file hashes are).
+        """
+        digest = hashlib.sha256()
+        for name in sorted(self.tensors):
+            ref = self.tensors[name]
+            digest.update(f"{name}\0{ref.dtype}\0{ref.shape}\0".encode())
+            with ref.file.open("rb") as stream:
+                stream.seek(ref.start)
+                digest.update(stream.read(min(4096, ref.nbytes)))
+                stream.seek(max(ref.start, ref.stop - 4096))
+                digest.update(stream.read(min(4096, ref.nbytes)))
+        return digest.hexdigest()
+
+
+def read_json(file: Path) -> dict[str, Any]:
+    """A JSON object from `file`. Raises FileFormatError."""
+    try:
+        text = file.read_text("utf-8")
+        content = json.loads(text)
+        if "\\ud" in text.lower():  # half a character can be read, but never written again
+            json.dumps(content, ensure_ascii=False).encode("utf-8")
+    except OSError as error:
+        raise FileFormatError(f"{file}: {error.strerror or error}") from error
+    except (ValueError, RecursionError) as error:
+        raise FileFormatError(f"{file}: not valid JSON ({error})") from error
+    if not isinstance(content, dict):
+        raise FileFormatError(f"{file}: not a JSON object", got=type(content).__name__)
+    return content
+
+
+def plain_name(name: object, source: Path) -> str:
+    """`name` when it is a bare file name. Raises FileFormatError for anything that could leave the folder."""
+    if not isinstance(name, str) or name in ("", ".", "..") or "/" in name or "\\" in name or "\0" in name:
+        raise FileFormatError(
+            f"{source}: names a file outside its folder",
+            expected="a plain file name",
+            got=repr(name),
+            hint="do not use this folder: a well-made index never does that",
+        )
+    return name
+
+
+def resolve(name: str | Path) -> Path:
+    """A local folder as it is, or a hub id such as org/model (or org/model@revision) downloaded to the hub's cache.
+
+    Raises InputError when there is neither.
+    """
+    path = Path(name)
+    if path.is_dir():
+        return path
+    match = HUB_ID.fullmatch(str(name))
+    if path.exists() or match is None:
+        raise InputError(
+            f"{name}: no such folder" if not path.exists() else f"{name}: not a folder",
+            expected="a local folder, or a hub id such as org/model",
+        )
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
+
+    try:
+        return Path(snapshot_download(match["repo"], revision=match["revision"]))
+    except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
+        raise InputError(
+            f"{name}: no such folder, and it could not be fetched from the hub",
+            got=str(error).split("\n")[0],
+            hint="check the name and the network (HF_TOKEN for a private model)",
+        ) from error
+
+
+def read_weights(file: Path) -> Shard:
+    """One weights file, safetensors or torch zip pickle, from its header only."""
+    if file.suffix == ".safetensors":
+        header = read_header(file)
+        return Shard(file, header.tensors, header.metadata)
+    from .torch_pickle import read_pickle
+
+    refs = sorted(read_pickle(file).values(), key=lambda ref: (ref.start, ref.name))
+    return Shard(file, tuple(refs), {"format": "pt"})
+
+
+def open_checkpoint(folder: str | Path) -> Checkpoint:
+    """The model in `folder` (a path or hub id). Raises InputError or FileFormatError with every problem found."""
+    folder = resolve(folder)
+    for candidate in CANDIDATES:
+        if (folder / candidate).is_file():
+            break
+    else:
+        raise InputError(
+            f"{folder}: no model weights here",
+            expected=" or ".join(CANDIDATES),
+            got=", ".join(sorted(path.name for path in folder.iterdir())[:12]) or "an empty folder",
+        )
+    config_file = folder / "config.json"
+    config = read_json(config_file) if config_file.is_file() else {}
+    if not candidate.endswith(".index.json"):
+        return Checkpoint(folder, (read_weights(folder / candidate),), config)
+
+    index_file = folder / candidate
+    weight_map = read_json(index_file).get("weight_map")
+    if not isinstance(weight_map, dict) or not weight_map:
+        raise FileFormatError(f"{index_file}: has no weight_map")
+    names = list(dict.fromkeys(plain_name(name, index_file) for name in weight_map.values()))
+    problems = [
+        Problem(f"{index_file}: names a shard that is not there", got=name)
+        for name in names
+        if not (folder / name).is_file()
+    ]
+    raise_all(problems, FileFormatError)
+    shards = tuple(read_weights(folder / name) for name in names)
+    placed = {ref.name: shard.file.name for shard in shards for ref in shard.tensors}
+    for name, shard_name in weight_map.items():
+        if placed.get(name) != shard_name:
+            got = f"in {placed[name]}" if name in placed else "nowhere"
+            problems.append(Problem(f"{index_file}: tensor {name!r} is not where the index says", shard_name, got))
+    count = sum(len(shard.tensors) for shard in shards)
+    if count != len(placed):
+        problems.append(Problem(f"{index_file}: some tensors stand in two shards"))
+    extra = sorted(set(placed) - set(weight_map))
+    if extra:
+        problems.append(Problem(f"{index_file}: tensors that the index does not name", got=", ".join(extra[:5])))
+    raise_all(problems, FileFormatError)
+    return Checkpoint(folder, shards, config)

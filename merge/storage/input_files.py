@@ -1,0 +1,47 @@
+"""Input files: open descriptors, and reads that name the file they fail on."""
+
+from __future__ import annotations
+
+import os
+import threading
+from pathlib import Path
+
+from torch import Tensor
+
+from adapter_merge.errors import FileFormatError
+
+from .safetensors_header import TensorRef
+from .tensor_io import pread_into
+
+
+class Sources:
+    """Descriptors of the files being read, each opened once."""
+
+    def __init__(self) -> None:
+        self._fds: dict[Path, int] = {}
+        self._lock = threading.Lock()
+
+    def read(
+        self,
+        ref: TensorRef,
+        first: int,
+        buffer: Tensor,  # (n,) uint8 on the CPU
+    ) -> None:
+        """Fill `buffer` from byte `first` of the tensor. Raises FileFormatError for a file that is short, or fails."""
+        try:
+            with self._lock:
+                fd = self._fds.get(ref.file)
+                if fd is None:
+                    fd = self._fds[ref.file] = os.open(ref.file, os.O_RDONLY)
+                    os.posix_fadvise(fd, 0, 0, os.POSIX_FADV_SEQUENTIAL)
+            pread_into(fd, buffer.numpy().data, ref.start + first, str(ref.file))
+        except OSError as error:  # not to be taken for a failure of the output's disk
+            raise FileFormatError(
+                f"{ref.file}: cannot be read ({error.strerror or error})", hint="its disk fails, or it was moved"
+            ) from error
+
+    def close(self) -> None:
+        with self._lock:
+            for fd in self._fds.values():
+                os.close(fd)
+            self._fds.clear()

@@ -1,0 +1,161 @@
+"""The safetensors format from its headers alone: 8 bytes length, a JSON header, then the tensors' bytes.
+
+Nothing here imports torch or reads a weight. A header is checked before it is believed: lengths inside the
+file, dtypes known, shapes and byte ranges in agreement, no overlap, no hole, no duplicate name
+(format: the safetensors repository's README, "Format").
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NoReturn
+
+from adapter_merge.errors import FileFormatError
+
+ITEM_BYTES = {
+    "BOOL": 1, "U8": 1, "I8": 1, "F8_E4M3": 1, "F8_E5M2": 1, "F8_E8M0": 1,
+    "I16": 2, "U16": 2, "F16": 2, "BF16": 2,
+    "I32": 4, "U32": 4, "F32": 4,
+    "I64": 8, "U64": 8, "F64": 8, "C64": 8,
+}  # fmt: skip
+FLOAT_DTYPES = ("F64", "F32", "F16", "BF16")
+MAX_HEADER_BYTES = 100_000_000
+ALIGNMENT = 8
+
+
+@dataclass(frozen=True)
+class TensorRef:
+    """Where one tensor lies: bytes start .. stop of `file`, row-major, little-endian."""
+
+    name: str
+    file: Path
+    dtype: str  # safetensors name: "F32", "BF16", ...
+    shape: tuple[int, ...]
+    start: int
+    stop: int
+
+    @property
+    def nbytes(self) -> int:
+        return self.stop - self.start
+
+    @property
+    def rows(self) -> int:
+        """Rows of the 2-D view: all leading dimensions together; 1 for scalars and vectors."""
+        return math.prod(self.shape[:-1]) if len(self.shape) > 1 else 1
+
+    @property
+    def row_bytes(self) -> int:
+        return self.nbytes // self.rows if self.rows else 0
+
+
+@dataclass(frozen=True)
+class Header:
+    """One safetensors file: its tensors in the order of their bytes, and its string metadata."""
+
+    file: Path
+    tensors: tuple[TensorRef, ...]
+    metadata: Mapping[str, str]
+    data_start: int
+
+
+def _no_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    result: dict[str, Any] = {}
+    for key, value in pairs:
+        if key in result:
+            raise ValueError(f"the name {key!r} occurs twice")
+        result[key] = value
+    return result
+
+
+def _is_size(value: object) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and 0 <= value < 2**63
+
+
+def read_header(file: Path) -> Header:
+    """The checked header of `file`. Raises FileFormatError for whatever a loader should not believe."""
+
+    def lie(cause: str, *, expected: str | None = None, got: str | None = None) -> NoReturn:
+        hint = "the file is truncated or damaged: fetch it again"
+        raise FileFormatError(f"{file}: {cause}", expected=expected, got=got, hint=hint)
+
+    try:
+        with file.open("rb") as stream:
+            size = os.fstat(stream.fileno()).st_size
+            prefix = stream.read(8)
+            if len(prefix) < 8:
+                lie("not a safetensors file", expected="at least 8 bytes", got=f"{len(prefix)} bytes")
+            length = int.from_bytes(prefix, "little")
+            if length > MAX_HEADER_BYTES or 8 + length > size:
+                lie(
+                    "the header's length is wrong",
+                    expected=f"at most {size - 8} bytes",
+                    got=f"{length} bytes",
+                )
+            text = stream.read(length)
+    except OSError as error:
+        raise FileFormatError(f"{file}: {error.strerror or error}") from error
+    try:
+        content = json.loads(text.decode("utf-8"), object_pairs_hook=_no_duplicates)
+    except (ValueError, RecursionError) as error:
+        lie(f"the header is not valid JSON ({error})")
+    if not isinstance(content, dict):
+        lie("the header is not a JSON object")
+    metadata = content.pop("__metadata__", None) or {}
+    if not isinstance(metadata, dict) or not all(isinstance(value, str) for value in metadata.values()):
+        lie("__metadata__ is not a map of strings")
+
+    data_start = 8 + length
+    tensors = []
+    for name, entry in content.items():
+        if not isinstance(entry, dict) or not {"dtype", "shape", "data_offsets"} <= set(entry):
+            lie(f"tensor {name!r} has no dtype, shape and data_offsets")
+        dtype, shape, offsets = entry["dtype"], entry["shape"], entry["data_offsets"]
+        if dtype not in ITEM_BYTES:
+            lie(f"tensor {name!r} has an unknown dtype", expected=", ".join(ITEM_BYTES), got=repr(dtype))
+        if not isinstance(shape, list) or not all(_is_size(size) for size in shape):
+            lie(f"tensor {name!r} has an impossible shape", got=repr(shape))
+        if not isinstance(offsets, list) or len(offsets) != 2 or not all(_is_size(offset) for offset in offsets):
+            lie(f"tensor {name!r} has impossible offsets", got=repr(offsets))
+        need = math.prod(shape) * ITEM_BYTES[dtype]
+        if offsets[1] - offsets[0] != need:
+            lie(
+                f"tensor {name!r}: its byte range does not hold its shape",
+                expected=f"{need} bytes for {dtype} {shape}",
+                got=f"{offsets[1] - offsets[0]} bytes",
+            )
+        tensors.append(TensorRef(name, file, dtype, tuple(shape), data_start + offsets[0], data_start + offsets[1]))
+    tensors.sort(key=lambda ref: (ref.start, ref.stop))
+    position = data_start
+    for ref in tensors:
+        if ref.start != position:
+            lie(f"tensor {ref.name!r} overlaps another one or leaves a hole before it")
+        position = ref.stop
+    if position != size:
+        lie("the file's length is wrong", expected=f"{position} bytes", got=f"{size} bytes")
+    return Header(file, tuple(tensors), metadata, data_start)
+
+
+def layout(
+    file: Path, tensors: Iterable[tuple[str, str, tuple[int, ...]]], metadata: Mapping[str, str] | None = None
+) -> tuple[bytes, tuple[TensorRef, ...]]:
+    """The header's bytes and the places of `tensors` (name, dtype, shape), in the given order, for a new file."""
+    entries: dict[str, Any] = {}
+    if metadata:
+        entries["__metadata__"] = dict(metadata)
+    position = 0
+    places = []
+    for name, dtype, shape in tensors:
+        stop = position + math.prod(shape) * ITEM_BYTES[dtype]
+        entries[name] = {"dtype": dtype, "shape": list(shape), "data_offsets": [position, stop]}
+        places.append((name, dtype, shape, position, stop))
+        position = stop
+    text = json.dumps(entries, separators=(",", ":"), ensure_ascii=False).encode("utf-8")
+    text += b" " * (-len(text) % ALIGNMENT)
+    start = 8 + len(text)
+    refs = tuple(TensorRef(name, file, dtype, shape, start + a, start + b) for name, dtype, shape, a, b in places)
+    return len(text).to_bytes(8, "little") + text, refs

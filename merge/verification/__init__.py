@@ -1,0 +1,1 @@
+"""Artefacts compared with the adapter as trained."""

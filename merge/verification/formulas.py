@@ -1,0 +1,132 @@
+"""Forward formulas of the methods that PEFT does not run: the papers' and projects' own, without the canonical form.
+
+DCFT      y = plain(x) + (x Delta) alpha / (ranknum + 1e-5),  Delta = conv_transpose2d(A^T B^T, C)      (in, out)
+reshape   y = plain(x) + x Delta^T,  Delta = (conv_transpose2d(B A, C) + bias).view(out, in)
+LoRA ...  y = m / rownorm(W_f + s B A) * (x W_f^T + s x A^T B^T) + bias, W_f = round(W0 - s B0 A0) or as it was saved
+LyCORIS   y = x W'^T + bias, W' = W0 + s kron(W1, W2) or W0 + s (W1a W1b) * (W2a W2b), with its magnitudes
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import reduce
+
+import torch
+from torch import Tensor, nn
+
+from adapter_merge.errors import UnsupportedError
+from adapter_merge.methods.adapter import AdaptedModule
+from adapter_merge.methods.dcft import RANKNUM_EPSILON, DcftModule
+from adapter_merge.methods.dcft_reshape import DcftReshapeModule
+from adapter_merge.methods.loha import LohaModule
+from adapter_merge.methods.lokr import LokrModule
+from adapter_merge.methods.lora import LoraModule
+from adapter_merge.methods.residual import orthonormal_factors, principal_factors
+from adapter_merge.storage.tensor_io import TORCH_DTYPES, read_tensor
+
+Forward = Callable[[nn.Module, Callable[[Tensor], Tensor], Tensor], Tensor]  # (layer, its own forward, x) -> y
+
+
+def forward_of(module: AdaptedModule, layer: nn.Module, dtype: torch.dtype) -> Forward:
+    """The adapted layer's forward in `dtype`. `layer` still holds its weight as the base stores it."""
+    if isinstance(module, DcftModule):
+        return _added(_dcft_delta(module, dtype))
+    if isinstance(module, DcftReshapeModule):
+        return _added(_reshaped_delta(module, dtype))
+    if isinstance(module, LoraModule) and not module.embedding and module.e is None:
+        return _lora_forward(module, layer, dtype)
+    if isinstance(module, LokrModule | LohaModule):
+        return _lycoris_forward(module, layer, dtype)
+    raise UnsupportedError(f"{module.name}: no reference forward for {type(module).__name__}")
+
+
+def _added(delta: Tensor) -> Forward:  # delta (in, out)
+    def run(layer: nn.Module, plain: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
+        return plain(x) + x @ delta
+
+    return run
+
+
+def _dcft_delta(module: DcftModule, dtype: torch.dtype) -> Tensor:  # (in, out)
+    image = read_tensor(module.a).to(dtype).mT @ read_tensor(module.b).to(dtype).mT  # (in/k0, out/k1), of each channel
+    number = module.ranknum if isinstance(module.ranknum, float) else float(read_tensor(module.ranknum).reshape(-1)[0])
+    bias = None if module.bias is None else read_tensor(module.bias).to(dtype)
+    image = image.reshape(1, module.c.shape[0], *image.shape[-2:])
+    spread = nn.functional.conv_transpose2d(image, read_tensor(module.c).to(dtype), bias, stride=module.stride)
+    return spread[0, 0] * (module.alpha / (number + RANKNUM_EPSILON))
+
+
+def _reshaped_delta(module: DcftReshapeModule, dtype: torch.dtype) -> Tensor:  # (in, out)
+    image = read_tensor(module.b).to(dtype) @ read_tensor(module.a).to(dtype)
+    kernel = read_tensor(module.c).to(dtype)
+    bias = None if module.bias is None else read_tensor(module.bias).to(dtype)
+    image = image.reshape(1, kernel.shape[0], *image.shape[-2:])
+    spread = nn.functional.conv_transpose2d(image, kernel, bias, stride=kernel.shape[2:])
+    return spread[0, 0].reshape(module.shape).T
+
+
+def _weight_of(layer: nn.Module) -> Tensor:  # (out, in), in the base's dtype
+    assert isinstance(layer.weight, Tensor)
+    weight = layer.weight.detach()
+    return weight.T if type(layer).__name__ == "Conv1D" else weight
+
+
+def _with_bias(layer: nn.Module, y: Tensor) -> Tensor:
+    return y + layer.bias if isinstance(layer.bias, Tensor) else y
+
+
+def _frozen_of(module: LoraModule, weight: Tensor) -> Tensor:
+    """W_f (out, in) in the dtype that it was kept in."""
+    initial = module.initial
+    if module.frozen is not None:
+        return read_tensor(module.frozen)
+    if initial is None:
+        return weight
+    wide, kept = weight.to(torch.float32), TORCH_DTYPES[initial.dtype] if initial.dtype else weight.dtype
+    if initial.a is not None and initial.b is not None:
+        scale = module.scale if initial.scale is None else initial.scale
+        a0, b0 = read_tensor(initial.a).to(torch.float32), read_tensor(initial.b).to(torch.float32)
+        return (wide - scale * (b0 @ a0)).to(kept)
+    again = orthonormal_factors if initial.method == "qr" else principal_factors
+    b0, a0 = again(wide, module.rank, module.scale)
+    return (wide - module.scale * (b0 @ a0)).to(kept)
+
+
+def _lora_forward(module: LoraModule, layer: nn.Module, dtype: torch.dtype) -> Forward:
+    a, b = read_tensor(module.a).to(dtype), read_tensor(module.b).to(dtype)
+    frozen = _frozen_of(module, _weight_of(layer)).to(dtype)
+    rows: Tensor | None = None  # (out,)
+    columns: Tensor | None = None  # (in,)
+    if module.magnitude is not None or module.own_magnitude:
+        dim = 1 - module.magnitude_dim
+        own = torch.linalg.vector_norm(frozen, dim=dim)
+        magnitude = own if module.magnitude is None else read_tensor(module.magnitude).to(dtype).reshape(-1)
+        scale = magnitude / torch.linalg.vector_norm(frozen + module.scale * (b @ a), dim=dim)
+        rows, columns = (scale, None) if module.magnitude_dim == 0 else (None, scale)
+
+    def run(layer: nn.Module, plain: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
+        x = x if columns is None else x * columns
+        y: Tensor = x @ frozen.T + module.scale * (x @ a.T) @ b.T
+        return _with_bias(layer, y if rows is None else rows * y)
+
+    return run
+
+
+def _lycoris_forward(module: LokrModule | LohaModule, layer: nn.Module, dtype: torch.dtype) -> Forward:
+    def product(*refs: object) -> Tensor:
+        return reduce(torch.matmul, [read_tensor(ref).to(dtype) for ref in refs])  # type: ignore[arg-type]
+
+    if isinstance(module, LokrModule):
+        delta = torch.kron(product(*module.w1), product(*module.w2))
+    else:
+        delta = product(module.w1a, module.w1b) * product(module.w2a, module.w2b)
+    after = _weight_of(layer).to(dtype) + module.scale * delta
+    if module.magnitude is not None:
+        dim = 1 - module.magnitude_dim
+        norm = torch.linalg.vector_norm(after, dim=dim, keepdim=True)
+        after = after * (read_tensor(module.magnitude).to(dtype).reshape(norm.shape) / norm)
+
+    def run(layer: nn.Module, plain: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
+        return _with_bias(layer, x @ after.T)
+
+    return run

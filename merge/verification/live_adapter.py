@@ -1,0 +1,190 @@
+"""The adapter as it was trained: a live, unmerged model to hold every artefact against.
+
+PEFT folders run in PEFT itself. What PEFT cannot read runs from its paper's or project's forward formula, written in
+formulas.py without the canonical form that the rest of the project is built on.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import warnings
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from adapter_merge.binding.bind import BoundAdapter
+from adapter_merge.errors import MissingDependencyError, UnsupportedError
+from adapter_merge.storage.safetensors_header import TensorRef
+from adapter_merge.storage.tensor_io import read_tensor
+
+from .formulas import Forward, forward_of
+
+
+@contextlib.contextmanager
+def quiet_libraries() -> Iterator[None]:
+    """transformers and PEFT without progress bars, log lines and warnings about what we check ourselves."""
+    import transformers
+
+    level = transformers.logging.get_verbosity()
+    bars = transformers.logging.is_progress_bar_enabled()
+    transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        transformers.logging.set_verbosity(level)
+        if bars:
+            transformers.logging.enable_progress_bar()
+
+
+def require(*packages: str) -> None:
+    """Raise MissingDependencyError for each of `packages` that is not installed."""
+    from importlib.util import find_spec
+
+    missing = [name for name in packages if find_spec(name) is None]
+    if missing:
+        raise MissingDependencyError(
+            f"running a model needs {' and '.join(missing)}", hint="pip install 'adapter-merge[verify]'"
+        )
+
+
+def load_model(folder: Any, config: Any = None) -> nn.Module:
+    """The transformers model in `folder`, of the class that its config names, in its own dtype, in eval mode."""
+    require("transformers")
+    import transformers
+
+    with quiet_libraries():
+        config = config or transformers.AutoConfig.from_pretrained(folder)
+        names = getattr(config, "architectures", None) or []
+        kind = getattr(transformers, names[0], None) if names else None
+        loader = kind or transformers.AutoModelForCausalLM
+        model: nn.Module = loader.from_pretrained(folder, config=config, dtype="auto")
+    return model.eval()
+
+
+def adapted_model(bound: BoundAdapter, dtype: torch.dtype = torch.float32, base: nn.Module | None = None) -> nn.Module:
+    """The base with the adapter live in it, unmerged, computing in `dtype`.
+
+    The base is loaded in its own dtype first, so that PiSSA's and DuDe's residual is rounded as at training. `base`:
+    another model to put it into, which is used up.
+    """
+    model = load_model(bound.base.folder, model_config(bound)) if base is None else base
+    replace_tensors(model, bound.replacements)
+    if bound.adapter.format == "PEFT folder":
+        return with_heads(_in_peft(model, bound).to(dtype), bound.replacements).eval()
+    for item in bound.modules:
+        layer = model.get_submodule(_module_path(model, item.module.name))
+        _install(layer, forward_of(item.module, layer, dtype))
+    return with_heads(model.to(dtype), bound.replacements).eval()
+
+
+def model_config(bound: BoundAdapter) -> Any:
+    """The base's transformers config with as many labels as the adapter's head has."""
+    require("transformers")
+    import transformers
+
+    with quiet_libraries():
+        return transformers.AutoConfig.from_pretrained(bound.base.folder)
+
+
+def replace_tensors(model: nn.Module, replacements: dict[str, TensorRef]) -> None:
+    """Put trained heads and biases into the model."""
+    state = model.state_dict()
+    for name, ref in replacements.items():
+        if name not in state:
+            raise UnsupportedError(f"{name}: the model class {type(model).__name__} has no such tensor")
+        state[name].copy_(read_tensor(ref))
+
+
+@torch.no_grad()
+def with_heads(model: nn.Module, heads: Mapping[str, TensorRef]) -> nn.Module:
+    """The model with trained heads and biases in its own precision: a base in half precision has rounded them.
+
+    PEFT keeps them beside the base's.
+    """
+    named = {_plain(name): parameter for name, parameter in model.named_parameters()}
+    for name, ref in heads.items():
+        if name in named and named[name].shape == ref.shape:
+            named[name].copy_(read_tensor(ref))
+    return model
+
+
+def _plain(name: str) -> str:
+    """A parameter's name without what PEFT puts into it; of a head, the copy that is in use."""
+    plain = name.removeprefix("base_model.model.").replace(".base_layer.", ".")
+    if ".original_module." in plain:
+        return name
+    return plain.replace(".modules_to_save.default.", ".")
+
+
+def _module_path(model: nn.Module, name: str) -> str:
+    """The adapter's module path in this model: as it is, or with one leading component more or less."""
+    paths: set[str] = {path for path, _ in model.named_modules()}
+    if name in paths:
+        return name
+    _, _, shorter = name.partition(".")
+    longer = [path for path in paths if path.partition(".")[2] == name]
+    if shorter in paths:
+        return shorter
+    if len(longer) == 1:
+        return str(longer[0])
+    raise UnsupportedError(f"{name}: the model class {type(model).__name__} has no such module")
+
+
+@torch.no_grad()
+def continued(model: nn.Module, ids: Tensor, count: int, *, all_of_it: bool = False) -> Tensor:
+    """ids (B, T) followed by the model's greedy tokens, `count` of them or fewer: to the end of its answer."""
+    with quiet_libraries():
+        made: Tensor = model.generate(  # type: ignore[operator]
+            input_ids=ids,
+            attention_mask=torch.ones_like(ids),
+            do_sample=False,
+            num_beams=1,
+            min_new_tokens=count if all_of_it else None,
+            max_new_tokens=count,
+            pad_token_id=0,
+        )
+    return made
+
+
+def generates(model: nn.Module) -> bool:
+    """True for a model that writes text."""
+    can = getattr(model, "can_generate", None)
+    return bool(can()) if callable(can) else False
+
+
+def live_layer(model: nn.Module, name: str) -> nn.Module:
+    """The adapted layer `name` of a live model (`adapted_model`)."""
+    get_base_model = getattr(model, "get_base_model", None)
+    inner = get_base_model() if callable(get_base_model) else model
+    assert isinstance(inner, nn.Module)
+    return inner.get_submodule(_module_path(inner, name))
+
+
+def is_embedding(layer: nn.Module) -> bool:
+    """True for a layer that takes token ids."""
+    get_base_layer = getattr(layer, "get_base_layer", None)
+    inner = get_base_layer() if callable(get_base_layer) else layer
+    return isinstance(inner, nn.Embedding)
+
+
+def _in_peft(model: nn.Module, bound: BoundAdapter) -> nn.Module:
+    require("peft")
+    import peft
+
+    with quiet_libraries():
+        config = peft.PeftConfig.from_pretrained(str(bound.adapter.folder))
+        if bound.base_kind == "residual":
+            config.init_lora_weights = True  # the base is what PEFT would compute
+        config.inference_mode = True
+        loaded: nn.Module = peft.PeftModel.from_pretrained(model, str(bound.adapter.folder), config=config)
+    return loaded
+
+
+def _install(layer: nn.Module, run: Forward) -> None:
+    plain = layer.forward
+    layer.forward = lambda x: run(layer, plain, x)
