@@ -25,7 +25,8 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
-from adapter_merge.errors import InputError, OutputError
+from adapter_merge.errors import OutputError
+from adapter_merge.storage.locks import lock_file
 
 LAYOUT = 1  # of a served folder; another number makes other keys
 ENTRY = "entry.json"
@@ -207,18 +208,7 @@ class Cache:
         """A descriptor that holds the lock of `key`; waits unless `mode` has LOCK_NB (BlockingIOError then)."""
         try:
             self.root.mkdir(parents=True, exist_ok=True)
-            while True:
-                fd = os.open(self._lock_file(key), os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
-                try:
-                    fcntl.flock(fd, mode)
-                    # Whoever removed the entry removed the lock file too: then this is nobody's lock.
-                    with suppress(FileNotFoundError):
-                        if self._lock_file(key).stat().st_ino == os.fstat(fd).st_ino:
-                            return fd
-                except BaseException:
-                    os.close(fd)
-                    raise
-                os.close(fd)
+            return lock_file(self._lock_file(key), mode)
         except BlockingIOError:
             raise
         except OSError as error:
@@ -257,19 +247,6 @@ class Cache:
             return True
         finally:
             os.close(fd)
-
-
-def parse_size(text: str) -> int:
-    """Bytes from `50GB`, `800MB` or a number. Raises InputError."""
-    units = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
-    number = text.strip().upper()
-    unit = number.lstrip("0123456789.")
-    try:
-        return int(float(number[: len(number) - len(unit)]) * units[unit.strip()])
-    except (KeyError, ValueError):
-        raise InputError(
-            f"{text!r} is not a size", expected="a number of bytes, or one with KB, MB, GB or TB"
-        ) from None
 
 
 def _sync(folder: Path) -> None:

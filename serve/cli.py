@@ -10,11 +10,12 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from adapter_merge.cli.adapter_options import META, adapter_options, one_stated, stated_of
+from adapter_merge.cli.options import SIZE
 
 if TYPE_CHECKING:
     from .stating import Stated
 
-CACHE_SIZE = "50GB"
+CACHE_SIZE = 50 * 10**9  # bytes
 
 
 class WithRest(click.Command):
@@ -45,7 +46,14 @@ class WithRest(click.Command):
     type=click.IntRange(min=1),
     help="Adapters in one batch (default: all that are named, at most 16).",
 )
-@click.option("--cache-size", default=CACHE_SIZE, show_default=True, help="Bound of the cache of adapters.")
+@click.option(
+    "--cache-size",
+    type=SIZE,
+    default=CACHE_SIZE,
+    show_default="50GB",
+    metavar="SIZE",
+    help="Bound of the cache of adapters.",
+)
 @adapter_options
 @click.option("--dry-run", is_flag=True, help="Check everything, print the command and the files, no more.")
 @click.option(
@@ -65,7 +73,7 @@ def serve(
     adapter_dir: str | None,
     allow_loading: bool,
     max_active: int | None,
-    cache_size: str,
+    cache_size: int,
     dry_run: bool,
     emit: str | None,
     name: str,
@@ -83,7 +91,7 @@ def serve(
         adapter-merge serve Qwen/Qwen2.5-0.5B support=./dude sql=./dcft
         adapter-merge serve ./base --adapter-dir ./adapters -- --port 9000 --api-key KEY
     """
-    from .cache import Cache, parse_size
+    from .cache import Cache
     from .command import make_plan
     from .emit import Service, kubernetes, ray
     from .flags import shell_line
@@ -97,7 +105,7 @@ def serve(
             adapters=adapters,
             adapter_dir=adapter_dir,
             max_active=max_active,
-            cache_size=None if cache_size == CACHE_SIZE else cache_size,
+            cache_size=None if cache_size == CACHE_SIZE else f"{cache_size}B",
             stated=tuple(stated),
             rest=tuple(ctx.meta["rest"]),
             image=image,
@@ -113,7 +121,7 @@ def serve(
         adapter_dir=Path(adapter_dir) if adapter_dir is not None else None,
         max_active=max_active,
         loading=allow_loading,
-        cache=Cache(max_bytes=parse_size(cache_size)),
+        cache=Cache(max_bytes=cache_size),
         rest=ctx.meta["rest"],
         stated=_stated(adapters),
     )

@@ -55,15 +55,25 @@ def _part(ctx: click.Context, param: click.Parameter, value: str | None) -> tupl
     return int(match[1]), int(match[2])
 
 
-def _size(ctx: click.Context, param: click.Parameter, value: str | None) -> int | None:
-    """Bytes: 4096, 512M, 1.5GB, 2GiB."""
-    if value is None:
-        return None
-    match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([KMGT]?)(I?)B?", value.strip().upper())
-    if match is None:
-        raise click.BadParameter(f"{value!r} is not a size such as 512M or 4GiB", ctx, param)
-    base = 1024 if match[3] else 1000
-    return int(float(match[1]) * base ** " KMGT".index(match[2] or " "))
+class Size(click.ParamType[int]):
+    """Bytes of a size with its unit: 512MB are 512,000,000, 4GiB are 4 x 1024^3, 4096B are 4096.
+
+    A number without a unit is refused: one reader takes 5 for bytes, the next for gigabytes.
+    """
+
+    name = "size"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> int:
+        if isinstance(value, int):
+            return value
+        match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*(?:([KMGT])(I?)B?|B)", str(value).strip().upper())
+        if match is None:
+            self.fail(f"{value!r} is not a size with a unit, such as 512MB or 4GiB", param, ctx)
+        base = 1024 if match[3] else 1000
+        return int(float(match[1]) * base ** " KMGT".index(match[2] or " "))
+
+
+SIZE = Size()
 
 
 def engine_options(function: F) -> F:
@@ -89,7 +99,7 @@ def engine_options(function: F) -> F:
         ),
         click.option(
             "--vram",
-            callback=_size,
+            type=SIZE,
             metavar="SIZE",
             help="Memory for tensors on each CUDA device; a quarter of what is free.",
         ),

@@ -90,19 +90,6 @@ def numerical_rank(s: Tensor) -> int:
     return max(1, int((s > s[0] * NOISE * torch.finfo(torch.float32).eps).sum()))
 
 
-def reduce_rank(up: Tensor, down: Tensor) -> tuple[Tensor, Tensor]:
-    """The same product with the numerically zero singular values dropped; the factors as they are if there are none.
-
-    up (out, R), down (R, in), float64. Through the QR cores: no (out, in) matrix is formed.
-    """
-    left, s, right = core_svd(up, down)
-    kept = numerical_rank(s)
-    if kept == down.shape[0]:
-        return up, down
-    root = s[:kept].sqrt()
-    return left[:, :kept] * root, root[:, None] * right[:kept]
-
-
 def low_rank_spectrum(
     up: Tensor,  # (out, R) float64
     down: Tensor,  # (R, in) float64

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import re
+import shlex
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -47,21 +48,36 @@ def card(
     pipeline: str | None = None,
 ) -> str:
     """A model card with YAML front matter. A base that is no hub id stays out of it: the hub refuses such a card."""
-    front = ["---", f"library_name: {library}"]
-    if is_hub_name(base):
-        front += [f"base_model: {json.dumps(base)}", f"base_model_relation: {relation}"]
-        tags = [*tags, f"base_model:{relation}:{base}"]
-    if pipeline:
-        front.append(f"pipeline_tag: {pipeline}")
-    front += ["tags:", *(f"- {tag}" for tag in tags), "---", ""]
-    return "\n".join(front) + f"# {title}\n\n{body.rstrip()}\n"
+    from huggingface_hub import ModelCardData
+
+    of_hub = is_hub_name(base)
+    data = ModelCardData(
+        library_name=library,
+        base_model=base if of_hub else None,
+        base_model_relation=relation if of_hub else None,
+        pipeline_tag=pipeline,
+        tags=[*tags, f"base_model:{relation}:{base}"] if of_hub else list(tags),
+    )
+    return f"---\n{data.to_yaml()}\n---\n# {plain_text(title)}\n\n{body.rstrip()}\n"
+
+
+def plain_text(text: object) -> str:
+    """Text from a file or a name as one line of Markdown that is shown as it is: no markup, HTML or table cells."""
+    line = " ".join("".join(c if c.isprintable() else " " for c in str(text)).split())
+    return re.sub(r"([\\`*_{}\[\]<>#|!&~])", r"\\\1", line)
+
+
+def code_fence(*texts: str) -> str:
+    """A Markdown fence for a code block in which `texts` appear: longer than any run of backticks in them."""
+    return "`" * max(3, 1 + max(len(run) for text in texts for run in re.findall("`*", text)))
 
 
 def adapter_table(adapters: Iterable[Mapping[str, Any]]) -> str:
     """A table of the adapters in a manifest's form."""
     lines = ["| adapter | method | weights | sha256 |", "|---|---|---|---|"]
     for entry in adapters:
-        lines.append(f"| {entry['name']} | {entry['method']} | {entry['modules']} | `{entry['sha256'][:16]}` |")
+        name, method = plain_text(entry["name"]), plain_text(entry["method"])
+        lines.append(f"| {name} | {method} | {entry['modules']} | `{entry['sha256'][:16]}` |")
     return "\n".join(lines)
 
 
@@ -71,8 +87,8 @@ def combination_line(content: Mapping[str, Any]) -> str:
     if said is None:
         return ""
     if said["method"] == "in-turn":
-        return f"\nEach on what the ones before it have left: {', '.join(said['adapters'])}.\n"
-    weights = ", ".join(f"{name} {weight:g}" for name, weight in said["weights"].items())
+        return f"\nEach on what the ones before it have left: {', '.join(map(plain_text, said['adapters']))}.\n"
+    weights = ", ".join(f"{plain_text(name)} {weight:g}" for name, weight in said["weights"].items())
     others = [
         f"{key} {said[key]:g}" for key, plain in (("density", 1), ("gamma", 0), ("seed", 0)) if said[key] != plain
     ]
@@ -148,32 +164,33 @@ Measured on the numbers in this folder, against the adapter as trained. Every we
 def _loading(base: str | None, title: str, task: object, scaled: bool, heads: bool, rank: int) -> str:
     model = base or "BASE"
     auto = AUTO_CLASSES.get(str(task), "AutoModel")
+    fence = code_fence(model, title)
     parts = [
         f"""PEFT:
 
-```python
+{fence}python
 from peft import PeftModel
 from transformers import {auto}
 
-base = {auto}.from_pretrained("{model}")
-model = PeftModel.from_pretrained(base, "{title}")
-```""",
+base = {auto}.from_pretrained({json.dumps(model)})
+model = PeftModel.from_pretrained(base, {json.dumps(title)})
+{fence}""",
         f"""transformers (with peft installed):
 
-```python
+{fence}python
 from transformers import {auto}
 
-model = {auto}.from_pretrained("{model}")
-model.load_adapter("{title}")
-```""",
+model = {auto}.from_pretrained({json.dumps(model)})
+model.load_adapter({json.dumps(title)})
+{fence}""",
     ]
     if scaled:
         parts.append(
             f"""vLLM refuses DoRA; the plugin of adapter-merge serves it exactly, from `row_scale.safetensors`:
 
-```bash
-adapter-merge serve {model} mine={title}
-```"""
+{fence}bash
+adapter-merge serve {shlex.quote(model)} {shlex.quote(f"mine={title}")}
+{fence}"""
         )
     elif heads:
         parts.append("vLLM: not as a LoRA, since heads or biases were trained as well: serve the merged model.")
@@ -184,17 +201,17 @@ adapter-merge serve {model} mine={title}
         parts.append(
             f"""vLLM:
 
-```bash
-vllm serve {model} --enable-lora --max-lora-rank {room} --lora-modules mine={title}
-```"""
+{fence}bash
+vllm serve {shlex.quote(model)} --enable-lora --max-lora-rank {room} --lora-modules {shlex.quote(f"mine={title}")}
+{fence}"""
         )
     parts.append(
         f"""ONNX Runtime: one graph, this and other adapters switched at run time:
 
-```bash
-adapter-merge export {model} mine={title} -o onnx --mode switchable
+{fence}bash
+adapter-merge export {shlex.quote(model)} {shlex.quote(f"mine={title}")} -o onnx --mode switchable
 adapter-merge generate onnx --adapter mine --prompt "Hello"
-```"""
+{fence}"""
     )
     return "\n\n".join(parts)
 
@@ -208,12 +225,13 @@ def merged_card(content: Mapping[str, Any], title: str, config: Mapping[str, Any
         if str(architectures[0]).endswith(cls.removeprefix("AutoModel")):
             auto, pipeline = cls, PIPELINES[task]
     servers = ""
+    fence = code_fence(title)
     if pipeline == "text-generation":
         servers = f"""
-```bash
-vllm serve {title}
-adapter-merge export {title} -o onnx --mode merged   # ONNX Runtime
-```
+{fence}bash
+vllm serve {shlex.quote(title)}
+adapter-merge export {shlex.quote(title)} -o onnx --mode merged   # ONNX Runtime
+{fence}
 """
     body = f"""Made by adapter-merge {content["versions"]["adapter-merge"]}: the adapters below, merged into the base.
 
@@ -222,10 +240,10 @@ adapter-merge export {title} -o onnx --mode merged   # ONNX Runtime
 
 `adapter_merge.json` holds the inputs' hashes, the versions, and the size and rounding of every weight's change.
 
-```python
+{fence}python
 from transformers import {auto}
 
-model = {auto}.from_pretrained("{title}")
-```
+model = {auto}.from_pretrained({json.dumps(title)})
+{fence}
 {servers}"""
     return card(title, name, "merge", "transformers", ["adapter-merge", "merge"], body, pipeline)

@@ -1,4 +1,4 @@
-"""Two runs on one output exclude each other: flock on a hidden file beside it."""
+"""Locks on files (flock): the kernel drops a killed process's lock, and the empty file that it leaves is reused."""
 
 from __future__ import annotations
 
@@ -11,24 +11,55 @@ from pathlib import Path
 
 from adapter_merge.errors import OutputError
 
-PATIENCE = 2.0  # seconds that a part waits: whoever ends holds the lock alone for a moment, to remove its file
+PATIENCE = 2.0  # seconds that a shared lock waits: the last holder locks exclusively for a moment to remove the file
 
 
-def _lock_file(output: Path) -> Path:
-    return output.parent / f".{output.name}.lock"
+def lock_file(file: Path, mode: int, patience: float = 0.0) -> int:
+    """Open and lock `file`, which is created where it does not exist; closing the descriptor releases the lock.
+
+    mode: fcntl.LOCK_SH or LOCK_EX, with LOCK_NB to raise BlockingIOError when another process still holds the lock
+    after `patience` seconds instead of waiting. A symbolic link is not followed (OSError). A holder may remove the
+    file; whoever waited for it then has a lock on a file without a name, and locks the new file instead.
+
+    Example:
+        fd = lock_file(Path(".out.lock"), fcntl.LOCK_EX | fcntl.LOCK_NB)
+        os.close(fd)
+    """
+    until = time.monotonic() + patience
+    while True:
+        fd = os.open(file, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o666)
+        try:
+            fcntl.flock(fd, mode)
+            held = os.fstat(fd)
+            try:
+                named = file.stat(follow_symlinks=False)
+            except FileNotFoundError:
+                named = None
+            if named is not None and (named.st_dev, named.st_ino) == (held.st_dev, held.st_ino):
+                return fd
+        except BlockingIOError:
+            os.close(fd)
+            if time.monotonic() >= until:
+                raise
+            time.sleep(0.01)
+            continue
+        except BaseException:
+            os.close(fd)
+            raise
+        os.close(fd)
 
 
 @contextmanager
 def locked(output: Path, shared: bool = False) -> Iterator[None]:
-    """Hold the lock of `output`; shared by the parts of one split merge, exclusive otherwise.
+    """Hold the lock of an output folder; shared by the parts of one split merge, exclusive otherwise.
 
-    Raises OutputError at once when another process holds it. The kernel drops the lock of a killed process; the
-    empty file that it leaves is used, and removed, by the next run.
+    Raises OutputError at once when another process holds it.
     """
-    file = _lock_file(output)
+    file = output.parent / f".{output.name}.lock"
     try:
         output.parent.mkdir(parents=True, exist_ok=True)
-        fd = _lock(file, fcntl.LOCK_SH if shared else fcntl.LOCK_EX)
+        mode = fcntl.LOCK_SH if shared else fcntl.LOCK_EX
+        fd = lock_file(file, mode | fcntl.LOCK_NB, PATIENCE if shared else 0.0)
     except BlockingIOError:
         raise OutputError(
             f"{output}: another run is writing it",
@@ -40,41 +71,10 @@ def locked(output: Path, shared: bool = False) -> Iterator[None]:
         yield
     finally:
         try:
-            # Only who is alone may remove the file; others hold it open and would lock a file without a name.
+            # Only the last holder may remove the file; others hold it open and would lock a file without a name.
             fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
             file.unlink(missing_ok=True)
         except OSError:
             pass
         finally:
             os.close(fd)
-
-
-def _take(fd: int, kind: int) -> None:
-    """Lock `fd`. Raises BlockingIOError when another process holds it, for a shared lock only if it goes on to."""
-    until = time.monotonic() + (PATIENCE if kind == fcntl.LOCK_SH else 0)
-    while True:
-        try:
-            return fcntl.flock(fd, kind | fcntl.LOCK_NB)
-        except BlockingIOError:
-            if time.monotonic() >= until:
-                raise
-        time.sleep(0.01)
-
-
-def _lock(file: Path, kind: int) -> int:
-    """A descriptor of `file` that holds the lock, and still is the file of that name."""
-    while True:
-        fd = os.open(file, os.O_RDWR | os.O_CREAT, 0o666)
-        try:
-            _take(fd, kind)
-            held = os.fstat(fd)
-            try:
-                named = file.stat()
-            except FileNotFoundError:
-                named = None
-            if named is not None and (named.st_dev, named.st_ino) == (held.st_dev, held.st_ino):
-                return fd
-        except BaseException:
-            os.close(fd)
-            raise
-        os.close(fd)  # its last holder removed it between our open and our lock: again

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import ast
 import json
+import shlex
 from pathlib import Path
 
 import pytest
 import torch
+import yaml
 from factor_models import (
     WORDS,
     base_weights,
@@ -285,3 +288,20 @@ def test_logits_of_a_plain_model(base: Path) -> None:
     model = load(base)
     ids = torch.tensor([[1, 2, 3]])
     assert torch.equal(logits(model, ids), model(input_ids=ids).logits[0].detach().float())
+
+
+def test_hostile_names_stay_text_in_a_card() -> None:
+    """A folder, an adapter and a base whose names are markup, YAML, Python or shell code."""
+    name = 'a"); import os  #\n---\ntags: [x]\n<script>|```$(id)`'
+    entry = {"name": name, "method": "LoRA", "modules": 1, "sha256": "0" * 64}
+    content = {"base": {"name": name}, "adapters": [entry], "versions": {"adapter-merge": "1"}}
+    text = merged_card(content, name, {"architectures": ["LlamaForCausalLM"]})
+    front, body = text.removeprefix("---\n").split("\n---\n", 1)
+    assert yaml.safe_load(front)["tags"] == ["adapter-merge", "merge"]
+    prose, *blocks = body.split("````")
+    assert "<script>" not in prose.replace("\\<", "") and prose.count("\n# ") == 0
+    python = next(block for block in blocks if block.startswith("python\n")).removeprefix("python\n")
+    calls = [node for node in ast.walk(ast.parse(python)) if isinstance(node, ast.Call)]
+    assert [ast.literal_eval(call.args[0]) for call in calls] == [name]
+    shell = next(block for block in blocks if block.startswith("bash\n"))
+    assert shlex.split(shell.removeprefix("bash\n"), comments=True)[2] == name

@@ -20,9 +20,9 @@ from adapter_merge.factoring.truncated_svd import (
     dense_spectrum,
     kronecker_spectrum,
     low_rank_spectrum,
+    numerical_rank,
     product_norms,
     rank_for_energy,
-    reduce_rank,
     truncate,
 )
 from adapter_merge.methods.canonical_form import CanonicalForm, Residual
@@ -190,18 +190,14 @@ def test_a_small_value_of_a_large_weight_is_kept() -> None:
     q, _ = torch.linalg.qr(torch.randn(11_008, 4).double())
     p, _ = torch.linalg.qr(torch.randn(4_096, 4).double())
     values = torch.tensor([1.0, 0.5, 1e-3, 1e-9]).double()  # the last is below what float32 files hold
-    up, down = reduce_rank(q * values, p.T.contiguous())
-    assert up.shape[1] == 3
-    assert product_norms(torch.cat((q * values, -up), 1), torch.cat((p.T, down), 0))[0] < 1e-8
+    assert numerical_rank(core_svd(q * values, p.T.contiguous())[1]) == 3
 
 
 def test_energy_of_nothing_is_rank_one() -> None:
     assert rank_for_energy(torch.zeros(5), 0.99) == 1
     up, down = truncate(torch.zeros(4, 6), 0.99)
     assert up.shape == (4, 1) and not (up @ down).any()
-    up, down = reduce_rank(torch.zeros(4, 2).double(), torch.zeros(2, 6).double())
-    assert up.shape[1] == 1 and not (up @ down).any()
-    assert math.isfinite(float(up.sum()))
+    assert numerical_rank(core_svd(torch.zeros(4, 2).double(), torch.zeros(2, 6).double())[1]) == 1
 
 
 @given(st.lists(st.floats(0, 1e3), min_size=1, max_size=30), st.floats(0.001, 0.999))

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from adapter_merge.errors import InputError, OutputError
-from adapter_merge.serve.cache import Cache, key_of, parse_size
+from adapter_merge.serve.cache import Cache, key_of
 
 KEYS = [key_of({"number": number}) for number in range(6)]
 
@@ -155,14 +155,3 @@ def test_a_cache_that_cannot_be_written(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     with pytest.raises(OutputError, match="cache cannot be used"):
         Cache(tmp_path / "file" / "cache").obtain(KEYS[0], maker())
-
-
-@pytest.mark.parametrize(("text", "size"), [("50GB", 50 * 10**9), ("1.5 mb", 1_500_000), ("123", 123)])
-def test_sizes(text: str, size: int) -> None:
-    assert parse_size(text) == size
-
-
-@pytest.mark.parametrize("text", ["", "many", "5 XB", "-1GB"])
-def test_sizes_that_are_none(text: str) -> None:
-    with pytest.raises(InputError):
-        parse_size(text)
