@@ -13,6 +13,7 @@ from .adapter_options import adapter_options
 from .console import emit, progress_bar
 from .inputs import INPUTS, Subject, combination_options, has_combination, stated_inputs
 from .options import report_options
+from .verify_server import verify_running
 
 
 def _prove_hashes(folder: str, inputs: bool, as_json: bool, quiet: bool) -> None:
@@ -53,12 +54,24 @@ def _prove_restored(merged: str, restored: str, as_json: bool) -> None:
 @click.option("--tokens", "generated", default=32, show_default=True, help="Greedy tokens per prompt.")
 @click.option("--tolerance", type=float, help="For max |dlogit|; default 1e-4, and one rounding for half precision.")
 @click.option("--weights-only", is_flag=True, help="Compare weights alone; no model is run.")
+@click.option("--server", metavar="URL", help="Compare a running OpenAI-compatible server, in place of ARTEFACT.")
+@click.option("--model", metavar="NAME", help="--server: the name that the adapter is served under.")
+@click.option("--api-key", envvar="ADAPTER_MERGE_API_KEY", help="--server: its key; or set ADAPTER_MERGE_API_KEY.")
+@click.option(
+    "--dtype",
+    type=click.Choice(("float32", "bfloat16", "float16")),
+    help="--server: what it computes in; BASE's own dtype when not given.",
+)
 @report_options
 def verify(
     inputs: tuple[str, ...],
     check_inputs: bool,
     trained: bool,
     prompts: tuple[str, ...],
+    server: str | None,
+    model: str | None,
+    api_key: str | None,
+    dtype: str | None,
     as_json: bool,
     quiet: bool,
     verbose: bool,
@@ -74,12 +87,27 @@ def verify(
     ARTEFACT alone proves that it is what was written: every file is hashed again and held against its manifest. With
     --trained the base, adapters and recipe that the manifest names are proved the same, and compared with as above.
     MERGED RESTORED proves that a folder is the base that MERGED was made from.
+
+    BASE ADAPTER --server URL --model NAME compares a running server: its log-probabilities of prompts and of the
+    adapter's own answers, and its greedy tokens. It fails when the server ignores the adapter or serves another one.
     """
     from adapter_merge.api.verify import artefact_kind
     from adapter_merge.api.verify import verify as run
     from adapter_merge.outputs.integrity import inputs_of, is_merged
     from adapter_merge.storage.checkpoint import resolve
 
+    if server is not None:
+        if trained or check_inputs or settings.pop("weights_only"):
+            raise click.UsageError("--server: no --trained, --inputs or --weights-only, which look at an ARTEFACT")
+        if model is None:
+            raise click.UsageError("--server: --model NAME says which of its models")
+        if not inputs and not has_combination():
+            raise click.UsageError(f"expected {INPUTS}")
+        served = {"url": server, "model": model, "api_key": api_key}
+        verify_running(stated_inputs(inputs), served, as_json, quiet, prompts=prompts or None, dtype=dtype, **settings)
+        return
+    if model is not None or dtype is not None:
+        raise click.UsageError("--model and --dtype are said of a --server")
     if not inputs:
         raise click.UsageError(f"expected [{INPUTS}] ARTEFACT")
     artefact = inputs[-1]

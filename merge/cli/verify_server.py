@@ -1,0 +1,75 @@
+"""What `adapter-merge verify --server` does: ask a running server, and print what was found."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Mapping
+from typing import Any
+
+import click
+
+from .console import emit, say
+from .inputs import Subject
+
+SAID = {
+    "prompt_logprobs": "prompts and answers, by the server's prompt_logprobs",
+    "echo": "prompts and answers, by echo and logprobs",
+    "generated": "answers alone: the server gives no log-probabilities of prompts",
+}
+
+
+def verify_running(subject: Subject, served: Mapping[str, Any], as_json: bool, quiet: bool, **settings: Any) -> None:
+    """Compare a server with the adapter as trained; exit code 1 unless it passes."""
+    from adapter_merge.api.verify_server import verify_server
+    from adapter_merge.verification.completions_client import ServedModel
+
+    done = 0
+
+    def progress(count: int) -> None:
+        nonlocal done
+        done += count
+        if sys.stderr.isatty():
+            say(f"{done} prompts compared", quiet=quiet or as_json)
+
+    report = verify_server(
+        subject.base,
+        subject.adapter,
+        ServedModel(**served),
+        base_kind=subject.base_kind,
+        options=subject.options,
+        progress=progress,
+        **settings,
+    )
+    if as_json:
+        emit(report)
+    else:
+        _show(report)
+    if not report["passed"]:
+        sys.exit(1)
+
+
+def _show(report: Mapping[str, Any]) -> None:
+    found, greedy, bar = report["log_probabilities"], report["greedy"], report["tolerance"]
+    click.echo(f"server   {report['path']}, model {report['model']}")
+    click.echo(f"compared {found['compared']} log-probabilities of {SAID[report['way']]}")
+    for label, key in (("adapter", "difference"), ("base", "from_base"), ("effect", "effect")):
+        click.echo(f"{label:<8} {_pair(found[key])}{MEANING[key]}")
+    click.echo(f"allowed  {_pair(bar)}, for {report['dtype']}")
+    click.echo(f"greedy   {greedy['equal']}/{greedy['total']} tokens equal")
+    for note in report["notes"]:
+        click.echo(f"note     {note}")
+    for problem in report["problems"]:
+        click.echo(f"problem  {problem}")
+    click.echo(report["verdict"])
+
+
+MEANING = {
+    "difference": ": from the server to the adapter as trained",
+    "from_base": ": from the server to the base",
+    "effect": ": from the base to the adapter as trained",
+}
+
+
+def _pair(figures: Mapping[str, float | None]) -> str:
+    worst, mean = (("inf" if value is None else f"{value:.3g}") for value in (figures["max"], figures["mean"]))
+    return f"max |d log p| {worst}, mean {mean}"
