@@ -148,5 +148,5 @@ def _read(path: Path, found: Detected, options: ReadOptions, base: Checkpoint | 
     if found.format == "kohya":
         return read_kohya(file, options.alpha, options.magnitude_axis, base)
     if found.format == "mytransformers":
-        return read_mytransformers(file, options.alpha, options.magnitude_axis, base)
+        return read_mytransformers(file, options.alpha, options.magnitude_axis, base, options.residual_dtype)
     return read_dcft_reshape(file, base)

@@ -1,9 +1,13 @@
-"""MyTransformers (github hhnqqq/MyTransformers): LoRA, PiSSA, DoRA and DuDe checkpoints of its trainer.
+"""MyTransformers (github hhnqqq/MyTransformers): LoRA, rsLoRA, DoRA, PiSSA, OLoRA, MiLoRA and DuDe of its trainer.
 
-A torch file (.ckpt), flat or under model_state_dict, beside a config.json of the training arguments (lora_rank,
-lora_scaler, use_dude, use_dora, use_pissa, pissa_n_iters). Per module: weight_a (r, in), weight_b (out, r), since
-83fcc6a origin_magnitude (out,), and the frozen weight, which for PiSSA and DuDe is the residual; with
---save-trainable the frozen weight is left out. s = lora_scaler / lora_rank.
+A torch file (.ckpt), flat or under model_state_dict, beside a config.json of the training arguments, which names the
+variant (mytransformers_arguments.py). Per module: weight_a (r, in), weight_b (out, r), since 83fcc6a origin_magnitude
+(out,), and the frozen weight, which for PiSSA, OLoRA, MiLoRA and DuDe is the residual; with --save-trainable the frozen
+weight is left out. s = lora_scaler / lora_rank, of rsLoRA lora_scaler / sqrt(lora_rank).
+
+Without the frozen weight the residual is computed again as its layers' init_lora_weights does: of the base in the
+training dtype, with factors and product in that dtype too (in float32 under run_lora_in_fp32), so that in half
+precision it is rounded several times (`Initial.product`).
 
 Before 83fcc6a the magnitude was not trained nor saved: it is the row norm of the residual (DuDe) or of the weight
 (DoRA) at run time, so a DuDe of that age differs from its base before it is trained. DoRA before October 2024 took
@@ -13,15 +17,20 @@ the norms of columns (--magnitude-axis in).
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from adapter_merge.errors import AdapterError, Problem, raise_all
-from adapter_merge.methods.adapter import AdaptedModule, Adapter
-from adapter_merge.methods.lora import LoraModule
+from adapter_merge.errors import AdapterError, Problem, UnsupportedError, raise_all
+from adapter_merge.formats.peft.initialisation import RESIDUAL_DTYPES
+from adapter_merge.methods.adapter import Adapter
+from adapter_merge.methods.lora import LoraModule, lora_scale
 from adapter_merge.methods.residual import Initial
 from adapter_merge.storage.checkpoint import Checkpoint, read_json, read_weights
+from adapter_merge.storage.safetensors_header import TensorRef
 
+from .mytransformers_arguments import ARGUMENTS, VARIANTS
+from .settings import note_of
 from .state_dict import Foreign, sort_tensors
 
 ROLES = {
@@ -32,32 +41,46 @@ ROLES = {
     "init_weight_b": "B0",
     "weight": "W",
 }
-REPEATABLE_ITERATIONS = 2  # pissa_n_iters up to this means a full SVD (LinearWithPiSSA)
+REPEATABLE_ITERATIONS = 2  # pissa_n_iters and milora_n_iters up to this mean a full SVD
+DTYPES = {"fp32": "F32", "bf16": "BF16", "fp16": "F16"}
+DECOMPOSED = {"PiSSA": "svd", "DuDe": "svd", "OLoRA": "qr", "MiLoRA": "svd_least"}
+MILORA_NOTE = (
+    "MiLoRA starts from the smallest singular values: nothing in the factors tells whether the base is the original. "
+    "It is taken for the original, from which MyTransformers itself starts"
+)
+
+
+@dataclass(frozen=True)
+class Training:
+    """What the training arguments say of all modules."""
+
+    method: str
+    scaler: float
+    rank: int | None
+    fast: bool  # the decomposition was a randomised SVD
+    axis: int  # 1: magnitudes of input columns
+    dtype: str | None  # of the frozen weights, as safetensors names it; None: not said
+    in_float32: bool  # run_lora_in_fp32
 
 
 def read_mytransformers(
-    file: Path, alpha: float | None, magnitude_axis: str | None, base: Checkpoint | None
+    file: Path,
+    alpha: float | None,
+    magnitude_axis: str | None,
+    base: Checkpoint | None,
+    residual_dtype: str | None = None,
 ) -> Adapter:
-    """The adapter in `file`. Raises AdapterError with every problem."""
+    """The adapter in `file`. `alpha` overrides lora_scaler, `residual_dtype` the dtype of training.
+
+    Raises AdapterError with every problem; UnsupportedError for a variant or an argument that is not known here.
+    """
     config_file = file.parent / "config.json"
     config = read_json(config_file) if config_file.is_file() else {}
+    unsupported, off = ARGUMENTS.check(config, str(config_file))
+    raise_all(unsupported, UnsupportedError)
     found = sort_tensors(read_weights(file).tensors, ROLES, base)
     problems = list(found.problems)
-    scaler = config.get("lora_scaler") if alpha is None else alpha
-    if isinstance(scaler, bool) or not isinstance(scaler, int | float) or not 0 < abs(scaler) < 1e12:
-        problems.append(
-            Problem(
-                f"{file}: lora_scaler is not known",
-                f"the training arguments in {config_file.name}, or --alpha NUMBER",
-                repr(scaler)[:100],
-                "the scale is lora_scaler / rank: it must be known, a guess would merge a wrong adapter",
-            )
-        )
-        scaler = 1.0
-    flags = [config.get(key) for key in ("use_dude", "use_dora", "use_pissa")]
-    if any(flag is not None and not isinstance(flag, bool) for flag in flags):
-        problems.append(Problem(f"{config_file}: use_dude, use_dora or use_pissa is wrong", "true or false"))
-    method = next((name for flag, name in zip(flags, ("DuDe", "DoRA", "PiSSA"), strict=True) if flag is True), "LoRA")
+    method = _variant(config, config_file, problems)
     if not config and any("m" in group for group in found.groups.values()):
         problems.append(
             Problem(
@@ -65,8 +88,21 @@ def read_mytransformers(
                 f"{config_file.name} with use_dora or use_dude",
             )
         )
-    modules = _modules(found, config, float(scaler), method, 1 if magnitude_axis == "in" else 0, file, problems)
+    problems += _other_positions(config, config_file, base)
+    iterations = config.get("milora_n_iters" if method == "MiLoRA" else "pissa_n_iters", 1)
+    said = config.get("lora_rank")
+    training = Training(
+        method,
+        _scaler(config, alpha, file, problems),
+        said if isinstance(said, int) else None,
+        method != "OLoRA" and not (isinstance(iterations, int) and iterations <= REPEATABLE_ITERATIONS),
+        1 if magnitude_axis == "in" else 0,
+        _training_dtype(config, residual_dtype, config_file, problems),
+        _flag(config, "run_lora_in_fp32", config_file, problems),
+    )
+    modules = _modules(found, training, file, problems)
     raise_all(problems, AdapterError)
+    assumed = any(m.initial is not None and m.initial.method == "svd_least" and m.frozen is None for m in modules)
     return Adapter(
         folder=file.parent,
         format="MyTransformers checkpoint",
@@ -75,23 +111,77 @@ def read_mytransformers(
         replacements=found.replacements,
         config=config,
         files=(file, *((config_file,) if config else ())),
-        notes=found.notes,
+        notes=(*found.notes, *note_of(off, str(config_file)), *((MILORA_NOTE,) if assumed else ())),
     )
 
 
-def _modules(
-    found: Foreign,
-    config: Mapping[str, Any],
-    scaler: float,
-    method: str,
-    axis: int,
-    file: Path,
-    problems: list[Problem],
-) -> tuple[AdaptedModule, ...]:
-    said = config.get("lora_rank")
-    iterations = config.get("pissa_n_iters", 1)
-    repeatable = isinstance(iterations, int) and iterations <= REPEATABLE_ITERATIONS
-    modules: list[AdaptedModule] = []
+def _variant(config: Mapping[str, Any], config_file: Path, problems: list[Problem]) -> str:
+    """The one variant whose flag is set; LoRA where none is."""
+    chosen = [key for key in VARIANTS if _flag(config, key, config_file, problems)]
+    if len(chosen) > 1:
+        problems.append(
+            Problem(
+                f"{config_file}: names {len(chosen)} variants",
+                "one",
+                ", ".join(chosen),
+                "MyTransformers takes one of them, and which one depends on its version: keep the one it trained",
+            )
+        )
+    return VARIANTS[chosen[0]] if chosen else "LoRA"
+
+
+def _flag(config: Mapping[str, Any], key: str, config_file: Path, problems: list[Problem]) -> bool:
+    value = config.get(key)
+    if value is not None and not isinstance(value, bool):
+        problems.append(Problem(f"{config_file}: {key} is wrong", "true or false", repr(value)[:100]))
+    return value is True
+
+
+def _scaler(config: Mapping[str, Any], alpha: float | None, file: Path, problems: list[Problem]) -> float:
+    scaler = config.get("lora_scaler") if alpha is None else alpha
+    if isinstance(scaler, bool) or not isinstance(scaler, int | float) or not 0 < abs(scaler) < 1e12:
+        problems.append(
+            Problem(
+                f"{file}: lora_scaler is not known",
+                "the training arguments in config.json, or --alpha NUMBER",
+                repr(scaler)[:100],
+                "the scale is lora_scaler / rank: it must be known, a guess would merge a wrong adapter",
+            )
+        )
+        return 1.0
+    return float(scaler)
+
+
+def _training_dtype(
+    config: Mapping[str, Any], stated: str | None, config_file: Path, problems: list[Problem]
+) -> str | None:
+    """The dtype that the base was loaded in: as stated, default_dtype, or what fp16 and bf16 make of it."""
+    if stated is not None:
+        return RESIDUAL_DTYPES.get(stated)
+    half, brain = (_flag(config, key, config_file, problems) for key in ("fp16", "bf16"))
+    said = config.get("default_dtype")
+    if said is None and ("fp16" in config or "bf16" in config):
+        said = "fp16" if half else "bf16" if brain else "fp32"
+    if said is not None and said not in DTYPES:
+        problems.append(Problem(f"{config_file}: default_dtype is wrong", ", ".join(DTYPES), repr(said)[:100]))
+    return DTYPES.get(said) if isinstance(said, str) else None
+
+
+def _other_positions(config: Mapping[str, Any], config_file: Path, base: Checkpoint | None) -> list[Problem]:
+    """A rope_theta that is not the base's: the weights would fit, the merged model would compute something else."""
+    theta = config.get("rope_theta")
+    if theta is None or base is None:
+        return []
+    nested = base.config.get("rope_parameters")
+    known = base.config.get("rope_theta", nested.get("rope_theta") if isinstance(nested, dict) else None)
+    if known is None or known == theta:
+        return []
+    return [Problem(f"{config_file}: rope_theta is not the base's", repr(known)[:100], repr(theta)[:100])]
+
+
+def _modules(found: Foreign, training: Training, file: Path, problems: list[Problem]) -> tuple[LoraModule, ...]:
+    modules: list[LoraModule] = []
+    scaled = training.method in ("DuDe", "DoRA")
     for name, group in sorted(found.groups.items()):
         a, b, m, frozen = (group.get(role) for role in ("A", "B", "m", "W"))
         if a is None or b is None or not len(a.shape) == len(b.shape) == 2 or a.shape[0] != b.shape[1] or 0 in a.shape:
@@ -100,35 +190,76 @@ def _modules(
                 Problem(f"{file}: the tensors of {name} do not fit", "weight_a (r, in), weight_b (out, r)", got)
             )
             continue
-        shape = (b.shape[0], a.shape[1])
-        if isinstance(said, int) and said != a.shape[0]:
+        rank, shape = a.shape[0], (b.shape[0], a.shape[1])
+        if training.rank is not None and training.rank != rank:
             problems.append(
-                Problem(f"{file}: the rank of {name} is not the config's", f"r = {said}", f"r = {a.shape[0]}")
+                Problem(f"{file}: the rank of {name} is not the config's", f"r = {training.rank}", f"r = {rank}")
             )
         if frozen is not None and frozen.shape != shape:
             problems.append(Problem(f"{file}: the frozen weight of {name} does not fit", str(shape), str(frozen.shape)))
-        if m is not None and m.shape != (shape[axis],):
-            problems.append(Problem(f"{file}: the magnitude of {name} does not fit", f"({shape[axis]},)", str(m.shape)))
-        initial = None
-        if method in ("DuDe", "PiSSA"):
-            a0, b0 = group.get("A0"), group.get("B0")
-            if a0 is not None and b0 is not None and a0.shape == a.shape and b0.shape == b.shape:
-                initial = Initial(a0, b0)
-            else:
-                initial = Initial(method="svd" if repeatable or frozen is not None else "pissa_niter")
+        if m is not None and not scaled:
+            problems.append(
+                Problem(f"{file}: {name} has a magnitude", f"none: the arguments name {training.method}", m.name)
+            )
+        elif m is not None and m.shape != (shape[training.axis],):
+            problems.append(
+                Problem(f"{file}: the magnitude of {name} does not fit", f"({shape[training.axis]},)", str(m.shape))
+            )
+        initial = _initial(training, group, a, b, frozen, file, problems)
         modules.append(
             LoraModule(
                 name,
                 a,
                 b,
-                scaler / a.shape[0],
-                magnitude=m if method in ("DuDe", "DoRA") else None,
+                lora_scale(training.scaler, rank, training.method == "rsLoRA"),
+                magnitude=m if scaled else None,
                 initial=initial,
-                magnitude_dim=axis,
+                magnitude_dim=training.axis,
                 frozen=frozen if initial is not None else None,
-                own_magnitude=m is None and method in ("DuDe", "DoRA"),
+                own_magnitude=m is None and scaled,
             )
         )
     if not modules and not problems:
         problems.append(Problem(f"{file}: holds no adapter (weight_a, weight_b)"))
     return tuple(modules)
+
+
+def _initial(
+    training: Training,
+    group: Mapping[str, TensorRef],
+    a: TensorRef,
+    b: TensorRef,
+    frozen: TensorRef | None,
+    file: Path,
+    problems: list[Problem],
+) -> Initial | None:
+    """What the initialisation of one module subtracted from its weight, and in which dtypes."""
+    method = DECOMPOSED.get(training.method)
+    if method is None:
+        return None
+    dtype = training.dtype
+    if dtype is None and not training.in_float32:
+        dtype = a.dtype  # without run_lora_in_fp32 the factors are in the frozen weight's dtype
+    if dtype is None and frozen is None:
+        problems.append(
+            Problem(
+                f"{file}: the dtype of its residual is unknown",
+                "default_dtype in config.json, or --residual-dtype",
+                "run_lora_in_fp32 without default_dtype, fp16 or bf16",
+            )
+        )
+    product = "F32" if training.in_float32 else dtype
+    a0, b0 = group.get("A0"), group.get("B0")
+    if a0 is not None and b0 is not None and a0.shape == a.shape and b0.shape == b.shape:
+        return Initial(a0, b0, dtype=dtype, method=method, product=product)
+    if training.fast and frozen is None and training.method == "MiLoRA":
+        problems.append(
+            Problem(
+                f"{file}: was made by a randomised SVD, which cannot be repeated",
+                f"milora_n_iters of at most {REPEATABLE_ITERATIONS}, or the frozen weights beside the factors",
+                hint="save without --save-trainable",
+            )
+        )
+    if training.fast and frozen is None:
+        return Initial(dtype=dtype, method="pissa_niter")
+    return Initial(dtype=dtype, method=method, product=product)

@@ -9,7 +9,8 @@ DCFT     r, lora_alpha, kernel_size, stride; or "form": "reshape" (dcft_reshape.
          reshape: B (in/d, r), A (r, out/d), deconv.weight (1, 1, d, d), deconv.bias (1,)
 DUDE     r, lora_alpha, use_rslora, base ("original" or "residual"), residual_dtype, and where they are not the first:
          initial ("svd", "qr", ...: how the factors were found; "none": nothing was subtracted), magnitude ("trained",
-         "frozen": the norms of the residual, "none"), magnitude_axis ("out" or "in")
+         "frozen": the norms of the residual, "none"), magnitude_axis ("out" or "in"), product_dtype (of the factors at
+         initialisation and their product, where these were rounded before they were subtracted)
          lora_A.weight (r, in), lora_B.weight (out, r), lora_magnitude_vector (out,), and optionally the factors at
          initialisation, lora_A_init.weight and lora_B_init.weight, so that no SVD has to be repeated, or the residual
          itself, frozen.weight (out, in)
@@ -31,7 +32,7 @@ from adapter_merge.formats.peft.tensors import PREFIX, WEIGHT_FILES, Parts, find
 from adapter_merge.methods.adapter import AdaptedModule, Adapter
 from adapter_merge.methods.dcft import DcftModule
 from adapter_merge.methods.lora import LoraModule
-from adapter_merge.methods.residual import LOST_INITS, Initial
+from adapter_merge.methods.residual import DECOMPOSITIONS, LOST_INITS, Initial
 from adapter_merge.storage.checkpoint import read_json, read_weights
 from adapter_merge.storage.safetensors_header import TensorRef
 
@@ -43,7 +44,7 @@ FORMAT_VERSION = 1
 DUDE_ROLES = {**LORA_ROLES, "frozen.weight": "frozen"}
 CHOICES = {
     "base": ("original", "residual"),
-    "initial": ("svd", "qr", "none", *LOST_INITS),
+    "initial": (*DECOMPOSITIONS, "none", *LOST_INITS),
     "magnitude": ("trained", "frozen", "none"),
     "magnitude_axis": ("out", "in"),
 }
@@ -131,7 +132,16 @@ def _dude(parts: Parts, config: Mapping[str, Any], problems: list[Problem]) -> t
                     "the dtype in which the frozen residual was kept at training: it was rounded to it",
                 )
             )
-        initial = Initial(dtype=dtype, method=str(said["initial"]))
+        product = RESIDUAL_DTYPES.get(str(config.get("product_dtype")))
+        if product is None and config.get("product_dtype") is not None:
+            problems.append(
+                Problem(
+                    'DuDe config: "product_dtype" is wrong',
+                    ", ".join(RESIDUAL_DTYPES),
+                    repr(config["product_dtype"])[:100],
+                )
+            )
+        initial = Initial(dtype=dtype, method=str(said["initial"]), product=product)
     trained = said["magnitude"] == "trained"
     axis = int(said["magnitude_axis"] == "in")
     modules: list[AdaptedModule] = []

@@ -26,7 +26,7 @@ from adapter_merge.methods.dcft_reshape import DcftReshapeModule
 from adapter_merge.methods.loha import LohaModule
 from adapter_merge.methods.lokr import LokrModule
 from adapter_merge.methods.lora import LoraModule, lora_scale
-from adapter_merge.methods.residual import orthonormal_factors, principal_factors
+from adapter_merge.methods.residual import decompose
 from adapter_merge.storage.checkpoint import read_weights
 from adapter_merge.storage.tensor_io import TORCH_DTYPES, read_tensor
 
@@ -174,6 +174,7 @@ def dude(opened: Adapter, bound: BoundAdapter | None) -> SafeFolder:
     if not residual:
         _initial_factors(safe, found, bound)
     methods = {module.initial.method for module in principal if module.initial is not None}
+    products = {module.initial.product for module in principal if module.initial is not None} - {None}
     magnitude = "trained" if any(module.magnitude is not None for module in found) else "none"
     if any(module.own_magnitude for module in found):
         magnitude = "frozen"
@@ -187,6 +188,7 @@ def dude(opened: Adapter, bound: BoundAdapter | None) -> SafeFolder:
         "base": "residual" if residual else "original",
         "initial": "none" if residual or not principal else methods.pop() if len(methods) == 1 else "svd",
         "residual_dtype": None if residual or not principal else _residual_dtype(opened, found, bound),
+        **({"product_dtype": dtype_name(products.pop())} if len(products) == 1 and not residual else {}),
         "magnitude": magnitude,
         "magnitude_axis": "in" if any(module.magnitude_dim for module in found) else "out",
     }
@@ -213,8 +215,7 @@ def _initial_factors(safe: SafeFolder, found: Sequence[LoraModule], bound: Bound
             if initial.scale is not None and initial.scale != module.scale:
                 b = (b.to(torch.float64) * (initial.scale / module.scale)).to(torch.float32)
         else:
-            again = orthonormal_factors if initial.method == "qr" else principal_factors
-            b, a = again(weights[module.name].oriented_weight().to(torch.float32), module.rank, module.scale)
+            b, a = decompose(initial, weights[module.name].oriented_weight(), module.rank, module.scale)
         safe.put(module, "lora_A_init.weight", a)
         safe.put(module, "lora_B_init.weight", b)
 
@@ -228,12 +229,17 @@ def _residual_dtype(opened: Adapter, found: Sequence[LoraModule], bound: BoundAd
             saved = module.frozen.dtype if module.frozen is not None else None
             dtypes.add(module.initial.dtype or saved or weights.get(module.name))
     if len(dtypes) == 1 and None not in dtypes:
-        return str(TORCH_DTYPES[str(dtypes.pop())]).removeprefix("torch.")
+        return dtype_name(dtypes.pop())
     raise InputError(
         f"{opened.folder}: the dtype of its residual is unknown",
         got=", ".join(sorted(map(str, dtypes))),
         hint="pass --base BASE, or --residual-dtype",
     )
+
+
+def dtype_name(dtype: object) -> str:
+    """torch's name of a dtype that safetensors calls `dtype`: bfloat16 for BF16."""
+    return str(TORCH_DTYPES[str(dtype)]).removeprefix("torch.")
 
 
 def _scales(found: Sequence[LoraModule]) -> dict[str, Any]:

@@ -71,6 +71,35 @@ class SavedResidual(Residual):
 
 
 @dataclass(frozen=True, eq=False)
+class ProductRoundedResidual(Residual):
+    """The residual as MyTransformers finds it: W_f = round(round(W0) - round(s round(b @ a))).
+
+    The model was loaded in `dtype` before it was decomposed; b and a are in the dtype `product`, and so are their
+    product and its scaled value; that is then rounded to `dtype`, and so is the difference, taken in float32.
+    up @ down is s b @ a without these roundings.
+    """
+
+    b: Tensor | None = None  # (out, r), in `product`
+    a: Tensor | None = None  # (r, in), in `product`
+    scale: float = 1.0
+    product: torch.dtype | None = None
+
+    def rows_(self, block: Tensor, rows: slice) -> Tensor:
+        """W_f's rows for `block` (n, in) of W0, in `dtype`. The product is summed in float32 and then rounded."""
+        assert self.a is not None and self.b is not None
+        b, a = (factor.to(block.device, torch.float32) for factor in (self.b[rows], self.a))
+        taken = ((b @ a).to(self.product) * self.scale).to(self.dtype)
+        return (block.to(self.dtype).to(torch.float32) - taken.to(torch.float32)).to(self.dtype)
+
+    def transposed(self) -> ProductRoundedResidual:
+        assert self.a is not None and self.b is not None
+        b, a = self.a.T.contiguous(), self.b.T.contiguous()
+        return ProductRoundedResidual(
+            self.down.T.contiguous(), self.up.T.contiguous(), self.dtype, b, a, self.scale, self.product
+        )
+
+
+@dataclass(frozen=True, eq=False)
 class CanonicalForm:
     """What one adapter does to one weight. Immutable; all tensors float32 or float64 on one device.
 

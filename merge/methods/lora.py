@@ -100,7 +100,7 @@ class LoraModule:
             if frozen is None:
                 frozen = weight().to(dtype)
                 if residual is not None:
-                    frozen = (frozen - residual.up @ residual.down).to(residual.dtype).to(dtype)
+                    frozen = residual.rows_(frozen, slice(None)).to(dtype)
             magnitude = torch.linalg.vector_norm(frozen, dim=1 - self.magnitude_dim)
         turned = 1 if self.embedding else self.magnitude_dim
         return CanonicalForm(up, down, magnitude=magnitude, magnitude_dim=turned, residual=residual)

@@ -1,7 +1,7 @@
-"""PiSSA (arXiv 2404.02948) and DuDe (arXiv 2505.14367): factors that start as the base's own principal part.
+"""PiSSA (arXiv 2404.02948), DuDe (arXiv 2505.14367) and their like: factors that start as a part of the base.
 
     W0 = U S V^T,  B0 = U_r sqrt(S_r / s),  A0 = sqrt(S_r / s) V_r^T,  W_f = round(W0 - s B0 A0)      (frozen)
-    PiSSA   W' = W_f + s B A
+    PiSSA   W' = W_f + s B A                         MiLoRA (arXiv 2406.09044): the same of the smallest values
     DuDe    W' = diag(m / rownorm(W_f + s B A)) (W_f + s B A),  m starts as rownorm(W0)
 
 On the original base the frozen part is found again; on a residual base it is the base itself. Which of the two
@@ -14,12 +14,12 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from adapter_merge.errors import MismatchError
+from adapter_merge.errors import MismatchError, UnsupportedError
 from adapter_merge.storage.lazy_torch import torch
 from adapter_merge.storage.safetensors_header import TensorRef
 from adapter_merge.storage.tensor_io import TORCH_DTYPES
 
-from .canonical_form import Residual, SavedResidual
+from .canonical_form import ProductRoundedResidual, Residual, SavedResidual
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -46,8 +46,9 @@ class Initial:
     a: TensorRef | None = None  # (r, in)
     b: TensorRef | None = None  # (out, r)
     dtype: str | None = None  # the residual's dtype as safetensors names it ("BF16"); None: the base's own
-    method: str = "svd"  # or "qr" (OLoRA)
+    method: str = "svd"  # a key of DECOMPOSITIONS or of LOST_INITS
     scale: float | None = None  # of the stored factors; None: that of the trained ones
+    product: str | None = None  # the dtype of the factors and of s B0 A0 where these were rounded (MyTransformers)
 
     @property
     def refs(self) -> tuple[TensorRef, ...]:
@@ -82,6 +83,48 @@ def orthonormal_factors(
     return q[:, :rank].contiguous(), r[:rank].contiguous()
 
 
+def least_factors(
+    weight: Tensor,  # (out, in), float32
+    rank: int,
+    scale: float,
+) -> tuple[Tensor, Tensor]:
+    """B0 (out, r) and A0 (r, in), s B0 A0 = the part of `weight` with its r smallest singular values (MiLoRA eq. 3)."""
+    u, s, vh = torch.linalg.svd(weight, full_matrices=False)
+    root = torch.diag(torch.sqrt(s[-rank:] / scale))
+    return u[:, -rank:] @ root, root @ vh[-rank:]
+
+
+# (weight (out, in) float32, rank, scale) -> B0 (out, r), A0 (r, in)
+DECOMPOSITIONS = {"svd": principal_factors, "qr": orthonormal_factors, "svd_least": least_factors}
+
+
+def decompose(
+    initial: Initial,
+    weight: Tensor,  # (out, in): W0 in the base's dtype
+    rank: int,
+    scale: float,
+) -> tuple[Tensor, Tensor]:
+    """B0 (out, r) and A0 (r, in) of W0: float32, or rounded to `initial.product`.
+
+    Raises UnsupportedError for a method that cannot be repeated.
+    """
+    if initial.method not in DECOMPOSITIONS:
+        raise UnsupportedError(
+            f"the initialisation {initial.method!r} cannot be repeated",
+            expected=", ".join(DECOMPOSITIONS),
+            hint=LOST_HINT,
+        )
+    if initial.product is None:
+        return DECOMPOSITIONS[initial.method](weight.to(torch.float32), rank, scale)
+    loaded = weight.to(_residual_dtype(initial, weight)).to(torch.float32)
+    b, a = DECOMPOSITIONS[initial.method](loaded, rank, scale)
+    return b.to(TORCH_DTYPES[initial.product]), a.to(TORCH_DTYPES[initial.product])
+
+
+def _residual_dtype(initial: Initial, weight: Tensor) -> torch.dtype:
+    return TORCH_DTYPES[initial.dtype] if initial.dtype else weight.dtype
+
+
 def residual_of(
     initial: Initial,
     rank: int,
@@ -94,12 +137,17 @@ def residual_of(
     if initial.refs:
         assert initial.a is not None and initial.b is not None
         stored = scale if initial.scale is None else initial.scale
+        b, a = read(initial.b), read(initial.a)
         rounded = TORCH_DTYPES[initial.dtype] if initial.dtype else weight().dtype
-        return Residual(read(initial.b).to(dtype) * stored, read(initial.a).to(dtype), rounded)
-    base = weight()
-    wide = base.to(torch.float32)
-    b, a = orthonormal_factors(wide, rank) if initial.method == "qr" else principal_factors(wide, rank, scale)
-    return Residual(scale * b.to(dtype), a.to(dtype), TORCH_DTYPES[initial.dtype] if initial.dtype else base.dtype)
+    else:
+        base, stored = weight(), scale
+        b, a = decompose(initial, base, rank, scale)
+        rounded = _residual_dtype(initial, base)
+    up, down = b.to(dtype) * stored, a.to(dtype)
+    if initial.product is None:
+        return Residual(up, down, rounded)
+    product = TORCH_DTYPES[initial.product]
+    return ProductRoundedResidual(up, down, rounded, b.to(product), a.to(product), stored, product)
 
 
 def saved_residual(

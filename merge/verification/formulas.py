@@ -21,7 +21,7 @@ from adapter_merge.methods.dcft_reshape import DcftReshapeModule
 from adapter_merge.methods.loha import LohaModule
 from adapter_merge.methods.lokr import LokrModule
 from adapter_merge.methods.lora import LoraModule
-from adapter_merge.methods.residual import orthonormal_factors, principal_factors
+from adapter_merge.methods.residual import decompose
 from adapter_merge.storage.tensor_io import TORCH_DTYPES, read_tensor
 
 Forward = Callable[[nn.Module, Callable[[Tensor], Tensor], Tensor], Tensor]  # (layer, its own forward, x) -> y
@@ -82,14 +82,19 @@ def _frozen_of(module: LoraModule, weight: Tensor) -> Tensor:
         return read_tensor(module.frozen)
     if initial is None:
         return weight
-    wide, kept = weight.to(torch.float32), TORCH_DTYPES[initial.dtype] if initial.dtype else weight.dtype
+    kept = TORCH_DTYPES[initial.dtype] if initial.dtype else weight.dtype
+    scale = module.scale
     if initial.a is not None and initial.b is not None:
         scale = module.scale if initial.scale is None else initial.scale
-        a0, b0 = read_tensor(initial.a).to(torch.float32), read_tensor(initial.b).to(torch.float32)
-        return (wide - scale * (b0 @ a0)).to(kept)
-    again = orthonormal_factors if initial.method == "qr" else principal_factors
-    b0, a0 = again(wide, module.rank, module.scale)
-    return (wide - module.scale * (b0 @ a0)).to(kept)
+        b0, a0 = read_tensor(initial.b), read_tensor(initial.a)
+    else:
+        b0, a0 = decompose(initial, weight, module.rank, module.scale)
+    product = b0.to(torch.float32) @ a0.to(torch.float32)
+    if initial.product is None:
+        return (weight.to(torch.float32) - scale * product).to(kept)
+    # MyTransformers: LinearWithLoRA._compute_lora_weight, in the dtype of the factors, then in the weight's.
+    lora_weight = (scale * product.to(TORCH_DTYPES[initial.product])).to(kept)
+    return (weight.to(kept).to(torch.float32) - lora_weight.to(torch.float32)).to(kept)
 
 
 def _lora_forward(module: LoraModule, layer: nn.Module, dtype: torch.dtype) -> Forward:

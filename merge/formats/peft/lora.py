@@ -71,7 +71,9 @@ def method_name(config: Mapping[str, Any], initial: Initial | None) -> str:
     if config.get("use_dora"):
         return "DuDe" if initial is not None else "DoRA"
     if initial is not None:
-        return {"svd": "PiSSA", "qr": "OLoRA"}.get(initial.method, f"LoRA ({config.get('init_lora_weights')})")
+        return {"svd": "PiSSA", "qr": "OLoRA", "svd_least": "MiLoRA"}.get(
+            initial.method, f"LoRA ({config.get('init_lora_weights')})"
+        )
     return "rsLoRA" if config.get("use_rslora") else "LoRA"
 
 
