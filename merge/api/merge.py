@@ -38,7 +38,6 @@ from adapter_merge.outputs.staging import (
     staging_folder,
     write_json,
 )
-from adapter_merge.storage.hashing import HeadStart
 from adapter_merge.storage.links import can_link
 
 DTYPES = {"float32": "F32", "float16": "F16", "bfloat16": "BF16"}
@@ -65,7 +64,6 @@ def merge(
     part: Part | None = None,
     finish: bool = False,
     vram: int | None = None,
-    head_start: HeadStart | None = None,
 ) -> dict[str, Any]:
     """Write the merged model to `output` and return its manifest.
 
@@ -81,7 +79,6 @@ def merge(
     part: make only the i-th of n shares of the shards; returns an account of them, and the output is not there yet.
     finish: check that all parts are there and write the rest: side files, index and manifest, then the output's name.
     vram: bytes of tensors on each CUDA device; its context, and what the allocator rounds up, come on top.
-    head_start: has begun to hash the base's files; stopped here when they are read in earnest.
     Raises AdapterMergeError (see errors.py); nothing is left behind then but what keep_partial or a part keeps.
     """
     output = Path(output)
@@ -128,7 +125,6 @@ def merge(
                     vram=vram,
                     on_shard=on_shard,
                     recorder=recorder,
-                    begun=head_start.stop() if head_start is not None and hashes else None,
                 )
         finally:
             if recorder is not None:

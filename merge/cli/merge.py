@@ -8,8 +8,6 @@ from typing import Any
 
 import click
 
-from adapter_merge.storage.hashing import HeadStart
-
 from .adapter_options import adapter_options
 from .console import loading, progress_bar, say
 from .inputs import INPUTS, combination_options, stated_inputs
@@ -35,29 +33,23 @@ def merge(inputs: tuple[str, ...], output: str, as_json: bool, quiet: bool, verb
     names they are applied in turn: merge BASE FIRST SECOND, where SECOND was trained on BASE with FIRST merged.
     """
     started = time.perf_counter()
-    hashed = inputs and settings["hashes"] and not (settings["dry_run"] or settings["finish"] or settings["part"])
-    head_start = HeadStart(sorted(Path(inputs[0]).glob("*.safetensors")) if hashed else ())
-    try:
-        with loading():
-            from adapter_merge.api.merge import merge as run
-            from adapter_merge.storage.checkpoint import resolve
+    with loading():
+        from adapter_merge.api.merge import merge as run
+        from adapter_merge.storage.checkpoint import resolve
 
-        subject = stated_inputs(inputs)
-        source = resolve(subject.folder) if subject.folder else Path()
-        total = sum(path.stat().st_size for path in source.iterdir() if path.is_file())
-        with progress_bar("merging", total, quiet or as_json) as progress:
-            content = run(
-                subject.base,
-                subject.adapter,
-                output,
-                base_kind=subject.base_kind,
-                options=subject.options,
-                progress=progress,
-                head_start=head_start,
-                **settings,
-            )
-    finally:
-        head_start.stop()
+    subject = stated_inputs(inputs)
+    source = resolve(subject.folder) if subject.folder else Path()
+    total = sum(path.stat().st_size for path in source.iterdir() if path.is_file())
+    with progress_bar("merging", total, quiet or as_json) as progress:
+        content = run(
+            subject.base,
+            subject.adapter,
+            output,
+            base_kind=subject.base_kind,
+            options=subject.options,
+            progress=progress,
+            **settings,
+        )
     if settings["part"] is not None and not as_json and not settings["dry_run"]:
         seconds = time.perf_counter() - started
         click.echo(f"{output}: part {content['part']}, {len(content['files'])} files in {seconds:.1f} s")

@@ -14,14 +14,14 @@ from __future__ import annotations
 
 import os
 import threading
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import torch
 
 from adapter_merge.errors import InputError
-from adapter_merge.storage.hashing import Begun, Stopped
+from adapter_merge.storage.hashing import Stopped
 from adapter_merge.storage.input_files import Sources
 from adapter_merge.storage.links import LINKS
 
@@ -30,8 +30,9 @@ from .cuda_lanes import cuda_lanes, forget_workspaces, pinned_bytes
 from .devices import exact_products
 from .lanes import LaneMaker, cpu_lane
 from .plan import MergePlan, ShardPlan
-from .schedule import FinishedShard, Progress, Schedule
-from .worker import Recorder, Worker
+from .run_settings import Progress, Recorder, RunSettings
+from .schedule import FinishedShard, Schedule
+from .worker import Worker
 
 __all__ = ["FinishedShard", "Progress", "Recorder", "execute"]
 
@@ -45,46 +46,16 @@ class _Run:
     """One execution: its threads, and the first failure that ends them all."""
 
     def __init__(
-        self,
-        plan: MergePlan,
-        shards: Sequence[ShardPlan],
-        folder: Path,
-        lanes: Sequence[LaneMaker],
-        block_bytes: int,
-        *,
-        device: torch.device,
-        hashing: bool,
-        direct: bool,
-        link: str,
-        progress: Progress | None,
-        on_shard: Shards,
-        recorder: Recorder | None,
-        begun: Mapping[Path, Begun],
+        self, shards: Sequence[ShardPlan], lanes: Sequence[LaneMaker], settings: RunSettings, on_shard: Shards
     ) -> None:
-        self.lanes, self.delta = lanes, plan.operation == "delta"
-        self.progress, self.on_shard, self.recorder = progress, on_shard, recorder
+        self.lanes, self.settings, self.on_shard = lanes, settings, on_shard
         self.left = len(shards)
         self.failure: BaseException | None = None
         self.changed = threading.Condition(threading.Lock())
         self.writers = ThreadPoolExecutor(WRITERS, thread_name_prefix="write")
         self.sources = Sources()
-        self.pool = ChunkPool(make=pinned_bytes if device.type == "cuda" else aligned_bytes)
-        self.schedule = Schedule(
-            shards,
-            folder,
-            len(lanes),
-            block_bytes,
-            hashing=hashing,
-            direct=direct,
-            link=link,
-            device=device,
-            sources=self.sources,
-            pool=self.pool,
-            submit=self._submit,
-            finished=self._finished,
-            progress=progress,
-            begun=begun,
-        )
+        self.pool = ChunkPool(make=pinned_bytes if settings.device.type == "cuda" else aligned_bytes)
+        self.schedule = Schedule(shards, settings, self.sources, self.pool, self._submit, self._finished)
 
     def run(self) -> None:
         threads = [
@@ -113,15 +84,7 @@ class _Run:
             raise self.failure
 
     def _work(self, make: LaneMaker) -> None:
-        Worker(
-            make(),
-            self.schedule,
-            self.sources,
-            self.pool,
-            delta=self.delta,
-            progress=self.progress,
-            recorder=self.recorder,
-        ).work()
+        Worker(make(), self.schedule, self.sources, self.pool, self.settings).work()
 
     def _stop(self) -> None:
         self.schedule.stop()
@@ -166,7 +129,6 @@ def execute(
     vram: int | None = None,
     on_shard: Shards | None = None,
     recorder: Recorder | None = None,
-    begun: Mapping[Path, Begun] | None = None,
 ) -> dict[str, FinishedShard]:
     """Write `shards` (all of the plan's where none are named) into `folder`, on the disk when this returns.
 
@@ -177,7 +139,6 @@ def execute(
     link: how shards that no adapter touches get there (see links.py).
     vram: bytes of device memory to use per CUDA device; None takes a quarter of what is free.
     on_shard: called, one thread at a time per shard, when a shard is on the disk.
-    begun: hashes of the base's files that were begun ahead (hashing.HeadStart).
     Raises NumericsError for NaN or infinity in a result, FileFormatError for a shard that ends too early, OSError
     for what the disk refuses. The first failure stops the rest.
     """
@@ -196,21 +157,19 @@ def execute(
         if on_shard is not None:
             on_shard(shard)
 
-    run = _Run(
-        plan,
-        plan.shards if shards is None else shards,
-        folder,
-        lanes,
-        block_bytes,
+    settings = RunSettings(
+        folder=folder,
         device=devices[0],
+        workers=len(lanes),
+        block_bytes=block_bytes,
         hashing=hashing,
         direct=direct,
         link=link,
+        is_delta=plan.operation == "delta",
         progress=progress,
-        on_shard=remember,
         recorder=recorder,
-        begun=begun or {},
     )
+    run = _Run(plan.shards if shards is None else shards, lanes, settings, remember)
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:

@@ -8,17 +8,15 @@ from __future__ import annotations
 import math
 import threading
 from collections import deque
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import CancelledError, ThreadPoolExecutor
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from adapter_merge.errors import FileFormatError
 from adapter_merge.methods.block_edits import BlockEdit
-from adapter_merge.storage.hashing import Begun, Stopped, file_sha256
+from adapter_merge.storage.hashing import Stopped, file_sha256
 from adapter_merge.storage.input_files import Sources
 from adapter_merge.storage.links import link_file
 from adapter_merge.storage.tensor_io import TORCH_DTYPES
@@ -28,12 +26,11 @@ from .cuda_lanes import CudaQueue
 from .lanes import Queue, current_device
 from .plan import ShardPlan, TensorJob
 from .rounding_figures import TensorFigures
+from .run_settings import RunSettings
 from .tasks import ShardWork, Task, TensorWork, arithmetic_of, form_bytes
 
 LOOK_AHEAD = 2
 AHEAD_BYTES = 64 << 20  # of forms, beyond which none is found before its turn: workers times shards are many
-
-Progress = Callable[[int], None]
 
 
 @dataclass(frozen=True)
@@ -46,16 +43,6 @@ class FinishedShard:
     figures: dict[str, TensorFigures]
 
 
-def _check_unchanged(begun: Begun | None) -> None:
-    """Raise FileFormatError where a file is not the one whose hash was begun."""
-    if begun is not None and not begun.is_unchanged:
-        raise FileFormatError(
-            f"{begun.file}: changed while it was read",
-            expected="a base that stays as it is until the merge is done",
-            hint="run it again",
-        )
-
-
 class Schedule:
     """The shards of one run, opened when a worker has nothing else to do.
 
@@ -66,26 +53,14 @@ class Schedule:
     def __init__(
         self,
         shards: Sequence[ShardPlan],
-        folder: Path,
-        workers: int,
-        block_bytes: int,
-        *,
-        hashing: bool,
-        direct: bool,
-        link: str,
-        device: torch.device,
+        settings: RunSettings,
         sources: Sources,
         pool: ChunkPool,
         submit: Callable[[Callable[[], None]], None],
         finished: Callable[[FinishedShard], None],
-        progress: Progress | None,
-        begun: Mapping[Path, Begun],
     ) -> None:
-        self.begun = begun
-        self.folder, self.workers, self.block_bytes = folder, workers, block_bytes
-        self.hashing, self.direct, self.link = hashing, direct, link
-        self.device, self.sources, self.pool = device, sources, pool
-        self._submit, self._finished, self.progress = submit, finished, progress
+        self.settings, self.sources, self.pool = settings, sources, pool
+        self._submit, self._finished = submit, finished
         self.stopping = False
         self._queue = deque(shards)
         self._open_shards: list[ShardWork] = []
@@ -93,9 +68,11 @@ class Schedule:
         self._prepared: list[TensorWork] = []
         self._lock = threading.Lock()
         # A device's memory is given out for one pass at a time, and each thread that multiplies takes some of it.
-        self._passes = ThreadPoolExecutor(1, "pass") if device.type == "cuda" else None
+        self._passes = ThreadPoolExecutor(1, "pass") if settings.device.type == "cuda" else None
         self._pass_queue: Queue | None = None
-        self._preparers = ThreadPoolExecutor(workers, "prepare", torch.set_num_threads, (1,))  # each thread has its own
+        self._preparers = ThreadPoolExecutor(
+            settings.workers, "prepare", torch.set_num_threads, (1,)
+        )  # each thread has its own
         self._threads = [self._preparers] if self._passes is None else [self._preparers, self._passes]
 
     def stop(self) -> None:
@@ -138,9 +115,9 @@ class Schedule:
 
     def _choose(self) -> ShardWork | None:
         """An unopened shard while there are fewer open ones than workers, else the one with the fewest workers."""
-        while self._queue and len(self._open_shards) < self.workers:
+        while self._queue and len(self._open_shards) < self.settings.workers:
             plan = self._queue.popleft()
-            if plan.is_copy and self.link != "copy" and self._linked(plan):
+            if plan.is_copy and self.settings.link != "copy" and self._linked(plan):
                 continue
             shard = self._open(plan)
             self._open_shards.append(shard)
@@ -150,15 +127,13 @@ class Schedule:
     def _linked(self, plan: ShardPlan) -> bool:
         assert plan.source is not None
         source = plan.source
-        if not link_file(source, self.folder / plan.file, self.link):
+        if not link_file(source, self.settings.folder / plan.file, self.settings.link):
             return False
 
         def hash_it() -> None:
-            begun = self.begun.get(source)
-            found = file_sha256(source, begun) if self.hashing else None
-            _check_unchanged(begun)
-            if self.progress is not None:
-                self.progress(plan.nbytes)
+            found = file_sha256(source) if self.settings.hashing else None
+            if self.settings.progress is not None:
+                self.settings.progress(plan.nbytes)
             self._finished(FinishedShard(plan.file, found, found, {}))
 
         self._submit(hash_it)
@@ -166,19 +141,23 @@ class Schedule:
 
     def _open(self, plan: ShardPlan) -> ShardWork:
         def done(sha256: str | None) -> None:
-            _check_unchanged(shard.begun)
             found = shard.digest.hexdigest() if shard.digest is not None else None
             self._finished(FinishedShard(plan.file, sha256, found, shard.figures))
 
         output = ChunkedFile(
-            self.folder / plan.file, plan.nbytes, self.pool, self._submit, done, self.hashing, self.direct
+            self.settings.folder / plan.file,
+            plan.nbytes,
+            self.pool,
+            self._submit,
+            done,
+            self.settings.hashing,
+            self.settings.direct,
         )
-        begun = self.begun.get(plan.source) if plan.source is not None else None
-        shard = ShardWork(plan, output, self.hashing, begun)
+        shard = ShardWork(plan, output, self.settings.hashing)
         self._made.append(shard)
         output.reserve(len(plan.header))
         output.put(torch.frombuffer(bytearray(plan.header), dtype=torch.uint8), 0)
-        shard.tasks = shard.in_order(self._prepare, LOOK_AHEAD * self.workers, self._room)
+        shard.tasks = shard.in_order(self._prepare, LOOK_AHEAD * self.settings.workers, self._room)
         return shard
 
     def _room(self, job: TensorJob) -> bool:
@@ -193,7 +172,7 @@ class Schedule:
         columns = shape[-1] if job.edits else 1
         rows = size // columns if columns else 0
         arithmetic = arithmetic_of(job)
-        step = max(1, self.block_bytes // (arithmetic.itemsize * max(columns, 1)))
+        step = max(1, self.settings.block_bytes // (arithmetic.itemsize * max(columns, 1)))
         dtypes = TORCH_DTYPES[job.source.dtype], arithmetic, TORCH_DTYPES[job.place.dtype]
         tensor = TensorWork(job, shard, rows, columns, step, *dtypes, None, -(-rows // step))
         if job.edits and rows:
@@ -227,18 +206,18 @@ class Schedule:
             raise
 
     def _pass_on_cuda(self, form: BlockEdit, tensor: TensorWork, arithmetic: torch.dtype) -> Tensor:
-        with current_device(self.device):
+        with current_device(self.settings.device):
             if self._pass_queue is None:
-                self._pass_queue = CudaQueue(self.device)
+                self._pass_queue = CudaQueue(self.settings.device)
             with self._pass_queue.activate():
-                return self._pass(form.to(self.device), tensor, arithmetic)
+                return self._pass(form.to(self.settings.device), tensor, arithmetic)
 
     def _pass(self, form: BlockEdit, tensor: TensorWork, arithmetic: torch.dtype) -> Tensor:
         source = tensor.job.source
         stored = TORCH_DTYPES[source.dtype]
         row_bytes = tensor.columns * stored.itemsize
         raw = torch.empty(tensor.step * row_bytes, dtype=torch.uint8)
-        work = torch.empty(tensor.step, tensor.columns, dtype=arithmetic, device=self.device)
+        work = torch.empty(tensor.step, tensor.columns, dtype=arithmetic, device=self.settings.device)
         total: Tensor | None = None
         for start in range(0, tensor.rows, tensor.step):
             if self.stopping:
@@ -246,7 +225,7 @@ class Schedule:
             count = min(tensor.step, tensor.rows - start)
             piece = raw[: count * row_bytes]
             self.sources.read(source, start * row_bytes, piece)
-            block = work[:count].copy_(piece.to(self.device).view(stored).view(count, tensor.columns))
+            block = work[:count].copy_(piece.to(self.settings.device).view(stored).view(count, tensor.columns))
             found = form.column_squares(block, start)
             total = found if total is None else total + found
         assert total is not None

@@ -7,13 +7,12 @@ import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future
 from dataclasses import dataclass, field
-from typing import NamedTuple
 
 import torch
 
 from adapter_merge.methods.adapter import AdaptedModule
 from adapter_merge.methods.block_edits import BlockEdit
-from adapter_merge.storage.hashing import Begun, OrderedDigest
+from adapter_merge.storage.hashing import OrderedDigest
 
 from .chunked_file import CHUNK_BYTES, ChunkedFile
 from .plan import ShardPlan, TensorJob
@@ -67,13 +66,6 @@ class TensorWork:
         return -(-self.rows // self.step)
 
 
-class Turn(NamedTuple):
-    """A piece's place in the input's hash, and how many of its first bytes are in the hash already."""
-
-    number: int
-    known: int
-
-
 @dataclass(slots=True, eq=False)
 class Task:
     """One step of a worker: rows of an edited or cast tensor, bytes of a copied one, or bytes only to be hashed."""
@@ -83,7 +75,7 @@ class Task:
     tensor: TensorWork | None  # None: bytes
     first: int  # row, or byte of the tensor
     count: int
-    turn: Turn | None  # in the input's hash
+    turn: int | None  # place in the order in which the input is hashed; None: not hashed
     write: bool = True
 
     @property
@@ -98,28 +90,23 @@ class Task:
 class ShardWork:
     """One output file in work."""
 
-    def __init__(self, plan: ShardPlan, output: ChunkedFile, hashing: bool, begun: Begun | None = None) -> None:
-        self.plan, self.output, self.begun = plan, output, begun
-        self.digest = OrderedDigest(begun) if hashing and plan.source is not None else None
+    def __init__(self, plan: ShardPlan, output: ChunkedFile, hashing: bool) -> None:
+        self.plan, self.output = plan, output
+        self.digest = OrderedDigest() if hashing and plan.source is not None else None
         self.turns = 0
-        self.known = 0 if begun is None else begun.nbytes  # bytes in the hash that no turn has come to yet
         self.tasks: Iterator[Task] = iter(())
         self.workers = 0
         self.figures: dict[str, TensorFigures] = {}
-        turn = self.turn(len(plan.source_header))
+        turn = self.next_turn()
         if self.digest is not None and turn is not None:
-            self.digest.update(turn.number, plan.source_header, turn.known)
+            self.digest.update(turn, plan.source_header)
 
-    def turn(self, nbytes: int) -> Turn | None:
-        """The place of the input's next `nbytes` in its hash; None where there is nothing left to hash of them."""
+    def next_turn(self) -> int | None:
+        """The next piece's place in the input's hash; None where the input is not hashed."""
         if self.digest is None:
             return None
-        known = min(self.known, nbytes)
-        self.known -= known
-        if known == nbytes:
-            return None
         self.turns += 1
-        return Turn(self.turns - 1, known)
+        return self.turns - 1
 
     def in_order(
         self,
@@ -140,7 +127,7 @@ class ShardWork:
             if job.original is not None:
                 for first in range(0, job.original.nbytes, CAST_BYTES):
                     count = min(CAST_BYTES, job.original.nbytes - first)
-                    yield Task(self, job, None, first, count, self.turn(count), write=False)
+                    yield Task(self, job, None, first, count, self.next_turn(), write=False)
                 hashed = False
             hashed = hashed and job.source.file == self.plan.source and job.place.name == job.source.name
             if job.is_copy:
@@ -148,11 +135,10 @@ class ShardWork:
                 while first < job.place.nbytes:  # up to a chunk's end: read straight into the chunk
                     rest = CHUNK_BYTES - (job.place.start + first) % CHUNK_BYTES
                     count = min(CAST_BYTES, rest, job.place.nbytes - first)
-                    yield Task(self, job, None, first, count, self.turn(count) if hashed else None)
+                    yield Task(self, job, None, first, count, self.next_turn() if hashed else None)
                     first += count
             else:
                 tensor = tensors.pop(index)
-                row_bytes = tensor.columns * tensor.source.itemsize
                 for first in range(0, tensor.rows, tensor.step):
                     count = min(tensor.step, tensor.rows - first)
-                    yield Task(self, job, tensor, first, count, self.turn(count * row_bytes) if hashed else None)
+                    yield Task(self, job, tensor, first, count, self.next_turn() if hashed else None)

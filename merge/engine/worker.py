@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 from collections import deque
 from dataclasses import dataclass
-from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -16,17 +15,10 @@ from adapter_merge.storage.input_files import Sources
 
 from .chunked_file import ChunkPool
 from .lanes import Block, Lane, Slot, current_device, is_finite
-from .plan import ShardPlan, TensorJob
 from .rounding_figures import sampled_rows
-from .schedule import Progress, Schedule
+from .run_settings import RunSettings
+from .schedule import Schedule
 from .tasks import ShardWork, Task, TensorWork
-
-
-class Recorder(Protocol):
-    """Keeps what a merge overwrites (preimage.py)."""
-
-    def record(self, shard: ShardPlan, job: TensorJob, first: int, before: Tensor, after: Tensor | None) -> None:
-        """Bytes `before` (n,) uint8 from byte `first` of the base's tensor became `after`, or are gone (None)."""
 
 
 @dataclass(slots=True)
@@ -50,18 +42,9 @@ class Worker:
     """A lane, and the blocks that are on their way through it."""
 
     def __init__(
-        self,
-        lane: Lane,
-        schedule: Schedule,
-        sources: Sources,
-        pool: ChunkPool,
-        *,
-        delta: bool,
-        progress: Progress | None,
-        recorder: Recorder | None,
+        self, lane: Lane, schedule: Schedule, sources: Sources, pool: ChunkPool, settings: RunSettings
     ) -> None:
-        self.lane, self.schedule, self.sources, self.pool = lane, schedule, sources, pool
-        self.delta, self.progress, self.recorder = delta, progress, recorder
+        self.lane, self.schedule, self.sources, self.pool, self.settings = lane, schedule, sources, pool, settings
 
     def work(self) -> None:
         """Until there is nothing left to take. Raises what a task raises, and Stopped when another worker failed."""
@@ -128,15 +111,15 @@ class Worker:
         self.sources.read(source, first, buffer)
         if task.turn is not None:
             assert task.shard.digest is not None
-            task.shard.digest.update(task.turn.number, buffer, task.turn.known)
+            task.shard.digest.update(task.turn, buffer)
 
     def _pass_bytes(self, task: Task, slot: Slot) -> None:
         """Copy, or only hash and record, bytes that are not computed with."""
         if not task.write:
             buffer = slot.bytes("host_in", task.count)
             self._read(task, buffer)
-            if self.recorder is not None:
-                self.recorder.record(task.shard.plan, task.job, task.first, buffer, None)
+            if self.settings.recorder is not None:
+                self.settings.recorder.record(task.shard.plan, task.job, task.first, buffer, None)
             return
         offset = task.job.place.start + task.first
         window = task.shard.output.window(offset, 1, task.count, torch.uint8)
@@ -144,8 +127,8 @@ class Worker:
         window = window.view(-1)
         self._read(task, window)
         task.shard.output.filled(offset, task.count)
-        if self.progress is not None:
-            self.progress(task.count)
+        if self.settings.progress is not None:
+            self.settings.progress(task.count)
 
     def _placed_forms(self, tensor: TensorWork, lane: Lane) -> list[BlockEdit]:
         if tensor.forms is None:
@@ -167,7 +150,7 @@ class Worker:
 
     def _block(self, task: Task, tensor: TensorWork) -> Block:
         measured = 0
-        if task.job.edits and not self.delta:
+        if task.job.edits and not self.settings.is_delta:
             measured = sampled_rows(task.first // tensor.step, tensor.blocks, task.count)
         return Block(
             task.first,
@@ -176,7 +159,7 @@ class Worker:
             tensor.source,
             tensor.arithmetic,
             tensor.target,
-            self.delta,
+            self.settings.is_delta,
             measured,
         )
 
@@ -194,21 +177,21 @@ class Worker:
                 f"{place.name}: rows {task.first} .. {task.first + task.count} would hold NaN or infinity", hint=hint
             )
         if (
-            self.recorder is not None
+            self.settings.recorder is not None
             and task.job.source.file == task.shard.plan.source
             and place.name == task.job.source.name
         ):
             row_bytes = tensor.columns * block.source.itemsize
             before = slot.bytes("host_in", task.count * row_bytes)
             after = flight.stored().view(torch.uint8).view(-1)
-            self.recorder.record(task.shard.plan, task.job, task.first * row_bytes, before, after)
+            self.settings.recorder.record(task.shard.plan, task.job, task.first * row_bytes, before, after)
         with tensor.lock:
             if block.measured:
                 tensor.totals.add(slot.host_sums, block.measured * tensor.columns)
             tensor.left -= 1
             if tensor.left == 0:
                 tensor.forms = None
-                if task.job.edits and not self.delta:
+                if task.job.edits and not self.settings.is_delta:
                     task.shard.figures[place.name] = tensor.totals.figures(tensor.rows * tensor.columns)
         row_bytes = tensor.columns * block.target.itemsize
         offset, nbytes = place.start + task.first * row_bytes, task.count * row_bytes
@@ -216,5 +199,5 @@ class Worker:
             task.shard.output.filled(offset, nbytes)
         else:
             task.shard.output.put(slot.bytes("host_out", nbytes), offset)
-        if self.progress is not None:
-            self.progress(nbytes)
+        if self.settings.progress is not None:
+            self.settings.progress(nbytes)

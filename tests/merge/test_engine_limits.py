@@ -161,8 +161,8 @@ def test_passes_of_a_device_are_taken_one_at_a_time_where_blocks_are_computed(
 
     def begin(self: Schedule, *arguments: Any, **options: Any) -> None:
         first(self, *arguments, **options)
-        assert self.device == DEVICES[0]
-        self.device = CPU  # there is no other one here
+        assert self.settings.device == DEVICES[0]
+        self.settings = replace(self.settings, device=CPU)  # there is no other one here
 
     def one_pass(self: Schedule, *arguments: Any) -> Tensor:
         threads.add(threading.current_thread().name)
