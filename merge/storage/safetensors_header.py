@@ -25,6 +25,9 @@ ITEM_BYTES = {
 }  # fmt: skip
 FLOAT_DTYPES = ("F64", "F32", "F16", "BF16")
 MAX_HEADER_BYTES = 100_000_000
+MAX_DIMENSIONS = 32  # of a tensor; numpy 1 holds no more
+MAX_SIZE = 2**63 - 1  # of a dimension, an offset or a whole tensor; torch's sizes are signed
+ENTRY_KEYS = {"dtype", "shape", "data_offsets"}
 ALIGNMENT = 8
 
 
@@ -72,8 +75,27 @@ def _no_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     return result
 
 
+def _no_constant(text: str) -> Any:
+    raise ValueError(f"{text} is no JSON")
+
+
+def _plain_integer(text: str) -> int:
+    """Python's own reading, but for -0, which is no size, and for integers too long to be one."""
+    if text.startswith("-") or len(text) > 20:
+        raise ValueError(f"the number {text[:24]} is no size")
+    return int(text)
+
+
 def _is_size(value: object) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool) and 0 <= value < 2**63
+    return isinstance(value, int) and not isinstance(value, bool) and 0 <= value <= MAX_SIZE
+
+
+def _shortened(value: object) -> str:
+    """The value for a message: a header may hold 100 MB of it."""
+    if isinstance(value, list) and len(value) > MAX_DIMENSIONS:
+        return f"{len(value)} entries"
+    text = str(value) if isinstance(value, Exception) else repr(value)
+    return text if len(text) <= 200 else text[:200] + " ..."
 
 
 def read_header(file: Path) -> Header:
@@ -100,28 +122,44 @@ def read_header(file: Path) -> Header:
     except OSError as error:
         raise FileFormatError(f"{file}: {error.strerror or error}") from error
     try:
-        content = json.loads(text.decode("utf-8"), object_pairs_hook=_no_duplicates)
+        if not text.startswith(b"{"):
+            lie("the header does not begin with {")
+        content = json.loads(
+            text.decode("utf-8"),
+            object_pairs_hook=_no_duplicates,
+            parse_constant=_no_constant,
+            parse_int=_plain_integer,
+        )
+        if b"\\ud" in text.lower():  # half a surrogate pair can be read, but never written again
+            json.dumps(content, ensure_ascii=False).encode("utf-8")
     except (ValueError, RecursionError) as error:
-        lie(f"the header is not valid JSON ({error})")
-    if not isinstance(content, dict):
-        lie("the header is not a JSON object")
-    metadata = content.pop("__metadata__", None) or {}
+        lie(f"the header is not valid JSON ({_shortened(error)})")
+    metadata = content.pop("__metadata__", None)
+    metadata = {} if metadata is None else metadata
     if not isinstance(metadata, dict) or not all(isinstance(value, str) for value in metadata.values()):
         lie("__metadata__ is not a map of strings")
 
     data_start = 8 + length
     tensors = []
     for name, entry in content.items():
-        if not isinstance(entry, dict) or not {"dtype", "shape", "data_offsets"} <= set(entry):
-            lie(f"tensor {name!r} has no dtype, shape and data_offsets")
+        if not isinstance(entry, dict) or entry.keys() != ENTRY_KEYS:
+            lie(f"tensor {name!r} has not exactly dtype, shape and data_offsets", got=_shortened(entry))
         dtype, shape, offsets = entry["dtype"], entry["shape"], entry["data_offsets"]
-        if dtype not in ITEM_BYTES:
-            lie(f"tensor {name!r} has an unknown dtype", expected=", ".join(ITEM_BYTES), got=repr(dtype))
-        if not isinstance(shape, list) or not all(_is_size(size) for size in shape):
-            lie(f"tensor {name!r} has an impossible shape", got=repr(shape))
+        if not isinstance(dtype, str) or dtype not in ITEM_BYTES:
+            lie(f"tensor {name!r} has an unknown dtype", expected=", ".join(ITEM_BYTES), got=_shortened(dtype))
+        if not isinstance(shape, list) or len(shape) > MAX_DIMENSIONS or not all(map(_is_size, shape)):
+            lie(
+                f"tensor {name!r} has an impossible shape",
+                expected=f"up to {MAX_DIMENSIONS} sizes below 2^63",
+                got=_shortened(shape),
+            )
         if not isinstance(offsets, list) or len(offsets) != 2 or not all(_is_size(offset) for offset in offsets):
-            lie(f"tensor {name!r} has impossible offsets", got=repr(offsets))
-        need = math.prod(shape) * ITEM_BYTES[dtype]
+            lie(f"tensor {name!r} has impossible offsets", got=_shortened(offsets))
+        need = ITEM_BYTES[dtype]
+        for count in shape:  # in this order: a shape that overflows before its 0 is refused by safetensors too
+            need *= count
+            if need > MAX_SIZE:
+                lie(f"tensor {name!r} has an impossible shape", expected="below 2^63 bytes", got=_shortened(shape))
         if offsets[1] - offsets[0] != need:
             lie(
                 f"tensor {name!r}: its byte range does not hold its shape",

@@ -1,92 +1,131 @@
-"""torch.save files without trusting them: weights_only, and only the places of the tensors are taken.
+"""torch.save files without trusting them and without torch: the places of their tensors, as a header gives them.
 
-Under FakeTensorMode torch.load allocates nothing and records where each storage lies in the zip archive, which
-stores tensors uncompressed. A pickle is thereby read like a safetensors header (torch.serialization,
-`_checkpoint_offset`), and the engine streams it the same way.
+torch.save stores tensors uncompressed in a zip archive, and their names, shapes and places in a pickle. The pickle is
+read as a table (pickle_machine.py) and every storage is compared with its zip record (torch_zip.py), so that the
+engine streams such a file like a safetensors file. What torch.load(weights_only=True) would read in another way, or
+not at all, is refused.
 """
 
 from __future__ import annotations
 
-import pickle
-import warnings
-import zipfile
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from adapter_merge.errors import FileFormatError
 
-from .lazy_torch import torch
-from .safetensors_header import TensorRef
-from .tensor_io import dtype_names
-
-if TYPE_CHECKING:
-    from torch import Tensor
+from .pickle_machine import read_pickle_table
+from .pickled_tensors import DamagedPickle, ForbiddenPickle, PickledTensor, UnsupportedPickle
+from .safetensors_header import ITEM_BYTES, TensorRef
+from .torch_zip import TorchZip, read_torch_zip
 
 WRAPPERS = ("model_state_dict", "state_dict", "module", "model")
+# Tensors may share a storage (tied weights, views). Together they may be this much larger than their file.
+MAX_GROWTH = 16
+ALWAYS_ALLOWED_BYTES = 64 << 20
 
 
 def read_pickle(file: Path) -> dict[str, TensorRef]:
-    """The tensors of a torch.save file, by name. Nested state dicts under a usual wrapper key are unwrapped.
+    """The tensors of a torch.save file, by name. A state dict under a usual wrapper key is unwrapped.
 
-    Raises FileFormatError for the pre-1.6 format, for anything that is not tensors, and for a pickle
-    that would run code.
+    Raises FileFormatError for the pre-1.6 format, for anything that is not tensors, for a pickle that would run code,
+    and for sparse, quantised, conjugated, negated and meta tensors.
     """
-    from torch._subclasses.fake_tensor import FakeTensorMode
-
+    with file.open("rb") as stream:
+        archive = read_torch_zip(file, stream)
     try:
-        is_zip = zipfile.is_zipfile(file)
-    except Exception:  # a damaged central directory
-        is_zip = False
-    if not is_zip:
-        raise FileFormatError(
-            f"{file}: not a torch zip file",
-            expected="torch.save's zip format (torch 1.6 and newer)",
-            hint="the file is truncated, or older than torch 1.6: load and save it again with a newer torch",
-        )
-    try:
-        with warnings.catch_warnings(), FakeTensorMode():
-            warnings.simplefilter("ignore")
-            content = torch.load(file, weights_only=True, map_location="cpu")
-    except pickle.UnpicklingError as error:
-        reason = str(error).split("\n")[0]
+        content = read_pickle_table(archive.pickle)
+    except ForbiddenPickle as error:
         raise FileFormatError(
             f"{file}: refused, loading it could run code",
             expected="a state dict: tensors only",
-            got=reason,
+            got=f"the name {error}",
             hint="ask its author for a safetensors file, or for a plain state dict",
         ) from error
-    except Exception as error:  # torch raises many kinds for damaged archives
-        raise FileFormatError(f"{file}: cannot be read ({type(error).__name__}: {error})") from error
-    return {name: _ref(file, name, tensor) for name, tensor in _state_dict(file, content).items()}
+    except UnsupportedPickle as error:
+        raise FileFormatError(
+            f"{file}: cannot be read in place: it holds {error}",
+            expected="dense tensors of plain dtypes",
+            hint="load it with torch and save the plain tensors again",
+        ) from error
+    except DamagedPickle as error:
+        raise FileFormatError(
+            f"{file}: its pickle cannot be read: {error}",
+            expected="a file that torch.save wrote",
+            hint="the file is damaged: fetch it again",
+        ) from error
+    tensors = _state_dict(file, content)
+    _check_growth(file, archive, tensors)
+    return {name: _place(archive, name, tensor) for name, tensor in tensors.items()}
 
 
-def _state_dict(file: Path, content: Any) -> Mapping[str, Tensor]:
-    if isinstance(content, Mapping):
-        for key in WRAPPERS:
-            inner = content.get(key)
-            if isinstance(inner, Mapping) and any(isinstance(value, torch.Tensor) for value in inner.values()):
-                content = inner
-                break
+def _state_dict(file: Path, content: Any) -> Mapping[str, PickledTensor]:
     if not isinstance(content, Mapping):
         raise FileFormatError(f"{file}: not a state dict", got=type(content).__name__)
-    tensors = {str(name): value for name, value in content.items() if isinstance(value, torch.Tensor)}
+    inner = {key: content[key] for key in WRAPPERS if _holds_tensors(content.get(key))}
+    if len(inner) > 1:
+        raise FileFormatError(
+            f"{file}: holds several state dicts", expected="one of them", got=", ".join(inner), hint="save one alone"
+        )
+    if inner:
+        (content,) = inner.values()
+    tensors = {name: value for name, value in content.items() if type(value) is PickledTensor}
     if not tensors:
-        raise FileFormatError(f"{file}: holds no tensors", got=", ".join(map(str, list(content)[:5])) or "nothing")
+        raise FileFormatError(f"{file}: holds no tensors", got=", ".join(repr(key)[:40] for key in list(content)[:5]))
+    unnamed = [name for name in tensors if type(name) is not str]
+    if unnamed:
+        raise FileFormatError(
+            f"{file}: has tensors under keys that are no names",
+            expected="strings",
+            got=repr(unnamed[0]),
+            hint="save it again with the tensors' names",
+        )
+    numbers = [name for name, value in content.items() if type(value) in (int, float) and "." in str(name)]
+    if numbers:
+        raise FileFormatError(
+            f"{file}: holds a number where a module's tensor belongs",
+            expected="a tensor",
+            got=f"{numbers[0]!r}: {content[numbers[0]]}",
+            hint="save it again as torch.tensor(...)",
+        )
     return tensors
 
 
-def _ref(file: Path, name: str, tensor: Tensor) -> TensorRef:
-    dtype = dtype_names().get(tensor.dtype)
-    start = getattr(tensor.untyped_storage(), "_checkpoint_offset", None)
-    if start is None:
-        raise FileFormatError(f"{file}: the place of tensor {name!r} is unknown", hint="use torch 2.7 or newer")
-    if dtype is None or not tensor.is_contiguous():
+def _holds_tensors(value: object) -> bool:
+    return isinstance(value, Mapping) and any(type(item) is PickledTensor for item in value.values())
+
+
+def _check_growth(file: Path, archive: TorchZip, tensors: Mapping[str, PickledTensor]) -> None:
+    held = sum(record.nbytes for record in archive.records.values())
+    named = sum(tensor.numel * ITEM_BYTES[tensor.dtype] for tensor in tensors.values())
+    limit = max(MAX_GROWTH * held, ALWAYS_ALLOWED_BYTES)
+    if named > limit:
         raise FileFormatError(
-            f"{file}: tensor {name!r} cannot be read in place",
-            expected="a contiguous tensor of a plain dtype",
-            got=f"{tensor.dtype}, strides {tuple(tensor.stride())}",
+            f"{file}: its tensors are much larger than the file, since they share storages",
+            expected=f"at most {limit} bytes",
+            got=f"{named} bytes",
+            hint="save it again after .clone() of every tensor",
+        )
+
+
+def _place(archive: TorchZip, name: str, tensor: PickledTensor) -> TensorRef:
+    storage = tensor.storage
+    record = archive.records.get(f"data/{storage.key}")
+    need = storage.numel * ITEM_BYTES[storage.dtype]
+    if record is None or record.nbytes != need:
+        raise FileFormatError(
+            f"{archive.file}: the storage of tensor {name!r} is not the archive's",
+            expected=f"{need} bytes in record data/{storage.key}",
+            got="no such record" if record is None else f"{record.nbytes} bytes",
+            hint="the file is damaged: fetch it again",
+        )
+    if not tensor.is_contiguous:
+        raise FileFormatError(
+            f"{archive.file}: tensor {name!r} cannot be read in place",
+            expected="elements in row-major order, without gaps",
+            got=f"shape {tensor.shape}, strides {tensor.strides}",
             hint="save it again after .contiguous()",
         )
-    start += tensor.storage_offset() * tensor.element_size()
-    return TensorRef(name, file, dtype, tuple(tensor.shape), start, start + tensor.numel() * tensor.element_size())
+    item = ITEM_BYTES[tensor.dtype]
+    start = record.start + tensor.offset * item
+    return TensorRef(name, archive.file, tensor.dtype, tensor.shape, start, start + tensor.numel * item)

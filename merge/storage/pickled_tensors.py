@@ -1,0 +1,236 @@
+"""What a torch.save pickle may name, described: storages, tensors and the functions that rebuild them.
+
+Nothing is imported and no object of another class is made: each function on the list has a description here that takes
+the pickle's arguments, checks them and returns a table entry (torch/_utils.py: _rebuild_tensor_v2, _rebuild_parameter,
+...; torch/serialization.py: persistent ids). Nothing here imports torch.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from .safetensors_header import ITEM_BYTES, MAX_DIMENSIONS
+
+# torch's storage classes and dtypes -> safetensors names (the README of safetensors, "Format")
+STORAGE_DTYPES = {
+    "torch.DoubleStorage": "F64", "torch.FloatStorage": "F32", "torch.HalfStorage": "F16",
+    "torch.BFloat16Storage": "BF16", "torch.LongStorage": "I64", "torch.IntStorage": "I32",
+    "torch.ShortStorage": "I16", "torch.CharStorage": "I8", "torch.ByteStorage": "U8", "torch.BoolStorage": "BOOL",
+    "torch.ComplexFloatStorage": "C64", "torch.storage.UntypedStorage": "U8",
+}  # fmt: skip
+TENSOR_DTYPES = {
+    "torch.float64": "F64", "torch.float32": "F32", "torch.float16": "F16", "torch.bfloat16": "BF16",
+    "torch.int64": "I64", "torch.int32": "I32", "torch.int16": "I16", "torch.int8": "I8", "torch.uint8": "U8",
+    "torch.bool": "BOOL", "torch.complex64": "C64", "torch.uint16": "U16", "torch.uint32": "U32",
+    "torch.uint64": "U64", "torch.float8_e4m3fn": "F8_E4M3", "torch.float8_e5m2": "F8_E5M2",
+    "torch.float8_e8m0fnu": "F8_E8M0",
+}  # fmt: skip
+DEVICES = ("cpu", "cuda", "mps", "xpu", "hpu", "npu", "mtia", "xla", "meta")
+# Tensors that torch can save but whose bytes are not simply the elements of one storage.
+UNSUPPORTED = {
+    "torch._utils._rebuild_sparse_tensor": "a sparse tensor",
+    "torch._utils._rebuild_qtensor": "a quantised tensor",
+    "torch._utils._rebuild_meta_tensor_no_storage": "a tensor on the meta device, which has no values",
+    "torch._utils._rebuild_nested_tensor": "a nested tensor",
+    "torch._utils._rebuild_wrapper_subclass": "a tensor subclass",
+    "torch.ComplexDoubleStorage": "a complex128 tensor",
+    "torch.QInt8Storage": "a quantised tensor",
+    "torch.QUInt8Storage": "a quantised tensor",
+    "torch.QInt32Storage": "a quantised tensor",
+    "torch.QUInt4x2Storage": "a quantised tensor",
+    "torch.QUInt2x4Storage": "a quantised tensor",
+}
+
+
+class DamagedPickle(ValueError):
+    """The opcodes cannot be what torch.save wrote."""
+
+
+class ForbiddenPickle(ValueError):
+    """The pickle names a function or class that is not on the list: to load it could run code."""
+
+
+class UnsupportedPickle(ValueError):
+    """The pickle holds a kind of tensor that is known but cannot be read in place."""
+
+
+@dataclass(frozen=True, slots=True)
+class PickledStorage:
+    """Elements 0 .. numel of the archive's record data/`key`."""
+
+    key: str
+    dtype: str  # safetensors name; "U8" for untyped storages, whose numel counts bytes
+    numel: int
+    is_untyped: bool
+
+
+@dataclass(frozen=True, slots=True)
+class PickledTensor:
+    """A view of a storage: element (i, j, ...) is at offset + i * stride[0] + j * stride[1] + ..."""
+
+    storage: PickledStorage
+    dtype: str
+    offset: int  # in elements
+    shape: tuple[int, ...]
+    strides: tuple[int, ...]  # in elements
+
+    @property
+    def numel(self) -> int:
+        return math.prod(self.shape)
+
+    @property
+    def span(self) -> int:
+        """Elements of the storage from the view's first to its last, both counted."""
+        return 1 + sum((size - 1) * step for size, step in zip(self.shape, self.strides, strict=True))
+
+    @property
+    def is_contiguous(self) -> bool:
+        """True when the elements lie in row-major order without a gap."""
+        expected = 1
+        for size, step in zip(reversed(self.shape), reversed(self.strides), strict=True):
+            if size != 1 and step != expected:
+                return 0 in self.shape
+            expected *= size
+        return True
+
+
+@dataclass(frozen=True, slots=True)
+class Global:
+    """A function or class by its name."""
+
+    name: str
+
+
+@dataclass(frozen=True, slots=True)
+class Opaque:
+    """A value that no tensor depends on: a device, a set, a complex number."""
+
+    kind: str
+
+
+class OrderedItems(dict[Any, Any]):
+    """Takes attributes (a state dict's _metadata), which a plain dict does not."""
+
+
+def is_size(value: object) -> bool:
+    return type(value) is int and 0 <= value < 2**63
+
+
+def _sizes(value: object) -> tuple[int, ...]:
+    if type(value) is not tuple or len(value) > MAX_DIMENSIONS or not all(is_size(size) for size in value):
+        raise DamagedPickle(f"a shape or stride that is not up to {MAX_DIMENSIONS} sizes")
+    return value
+
+
+def _view(storage: object, dtype: str, offset: object, shape: object, strides: object) -> PickledTensor:
+    """A view that lies inside its storage. shape () is a scalar."""
+    sizes, steps = _sizes(shape), _sizes(strides)
+    if type(storage) is not PickledStorage or type(offset) is not int or offset < 0 or len(sizes) != len(steps):
+        raise DamagedPickle("a tensor without storage, offset, shape and strides")
+    tensor = PickledTensor(storage, dtype, offset, sizes, steps)
+    if 0 in sizes:  # torch lets an empty view begin anywhere
+        return PickledTensor(storage, dtype, 0, sizes, steps)
+    excess = (offset + tensor.span) * ITEM_BYTES[dtype] - storage.numel * ITEM_BYTES[storage.dtype]
+    if excess > 0:
+        raise DamagedPickle(f"a tensor that ends {excess} bytes after its storage")
+    return tensor
+
+
+def _check_plain(requires_grad: object, hooks: object, metadata: object) -> None:
+    if type(requires_grad) is not bool or type(hooks) is not OrderedItems or hooks:
+        raise DamagedPickle("a tensor with hooks")
+    if metadata is None:
+        return
+    if type(metadata) is not dict or any(type(value) is not bool for value in metadata.values()):
+        raise UnsupportedPickle("a tensor with unknown metadata")
+    if metadata.get("neg"):
+        raise UnsupportedPickle("a tensor with the negative bit (save it again after .resolve_neg())")
+    if metadata.get("conj"):
+        raise UnsupportedPickle("a tensor with the conjugate bit (save it again after .resolve_conj())")
+    if metadata.keys() - {"neg", "conj"}:
+        raise UnsupportedPickle("a tensor with unknown metadata")
+
+
+def _rebuild_tensor(storage: Any, offset: object, shape: object, strides: object) -> PickledTensor:
+    return _view(storage, storage.dtype if type(storage) is PickledStorage else "", offset, shape, strides)
+
+
+def _rebuild_tensor_v2(
+    storage: Any, offset: object, shape: object, strides: object, grad: object, hooks: object, metadata: object = None
+) -> PickledTensor:
+    _check_plain(grad, hooks, metadata)
+    return _rebuild_tensor(storage, offset, shape, strides)
+
+
+def _rebuild_tensor_v3(
+    storage: Any,
+    offset: object,
+    shape: object,
+    strides: object,
+    grad: object,
+    hooks: object,
+    dtype: Any,
+    metadata: object = None,
+) -> PickledTensor:
+    """For dtypes without a storage class: an untyped storage, and the dtype beside it."""
+    _check_plain(grad, hooks, metadata)
+    if type(storage) is not PickledStorage or not storage.is_untyped or type(dtype) is not Global:
+        raise DamagedPickle("a tensor of a dtype without an untyped storage")
+    return _view(storage, TENSOR_DTYPES[dtype.name], offset, shape, strides)
+
+
+def _rebuild_parameter(tensor: object, grad: object, hooks: object, state: object = None) -> PickledTensor:
+    """state: attributes that somebody set on the parameter; its values do not depend on them."""
+    if type(tensor) is not PickledTensor:
+        raise DamagedPickle("a parameter without a tensor")
+    _check_plain(grad, hooks, None)
+    return tensor
+
+
+def _rebuild_with_attributes(function: Any, kind: Any, arguments: Any, state: object) -> PickledTensor:
+    """A plain tensor or parameter on which somebody set attributes. Subclasses are not on the list of names."""
+    allowed: dict[str, Callable[..., PickledTensor]] = {
+        "torch._utils._rebuild_tensor_v2": _rebuild_tensor_v2,
+        "torch._utils._rebuild_tensor_v3": _rebuild_tensor_v3,
+        "torch._utils._rebuild_parameter": _rebuild_parameter,
+    }
+    if kind not in (Global("torch.Tensor"), Global("torch.nn.parameter.Parameter")) or type(arguments) is not tuple:
+        raise DamagedPickle("a tensor of no known class")
+    return allowed[function.name](*arguments)
+
+
+def _ordered_dict() -> OrderedItems:
+    return OrderedItems()
+
+
+def _device(kind: object, index: object = None) -> Opaque:
+    if type(kind) is not str or kind not in DEVICES or not (index is None or is_size(index)):
+        raise DamagedPickle("an unknown device")
+    return Opaque("torch.device")
+
+
+def _opaque(kind: str) -> Callable[..., Opaque]:
+    return lambda *arguments: Opaque(kind)
+
+
+FUNCTIONS: dict[str, Callable[..., Any]] = {
+    "collections.OrderedDict": _ordered_dict,
+    "torch._utils._rebuild_tensor": _rebuild_tensor,
+    "torch._utils._rebuild_tensor_v2": _rebuild_tensor_v2,
+    "torch._utils._rebuild_tensor_v3": _rebuild_tensor_v3,
+    "torch._utils._rebuild_parameter": _rebuild_parameter,
+    "torch._utils._rebuild_parameter_with_state": _rebuild_parameter,
+    "torch._tensor._rebuild_from_type_v2": _rebuild_with_attributes,
+    # Values beside the tensors: of training, of an optimizer. A pickle of protocol 2 says __builtin__ for builtins.
+    "torch.Size": _opaque("torch.Size"),
+    "torch.device": _device,
+    "collections.Counter": _opaque("Counter"),
+    "_codecs.encode": _opaque("bytes"),
+    "__builtin__.set": _opaque("set"),
+    "__builtin__.complex": _opaque("complex"),
+    "__builtin__.bytearray": _opaque("bytearray"),
+}
+VALUES = ("torch.Tensor", "torch.nn.parameter.Parameter")
