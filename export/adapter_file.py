@@ -11,11 +11,12 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from adapter_merge.binding.positional import QUERY
 from adapter_merge.errors import FileFormatError, MismatchError, OutputError, Problem, raise_all
 
 from .branching import ACTIVE
 from .factor_folder import Factors, LinearFactors
-from .targets import Layout, Target
+from .targets import POSITIONS, Layout, Target
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -37,6 +38,7 @@ def match_factors(factors: Factors, layout: Layout) -> None:
             )
         )
     places = {part.module: (target, part) for target in layout.targets for part in target.parts}
+    problems.extend(_shared_queries(factors, layout))
     for module, linear in factors.linears.items():
         if module not in places:
             problems.append(
@@ -61,6 +63,30 @@ def match_factors(factors: Factors, layout: Layout) -> None:
         if name not in layout.heads
     )
     raise_all(problems, MismatchError)
+
+
+def _shared_queries(factors: Factors, layout: Layout) -> list[Problem]:
+    """DeBERTa: whether the factors say what the positional queries are, and the export can do it."""
+    positions = {part.module for target in layout.targets for part in target.parts if part.module.endswith(POSITIONS)}
+    together = {target.name for target in layout.targets if len(target.nodes) > 1}
+    adapted = [name for name in factors.linears if f".{name}".endswith(f".{QUERY}")]
+    if factors.frozen_positions:
+        return [
+            Problem(
+                f"{factors.source}: adapts {name} for tokens alone, and this export for their positions too",
+                hint="export again: this version keeps the two apart",
+            )
+            for name in adapted
+            if name in together
+        ]
+    return [
+        Problem(
+            f"{factors.source}: factors of a DCFT that do not say what its positional queries are",
+            hint="export the DCFT itself: an older version made these factors, and a LoRA adapts both uses",
+        )
+        for name in adapted
+        if factors.method == "DCFT" and name + POSITIONS in positions
+    ][:1]
 
 
 def match_all(factors: Mapping[str, Factors], layout: Layout) -> None:

@@ -28,7 +28,7 @@ def factors_of(base: Path, adapter: Path) -> Factors:
 
     with tempfile.TemporaryDirectory(prefix="adapter-merge-factors-") as temporary:
         folder = Path(temporary) / "factors"
-        factor(base, adapter, folder, device="cpu")
+        factor(base, adapter, folder, device="cpu", frozen_positions=True)
         return replace(read_factors(folder), source=adapter)
 
 

@@ -13,6 +13,8 @@ from typing import TYPE_CHECKING, Any
 from adapter_merge.errors import AdapterError, InputError, Problem, raise_all
 from adapter_merge.storage.checkpoint import read_json
 
+from .targets import POSITIONS
+
 if TYPE_CHECKING:
     import numpy as np
     from numpy.typing import NDArray
@@ -45,11 +47,13 @@ class Factors:
     base: str | None  # fingerprint of the base that the factors were made for, where the manifest says so
     method: str = "factors"
     error: float = 0.0  # largest relative error of a weight's change, where factoring measured one
+    frozen_positions: bool = False  # DeBERTa: the positional queries keep the frozen weight (DCFT with share_att_key)
 
     def aligned(self, modules: Iterable[str], tensors: Iterable[str]) -> Factors:
         """The same factors under the names of a graph: a leading component more or less is the same module.
 
-        PEFT and transformers name an encoder's modules with or without the body's prefix.
+        PEFT and transformers name an encoder's modules with or without the body's prefix. A positional product (see
+        targets.POSITIONS) has the factors of its module, unless they are for tokens alone.
         """
 
         def place(name: str, known: set[str], endings: Mapping[str, list[str]]) -> str:
@@ -63,9 +67,12 @@ class Factors:
 
         paths, names = set(modules), set(tensors)
         path_ends, name_ends = _endings(paths), _endings(names)
+        linears = {place(name, paths, path_ends): value for name, value in self.linears.items()}
+        if not self.frozen_positions:
+            linears |= {name + POSITIONS: value for name, value in linears.items() if name + POSITIONS in paths}
         return replace(
             self,
-            linears={place(name, paths, path_ends): value for name, value in self.linears.items()},
+            linears=linears,
             replacements={place(name, names, name_ends): value for name, value in self.replacements.items()},
         )
 
@@ -160,7 +167,8 @@ def read_factors(folder: Path) -> Factors:
     entries = manifest.get("adapters")
     method = entries[0].get("method", "factors") if isinstance(entries, list) and entries else "factors"
     errors = [layer.get("relative_error") or 0.0 for layer in manifest.get("layers", {}).values()]
-    return Factors(folder, linears, replacements, fingerprint, method, max(errors, default=0.0))
+    frozen = manifest.get("frozen_positions") is True
+    return Factors(folder, linears, replacements, fingerprint, method, max(errors, default=0.0), frozen)
 
 
 def _pattern(config: Mapping[str, Any], module: str, kind: str, default: str) -> Any:

@@ -19,6 +19,9 @@ from adapter_merge.errors import FileFormatError, UnsupportedError
 
 KEYS = ("mode", "base", "precision", "dtype", "targets", "heads", "adapters")
 PREFIX = "adapter_merge."
+# DeBERTa with share_att_key: the same weight projects tokens and relative positions, and an adapter may be for the
+# tokens alone. The product of the positions is a target of its own, named after the module and this.
+POSITIONS = ".positions"
 NODE = re.compile(r"/model/layers\.(?P<layer>\d+)/(?P<block>attn|mlp)/(?P<name>\w+)/MatMul(NBits|_Q\d+)?")
 HEAD = re.compile(r"/lm_head/MatMul(NBits|_Q\d+)?")
 # product of the builder -> linears of the checkpoint, the first row of which every part exists
@@ -54,7 +57,7 @@ class Target:
     """One product x (.., k) -> y (.., n) of the graph that can carry an adapter."""
 
     name: str  # path that its three inputs are named after
-    nodes: tuple[str, ...]  # usually one; DeBERTa multiplies by the same weight twice in a layer
+    nodes: tuple[str, ...]  # usually one; DeBERTa multiplies by the same key_proj twice in a layer
     k: int
     n: int
     parts: tuple[Part, ...]

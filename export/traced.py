@@ -17,6 +17,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from adapter_merge.binding.positional import QUERY
 from adapter_merge.errors import AdapterMergeError, Problem, UnsupportedError, raise_all
 from adapter_merge.outputs.staging import staged
 from adapter_merge.storage.checkpoint import Checkpoint, open_checkpoint
@@ -28,7 +29,7 @@ from .insertion import insert_switches, make_optional, split_gemm
 from .merged import add_merged, merge_adapters, stamp_merged
 from .request import Request, export_bytes, figures, open_request
 from .switchable import write_adapters
-from .targets import Part, Target
+from .targets import POSITIONS, Part, Target
 
 if TYPE_CHECKING:
     import onnx_ir as ir
@@ -198,15 +199,39 @@ def traced_targets(model: ir.Model, named: set[str]) -> tuple[Target, ...]:
             continue  # attention scores, computed in the module's own forward
         found.setdefault(module, []).append(split_gemm(graph, node) if node.op_type == "Gemm" else node)
     targets = []
-    for module, nodes in found.items():
+    for path, nodes in _apart(found).items():
+        module = path.removesuffix(POSITIONS)
         weight = graph.initializers[f"{module}.weight"]
         assert weight.shape is not None
         rows, columns = (int(size) for size in weight.shape.numpy())
         direct = nodes[0].inputs[1] is weight
         k, n = (rows, columns) if direct else (columns, rows)
         names = tuple(str(node.name) for node in nodes)
-        targets.append(Target(module, names, k, n, (Part(module, 0, n),)))
+        targets.append(Target(path, names, k, n, (Part(path, 0, n),)))
     return tuple(targets)
+
+
+def _apart(found: Mapping[str, list[Any]]) -> dict[str, list[Any]]:
+    """The products by module path, those of a DeBERTa's positional queries apart from its tokens'.
+
+    The product of the tokens has the input that value_proj has; the other one is of the relative embeddings.
+    """
+    apart: dict[str, list[Any]] = {}
+    for module, nodes in found.items():
+        if len(nodes) == 1 or not f".{module}".endswith(f".{QUERY}"):
+            apart[module] = nodes
+            continue
+        tokens = found[module.replace("query_proj", "value_proj")][0].inputs[0]
+        apart[module] = [node for node in nodes if node.inputs[0] is tokens]
+        apart[module + POSITIONS] = [node for node in nodes if node.inputs[0] is not tokens]
+        if [len(apart[module]), len(apart[module + POSITIONS])] != [1, 1]:
+            raise UnsupportedError(
+                f"{module}: which of its products is of the tokens?",
+                expected="two products, one with the input of value_proj",
+                got=f"{len(nodes)} products",
+                hint="export with --mode merged",
+            )
+    return apart
 
 
 def _same(path: str, name: str) -> bool:

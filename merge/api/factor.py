@@ -22,6 +22,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from adapter_merge.binding.positional import SHARED
 from adapter_merge.combine.combined_adapter import CombinedBound
 from adapter_merge.combine.open_inputs import AdapterInput, adapter_only, describe_inputs, input_folders
 from adapter_merge.engine.devices import choose_device
@@ -30,7 +31,15 @@ from adapter_merge.errors import InputError, Problem, raise_all
 from adapter_merge.factoring.certificate import check_errors, summary
 from adapter_merge.factoring.factor_folder import write_factors
 from adapter_merge.factoring.rank_budget import allot, bytes_of
-from adapter_merge.factoring.supported import Pair, check_supported, needs_base, open_factored, pairs_of, unproved_heads
+from adapter_merge.factoring.supported import (
+    Pair,
+    check_positional_queries,
+    check_supported,
+    needs_base,
+    open_factored,
+    pairs_of,
+    unproved_heads,
+)
 from adapter_merge.factoring.truncated_svd import Spectrum
 from adapter_merge.factoring.weight_factors import Factored, Factoriser
 from adapter_merge.formats.detection import ReadOptions
@@ -64,6 +73,7 @@ def factor(
     overwrite: bool = False,
     dry_run: bool = False,
     progress: Progress | None = None,
+    frozen_positions: bool = False,
 ) -> dict[str, Any]:
     """Write the adapter's factors to `output` and return the manifest.
 
@@ -74,6 +84,8 @@ def factor(
     calibrate: a text file; the error is then minimised at the layers' outputs on that text. end_to_end: hold the
     folder's logits against the adapter as trained, on `prompts` or built-in ones. max_error: the largest relative
     error of a weight that passes. progress: called with the bytes of each finished module.
+    frozen_positions: whoever reads the folder looks at `frozen_positions` in its manifest and leaves a DeBERTa's
+    positional queries alone where it is true (DCFT on a base with share_att_key; PEFT would adapt them as well).
     Raises AdapterMergeError (ParityError beyond max_error); nothing is left behind then.
     """
     output = Path(output)
@@ -81,6 +93,7 @@ def factor(
     _check_options(rank, budget, keep_scale, calibrate, max_error)
     rank = _plain_rank(rank)
     opened, bound = open_factored(base, adapter, base_kind, options)
+    check_positional_queries(opened, bound, frozen_positions)
     pairs = pairs_of(opened, bound)
     check_supported(pairs, exact=not limited)
     if bound is None and (
@@ -109,6 +122,7 @@ def factor(
     described = describe_inputs(bound, options) if bound is not None else adapter_only(opened)
     content = manifest("factors", described, settings)
     content["warnings"] = unproved_heads(opened, base)
+    content["frozen_positions"] = bound is not None and SHARED in bound.config_changes
     if dry_run:
         return content | {"dry_run": True}
 

@@ -9,6 +9,11 @@ from typing import Any
 from adapter_merge.errors import AdapterMergeError, Problem
 from adapter_merge.formats.detection import ReadOptions, open_adapter
 
+FROZEN_QUERIES = {
+    "merge": "exact, one rounding; share_att_key becomes false: positional queries keep the frozen query_proj",
+    "factor": "refused: a LoRA of query_proj would change the positional queries too; export --mode switchable can",
+}
+
 
 def inspect_adapter(
     adapter: str | Path,
@@ -50,7 +55,17 @@ def inspect_adapter(
         "holds_its_base": opened.own_base is not None,
         "would": _would(opened.method, any(module.needs_base for module in opened.modules)),
     }
-    if base is not None:
+    from adapter_merge.binding.positional import adapted_queries, keeps_queries_frozen
+
+    held = open_checkpoint(base) if base is not None else opened.own_base
+    try:
+        if held is not None and keeps_queries_frozen(opened, held):
+            report["would"] = FROZEN_QUERIES
+        elif held is None and adapted_queries(opened):
+            report["would"]["factor"] = "needs the base: refused where it has share_att_key"
+    except AdapterMergeError as error:
+        problems += error.problems
+    if base is not None and not problems:
         from adapter_merge.binding.bind import bind
 
         try:

@@ -175,6 +175,7 @@ def delta(
     stated = {"dtype": dtype or "float32", "device": str(devices[0])}
     content = manifest("deltas", describe_inputs(bound, options), stated | combination_of(bound))
     content["not_included"] = sorted(bound.replacements)
+    content["base_changes"] = _base_changes(bound)
     if dry_run:
         return content | {"dry_run": True, "bytes": plan.nbytes}
     with staged(output, overwrite) as folder:
@@ -183,6 +184,13 @@ def delta(
             content["files"] = output_files(folder, finished)
         write_json(folder / MANIFEST, content)
     return content
+
+
+def _base_changes(bound: BoundAdapter) -> dict[str, Any]:
+    """What must be changed in the base before the deltas are added: config keys, and tensors copied under new names."""
+    new = {item.name: item.weight.name for item in bound.modules if item.name not in bound.base.tensors}
+    copies = {**new, **{name: ref.name for name, ref in bound.copies.items()}}
+    return {"config": dict(bound.config_changes), "copies": dict(sorted(copies.items()))}
 
 
 def combination_of(bound: BoundAdapter) -> dict[str, Any]:

@@ -5,6 +5,7 @@ weight_names.py       where a module of the model lies in the checkpoint: prefix
 fitting.py     one module and its stored weight: shape, orientation
 experts.py     experts, stacked or apart
 embeddings.py  embeddings and heads: tied, resized, and what the config must say
+positional.py  DeBERTa: which weights give the positional queries and keys after DCFT
 base_kind.py   PiSSA, OLoRA, DuDe: the original base or the residual
 """
 
@@ -22,6 +23,7 @@ from .base_kind import with_base_kind
 from .bound import BoundAdapter, BoundModule, parameter_of
 from .embeddings import TIED_HEADS, is_resized, with_config
 from .fitting import bind_module, overlaps, sized
+from .positional import with_positional_projections
 from .weight_names import Renaming, find_renaming
 
 __all__ = ["BoundAdapter", "BoundModule", "bind"]
@@ -81,7 +83,7 @@ def bind(adapter: Adapter, base: Checkpoint, base_kind: str | None = None) -> Bo
         raise_all([*problems[:20], *([Problem(f"... and {len(problems) - 20} more")] if len(problems) > 20 else []),
                    Problem("the adapter does not belong to this base", hint=hint)], MismatchError)  # fmt: skip
     bound = BoundAdapter(adapter, base, tuple(modules), replacements, "original")
-    return with_base_kind(with_config(bound), base_kind)
+    return with_base_kind(with_positional_projections(with_config(bound)), base_kind)
 
 
 def _is_saved_module(name: str, adapter: Adapter) -> bool:

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from adapter_merge.binding.bind import BoundAdapter, BoundModule, bind
 from adapter_merge.binding.embeddings import EMBEDDINGS
+from adapter_merge.binding.positional import check_together
 from adapter_merge.errors import InputError, Problem, UnsupportedError, raise_all
 from adapter_merge.formats.detection import ReadOptions, open_adapter
 from adapter_merge.methods.adapter import Adapter
@@ -84,6 +85,7 @@ def _together(recipe: Recipe, parts: tuple[BoundAdapter, ...], base: Checkpoint)
     """The adapters as one. Raises InputError where they cannot go together."""
     taking = [(item, bound) for item, bound in zip(recipe.ingredients, parts, strict=True) if item.weight != 0]
     modules, problems = _modules(recipe, taking, base)
+    problems += check_together([(item.name, bound) for item, bound in taking], recipe.in_turn)
     taken: dict[str, tuple[str, TensorRef]] = {}
     changes: dict[str, Any] = {}
     copies: dict[str, TensorRef] = {}

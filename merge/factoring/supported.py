@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from adapter_merge.binding.bind import BoundAdapter, BoundModule, bind
+from adapter_merge.binding.positional import SHARED, adapted_queries, is_positional
 from adapter_merge.combine.combined_adapter import CombinedBound
 from adapter_merge.combine.combined_weight import CombinedWeight
 from adapter_merge.combine.open_inputs import AdapterInput, open_pair
@@ -76,6 +77,28 @@ def check_supported(pairs: Sequence[Pair], exact: bool) -> None:
     raise_all(problems[:10], UnsupportedError)
 
 
+def check_positional_queries(opened: Adapter, bound: BoundAdapter | None, frozen_positions: bool) -> None:
+    """Refuse the factors of a DCFT whose positional queries keep the frozen weight: a LoRA adapts both uses.
+
+    frozen_positions: whoever reads the factors keeps them frozen. Raises UnsupportedError, and InputError where only
+    the base tells.
+    """
+    if bound is None:
+        queries = adapted_queries(opened)
+        if queries:
+            raise InputError(
+                f"{queries[0]}: on a DeBERTa with {SHARED} its factors would be another adapter",
+                expected="BASE, whose config says whether it has it",
+            )
+    elif SHARED in bound.config_changes and not frozen_positions:
+        raise UnsupportedError(
+            f"{bound.base.folder}: its query_proj projects tokens and positions ({SHARED}), and DCFT adapts the former "
+            "alone; a LoRA of query_proj adapts both",
+            expected="a base without it",
+            hint="merge this adapter (the merged model gets projections of its own), or export it to ONNX",
+        )
+
+
 def needs_base(module: AdaptedModule) -> bool:
     """True when the module's factors cannot be found without the base's weight."""
     magnitude = getattr(module, "magnitude", None) is not None or getattr(module, "own_magnitude", False)
@@ -94,6 +117,8 @@ def pairs_of(opened: Adapter, bound: BoundAdapter | None) -> list[Pair]:
     pairs: dict[int, Pair] = {}
     for item in bound.modules:
         module = item.module
+        if is_positional(item):
+            continue
         if isinstance(module, PartModule) and module.whole.magnitude is None:
             pairs[id(module.whole)] = (module.whole, None)
         else:

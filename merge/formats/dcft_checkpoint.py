@@ -3,6 +3,12 @@
 pytorch_model.bin (or model.safetensors) holds, per adapted module, <module>.weight, .bias, .lora_A, .lora_B, .lora_C
 and .ranknum; alpha and the method stand only in config.json (apply_lora, lora_type "svd", lora_alpha). transformers
 loads such a folder without complaint and drops the adapter.
+
+What was trained is the unmerged forward() of its layers (class SVDLinear, github Godz-z/DCFT), and that is what merging
+reproduces. SVDLinear.eval() can also merge, but adds the delta (in, out) untransposed to the weight (out, in): another
+model where the weight is square, an error elsewhere. The reference's DeBERTa (its NLU folder, commit 38f71d2) builds
+every layer with merge_weights=False, so its own evaluation ran forward() as well. There the positional queries of a
+model with share_att_key skip the adapter: see binding/positional.py.
 """
 
 from __future__ import annotations

@@ -25,6 +25,7 @@ from .live_adapter import (
     is_embedding,
     live_layer,
     load_model,
+    model_config,
     quiet_libraries,
     replace_tensors,
     require,
@@ -139,10 +140,17 @@ def _artefact_model(bound: BoundAdapter, folder: Path, kind: str, dtype: torch.d
         return with_heads(loaded.to(dtype), own).eval()
     if kind == "adapter":
         return trained_model(open_pair(bound.base.folder, folder, bound.base_kind), dtype)
-    model = load_model(bound.base.folder).to(dtype)
+    config = model_config(bound)
+    for key, value in bound.config_changes.items():
+        setattr(config, key, value)
+    model = load_model(bound.base.folder, config).to(dtype)
     state = model.state_dict()
     deltas = {ref.name: ref for ref in read_weights(folder / "delta.safetensors").tensors}
-    names = _state_names(state, deltas)
+    added = {item.name: item.weight for item in bound.modules if item.name not in bound.base.tensors}
+    own = {**bound.copies, **added}
+    names = _state_names(state, own | deltas)
+    for name, ref in own.items():
+        state[names[name]].copy_(read_tensor(ref))
     for name, ref in deltas.items():
         state[names[name]].add_(read_tensor(ref).to(dtype))
     replace_tensors(model, bound.replacements)

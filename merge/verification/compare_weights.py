@@ -11,10 +11,11 @@ import torch
 from torch import Tensor
 
 from adapter_merge.binding.bind import BoundAdapter, BoundModule
+from adapter_merge.binding.embeddings import text_config
 from adapter_merge.combine.combined_adapter import CombinedBound
 from adapter_merge.combine.combined_weight import CombinedModule
 from adapter_merge.combine.open_inputs import open_pair
-from adapter_merge.errors import InputError, ParityError
+from adapter_merge.errors import ParityError
 from adapter_merge.methods.block_edits import applied
 from adapter_merge.storage.checkpoint import OUTPUT_HEADS, Checkpoint, read_weights
 from adapter_merge.storage.safetensors_header import TensorRef
@@ -98,7 +99,8 @@ def merged_weights(bound: BoundAdapter, merged: Checkpoint) -> dict[str, WeightF
     for item in bound.modules:
         ref = merged.tensors.get(item.name)
         if ref is None:
-            raise InputError(f"{merged.folder}: has no tensor {item.name}")
+            layers[item.name] = WeightFigures(math.inf, math.inf)
+            continue
         exact = exact_weight(item)
         dtype = TORCH_DTYPES[ref.dtype]
         got = read_tensor(ref).to(torch.float64)
@@ -115,7 +117,8 @@ def delta_weights(bound: BoundAdapter, folder: Path) -> tuple[dict[str, WeightFi
     layers = {}
     for item in bound.modules:
         if item.name not in refs:
-            raise InputError(f"{folder}: has no delta of {item.name}")
+            layers[item.name] = WeightFigures(math.inf, math.inf)
+            continue
         exact = exact_weight(item)
         got = read_tensor(refs[item.name]).to(torch.float64)
         zero, dtype = torch.zeros_like(exact.base), TORCH_DTYPES[refs[item.name].dtype]
@@ -151,7 +154,8 @@ def factor_weights(bound: BoundAdapter, folder: Path) -> dict[str, WeightFigures
     layers = {}
     for item in wanted:
         if item.name not in by_name:
-            raise InputError(f"{folder}: has no factors of {item.name}")
+            layers[item.name] = WeightFigures(math.inf, math.inf)
+            continue
         exact = exact_weight(item)
         got = by_name[item.name].stored_form(torch.float64).merged(exact.base)
         layers[item.name] = _figures(exact.base, exact.after, got, torch.float32)
@@ -170,10 +174,14 @@ def weight_problems(layers: Mapping[str, WeightFigures], half: str | None) -> li
 
 
 def carried_over(bound: BoundAdapter, merged: Checkpoint) -> list[str]:
-    """Tensors of the base that the merged model lacks or changed without being told to."""
+    """Tensors that the merged model lacks or changed without being told to, and settings that its config must have."""
     edited = {item.name for item in bound.modules}
-    problems = []
-    for name, ref in {**bound.base.tensors, **bound.replacements}.items():
+    problems = [
+        f"config.json: {key} is {merged.config.get(key)!r}, not {value!r}"
+        for key, value in bound.config_changes.items()
+        if text_config(merged.config).get(key, merged.config.get(key)) != value
+    ]
+    for name, ref in {**bound.base.tensors, **bound.copies, **bound.replacements}.items():
         found = merged.tensors.get(name)
         if found is None:
             if not (name.endswith(OUTPUT_HEADS) and merged.config.get("tie_word_embeddings")):

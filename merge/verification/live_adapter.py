@@ -16,9 +16,11 @@ from torch import Tensor, nn
 
 from adapter_merge.binding.bind import BoundAdapter
 from adapter_merge.errors import MissingDependencyError, UnsupportedError
+from adapter_merge.methods.dcft import DcftModule
 from adapter_merge.storage.safetensors_header import TensorRef
 from adapter_merge.storage.tensor_io import read_tensor
 
+from .deberta import use_authors_attention
 from .formulas import Forward, forward_of
 
 
@@ -76,9 +78,11 @@ def adapted_model(bound: BoundAdapter, dtype: torch.dtype = torch.float32, base:
     replace_tensors(model, bound.replacements)
     if bound.adapter.format == "PEFT folder":
         return with_heads(_in_peft(model, bound).to(dtype), bound.replacements).eval()
-    for item in bound.modules:
-        layer = model.get_submodule(_module_path(model, item.module.name))
-        _install(layer, forward_of(item.module, layer, dtype))
+    for module in {item.module.name: item.module for item in bound.modules}.values():
+        layer = model.get_submodule(_module_path(model, module.name))
+        _install(layer, forward_of(module, layer, dtype))
+    if any(isinstance(item.module, DcftModule) for item in bound.modules):
+        use_authors_attention(model)
     return with_heads(model.to(dtype), bound.replacements).eval()
 
 

@@ -283,10 +283,21 @@ def save_encoder_dcft(base: Path, folder: Path, seed: int, kernel: int = 8) -> P
     config = json.loads((base / "config.json").read_text())
     config |= {"apply_lora": True, "lora_type": "svd", "lora_module": "all", "lora_alpha": alpha, "lora_r": 1}
     (folder / "config.json").write_text(json.dumps(config))
-    model = AutoModelForSequenceClassification.from_pretrained(base)
+    settings: dict[str, Any] = {}
+    if config.get("share_att_key"):  # the authors' positional queries are of the frozen weight, the keys adapted
+        settings["share_att_key"] = False
+        for name in [name for name in state if name.startswith(tuple(_attentions(state)))]:
+            kept = state if ".query_proj." in name else dense
+            if name.endswith(("_proj.weight", "_proj.bias")) and ".value_proj." not in name:
+                dense[name.replace(".self.", ".self.pos_")] = kept[name]
+    model = AutoModelForSequenceClassification.from_pretrained(base, **settings)
     model.load_state_dict(dense)
     model.save_pretrained(folder / "merged")
     return folder
+
+
+def _attentions(state: dict[str, Any]) -> list[str]:
+    return [name.removesuffix("query_proj.weight") for name in state if name.endswith("query_proj.weight")]
 
 
 DCFT_MODULES = ("query", "key", "value", "query_proj", "key_proj", "value_proj", "dense")

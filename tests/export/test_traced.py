@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,12 +15,15 @@ from pico_models import save_encoder, save_encoder_adapter, save_encoder_dcft, s
 
 pytest.importorskip("onnxruntime")
 
-from adapter_merge.errors import UnsupportedError
+from adapter_merge.errors import MismatchError, UnsupportedError
+from adapter_merge.export.adapter_file import aligned, match_factors
 from adapter_merge.export.adding import add_adapters
 from adapter_merge.export.classifying import Classifier
 from adapter_merge.export.exporting import export_model
+from adapter_merge.export.factor_folder import Factors, LinearFactors
 from adapter_merge.export.folder import read_export
 from adapter_merge.export.running import Decoder, run_all
+from adapter_merge.export.targets import Layout, Part, Target
 from adapter_merge.export.verification import verify_onnx
 
 pytestmark = pytest.mark.onnx
@@ -96,6 +100,7 @@ def test_switchable_classifier(family: str, classifier: Exporter) -> None:
             assert float((torch.from_numpy(got).double() - expected).abs().max()) < BAR
             answers[name] = got
     assert all(np.abs(answers[name] - answers[None]).max() > 0.05 for name in adapters)
+    assert verify_onnx(base, adapters["dcft"], output, name="dcft")["passed"] is True
 
 
 @pytest.mark.parametrize("family", ["roberta", "deberta-v2"])
@@ -159,3 +164,27 @@ def test_what_a_trace_cannot_do_is_said_first(tmp_path: Path) -> None:
     with pytest.raises(UnsupportedError, match="no head"):
         export_model(base, {}, tmp_path / "out", mode="switchable")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["base"]
+
+
+def test_factors_for_tokens_alone_need_a_product_of_their_own() -> None:
+    """Two products of query_proj: an export that feeds both, and factors that do not say which they are for."""
+    module = "deberta.encoder.layer.0.attention.self.query_proj"
+    linear = LinearFactors(np.zeros((2, 8), np.float32), np.zeros((8, 2), np.float32))
+
+    def target(name: str, *nodes: str) -> Target:
+        return Target(name, nodes, 8, 8, (Part(name, 0, 8),))
+
+    together = Layout("switchable", "b", "fp32", "float32", (target(module, "one", "two"),), {})
+    apart = Layout(
+        "switchable", "b", "fp32", "float32", (target(module, "one"), target(f"{module}.positions", "two")), {}
+    )
+    plain = Factors(Path("lora"), {module: linear}, {}, "b", "LoRA")
+    frozen = Factors(Path("dcft"), {module: linear}, {}, "b", "DCFT", frozen_positions=True)
+    assert set(aligned(plain, apart).linears) == {module, f"{module}.positions"}
+    assert set(aligned(frozen, apart).linears) == set(aligned(plain, together).linears) == {module}
+    for factors, layout in ((plain, together), (plain, apart), (frozen, apart)):
+        match_factors(factors, layout)
+    with pytest.raises(MismatchError, match="for tokens alone"):
+        match_factors(frozen, together)
+    with pytest.raises(MismatchError, match="do not say"):
+        match_factors(replace(frozen, frozen_positions=False), apart)
