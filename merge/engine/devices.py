@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import threading
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 import torch
@@ -32,25 +33,78 @@ def choose_device(name: str = "auto") -> torch.device:
     return device
 
 
+_threads_lock = threading.Lock()
+_precision_lock = threading.Lock()
+_precision: list[object] = []  # what the first of the running jobs found, once for each of them
+
+
+def set_own_threads(count: int) -> None:
+    """Have torch use `count` threads for products of the calling thread; other threads keep their number.
+
+    torch.set_num_threads also sets the number that threads begin with which have not used torch yet. That is put back
+    by a thread of our own, so that jobs that overlap in one process neither see nor restore each other's setting.
+    """
+    with _threads_lock:
+        found: list[int] = []
+        _in_new_thread(lambda: found.append(torch.get_num_threads()))
+        torch.set_num_threads(count)
+        _in_new_thread(lambda: torch.set_num_threads(found[0]))
+
+
+def _in_new_thread(function: Callable[[], object]) -> None:
+    thread = threading.Thread(target=function, name="torch threads")
+    thread.start()
+    thread.join()
+
+
 @contextmanager
-def exact_products(device: torch.device) -> Iterator[None]:
-    """Inside, a CUDA device multiplies float32 in float32, whatever TF32 setting the process has; it is put back."""
-    if device.type != "cuda":
-        yield
-        return
-    settings = torch.backends.cuda.matmul
-    if not hasattr(settings, "fp32_precision"):  # torch before 2.9
-        allowed, settings.allow_tf32 = settings.allow_tf32, False
-        try:
-            yield
-        finally:
-            settings.allow_tf32 = allowed
-        return
-    # The old setting cannot be read where a process has used the new one. What it says may be that of all backends:
-    # put back as "none", so that it goes on following them.
-    before = settings.fp32_precision
-    settings.fp32_precision = "ieee"
+def one_thread() -> Iterator[None]:
+    """Inside, torch uses one thread for the calling thread's products."""
+    with _threads_lock:
+        before = torch.get_num_threads()
+    set_own_threads(1)
     try:
         yield
     finally:
-        settings.fp32_precision = "none" if before == getattr(torch.backends, "fp32_precision", None) else before
+        set_own_threads(before)
+
+
+@contextmanager
+def exact_products(device: torch.device) -> Iterator[None]:
+    """Inside, a CUDA device multiplies float32 in float32, whatever TF32 setting the process has.
+
+    The setting is the process's: the first of several jobs that overlap changes it, the last one puts it back.
+    """
+    if device.type != "cuda":
+        yield
+        return
+    with _precision_lock:
+        _precision.append(_precision[0] if _precision else _exact())
+    try:
+        yield
+    finally:
+        with _precision_lock:
+            before = _precision.pop()
+            if not _precision:
+                _put_back(before)
+
+
+def _exact() -> object:
+    """Switch TF32 off; what was set before."""
+    settings = torch.backends.cuda.matmul
+    if not hasattr(settings, "fp32_precision"):  # torch before 2.9
+        allowed, settings.allow_tf32 = settings.allow_tf32, False
+        return allowed
+    # The old setting cannot be read where a process has used the new one.
+    before, settings.fp32_precision = settings.fp32_precision, "ieee"
+    return before
+
+
+def _put_back(before: object) -> None:
+    settings = torch.backends.cuda.matmul
+    if isinstance(before, bool):
+        settings.allow_tf32 = before
+        return
+    # What was read may be the setting of all backends: put back as "none", so that it goes on following them.
+    followed = before == getattr(torch.backends, "fp32_precision", None)
+    settings.fp32_precision = "none" if followed else str(before)

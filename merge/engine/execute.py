@@ -27,7 +27,7 @@ from adapter_merge.storage.links import LINKS
 
 from .chunked_file import ChunkPool, aligned_bytes
 from .cuda_lanes import cuda_lanes, forget_workspaces, pinned_bytes
-from .devices import exact_products
+from .devices import exact_products, one_thread
 from .lanes import LaneMaker, cpu_lane
 from .plan import MergePlan, ShardPlan
 from .run_settings import Progress, Recorder, RunSettings
@@ -170,13 +170,10 @@ def execute(
         recorder=recorder,
     )
     run = _Run(plan.shards if shards is None else shards, lanes, settings, remember)
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
     try:
-        with exact_products(devices[0]):
+        with one_thread(), exact_products(devices[0]):
             run.run()
     finally:
-        torch.set_num_threads(threads)
         if on_cuda:
             forget_workspaces()
     return finished

@@ -23,6 +23,7 @@ from adapter_merge.storage.tensor_io import TORCH_DTYPES
 
 from .chunked_file import ChunkedFile, ChunkPool
 from .cuda_lanes import CudaQueue
+from .devices import set_own_threads
 from .lanes import Queue, current_device
 from .plan import ShardPlan, TensorJob
 from .rounding_figures import TensorFigures
@@ -71,7 +72,7 @@ class Schedule:
         self._passes = ThreadPoolExecutor(1, "pass") if settings.device.type == "cuda" else None
         self._pass_queue: Queue | None = None
         self._preparers = ThreadPoolExecutor(
-            settings.workers, "prepare", torch.set_num_threads, (1,)
+            settings.workers, "prepare", set_own_threads, (1,)
         )  # each thread has its own
         self._threads = [self._preparers] if self._passes is None else [self._preparers, self._passes]
 

@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from .devices import exact_products
+from .devices import exact_products, one_thread, set_own_threads
 
 WeightMap = Callable[[Callable[[Any], Any], Sequence[Any]], Iterator[Any]]
 
@@ -22,17 +22,13 @@ WeightMap = Callable[[Callable[[Any], Any], Sequence[Any]], Iterator[Any]]
 def weight_pool(device: torch.device) -> Iterator[WeightMap]:
     """A function like map that keeps the order; the first failure cancels what has not begun."""
     count = max(1, len(os.sched_getaffinity(0))) if device.type == "cpu" else 1
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        with (
-            exact_products(device),
-            ThreadPoolExecutor(count, "weight", initializer=torch.set_num_threads, initargs=(1,)) as pool,
-        ):
-            try:
-                yield pool.map
-            except BaseException:
-                pool.shutdown(cancel_futures=True)
-                raise
-    finally:
-        torch.set_num_threads(threads)
+    with (
+        one_thread(),
+        exact_products(device),
+        ThreadPoolExecutor(count, "weight", initializer=set_own_threads, initargs=(1,)) as pool,
+    ):
+        try:
+            yield pool.map
+        except BaseException:
+            pool.shutdown(cancel_futures=True)
+            raise

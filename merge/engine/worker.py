@@ -14,6 +14,7 @@ from adapter_merge.methods.block_edits import BlockEdit
 from adapter_merge.storage.input_files import Sources
 
 from .chunked_file import ChunkPool
+from .devices import set_own_threads
 from .lanes import Block, Lane, Slot, current_device, is_finite
 from .rounding_figures import sampled_rows
 from .run_settings import RunSettings
@@ -49,7 +50,7 @@ class Worker:
     def work(self) -> None:
         """Until there is nothing left to take. Raises what a task raises, and Stopped when another worker failed."""
         flying: deque[Flight] = deque()
-        torch.set_num_threads(1)  # a product's threads are the calling thread's own setting
+        set_own_threads(1)  # a product's threads are the calling thread's own setting
         with torch.inference_mode(), current_device(self.lane.device):
             try:
                 self._loop(flying)
