@@ -27,7 +27,18 @@ def bind_module(
     if isinstance(module, StackModule):
         return bind_stack(module, adapter, base, rename)
     name = f"{module.name}.{parameter_of(module)}"
-    conv1d = adapter.fan_in_fan_out or base.config.get("model_type") in CONV1D_MODELS
+    kind = base.config.get("model_type")
+    conv1d = adapter.fan_in_fan_out or kind in CONV1D_MODELS
+    if adapter.fan_in_fan_out and kind not in CONV1D_MODELS and module.shape[0] == module.shape[1]:
+        # PEFT goes by the layer's type: it warns of fan_in_fan_out on an nn.Linear and ignores it.
+        if kind is None or "auto_map" in base.config:
+            return Problem(
+                f"{module.name}: fan_in_fan_out is set, and nothing tells whether its square weight is (in, out)",
+                "a model of transformers' own, or fan_in_fan_out as the layer's type has it",
+                f"model_type {kind!r}",
+                "PEFT transposes a Conv1D and never an nn.Linear: state the one that it is in adapter_config.json",
+            )
+        conv1d = False
     own = adapter.base_layers.get(name)
     found = places(name, module.shape, rename)
     output = None

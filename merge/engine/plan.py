@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from adapter_merge.binding.bind import BoundAdapter, BoundModule
-from adapter_merge.errors import InputError, Problem, raise_all
+from adapter_merge.errors import InputError, Problem, UnsupportedError, raise_all
 from adapter_merge.storage.checkpoint import Checkpoint, Shard, read_json
 from adapter_merge.storage.safetensors_header import FLOAT_DTYPES, TensorRef, layout
 
@@ -135,11 +135,23 @@ def plan_merge(base: Checkpoint, adapters: tuple[BoundAdapter, ...], dtype: str 
                     entries.append(_Entry(modules[0].weight, name, modules[0].weight.dtype, tuple(modules)))
             for name, ref in replacements.items():
                 if name not in base.tensors:
-                    entries.append(_Entry(ref, name, _main_dtype(base) if ref.dtype in FLOAT_DTYPES else ref.dtype))
+                    main = _main_dtype(base)
+                    if main not in FLOAT_DTYPES:
+                        problems.append(
+                            Problem(
+                                f"{name}: the adapter brings a tensor that the base lacks, and the base is quantised",
+                                f"a base in {'/'.join(FLOAT_DTYPES)}",
+                                main,
+                                "its quantised layers need scales, which the tensor has not: "
+                                "merge into the unquantised base, then quantise",
+                            )
+                        )
+                    entries.append(_Entry(ref, name, main if ref.dtype in FLOAT_DTYPES else ref.dtype))
             for name, ref in copies.items():
                 if name not in replacements and name not in edits:
                     entries.append(_Entry(ref, name, ref.dtype))
         shards.append(_shard(file, entries, dtype, {"format": "pt", **shard.metadata}, shard))
+    raise_all(problems, UnsupportedError)
     return MergePlan(base, adapters, tuple(shards), _config(base, adapters, dtype), base.side_files)
 
 

@@ -16,13 +16,14 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import replace
 
-from adapter_merge.errors import AdapterError, MismatchError, Problem, raise_all
+from adapter_merge.errors import AdapterError, MismatchError, Problem, UnsupportedError, raise_all
 from adapter_merge.methods.adapter import Adapter
 from adapter_merge.storage.checkpoint import OUTPUT_HEADS, Checkpoint
 from adapter_merge.storage.safetensors_header import TensorRef
 from adapter_merge.storage.tensor_comparison import same_bytes, same_values
 
 from .dcft_tensors import DCFT_ROLE, SHARED_ROLES, dcft_modules, group_dcft
+from .settings import KnownSettings
 
 # Keys of the reference's training arguments that a plain transformers config must not carry on.
 TRAINING_KEYS = (
@@ -35,6 +36,22 @@ TRAINING_KEYS = (
     "adapter_type",
     "adapter_size",
 )
+# Parts of names that only settings of an adapter have: such a key of a model's config is ours to understand.
+ADAPTER_WORDS = ("lora", "adapter", "dcft", "deconv", "bitfit", "peft", "prefix_tuning", "prompt_tuning")
+
+
+def _wrong_settings(config: Mapping[str, object], where: str) -> list[Problem]:
+    """Training arguments that say that the tensors are something else than a DCFT, or more."""
+    problems = []
+    for key, right in (("apply_lora", True), ("lora_type", "svd"), ("apply_adapter", False)):
+        value = config.get(key)
+        if value is not None and value != right:
+            problems.append(Problem(f"{where}: {key} is not that of a DCFT", repr(right), f"{value!r:.100}"))
+    rank = config.get("lora_r")
+    if rank is not None and (isinstance(rank, bool) or not isinstance(rank, int | float) or rank <= 0):
+        problems.append(Problem(f"{where}: lora_r is wrong", "a number above 0", f"{rank!r:.100}"))
+    ours = {key: value for key, value in config.items() if any(word in key.lower() for word in ADAPTER_WORDS)}
+    return problems + KnownSettings(frozenset(TRAINING_KEYS)).check(ours, where)[0]
 
 
 def holds_dcft(checkpoint: Checkpoint) -> bool:
@@ -67,6 +84,7 @@ def read_dcft_checkpoint(
     raise_all(problems, AdapterError)
     shapes = {name: others[f"{name}.weight"].shape for name in groups}
     config = checkpoint.config
+    raise_all(_wrong_settings(config, str(checkpoint.folder / "config.json")), UnsupportedError)
     modules, problems = dcft_modules(
         groups, config.get("lora_alpha") if alpha is None else alpha, None, shapes, weights, ranknum
     )

@@ -12,6 +12,7 @@ from pathlib import Path
 from adapter_merge.errors import AdapterError, InputError, Problem, raise_all
 from adapter_merge.formats.dcft_reshape_file import read_dcft_reshape
 from adapter_merge.formats.peft.folder import read_peft
+from adapter_merge.formats.peft.initialisation import is_plain_init
 from adapter_merge.formats.peft.tensors import WEIGHT_FILES, PeftExtras
 from adapter_merge.methods.adapter import Adapter
 from adapter_merge.storage.checkpoint import CANDIDATES, Checkpoint, open_checkpoint, read_json, read_weights, resolve
@@ -24,6 +25,21 @@ from .native import NATIVE_TYPES, read_native
 
 FORMATS = ("peft", "native", "dcft", "dcft-reshape", "mytransformers", "kohya")
 FILE_SUFFIXES = (".safetensors", ".bin", ".pt", ".pth", ".ckpt")
+
+# Which options an adapter of each format can need, beside format and prefix; of safe and PEFT folders by their type.
+USED_OPTIONS: dict[str, tuple[str, ...]] = {
+    "peft": (),
+    "native": (),
+    "dcft": ("alpha", "ranknum"),
+    "dcft-reshape": (),
+    "mytransformers": ("alpha", "magnitude_axis", "residual_dtype"),
+    "kohya": ("alpha", "magnitude_axis"),
+}
+USED_BY_TYPE = {
+    "LORA": ("magnitudes", "init_adapter", "residual_dtype"),
+    "DCFT": ("alpha", "ranknum"),
+    "LYCORIS": ("alpha",),
+}
 
 
 @dataclass(frozen=True)
@@ -120,9 +136,39 @@ def open_adapter(folder: str | Path, options: ReadOptions | None = None, base: C
     path = Path(folder) if Path(folder).is_file() else resolve(folder)
     options = options or ReadOptions()
     found = detect(path, options.format)
+    _refuse_unused(path, found.format, options)
     adapter = _read(path, found, options, base)
     raise_all(_wrong_dtypes(adapter), AdapterError)
     return replace(adapter, certainty=found.certainty, prefix=options.prefix)
+
+
+def _refuse_unused(path: Path, format: str, options: ReadOptions) -> None:
+    """Raise InputError for every option that would do nothing for an adapter of this format."""
+    wanted: tuple[str, ...] = USED_OPTIONS[format]
+    kind = format
+    if format in ("peft", "native"):
+        config = read_json(path / "adapter_config.json")
+        kind = str(config.get("peft_type"))
+        wanted = USED_BY_TYPE.get(kind, wanted)
+        if kind == "DCFT" and config.get("form") == "reshape":
+            wanted = ()
+        if format == "peft" and kind == "LORA" and not config.get("use_dora"):
+            wanted = tuple(key for key in wanted if key != "magnitudes")
+        if format == "peft" and kind == "LORA" and is_plain_init(config.get("init_lora_weights", True)):
+            wanted = tuple(key for key in wanted if key not in ("init_adapter", "residual_dtype"))
+    raise_all(
+        [
+            Problem(
+                f"{path}: --{key.replace('_', '-')} does nothing for this adapter ({kind})",
+                "an option that it needs",
+                f"{key} = {value}",
+                "of several adapters, say whose it is: NAME=VALUE",
+            )
+            for key, value in vars(options).items()
+            if value is not None and key not in (*wanted, "format", "prefix")
+        ],
+        InputError,
+    )
 
 
 def _wrong_dtypes(adapter: Adapter) -> list[Problem]:

@@ -25,12 +25,33 @@ from adapter_merge.storage.checkpoint import Checkpoint, read_weights
 from adapter_merge.storage.safetensors_header import FLOAT_DTYPES, TensorRef
 from adapter_merge.storage.tensor_io import read_tensor
 
+from .settings import KnownSettings
+
 LORA_ROLES = {"lora_down.weight": "A", "lora_up.weight": "B", "lora_mid.weight": "t2", "lora_down": "A", "lora_up": "B"}
 COMMON_ROLES = {"alpha": "alpha", "dora_scale": "m"}
 ROLES = {**LORA_ROLES, **{key: f"lokr_{v}" for key, v in LOKR_ROLES.items()},
          **{key: f"hada_{v}" for key, v in LOHA_ROLES.items()}, **COMMON_ROLES}  # fmt: skip
 PREFIXES = ("lora_te1_", "lora_te2_", "lora_te_", "lycoris_")
 IMAGE_PREFIXES = ("lora_unet_", "lora_transformer_", "lora_vae_")
+
+# Metadata of sd-scripts (train_network.py) and LyCORIS (lycoris.kohya) that tell what the network was.
+NETWORK_KEYS = ("ss_network_module", "ss_network_dim", "ss_network_alpha", "ss_network_dropout", "ss_network_args")
+NETWORK_MODULES = ("None", "networks.lora", "lycoris.kohya", "locon.locon_kohya")
+ALGORITHMS = ("lora", "locon", "loha", "lokr")
+OFF = ("none", "null", "false", "")
+NETWORK_ARGUMENTS = KnownSettings(
+    read=frozenset(("rs_lora", "wd_on_out")),  # wd_on_out: the shape of dora_scale shows it
+    ignored=frozenset(
+        (
+            *("conv_dim", "conv_alpha", "conv_lr", "dropout", "rank_dropout", "module_dropout", "rank_dropout_scale"),
+            *("preset", "factor", "decompose_both", "full_matrix", "unbalanced_factorization", "dora_wd", "use_tucker"),
+            *("use_cp", "use_conv_cp", "bypass_mode", "loraplus_lr_ratio", "loraplus_unet_lr_ratio"),
+            *("loraplus_text_encoder_lr_ratio", "block_dims", "block_alphas", "block_lr_zero_threshold"),
+            *("down_lr_weight", "mid_lr_weight", "up_lr_weight", "train_t5xxl", "verbose"),
+        )
+    ),
+    refused={"use_scalar": "a trained scalar", "train_norm": "trained norms", "constraint": "a constrained OFT"},
+)
 
 
 def holds_kohya(names: tuple[str, ...]) -> bool:
@@ -50,7 +71,8 @@ def read_kohya(file: Path, alpha: float | None, magnitude_axis: str | None, base
             expected="a language model's modules (lora_te_..., lycoris_...)",
             hint="split the text encoder's tensors off first",
         )
-    rsloras = _rank_stabilised(shard.metadata)
+    arguments = _network_arguments(shard.metadata, file)
+    rsloras = str(arguments.get("rs_lora")).lower() == "true"
     named: dict[str, Mapping[str, TensorRef]] = {}
     for flat, group in sorted(groups.items()):
         name = _path(flat, base)
@@ -209,10 +231,35 @@ def _axis(scale: TensorRef, shape: tuple[int, int], stated: str | None) -> int |
     return 0 if rows else 1 if columns else None
 
 
-def _rank_stabilised(metadata: Mapping[str, str]) -> bool:
-    """LyCORIS' rs_lora, which stands only in the training arguments of the metadata."""
+def _network_arguments(metadata: Mapping[str, str], file: Path) -> Mapping[str, object]:
+    """The arguments of the network in the metadata. Raises UnsupportedError for one that is not known here."""
+    problems = [
+        Problem(f"{file}: the metadata {key} is not known here", ", ".join(NETWORK_KEYS), f"{metadata[key]:.100}")
+        for key in metadata
+        if key.startswith("ss_network_") and key not in NETWORK_KEYS
+    ]
+    module = metadata.get("ss_network_module", "None")
+    if module not in NETWORK_MODULES:
+        problems.append(
+            Problem(
+                f"{file}: the network {module!r:.100} is not supported", ", ".join(NETWORK_MODULES), "ss_network_module"
+            )
+        )
     try:
-        arguments = json.loads(metadata.get("ss_network_args", "{}"))
+        arguments = json.loads(metadata.get("ss_network_args") or "{}")
     except ValueError:
-        return False
-    return isinstance(arguments, dict) and str(arguments.get("rs_lora")).lower() == "true"
+        arguments = None
+    if arguments is None and metadata.get("ss_network_args") in ("None", "null"):
+        arguments = {}
+    if not isinstance(arguments, dict):
+        problems.append(
+            Problem(f"{file}: ss_network_args cannot be read", "a JSON object", f"{metadata['ss_network_args']:.100}")
+        )
+        arguments = {}
+    off = {key: value for key, value in arguments.items() if str(value).lower() not in OFF}
+    algorithm = off.pop("algo", "lora")
+    if algorithm not in ALGORITHMS:
+        problems.append(Problem(f"{file}: LyCORIS' algo {algorithm!r:.60} is not supported", ", ".join(ALGORITHMS)))
+    problems += NETWORK_ARGUMENTS.check(off, f"{file}: ss_network_args")[0]
+    raise_all(problems, UnsupportedError)
+    return arguments

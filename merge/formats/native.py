@@ -38,6 +38,7 @@ from adapter_merge.storage.safetensors_header import TensorRef
 
 from .dcft_tensors import dcft_modules, group_dcft, is_pair
 from .kohya import group_lycoris, lycoris_modules, method_of
+from .settings import KnownSettings
 
 NATIVE_TYPES = ("DCFT", "DUDE", "LYCORIS")
 FORMAT_VERSION = 1
@@ -47,6 +48,20 @@ CHOICES = {
     "initial": (*DECOMPOSITIONS, "none", *LOST_INITS),
     "magnitude": ("trained", "frozen", "none"),
     "magnitude_axis": ("out", "in"),
+}
+_COMMON = ("peft_type", "format_version", "base_model_name_or_path", "task_type", "target_modules", "modules_to_save")
+SETTINGS = {
+    "DCFT": KnownSettings(frozenset((*_COMMON, "r", "lora_alpha", "kernel_size", "stride", "form"))),
+    "DUDE": KnownSettings(
+        frozenset(
+            (
+                *_COMMON,
+                *("r", "lora_alpha", "use_rslora", "rank_pattern", "alpha_pattern", "fan_in_fan_out"),
+                *(*CHOICES, "residual_dtype", "product_dtype"),
+            )
+        )
+    ),
+    "LYCORIS": KnownSettings(frozenset(_COMMON)),
 }
 
 
@@ -66,6 +81,10 @@ def read_native(folder: Path, alpha: float | None = None, ranknum: float | None 
                 repr(config.get("format_version")),
             )
         )
+    unknown, _ = SETTINGS[config["peft_type"]].check(config, str(config_file), strict=True)
+    problems += unknown
+    if config.get("form") not in (None, "reshape"):
+        problems.append(Problem(f"{config_file}: form is wrong", "'reshape', or none", f"{config['form']!r:.100}"))
     shard = read_weights(weights)
     replacements: Mapping[str, TensorRef] = {}
     if config["peft_type"] == "LYCORIS":

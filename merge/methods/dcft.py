@@ -41,7 +41,7 @@ class DcftModule:
     b: TensorRef  # (n1, r_sub), or (channels, n1, r_sub)
     c: TensorRef  # (channels, 1, k0, k1)
     ranknum: TensorRef | float  # one number; a float where the user had to state it
-    alpha: float
+    alpha: float  # 0 or less: SVDLinear then takes r, which is what it sets ranknum to
     stride: tuple[int, int]
     bias: TensorRef | None = None  # (1,): the deconvolution's own, added to every element of Delta
 
@@ -86,7 +86,7 @@ class DcftModule:
                 got=str(number),
                 hint="pass --ranknum NUMBER",
             )
-        scale = self.alpha / (number + RANKNUM_EPSILON)
+        scale = (self.alpha if self.alpha > 0 else number) / (number + RANKNUM_EPSILON)
         channels = self.c.shape[0]
         images = read(self.a).reshape(channels, self.r, -1), read(self.b).reshape(channels, -1, self.r)
         up, down = channel_factors(*images, read(self.c)[:, 0], self.stride, scale)

@@ -53,7 +53,8 @@ def _dcft_delta(module: DcftModule, dtype: torch.dtype) -> Tensor:  # (in, out)
     bias = None if module.bias is None else read_tensor(module.bias).to(dtype)
     image = image.reshape(1, module.c.shape[0], *image.shape[-2:])
     spread = nn.functional.conv_transpose2d(image, read_tensor(module.c).to(dtype), bias, stride=module.stride)
-    return spread[0, 0] * (module.alpha / (number + RANKNUM_EPSILON))
+    scaling = module.alpha if module.alpha > 0 else number  # SVDLinear: lora_alpha if lora_alpha > 0 else float(r)
+    return spread[0, 0] * (scaling / (number + RANKNUM_EPSILON))
 
 
 def _reshaped_delta(module: DcftReshapeModule, dtype: torch.dtype) -> Tensor:  # (in, out)

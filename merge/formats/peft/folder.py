@@ -10,12 +10,14 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from adapter_merge.errors import AdapterError, UnsupportedError, raise_all
+from adapter_merge.errors import AdapterError, Problem, UnsupportedError, raise_all
+from adapter_merge.formats.settings import note_of
 from adapter_merge.methods.adapter import Adapter
 from adapter_merge.storage.checkpoint import read_json, read_weights
 
 from .lora import ADALORA_ROLES, LORA_ROLES, TOKEN_ROLES, read_adalora, read_lora, read_tokens
 from .lycoris import LOHA_ROLES, LOKR_ROLES, VERA_ROLES, read_loha, read_lokr, read_vera
+from .settings import BIASES, PEFT_SETTINGS
 from .tensors import WEIGHT_FILES, PeftExtras, find_weights, group_tensors
 
 CONVERTED_NOTE = (
@@ -46,6 +48,12 @@ def read_peft(folder: Path, extras: PeftExtras | None = None) -> Adapter:
             f"{config_file}: peft_type {kind!r} is not supported",
             expected=f"{', '.join(readers)}, DCFT, DUDE or LYCORIS",
         )
+    unsupported, off = PEFT_SETTINGS[kind].check(config, str(config_file))
+    if config.get("bias") not in BIASES:
+        unsupported.append(
+            Problem(f"{config_file}: bias is wrong", ", ".join(map(repr, BIASES)), f"{config['bias']!r:.100}")
+        )
+    raise_all(unsupported, UnsupportedError)
     fan_in_fan_out = config.get("fan_in_fan_out", False)
     base_name = config.get("base_model_name_or_path")
     if not isinstance(fan_in_fan_out, bool | None):
@@ -66,7 +74,10 @@ def read_peft(folder: Path, extras: PeftExtras | None = None) -> Adapter:
         base_name=base_name if isinstance(base_name, str) else None,
         fan_in_fan_out=bool(fan_in_fan_out),
         files=(config_file, weights),
-        notes=(CONVERTED_NOTE,) if is_converted(config, weights, shard.metadata) else (),
+        notes=(
+            *((CONVERTED_NOTE,) if is_converted(config, weights, shard.metadata) else ()),
+            *note_of(off, str(config_file)),
+        ),
         base_layers=parts.base_layers,
         tied=bool(config.get("ensure_weight_tying")),
     )

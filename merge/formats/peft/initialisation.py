@@ -23,6 +23,11 @@ PLAIN_INITS = ("gaussian", "eva", "orthogonal", "mica", "true", "false", "none")
 REPEATABLE_INITS = {"pissa": "svd", "olora": "qr"}
 
 
+def is_plain_init(said: object) -> bool:
+    """True for a value of init_lora_weights that leaves the base as it is."""
+    return isinstance(said, bool | str | None) and str(said).lower() in PLAIN_INITS
+
+
 def initial_of(config: Mapping[str, Any], parts: Parts, extras: PeftExtras) -> Initial | None:
     """What the initialisation subtracted from the base; None where it left the base alone."""
     said = config.get("init_lora_weights", True)
@@ -34,7 +39,7 @@ def initial_of(config: Mapping[str, Any], parts: Parts, extras: PeftExtras) -> I
                 Problem("the residual's dtype is unknown", ", ".join(RESIDUAL_DTYPES), repr(extras.residual_dtype))
             )
     init = str(said).lower()
-    if init in PLAIN_INITS and isinstance(said, bool | str | None):
+    if is_plain_init(said):
         return None
     if init in REPEATABLE_INITS:
         return Initial(dtype=dtype, method=REPEATABLE_INITS[init])

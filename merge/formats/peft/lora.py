@@ -11,7 +11,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from adapter_merge.errors import AdapterError, Problem, UnsupportedError, raise_all
+from adapter_merge.errors import AdapterError, Problem, raise_all
 from adapter_merge.methods.adapter import AdaptedModule
 from adapter_merge.methods.lora import ADALORA_EPSILON, BiasModule, LoraModule, StackModule, lora_scale
 from adapter_merge.methods.residual import Initial
@@ -38,30 +38,9 @@ LORA_ROLES = {
 }
 ADALORA_ROLES = {"lora_A": "A", "lora_B": "B", "lora_E": "E"}
 
-REFUSED_SETTINGS = {
-    "layer_replication": "replicated layers",
-    "alora_invocation_tokens": "activated LoRA (its delta depends on the prompt)",
-    "use_qalora": "QALoRA",
-    "use_bdlora": "block-diagonal LoRA",
-    "arrow_config": "Arrow routing",
-    "kasa_config": "KaSA",
-    "monteclora_config": "MonteCLoRA",
-    "megatron_config": "Megatron's parallel layers",
-}
-
 
 def read_lora(parts: Parts, config: Mapping[str, Any], extras: PeftExtras) -> tuple[str, tuple[AdaptedModule, ...]]:
     """Method and modules of a LORA folder; what is wrong with it is added to `parts.problems`."""
-    raise_all(
-        [
-            Problem(
-                f"{parts.weights.parent}: {key} is set: {meaning} cannot be merged here", got=f"{config[key]!r:.200}"
-            )
-            for key, meaning in REFUSED_SETTINGS.items()
-            if config.get(key)
-        ],
-        UnsupportedError,
-    )
     initial = initial_of(config, parts, extras)
     return method_name(config, initial), lora_modules(parts, config, initial, extras)
 
