@@ -15,6 +15,7 @@ from adapter_merge.combine.open_inputs import (
     AdapterInput,
     check_values,
     describe_inputs,
+    input_files,
     input_folders,
     is_stale_quantization,
     open_pair,
@@ -38,6 +39,7 @@ from adapter_merge.outputs.staging import (
     staging_folder,
     write_json,
 )
+from adapter_merge.storage.input_snapshot import InputSnapshot
 from adapter_merge.storage.links import can_link
 
 DTYPES = {"float32": "F32", "float16": "F16", "bfloat16": "BF16"}
@@ -83,6 +85,7 @@ def merge(
     """
     output = Path(output)
     bound = open_pair(base, adapter, base_kind, options)
+    inputs = InputSnapshot(input_files(bound))
     _check_config(bound)
     check_output(output, overwrite, input_folders(bound))
     check_values(bound)
@@ -101,6 +104,7 @@ def merge(
         recorder = PreimageRecorder(place.folder) if keep_preimage else None
 
         def on_shard(shard: FinishedShard) -> None:
+            inputs.check()  # before the journal says that it can be taken over
             if recorder is not None:
                 recorder.close(by_file[shard.file])
             place.record(shard)
@@ -140,6 +144,7 @@ def merge(
         if hashes:
             content["base"]["files"] = base_files(plan, finished)
             content["files"] = output_files(place.folder, finished)
+        inputs.check()
         write_json(place.folder / MANIFEST, content)
         publish_place(place, output, overwrite)
     return content
@@ -167,6 +172,7 @@ def delta(
     """
     output = Path(output)
     bound = open_pair(base, adapter, base_kind, options)
+    inputs = InputSnapshot(input_files(bound))
     check_output(output, overwrite, input_folders(bound))
     check_values(bound)
     plan = plan_delta(bound, DTYPES[dtype or "float32"])
@@ -182,6 +188,7 @@ def delta(
         finished = execute(plan, folder, devices, workers, progress, hashing=hashes, vram=vram)
         if hashes:
             content["files"] = output_files(folder, finished)
+        inputs.check()
         write_json(folder / MANIFEST, content)
     return content
 

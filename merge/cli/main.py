@@ -126,6 +126,12 @@ def _main() -> None:
             raise
         report_error(AdapterMergeError("out of memory", hint="a smaller model, or a machine with more memory"))
         sys.exit(1)
+    except OSError as error:  # of the system, not ours
+        if debug:
+            raise
+        cause = f"{error.filename}: {error.strerror}" if error.filename is not None else str(error)
+        report_error(AdapterMergeError(cause, hint="check that it is there, its permissions and its disk"))
+        sys.exit(1)
     except Exception as error:
         if debug:
             raise

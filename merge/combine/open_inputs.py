@@ -12,7 +12,7 @@ from adapter_merge.binding.bind import BoundAdapter, bind
 from adapter_merge.errors import InputError
 from adapter_merge.formats.detection import ReadOptions, open_adapter
 from adapter_merge.methods.adapter import Adapter
-from adapter_merge.storage.checkpoint import Checkpoint, open_checkpoint
+from adapter_merge.storage.checkpoint import CANDIDATES, Checkpoint, open_checkpoint
 from adapter_merge.storage.hashing import hash_files
 from adapter_merge.storage.safetensors_header import FLOAT_DTYPES
 
@@ -55,6 +55,15 @@ def parts_of(bound: BoundAdapter) -> tuple[BoundAdapter, ...]:
 def input_folders(bound: BoundAdapter) -> tuple[Path, ...]:
     """Every folder that is read."""
     return (bound.base.folder, *(part.adapter.folder for part in parts_of(bound)))
+
+
+def input_files(bound: BoundAdapter) -> tuple[Path, ...]:
+    """Every file that the job's result depends on: the base's and the adapters' weights and configs."""
+    folder = bound.base.folder
+    beside = [folder / name for name in ("config.json", *CANDIDATES) if (folder / name).is_file()]
+    weights = [shard.file for shard in bound.base.shards]
+    adapters = [file for part in parts_of(bound) for file in part.adapter.files]
+    return tuple(dict.fromkeys([*weights, *beside, *adapters]))
 
 
 def check_values(bound: BoundAdapter) -> None:

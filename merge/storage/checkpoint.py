@@ -13,6 +13,7 @@ from typing import Any
 
 from adapter_merge.errors import FileFormatError, InputError, Problem, raise_all
 
+from .input_errors import reading
 from .safetensors_header import TensorRef, read_header
 
 WEIGHT_SUFFIXES = (
@@ -85,7 +86,7 @@ class Checkpoint:
         for name in sorted(self.tensors):
             ref = self.tensors[name]
             digest.update(f"{name}\0{ref.dtype}\0{ref.shape}\0".encode())
-            with ref.file.open("rb") as stream:
+            with reading(ref.file), ref.file.open("rb") as stream:
                 stream.seek(ref.start)
                 digest.update(stream.read(min(4096, ref.nbytes)))
                 stream.seek(max(ref.start, ref.stop - 4096))
@@ -172,7 +173,7 @@ def open_checkpoint(folder: str | Path) -> Checkpoint:
             got=", ".join(sorted(path.name for path in folder.iterdir())[:12]) or "an empty folder",
         )
     config_file = folder / "config.json"
-    config = read_json(config_file) if config_file.is_file() else {}
+    config = read_json(config_file) if config_file.is_symlink() or config_file.exists() else {}
     if not candidate.endswith(".index.json"):
         return Checkpoint(folder, (read_weights(folder / candidate),), config)
 

@@ -10,6 +10,8 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from .input_errors import reading
+
 if TYPE_CHECKING:  # command lines that only read headers do without torch
     from torch import Tensor
 
@@ -54,7 +56,7 @@ def file_sha256(file: Path) -> str:
     digest = hashlib.sha256()
     buffer = bytearray(HASH_BYTES)
     view = memoryview(buffer)
-    with file.open("rb", buffering=0) as stream:
+    with reading(file), file.open("rb", buffering=0) as stream:
         os.posix_fadvise(stream.fileno(), 0, 0, os.POSIX_FADV_SEQUENTIAL)
         while got := stream.readinto(buffer):
             digest.update(view[:got])

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from contextlib import ExitStack
+
+from .input_errors import reading
 from .lazy_torch import torch
 from .safetensors_header import FLOAT_DTYPES, TensorRef
 from .tensor_io import TORCH_DTYPES, read_tensor
@@ -19,13 +22,19 @@ def same_bytes(one: TensorRef, other: TensorRef) -> bool:
     """True when both hold the same dtype, shape and bytes; read in pieces of 16 MiB."""
     if (one.dtype, one.shape) != (other.dtype, other.shape):
         return False
-    with one.file.open("rb") as left, other.file.open("rb") as right:
-        left.seek(one.start)
-        right.seek(other.start)
+    with ExitStack() as stack:
+        streams = []
+        for ref in (one, other):
+            with reading(ref.file):
+                streams.append(stack.enter_context(ref.file.open("rb")))
+                streams[-1].seek(ref.start)
         remaining = one.nbytes
         while remaining:
             size = min(remaining, 16 << 20)
-            if left.read(size) != right.read(size):
-                return False
+            with reading(one.file):
+                piece = streams[0].read(size)
+            with reading(other.file):
+                if piece != streams[1].read(size):
+                    return False
             remaining -= size
     return True

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 
 from adapter_merge.errors import FileFormatError
 
+from .input_errors import reading
 from .lazy_torch import torch
 from .safetensors_header import TensorRef, layout
 
@@ -68,7 +69,7 @@ def read_tensor(ref: TensorRef) -> Tensor:
         raise FileFormatError(f"{ref.file}: torch has no dtype for {ref.dtype} (tensor {ref.name!r})")
     raw = torch.empty(ref.nbytes, dtype=torch.uint8)
     if ref.nbytes:
-        with ref.file.open("rb") as stream:
+        with reading(ref.file), ref.file.open("rb") as stream:
             pread_into(stream.fileno(), raw.numpy().data, ref.start, str(ref.file))
     return raw.view(TORCH_DTYPES[ref.dtype]).reshape(ref.shape)
 

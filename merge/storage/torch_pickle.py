@@ -14,6 +14,7 @@ from typing import Any
 
 from adapter_merge.errors import FileFormatError
 
+from .input_errors import reading
 from .pickle_machine import read_pickle_table
 from .pickled_tensors import DamagedPickle, ForbiddenPickle, PickledTensor, UnsupportedPickle
 from .safetensors_header import ITEM_BYTES, TensorRef
@@ -31,7 +32,7 @@ def read_pickle(file: Path) -> dict[str, TensorRef]:
     Raises FileFormatError for the pre-1.6 format, for anything that is not tensors, for a pickle that would run code,
     and for sparse, quantised, conjugated, negated and meta tensors.
     """
-    with file.open("rb") as stream:
+    with reading(file), file.open("rb") as stream:
         archive = read_torch_zip(file, stream)
     try:
         content = read_pickle_table(archive.pickle)
