@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -9,7 +10,9 @@ from typing import TYPE_CHECKING, Any
 
 from adapter_merge.errors import FileFormatError, InputError
 from adapter_merge.outputs import staging as output
+from adapter_merge.outputs.folder_content import SIGNATURE
 from adapter_merge.outputs.model_card import card
+from adapter_merge.outputs.seal import sealed
 
 from .runtime import check_external_data
 from .targets import Layout, read_layout
@@ -40,7 +43,7 @@ class Manifest:
 
 
 def write_manifest(folder: Path, manifest: Manifest) -> None:
-    """Write adapter_merge.json, with the size and sha256 of every other file, and the model card into `folder`.
+    """Write the model card, and adapter_merge.json with the size and sha256 of every other file, into `folder`.
 
     Weights that an earlier manifest hashed and that have not changed in size or time are not read again:
     adding an adapter must not read the base.
@@ -49,9 +52,10 @@ def write_manifest(folder: Path, manifest: Manifest) -> None:
     before: dict[str, Any] = {}
     if file.is_file():
         before = (output.read_manifest(folder) or {}).get("files", {})
+    _replace(folder / "README.md", _card(manifest))
     files = {}
     for path in sorted(folder.iterdir()):
-        if not path.is_file() or path.name.startswith(".") or path.name in (file.name, "README.md"):
+        if not path.is_file() or path.name.startswith(".") or path.name in (file.name, SIGNATURE):
             continue
         stat = path.stat()
         entry = {"bytes": stat.st_size, "modified_ns": stat.st_mtime_ns}
@@ -68,11 +72,15 @@ def write_manifest(folder: Path, manifest: Manifest) -> None:
         files=files,
     )
     content["versions"] |= _versions()
-    for name, write in ((file.name, lambda path: output.write_json(path, content)), ("README.md", _card(manifest))):
-        temporary = folder / f".{name}.new"
-        temporary.unlink(missing_ok=True)
-        write(temporary)
-        temporary.replace(folder / name)
+    _replace(file, lambda path: output.write_json(path, sealed(content)))
+
+
+def _replace(file: Path, write: Callable[[Path], None]) -> None:
+    """Write a new `file` beside the old one, and give it the name in one step."""
+    temporary = file.with_name(f".{file.name}.new")
+    temporary.unlink(missing_ok=True)
+    write(temporary)
+    temporary.replace(file)
 
 
 def read_export(folder: Path) -> Manifest:

@@ -34,7 +34,7 @@ from adapter_merge.methods.loha import LohaModule
 from adapter_merge.methods.lokr import LokrModule
 from adapter_merge.methods.lora import LoraModule
 from adapter_merge.outputs.model_card import adapter_table, card
-from adapter_merge.outputs.staging import MANIFEST, check_output, manifest, sha256, staged, write_json, write_text
+from adapter_merge.outputs.staging import check_output, manifest, sha256, staged, write_json, write_manifest, write_text
 from adapter_merge.storage.checkpoint import open_checkpoint
 from adapter_merge.storage.tensor_io import read_tensor, write_safetensors
 
@@ -86,7 +86,7 @@ def convert(
         text = card(output.name, opened.base_name, "adapter", "peft", ["adapter-merge", opened.method.lower()], body)
         write_text(folder / "README.md", text)
         content["files"] = {path.name: sha256(path) for path in sorted(folder.iterdir())}
-        write_json(folder / MANIFEST, content)
+        write_manifest(folder, content)
     return content
 
 

@@ -26,7 +26,7 @@ from adapter_merge.engine.devices import choose_device, exact_products
 from adapter_merge.errors import InputError, MismatchError, NumericsError, Problem, raise_all
 from adapter_merge.factoring.factor_folder import FolderConfig, WeightFactors, write_folder
 from adapter_merge.factoring.truncated_svd import truncate
-from adapter_merge.outputs.staging import MANIFEST, check_output, manifest, sha256, staged, write_json
+from adapter_merge.outputs.staging import check_output, manifest, sha256, staged, write_manifest
 from adapter_merge.storage.checkpoint import Checkpoint, open_checkpoint
 from adapter_merge.storage.safetensors_header import FLOAT_DTYPES, TensorRef
 from adapter_merge.storage.tensor_comparison import same_bytes
@@ -160,7 +160,7 @@ def extract(
         said = FolderConfig(name if isinstance(name, str) and name else str(base), _task(one), conv1d)
         write_folder(folder, factors, replacements, said)
         content["files"] = {path.name: sha256(path) for path in sorted(folder.iterdir()) if path.is_file()}
-        write_json(folder / MANIFEST, content)
+        write_manifest(folder, content)
     return content
 
 

@@ -44,7 +44,7 @@ from adapter_merge.factoring.truncated_svd import Spectrum
 from adapter_merge.factoring.weight_factors import Factored, Factoriser
 from adapter_merge.formats.detection import ReadOptions
 from adapter_merge.outputs.model_card import factor_card
-from adapter_merge.outputs.staging import MANIFEST, check_output, manifest, sha256, staged, write_json, write_text
+from adapter_merge.outputs.staging import check_output, manifest, sha256, staged, write_manifest, write_text
 from adapter_merge.storage.tensor_io import read_tensor
 
 if TYPE_CHECKING:
@@ -195,7 +195,7 @@ def factor(
         files = sorted(path for path in folder.iterdir() if path.is_file())
         content["files"] = {path.name: sha256(path) for path in files}
         content["bytes"] = sum(path.stat().st_size for path in files)
-        write_json(folder / MANIFEST, content)
+        write_manifest(folder, content)
     return content
 
 

@@ -30,14 +30,13 @@ from adapter_merge.outputs.preimage import PreimageRecorder
 from adapter_merge.outputs.resume_journal import Part, check_complete, shards_of_part, workplace
 from adapter_merge.outputs.resume_journal import finish as publish_place
 from adapter_merge.outputs.staging import (
-    MANIFEST,
     check_output,
     check_space,
     manifest,
     nearest_folder,
     staged,
     staging_folder,
-    write_json,
+    write_manifest,
 )
 from adapter_merge.storage.input_snapshot import InputSnapshot
 from adapter_merge.storage.links import can_link
@@ -145,7 +144,7 @@ def merge(
             content["base"]["files"] = base_files(plan, finished)
             content["files"] = output_files(place.folder, finished)
         inputs.check()
-        write_json(place.folder / MANIFEST, content)
+        write_manifest(place.folder, content)
         publish_place(place, output, overwrite)
     return content
 
@@ -189,7 +188,7 @@ def delta(
         if hashes:
             content["files"] = output_files(folder, finished)
         inputs.check()
-        write_json(folder / MANIFEST, content)
+        write_manifest(folder, content)
     return content
 
 

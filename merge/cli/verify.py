@@ -16,22 +16,34 @@ from .options import report_options
 from .verify_server import verify_running
 
 
-def _prove_hashes(folder: str, inputs: bool, as_json: bool, quiet: bool) -> None:
+def _prove_hashes(folder: str, inputs: bool, public_key: Path | None, as_json: bool, quiet: bool) -> None:
     from dataclasses import asdict
 
+    from adapter_merge.outputs.folder_content import SIGNATURE
     from adapter_merge.outputs.integrity import check_integrity
 
     total = sum(path.stat().st_size for path in Path(folder).rglob("*") if path.is_file())
     with progress_bar("hashing", total, quiet or as_json) as progress:
-        found = check_integrity(folder, inputs=inputs, progress=progress)
+        found = check_integrity(folder, inputs=inputs, public_key=public_key, progress=progress)
     if as_json:
         emit(asdict(found) | {"folder": folder, "passed": True})
         return
-    click.echo(f"{folder}: {found.files} files, {found.nbytes / 1e6:.1f} MB, are what the manifest says")
+    if found.signed:
+        who = f"signed by the owner of {public_key}"
+    elif SIGNATURE in found.beside:
+        who = "its signature was not checked: --signature --public-key FILE"
+    else:
+        who = "not signed: nothing tells who wrote it"
+    click.echo(f"{folder}: {found.files} files, {found.nbytes / 1e6:.1f} MB, unchanged since written ({who})")
     if inputs:
         click.echo(f"  {found.inputs} files of base and adapters are still the ones that were merged")
         for name in found.moved:
             click.echo(f"  not there any more: {name}")
+    for name in found.changed:
+        click.echo(f"  not the file that the manifest names any more: {name}")
+    for name in found.beside:
+        if name != SIGNATURE:
+            click.echo(f"  not in the manifest, not looked at: {name}")
 
 
 def _prove_restored(merged: str, restored: str, as_json: bool) -> None:
@@ -49,6 +61,10 @@ def _prove_restored(merged: str, restored: str, as_json: bool) -> None:
 @combination_options
 @adapter_options
 @click.option("--inputs", "check_inputs", is_flag=True, help="ARTEFACT alone: hash base and adapters again as well.")
+@click.option("--signature", is_flag=True, help="ARTEFACT alone: check its signature, model.sig, with --public-key.")
+@click.option(
+    "--public-key", type=click.Path(path_type=Path), metavar="FILE", help="--signature: whose it must be; PEM."
+)
 @click.option("--trained", is_flag=True, help="ARTEFACT alone: compare with the base and adapters of its manifest.")
 @click.option("--prompt", "prompts", multiple=True, help="A prompt to compare on; may be given again.")
 @click.option("--tokens", "generated", default=32, show_default=True, help="Greedy tokens per prompt.")
@@ -66,6 +82,8 @@ def _prove_restored(merged: str, restored: str, as_json: bool) -> None:
 def verify(
     inputs: tuple[str, ...],
     check_inputs: bool,
+    signature: bool,
+    public_key: Path | None,
     trained: bool,
     prompts: tuple[str, ...],
     server: str | None,
@@ -84,7 +102,8 @@ def verify(
     checkpoint, which holds its own base: CHECKPOINT ARTEFACT. Several adapters are stated as for merge: each runs on
     its own, and they are combined by the method's definition.
 
-    ARTEFACT alone proves that it is what was written: every file is hashed again and held against its manifest. With
+    ARTEFACT alone proves that it is unchanged since it was written: every file is hashed again and held against its
+    manifest, and nothing else may lie in the folder. Who wrote it is proved by --signature --public-key FILE. With
     --trained the base, adapters and recipe that the manifest names are proved the same, and compared with as above.
     MERGED RESTORED proves that a folder is the base that MERGED was made from.
 
@@ -96,6 +115,10 @@ def verify(
     from adapter_merge.outputs.integrity import inputs_of, is_merged
     from adapter_merge.storage.checkpoint import resolve
 
+    if signature != (public_key is not None):
+        raise click.UsageError("--signature and --public-key FILE go together")
+    if signature and (server is not None or len(inputs) != 1 or trained or has_combination()):
+        raise click.UsageError("--signature is of an ARTEFACT alone")
     if server is not None:
         if trained or check_inputs or settings.pop("weights_only"):
             raise click.UsageError("--server: no --trained, --inputs or --weights-only, which look at an ARTEFACT")
@@ -115,7 +138,7 @@ def verify(
     if len(inputs) == 1 and not combining:
         folder = str(resolve(artefact))
         if not trained:
-            _prove_hashes(folder, check_inputs, as_json, quiet)
+            _prove_hashes(folder, check_inputs, public_key, as_json, quiet)
             return
         subject = Subject(*inputs_of(folder))
     elif len(inputs) == 2 and not combining and is_merged(inputs[0]):

@@ -74,7 +74,7 @@ def check_values(bound: BoundAdapter) -> None:
 
 def adapter_sha256(adapter: Adapter) -> str:
     """sha256 over the adapter's files, in the order of their names."""
-    return _combined(adapter_files(adapter))
+    return combined_sha256(adapter_files(adapter))
 
 
 def adapter_files(adapter: Adapter) -> dict[str, str]:
@@ -82,7 +82,8 @@ def adapter_files(adapter: Adapter) -> dict[str, str]:
     return {relative_name(file, adapter.folder): sha for file, sha in hash_files(sorted(adapter.files)).items()}
 
 
-def _combined(files: Mapping[str, str]) -> str:
+def combined_sha256(files: Mapping[str, str]) -> str:
+    """sha256 over files' names and their sha256, in the order of their names."""
     digest = hashlib.sha256()
     for name, sha in sorted(files.items(), key=lambda item: Path(item[0]).name):
         digest.update(f"{Path(name).name}\0{sha}\0".encode())
@@ -124,7 +125,7 @@ def _entry(bound: BoundAdapter, stated: dict[str, Any]) -> dict[str, Any]:
         "base_kind": bound.base_kind,
         "evidence": bound.evidence,
         "stated": stated,
-        "sha256": _combined(files),
+        "sha256": combined_sha256(files),
         "files": files,
     }
 
@@ -156,7 +157,7 @@ def stated_options(options: ReadOptions | None) -> dict[str, Any]:
         stated[key] = str(value) if isinstance(value, Path) else value
         if isinstance(value, Path):
             files = sorted(path for path in value.rglob("*") if path.is_file()) if value.is_dir() else [value]
-            stated[f"{key}_sha256"] = _combined({path.name: sha for path, sha in hash_files(files).items()})
+            stated[f"{key}_sha256"] = combined_sha256({path.name: sha for path, sha in hash_files(files).items()})
     return stated
 
 

@@ -5,18 +5,23 @@ And what follows from a manifest: which inputs it names, and whether a folder is
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from adapter_merge.combine.delta_ops import Settings
+from adapter_merge.combine.open_inputs import combined_sha256
 from adapter_merge.combine.recipe import PATH_KEYS, Ingredient, Recipe, given_options, make_recipe
 from adapter_merge.errors import FileFormatError, InputError, Problem, raise_all
 from adapter_merge.formats.detection import ReadOptions
 from adapter_merge.storage.checkpoint import open_checkpoint
 from adapter_merge.storage.hashing import hash_files
 
+from .folder_content import is_hub_blob, list_content, stated_hashes
+from .model_card import adapter_table
+from .seal import check_seal
+from .signature import check_signature
 from .staging import MANIFEST, read_manifest
 
 
@@ -29,22 +34,29 @@ class Integrity:
     nbytes: int
     inputs: int  # files of base and adapters that are still where the manifest says, and still the same
     moved: tuple[str, ...]  # inputs that are no longer there: nothing is known of them
+    changed: tuple[str, ...]  # adapters' files that lie where the manifest says, and are others by now
+    beside: tuple[str, ...]  # files that no manifest lists and no loader reads: a signature, .gitattributes
+    signed: int = 0  # files under the signature that was checked; 0 where none was
 
 
 def check_integrity(
     folder: str | Path,
     *,
     inputs: bool = False,
+    public_key: Path | None = None,
     workers: int | None = None,
     progress: Callable[[int], None] | None = None,
 ) -> Integrity:
-    """Prove the hashes of `folder`'s manifest; `inputs` proves those of base and adapters too, where they still are.
+    """Prove that `folder` holds what its manifest says and nothing else; `inputs` proves base and adapters too.
 
-    progress: called with the bytes of each file. Raises InputError when there is no manifest with hashes, and
-    FileFormatError naming every file that is missing, changed, or not in the manifest.
+    Files are hashed; links, folders and files that are not listed are refused, hidden ones as well; the manifest's
+    seal, its adapters' hashes and the card's table of them must agree. None of this tells who wrote the folder:
+    `public_key` checks its signature too (signature.py). Without `inputs` the adapters are hashed where they still
+    lie, and reported when they have changed. progress: called with the bytes of each file.
+    Raises InputError when there is no manifest with hashes, and FileFormatError naming all that is not as written.
     """
     folder = Path(folder)
-    manifest = read_manifest(folder)
+    manifest = _sealed_manifest(folder)
     if manifest is None or not manifest.get("files"):
         raise InputError(
             f"{folder}: nothing to prove",
@@ -52,29 +64,83 @@ def check_integrity(
             got="no manifest" if manifest is None else "a manifest without hashes",
             hint="was it written with --no-hashes, or copied without its manifest?",
         )
-    expected: dict[str, str] = manifest["files"]
-    problems = [Problem(f"{folder}: {name} is missing") for name in expected if not (folder / name).is_file()]
-    present = {path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()}
-    hidden = {name for name in present if any(part.startswith(".") for part in Path(name).parts)}
-    for name in sorted(present - set(expected) - {MANIFEST} - hidden):
-        problems.append(Problem(f"{folder}: {name} is not in the manifest", hint="it was added after the merge"))
-    claims = {folder / name: sha for name, sha in expected.items() if name in present}
+    expected = stated_hashes(folder, manifest["files"])
+    content = list_content(folder, expected)
+    edited = check_seal(folder / MANIFEST)
+    problems = [*edited, *content.problems]
+    claims = {folder / name: sha for name, sha in expected.items() if name in content.present}
     found = hash_files(claims, workers, progress)
-    problems += _differences(claims, found)
+    wrong = _differences(claims, found)
+    problems += wrong
+    if not wrong and not edited:
+        problems += _other_adapters(folder, manifest)
 
-    checked: dict[Path, str] = {}
-    moved: list[str] = []
-    if inputs:
-        for source in (manifest.get("base", {}), *manifest.get("adapters", ())):
-            for name, sha in source.get("files", {}).items():
-                file = Path(source["path"]) / name
-                if file.is_file():
-                    checked[file] = sha
-                else:
-                    moved.append(str(file))
-        problems += _differences(checked, hash_files(checked, workers, progress))
+    checked, moved = ({}, ()) if edited else _named_files(manifest, adapters_only=not inputs)
+    others = _differences(checked, hash_files(checked, workers, progress if inputs else None))
+    problems += others if inputs else []
     raise_all(problems, FileFormatError)
-    return Integrity(folder, len(claims), sum(path.stat().st_size for path in claims), len(checked), tuple(moved))
+    signed = check_signature(folder, expected, public_key) if public_key is not None else 0
+    return Integrity(
+        folder,
+        len(claims),
+        sum(path.stat().st_size for path in claims),
+        len(checked) - len(others),
+        moved if inputs else (),
+        tuple(problem.cause.partition(": ")[0] for problem in others),
+        content.beside,
+        signed,
+    )
+
+
+def _sealed_manifest(folder: Path) -> dict[str, Any] | None:
+    """The manifest of `folder`, which must be a file of its own: what a link leads to may change."""
+    file = folder / MANIFEST
+    if file.is_symlink() and not is_hub_blob(folder, file):
+        raise FileFormatError(f"{file}: is a symbolic link", hint="its target may change at any time")
+    return read_manifest(folder)
+
+
+def _adapter_entries(manifest: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """The manifest's adapters; an export has them by name."""
+    entries = manifest.get("adapters") or ()
+    return list(entries.values() if isinstance(entries, Mapping) else entries)
+
+
+def _named_files(manifest: Mapping[str, Any], *, adapters_only: bool) -> tuple[dict[Path, str], tuple[str, ...]]:
+    """(sha256 by file of the inputs that still lie where the manifest says, those that do not)."""
+    base = manifest.get("base") or {}
+    entries = [
+        entry for entry in _adapter_entries(manifest) if not adapters_only or entry.get("path") != base.get("path")
+    ]
+    there: dict[Path, str] = {}
+    gone = []
+    for source in entries if adapters_only else (base, *entries):
+        for name, sha in (source.get("files") or {}).items():
+            file = Path(source["path"]) / name
+            if file.is_file():
+                there[file] = sha
+            else:
+                gone.append(str(file))
+    return there, tuple(gone)
+
+
+def _other_adapters(folder: Path, manifest: Mapping[str, Any]) -> list[Problem]:
+    """Adapters whose hash is not that of their files, or that the model card tells otherwise."""
+    entries = _adapter_entries(manifest)
+    problems = [
+        Problem(f"{folder / MANIFEST}: the sha256 of adapter {entry.get('name')} is not that of its files", hint=EDITED)
+        for entry in entries
+        if entry.get("files") and combined_sha256(entry["files"]) != entry.get("sha256")
+    ]
+    card = folder / "README.md"
+    if isinstance(manifest.get("adapters"), list) and entries and card.is_file():
+        text = card.read_text("utf-8", errors="replace")
+        if adapter_table(()) in text and adapter_table(entries) not in text:
+            problems.append(Problem(f"{card}: names other adapters than {MANIFEST}", hint=EDITED))
+    return problems
+
+
+EDITED = "one of the two was edited after it was written"
 
 
 def _differences(claims: dict[Path, str], found: dict[Path, str]) -> list[Problem]:
@@ -96,7 +162,8 @@ def check_restored(merged: str | Path, restored: str | Path) -> int:
     """Prove that `restored` is the base of `merged`: how many files. Raises FileFormatError naming every other one."""
     merged, restored = Path(merged), Path(restored)
     expected = _base_files(read_manifest(merged) or {})
-    problems = [Problem(f"{restored}: {name} is missing") for name in expected if not (restored / name).is_file()]
+    problems = check_seal(merged / MANIFEST)
+    problems += [Problem(f"{restored}: {name} is missing") for name in expected if not (restored / name).is_file()]
     present = {path.relative_to(restored).as_posix() for path in restored.rglob("*") if path.is_file()}
     weights = {name for name in present - set(expected) if name.endswith((".safetensors", ".bin", ".index.json"))}
     problems += [Problem(f"{restored}: {name} is not one of the base's weights") for name in sorted(weights)]

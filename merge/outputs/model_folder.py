@@ -13,6 +13,7 @@ from adapter_merge.engine.plan import INDEX, MergePlan
 from adapter_merge.storage.checkpoint import CANDIDATES
 from adapter_merge.storage.hashing import hash_files
 
+from .folder_content import SIGNATURE
 from .model_card import merged_card
 from .preimage import FOLDER, SIDE
 from .staging import MANIFEST, copy_synced, remove, write_json, write_text
@@ -43,7 +44,7 @@ def write_rest(plan: MergePlan, folder: Path, content: Mapping[str, Any], title:
 
 def _replaced(plan: MergePlan) -> set[Path]:
     """Side files of the base that the output holds in another form."""
-    own = {Path("README.md"), Path(MANIFEST)}
+    own = {Path("README.md"), Path(MANIFEST), Path(SIGNATURE)}
     return own | {Path("config.json")} if plan.config is not None else own
 
 

@@ -16,6 +16,8 @@ from adapter_merge.errors import AdapterMergeError, OutputError
 from adapter_merge.storage.hashing import file_sha256
 from adapter_merge.storage.locks import locked
 
+from .seal import sealed
+
 MANIFEST = "adapter_merge.json"
 SPLIT = "split"  # in a staging folder: parts of a split merge are being made here
 AT_FDCWD = -100
@@ -228,6 +230,11 @@ def manifest(artefact: str, inputs: Mapping[str, Any], options: Mapping[str, Any
         "options": dict(options),
         **content,
     }
+
+
+def write_manifest(folder: Path, content: Mapping[str, Any]) -> None:
+    """Write and fsync the manifest of `folder`, sealed (seal.py)."""
+    write_json(folder / MANIFEST, sealed(content))
 
 
 def read_manifest(folder: Path) -> dict[str, Any] | None:

@@ -1,0 +1,97 @@
+"""Every entry of an output folder held against its manifest: what is not listed is refused, and so is every link."""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path, PurePosixPath
+
+from adapter_merge.errors import FileFormatError, Problem
+
+from .staging import MANIFEST
+
+SIGNATURE = "model.sig"
+# Files that come with keeping and signing a folder; no loader reads them. They are named, not hashed.
+BESIDE = (SIGNATURE, ".gitattributes")
+SHA256 = re.compile(r"[0-9a-f]{64}")
+
+
+@dataclass(frozen=True)
+class FolderContent:
+    """What lies in a folder: the manifest's files that are there, files beside them, and what is wrong."""
+
+    present: frozenset[str]
+    beside: tuple[str, ...]
+    problems: tuple[Problem, ...]
+
+
+def stated_hashes(folder: Path, files: object) -> dict[str, str]:
+    """sha256 by name of a manifest's `files`. Raises FileFormatError for names that could leave the folder."""
+    found: dict[str, str] = {}
+    for name, entry in files.items() if isinstance(files, Mapping) else [("files", None)]:
+        sha = entry.get("sha256") if isinstance(entry, Mapping) else entry
+        path = PurePosixPath(str(name))
+        if not isinstance(sha, str) or not SHA256.fullmatch(sha):
+            raise FileFormatError(f"{folder / MANIFEST}: {name!r} has no sha256", got=repr(sha)[:80])
+        if path.is_absolute() or ".." in path.parts or path.as_posix() != name or name in (".", MANIFEST):
+            raise FileFormatError(f"{folder / MANIFEST}: names {name!r}", expected="files of its own folder")
+        found[str(name)] = sha
+    return found
+
+
+def list_content(folder: Path, expected: Mapping[str, str]) -> FolderContent:
+    """Everything in `folder`, hidden or not, without following links. Raises FileFormatError when it cannot be read."""
+    allowed = {*expected, MANIFEST, *BESIDE}
+    parents = {parent.as_posix() for name in expected for parent in PurePosixPath(name).parents}
+    present: set[str] = set()
+    problems: list[Problem] = []
+    waiting = [folder]
+    while waiting:
+        current = waiting.pop()
+        try:
+            entries = sorted(os.scandir(current), key=lambda entry: entry.name)
+        except OSError as error:
+            raise FileFormatError(f"{current}: cannot be read ({error.strerror or error})") from error
+        for entry in entries:
+            path = Path(entry.path)
+            name = path.relative_to(folder).as_posix()
+            if entry.is_symlink() and not (name in allowed and is_hub_blob(folder, path)):
+                problems.append(
+                    Problem(
+                        f"{path}: is a symbolic link",
+                        got=str(path.readlink()),
+                        hint="its target may change at any time",
+                    )
+                )
+                present.discard(name)
+            elif entry.is_dir(follow_symlinks=False):
+                if name in parents:
+                    waiting.append(path)
+                else:
+                    problems.append(Problem(f"{path}: a folder that is not in the manifest", hint=ADDED))
+            elif not entry.is_file():
+                problems.append(Problem(f"{path}: is no regular file"))
+            elif name in allowed:
+                present.add(name)
+            else:
+                problems.append(Problem(f"{path}: is not in the manifest", hint=ADDED))
+    named = {problem.cause.partition(": ")[0] for problem in problems}
+    for name in sorted(expected.keys() - present):
+        if str(folder / name) not in named:
+            problems.append(Problem(f"{folder / name}: is missing"))
+    beside = tuple(sorted(present.intersection(BESIDE) - expected.keys()))
+    return FolderContent(frozenset(present.intersection(expected)), beside, tuple(problems))
+
+
+ADDED = "it was added after the output was written"
+
+
+def is_hub_blob(folder: Path, link: Path) -> bool:
+    """True for a file of the hub's cache: snapshots/REVISION/NAME -> blobs/SHA, within one repository's folder."""
+    if folder.parent.name != "snapshots":
+        return False
+    blobs = (folder.parent.parent / "blobs").resolve()
+    target = link.resolve()
+    return target.parent == blobs and target.is_file()

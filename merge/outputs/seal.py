@@ -1,0 +1,51 @@
+"""The manifest's seal: a sha256 over its own content, which tells that it was edited.
+
+It is no signature: whoever edits a manifest on purpose can seal it again (signature.py).
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from adapter_merge.errors import Problem
+
+SEAL = "seal"
+
+
+def seal_of(content: Mapping[str, Any]) -> str:
+    """sha256 of `content` without its seal, as JSON with sorted keys and no spaces."""
+    plain = {key: value for key, value in content.items() if key != SEAL}
+    text = json.dumps(plain, sort_keys=True, separators=(",", ":"), ensure_ascii=False)
+    return hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()
+
+
+def sealed(content: Mapping[str, Any]) -> dict[str, Any]:
+    """`content` as it is read back from JSON, with its seal at the end."""
+    plain: dict[str, Any] = json.loads(json.dumps({key: value for key, value in content.items() if key != SEAL}))
+    return {**plain, SEAL: seal_of(plain)}
+
+
+def check_seal(file: Path) -> list[Problem]:
+    """What is wrong with the seal of the manifest `file`; nothing when it holds."""
+    repeated: list[str] = []
+
+    def pairs(items: list[tuple[str, Any]]) -> dict[str, Any]:
+        keys = [key for key, _ in items]
+        repeated.extend(sorted({key for key in keys if keys.count(key) > 1}) if len(set(keys)) < len(keys) else ())
+        return dict(items)
+
+    content = json.loads(file.read_text("utf-8"), object_pairs_hook=pairs)
+    if repeated:  # another reader may take the first of two
+        return [Problem(f"{file}: holds a key twice: {repeated[0]}", hint="it was edited after it was written")]
+    if SEAL not in content:
+        hint = "it was edited, or written by an earlier version: write the output again"
+        return [Problem(f"{file}: has no seal", hint=hint)]
+    found = seal_of(content)
+    if content[SEAL] != found:
+        hint = "it was edited after it was written"
+        return [Problem(f"{file}: is not what was written", f"seal {content[SEAL]}", f"seal {found}", hint)]
+    return []
