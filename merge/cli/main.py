@@ -41,6 +41,7 @@ COMMANDS: Mapping[str, tuple[str, str]] = {
     "serve": ("adapter_merge.serve.cli:serve", "Serve a base and many adapters in vLLM."),
     "cache": ("adapter_merge.serve.cli:cache", "List or clear the serving cache."),
     "verify": ("adapter_merge.cli.verify:verify", "Prove an artefact equal to the adapter as trained."),
+    "attest": ("adapter_merge.cli.attest:attest", "Provenance of an output, as an in-toto statement."),
     "report": ("adapter_merge.cli.report:report", "What it changes and what was lost: a page of pictures."),
     "demo": ("adapter_merge.cli.demo:demo", "The whole way on a real small model."),
     "doctor": ("adapter_merge.cli.doctor:doctor", "Versions, devices, and what works here."),

@@ -100,7 +100,7 @@ def _sealed_manifest(folder: Path) -> dict[str, Any] | None:
     return read_manifest(folder)
 
 
-def _adapter_entries(manifest: Mapping[str, Any]) -> list[dict[str, Any]]:
+def adapter_entries(manifest: Mapping[str, Any]) -> list[dict[str, Any]]:
     """The manifest's adapters; an export has them by name."""
     entries = manifest.get("adapters") or ()
     return list(entries.values() if isinstance(entries, Mapping) else entries)
@@ -110,7 +110,7 @@ def _named_files(manifest: Mapping[str, Any], *, adapters_only: bool) -> tuple[d
     """(sha256 by file of the inputs that still lie where the manifest says, those that do not)."""
     base = manifest.get("base") or {}
     entries = [
-        entry for entry in _adapter_entries(manifest) if not adapters_only or entry.get("path") != base.get("path")
+        entry for entry in adapter_entries(manifest) if not adapters_only or entry.get("path") != base.get("path")
     ]
     there: dict[Path, str] = {}
     gone = []
@@ -126,7 +126,7 @@ def _named_files(manifest: Mapping[str, Any], *, adapters_only: bool) -> tuple[d
 
 def _other_adapters(folder: Path, manifest: Mapping[str, Any]) -> list[Problem]:
     """Adapters whose hash is not that of their files, or that the model card tells otherwise."""
-    entries = _adapter_entries(manifest)
+    entries = adapter_entries(manifest)
     problems = [
         Problem(f"{folder / MANIFEST}: the sha256 of adapter {entry.get('name')} is not that of its files", hint=EDITED)
         for entry in entries

@@ -260,3 +260,34 @@ def test_signature_options_go_together(out: Path, keys: Path) -> None:
         assert CliRunner().invoke(group, ["verify", str(out), *wrong]).exit_code == 2
     both = ["--signature", "--public-key", str(keys / "a.pub")]
     assert CliRunner().invoke(group, ["verify", str(out), str(out), str(out), *both]).exit_code == 2
+
+
+# -- provenance ----------------------------------------------------------------------------------------------
+
+
+def test_the_provenance_follows_the_published_schemas_and_names_every_file(out: Path, tmp_path: Path) -> None:
+    """in-toto's own protobuf messages, which refuse unknown fields, and its validation."""
+    from google.protobuf.json_format import ParseDict
+    from in_toto_attestation.predicates.provenance.v1.provenance_pb2 import Provenance
+    from in_toto_attestation.v1.statement import Statement
+    from in_toto_attestation.v1.statement_pb2 import Statement as Message
+
+    file = tmp_path / "provenance.json"
+    assert CliRunner().invoke(group, ["attest", str(out), "-o", str(file), "-q"]).exit_code == 0
+    statement = json.loads(file.read_text())
+    Statement.copy_from_pb(ParseDict(statement, Message())).validate()
+    predicate = ParseDict(statement["predicate"], Provenance())
+    assert statement["predicateType"] == "https://slsa.dev/provenance/v1"
+    named = {entry["name"]: entry["digest"]["sha256"] for entry in statement["subject"]}
+    there = {path for path in out.rglob("*") if path.is_file()}
+    assert named == {path.relative_to(out).as_posix(): hashlib.sha256(path.read_bytes()).hexdigest() for path in there}
+    kinds = [entry.name.partition("/")[0] for entry in predicate.build_definition.resolved_dependencies]
+    assert set(kinds) == {"base", "adapter"}
+    assert predicate.build_definition.external_parameters["artefact"] == "merged model"
+    assert predicate.run_details.metadata.finished_on.seconds > 0
+    again = CliRunner().invoke(group, ["attest", str(out)])
+    assert json.loads(again.stdout) == statement
+    add_hidden(out)
+    assert isinstance(CliRunner().invoke(group, ["attest", str(out)]).exception, FileFormatError)
+    inside = CliRunner().invoke(group, ["attest", str(out), "-o", str(out / "provenance.json")])
+    assert "must stay as it was written" in str(inside.exception)

@@ -1,0 +1,39 @@
+"""adapter-merge attest: what an output was made from, as an in-toto statement."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import click
+
+from .console import emit, say
+from .options import report_options
+
+
+@click.command()
+@click.argument("artefact")
+@click.option("-o", "--output", type=click.Path(path_type=Path), help="A new file for it; stdout when not given.")
+@report_options
+def attest(artefact: str, output: Path | None, as_json: bool, quiet: bool, verbose: bool) -> None:
+    """Print the provenance of ARTEFACT (SLSA v1, an in-toto statement) from its manifest, after hashing every file.
+
+    The statement is not signed: sign it with a tool of your choice, or ARTEFACT itself (verify --signature).
+    """
+    from adapter_merge.errors import OutputError
+    from adapter_merge.outputs.attestation import attest as run
+    from adapter_merge.outputs.staging import disk_errors, write_json
+    from adapter_merge.storage.checkpoint import resolve
+
+    folder = resolve(artefact)
+    if output is not None:
+        if output.exists():
+            raise OutputError(f"{output}: exists already", hint="choose another --output")
+        if folder.resolve() in output.resolve().parents:
+            raise OutputError(f"{output}: is inside {folder}, which must stay as it was written")
+    statement = run(folder)
+    if output is None:
+        emit(statement)
+        return
+    with disk_errors(output):
+        write_json(output, statement)
+    say(f"{output}: {len(statement['subject'])} files of {folder}", quiet=quiet)
