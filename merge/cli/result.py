@@ -14,7 +14,7 @@ from .console import emit, say
 def show_result(content: dict[str, Any], output: str, started: float, as_json: bool, quiet: bool) -> None:
     """The result: JSON, or a few lines for people; warnings on stderr."""
     noted = [f"{entry['name']}: {note}" for entry in content["adapters"] for note in entry.get("notes", ())]
-    for warning in (*content.get("warnings", ()), *noted):
+    for warning in (*content.get("warnings", ()), *content.get("notes", ()), *noted):
         say(f"warning: {warning}", quiet=quiet)
     if as_json:
         emit(content)

@@ -218,4 +218,5 @@ def _as_adapter(
         fan_in_fan_out=any(adapter.fan_in_fan_out for adapter in adapters),
         files=tuple(file for adapter in adapters for file in adapter.files),
         tied=any(adapter.tied for adapter in adapters),
+        notes=recipe.notes,
     )

@@ -108,7 +108,7 @@ def describe_inputs(bound: BoundAdapter, options: ReadOptions | None = None) -> 
         _entry(part, stated_options(ReadOptions(**(item.options or {})))) | {"name": item.name}
         for item, part in zip(bound.recipe.ingredients, bound.parts, strict=True)
     ]
-    return content
+    return content | ({"notes": list(bound.recipe.notes)} if bound.recipe.notes else {})
 
 
 def _named(base: Checkpoint, adapter: Adapter) -> dict[str, Any]:

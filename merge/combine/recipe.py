@@ -74,6 +74,18 @@ class Recipe:
         """For people."""
         return "adapters in turn" if self.in_turn else f"{self.settings.method} combination"
 
+    @property
+    def notes(self) -> tuple[str, ...]:
+        """What is said of settings that do nothing."""
+        settings, said = self.settings, []
+        densities = {settings.density if item.density is None else item.density for item in self.ingredients}
+        if densities == {1} and settings.method not in ("linear", IN_TURN) and not settings.gamma:
+            rest = "only the signs are elected" if settings.elects else "the result is that of linear"
+            said.append(f"{settings.method} with a density of 1 drops nothing, {rest}: state a density below 1")
+        if settings.seed and not settings.random:
+            said.append(f"the seed does nothing: {settings.method} draws no random numbers")
+        return tuple(said)
+
     def as_json(self) -> dict[str, Any]:
         """For the manifest."""
         return {

@@ -13,6 +13,10 @@ from pico_bases import llama, load, quiet, randomise
 from safetensors.torch import load_file, save_file
 
 from adapter_merge.api.merge import merge
+from adapter_merge.combine.combined_adapter import open_combination
+from adapter_merge.combine.delta_ops import Settings
+from adapter_merge.combine.open_inputs import describe_inputs
+from adapter_merge.combine.recipe import Ingredient, make_recipe
 from adapter_merge.errors import AdapterError, AdapterMergeError, InputError, UnsupportedError
 from adapter_merge.formats.detection import ReadOptions, open_adapter
 from adapter_merge.formats.peft.settings import PEFT_SETTINGS
@@ -215,3 +219,26 @@ def test_a_new_head_on_a_quantised_base(base: Path, tmp_path: Path) -> None:
     with pytest.raises(UnsupportedError, match="base is quantised"):
         merge(quantised, folder, tmp_path / "no", device="cpu")
     assert not (tmp_path / "no").exists()
+
+
+@pytest.mark.parametrize(
+    ("settings", "said"),
+    [
+        (Settings("ties"), "only the signs are elected"),
+        (Settings("dare"), "the result is that of linear"),
+        (Settings("ties", 0.5, seed=3), "the seed does nothing"),
+        (Settings("dare", 0.5, seed=3), ""),
+        (Settings("linear"), ""),
+        (Settings("breadcrumbs", gamma=0.1), ""),
+    ],
+)
+def test_a_combination_says_what_does_nothing(settings: Settings, said: str) -> None:
+    notes = " ".join(make_recipe([Ingredient("a", "a"), Ingredient("b", "b")], settings).notes)
+    assert (said in notes) if said else not notes
+
+
+def test_the_notes_of_a_combination_are_its_adapters(base: Path, adapter: Path) -> None:
+    ingredients = [Ingredient(name, str(adapter)) for name in ("a", "b")]
+    bound = open_combination(make_recipe(ingredients, Settings("ties")), base)
+    assert any("only the signs are elected" in note for note in bound.adapter.notes)
+    assert "only the signs are elected" in str(describe_inputs(bound)["notes"])
