@@ -1,15 +1,19 @@
 """Adapter meets base: every adapted module finds its weight and every replacement its tensor, or all problems show.
 
-bound.py       what comes out: BoundModule, BoundAdapter
-weight_names.py       where a module of the model lies in the checkpoint: prefixes, fused projections
-fitting.py     one module and its stored weight: shape, orientation
-experts.py     experts, stacked or apart
-embeddings.py  embeddings and heads: tied, resized, and what the config must say
-positional.py  DeBERTa: which weights give the positional queries and keys after DCFT
-base_kind.py   PiSSA, OLoRA, DuDe: the original base or the residual
+bound.py               what comes out: BoundModule, BoundAdapter
+weight_names.py        where a module of the model lies in the checkpoint: prefixes, fused projections
+transformers_names.py  the same by transformers' own mapping between hub names and the model's names
+fitting.py             one module and its stored weight: shape, orientation
+replacements.py        a tensor that was trained whole, and the stored tensors that it replaces
+experts.py             experts, stacked or apart
+embeddings.py          embeddings and heads: tied, resized, and what the config must say
+positional.py          DeBERTa: which weights give the positional queries and keys after DCFT
+base_kind.py           PiSSA, OLoRA, DuDe: the original base or the residual
 """
 
 from __future__ import annotations
+
+from dataclasses import dataclass, field
 
 from adapter_merge.errors import MismatchError, Problem, raise_all
 from adapter_merge.methods.adapter import Adapter
@@ -21,60 +25,26 @@ from adapter_merge.storage.safetensors_header import TensorRef
 
 from .base_kind import with_base_kind
 from .bound import BoundAdapter, BoundModule, parameter_of
-from .embeddings import TIED_HEADS, is_resized, with_config
+from .embeddings import TIED_HEADS, with_config
 from .fitting import bind_module, overlaps, sized
 from .positional import with_positional_projections
+from .replacements import place_replacement
+from .transformers_names import transformers_names
 from .weight_names import Renaming, find_renaming
 
 __all__ = ["BoundAdapter", "BoundModule", "bind"]
+
+NAMES_HINT = "where the base's names differ from the model's, transformers' mapping is needed: pip install transformers"
 
 
 def bind(adapter: Adapter, base: Checkpoint, base_kind: str | None = None) -> BoundAdapter:
     """Match `adapter` to `base`. Raises MismatchError with every module or tensor that does not fit.
 
+    Names are taken as they are where the base has them all, then by transformers' mapping, then under one prefix.
     `base_kind` is "original" or "residual" for PiSSA and DuDe, None to decide by evidence.
     """
-    rename, others = _renaming(adapter, base)
-    problems: list[Problem] = []
-    if others:
-        problems.append(
-            Problem(
-                "the adapter fits several parts of the base",
-                got=", ".join(repr(prefix) for prefix in (rename.prefix, *others[:5])),
-                hint="pass --prefix with the one that it was trained in",
-            )
-        )
-    modules: list[BoundModule] = []
-    for module in adapter.modules:
-        found = bind_module(module, adapter, base, rename)
-        if isinstance(found, Problem):
-            problems.append(found)
-        else:
-            modules += found
-    modules = sized(modules)
-    replacements: dict[str, TensorRef] = {}
-    for name, ref in adapter.replacements.items():
-        target = rename(name)
-        old = base.tensors.get(target)
-        if old is not None and old.shape != ref.shape and adapter.own_base is None and not is_resized(target, old, ref):
-            problems.append(
-                Problem(f"{target}: the adapter's tensor does not fit the base", str(old.shape), str(ref.shape))
-            )
-        if (
-            old is None
-            and adapter.own_base is None
-            and not _is_saved_module(name, adapter)
-            and target not in TIED_HEADS
-        ):
-            problems.append(
-                Problem(
-                    f"{target}: the base has no such tensor",
-                    "a tensor of the base, or of a module in modules_to_save",
-                    hint="an unknown tensor of the adapter is never written into a model",
-                )
-            )
-        replacements[target] = ref
-    problems += overlaps(modules)
+    match = _best_match(adapter, base)
+    problems = match.problems
     if problems:
         first = next(iter(base.tensors), "none")
         hint = (
@@ -82,15 +52,73 @@ def bind(adapter: Adapter, base: Checkpoint, base_kind: str | None = None) -> Bo
         )
         raise_all([*problems[:20], *([Problem(f"... and {len(problems) - 20} more")] if len(problems) > 20 else []),
                    Problem("the adapter does not belong to this base", hint=hint)], MismatchError)  # fmt: skip
-    bound = BoundAdapter(adapter, base, tuple(modules), replacements, "original")
+    bound = BoundAdapter(adapter, base, tuple(sized(match.modules)), match.replacements, "original")
     return with_base_kind(with_positional_projections(with_config(bound)), base_kind)
 
 
-def _is_saved_module(name: str, adapter: Adapter) -> bool:
-    """True for a tensor of a module that the adapter's config lists as saved in full: a head the base lacks."""
-    saved = adapter.config.get("modules_to_save")
-    names = [one for one in saved if isinstance(one, str)] if isinstance(saved, list) else []
-    return any(f".{one}." in f".{name}" for one in names)
+@dataclass
+class Match:
+    """What one way of renaming makes of an adapter's names."""
+
+    modules: list[BoundModule] = field(default_factory=list)
+    replacements: dict[str, TensorRef] = field(default_factory=dict)
+    problems: list[Problem] = field(default_factory=list)
+
+
+def _best_match(adapter: Adapter, base: Checkpoint) -> Match:
+    """The first way of renaming without a problem; else the one with the fewest."""
+    if adapter.prefix is not None:
+        return _match(adapter, base, _renaming(adapter, base)[0])
+    plain = _match(adapter, base, Renaming(base.tensors))
+    if not plain.problems or adapter.own_base is not None or _all_named(adapter, base):
+        return plain
+    matches = []
+    mapped, reason = transformers_names(base, adapter.config)
+    for names in mapped:
+        match = _match(adapter, base, Renaming(base.tensors, mapped=names))
+        if not match.problems:
+            return match
+        matches.append(match)
+    rename, others = _renaming(adapter, base)
+    own = _match(adapter, base, rename)
+    if others:
+        own.problems.append(
+            Problem(
+                "the adapter fits several parts of the base",
+                got=", ".join(repr(prefix) for prefix in (rename.prefix, *others[:5])),
+                hint="pass --prefix with the one that it was trained in",
+            )
+        )
+    best = min([own, *matches], key=lambda match: len(match.problems))
+    if best.problems and not mapped and reason:
+        best.problems.append(
+            Problem("the model's own names could not be compared with the base's", got=reason, hint=NAMES_HINT)
+        )
+    return best
+
+
+def _match(adapter: Adapter, base: Checkpoint, rename: Renaming) -> Match:
+    match = Match()
+    for module in adapter.modules:
+        found = bind_module(module, adapter, base, rename)
+        if isinstance(found, Problem):
+            match.problems.append(found)
+        else:
+            match.modules += found
+    for name, ref in adapter.replacements.items():
+        placed = place_replacement(name, ref, adapter, base, rename)
+        if isinstance(placed, Problem):
+            match.problems.append(placed)
+        else:
+            match.replacements |= placed
+    match.problems += overlaps(match.modules)
+    return match
+
+
+def _all_named(adapter: Adapter, base: Checkpoint) -> bool:
+    """True where the base has every name of the adapter: what does not fit then is not the names."""
+    names = [f"{module.name}.{parameter_of(module)}" for module in adapter.modules]
+    return all(name in base.tensors for name in (*names, *adapter.replacements))
 
 
 def _renaming(adapter: Adapter, base: Checkpoint) -> tuple[Renaming, tuple[str, ...]]:

@@ -13,19 +13,22 @@ into the config since 0.18. Llama 4 keeps (experts, in, out) and does not say is
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
 
 from adapter_merge.errors import Problem
 from adapter_merge.methods.adapter import Adapter
-from adapter_merge.methods.lora import ExpertModule, LoraModule, StackModule
+from adapter_merge.methods.lora import ExpertModule, ExpertUps, LoraModule, StackModule
 from adapter_merge.storage.checkpoint import Checkpoint
-from adapter_merge.storage.safetensors_header import FLOAT_DTYPES, TensorRef
+from adapter_merge.storage.safetensors_header import FLOAT_DTYPES
 
 from .bound import BoundModule
 from .embeddings import text_config
+from .transformers_names import StoredRows
 from .weight_names import DOWNS, GATES, UPS, Renaming
 
 TRANSPOSED_EXPERTS = ("gpt_oss", "aria_text", "openai_privacy_filter")  # say is_transposed in transformers 5
 INPUT_FIRST = (*TRANSPOSED_EXPERTS, "llama4_text")  # stacked as (experts, in, out)
+PARAMETER_ORDER = ("gate_up_proj", "up_proj", "down_proj")  # as transformers' experts register them
 TURNED_BEFORE = (0, 19, 0)
 STRAIGHT_FROM = (0, 19, 1)
 
@@ -33,41 +36,116 @@ STRAIGHT_FROM = (0, 19, 1)
 def bind_stack(
     module: StackModule, adapter: Adapter, base: Checkpoint, rename: Renaming
 ) -> list[BoundModule] | Problem:
-    """The experts of a stacked parameter: in one 3-D tensor, or one 2-D tensor each."""
+    """The experts of a stacked parameter, wherever the base keeps their rows; or one 2-D parameter."""
     rows, columns = module.b.shape[0], module.a.shape[1]
+    square = rows == columns
+    said = _is_turned(adapter, base)
+    fits: list[tuple[str, bool, list[BoundModule]]] = []
+    quantised: list[str] = []
     for parameter, rank, scale in module.targets:
         experts = module.a.shape[0] // rank
-
-        def expert(index: int, part: tuple[int, int], experts: int = experts, scale: float = scale) -> ExpertModule:
-            return ExpertModule(module.name, module.a, module.b, experts, index, scale, part)
-
-        ref = base.tensors.get(rename(f"{module.name}.{parameter}"))
-        if ref is not None and ref.dtype in FLOAT_DTYPES:
-            if ref.shape == (rows, columns) and experts == 1:
-                plain = LoraModule(module.name, module.a, module.b, scale, parameter=parameter)
-                return [BoundModule(plain, ref)]
-            if ref.shape in ((experts, rows, columns), (experts, columns, rows)):
-                turned = _is_turned(adapter, base) if rows == columns else ref.shape[1] == columns
-                if turned is None:
-                    return Problem(
-                        f"{module.name}.{parameter}: square experts, and no word which way round their factors lie",
-                        "peft_version in adapter_config.json",
-                        repr(adapter.config.get("peft_version"))[:100],
-                        "add the version of PEFT that saved the adapter: 0.19.1 turned them round",
-                    )
-                step = ref.shape[1]
-                return [
-                    BoundModule(expert(index, (0, rows)), ref, turned, rows=(index * step, (index + 1) * step))
-                    for index in range(experts)
-                ]
-        apart = _experts_apart(module.name, parameter, experts, (rows, columns), rename)
-        if apart:
-            return [BoundModule(expert(index, part), ref) for index, part, ref in apart]
+        shape, stored = _stored(f"{module.name}.{parameter}", experts, rename)
+        quantised += [item.ref.name for item in stored if item.ref.dtype not in FLOAT_DTYPES]
+        if not stored or quantised:
+            continue
+        if shape == (rows, columns) and experts == 1 and len(stored) == 1 and not stored[0].turned:
+            plain = LoraModule(module.name, module.a, module.b, scale, parameter=parameter)
+            fits.append((parameter, False, [BoundModule(plain, stored[0].ref)]))
+        elif shape in ((experts, rows, columns), (experts, columns, rows)):
+            turned = said if square else shape[1] == columns
+            if turned is None:
+                return Problem(
+                    f"{module.name}.{parameter}: square experts, and no word which way round their factors lie",
+                    "peft_version in adapter_config.json",
+                    repr(adapter.config.get("peft_version"))[:100],
+                    "add the version of PEFT that saved the adapter: 0.19.1 turned them round",
+                )
+            fits.append((parameter, turned, _experts(module, experts, scale, shape, stored, turned)))
+    if len(fits) > 1 and said is not None:
+        fits = [fit for fit in fits if fit[1] == said]
+    if len(fits) > 1:
+        fits = _by_nesting(fits, module, rename)
+    if len(fits) == 1:
+        return fits[0][2]
+    if quantised:
+        return Problem(f"{quantised[0]}: the base's weight is quantised", "/".join(FLOAT_DTYPES),
+                       rename.held[quantised[0]].dtype if quantised[0] in rename.held else None,
+                       "merge into the unquantised base, then quantise")  # fmt: skip
     return Problem(
-        f"{module.name}: none of the targeted parameters has the shape of the factors",
+        f"{module.name}: "
+        + ("several targeted parameters have" if fits else "none of the targeted parameters has")
+        + " the shape of the factors",
         f"a parameter ({', '.join(target[0] for target in module.targets)}) of (experts, {rows}, {columns})",
         f"A {module.a.shape}, B {module.b.shape}",
+        "add the version of PEFT that saved the adapter to adapter_config.json (peft_version)" if fits else None,
     )
+
+
+def _experts(
+    module: StackModule,
+    experts: int,
+    scale: float,
+    shape: tuple[int, ...],
+    stored: Sequence[StoredRows],
+    turned: bool,
+) -> list[BoundModule]:
+    """One module for every run of stored rows that lies in one expert; `turned`: the parameter is the delta's turn."""
+    ups = ExpertUps(module.b, experts)
+    bound = []
+    for item in stored:
+        size = shape[2] if item.turned else shape[1]
+        across = turned != item.turned  # stored rows are columns of B A
+        for first in range(item.own[0], item.own[1], size):
+            index, stop = first // size, min(item.own[1], (first // size + 1) * size)
+            part = (first - index * size, stop - index * size)
+            start = item.rows[0] + first - item.own[0]
+            rows = (start, start + stop - first)
+            expert = ExpertModule(
+                module.name,
+                module.a,
+                module.b,
+                experts,
+                index,
+                scale,
+                rows=(0, module.b.shape[0]) if across else part,
+                columns=part if across else (0, module.a.shape[1]),
+                ups=ups,
+            )
+            whole = len(item.ref.shape) == 2 and rows == (0, item.ref.rows)
+            bound.append(BoundModule(expert, item.ref, across, rows=None if whole else rows))
+    ups.uses = len(bound)
+    return bound
+
+
+def _by_nesting(
+    fits: list[tuple[str, bool, list[BoundModule]]], module: StackModule, rename: Renaming
+) -> list[tuple[str, bool, list[BoundModule]]]:
+    """The fit that PEFT's nesting tells: it wraps a module's parameters in their order, the first one innermost."""
+    names = [target[0] for target in module.targets]
+    if rename.mapped is not None:
+        order = [name.rpartition(".")[2] for name in rename.mapped.shapes]
+        names = sorted((name for name in names if name in order), key=order.index)
+    elif set(names) <= set(PARAMETER_ORDER):
+        names.sort(key=PARAMETER_ORDER.index)
+    else:
+        return fits
+    if module.wrappers != len(names):
+        return fits
+    own = names[module.wrappers - 1 - module.depth]
+    return [fit for fit in fits if fit[0] == own]
+
+
+def _stored(name: str, experts: int, rename: Renaming) -> tuple[tuple[int, ...], Sequence[StoredRows]]:
+    """Shape of the parameter `name` and the rows that it is made of; none where the base does not have it."""
+    mapped = rename.mapped
+    parameter = mapped.parameter(name) if mapped is not None else None
+    if mapped is not None and parameter is not None and mapped.rows_of(parameter):
+        return mapped.shapes[parameter], mapped.rows_of(parameter)
+    for form in rename.forms(name):
+        ref = rename.held.get(form)
+        if ref is not None:
+            return ref.shape, (StoredRows(ref, (0, ref.rows), (0, ref.rows)),)
+    return _experts_apart(name, experts, rename)
 
 
 def _is_turned(adapter: Adapter, base: Checkpoint) -> bool | None:
@@ -83,21 +161,22 @@ def _is_turned(adapter: Adapter, base: Checkpoint) -> bool | None:
     return transposed if number >= STRAIGHT_FROM else not transposed
 
 
-def _experts_apart(
-    name: str, parameter: str, experts: int, shape: tuple[int, int], rename: Renaming
-) -> list[tuple[int, tuple[int, int], TensorRef]]:
-    """(expert, rows, tensor) for every 2-D weight that together make the stacked `parameter`; [] if one is missing."""
-    rows, columns = shape
-    kinds = {"gate_up_proj": (GATES, UPS), "down_proj": (DOWNS,)}.get(parameter)
-    if kinds is None or rows % len(kinds):
-        return []
-    part = rows // len(kinds)
-    found = []
+def _experts_apart(name: str, experts: int, rename: Renaming) -> tuple[tuple[int, ...], Sequence[StoredRows]]:
+    """The same for experts in one 2-D tensor each (gate and up apart as well); nothing where one is missing."""
+    owner, _, parameter = name.rpartition(".")
+    kinds = {"gate_up_proj": (GATES, UPS), "up_proj": (UPS,), "down_proj": (DOWNS,)}.get(parameter, ())
+    found: list[StoredRows] = []
+    shapes = set()
     for index in range(experts):
-        for place, kind in enumerate(kinds):
-            names = [form for one in kind for form in rename.forms(f"{name}.{index}.{one}.weight")]
+        for kind in kinds:
+            names = [form for one in kind for form in rename.forms(f"{owner}.{index}.{one}.weight")]
             ref = next((rename.held[form] for form in names if form in rename.held), None)
-            if ref is None or ref.shape != (part, columns) or ref.dtype not in FLOAT_DTYPES:
-                return []
-            found.append((index, (place * part, (place + 1) * part), ref))
-    return found
+            if ref is None or len(ref.shape) != 2:
+                return (), ()
+            shapes.add(ref.shape)
+            start = found[-1].own[1] if found else 0
+            found.append(StoredRows(ref, (0, ref.rows), (start, start + ref.rows)))
+    if len(shapes) != 1:
+        return (), ()
+    rows, columns = shapes.pop()
+    return (experts, rows * len(kinds), columns), found

@@ -89,7 +89,7 @@ def _fit(module: AdaptedModule, place: Place, conv1d: bool, output: str | None) 
         if place.part is not None:
             if not isinstance(module, LoraModule):
                 return Problem(f"{module.name}: only LoRA can be split over several weights")
-            return BoundModule(PartModule(module, *place.part), ref)
+            return BoundModule(PartModule(module, *place.part), ref, rows=place.rows)
         return BoundModule(module, ref, rows=place.rows)
     if isinstance(module, VeraModule):
         if len(ref.shape) != 2 or module.shape[0] not in ref.shape:
@@ -100,6 +100,8 @@ def _fit(module: AdaptedModule, place: Place, conv1d: bool, output: str | None) 
         return BoundModule(replace(module, inner=ref.shape[0 if turned else 1]), ref, turned, output)
     embedding = isinstance(module, LoraModule) and module.embedding
     shape = module.shape
+    if place.turned:
+        return BoundModule(module, ref, True, output) if ref.shape == shape[::-1] and not conv1d else wrong
     straight, turned = ref.shape == shape, ref.shape == shape[::-1]
     if straight and turned:
         return BoundModule(module, ref, conv1d and not embedding, output)

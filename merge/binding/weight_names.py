@@ -8,11 +8,14 @@ Facts about expert names: transformers' conversion_mapping.py, entries "mixtral"
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 from adapter_merge.storage.safetensors_header import TensorRef
+
+from .transformers_names import TransformersNames
 
 EXPERT = re.compile(r"(?P<experts>.+\.experts)\.(?P<index>\d+)\.(?P<kind>[^.]+)\.weight")
 GATES, UPS, DOWNS = ("gate_proj", "w1"), ("up_proj", "w3"), ("down_proj", "w2")
@@ -38,6 +41,7 @@ class Place:
     ref: TensorRef
     rows: tuple[int, int] | None = None  # of the tensor's 2-D view; None: all
     part: tuple[int, int] | None = None  # of the module's weight; None: all
+    turned: bool = False  # stored the other way round than the model has it
 
     @property
     def is_whole(self) -> bool:
@@ -45,13 +49,31 @@ class Place:
 
 
 class Renaming:
-    """How an adapter's names become the checkpoint's: strip leading components, then add a prefix."""
+    """How an adapter's names become the checkpoint's: by transformers' mapping, or by one prefix for all of them.
 
-    def __init__(self, held: Mapping[str, TensorRef], strip: str = "", prefix: str = "") -> None:
-        self.held, self.strip, self.prefix = held, strip, prefix
+    Without `mapped`: strip leading components, then add a prefix. With it, each name by itself is a parameter of the
+    model, wherever the checkpoint has its rows; a name that is none of its parameters is looked for beside them.
+    """
+
+    def __init__(
+        self,
+        held: Mapping[str, TensorRef],
+        strip: str = "",
+        prefix: str = "",
+        mapped: TransformersNames | None = None,
+    ) -> None:
+        self.strip, self.prefix, self.mapped = strip, prefix, mapped
+        self.held = held if mapped is None else mapped.by_model_name
 
     def __call__(self, name: str) -> str:
         """The checkpoint's name; `name` itself where the checkpoint has it and the renamed one is not there."""
+        if self.mapped is not None:
+            parameter = self.mapped.parameter(name)
+            whole = self.mapped.whole(parameter) if parameter is not None else None
+            if whole is not None:
+                return whole.name
+            name = parameter or self.mapped.renamed(name)
+            return self.held[name].name if name in self.held else name
         renamed = self.prefix + name.removeprefix(self.strip)
         if renamed in self.held:
             return renamed
@@ -62,6 +84,8 @@ class Renaming:
 
     def forms(self, name: str) -> Iterator[str]:
         """The renamed name and its siblings, whether they exist or not."""
+        if self.mapped is not None:
+            name = self.mapped.parameter(name) or self.mapped.renamed(name)
         renamed = self.prefix + name.removeprefix(self.strip)
         yield renamed
         for old, new in SIBLINGS:
@@ -75,6 +99,9 @@ def places(name: str, shape: tuple[int, int], rename: Renaming, transposed: bool
     A fused or stacked tensor is only looked for where no tensor of the name itself exists.
     """
     held = rename.held
+    parameter = rename.mapped.parameter(name) if rename.mapped is not None else None
+    if rename.mapped is not None and parameter is not None:
+        return _mapped(rename.mapped, parameter)
     for form in rename.forms(name):
         if form in held:
             return (Place(held[form]),)
@@ -85,6 +112,25 @@ def places(name: str, shape: tuple[int, int], rename: Renaming, transposed: bool
     if name in held:
         return (Place(held[name]),)
     return ()
+
+
+def _mapped(names: TransformersNames, parameter: str) -> tuple[Place, ...]:
+    """Where transformers takes the rows of `parameter` from."""
+    whole = names.whole(parameter)
+    if whole is not None:
+        return (Place(whole),)
+    found = names.rows_of(parameter)
+    total = math.prod(names.shapes[parameter][:-1])
+    result = []
+    for item in found:
+        rows = None if item.rows == (0, item.ref.rows) else item.rows
+        part = None if item.own == (0, total) and not item.turned else item.own
+        if item.turned:
+            if len(found) > 1 or rows is not None:
+                return ()
+            part = None
+        result.append(Place(item.ref, rows, part, item.turned))
+    return tuple(result)
 
 
 def _in_stack(name: str, shape: tuple[int, int], held: Mapping[str, TensorRef]) -> tuple[Place, ...]:

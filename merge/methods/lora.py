@@ -9,8 +9,9 @@ Embedding (vocabulary, dim): W' = W0 + s (B A)^T, and DoRA's norms are those of 
 from __future__ import annotations
 
 import math
+import threading
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, TypeAlias
 
 from adapter_merge.errors import UnsupportedError
@@ -185,12 +186,38 @@ class PartModule:
         return CanonicalForm(form.up[rows].contiguous(), form.down, magnitude=magnitude)
 
 
+class ExpertUps:
+    """B (out, r E) of a stacked parameter, read once for all experts and let go when each has taken its part.
+
+    The experts are the fastest dimension, so that one expert's part lies all over the tensor.
+    """
+
+    def __init__(self, b: TensorRef, experts: int, uses: int = 1) -> None:
+        self.b, self.experts, self.uses = b, experts, uses
+        self._lock = threading.Lock()
+        self._held: Tensor | None = None  # (E, out, r)
+        self._left = 0
+
+    def take(self, read: Reader, index: int) -> Tensor:
+        """The part (out, r) of expert `index`, in the stored dtype."""
+        with self._lock:
+            if self._held is None:
+                whole = read(self.b)
+                self._held = whole.reshape(whole.shape[0], -1, self.experts).permute(2, 0, 1).contiguous()
+                self._left = self.uses
+            part = self._held[index].clone()
+            self._left -= 1
+            if self._left <= 0:
+                self._held = None
+            return part
+
+
 @dataclass(frozen=True)
 class ExpertModule:
     """One expert of a stacked parameter (PEFT's target_parameters on (experts, out, in)).
 
     PEFT keeps the experts' factors side by side: A (experts * r, in) expert by expert, B (out, r * experts) with
-    the experts fastest (ParamWrapper.get_delta_weight). `rows` are those of the expert's weight that this is.
+    the experts fastest (ParamWrapper.get_delta_weight). This is the block `rows`, `columns` of the expert's B A.
     """
 
     name: str
@@ -200,6 +227,8 @@ class ExpertModule:
     index: int
     scale: float
     rows: tuple[int, int]
+    columns: tuple[int, int]
+    ups: ExpertUps = field(compare=False, repr=False)  # of `b`, shared by all experts
 
     @property
     def rank(self) -> int:
@@ -207,7 +236,7 @@ class ExpertModule:
 
     @property
     def shape(self) -> tuple[int, int]:
-        return (self.rows[1] - self.rows[0], self.a.shape[1])
+        return (self.rows[1] - self.rows[0], self.columns[1] - self.columns[0])
 
     @property
     def refs(self) -> tuple[TensorRef, ...]:
@@ -223,8 +252,9 @@ class ExpertModule:
         size = self.rank * self.a.shape[1] * item
         start = self.a.start + self.index * size
         own = replace(self.a, shape=(self.rank, self.a.shape[1]), start=start, stop=start + size)
-        b = read(self.b).reshape(self.b.shape[0], self.rank, self.experts)[slice(*self.rows), :, self.index]
-        return CanonicalForm(b.to(dtype).contiguous() * self.scale, read(own).to(dtype))
+        down = read(own)[:, slice(*self.columns)].to(dtype).contiguous()
+        up = self.ups.take(read, self.index)[slice(*self.rows)].to(dtype).contiguous()
+        return CanonicalForm(up * self.scale, down)
 
 
 @dataclass(frozen=True)
@@ -235,6 +265,8 @@ class StackModule:
     a: TensorRef
     b: TensorRef
     targets: tuple[tuple[str, int, float], ...]  # (parameter, r, scale) that these factors may belong to
+    depth: int = 0  # how many of PEFT's wrappers of the same module lie around this one
+    wrappers: int = 1  # how many of the module's parameters are adapted
 
     @property
     def rank(self) -> int:

@@ -107,14 +107,19 @@ def lora_modules(
 
         owner, _, _ = name.partition(".base_layer")
         targets = []
+        plain = name == owner and ranks.get(name, rank) == a.shape[0]
         for parameter in stacks.get(owner.rpartition(".")[2], ()):
+            if plain and "." not in parameter[0]:
+                continue  # a bare name belongs to experts: their A has a multiple of r rows
             path = f"{owner}.{parameter[1]}"
             if path == parameter[0] or path.endswith("." + parameter[0]):
                 own_rank = int(ranks.get(path, rank))
                 if a.shape[0] % own_rank == 0:
                     targets.append((parameter[1], own_rank, scale_of(path, own_rank)))
         if targets and not embedding:
-            modules.append(StackModule(owner, a, b, tuple(targets)))
+            wrappers = sum(other.partition(".base_layer")[0] == owner for other in parts.groups)
+            depth = name.count(".base_layer")
+            modules.append(StackModule(owner, a, b, tuple(targets), depth, wrappers))
             continue
         said = ranks.get(name, rank)
         if said != a.shape[0]:
@@ -174,7 +179,7 @@ def _target_parameters(config: Mapping[str, Any], parts: Parts) -> dict[str, lis
     for target in targets:
         owner, _, parameter = target.rpartition(".")
         found.setdefault(owner.rpartition(".")[2], []).append((target, parameter))
-    if "" in found:  # a bare parameter name: any owner will do
+    if "" in found:  # a bare parameter name, as "all-linear" saves it: of any owner that is not a plain linear layer
         everywhere = found.pop("")
         for name in parts.groups:
             owner = name.partition(".base_layer")[0].rpartition(".")[2]
