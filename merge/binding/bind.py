@@ -25,7 +25,7 @@ from adapter_merge.storage.safetensors_header import TensorRef
 
 from .base_kind import with_base_kind
 from .bound import BoundAdapter, BoundModule, parameter_of
-from .embeddings import TIED_HEADS, with_config
+from .embeddings import TIED_HEADS, text_config, with_config
 from .fitting import bind_module, overlaps, sized
 from .positional import with_positional_projections
 from .replacements import place_replacement
@@ -34,6 +34,8 @@ from .weight_names import Renaming, find_renaming
 
 __all__ = ["BoundAdapter", "BoundModule", "bind"]
 
+# Keep stacked experts transposed under their own name (transformers' conversion mapping, Transpose).
+TURNED_ON_DISK = ("qwen3_vl_moe",)
 NAMES_HINT = "where the base's names differ from the model's, transformers' mapping is needed: pip install transformers"
 
 
@@ -70,7 +72,9 @@ def _best_match(adapter: Adapter, base: Checkpoint) -> Match:
     if adapter.prefix is not None:
         return _match(adapter, base, _renaming(adapter, base)[0])
     plain = _match(adapter, base, Renaming(base.tensors))
-    if not plain.problems or adapter.own_base is not None or _all_named(adapter, base):
+    if adapter.own_base is not None or (
+        not _may_be_turned(adapter) and (not plain.problems or _all_named(adapter, base))
+    ):
         return plain
     matches = []
     mapped, reason = transformers_names(base, adapter.config)
@@ -79,6 +83,11 @@ def _best_match(adapter: Adapter, base: Checkpoint) -> Match:
         if not match.problems:
             return match
         matches.append(match)
+    if not plain.problems:
+        if any(names.failures for names in mapped):
+            return matches[0]
+        plain.problems += _unsure(base) if not mapped else []
+        return plain
     rename, others = _renaming(adapter, base)
     own = _match(adapter, base, rename)
     if others:
@@ -113,6 +122,21 @@ def _match(adapter: Adapter, base: Checkpoint, rename: Renaming) -> Match:
             match.replacements |= placed
     match.problems += overlaps(match.modules)
     return match
+
+
+def _may_be_turned(adapter: Adapter) -> bool:
+    """True for stacks of square matrices, which some hub layouts keep the other way round under the same name."""
+    factors = [(one.b.shape[0], one.a.shape[1]) for one in adapter.modules if isinstance(one, StackModule)]
+    whole = [ref.shape[1:] for ref in adapter.replacements.values() if len(ref.shape) == 3]
+    return any(rows == columns for rows, columns in (*factors, *whole))
+
+
+def _unsure(base: Checkpoint) -> list[Problem]:
+    """A problem where square experts may be stored the other way round and transformers cannot be asked."""
+    kind = text_config(base.config).get("model_type")
+    if not any(name in str(kind) for name in TURNED_ON_DISK):
+        return []
+    return [Problem(f"{kind}: square experts that the hub's layout keeps the other way round", hint=NAMES_HINT)]
 
 
 def _all_named(adapter: Adapter, base: Checkpoint) -> bool:

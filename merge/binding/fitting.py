@@ -47,7 +47,8 @@ def bind_module(
         if ref is not None:
             found, output = (Place(ref),), rename(name)
     if not found:
-        return Problem(f"the base has no {parameter_of(module)} for {module.name}", expected=rename(name))
+        failure = rename.mapped.failures.get(rename.mapped.parameter(name) or "") if rename.mapped is not None else None
+        return Problem(f"the base has no {parameter_of(module)} for {module.name}", rename(name), failure)
     in_stack = any(place.rows is not None and len(place.ref.shape) == 3 for place in found)
     if in_stack and text_config(base.config).get("model_type") in INPUT_FIRST:
         return Problem(

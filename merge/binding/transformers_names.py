@@ -34,6 +34,9 @@ AUTO_CLASSES = {  # task_type of a PEFT config -> the class that PEFT trains it 
     "SEQ_2_SEQ_LM": "AutoModelForSeq2SeqLM",
     "FEATURE_EXTRACTION": "AutoModel",
 }
+# Operations that move whole rows, or turn a matrix round; what else transformers does to a tensor is refused.
+ROW_OPERATIONS = ("MergeModulelist", "SplitModulelist", "Concatenate", "Chunk", "Split", "Interleave", "Transpose",
+                  "PermuteForRope", "ErnieFuseAndSplitTextVisionExperts")  # fmt: skip
 NUMBER_BITS = 40  # a row's label: number of its tensor << 40 | number of the row
 
 
@@ -141,6 +144,16 @@ class TransformersNames:
             self.failures[first] = "vectors that are put together"
             return
         converter = deepcopy(next(one for one in self.converters if pattern in one.source_patterns))
+        unknown = [type(one).__name__ for one in converter.operations if type(one).__name__ not in ROW_OPERATIONS]
+        if unknown:
+            self.failures[first] = f"transformers makes it by {', '.join(unknown)}"
+            return
+        for operation in converter.operations:
+            if getattr(operation, "check_dims", False):  # turned unless the whole shape is right already
+                if refs[0].shape == self.shapes.get(first):
+                    self._rows[first] = (StoredRows(refs[0], (0, refs[0].rows), (0, refs[0].rows)),)
+                    return
+                operation.check_dims = False
         for number, ((key, own_pattern), ref) in enumerate(zip(sources, refs, strict=True)):
             labels = torch.arange(ref.rows) + (number << NUMBER_BITS)
             converter.add_tensor(first, key, own_pattern, labels.view(*ref.shape[:-1], 1))
@@ -155,12 +168,13 @@ class TransformersNames:
             if shape is None:
                 continue
             straight, turned = (*shape[:-1], 1), (*shape[:-2], 1, shape[-1])
-            if tuple(value.shape) == straight:
+            widths = {ref.shape[-1] for ref in refs}
+            if tuple(value.shape) == straight and widths == {shape[-1]}:
                 self._rows[name] = tuple(_runs(value.reshape(-1), refs, shape[-2:], turned=False))
-            elif tuple(value.shape) == turned:
+            elif tuple(value.shape) == turned and widths == {shape[-2]}:
                 self._rows[name] = tuple(_runs(value.reshape(-1), refs, shape[-2:], turned=True))
             else:
-                self.failures[name] = f"rows of shape {tuple(value.shape)} for a parameter of {shape}"
+                self.failures[name] = "transformers puts it together from columns, or from another number of rows"
 
 
 def _runs(labels: Any, refs: Sequence[TensorRef], matrix: Sequence[int], *, turned: bool) -> Iterator[StoredRows]:
@@ -231,9 +245,8 @@ def _names_in(base: Checkpoint, architecture: str) -> TransformersNames | None:
     model_type = base.config["model_type"]
     if kind is None or model_type not in CONFIG_MAPPING:
         return None
-    content = {key: value for key, value in base.config.items() if key not in ("quantization_config", "auto_map")}
     with _quiet():
-        config = CONFIG_MAPPING[model_type].from_dict(content)
+        config = CONFIG_MAPPING[model_type].from_pretrained(base.folder, local_files_only=True)
         if architecture.startswith("AutoModel"):
             if type(config) not in kind._model_mapping:
                 return None

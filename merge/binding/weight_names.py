@@ -20,6 +20,7 @@ from .transformers_names import TransformersNames
 EXPERT = re.compile(r"(?P<experts>.+\.experts)\.(?P<index>\d+)\.(?P<kind>[^.]+)\.weight")
 GATES, UPS, DOWNS = ("gate_proj", "w1"), ("up_proj", "w3"), ("down_proj", "w2")
 SIBLINGS = ((".mlp.", ".block_sparse_moe."), (".block_sparse_moe.", ".mlp."))
+MOST_RUNS = 64  # of rows, for one 2-D weight: q, k and v of a fused projection are three
 # weight -> (fused weight, which part of it)
 FUSED_PARTS: Mapping[str, Sequence[tuple[str, str]]] = {
     "q_proj": (("qkv_proj", "q"),),
@@ -120,6 +121,9 @@ def _mapped(names: TransformersNames, parameter: str) -> tuple[Place, ...]:
     if whole is not None:
         return (Place(whole),)
     found = names.rows_of(parameter)
+    if len(found) > MOST_RUNS:
+        names.failures[parameter] = "transformers brings its rows into another order"
+        return ()
     total = math.prod(names.shapes[parameter][:-1])
     result = []
     for item in found:

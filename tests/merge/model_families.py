@@ -205,6 +205,26 @@ def qwen2_5_vl() -> tuple[Any, Any]:
     return Qwen2_5_VLForConditionalGeneration, config
 
 
+def qwen3_vl_moe(experts: int = 24) -> tuple[Any, Any]:
+    """Experts stacked under the same names on the hub and in the model, the other way round."""
+    from transformers import Qwen3VLMoeConfig, Qwen3VLMoeForConditionalGeneration
+
+    text = {**TEXT, "rope_parameters": TEXT_ROPE, "num_experts": 4, "num_experts_per_tok": 2}
+    text |= {"moe_intermediate_size": experts}
+    vision = {"hidden_size": 16, "depth": 2, "num_heads": 2, "out_hidden_size": 32, "patch_size": 4}
+    vision |= {"intermediate_size": 24, "deepstack_visual_indexes": [0], "num_position_embeddings": 16}
+    config = Qwen3VLMoeConfig(text_config=text, vision_config=vision, image_token_id=IMAGE, vision_start_token_id=61,
+                              vision_end_token_id=62, video_token_id=63)  # fmt: skip
+    return Qwen3VLMoeForConditionalGeneration, config
+
+
+def nomic_bert() -> tuple[Any, Any]:
+    """q, k and v fused on the hub, apart in the model."""
+    from transformers import NomicBertConfig, NomicBertForMaskedLM
+
+    return NomicBertForMaskedLM, NomicBertConfig(**{**TEXT, "num_key_value_heads": 4, "tie_word_embeddings": True})
+
+
 def vit() -> tuple[Any, Any]:
     from transformers import ViTConfig, ViTForImageClassification
 
@@ -228,6 +248,9 @@ VISION_MODELS: dict[str, Callable[[], tuple[Any, Any]]] = {
     "gemma3": gemma3,
     "qwen2_vl": qwen2_vl,
     "qwen2_5_vl": qwen2_5_vl,
+    "qwen3_vl_moe": qwen3_vl_moe,
+    "qwen3_vl_moe, square": lambda: qwen3_vl_moe(32),
+    "nomic_bert": nomic_bert,
     "vit": vit,
     "clip": clip,
 }
@@ -242,7 +265,7 @@ def inputs(name: str) -> dict[str, Tensor]:
     """Tokens and, where the model sees, one image of random pixels."""
     torch.manual_seed(3)
     name = name.partition(",")[0]
-    if name in MIXTURES:
+    if name in MIXTURES or name == "nomic_bert":
         return {"input_ids": TOKENS}
     pixels = torch.randn(1, 3, 16, 16)
     if name == "vit":
@@ -251,7 +274,7 @@ def inputs(name: str) -> dict[str, Tensor]:
         return {"pixel_values": pixels, "input_ids": torch.tensor([[1, 7, 9, 2]])}
     tokens = torch.tensor([[1, 5, 61, *[IMAGE] * 4, 62, 7, 9, 3]])
     made = {"input_ids": tokens, "attention_mask": torch.ones_like(tokens)}
-    if name.startswith("qwen2"):
+    if name.startswith(("qwen2", "qwen3")):
         return {
             **made,
             "pixel_values": torch.randn(16, 3 * 2 * 4 * 4),

@@ -6,6 +6,8 @@ The oracle is PEFT's live model on the base as transformers loads it; the merged
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -18,7 +20,12 @@ from safetensors.torch import load_file, save_file
 
 from adapter_merge.api.inspect import inspect_adapter
 from adapter_merge.api.merge import merge
+from adapter_merge.binding.bind import bind
 from adapter_merge.errors import MismatchError
+from adapter_merge.formats.detection import open_adapter
+from adapter_merge.storage.checkpoint import open_checkpoint
+from adapter_merge.storage.safetensors_header import TensorRef
+from adapter_merge.storage.tensor_io import read_tensor
 
 peft = pytest.importorskip("peft", reason="PEFT is the oracle (extra verify)")
 transformers = pytest.importorskip("transformers", reason="transformers makes and loads the models (extra verify)")
@@ -32,6 +39,9 @@ SAVED = {  # what is trained whole beside the LoRA: the part between vision and 
     "gemma3": ["multi_modal_projector", "lm_head"],
     "qwen2_vl": ["merger", "lm_head"],
     "qwen2_5_vl": ["merger", "lm_head"],
+    "qwen3_vl_moe": ["visual.merger"],
+    "qwen3_vl_moe, square": ["visual.merger"],
+    "nomic_bert": None,
     "vit": ["classifier"],
     "clip": ["visual_projection"],
 }
@@ -39,7 +49,11 @@ TARGETS = {
     "vit": r".*\.(q_proj|v_proj|fc1)",
     "qwen2_vl": r".*\.(q_proj|down_proj|attn\.qkv|mlp\.fc1)",
     "qwen2_5_vl": r".*\.(q_proj|down_proj|attn\.qkv)",
+    "qwen3_vl_moe": r".*\.(q_proj|attn\.qkv)",
+    "qwen3_vl_moe, square": r".*\.(q_proj|attn\.qkv)",
+    "nomic_bert": r".*\.(q_proj|v_proj|up_proj|down_proj)",
 }
+PARAMETERS = {"qwen3_vl_moe": ["gate_up_proj", "down_proj"], "qwen3_vl_moe, square": ["gate_up_proj", "down_proj"]}
 BOTH_PARTS = r".*\.(q_proj|v_proj|fc1|down_proj)"
 OLD = {  # the model's names in transformers 5 -> those under which transformers 4 trained
     "llava": [("model.language_model.", "language_model.model."), ("model.vision_tower.", "vision_tower."),
@@ -116,7 +130,8 @@ def test_all_linear_on_a_mixture_of_experts(name: str, bases: Callable[[str], Pa
 def test_adapter_on_vision_and_language(name: str, bases: Callable[[str], Path], tmp_path: Path) -> None:
     base = bases(name)
     targets = TARGETS.get(name, BOTH_PARTS)
-    expected = train(base, tmp_path / "a", name, target_modules=targets, modules_to_save=SAVED[name])
+    expected = train(base, tmp_path / "a", name, target_modules=targets, target_parameters=PARAMETERS.get(name),
+                     modules_to_save=SAVED[name])  # fmt: skip
     report = inspect_adapter(tmp_path / "a", base)
     assert not report["problems"], report["problems"]
     merge(base, tmp_path / "a", tmp_path / "out", device="cpu")
@@ -147,3 +162,72 @@ def test_adapter_trained_under_old_names(name: str, layout: str, bases: Callable
         base = tmp_path / "base"
     merge(base, tmp_path / "a", tmp_path / "out", device="cpu")
     assert worst(tmp_path / "out", expected, name) < TOLERANCE
+
+
+@pytest.mark.parametrize(
+    ("name", "options"),
+    [
+        ("llava", {"target_modules": ["q_proj", "lm_head"]}),
+        ("llava, tied", {"target_modules": ["q_proj", "lm_head"]}),
+        ("llava, tied", {"target_modules": ["q_proj", "embed_tokens"]}),
+        ("gemma3", {"target_modules": ["q_proj", "lm_head"]}),
+        ("llava", {"target_modules": r".*\.(q_proj|fc1)", "use_dora": True}),
+        ("nomic_bert", {"target_modules": ["q_proj", "v_proj"], "use_dora": True}),
+        ("qwen3_moe", {"target_modules": ["q_proj"], "modules_to_save": ["mlp.gate", "mlp.experts"]}),
+        ("mixtral", {"target_modules": [], "target_parameters": ["down_proj"]}),
+    ],
+    ids=lambda value: value if isinstance(value, str) else "-".join(map(str, value.values())),
+)
+def test_heads_magnitudes_and_parts(
+    name: str, options: dict[str, Any], bases: Callable[[str], Path], tmp_path: Path
+) -> None:
+    expected = train(bases(name), tmp_path / "a", name, **options)
+    merge(bases(name), tmp_path / "a", tmp_path / "out", device="cpu")
+    assert worst(tmp_path / "out", expected, name) < TOLERANCE
+
+
+def test_without_transformers_both_parts_are_refused(
+    bases: Callable[[str], Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One prefix does for neither part; nothing may be written under a name that no loader reads."""
+    train(bases("llava"), tmp_path / "both", "llava", target_modules=BOTH_PARTS)
+    train(bases("llava"), tmp_path / "saved", "llava", target_modules=r".*language_model.*\.q_proj",
+          modules_to_save=["multi_modal_projector"])  # fmt: skip
+    monkeypatch.setitem(sys.modules, "transformers.core_model_loading", None)
+    for folder in ("both", "saved"):
+        problems = inspect_adapter(tmp_path / folder, bases("llava"))["problems"]
+        assert any("transformers" in str(problem["hint"]) for problem in problems)
+        with pytest.raises(MismatchError):
+            merge(bases("llava"), tmp_path / folder, tmp_path / "out", device="cpu")
+
+
+@pytest.mark.parametrize("name", ["mixtral", "qwen3_moe"])
+def test_inspect_of_literal_names_imports_no_transformers(
+    name: str, bases: Callable[[str], Path], tmp_path: Path
+) -> None:
+    train(bases(name), tmp_path / "a", name, target_modules="all-linear")
+    code = (
+        "import sys; from adapter_merge.api.inspect import inspect_adapter;"
+        f"report = inspect_adapter({str(tmp_path / 'a')!r}, {str(bases(name))!r});"
+        "assert not report['problems'], report; assert 'transformers' not in sys.modules"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_factors_of_experts_are_read_once(bases: Callable[[str], Path], tmp_path: Path) -> None:
+    """B holds the experts as its fastest dimension: one expert's part lies all over it."""
+    train(bases("qwen3_moe"), tmp_path / "a", "qwen3_moe", target_modules=[], target_parameters=["gate_up_proj"])
+    bound = bind(open_adapter(tmp_path / "a"), open_checkpoint(bases("qwen3_moe")))
+    read: list[TensorRef] = []
+
+    def counting(ref: TensorRef) -> torch.Tensor:
+        read.append(ref)
+        return read_tensor(ref)
+
+    def unread() -> torch.Tensor:
+        raise AssertionError("a LoRA reads no base weight")
+
+    for module in bound.modules:
+        module.module.form(counting, unread, torch.float32)
+    assert len(bound.modules) == 2 * 4 * 2  # layers, experts, gate and up
+    assert sum(ref.nbytes for ref in read) <= 2 * sum(ref.nbytes for ref in bound.adapter.refs)
