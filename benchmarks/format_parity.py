@@ -2,7 +2,7 @@
 
 Pico models in float32 on disk, run in float64. Each cell is max |dlogit| against the oracle, whose own effect (base
 against adapter) stands beside its name: PEFT's live adapter merged by PEFT in float64 for PEFT folders, the papers' or
-projects' formulas in float64 (tests/merge/test_formats_foreign.py) for everything else.
+projects' formulas in float64 (tests/merge/formats/test_formats_foreign.py) for everything else.
 
     convert   the safe folder, merged              factor    the factor folder, run by PEFT
     merge     the merged model                     combine   0.7 of it and 0.3 of a LoRA, linear, merged
@@ -27,6 +27,7 @@ import torch
 from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "tests" / "merge"))
+sys.path.insert(0, str(Path(__file__).parents[1] / "tests" / "merge" / "formats"))
 
 import peft
 import peft_cases as folders  # type: ignore[import-not-found]

@@ -26,7 +26,7 @@ from adapter_merge.errors import FileFormatError, OutputError
 from adapter_merge.outputs.integrity import check_integrity
 from adapter_merge.storage.locks import locked
 
-HERE = Path(__file__).parent
+HERE = Path(__file__).parents[1]  # faults.py is beside the folders
 
 
 @pytest.fixture
