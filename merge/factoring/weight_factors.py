@@ -183,7 +183,13 @@ class Factoriser:
         return sum(float((rows @ self.root).square().sum()) for _, _, rows in self.delta.delta_blocks(torch.float32))
 
     def truncated(self, spectrum: Spectrum, rank: int) -> Factored:
-        """The factors of that rank, with measured errors."""
+        """The factors of that rank, with measured errors. Raises UnsupportedError for scales of columns."""
+        if self.keep_scale and (self.form.col_scale is not None or self.form.needs_columns):
+            raise UnsupportedError(
+                f"{self.module.name}: a scale of the input columns cannot be kept beside truncated factors",
+                expected="a scale of the output rows, or none",
+                hint="leave --scale exact out: the scale is then truncated with the rest",
+            )
         rank = min(rank, spectrum.rank)
         up, down = (part.to(self.device, torch.float64) for part in spectrum.factors(rank))
         route = "cores" if self.through_cores else ("dense" if spectrum.full else "randomised")

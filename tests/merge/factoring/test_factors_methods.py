@@ -67,3 +67,12 @@ def test_factors_compute_what_was_trained(case: str, base: Callable[[str], Path]
     limited = factor(base(name), tmp_path / "adapter", tmp_path / "limited", rank=2)
     assert limited["certificate"]["ranks"][1] <= 2
     assert limited["form"] == "lora"
+
+
+def test_scales_of_columns_are_not_kept_beside_truncated_factors(base: Callable[[str], Path], tmp_path: Path) -> None:
+    name, kind, arguments = CASES["embedding DoRA"]
+    with quiet():
+        train(base(name), getattr(peft, kind)(**arguments), tmp_path / "adapter")
+    with pytest.raises(UnsupportedError, match="a scale of the input columns cannot be kept"):
+        factor(base(name), tmp_path / "adapter", tmp_path / "factors", rank=2, keep_scale=True)
+    assert not (tmp_path / "factors").exists()
