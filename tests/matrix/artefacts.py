@@ -1,0 +1,157 @@
+"""Every artefact that an adapter can be turned into, and what proves it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from trained_adapters import Trained
+
+from adapter_merge.api.convert import convert
+from adapter_merge.api.factor import factor
+from adapter_merge.api.merge import delta, merge
+from adapter_merge.api.restore import restore
+from adapter_merge.api.verify import verify
+from adapter_merge.combine.recipe import Recipe
+from adapter_merge.errors import AdapterMergeError
+from adapter_merge.outputs.integrity import check_integrity, check_restored
+from adapter_merge.serve.cache import Cache
+from adapter_merge.serve.served import Converter
+from adapter_merge.serve.stating import Stated
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """What a check said: passed, or why not. `crash` is an exception that is none of ours."""
+
+    passed: bool
+    why: str = ""
+    crash: bool = False
+
+
+Make = Callable[[Trained, Path], Path]  # writes below a folder that is there; the artefact's folder
+
+
+def _merged(trained: Trained, place: Path) -> Path:
+    merge(trained.base, trained.adapter, place / "merged", device="cpu", options=trained.options)
+    return place / "merged"
+
+
+def _merged_bfloat16(trained: Trained, place: Path) -> Path:
+    merge(trained.base, trained.adapter, place / "merged", device="cpu", options=trained.options, dtype="bfloat16")
+    return place / "merged"
+
+
+def _delta(trained: Trained, place: Path) -> Path:
+    delta(trained.base, trained.adapter, place / "delta", device="cpu", options=trained.options)
+    return place / "delta"
+
+
+def _factors(trained: Trained, place: Path) -> Path:
+    factor(trained.base, trained.adapter, place / "factors", device="cpu", options=trained.options)
+    return place / "factors"
+
+
+def _truncated(trained: Trained, place: Path) -> Path:
+    factor(trained.base, trained.adapter, place / "truncated", device="cpu", options=trained.options, rank=2)
+    return place / "truncated"
+
+
+def _truncated_scaled(trained: Trained, place: Path) -> Path:
+    options: dict[str, Any] = {"rank": 2, "keep_scale": True}
+    factor(trained.base, trained.adapter, place / "truncated", device="cpu", options=trained.options, **options)
+    return place / "truncated"
+
+
+def _converted(trained: Trained, place: Path) -> Path:
+    one = _only(trained)
+    convert(one, place / "converted", base=trained.base, options=trained.options)
+    return place / "converted"
+
+
+def _restored(trained: Trained, place: Path) -> Path:
+    options: dict[str, Any] = {"device": "cpu", "options": trained.options, "keep_preimage": True}
+    merge(trained.base, trained.adapter, place / "of", **options)
+    restore(place / "of", place / "restored")
+    return place / "restored"
+
+
+def _served(trained: Trained, place: Path) -> Path:
+    if trained.base is None:
+        raise NotForItError("serve takes a base and adapters")
+    stated = Stated.of(None, trained.options) if trained.options is not None else None
+    return Converter(trained.base, Cache(place / "cache")).obtain(_only(trained), stated).folder
+
+
+def _onnx(mode: str, precision: str = "fp32") -> Make:
+    def make(trained: Trained, place: Path) -> Path:
+        from adapter_merge.export.exporting import export_model
+
+        if trained.base is None:
+            raise NotForItError("export takes a base and adapters")
+        if trained.options is not None:
+            raise NotForItError("export takes adapters that need no options")
+        export_model(trained.base, {"a": Path(_only(trained))}, place / "onnx", mode=mode, precision=precision)
+        return place / "onnx"
+
+    return make
+
+
+class NotForItError(Exception):
+    """There is no such artefact of this kind of adapter, by the command's own arguments."""
+
+
+def _only(trained: Trained) -> str | Path:
+    if isinstance(trained.adapter, Recipe):
+        raise NotForItError("of one adapter alone")
+    return trained.adapter
+
+
+ARTEFACTS: dict[str, Make] = {
+    "merged": _merged,
+    "merged, bfloat16": _merged_bfloat16,
+    "delta": _delta,
+    "factors": _factors,
+    "truncated": _truncated,
+    "truncated, row scales": _truncated_scaled,
+    "converted": _converted,
+    "restored": _restored,
+    "served": _served,
+}
+ONNX: dict[str, Make] = {f"ONNX {mode}": _onnx(mode) for mode in ("merged", "switchable", "batched")}
+
+
+def judge(trained: Trained, artefact: str, folder: Path, made_in: Path, *, weights_only: bool = True) -> Verdict:
+    """The verdict of `verify BASE ADAPTER ARTEFACT`; of a restored base, of `verify MERGED RESTORED`.
+
+    made_in: where the right artefact was made, and what else was made for it.
+    """
+    try:
+        if artefact == "restored":
+            check_restored(made_in / "of", folder)
+            return Verdict(True)
+        onnx = None
+        if artefact in ONNX:
+            from adapter_merge.export.verification import verify_onnx as onnx
+        report = verify(
+            trained.base, trained.adapter, folder, options=trained.options, generated=4, weights_only=weights_only,
+            onnx=onnx,
+        )  # fmt: skip
+    except AdapterMergeError as refusal:
+        return Verdict(False, str(refusal).split("\n")[0])
+    except Exception as error:
+        return Verdict(False, f"{type(error).__name__}: {error}".split("\n")[0], crash=True)
+    return Verdict(report["passed"], "; ".join(report["problems"]))
+
+
+def judge_hashes(folder: Path) -> Verdict:
+    """The verdict of `verify ARTEFACT`."""
+    try:
+        check_integrity(folder)
+    except AdapterMergeError as refusal:
+        return Verdict(False, str(refusal).split("\n")[0])
+    except Exception as error:
+        return Verdict(False, f"{type(error).__name__}: {error}".split("\n")[0], crash=True)
+    return Verdict(True)
