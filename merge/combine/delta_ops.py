@@ -104,8 +104,8 @@ class CombinedEdit:
     high: Tensor | None = None  # (n,) int64: bit patterns from this on are dropped
 
     @property
-    def needs_columns(self) -> bool:
-        return self.pending > 0 or any(part.edit.needs_columns for part in self.parts)
+    def needs_pass(self) -> bool:
+        return self.pending > 0 or any(part.edit.needs_pass for part in self.parts)
 
     def to(self, device: torch.device | str | None = None, dtype: torch.dtype | None = None) -> CombinedEdit:
         def move(tensor: Tensor | None) -> Tensor | None:
@@ -120,15 +120,15 @@ class CombinedEdit:
 
     def _passes(self) -> list[int]:
         """The parts whose own pass comes next: plain forms together, others (whose sums have other shapes) alone."""
-        waiting = [index for index, part in enumerate(self.parts) if part.edit.needs_columns]
+        waiting = [index for index, part in enumerate(self.parts) if part.edit.needs_pass]
         plain = [index for index in waiting if isinstance(self.parts[index].edit, CanonicalForm)]
         return plain or waiting[:1]
 
-    def column_squares(self, block: Tensor, start: int) -> Tensor:
+    def pass_sums(self, block: Tensor, start: int) -> Tensor:
         inner = self._passes()
         if inner:
             edits = [self.parts[index].edit for index in inner]
-            return torch.stack([edit.column_squares(block.clone(), start) for edit in edits])
+            return torch.stack([edit.pass_sums(block.clone(), start) for edit in edits])
         counts = []
         for index, part in enumerate(self.parts):
             bits = size_bits(part.edit.delta_rows(block, start)).reshape(-1)
@@ -141,20 +141,20 @@ class CombinedEdit:
                 counts.append(torch.bincount(inside & (LOW_BINS - 1), minlength=LOW_BINS))
         return torch.stack(counts)
 
-    def with_column_norms(self, squares: Tensor) -> CombinedEdit:
+    def with_pass_sums(self, sums: Tensor) -> CombinedEdit:
         inner = self._passes()
         if inner:
             parts = list(self.parts)
-            for index, row in zip(inner, squares, strict=True):
-                parts[index] = replace(parts[index], edit=parts[index].edit.with_column_norms(row))
+            for index, row in zip(inner, sums, strict=True):
+                parts[index] = replace(parts[index], edit=parts[index].edit.with_pass_sums(row))
             return replace(self, parts=tuple(parts))
         if self.pending == 2:
-            total = int(squares[0].sum())
-            wanted = torch.tensor([self._kept(total, part) for part in self.parts], device=squares.device)  # (n, 2)
-            bins, ranks = _find(squares[:, None].expand(-1, 2, -1), wanted)
+            total = int(sums[0].sum())
+            wanted = torch.tensor([self._kept(total, part) for part in self.parts], device=sums.device)  # (n, 2)
+            bins, ranks = _find(sums[:, None].expand(-1, 2, -1), wanted)
             return replace(self, pending=1, bins=bins, ranks=ranks)
         assert self.bins is not None and self.ranks is not None
-        low_bits, _ = _find(squares.view(len(self.parts), 2, LOW_BINS), self.ranks)
+        low_bits, _ = _find(sums.view(len(self.parts), 2, LOW_BINS), self.ranks)
         found = (self.bins << 15) + low_bits
         endless = torch.tensor(1 << 31, device=found.device)
         low = torch.where(self.bins[:, 0] < 0, endless, found[:, 0])

@@ -186,13 +186,13 @@ class Schedule:
         arithmetic = arithmetic_of(tensor.job)
         forms = [edit.stored_edit(arithmetic) for edit in tensor.job.edits]
         for index, form in enumerate(forms):
-            while form.needs_columns:  # column norms: Conv1D with DoRA or DuDe
-                form = form.with_column_norms(self._columns(form, tensor, arithmetic))
+            while form.needs_pass:  # column norms: Conv1D with DoRA or DuDe
+                form = form.with_pass_sums(self._columns(form, tensor, arithmetic))
             forms[index] = form
         return forms
 
     def _columns(self, form: BlockEdit, tensor: TensorWork, arithmetic: torch.dtype) -> Tensor:
-        """The sum of the form's column_squares over all rows, taken where its blocks will be computed.
+        """The sum of the form's pass_sums over all rows, taken where its blocks will be computed.
 
         Another kind of device's products differ in their last bits: a threshold found there would miss its own
         element. Of several CUDA devices the first takes all passes.
@@ -227,7 +227,7 @@ class Schedule:
             piece = raw[: count * row_bytes]
             self.sources.read(source, start * row_bytes, piece)
             block = work[:count].copy_(piece.to(self.settings.device).view(stored).view(count, tensor.columns))
-            found = form.column_squares(block, start)
+            found = form.pass_sums(block, start)
             total = found if total is None else total + found
         assert total is not None
         return total.cpu()

@@ -76,11 +76,11 @@ class DeltaOperator:
     ) -> None:
         self.form, self.rows = form, rows
         self.shape = form.shape
-        if form.needs_columns:
+        if form.needs_pass:
             squares = torch.zeros(self.shape[1], dtype=torch.float64, device=rows.device)
             for start, block in rows.blocks(torch.float64):
-                squares += form.column_squares(block.clone(), start)
-            self.form = form = form.with_column_norms(squares)
+                squares += form.pass_sums(block.clone(), start)
+            self.form = form = form.with_pass_sums(squares)
         rounded = form.residual is not None and form.residual.is_rounded
         self._structured = not rounded and form.col_scale is None
         self.scale: Tensor | None = None  # (out,) float64: d

@@ -98,14 +98,14 @@ class Factoriser:
         """True when the truncation needs factors only."""
         if self.dense:
             return False
-        return not self.scaled or (self.keep_scale and self.form.col_scale is None and not self.form.needs_columns)
+        return not self.scaled or (self.keep_scale and self.form.col_scale is None and not self.form.needs_pass)
 
     # -- exact -----------------------------------------------------------------------------------------
 
     def exact(self) -> Factored:
         """The exact factors of the smallest rank; with magnitudes their row scale as well."""
         form = self.form
-        if self.dense or form.col_scale is not None or form.needs_columns:
+        if self.dense or form.col_scale is not None or form.needs_pass:
             what = "this way of combining" if self.dense else "a scale of the input columns"
             raise UnsupportedError(
                 f"{self.module.name}: {what} has no exact LoRA form",
@@ -184,7 +184,7 @@ class Factoriser:
 
     def truncated(self, spectrum: Spectrum, rank: int) -> Factored:
         """The factors of that rank, with measured errors. Raises UnsupportedError for scales of columns."""
-        if self.keep_scale and (self.form.col_scale is not None or self.form.needs_columns):
+        if self.keep_scale and (self.form.col_scale is not None or self.form.needs_pass):
             raise UnsupportedError(
                 f"{self.module.name}: a scale of the input columns cannot be kept beside truncated factors",
                 expected="a scale of the output rows, or none",

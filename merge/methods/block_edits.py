@@ -28,18 +28,24 @@ class BlockEdit(Protocol):
     """W0 -> W' for one stored tensor, seen as a matrix (rows, columns) of its last dimension."""
 
     @property
-    def needs_columns(self) -> bool:
-        """True while a pass over all rows must come first: `column_squares` of all blocks, added up, then
-        `with_column_norms` of the sum gives the edit to go on with (which may need another pass)."""
+    def needs_pass(self) -> bool:
+        """True while a pass over all rows must be made before the edit can be applied.
+
+        A pass adds up `pass_sums` of all blocks and hands the total to `with_pass_sums`; the edit that this returns
+        may need another pass.
+        """
 
     def to(self, device: torch.device | str | None = None, dtype: torch.dtype | None = None) -> BlockEdit:
         """The same edit on another device or in another dtype."""
 
-    def column_squares(self, block: Tensor, start: int) -> Tensor:
-        """What this block (n, columns) adds to the pass's sum; the block is overwritten."""
+    def pass_sums(self, block: Tensor, start: int) -> Tensor:
+        """Return what this block (n, columns) adds to the sums of the next pass; the block is overwritten.
 
-    def with_column_norms(self, squares: Tensor) -> BlockEdit:
-        """The edit that knows the sum of `column_squares` over all blocks."""
+        The sums are squares per column (float64) for column norms, or histograms (int64) for TIES thresholds.
+        """
+
+    def with_pass_sums(self, sums: Tensor) -> BlockEdit:
+        """Return the edit that uses `sums`, the total of `pass_sums` over all blocks."""
 
     def apply_(self, block: Tensor, start: int) -> Tensor | None:
         """block (n, columns), rows start .. start+n of W0, becomes the same rows of W', in place."""
@@ -51,12 +57,12 @@ class BlockEdit(Protocol):
 class _OnePass:
     """An edit that needs no pass before it."""
 
-    needs_columns = False
+    needs_pass = False
 
-    def column_squares(self, block: Tensor, start: int) -> Tensor:
+    def pass_sums(self, block: Tensor, start: int) -> Tensor:
         raise AssertionError("this edit needs no first pass")
 
-    def with_column_norms(self, squares: Tensor) -> Self:
+    def with_pass_sums(self, sums: Tensor) -> Self:
         raise AssertionError("this edit needs no first pass")
 
 
@@ -69,8 +75,8 @@ class RowRange:
     stop: int
 
     @property
-    def needs_columns(self) -> bool:
-        return self.edit.needs_columns
+    def needs_pass(self) -> bool:
+        return self.edit.needs_pass
 
     def to(self, device: torch.device | str | None = None, dtype: torch.dtype | None = None) -> RowRange:
         return replace(self, edit=self.edit.to(device, dtype))
@@ -80,12 +86,12 @@ class RowRange:
         begin, end = max(start, self.first), min(start + block.shape[0], self.stop)
         return block[max(0, begin - start) : max(0, end - start)], max(0, begin - self.first)
 
-    def column_squares(self, block: Tensor, start: int) -> Tensor:
+    def pass_sums(self, block: Tensor, start: int) -> Tensor:
         part, place = self._part(block, start)
-        return self.edit.column_squares(part, place)
+        return self.edit.pass_sums(part, place)
 
-    def with_column_norms(self, squares: Tensor) -> RowRange:
-        return replace(self, edit=self.edit.with_column_norms(squares))
+    def with_pass_sums(self, sums: Tensor) -> RowRange:
+        return replace(self, edit=self.edit.with_pass_sums(sums))
 
     def apply_(self, block: Tensor, start: int) -> Tensor | None:
         part, place = self._part(block, start)
@@ -160,31 +166,31 @@ class InTurn:
     edits: tuple[BlockEdit, ...]
 
     @property
-    def needs_columns(self) -> bool:
-        return any(edit.needs_columns for edit in self.edits)
+    def needs_pass(self) -> bool:
+        return any(edit.needs_pass for edit in self.edits)
 
     def _next(self) -> list[int]:
         """The edits whose pass can be taken now."""
-        waiting = [index for index, edit in enumerate(self.edits) if edit.needs_columns]
+        waiting = [index for index, edit in enumerate(self.edits) if edit.needs_pass]
         return waiting if all(isinstance(self.edits[index], RowRange) for index in waiting) else waiting[:1]
 
     def to(self, device: torch.device | str | None = None, dtype: torch.dtype | None = None) -> InTurn:
         return InTurn(tuple(edit.to(device, dtype) for edit in self.edits))
 
-    def column_squares(self, block: Tensor, start: int) -> Tensor:
+    def pass_sums(self, block: Tensor, start: int) -> Tensor:
         wanted = self._next()
         sums = []
         for index, edit in enumerate(self.edits[: wanted[-1] + 1]):
             if index in wanted:
-                sums.append(edit.column_squares(block.clone(), start))
+                sums.append(edit.pass_sums(block.clone(), start))
             else:
                 edit.apply_(block, start)
         return torch.stack(sums)
 
-    def with_column_norms(self, squares: Tensor) -> InTurn:
+    def with_pass_sums(self, sums: Tensor) -> InTurn:
         edits = list(self.edits)
-        for index, row in zip(self._next(), squares, strict=True):
-            edits[index] = edits[index].with_column_norms(row)
+        for index, row in zip(self._next(), sums, strict=True):
+            edits[index] = edits[index].with_pass_sums(row)
         return InTurn(tuple(edits))
 
     def apply_(self, block: Tensor, start: int) -> Tensor | None:
@@ -206,8 +212,8 @@ def in_turn(edits: Sequence[BlockEdit]) -> BlockEdit:
 def applied(edit: BlockEdit, weight: Tensor) -> Tensor:
     """W' for the whole stored tensor W0 of any shape, in its dtype; what the engine does, without blocks."""
     rows = weight.reshape(-1, weight.shape[-1])
-    while edit.needs_columns:
-        edit = edit.with_column_norms(edit.column_squares(rows.clone(), 0))
+    while edit.needs_pass:
+        edit = edit.with_pass_sums(edit.pass_sums(rows.clone(), 0))
     after = rows.clone()
     edit.apply_(after, 0)
     return after.reshape(weight.shape)

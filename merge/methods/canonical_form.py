@@ -140,8 +140,8 @@ class CanonicalForm:
         return self.row_scale is None and self.col_scale is None and self.magnitude is None
 
     @property
-    def needs_columns(self) -> bool:
-        """True when a first pass over all rows of W0 must find column norms (see `with_column_norms`)."""
+    def needs_pass(self) -> bool:
+        """True when a first pass over all rows of W0 must find column norms (see `with_pass_sums`)."""
         return self.magnitude is not None and self.magnitude_dim == 1
 
     def to(self, device: torch.device | str | None = None, dtype: torch.dtype | None = None) -> CanonicalForm:
@@ -197,7 +197,7 @@ class CanonicalForm:
         Returns the rows' scale (n,), or None where there is none. Raises NumericsError when a row of the
         direction is zero and has a magnitude; on CUDA that row becomes NaN.
         """
-        assert not self.needs_columns, "with_column_norms comes first"
+        assert not self.needs_pass, "with_pass_sums comes first"
         rows = slice(start, start + block.shape[0])
         self.add_low_rank_(block, start)
         scale = None
@@ -234,13 +234,13 @@ class CanonicalForm:
 
     # -- column norms (two passes) ---------------------------------------------------------------------
 
-    def column_squares(self, block: Tensor, start: int) -> Tensor:
+    def pass_sums(self, block: Tensor, start: int) -> Tensor:
         """(in,) float64: the sums of squares over this block's rows of W_f + up @ down; block is overwritten."""
         return self.add_low_rank_(block, start).to(torch.float64).square_().sum(0)
 
-    def with_column_norms(self, squares: Tensor) -> CanonicalForm:
-        """The form with its column scale m / colnorm, given the column_squares (in,) summed over all blocks."""
-        assert self.needs_columns and self.magnitude is not None
+    def with_pass_sums(self, squares: Tensor) -> CanonicalForm:
+        """The form with its column scale m / colnorm, given the pass_sums (in,) summed over all blocks."""
+        assert self.needs_pass and self.magnitude is not None
         scale = self._scale_of(self.magnitude.to(torch.float64), squares.sqrt(), 0)
         return replace(self, magnitude=None, col_scale=scale.to(self.up.dtype))
 
@@ -250,8 +250,8 @@ class CanonicalForm:
         """The form with its scale known: `weight` is W0 (out, in) in the form's dtype; no magnitude is left."""
         if self.magnitude is None:
             return self
-        if self.needs_columns:
-            return self.with_column_norms(self.column_squares(weight.clone(), 0))
+        if self.needs_pass:
+            return self.with_pass_sums(self.pass_sums(weight.clone(), 0))
         scale = self._scale_of(
             self.magnitude, torch.linalg.vector_norm(self.add_low_rank_(weight.clone(), 0), dim=1), 0
         )

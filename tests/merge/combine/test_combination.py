@@ -224,10 +224,8 @@ def test_thresholds_are_exact_over_blocks() -> None:
     for density in (0.001, 0.01, 0.25, 0.5, 0.999):
         edit: Any = combined([Part(form, 2.0, density, 0)], Settings("magnitude-prune", density))
         assert isinstance(edit, CombinedEdit)
-        while edit.needs_columns:
-            edit = edit.with_column_norms(
-                sum(edit.column_squares(weight[i : i + 7].clone(), i) for i in range(0, 40, 7))
-            )
+        while edit.needs_pass:
+            edit = edit.with_pass_sums(sum(edit.pass_sums(weight[i : i + 7].clone(), i) for i in range(0, 40, 7)))
         expected = 2 * top(delta, int(density * 1200))
         torch.testing.assert_close(edit.delta_rows(weight, 0), expected)
         after = applied(combined([Part(form, 2.0, density, 0)], Settings("magnitude-prune", density)), weight)  # type: ignore[arg-type]

@@ -107,7 +107,7 @@ def test_blocks_of_rows_equal_the_whole(kind: str) -> None:
     want = whole(form, weight)
     torch.testing.assert_close(form.merged(weight), want)
     torch.testing.assert_close(form.delta(weight), want - weight)
-    bound = form.bound_to(weight) if form.needs_columns else form
+    bound = form.bound_to(weight) if form.needs_pass else form
     pieces = []
     for start in range(0, 12, 5):
         block = weight[start : start + 5].clone()

@@ -52,9 +52,9 @@ def test_blocks_give_what_the_whole_gives(out: int, inner: int, rank: int, kind:
     weight = torch.randn(out, inner, dtype=torch.float64)
     form = form_of(out, inner, rank, kind, weight)
     edit: Any = form
-    while edit.needs_columns:
-        parts = [edit.column_squares(weight[i : i + step].clone(), i) for i in range(0, out, step)]
-        edit = edit.with_column_norms(sum(parts[1:], parts[0]))
+    while edit.needs_pass:
+        parts = [edit.pass_sums(weight[i : i + step].clone(), i) for i in range(0, out, step)]
+        edit = edit.with_pass_sums(sum(parts[1:], parts[0]))
     blocks = []
     for start in range(0, out, step):
         block = weight[start : start + step].clone()
