@@ -186,10 +186,7 @@ class Converter:
             parts["stated"] = stated.identity()
         # On the original base the factors at initialisation are taken off beside the trained ones.
         subtracted = about is None and stated.base_kind != "residual"
-        rank = max(
-            module.rank * (2 if subtracted and getattr(module, "initial", None) is not None else 1)
-            for module in opened.modules
-        )
+        rank = max(module.factor_rank if subtracted else module.rank for module in opened.modules)
         return Outline(source, opened.method, rank, targets, about is not None, key_of(parts), stated)
 
     def obtain(self, adapter: str | Path, stated: Stated | None = None) -> Served:

@@ -27,7 +27,7 @@ from adapter_merge.formats.native_writer import (
     peft_lora,
 )
 from adapter_merge.formats.peft.tensors import PREFIX
-from adapter_merge.methods.adapter import Adapter
+from adapter_merge.methods.adapter import Adapter, AdapterFormat
 from adapter_merge.methods.dcft import DcftModule
 from adapter_merge.methods.dcft_reshape import DcftReshapeModule
 from adapter_merge.methods.loha import LohaModule
@@ -106,13 +106,13 @@ def _content(opened: Adapter, bound: BoundAdapter | None) -> SafeFolder:
         safe = dcft(modules)
     elif modules and all(isinstance(module, DcftReshapeModule) for module in modules):
         safe = dcft_reshape(modules)
-    elif opened.format == "PEFT folder" and not _stores_initial(opened):
+    elif opened.format == AdapterFormat.PEFT and not _stores_initial(opened):
         return peft_copy(opened)
     elif is_peft_lora(modules) and opened.config.get("peft_type") != "DUDE":
         conv1d = bound is not None and any(item.transposed for item in bound.modules)
         safe = peft_lora(modules, opened.fan_in_fan_out or conv1d)
     elif all(isinstance(module, LoraModule | LokrModule | LohaModule) for module in modules) and (
-        opened.format == "kohya / LyCORIS file" or opened.config.get("peft_type") == "LYCORIS"
+        opened.format == AdapterFormat.KOHYA or opened.config.get("peft_type") == "LYCORIS"
     ):
         safe = lycoris(modules)
     else:

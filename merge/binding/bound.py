@@ -59,8 +59,7 @@ class BoundModule:
 
     def stored_edit(self, dtype: torch.dtype = torch.float32) -> BlockEdit:
         """What is done to the weight as the base stores it."""
-        make = getattr(self.module, "edit", None)
-        edit: BlockEdit = make(read_tensor, self.oriented_weight, dtype) if make is not None else self.form(dtype)
+        edit = self.module.edit(read_tensor, self.oriented_weight, dtype)
         if self.transposed:
             if not isinstance(edit, CanonicalForm):
                 raise UnsupportedError(f"{self.name}: the residual saved beside the adapter is the other way round")
@@ -84,4 +83,4 @@ class BoundAdapter:
 
 def parameter_of(module: AdaptedModule) -> str:
     """Which tensor of its module is adapted: weight, bias, or a bare parameter."""
-    return str(getattr(module, "parameter", "weight"))
+    return module.parameter

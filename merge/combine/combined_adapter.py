@@ -16,7 +16,7 @@ from adapter_merge.binding.embeddings import EMBEDDINGS
 from adapter_merge.binding.positional import check_together
 from adapter_merge.errors import InputError, Problem, UnsupportedError, raise_all
 from adapter_merge.formats.detection import ReadOptions, open_adapter
-from adapter_merge.methods.adapter import Adapter
+from adapter_merge.methods.adapter import Adapter, AdapterFormat
 from adapter_merge.methods.lora import ExpertModule, PartModule
 from adapter_merge.methods.tokens import TokenModule
 from adapter_merge.storage.checkpoint import Checkpoint, open_checkpoint
@@ -47,7 +47,7 @@ class CombinedBound(BoundAdapter):
             if any(
                 isinstance(one.module, TokenModule | ExpertModule | PartModule)
                 or one.rows is not None
-                or getattr(one.module, "parameter", "weight") not in ("weight", "bias")
+                or one.module.parameter not in ("weight", "bias")
                 for one in share.modules
             )
         ]
@@ -187,7 +187,7 @@ def _modules(
 
 def _starts_from_base(bound: BoundModule) -> bool:
     """True for PiSSA, OLoRA and DuDe, whose frozen part is cut out of the weight that they were given."""
-    return bound.module.needs_base or getattr(bound.module, "initial", None) is not None
+    return bound.module.needs_base or bound.module.initial is not None
 
 
 def _as_adapter(
@@ -205,7 +205,7 @@ def _as_adapter(
     tasks = [adapter.config.get("task_type") for adapter in adapters]
     return Adapter(
         folder=adapters[0].folder,
-        format="combination",
+        format=AdapterFormat.COMBINATION,
         method=recipe.method,
         modules=tuple(item.combination for item in modules),
         replacements=replacements,

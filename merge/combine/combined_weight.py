@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from adapter_merge.binding.bound import BoundModule
+from adapter_merge.methods.adapter import ModuleDefaults, Reader, Weight
 from adapter_merge.methods.block_edits import BlockEdit, Replaced, applied, in_turn
 from adapter_merge.methods.canonical_form import CanonicalForm
 from adapter_merge.methods.lora import BiasModule, ExpertModule, LoraModule, PartModule
@@ -45,14 +45,14 @@ class Share:
     def has_form(self) -> bool:
         """True where factors and scales of output rows say all of it."""
         module = self.modules[0].module if self.is_matrix else None
-        if module is None or getattr(module, "frozen", None) is not None:
+        if module is None or module.frozen is not None:
             return False
-        scaled = getattr(module, "magnitude", None) is not None or getattr(module, "own_magnitude", False)
-        return not (scaled and (getattr(module, "magnitude_dim", 0) == 1 or getattr(module, "embedding", False)))
+        scaled = module.magnitude is not None or module.own_magnitude
+        return not (scaled and (module.magnitude_dim == 1 or module.embedding))
 
 
 @dataclass(frozen=True)
-class CombinedWeight:
+class CombinedWeight(ModuleDefaults):
     """One tensor that one or more adapters change: an AdaptedModule."""
 
     tensor: str  # the output tensor's name, which the random numbers are drawn for
@@ -68,6 +68,10 @@ class CombinedWeight:
     @property
     def rank(self) -> int:
         return min(sum(module.module.rank for share in self.shares for module in share.modules), *self.shape)
+
+    @property
+    def factor_rank(self) -> int:
+        return sum(module.module.factor_rank for share in self.shares for module in share.modules)
 
     @property
     def refs(self) -> tuple[TensorRef, ...]:
@@ -115,9 +119,7 @@ class CombinedWeight:
         assert edit is not None, "tensors that nothing changes are left out"
         return edit
 
-    def form(
-        self, read: Callable[[TensorRef], Tensor], weight: Callable[[], Tensor], dtype: torch.dtype
-    ) -> CanonicalForm:
+    def form(self, read: Reader, weight: Weight, dtype: torch.dtype) -> CanonicalForm:
         """The linear combination on W0 (out, in), row scales included; roundings of residuals are not in it."""
         assert self.has_form, "the caller takes the dense delta"
         forms = [share.modules[0].form(dtype) for share in self.shares]
@@ -127,7 +129,7 @@ class CombinedWeight:
     def is_rounded(self) -> bool:
         """True when a residual that was rounded to half precision is part of the change: `form` then lacks that."""
         modules = [module for share in self.shares for module in share.modules]
-        initial = [(getattr(module.module, "initial", None), module.weight.dtype) for module in modules]
+        initial = [(module.module.initial, module.weight.dtype) for module in modules]
         return any(one is not None and (one.dtype or own) in ("BF16", "F16") for one, own in initial)
 
 

@@ -10,7 +10,6 @@ from dataclasses import dataclass, field
 
 import torch
 
-from adapter_merge.methods.adapter import AdaptedModule
 from adapter_merge.methods.block_edits import BlockEdit
 from adapter_merge.storage.hashing import OrderedDigest
 
@@ -32,16 +31,8 @@ def form_bytes(job: TensorJob) -> int:
         return 0
     columns = job.source.shape[-1]
     rows = math.prod(job.source.shape[:-1])
-    rank = sum(_factors_held(edit.module) for edit in job.edits)
+    rank = sum(edit.module.factor_rank for edit in job.edits)
     return rank * (rows + columns) * arithmetic_of(job).itemsize
-
-
-def _factors_held(module: AdaptedModule) -> int:
-    """The rank of all factors of a module's form: a residual has as many again, a combination those of its parts."""
-    shares = getattr(module, "shares", None)
-    if shares is not None:
-        return sum(_factors_held(part.module) for share in shares for part in share.modules)
-    return module.rank * (2 if getattr(module, "initial", None) is not None else 1)
 
 
 @dataclass(eq=False)

@@ -107,7 +107,7 @@ def write_factors(
     conv1d: bool,
 ) -> None:
     """The folder of an adapter's own factors."""
-    embeddings = {module.name for module in opened.modules if getattr(module, "embedding", False)}
+    embeddings = {module.name for module in opened.modules if module.embedding}
     factors = [
         WeightFactors(one.name, one.up, one.down, one.magnitude, one.row_scale, one.name in embeddings)
         for one in factored

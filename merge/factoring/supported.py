@@ -14,7 +14,7 @@ from adapter_merge.combine.open_inputs import AdapterInput, open_pair
 from adapter_merge.combine.recipe import Recipe
 from adapter_merge.errors import InputError, Problem, UnsupportedError, raise_all
 from adapter_merge.formats.detection import ReadOptions, open_adapter
-from adapter_merge.methods.adapter import AdaptedModule, Adapter
+from adapter_merge.methods.adapter import AdaptedModule, Adapter, AdapterFormat
 from adapter_merge.methods.lora import BiasModule, ExpertModule, PartModule, StackModule
 from adapter_merge.methods.tokens import TokenModule
 from adapter_merge.storage.checkpoint import Checkpoint, open_checkpoint
@@ -101,7 +101,7 @@ def check_positional_queries(opened: Adapter, bound: BoundAdapter | None, frozen
 
 def needs_base(module: AdaptedModule) -> bool:
     """True when the module's factors cannot be found without the base's weight."""
-    magnitude = getattr(module, "magnitude", None) is not None or getattr(module, "own_magnitude", False)
+    magnitude = module.magnitude is not None or module.own_magnitude
     return module.needs_base or magnitude
 
 
@@ -129,7 +129,7 @@ def pairs_of(opened: Adapter, bound: BoundAdapter | None) -> list[Pair]:
 def require_names(opened: Adapter, base: Checkpoint | None) -> None:
     """A file that writes the dots of its modules' names as underscores needs a base to tell them apart."""
     flat = [module.name for module in opened.modules if "." not in module.name and "_" in module.name]
-    if flat and base is None and opened.format == "kohya / LyCORIS file":
+    if flat and base is None and opened.format == AdapterFormat.KOHYA:
         raise InputError(
             f"{opened.folder}: the file writes the dots of its modules' names as underscores",
             expected="a BASE, which tells where the dots were",

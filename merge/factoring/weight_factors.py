@@ -213,7 +213,7 @@ class Factoriser:
         PEFT's DoRA would take the norms of W0 for magnitudes that are not there.
         """
         assert self.weight is not None
-        dim = 0 if getattr(self.module, "embedding", False) else 1
+        dim = 0 if self.module.embedding else 1
         weight = self.weight.oriented_weight().to(device=self.device, dtype=torch.float64)
         after = torch.addmm(weight, found.up.to(weight), found.down.to(weight))
         magnitude = torch.linalg.vector_norm(after, dim=dim).to("cpu", torch.float32)

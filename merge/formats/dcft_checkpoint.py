@@ -17,7 +17,7 @@ from collections.abc import Mapping
 from dataclasses import replace
 
 from adapter_merge.errors import AdapterError, MismatchError, Problem, UnsupportedError, raise_all
-from adapter_merge.methods.adapter import Adapter
+from adapter_merge.methods.adapter import Adapter, AdapterFormat
 from adapter_merge.storage.checkpoint import OUTPUT_HEADS, Checkpoint
 from adapter_merge.storage.safetensors_header import TensorRef
 from adapter_merge.storage.tensor_comparison import same_bytes, same_values
@@ -107,7 +107,7 @@ def read_dcft_checkpoint(
         _check_base(others, adapted, base)
     return Adapter(
         folder=checkpoint.folder,
-        format="DCFT checkpoint",
+        format=AdapterFormat.DCFT,
         method="DCFT",
         modules=modules,
         replacements=trained_tensors(others, adapted, base, bool(config.get("tie_word_embeddings"))),

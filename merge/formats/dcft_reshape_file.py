@@ -7,7 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from adapter_merge.errors import AdapterError, Problem, raise_all
-from adapter_merge.methods.adapter import AdaptedModule, Adapter
+from adapter_merge.methods.adapter import AdaptedModule, Adapter, AdapterFormat
 from adapter_merge.methods.dcft_reshape import DcftReshapeModule
 from adapter_merge.storage.checkpoint import Checkpoint, read_weights
 from adapter_merge.storage.safetensors_header import TensorRef
@@ -25,7 +25,7 @@ def read_dcft_reshape(file: Path, base: Checkpoint | None) -> Adapter:
     raise_all(problems + found.problems, AdapterError)
     return Adapter(
         folder=file.parent,
-        format="DCFT, reshape form",
+        format=AdapterFormat.DCFT_RESHAPE,
         method="DCFT",
         modules=modules,
         replacements=found.replacements,

@@ -17,7 +17,7 @@ from pathlib import Path
 
 from adapter_merge.errors import AdapterError, Problem, UnsupportedError, raise_all
 from adapter_merge.formats.peft.lycoris import LOHA_ROLES, LOKR_ROLES, fits, loha_module, side
-from adapter_merge.methods.adapter import AdaptedModule, Adapter
+from adapter_merge.methods.adapter import AdaptedModule, Adapter, AdapterFormat
 from adapter_merge.methods.loha import LohaModule
 from adapter_merge.methods.lokr import LokrModule
 from adapter_merge.methods.lora import LoraModule
@@ -84,7 +84,7 @@ def read_kohya(file: Path, alpha: float | None, magnitude_axis: str | None, base
     raise_all(problems, AdapterError)
     return Adapter(
         folder=file.parent,
-        format="kohya / LyCORIS file",
+        format=AdapterFormat.KOHYA,
         method=method_of(modules),
         modules=modules,
         replacements={},
@@ -148,7 +148,7 @@ def method_of(modules: Iterable[AdaptedModule]) -> str:
     """What to call them: LoRA, DoRA, LoKr with magnitudes, LoHa and LoRA."""
     kinds = {type(module).__name__.removesuffix("Module") for module in modules}
     method = " and ".join(sorted({"Lora": "LoRA", "Lokr": "LoKr", "Loha": "LoHa"}[kind] for kind in kinds))
-    if any(getattr(module, "magnitude", None) is not None for module in modules):
+    if any(module.magnitude is not None for module in modules):
         method = "DoRA" if method == "LoRA" else f"{method} with magnitudes"
     return method
 

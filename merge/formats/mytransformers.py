@@ -23,7 +23,7 @@ from typing import Any
 
 from adapter_merge.errors import AdapterError, Problem, UnsupportedError, raise_all
 from adapter_merge.formats.peft.initialisation import RESIDUAL_DTYPES
-from adapter_merge.methods.adapter import Adapter
+from adapter_merge.methods.adapter import Adapter, AdapterFormat
 from adapter_merge.methods.lora import LoraModule, lora_scale
 from adapter_merge.methods.residual import Initial
 from adapter_merge.storage.checkpoint import Checkpoint, read_json, read_weights
@@ -105,7 +105,7 @@ def read_mytransformers(
     assumed = any(m.initial is not None and m.initial.method == "svd_least" and m.frozen is None for m in modules)
     return Adapter(
         folder=file.parent,
-        format="MyTransformers checkpoint",
+        format=AdapterFormat.MYTRANSFORMERS,
         method=method,
         modules=modules,
         replacements=found.replacements,

@@ -29,7 +29,7 @@ from adapter_merge.formats.dcft_reshape_file import read_reshaped
 from adapter_merge.formats.peft.initialisation import RESIDUAL_DTYPES
 from adapter_merge.formats.peft.lora import LORA_ROLES, lora_modules, method_name
 from adapter_merge.formats.peft.tensors import PREFIX, WEIGHT_FILES, Parts, find_weights, group_tensors
-from adapter_merge.methods.adapter import AdaptedModule, Adapter
+from adapter_merge.methods.adapter import AdaptedModule, Adapter, AdapterFormat
 from adapter_merge.methods.dcft import DcftModule
 from adapter_merge.methods.lora import LoraModule
 from adapter_merge.methods.residual import DECOMPOSITIONS, LOST_INITS, Initial
@@ -107,7 +107,7 @@ def read_native(folder: Path, alpha: float | None = None, ranknum: float | None 
     raise_all(problems + found, AdapterError)
     return Adapter(
         folder=folder,
-        format="adapter-merge folder",
+        format=AdapterFormat.NATIVE,
         method=method,
         modules=modules,
         replacements=replacements,

@@ -52,9 +52,9 @@ def peft_copy(opened: Adapter) -> SafeFolder:
     assert weights is not None, "it was read from there"
     copy = SafeFolder(dict(opened.config), {ref.name: read_tensor(ref) for ref in read_weights(weights).tensors})
     for module in opened.modules:
-        given = getattr(module, "magnitude", None)
-        if given is not None and given.file != weights:
-            copy.put(module, "lora_magnitude_vector", read_tensor(given).reshape(-1))
+        magnitude = module.magnitude
+        if magnitude is not None and magnitude.file != weights:
+            copy.put(module, "lora_magnitude_vector", read_tensor(magnitude).reshape(-1))
     return copy
 
 

@@ -16,7 +16,6 @@ adds Delta untransposed.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -24,6 +23,7 @@ from adapter_merge.errors import AdapterError
 from adapter_merge.storage.lazy_torch import torch
 from adapter_merge.storage.safetensors_header import TensorRef
 
+from .adapter import ModuleDefaults, Reader, Weight
 from .canonical_form import CanonicalForm
 
 if TYPE_CHECKING:
@@ -33,7 +33,7 @@ RANKNUM_EPSILON = 1e-5
 
 
 @dataclass(frozen=True)
-class DcftModule:
+class DcftModule(ModuleDefaults):
     """One weight adapted by DCFT, known from headers only."""
 
     name: str
@@ -70,13 +70,7 @@ class DcftModule:
         stated = () if isinstance(self.ranknum, float) else (self.ranknum,)
         return (self.a, self.b, self.c, *stated, *((self.bias,) if self.bias is not None else ()))
 
-    @property
-    def needs_base(self) -> bool:
-        return False
-
-    def form(
-        self, read: Callable[[TensorRef], Tensor], weight: Callable[[], Tensor], dtype: torch.dtype
-    ) -> CanonicalForm:
+    def form(self, read: Reader, weight: Weight, dtype: torch.dtype) -> CanonicalForm:
         """The canonical form in `dtype`; `weight` is never called."""
         number = self.ranknum if isinstance(self.ranknum, float) else float(read(self.ranknum).reshape(-1)[0])
         if not (math.isfinite(number) and number > 0):

@@ -17,16 +17,16 @@ from typing import TYPE_CHECKING
 from adapter_merge.storage.lazy_torch import torch
 from adapter_merge.storage.safetensors_header import TensorRef
 
+from .adapter import ModuleDefaults, Reader, Weight
 from .canonical_form import CanonicalForm
 from .dcft import channel_factors
-from .lora import Reader, Weight
 
 if TYPE_CHECKING:
     from torch import Tensor
 
 
 @dataclass(frozen=True)
-class DcftReshapeModule:
+class DcftReshapeModule(ModuleDefaults):
     """One weight adapted by the reshape form of DCFT, known from headers only."""
 
     name: str
@@ -50,10 +50,6 @@ class DcftReshapeModule:
     @property
     def refs(self) -> tuple[TensorRef, ...]:
         return (self.b, self.a, self.c, *((self.bias,) if self.bias is not None else ()))
-
-    @property
-    def needs_base(self) -> bool:
-        return False
 
     def form(self, read: Reader, weight: Weight, dtype: torch.dtype) -> CanonicalForm:
         """The canonical form in `dtype`; `weight` is never called."""

@@ -14,12 +14,12 @@ from dataclasses import dataclass
 from adapter_merge.storage.lazy_torch import torch
 from adapter_merge.storage.safetensors_header import TensorRef
 
+from .adapter import ModuleDefaults, Reader, Weight
 from .canonical_form import CanonicalForm
-from .lora import Reader, Weight
 
 
 @dataclass(frozen=True)
-class LohaModule:
+class LohaModule(ModuleDefaults):
     """One weight adapted by LoHa, known from headers only."""
 
     name: str
@@ -42,10 +42,6 @@ class LohaModule:
     @property
     def refs(self) -> tuple[TensorRef, ...]:
         return (self.w1a, self.w1b, self.w2a, self.w2b, *((self.magnitude,) if self.magnitude else ()))
-
-    @property
-    def needs_base(self) -> bool:
-        return False
 
     def form(self, read: Reader, weight: Weight, dtype: torch.dtype) -> CanonicalForm:
         """The canonical form in `dtype`; `weight` is never called."""

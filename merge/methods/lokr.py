@@ -12,15 +12,15 @@ from typing import TYPE_CHECKING
 from adapter_merge.storage.lazy_torch import torch
 from adapter_merge.storage.safetensors_header import TensorRef
 
+from .adapter import ModuleDefaults, Reader, Weight
 from .canonical_form import CanonicalForm
-from .lora import Reader, Weight
 
 if TYPE_CHECKING:
     from torch import Tensor
 
 
 @dataclass(frozen=True)
-class LokrModule:
+class LokrModule(ModuleDefaults):
     """One weight adapted by LoKr, known from headers only. A side is (full,) or (a, b)."""
 
     name: str
@@ -42,10 +42,6 @@ class LokrModule:
     @property
     def refs(self) -> tuple[TensorRef, ...]:
         return (*self.w1, *self.w2, *((self.magnitude,) if self.magnitude else ()))
-
-    @property
-    def needs_base(self) -> bool:
-        return False
 
     def form(self, read: Reader, weight: Weight, dtype: torch.dtype) -> CanonicalForm:
         """The canonical form in `dtype`; `weight` is never called."""

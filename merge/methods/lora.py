@@ -10,15 +10,15 @@ from __future__ import annotations
 
 import math
 import threading
-from collections.abc import Callable
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING, TypeAlias
+from typing import TYPE_CHECKING
 
 from adapter_merge.errors import UnsupportedError
 from adapter_merge.storage.lazy_torch import torch
 from adapter_merge.storage.safetensors_header import TensorRef
 from adapter_merge.storage.tensor_io import TORCH_DTYPES
 
+from .adapter import ModuleDefaults, Reader, Weight
 from .block_edits import BlockEdit, Replaced, in_turn
 from .canonical_form import CanonicalForm, Residual
 from .residual import Initial, residual_of, saved_residual
@@ -26,8 +26,6 @@ from .residual import Initial, residual_of, saved_residual
 if TYPE_CHECKING:
     from torch import Tensor
 
-Reader: TypeAlias = "Callable[[TensorRef], Tensor]"
-Weight: TypeAlias = "Callable[[], Tensor]"
 ADALORA_EPSILON = 1e-5
 
 
@@ -37,7 +35,7 @@ def lora_scale(alpha: float, rank: int, rslora: bool) -> float:
 
 
 @dataclass(frozen=True)
-class LoraModule:
+class LoraModule(ModuleDefaults):
     """One weight adapted by LoRA, DoRA, PiSSA, DuDe or AdaLoRA, known from headers only."""
 
     name: str  # module path in the model: model.layers.0.self_attn.q_proj
@@ -114,7 +112,7 @@ class LoraModule:
 
 
 @dataclass(frozen=True)
-class BiasModule:
+class BiasModule(ModuleDefaults):
     """A bias that moved by a multiple of a trained vector: lora_bias, bias' = bias + s b."""
 
     name: str
@@ -135,10 +133,6 @@ class BiasModule:
     def refs(self) -> tuple[TensorRef, ...]:
         return (self.vector,)
 
-    @property
-    def needs_base(self) -> bool:
-        return False
-
     def form(self, read: Reader, weight: Weight, dtype: torch.dtype) -> CanonicalForm:
         """Raises UnsupportedError: low-rank factors act on weights, not on biases."""
         raise UnsupportedError(
@@ -151,7 +145,7 @@ class BiasModule:
 
 
 @dataclass(frozen=True)
-class PartModule:
+class PartModule(ModuleDefaults):
     """Some rows of a module's weight: q of a fused qkv, where the base keeps the three apart."""
 
     whole: LoraModule
@@ -173,10 +167,6 @@ class PartModule:
     @property
     def refs(self) -> tuple[TensorRef, ...]:
         return self.whole.refs
-
-    @property
-    def needs_base(self) -> bool:
-        return False
 
     def form(self, read: Reader, weight: Weight, dtype: torch.dtype) -> CanonicalForm:
         """The rows of the whole's form; its own norms, since every row has its own."""
@@ -213,7 +203,7 @@ class ExpertUps:
 
 
 @dataclass(frozen=True)
-class ExpertModule:
+class ExpertModule(ModuleDefaults):
     """One expert of a stacked parameter (PEFT's target_parameters on (experts, out, in)).
 
     PEFT keeps the experts' factors side by side: A (experts * r, in) expert by expert, B (out, r * experts) with
@@ -242,10 +232,6 @@ class ExpertModule:
     def refs(self) -> tuple[TensorRef, ...]:
         return (self.a, self.b)
 
-    @property
-    def needs_base(self) -> bool:
-        return False
-
     def form(self, read: Reader, weight: Weight, dtype: torch.dtype) -> CanonicalForm:
         """This expert's factors."""
         item = TORCH_DTYPES[self.a.dtype].itemsize
@@ -258,7 +244,7 @@ class ExpertModule:
 
 
 @dataclass(frozen=True)
-class StackModule:
+class StackModule(ModuleDefaults):
     """All experts of a stacked parameter, or a bare 2-D one; the base tells which when it is bound."""
 
     name: str  # the module that owns the parameter

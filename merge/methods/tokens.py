@@ -8,13 +8,13 @@ from adapter_merge.errors import UnsupportedError
 from adapter_merge.storage.lazy_torch import torch
 from adapter_merge.storage.safetensors_header import TensorRef
 
+from .adapter import ModuleDefaults, Reader, Weight
 from .block_edits import BlockEdit, RowsReplaced
 from .canonical_form import CanonicalForm
-from .lora import Reader, Weight
 
 
 @dataclass(frozen=True)
-class TokenModule:
+class TokenModule(ModuleDefaults):
     """Rows `indices` of an embedding, trained in full. PEFT calls them a delta; they are the rows themselves."""
 
     name: str
@@ -34,10 +34,6 @@ class TokenModule:
     @property
     def refs(self) -> tuple[TensorRef, ...]:
         return (self.values,)
-
-    @property
-    def needs_base(self) -> bool:
-        return False
 
     def form(self, read: Reader, weight: Weight, dtype: torch.dtype) -> CanonicalForm:
         """Raises UnsupportedError: replaced rows are no factors."""

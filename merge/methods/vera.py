@@ -16,8 +16,8 @@ from adapter_merge.errors import UnsupportedError
 from adapter_merge.storage.lazy_torch import torch
 from adapter_merge.storage.safetensors_header import TensorRef
 
+from .adapter import ModuleDefaults, Reader, Weight
 from .canonical_form import CanonicalForm
-from .lora import Reader, Weight
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -49,7 +49,7 @@ def _uniform(shape: tuple[int, int], generator: torch.Generator) -> Tensor:
 
 
 @dataclass(frozen=True)
-class VeraModule:
+class VeraModule(ModuleDefaults):
     """One weight adapted by VeRA. Its width is not in the adapter: -1 until the base is known."""
 
     name: str

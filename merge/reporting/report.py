@@ -160,11 +160,7 @@ def measure_adapter(
     if bound is not None:
         pairs = [(item.module, item) for item in bound.modules]
     else:
-        pairs = [
-            (module, None)
-            for module in opened.modules
-            if not module.needs_base and getattr(module, "magnitude", None) is None
-        ]
+        pairs = [(module, None) for module in opened.modules if not module.needs_base and module.magnitude is None]
 
     def one(pair: tuple[Any, BoundModule | None]) -> tuple[str, ModuleFigures | None]:
         return pair[0].name, _measure(*pair)

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from adapter_merge.binding.bind import BoundAdapter
 from adapter_merge.errors import MissingDependencyError, UnsupportedError
+from adapter_merge.methods.adapter import AdapterFormat
 from adapter_merge.methods.dcft import DcftModule
 from adapter_merge.storage.safetensors_header import TensorRef
 from adapter_merge.storage.tensor_io import read_tensor
@@ -76,7 +77,7 @@ def adapted_model(bound: BoundAdapter, dtype: torch.dtype = torch.float32, base:
     """
     model = load_model(bound.base.folder, model_config(bound)) if base is None else base
     replace_tensors(model, bound.replacements)
-    if bound.adapter.format == "PEFT folder":
+    if bound.adapter.format == AdapterFormat.PEFT:
         return with_heads(_in_peft(model, bound).to(dtype), bound.replacements).eval()
     for module in {item.module.name: item.module for item in bound.modules}.values():
         layer = model.get_submodule(_module_path(model, module.name))

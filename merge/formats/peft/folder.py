@@ -12,7 +12,7 @@ from typing import Any
 
 from adapter_merge.errors import AdapterError, Problem, UnsupportedError, raise_all
 from adapter_merge.formats.settings import note_of
-from adapter_merge.methods.adapter import Adapter
+from adapter_merge.methods.adapter import Adapter, AdapterFormat
 from adapter_merge.storage.checkpoint import read_json, read_weights
 
 from .lora import ADALORA_ROLES, LORA_ROLES, TOKEN_ROLES, read_adalora, read_lora, read_tokens
@@ -66,7 +66,7 @@ def read_peft(folder: Path, extras: PeftExtras | None = None) -> Adapter:
     raise_all(parts.problems, AdapterError)
     return Adapter(
         folder=folder,
-        format="PEFT folder",
+        format=AdapterFormat.PEFT,
         method=method,
         modules=modules,
         replacements=parts.replacements,
