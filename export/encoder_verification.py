@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from adapter_merge.errors import UnsupportedError
+from adapter_merge.formats.detection import ReadOptions
 from adapter_merge.storage.checkpoint import open_checkpoint
 
 from .classifying import Classifier
@@ -25,6 +26,8 @@ def verify_encoder(
     name: str | None = None,
     device: str = "cpu",
     bar: float | None = None,
+    base_kind: str | None = None,
+    options: ReadOptions | None = None,
 ) -> dict[str, Any]:
     """See verification.verify_onnx: the same figures, over texts instead of tokens."""
     import numpy as np
@@ -34,7 +37,7 @@ def verify_encoder(
     classifier = Classifier(folder, device)
     check_base(folder, classifier.layout.base, checkpoint.fingerprint, base)
     chosen = find_adapter(folder, manifest.adapters, adapter, name, manifest.mode)
-    model = reference_model(base, adapter)
+    model = reference_model(base, adapter, base_kind, options)
     if type(_inner(model)).__name__ != manifest.options.get("class"):
         raise UnsupportedError(
             f"{folder}: traced as {manifest.options.get('class')}, but {base} is a {type(_inner(model)).__name__}",

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from adapter_merge.errors import InputError, MismatchError
+from adapter_merge.formats.detection import ReadOptions
 
 from .folder import Manifest
 
@@ -52,6 +53,8 @@ def verdict(expected: Sequence[Any], got: Sequence[Any], plain: Sequence[Any], b
     problems = []
     if not worst <= bar:
         problems.append(f"max |dlogit| {worst:.3g} is above {bar:.3g}")
+    if bar > BARS["fp32"] and 0 < effect <= worst:
+        problems.append(f"max |dlogit| {worst:.3g} is no less than the adapter's own effect, {effect:.3g}")
     if equal != positions and bar <= BARS["fp32"]:
         problems.append(f"{positions - equal} greedy choices differ")
     logits = {
@@ -103,7 +106,9 @@ def find_adapter(
     return found[0]
 
 
-def reference_model(base: str | Path, adapter: str | Path | None) -> Any:
+def reference_model(
+    base: str | Path, adapter: str | Path | None, base_kind: str | None = None, options: ReadOptions | None = None
+) -> Any:
     """The torch model in float32 with the adapter live in it."""
     from adapter_merge.verification.live_adapter import load_model
     from adapter_merge.verification.live_model import trained_model
@@ -114,7 +119,7 @@ def reference_model(base: str | Path, adapter: str | Path | None) -> Any:
         return load_model(resolve(base)).float()
     from adapter_merge.combine.open_inputs import open_pair
 
-    return trained_model(open_pair(base, adapter))
+    return trained_model(open_pair(base, adapter, base_kind, options))
 
 
 def sample_tokens(vocabulary: int, count: int = TOKENS) -> list[int]:

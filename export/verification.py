@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from adapter_merge.errors import InputError
+from adapter_merge.formats.detection import ReadOptions
 
 from .encoder_verification import verify_encoder
 from .folder import folder_layout, read_export
@@ -31,15 +32,19 @@ def verify_onnx(
     name: str | None = None,
     prompts: Sequence[str] | None = None,
     tokens: Sequence[int] | None = None,
+    generated: int = GENERATED,
     device: str = "cpu",
     bar: float | None = None,
+    base_kind: str | None = None,
+    options: ReadOptions | None = None,
 ) -> dict[str, Any]:
     """Hold the export in `artefact` against `adapter` on `base` as trained (None: against the base alone).
 
     name: the adapter's name in a switchable or batched export; found by its source path when not given. prompts:
-    texts, each followed by the tokens that torch chooses; tokens: ids to compare over; 256 deterministic
+    texts, each followed by the `generated` tokens that torch chooses; tokens: ids to compare over; 256 deterministic
     pseudo-random ids when neither is given. bar: the largest difference of a logit that passes; by precision when
-    not given (fp32 1e-3), but an int4 export needs one: quantisation moves logits by whole units.
+    not given (fp32 1e-3), but an int4 export needs one: quantisation moves logits by whole units. base_kind and
+    options: what was stated of the adapter beyond its files.
 
     Returns figures, "problems" and "passed". Raises InputError or MismatchError when the three do not belong
     together.
@@ -53,16 +58,20 @@ def verify_onnx(
             hint="say how large a difference of a logit may be: --tolerance",
         )
     if manifest.kind != "decoder":
-        return verify_encoder(base, adapter, folder, manifest, name=name, device=device, bar=bar)
+        if prompts:
+            raise InputError(f"{folder}: a classifier is compared on token ids", hint="leave --prompt out")
+        return verify_encoder(
+            base, adapter, folder, manifest, name=name, device=device, bar=bar, base_kind=base_kind, options=options
+        )
     from adapter_merge.storage.checkpoint import open_checkpoint
 
     checkpoint = open_checkpoint(base)
     layout = folder_layout(folder)
     check_base(folder, layout.base, checkpoint.fingerprint, base)
     chosen = find_adapter(folder, manifest.adapters, adapter, name, manifest.mode)
-    model = reference_model(base, adapter)
+    model = reference_model(base, adapter, base_kind, options)
     vocabulary = int(model.config.get_text_config().vocab_size)
-    texts = token_lists(folder, model, prompts, tokens, vocabulary)
+    texts = token_lists(folder, model, prompts, tokens, vocabulary, generated)
     expected = [torch_logits(model, ids) for ids, _ in texts]
     del model
     plain = expected
@@ -85,7 +94,12 @@ def verify_onnx(
 
 
 def token_lists(
-    folder: Path, model: Any, prompts: Sequence[str] | None, tokens: Sequence[int] | None, vocabulary: int
+    folder: Path,
+    model: Any,
+    prompts: Sequence[str] | None,
+    tokens: Sequence[int] | None,
+    vocabulary: int,
+    generated: int = GENERATED,
 ) -> list[tuple[list[int], int]]:
     """(ids, how many of them are prefill) for every text. Raises InputError."""
     if tokens is None and prompts:
@@ -95,7 +109,7 @@ def token_lists(
         found = []
         for text in prompts:
             prompt = prompter.encode(text)
-            found.append((prompt + torch_greedy(model, prompt, GENERATED), len(prompt)))
+            found.append((prompt + torch_greedy(model, prompt, generated), len(prompt)))
         return found
     ids = list(tokens) if tokens is not None else sample_tokens(vocabulary)
     if len(ids) < 2 or not all(0 <= token < vocabulary for token in ids):

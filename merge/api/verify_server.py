@@ -9,8 +9,6 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from torch import Tensor
-
 from adapter_merge.binding.bind import BoundAdapter
 from adapter_merge.combine.open_inputs import AdapterInput, open_pair, parts_of
 from adapter_merge.errors import InputError, MismatchError, UnsupportedError
@@ -123,13 +121,12 @@ def _transcripts(bound: BoundAdapter, prompts: Sequence[str] | None, generated: 
     """The prompts, each with the adapter's own answer. Raises UnsupportedError for a model that writes no text."""
     found = []
     for path in token_paths(bound, prompts, generated):
-        rows: Tensor = path.ids
         if path.start == 0:
             raise UnsupportedError(
                 f"{bound.base.folder}: writes no text, so that no completions server serves it",
                 hint="verify the merged model's folder instead",
             )
-        found += [Transcript(tuple(row), path.start + 1) for row in rows.tolist()]
+        found.append(Transcript(tuple(path.ids.tolist()), path.start + 1))
     return found
 
 

@@ -10,7 +10,7 @@ from typing import Any
 import click
 
 from .adapter_options import adapter_options
-from .console import emit, progress_bar
+from .console import emit, progress_bar, say
 from .inputs import INPUTS, Subject, combination_options, has_combination, stated_inputs
 from .options import report_options
 from .verify_server import verify_running
@@ -149,16 +149,20 @@ def verify(
     onnx = None
     if artefact_kind(resolve(artefact)) == "onnx":
         onnx = importlib.import_module("adapter_merge.export.verification").verify_onnx
-    report = run(
-        subject.base,
-        subject.adapter,
-        artefact,
-        base_kind=subject.base_kind,
-        options=subject.options,
-        prompts=prompts or None,
-        onnx=onnx,
-        **settings,
-    )
+    total = sum(file.stat().st_size for file in resolve(artefact).glob("*.safetensors"))
+    with progress_bar("comparing weights", total, quiet or as_json) as progress:
+        report = run(
+            subject.base,
+            subject.adapter,
+            artefact,
+            base_kind=subject.base_kind,
+            options=subject.options,
+            prompts=prompts or None,
+            onnx=onnx,
+            progress=progress,
+            say=lambda text: say(text, quiet=quiet or as_json),
+            **settings,
+        )
     if as_json:
         emit(report)
     else:

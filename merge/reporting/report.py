@@ -95,7 +95,7 @@ def gather(
         "form": (manifest or {}).get("form"),
         "exact": (manifest or {}).get("exact"),
         "base": (manifest or {}).get("base") or _describe_base(checkpoint, opened),
-        "adapters": (manifest or {}).get("adapters") or ([_describe_adapter(opened)] if opened else []),
+        "adapters": _adapters(manifest or {}) or ([_describe_adapter(opened)] if opened else []),
         "options": (manifest or {}).get("options"),
         "versions": (manifest or {}).get("versions"),
         "created": (manifest or {}).get("created"),
@@ -295,6 +295,14 @@ def _parity_line(found: Mapping[str, Any], file: Path) -> dict[str, Any]:
     raise InputError(f"{file}: not a verification", expected="what adapter-merge verify --json prints")
 
 
+def _adapters(manifest: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """The manifest's adapters, each with its name and path: a list, or by name as an ONNX export has them."""
+    adapters = manifest.get("adapters") or []
+    if not isinstance(adapters, Mapping):
+        return list(adapters)
+    return [{"name": name, "path": entry.get("source"), **entry} for name, entry in adapters.items()]
+
+
 def _sizes(
     folder: Path, checkpoint: Checkpoint | None, manifest: Mapping[str, Any] | None, opened: Adapter | None
 ) -> dict[str, int]:
@@ -302,7 +310,7 @@ def _sizes(
     if checkpoint is not None:
         sizes["base"] = checkpoint.nbytes
     if manifest is not None:
-        for entry in manifest.get("adapters", ()):
+        for entry in _adapters(manifest):
             source = Path(str(entry.get("path", "")))
             weights = source / "adapter_model.safetensors"
             if weights.is_file():

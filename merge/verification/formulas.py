@@ -9,6 +9,7 @@ LyCORIS   y = x W'^T + bias, W' = W0 + s kron(W1, W2) or W0 + s (W1a W1b) * (W2a
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass, replace
 from functools import reduce
 
 import torch
@@ -24,6 +25,7 @@ from adapter_merge.methods.lora import LoraModule
 from adapter_merge.methods.residual import decompose
 from adapter_merge.storage.tensor_io import TORCH_DTYPES, read_tensor
 
+FLOAT32_NOISE = 2.0**-20  # of a residual's terms: how far two float32 decompositions of one weight may be apart
 Forward = Callable[[nn.Module, Callable[[Tensor], Tensor], Tensor], Tensor]  # (layer, its own forward, x) -> y
 
 
@@ -49,12 +51,17 @@ def _added(delta: Tensor) -> Forward:  # delta (in, out)
 
 def _dcft_delta(module: DcftModule, dtype: torch.dtype) -> Tensor:  # (in, out)
     image = read_tensor(module.a).to(dtype).mT @ read_tensor(module.b).to(dtype).mT  # (in/k0, out/k1), of each channel
-    number = module.ranknum if isinstance(module.ranknum, float) else float(read_tensor(module.ranknum).reshape(-1)[0])
     bias = None if module.bias is None else read_tensor(module.bias).to(dtype)
     image = image.reshape(1, module.c.shape[0], *image.shape[-2:])
     spread = nn.functional.conv_transpose2d(image, read_tensor(module.c).to(dtype), bias, stride=module.stride)
+    return spread[0, 0] * dcft_scale(module)
+
+
+def dcft_scale(module: DcftModule) -> float:
+    """alpha / (ranknum + 1e-5), with r for an alpha of 0 (class SVDLinear of the reference)."""
+    number = module.ranknum if isinstance(module.ranknum, float) else float(read_tensor(module.ranknum).reshape(-1)[0])
     scaling = module.alpha if module.alpha > 0 else number  # SVDLinear: lora_alpha if lora_alpha > 0 else float(r)
-    return spread[0, 0] * (scaling / (number + RANKNUM_EPSILON))
+    return scaling / (number + RANKNUM_EPSILON)
 
 
 def _reshaped_delta(module: DcftReshapeModule, dtype: torch.dtype) -> Tensor:  # (in, out)
@@ -78,24 +85,60 @@ def _with_bias(layer: nn.Module, y: Tensor) -> Tensor:
 
 def _frozen_of(module: LoraModule, weight: Tensor) -> Tensor:
     """W_f (out, in) in the dtype that it was kept in."""
-    initial = module.initial
     if module.frozen is not None:
         return read_tensor(module.frozen)
-    if initial is None:
+    if module.initial is None:
         return weight
-    kept = TORCH_DTYPES[initial.dtype] if initial.dtype else weight.dtype
-    scale = module.scale
+    return subtracted_from(module, lambda: weight, weight.dtype).rows(weight)[0]
+
+
+@dataclass(frozen=True, eq=False)
+class Subtracted:
+    """What was cut out of W0 before training: W_f = round(W0 - s B0 A0), in the order of operations of the training."""
+
+    b: Tensor  # (out, r)
+    a: Tensor  # (r, in)
+    scale: float
+    kept: torch.dtype  # of W_f
+    product: torch.dtype | None = None  # of the factors and of s B0 A0 where these were rounded (MyTransformers)
+
+    def transposed(self) -> Subtracted:
+        """That of W0^T."""
+        return replace(self, b=self.a.T.contiguous(), a=self.b.T.contiguous())
+
+    def rows(self, weight: Tensor, first: int = 0) -> tuple[Tensor, Tensor]:
+        """Rows first .. first + n of W_f in `kept`, for those of W0, and how far another float32 may take them.
+
+        Two decompositions of one weight differ in their last bits, so that an element beside the middle of two
+        neighbours of a half precision may become either.
+        """
+        b = self.b[first : first + weight.shape[0]].to(torch.float32)
+        product = b @ self.a.to(torch.float32)
+        found = self._left(weight, product)
+        if self.kept in (torch.float32, torch.float64):
+            return found, torch.zeros((), dtype=torch.float64)
+        noise = (weight.abs().to(torch.float32) / abs(self.scale) + product.abs()) * FLOAT32_NOISE
+        low, high = (self._left(weight, product + sign * noise).to(torch.float64) for sign in (1, -1))
+        return found, (high - low).abs()
+
+    def _left(self, weight: Tensor, product: Tensor) -> Tensor:
+        if self.product is None:
+            return (weight.to(torch.float32) - self.scale * product).to(self.kept)
+        # MyTransformers: LinearWithLoRA._compute_lora_weight, in the dtype of the factors, then in the weight's.
+        taken = (self.scale * product.to(self.product)).to(self.kept)
+        return (weight.to(self.kept).to(torch.float32) - taken.to(torch.float32)).to(self.kept)
+
+
+def subtracted_from(module: LoraModule, weight: Callable[[], Tensor], stored: torch.dtype) -> Subtracted:
+    """What was cut out of W0 (out, in), which `weight` gives in the dtype `stored` that the base keeps it in."""
+    initial = module.initial
+    assert initial is not None
+    kept = TORCH_DTYPES[initial.dtype] if initial.dtype else stored
+    product = TORCH_DTYPES[initial.product] if initial.product else None
     if initial.a is not None and initial.b is not None:
         scale = module.scale if initial.scale is None else initial.scale
-        b0, a0 = read_tensor(initial.b), read_tensor(initial.a)
-    else:
-        b0, a0 = decompose(initial, weight, module.rank, module.scale)
-    product = b0.to(torch.float32) @ a0.to(torch.float32)
-    if initial.product is None:
-        return (weight.to(torch.float32) - scale * product).to(kept)
-    # MyTransformers: LinearWithLoRA._compute_lora_weight, in the dtype of the factors, then in the weight's.
-    lora_weight = (scale * product.to(TORCH_DTYPES[initial.product])).to(kept)
-    return (weight.to(kept).to(torch.float32) - lora_weight.to(torch.float32)).to(kept)
+        return Subtracted(read_tensor(initial.b), read_tensor(initial.a), scale, kept, product)
+    return Subtracted(*decompose(initial, weight(), module.rank, module.scale), module.scale, kept, product)
 
 
 def _lora_forward(module: LoraModule, layer: nn.Module, dtype: torch.dtype) -> Forward:

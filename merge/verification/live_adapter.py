@@ -69,31 +69,26 @@ def load_model(folder: Any, config: Any = None) -> nn.Module:
     return model.eval()
 
 
-def adapted_model(bound: BoundAdapter, dtype: torch.dtype = torch.float32, base: nn.Module | None = None) -> nn.Module:
-    """The base with the adapter live in it, unmerged, computing in `dtype`.
-
-    The base is loaded in its own dtype first, so that PiSSA's and DuDe's residual is rounded as at training. `base`:
-    another model to put it into, which is used up.
-    """
-    model = load_model(bound.base.folder, model_config(bound)) if base is None else base
-    replace_tensors(model, bound.replacements)
+def adapted_model(bound: BoundAdapter, dtype: torch.dtype, model: nn.Module) -> nn.Module:
+    """`model`, which is used up, with the adapter live in it, unmerged, computing in `dtype`."""
     if bound.adapter.format == AdapterFormat.PEFT:
         return with_heads(_in_peft(model, bound).to(dtype), bound.replacements).eval()
+    replace_tensors(model, bound.replacements)
     for module in {item.module.name: item.module for item in bound.modules}.values():
-        layer = model.get_submodule(_module_path(model, module.name))
+        layer = model.get_submodule(module_path(model, module.name))
         _install(layer, forward_of(module, layer, dtype))
     if any(isinstance(item.module, DcftModule) for item in bound.modules):
         use_authors_attention(model)
     return with_heads(model.to(dtype), bound.replacements).eval()
 
 
-def model_config(bound: BoundAdapter) -> Any:
-    """The base's transformers config with as many labels as the adapter's head has."""
+def model_config(folder: Any) -> Any:
+    """The transformers config in `folder`."""
     require("transformers")
     import transformers
 
     with quiet_libraries():
-        return transformers.AutoConfig.from_pretrained(bound.base.folder)
+        return transformers.AutoConfig.from_pretrained(folder)
 
 
 def replace_tensors(model: nn.Module, replacements: dict[str, TensorRef]) -> None:
@@ -126,7 +121,7 @@ def _plain(name: str) -> str:
     return plain.replace(".modules_to_save.default.", ".")
 
 
-def _module_path(model: nn.Module, name: str) -> str:
+def module_path(model: nn.Module, name: str) -> str:
     """The adapter's module path in this model: as it is, or with one leading component more or less."""
     paths: set[str] = {path for path, _ in model.named_modules()}
     if name in paths:
@@ -167,14 +162,21 @@ def live_layer(model: nn.Module, name: str) -> nn.Module:
     get_base_model = getattr(model, "get_base_model", None)
     inner = get_base_model() if callable(get_base_model) else model
     assert isinstance(inner, nn.Module)
-    return inner.get_submodule(_module_path(inner, name))
+    return inner.get_submodule(module_path(inner, name))
+
+
+def innermost(layer: nn.Module) -> nn.Module:
+    """The model's own layer inside what PEFT wraps around it."""
+    while True:
+        inner = getattr(layer, "base_layer", None) or getattr(layer, "token_adapter", None)
+        if not isinstance(inner, nn.Module):
+            return layer
+        layer = inner
 
 
 def is_embedding(layer: nn.Module) -> bool:
     """True for a layer that takes token ids."""
-    get_base_layer = getattr(layer, "get_base_layer", None)
-    inner = get_base_layer() if callable(get_base_layer) else layer
-    return isinstance(inner, nn.Embedding)
+    return isinstance(innermost(layer), nn.Embedding)
 
 
 def _in_peft(model: nn.Module, bound: BoundAdapter) -> nn.Module:

@@ -21,6 +21,7 @@ from adapter_merge.storage.tensor_io import read_tensor
 
 from .combination_definition import defined_delta
 from .live_adapter import adapted_model, is_embedding, live_layer, load_model, quiet_libraries, require
+from .streamed_adapter import held_model, streamed_trained
 
 
 def combined_model(bound: CombinedBound, dtype: torch.dtype = torch.float32) -> nn.Module:
@@ -38,7 +39,7 @@ def _side_by_side(bound: CombinedBound) -> dict[str, Tensor]:
     found: dict[str, dict[str, Tensor]] = {}
     for item, part in zip(bound.recipe.ingredients, bound.parts, strict=True):
         if item.weight != 0:
-            for name, after in _live_tensors(bound, item.name, part, adapted_model(part, torch.float64)).items():
+            for name, after in _live_tensors(bound, item.name, part, _alone(part)).items():
                 found.setdefault(name, {})[item.name] = after
     weights = {}
     for module in _modules(bound):
@@ -55,9 +56,13 @@ def _in_turn(bound: CombinedBound) -> dict[str, Tensor]:
     """W' of every tensor, float64: each adapter live on the model that the ones before it have left."""
     weights: dict[str, Tensor] = {}
     for item, part in zip(bound.recipe.ingredients, bound.parts, strict=True):
-        live = adapted_model(part, torch.float64, _with_weights(bound, weights) if weights else None)
+        live = adapted_model(part, torch.float64, _with_weights(bound, weights)) if weights else _alone(part)
         weights |= _live_tensors(bound, item.name, part, live, weights)
     return weights
+
+
+def _alone(part: BoundAdapter) -> nn.Module:
+    return held_model(streamed_trained(part, torch.float64))
 
 
 def _modules(bound: CombinedBound) -> list[CombinedModule]:

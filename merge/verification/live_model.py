@@ -8,10 +8,13 @@ from torch import nn
 from adapter_merge.binding.bind import BoundAdapter
 from adapter_merge.combine.combined_adapter import CombinedBound
 
-from .live_adapter import adapted_model
 from .live_combination import combined_model
+from .streamed_adapter import held_model, streamed_trained
 
 
 def trained_model(bound: BoundAdapter, dtype: torch.dtype = torch.float32) -> nn.Module:
     """The base with the adapter live in it, unmerged, computing in `dtype`; of several adapters their combination."""
-    return combined_model(bound, dtype) if isinstance(bound, CombinedBound) else adapted_model(bound, dtype)
+    if isinstance(bound, CombinedBound):
+        return combined_model(bound, dtype)
+    wide = torch.float64 if dtype == torch.float64 else torch.float32
+    return held_model(streamed_trained(bound, wide)).to(dtype)

@@ -1,0 +1,106 @@
+"""The weights' formulas held against live layers: PEFT's, or the methods' own forwards.
+
+The weight figures rest on weight_formulas.py. Each adapted layer of the live model gets random inputs X (PROBES, in);
+its answer without the bias must be X W'^T. A mistake in the formulas, or in the readers' account of a folder, shows.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from adapter_merge.binding.bind import BoundAdapter, BoundModule
+from adapter_merge.methods.lora import BiasModule, ExpertModule, PartModule
+from adapter_merge.methods.tokens import TokenModule
+from adapter_merge.storage.tensor_io import read_tensor
+
+from .compare_weights import WEIGHT_TOLERANCE, modules_by_tensor, whole_weight
+from .live_adapter import innermost, live_layer
+from .streamed_model import StreamedModel
+
+PROBES = 8
+
+
+@torch.no_grad()
+def unlike_live(bound: BoundAdapter, streamed: StreamedModel) -> list[str]:
+    """Tensors whose live layer does not compute with the W' that the artefact is compared with.
+
+    `streamed` is the adapter as trained, in float64.
+    """
+    source = torch.Generator().manual_seed(0)
+    wrong = []
+    for name, items in modules_by_tensor(bound).items():
+        base, after = whole_weight(items)
+        for path in dict.fromkeys(item.module.name for item in items):
+            own = [item for item in items if item.module.name == path]
+            layer = live_layer(streamed.model, path)
+            streamed.hold_module(path)
+            if not _alike(layer, own, base, after, source):
+                wrong.append(name)
+                break
+    return wrong
+
+
+def _alike(layer: Any, items: Sequence[BoundModule], base: Tensor, after: Tensor, source: torch.Generator) -> bool:
+    item = items[0]
+    if isinstance(item.module, ExpertModule) or hasattr(layer, "parameter_name"):
+        return all(_same_expert(layer, one, base, after) for one in items)
+    if isinstance(item.module, BiasModule):
+        weight = _inner_weight(layer)
+        answer = layer(torch.zeros(1, weight[1] if not weight[2] else weight[0], dtype=torch.float64))
+        return _close(answer[0], after, base)
+    if item.rows is not None:
+        after, base = (
+            after.reshape(-1, after.shape[-1])[slice(*item.rows)],
+            base.reshape(-1, base.shape[-1])[slice(*item.rows)],
+        )
+    if item.transposed:
+        after, base = after.T, base.T
+    if after.dim() != 2:
+        return True
+    if isinstance(innermost(layer), nn.Embedding):
+        ids = torch.randint(after.shape[0], (PROBES,), generator=source)
+        trained = [torch.tensor(one.module.indices) for one in items if isinstance(one.module, TokenModule)]
+        ids = torch.cat([ids, *trained])
+        return _close(layer(ids), after[ids], base[ids])
+    x = torch.randn(PROBES, after.shape[1], generator=source, dtype=torch.float64)
+    got = layer(x) - layer(torch.zeros_like(x))
+    if isinstance(item.module, PartModule):
+        got = got[:, item.module.start : item.module.stop]
+    return _close(got, x @ after.T, x @ base.T)
+
+
+def _inner_weight(layer: Any) -> tuple[int, int, bool]:
+    """Rows and columns of a linear layer's weight, and whether it is stored as (in, out)."""
+    inner: Any = innermost(layer)
+    return *inner.weight.shape, type(inner).__name__ == "Conv1D"
+
+
+def _same_expert(layer: Any, item: BoundModule, base: Tensor, after: Tensor) -> bool:
+    """One expert of a stacked parameter, or a bare parameter: what PEFT adds to it, and what that makes of it."""
+    wrapper = layer
+    factors = read_tensor(item.module.refs[0])
+    while not (
+        wrapper.lora_A["default"].weight.shape == factors.shape
+        and torch.equal(wrapper.lora_A["default"].weight, factors.to(torch.float64))
+    ):
+        wrapper = wrapper.base_layer
+    live = wrapper.get_param() + wrapper.get_delta_weight("default")
+    module = item.module
+    if isinstance(module, ExpertModule):
+        live = live.reshape(-1, *live.shape[-2:])[module.index]
+        if item.rows is not None:
+            after, base = (one.reshape(-1, one.shape[-1])[slice(*item.rows)] for one in (after, base))
+        else:
+            live = live[slice(*module.rows)]
+    return live.shape == after.shape and _close(live, after, base)
+
+
+def _close(got: Tensor, want: Tensor, plain: Tensor) -> bool:
+    """True when `got` is `want`, measured by how far that is from what there was without the adapter."""
+    effect = torch.linalg.vector_norm(want - plain).clamp_min(1e-300)
+    noise = 1e-12 * torch.linalg.vector_norm(want)
+    return bool(torch.linalg.vector_norm(got - want) <= WEIGHT_TOLERANCE * effect + noise)

@@ -1,0 +1,175 @@
+"""Base, adapter as trained, and artefact as streamed models: what logits and live layers are taken from.
+
+A PEFT folder runs in PEFT, put into a model without weights; each part is adjusted once its weights are there: the
+residual of PiSSA and OLoRA is cut out of it by PEFT's own initialisation, in the dtype that it was trained beside.
+Anything else runs by its method's own forward (formulas.py).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from adapter_merge.binding.bind import BoundAdapter, BoundModule
+from adapter_merge.combine.open_inputs import open_pair
+from adapter_merge.formats.peft.tensors import REPLACEMENTS
+from adapter_merge.methods.adapter import AdapterFormat
+from adapter_merge.methods.dcft import DcftModule
+from adapter_merge.methods.lora import LoraModule
+from adapter_merge.methods.residual import Initial
+from adapter_merge.storage.checkpoint import open_checkpoint, read_weights
+from adapter_merge.storage.safetensors_header import TensorRef
+from adapter_merge.storage.tensor_io import TORCH_DTYPES, read_tensor
+
+from .deberta import use_authors_attention
+from .formulas import Forward, forward_of, subtracted_from
+from .live_adapter import live_layer, model_config, module_path, quiet_libraries, require, with_heads
+from .streamed_model import PartLoader, Source, StreamedModel, file_sources, skeleton, with_placeholders
+
+
+def streamed_base(folder: Path, dtype: torch.dtype) -> StreamedModel:
+    """The model in `folder`."""
+    config = model_config(folder)
+    loader = PartLoader(config, file_sources(open_checkpoint(folder).tensors, dtype), dtype)
+    return StreamedModel(with_placeholders(skeleton(config, dtype)), loader)
+
+
+def streamed_trained(bound: BoundAdapter, dtype: torch.dtype) -> StreamedModel:
+    """The base with one adapter live in it, unmerged."""
+    config = model_config(bound.base.folder)
+    is_peft = bound.adapter.format == AdapterFormat.PEFT
+    tensors: dict[str, TensorRef] = dict(bound.base.tensors)
+    # As it was trained: DCFT's attention shares its projections, see deberta.py.
+    changes = {key: value for key, value in bound.config_changes.items() if key != "share_att_key"}
+    if is_peft:
+        changes.pop("tie_word_embeddings", None)  # PEFT trains a copy beside the tie
+    else:
+        tensors |= {**bound.copies, **bound.replacements}
+    tensors |= {item.weight.name: item.weight for item in bound.modules if item.weight.name in tensors}
+    _set(config, changes)
+    loader = PartLoader(config, file_sources(tensors, dtype), dtype)
+    model = with_placeholders(skeleton(config, dtype))
+    if not is_peft:
+        return StreamedModel(model, loader, _installed(model, bound, dtype))
+    live = with_heads(_in_peft(model, bound.adapter.folder, bound.base_kind), bound.replacements)
+    return StreamedModel(live, loader, _residuals(live, bound, dtype))
+
+
+def streamed_artefact(bound: BoundAdapter, folder: Path, kind: str, dtype: torch.dtype) -> StreamedModel:
+    """What the artefact computes with, of each kind."""
+    if kind == "merged model":
+        return streamed_base(folder, dtype)
+    if kind == "adapter":
+        return streamed_trained(open_pair(bound.base.folder, folder, bound.base_kind), dtype)
+    config = model_config(bound.base.folder)
+    sources = file_sources(bound.base.tensors, dtype)
+    if kind == "factors":
+        heads = folder / REPLACEMENTS
+        own = {ref.name: ref for ref in read_weights(heads).tensors} if heads.is_file() else {}
+        live = with_heads(_in_peft(with_placeholders(skeleton(config, dtype)), folder, "original"), own)
+        return StreamedModel(live, PartLoader(config, sources, dtype))
+    _set(config, bound.config_changes)
+    sources |= file_sources({**bound.copies, **bound.replacements}, dtype)
+    outputs = {item.name: item.weight for item in bound.modules}
+    for ref in read_weights(folder / "delta.safetensors").tensors:
+        sources[ref.name] = _sum(outputs.get(ref.name, ref), ref, dtype)
+    return StreamedModel(with_placeholders(skeleton(config, dtype)), PartLoader(config, sources, dtype))
+
+
+def held_model(streamed: StreamedModel) -> nn.Module:
+    """The model with all of its weights in memory."""
+    streamed.hold_all()
+    return streamed.model
+
+
+def _sum(base: TensorRef, delta: TensorRef, dtype: torch.dtype) -> Source:
+    return lambda: read_tensor(base).to(dtype) + read_tensor(delta).to(dtype)
+
+
+def _set(config: Any, changes: Any) -> None:
+    for key, value in changes.items():
+        setattr(config, key, value)
+        inner = config.get_text_config()
+        if inner is not config and hasattr(inner, key):
+            setattr(inner, key, value)
+
+
+def _in_peft(model: nn.Module, folder: Path, base_kind: str) -> nn.Module:
+    require("peft")
+    import peft
+
+    with quiet_libraries():
+        config: Any = peft.PeftConfig.from_pretrained(str(folder))
+        if isinstance(getattr(config, "init_lora_weights", None), str) and _cuts(config.init_lora_weights):
+            config.init_lora_weights = True  # there is no weight to cut it out of yet: see _residuals
+        config.inference_mode = True
+        loaded: nn.Module = peft.PeftModel.from_pretrained(model, str(folder), config=config, low_cpu_mem_usage=True)
+    return loaded.eval()
+
+
+def _cuts(init: str) -> bool:
+    """True for initialisations that change the base's weight."""
+    return init.startswith(("pissa", "corda")) or init in ("olora", "loftq", "lora_ga")
+
+
+def _residuals(live: nn.Module, bound: BoundAdapter, dtype: torch.dtype) -> dict[str, Callable[[], None]]:
+    """By module path: cut the residual out of the weight that was just loaded."""
+    found: dict[str, Callable[[], None]] = {}
+    for item in bound.modules:
+        module = item.module
+        if isinstance(module, LoraModule) and module.initial is not None and bound.base_kind != "residual":
+            layer = live_layer(live, module.name)
+            found[module.name] = _cutting(layer, item, module, module.initial, dtype)
+    return found
+
+
+def _cutting(layer: Any, item: BoundModule, module: LoraModule, initial: Initial, dtype: torch.dtype) -> Any:
+    kept = TORCH_DTYPES[initial.dtype or item.weight.dtype]
+
+    def cut() -> None:
+        weight = layer.get_base_layer().weight
+        if initial.refs or initial.method not in ("svd", "qr"):
+            stored = (weight.data.T if item.transposed else weight.data).to(TORCH_DTYPES[item.weight.dtype])
+            left = subtracted_from(module, lambda: stored, stored.dtype).rows(stored)[0].to(dtype)
+            weight.data = left.T if item.transposed else left
+            return
+        trained = layer.lora_A["default"].weight.data, layer.lora_B["default"].weight.data
+        weight.data = weight.data.to(kept)
+        if initial.method == "qr":
+            layer.olora_init("default")
+        else:
+            layer.pissa_init("default", "pissa")
+        weight = layer.get_base_layer().weight
+        weight.data = weight.data.to(dtype).contiguous()
+        layer.lora_A["default"].weight.data, layer.lora_B["default"].weight.data = trained
+
+    return cut
+
+
+def _installed(model: nn.Module, bound: BoundAdapter, dtype: torch.dtype) -> dict[str, Callable[[], None]]:
+    """Put each module's own forward in; by module path: work it out once the weight is there."""
+    found: dict[str, Callable[[], None]] = {}
+    for item in {item.module.name: item for item in bound.modules}.values():
+        path = module_path(model, item.module.name)
+        found[path] = _install(model.get_submodule(path), item, dtype)
+    if any(isinstance(item.module, DcftModule) for item in bound.modules):
+        use_authors_attention(model)
+    return found
+
+
+def _install(layer: Any, item: BoundModule, dtype: torch.dtype) -> Callable[[], None]:
+    plain: Callable[[Tensor], Tensor] = layer.forward
+    forwards: list[Forward] = []
+    layer.forward = lambda x: forwards[0](layer, plain, x)
+
+    def prepare() -> None:
+        weight = layer.weight
+        weight.data = weight.data.to(TORCH_DTYPES[item.weight.dtype])  # the residual is rounded as the base is
+        forwards[:] = [forward_of(item.module, layer, dtype)]
+        weight.data = weight.data.to(dtype)
+
+    return prepare

@@ -1,0 +1,254 @@
+"""A transformers model whose weights are read from a checkpoint when a forward needs them, and dropped after.
+
+The model is built without weights. Its parts (one decoder layer, a large embedding or head) are loaded the first time
+that one of their modules runs: tensors through our own readers, names and layouts through transformers' own
+conversion, so that whatever from_pretrained can load can be streamed. Parts stay while all that is held is below
+KEPT_BYTES; the rest is read again in every forward. An 8B model runs in the memory of its largest part.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+
+from adapter_merge.errors import UnsupportedError
+from adapter_merge.storage.safetensors_header import TensorRef
+from adapter_merge.storage.tensor_io import read_tensor
+
+from .live_adapter import quiet_libraries, require
+
+KEPT_BYTES = 2 << 30
+LARGE_LEAF = 64 << 20  # bytes from which an embedding or head is a part of its own
+WRAPPERS = ("base_layer", "original_module", "token_adapter")  # what PEFT puts into a module's path
+REST = ""
+
+Source = Callable[[], Tensor]
+Adjust = Callable[[], None]
+
+
+def plain_path(path: str) -> str:
+    """A module's or parameter's path without what PEFT puts into it."""
+    plain = path.removeprefix("base_model.model.")
+    return ".".join(part for part in plain.split(".") if part not in WRAPPERS)
+
+
+def file_sources(tensors: Mapping[str, TensorRef], dtype: torch.dtype) -> dict[str, Source]:
+    """A checkpoint's tensors in `dtype`, each read when it is asked for."""
+    return {name: lambda ref=ref: read_tensor(ref).to(dtype) for name, ref in tensors.items()}  # type: ignore[misc]
+
+
+def skeleton(config: Any, dtype: torch.dtype) -> nn.Module:
+    """The model class that `config` names, in eval mode: parameters on the meta device, buffers computed."""
+    require("transformers")
+    import transformers
+
+    with quiet_libraries(), torch.no_grad():
+        names = getattr(config, "architectures", None) or []
+        kind = getattr(transformers, names[0], None) if names else None
+        kind = kind or transformers.AutoModelForCausalLM._model_mapping[type(config)]
+        with transformers.modeling_utils.ContextManagers(kind.get_init_context(dtype, False, False, False)):
+            model: Any = kind(config)
+        for path, buffer in list(model.named_buffers()):
+            owner, _, name = path.rpartition(".")
+            model.get_submodule(owner)._buffers[name] = torch.empty_like(buffer, device="cpu")
+        model.initialize_weights()
+    return model.eval()  # type: ignore[no-any-return]
+
+
+def with_placeholders(model: nn.Module) -> nn.Module:
+    """The skeleton with parameters on the CPU that have no memory of their own.
+
+    They are NaN, so that reading one cannot pass for a weight; not on the meta device, since some models send their
+    inputs to the device of their embedding, and PEFT its factors to that of the weight.
+    """
+    for module in model.modules():
+        for name, parameter in list(module._parameters.items()):
+            if parameter is not None:
+                empty = nn.Parameter(torch.full((1,), torch.nan, dtype=parameter.dtype).expand(parameter.shape), False)
+                empty.is_placeholder = True  # type: ignore[attr-defined]
+                module._parameters[name] = empty
+    return model
+
+
+class PartLoader:
+    """The parameters of one part of a model at a time, from a checkpoint's tensors."""
+
+    def __init__(self, config: Any, sources: Mapping[str, Source], dtype: torch.dtype) -> None:
+        from transformers.conversion_mapping import get_model_conversion_mapping
+        from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
+
+        self.model = cast(Any, skeleton(config, dtype))
+        self.sources = sources
+        self.dtype = dtype
+        self.parts = _parts(self.model)
+        state = self.model.state_dict()
+        self._mapping = get_model_conversion_mapping(self.model)
+        renamings = [entry for entry in self._mapping if isinstance(entry, WeightRenaming)]
+        converters = [entry for entry in self._mapping if isinstance(entry, WeightConverter)]
+        prefix = self.model.base_model_prefix
+        self._keys: dict[str, list[str]] = {}
+        found = set()
+        for key in sources:
+            name = rename_source_key(key, renamings, converters, prefix, state)[0]
+            if name not in state and key in state:
+                name = rename_source_key(key, [], [], prefix, state)[0]
+            if name in state:
+                self._keys.setdefault(self.part_of(name), []).append(key)
+                found.add(name)
+        tied: dict[str, str] = self.model.all_tied_weights_keys
+        self._tied = {name: source for name, source in tied.items() if name not in found}
+
+    def part_of(self, path: str) -> str:
+        """The part that a plain path lies in."""
+        while path:
+            if path in self.parts:
+                return path
+            path = path.rpartition(".")[0]
+        return REST
+
+    @torch.no_grad()
+    def load(self, part: str) -> dict[str, Tensor]:
+        """Every parameter and saved buffer of the part that the checkpoint has, by its name in the model."""
+        names = [name for name in self.model.state_dict() if self.part_of(name) == part]
+        tied = {name: self._tied[name] for name in names if name in self._tied}
+        keys = [key for one in {part, *map(self.part_of, tied.values())} for key in self._keys.get(one, ())]
+        if tied:  # of the other parts only what is tied
+            wanted = {*names, *tied.values()}
+            keys = [key for key in keys if key in self._keys.get(part, ()) or self._target(key) in wanted]
+        before = dict(self._slots([*names, *tied.values()]))
+        found = self._convert(keys)
+        result = {name: found[tied.get(name, name)] for name in names if tied.get(name, name) in found}
+        for owner, name, value in before.values():
+            _put(owner, name, value)
+        return result
+
+    def _target(self, key: str) -> str:
+        from transformers.core_model_loading import rename_source_key
+
+        state = self.model.state_dict()
+        name: str = rename_source_key(key, [], [], self.model.base_model_prefix, state)[0]
+        return name
+
+    def _slots(self, names: list[str]) -> Iterator[tuple[str, tuple[nn.Module, str, Tensor]]]:
+        for path in names:
+            owner, _, name = path.rpartition(".")
+            module = self.model.get_submodule(owner)
+            yield path, (module, name, getattr(module, name))
+
+    def _convert(self, keys: list[str]) -> dict[str, Tensor]:
+        from transformers.core_model_loading import convert_and_load_state_dict_in_model
+        from transformers.modeling_utils import LoadStateDictConfig
+
+        tensors = {key: self.sources[key]() for key in keys}
+        missing = set(self.model.state_dict())
+        with quiet_libraries():
+            info, _ = convert_and_load_state_dict_in_model(
+                model=self.model,
+                state_dict=tensors,
+                load_config=LoadStateDictConfig(dtype=self.dtype, weight_mapping=self._mapping),
+            )
+        if info.conversion_errors or info.error_msgs:
+            raise UnsupportedError(f"transformers cannot load this checkpoint: {next(iter(info.conversion_errors))}")
+        loaded = missing - set(info.missing_keys) - {name for name, *_ in info.mismatched_keys}
+        return {path: value.detach() for path, (_, _, value) in self._slots(sorted(loaded))}
+
+
+def _put(owner: nn.Module, name: str, value: Tensor) -> None:
+    if name in owner._parameters:
+        owner._parameters[name] = value if isinstance(value, nn.Parameter) else nn.Parameter(value, False)
+    else:
+        owner._buffers[name] = value
+
+
+def _parts(model: nn.Module) -> set[str]:
+    """Plain paths of what is loaded by itself: elements of outermost lists, large embeddings, heads."""
+    found: set[str] = set()
+    lists: list[str] = []
+    for path, module in model.named_modules():
+        if any(path.startswith(f"{outer}.") for outer in lists):
+            continue
+        if isinstance(module, nn.ModuleList) and any(True for _ in module.parameters()):
+            lists.append(path)
+            found |= {f"{path}.{index}" for index in range(len(module))}
+        elif isinstance(module, nn.Linear | nn.Embedding) and module.weight.nbytes >= LARGE_LEAF:
+            found.add(path)
+    return found
+
+
+class StreamedModel:
+    """`model`, which has placeholders for parameters, with those of `loader` put in as they are needed.
+
+    model: of `with_placeholders`, or one that PEFT has put an adapter into; parameters that it holds already stay.
+    adjust: what to do to a part once it is there, by the plain path of a module in it.
+    """
+
+    def __init__(self, model: nn.Module, loader: PartLoader, adjust: Mapping[str, Adjust] | None = None) -> None:
+        self.model = model
+        self._loader = loader
+        self._adjust: dict[str, list[Adjust]] = {}
+        for path, run in (adjust or {}).items():
+            self._adjust.setdefault(loader.part_of(path), []).append(run)
+        self._slots: dict[str, list[tuple[nn.Module, str, nn.Parameter, str]]] = {}
+        for prefix, module in model.named_modules():
+            for name, parameter in list(module.named_parameters(recurse=False)):
+                if hasattr(parameter, "is_placeholder"):
+                    plain = plain_path(f"{prefix}.{name}" if prefix else name)
+                    self._slots.setdefault(loader.part_of(plain), []).append((module, name, parameter, plain))
+                else:
+                    parameter.data = (
+                        parameter.data.to(loader.dtype) if parameter.is_floating_point() else parameter.data
+                    )
+            for name, buffer in module._buffers.items():
+                if buffer is not None and buffer.is_floating_point():
+                    module._buffers[name] = buffer.to(loader.dtype)
+            part = loader.part_of(plain_path(prefix))
+            if part != REST:
+                module.register_forward_pre_hook(lambda *_, part=part: self.hold(part))
+        self._held: dict[str, int] = {}
+        self._passing: str | None = None
+        self.hold(REST)
+
+    @torch.no_grad()
+    def hold(self, part: str) -> None:
+        """Have the part's weights in memory."""
+        if part in self._held or part == self._passing:
+            return
+        if self._passing is not None:
+            self._drop(self._passing)
+            self._passing = None
+        values = self._loader.load(part)
+        size = sum(value.nbytes for value in values.values())
+        for module, name, empty, plain in self._slots.get(part, ()):
+            value = values.get(plain)
+            if value is not None and value.shape == empty.shape:  # a head that is lacking stays NaN, and is seen
+                module._parameters[name] = nn.Parameter(value, requires_grad=False)
+        for path, module in self.model.named_modules():
+            for name in module._buffers:
+                saved = values.get(plain_path(f"{path}.{name}"))
+                if saved is not None:
+                    module._buffers[name] = saved
+        for run in self._adjust.get(part, ()):
+            run()
+        if part == REST or sum(self._held.values()) + size <= KEPT_BYTES:
+            self._held[part] = size
+        else:
+            self._passing = part
+
+    def hold_module(self, path: str) -> None:
+        """Have the weights of the module at `path` in memory."""
+        self.hold(self._loader.part_of(plain_path(path)))
+
+    @torch.no_grad()
+    def hold_all(self) -> None:
+        """Have every weight in memory, for good."""
+        for part in self._slots:
+            self.hold(part)
+            self._held.setdefault(part, 0)
+            self._passing = None
+
+    def _drop(self, part: str) -> None:
+        for module, name, empty, _ in self._slots.get(part, ()):
+            module._parameters[name] = empty

@@ -1,0 +1,335 @@
+"""W' of one stored tensor in float64, block of rows by block of rows, from each method's own formula.
+
+The proof of weights rests on this file. It shares readers with what merges (headers, names, settings) and no
+arithmetic: no canonical form, no edit, no engine. What it says is held against live layers as well (live_probes.py).
+
+    after = scale_rows * (frozen + delta) * scale_columns
+    frozen   W0, or the residual W_f = round(W0 - s B0 A0) that PiSSA, OLoRA and DuDe were trained beside
+    delta    s B A; kron(W1, W2); (W1a W1b) * (W2a W2b); a transposed convolution; ...
+
+Orientation: of a tensor that is stored as (in, out) everything here is turned, so that a block is always some
+rows of the tensor's 2-D view.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from functools import reduce
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from adapter_merge.binding.bound import BoundModule
+from adapter_merge.errors import UnsupportedError
+from adapter_merge.methods.adapter import AdaptedModule
+from adapter_merge.methods.dcft import DcftModule
+from adapter_merge.methods.dcft_reshape import DcftReshapeModule
+from adapter_merge.methods.loha import LohaModule
+from adapter_merge.methods.lokr import LokrModule
+from adapter_merge.methods.lora import BiasModule, ExpertModule, LoraModule, PartModule
+from adapter_merge.methods.tokens import TokenModule
+from adapter_merge.methods.vera import VeraModule
+from adapter_merge.storage.input_files import Sources
+from adapter_merge.storage.safetensors_header import TensorRef
+from adapter_merge.storage.tensor_io import TORCH_DTYPES, read_tensor
+
+from .formulas import Subtracted, dcft_scale, subtracted_from
+
+BLOCK = 1 << 17  # elements of a block: 1 MiB in float64
+
+Delta = Callable[[int, int], Tensor]  # (first, stop) -> rows of the delta, float64
+
+
+class Formula(Protocol):
+    """What is done to one stored tensor: `after` of any block of its rows."""
+
+    def after(self, base: Tensor, first: int) -> tuple[Tensor, Tensor | None]:
+        """(W', slack) of rows first .. first + n, for the same rows of W0 in float64.
+
+        slack: by how much an element may be off since rounding of the residual may fall on either side; or None.
+        """
+
+
+def read_rows(sources: Sources, ref: TensorRef, first: int, stop: int) -> Tensor:
+    """Rows first .. stop of the tensor's 2-D view, in its own dtype."""
+    raw = torch.empty((stop - first) * ref.row_bytes, dtype=torch.uint8)
+    if raw.numel():
+        sources.read(ref, first * ref.row_bytes, raw)
+    return raw.view(TORCH_DTYPES[ref.dtype]).reshape(stop - first, -1)
+
+
+def row_blocks(ref: TensorRef) -> Iterator[tuple[int, int]]:
+    """(first, stop) of the blocks that a tensor is read in."""
+    columns = max(1, ref.shape[-1] if ref.shape else 1)
+    step = max(1, BLOCK // columns)
+    for first in range(0, ref.rows, step):
+        yield first, min(ref.rows, first + step)
+
+
+@dataclass(frozen=True, eq=False)
+class Adapted:
+    """after = scale_rows * (frozen + delta) * scale_columns."""
+
+    delta: Delta
+    columns: int
+    magnitude: Tensor | None = None  # (rows,), or (columns,) where by_column
+    own_magnitude: bool = False  # the magnitude is the norm of the frozen weight
+    by_column: bool = False
+    saved: TensorRef | None = None  # W_f, saved beside the adapter
+    subtracted: Subtracted | None = None
+    column_scale: Tensor | None = None  # (columns,)
+
+    def frozen(self, base: Tensor, first: int, sources: Sources) -> tuple[Tensor, Tensor | None]:
+        stop = first + base.shape[0]
+        if self.saved is not None:
+            return read_rows(sources, self.saved, first, stop).to(torch.float64), None
+        if self.subtracted is None:
+            return base, None
+        frozen, slack = self.subtracted.rows(base, first)
+        return frozen.to(torch.float64), slack if slack.dim() else None
+
+    def direction(self, base: Tensor, first: int, sources: Sources) -> tuple[Tensor, Tensor | None]:
+        frozen, slack = self.frozen(base, first, sources)
+        return frozen + self.delta(first, first + base.shape[0]), slack
+
+
+@dataclass(frozen=True, eq=False)
+class Rows:
+    """Single rows replaced: trained tokens."""
+
+    indices: Tensor  # (n,)
+    values: Tensor  # (n, columns)
+
+
+@dataclass(frozen=True, eq=False)
+class Step:
+    """One thing that is done to the rows first .. stop of the tensor's view, counted from `first`."""
+
+    what: Adapted | Rows
+    first: int = 0
+    stop: int | None = None
+
+
+@dataclass(frozen=True, eq=False)
+class TensorFormula:
+    """Everything that one adapter does to one stored tensor, in its order."""
+
+    steps: tuple[Step, ...]
+    sources: Sources
+
+    def after(self, base: Tensor, first: int) -> tuple[Tensor, Tensor | None]:
+        slack: Tensor | None = None
+        result = base
+        for step in self.steps:
+            begin = max(first, step.first)
+            end = first + base.shape[0] if step.stop is None else min(first + base.shape[0], step.stop)
+            if begin >= end:
+                continue
+            part = result[begin - first : end - first]
+            new, loose = _apply(step.what, part, begin - step.first, self.sources)
+            if begin == first and end == first + base.shape[0]:
+                result = new
+            else:
+                result = result.clone() if result is base else result
+                result[begin - first : end - first] = new
+            if loose is not None:
+                slack = torch.zeros_like(base) if slack is None else slack
+                slack[begin - first : end - first] += loose
+        return result, slack
+
+
+def _apply(what: Adapted | Rows, part: Tensor, start: int, sources: Sources) -> tuple[Tensor, Tensor | None]:
+    if isinstance(what, Rows):
+        inside = (what.indices >= start) & (what.indices < start + part.shape[0])
+        result = part.clone()
+        result[what.indices[inside] - start] = what.values[inside]
+        return result, None
+    result, slack = what.direction(part, start, sources)
+    scale: Tensor | None = what.column_scale
+    if scale is None and (what.magnitude is not None or what.own_magnitude):
+        magnitude = (
+            torch.linalg.vector_norm(what.frozen(part, start, sources)[0], dim=1)
+            if what.magnitude is None
+            else what.magnitude[start : start + part.shape[0]]
+        )
+        scale = _quotient(magnitude, torch.linalg.vector_norm(result, dim=1))[:, None]
+    if scale is None:
+        return result, slack
+    return result * scale, None if slack is None else slack * scale.abs()
+
+
+def _quotient(magnitude: Tensor, norm: Tensor) -> Tensor:
+    """m / norm; a row of zeros without a magnitude stays zero."""
+    return torch.where((norm == 0) & (magnitude == 0), torch.ones_like(norm), magnitude / norm)
+
+
+def tensor_formula(items: Sequence[BoundModule], sources: Sources) -> TensorFormula:
+    """What `items`, all modules of one adapter on one stored tensor, do to it. Raises UnsupportedError."""
+    steps: list[Step] = []
+    for item in items:
+        rows = item.rows or (0, None)
+        what = _step(item)
+        if isinstance(what, Adapted) and what.by_column and (what.magnitude is not None or what.own_magnitude):
+            before = TensorFormula(tuple(steps), sources)
+            what = replace(what, column_scale=_column_scale(what, before, item, sources))
+        steps.append(Step(what, *rows))
+    return TensorFormula(tuple(steps), sources)
+
+
+def _column_scale(what: Adapted, before: TensorFormula, item: BoundModule, sources: Sources) -> Tensor:
+    """(columns,): m over the norms of the columns, in a pass of its own over the tensor."""
+    own = torch.zeros(what.columns, dtype=torch.float64)
+    squares = torch.zeros(what.columns, dtype=torch.float64)
+    offset, end = item.rows or (0, item.weight.rows)
+    for first, stop in row_blocks(item.weight):
+        base = read_rows(sources, item.weight, first, stop).to(torch.float64)
+        base = before.after(base, first)[0]
+        first, base = max(first, offset), base[max(0, offset - first) : max(0, end - first)]
+        if base.shape[0]:
+            squares += what.direction(base, first - offset, sources)[0].square().sum(0)
+            if what.magnitude is None:
+                own += what.frozen(base, first - offset, sources)[0].square().sum(0)
+    return _quotient(own.sqrt() if what.magnitude is None else what.magnitude, squares.sqrt())
+
+
+# -- the methods ---------------------------------------------------------------------------------------------------
+
+
+def _read(ref: TensorRef) -> Tensor:
+    return read_tensor(ref).to(torch.float64)
+
+
+def _product(up: Tensor, down: Tensor) -> Delta:
+    return lambda first, stop: up[first:stop] @ down
+
+
+def _step(item: BoundModule) -> Adapted | Rows:
+    module, turned = item.module, item.transposed
+    if isinstance(module, TokenModule):
+        return Rows(torch.tensor(module.indices, dtype=torch.int64), _read(module.values))
+    if isinstance(module, BiasModule):
+        vector = _read(module.vector)[None] * module.scale
+        return Adapted(lambda first, stop: vector, vector.shape[1])
+    if isinstance(module, LoraModule):
+        return _lora(module, item, None)
+    if isinstance(module, PartModule):
+        return _lora(module.whole, item, (module.start, module.stop))
+    delta, magnitude, by_column = _delta(module, turned)
+    columns = module.shape[0] if turned else module.shape[1]
+    return Adapted(delta, columns, magnitude, by_column=by_column != turned if magnitude is not None else False)
+
+
+def _delta(module: AdaptedModule, turned: bool) -> tuple[Delta, Tensor | None, bool]:
+    """Rows of the delta as it is stored; the magnitude, and whether it is one per input column."""
+    magnitude: Tensor | None = None
+    by_column = False
+    if isinstance(module, ExpertModule):
+        a = _read(module.a).reshape(module.experts, module.rank, -1)[module.index]
+        b = _read(module.b).reshape(-1, module.rank, module.experts)[slice(*module.rows), :, module.index]
+        up, down = (a.T * module.scale, b.T) if turned else (b * module.scale, a)
+        return _product(up, down), None, False
+    if isinstance(module, VeraModule):
+        a, b = (value.to(torch.float64) for value in module.projections.read(read_tensor))
+        out, inner = module.shape
+        up = _read(module.lambda_b)[:, None] * b[:out]
+        down = _read(module.lambda_d)[:, None] * a[:, :inner]
+        return _product(*((down.T, up.T) if turned else (up, down))), None, False
+    if isinstance(module, DcftModule):
+        return _dcft(module, turned), None, False
+    if isinstance(module, DcftReshapeModule):
+        dense = _reshaped(module)
+        dense = dense.T if turned else dense
+        return (lambda first, stop: dense[first:stop]), None, False
+    if isinstance(module, LokrModule | LohaModule):
+        if module.magnitude is not None:
+            magnitude, by_column = _read(module.magnitude).reshape(-1), module.magnitude_dim == 1
+        return (
+            (_kron(module, turned) if isinstance(module, LokrModule) else _hadamard(module, turned)),
+            (magnitude),
+            by_column,
+        )
+    raise UnsupportedError(f"{module.name}: no formula to prove {type(module).__name__} by")
+
+
+def _lora(module: LoraModule, item: BoundModule, part: tuple[int, int] | None) -> Adapted:
+    a, b = _read(module.a), _read(module.b)  # (r, in), (out, r)
+    if module.e is not None:
+        a = _read(module.e).reshape(-1, 1) * a
+    up, down = b * module.scale, a
+    turned = module.embedding != item.transposed
+    if turned:
+        up, down = down.T, up.T
+    magnitude = None if module.magnitude is None else _read(module.magnitude).reshape(-1)
+    by_column = (module.magnitude_dim == 1) != turned
+    if part is not None:
+        up = up[slice(*part)]
+        magnitude = None if magnitude is None else magnitude[slice(*part)]
+    made = Adapted(
+        _product(up, down),
+        down.shape[1],
+        magnitude,
+        module.own_magnitude,
+        by_column and (magnitude is not None or module.own_magnitude),
+    )
+    if module.frozen is not None:
+        return replace(made, saved=module.frozen)
+    if module.initial is None:
+        return made
+    cut = subtracted_from(module, item.oriented_weight, TORCH_DTYPES[item.weight.dtype])
+    return replace(made, subtracted=cut.transposed() if item.transposed else cut)
+
+
+def _dcft(module: DcftModule, turned: bool) -> Delta:
+    """Rows of dW (out, in) = Delta^T s, or of Delta s where turned: as much of the image as they need."""
+    channels, r = module.c.shape[0], module.a.shape[-2]
+    a = _read(module.a).reshape(channels, r, -1)  # (c, r, n0)
+    b = _read(module.b).reshape(channels, -1, r)  # (c, n1, r)
+    kernel, scale = _read(module.c), dcft_scale(module)
+    bias = 0.0 if module.bias is None else float(_read(module.bias))
+    axis = 0 if turned else 1  # of Delta: the one that a row of the stored tensor is a place on
+    size, step = kernel.shape[2 + axis], module.stride[axis]
+    steps = a.shape[2] if axis == 0 else b.shape[1]
+
+    def rows(first: int, stop: int) -> Tensor:
+        begin, end = max(0, (first - size) // step), min(steps, stop // step + 1)
+        left, right = (a[:, :, begin:end], b) if axis == 0 else (a, b[:, begin:end])
+        image = (left.mT @ right.mT)[None]  # (1, c, ., .)
+        spread = torch.nn.functional.conv_transpose2d(image, kernel, stride=module.stride)[0, 0]
+        spread = spread if axis == 0 else spread.T
+        found = spread[first - begin * step : stop - begin * step]
+        return (found + bias) * scale
+
+    return rows
+
+
+def _reshaped(module: DcftReshapeModule) -> Tensor:  # (out, in), whole
+    kernel = _read(module.c)
+    image = (_read(module.b) @ _read(module.a)).reshape(1, kernel.shape[0], -1, module.a.shape[-1])
+    bias = None if module.bias is None else _read(module.bias)
+    return torch.nn.functional.conv_transpose2d(image, kernel, bias, stride=kernel.shape[2:])[0, 0].reshape(
+        module.shape
+    )
+
+
+def _kron(module: LokrModule, turned: bool) -> Delta:
+    sides = []
+    for side in (module.w1, module.w2):
+        whole = reduce(torch.matmul, [_read(ref) for ref in side])
+        sides.append(whole.T if turned else whole)
+    outer, inner = sides
+
+    def rows(first: int, stop: int) -> Tensor:
+        places = torch.arange(first, stop)
+        left, right = outer[places // inner.shape[0]], inner[places % inner.shape[0]]
+        return (left[:, :, None] * right[:, None, :]).reshape(stop - first, -1) * module.scale
+
+    return rows
+
+
+def _hadamard(module: LohaModule, turned: bool) -> Delta:
+    up1, down1, up2, down2 = (_read(ref) for ref in (module.w1a, module.w1b, module.w2a, module.w2b))
+    if turned:
+        up1, down1, up2, down2 = down1.T, up1.T, down2.T, up2.T
+    return lambda first, stop: (up1[first:stop] @ down1) * (up2[first:stop] @ down2) * module.scale
