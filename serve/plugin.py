@@ -74,18 +74,20 @@ def patch() -> None:
     import vllm.lora.layers as layers
     import vllm.lora.utils as utils
     import vllm.v1.core.kv_cache_utils as kv_cache_utils
+    from vllm.config.lora import LoRAConfig
     from vllm.lora.lora_model import LoRAModel
     from vllm.lora.model_manager import LoRAModelManager
     from vllm.lora.peft_helper import PEFTHelper
     from vllm.lora.request import LoRARequest
     from vllm.platforms import current_platform
 
-    from . import identity, scale_loading, stages
+    from . import compile_key, identity, scale_loading, stages
     from .row_scale import LINEAR_CLASSES, with_row_scale
 
     spare_slot = not current_platform.is_cuda_alike()
     if current_platform.is_cpu():
         stages.install()
+    LoRAConfig.compute_hash = compile_key.wrap_compute_hash(LoRAConfig.compute_hash)
     stock = {getattr(layers, name) for name in LINEAR_CLASSES}
     utils._all_lora_classes = tuple(
         with_row_scale(cls, spare_slot) if cls in stock else cls for cls in utils._all_lora_classes

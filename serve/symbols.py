@@ -47,6 +47,7 @@ FUNCTIONS: dict[str, dict[str, tuple[str, ...]]] = {
         "LoRAModelManager.activate_adapter": ("self", "lora_id"),
         "LoRAModelManager.remove_adapter": ("self", "adapter_id"),
     },
+    "vllm.config.lora": {"LoRAConfig.compute_hash": ("self",)},
     "vllm.distributed.parallel_state": {"get_pp_group": ()},
     "vllm.v1.core.kv_cache_utils": {"_gen_lora_extra_hash_keys": ("request",)},
     "vllm.lora.request": {"LoRARequest.__eq__": ("self", "value"), "LoRARequest.__hash__": ("self",)},
@@ -54,6 +55,8 @@ FUNCTIONS: dict[str, dict[str, tuple[str, ...]]] = {
 
 # module -> function -> attributes that it sets or reads by these names
 ATTRIBUTES: dict[str, dict[str, tuple[str, ...]]] = {
+    "vllm.config.vllm": {"VllmConfig.compute_hash": ("lora_config", "compute_hash")},
+    "vllm.compilation.caching": {"aot_compile_hash_factors": ("compute_hash",)},
     "vllm.lora.model_manager": {
         "LoRAModelManager.__init__": (
             "modules",

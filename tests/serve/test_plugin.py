@@ -219,3 +219,23 @@ def test_native_dora_is_left_to_vllm(run_python: Callable[[str], str]) -> None:
         "print('state:', plugin.state, any('RowScaled' in c.__name__ for c in u._all_lora_classes))\n"
     )
     assert "state: native False" in out
+
+
+def test_the_key_of_compiled_graphs_knows_the_plugin(run_python: Callable[[str], str]) -> None:
+    """vLLM's own key, over its whole configuration: another with the plugin, and the same in each process with it."""
+    code = (
+        "from vllm.config import VllmConfig\n"
+        "from vllm.config.lora import LoRAConfig\n"
+        "from adapter_merge.serve import plugin\n"
+        "{install}\n"
+        "config = VllmConfig(lora_config=LoRAConfig(max_lora_rank=8, max_cpu_loras=1, lora_dtype='float16'))\n"
+        "print('key:', config.compute_hash(), config.lora_config.compute_hash())\n"
+    )
+    keys = [
+        next(line for line in run_python(code.format(install=install)).splitlines() if line.startswith("key:"))
+        for install in ("pass", "plugin.install()", "plugin.install()")
+    ]
+    stock, first, second = (key.split() for key in keys)
+    assert first == second
+    assert stock[1] != first[1]
+    assert stock[2] != first[2]
