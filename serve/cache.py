@@ -18,9 +18,10 @@ import json
 import os
 import shutil
 import time
+import weakref
 from collections.abc import Callable
 from contextlib import suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -46,17 +47,15 @@ class Entry:
     base: str
 
 
-@dataclass
 class Lease:
-    """A shared hold on one entry; it is not evicted before `release` or the end of the process."""
+    """A shared hold on one entry; the entry is not evicted before `release` or the end of the process.
 
-    folder: Path
-    _fd: int = field(repr=False)
+    A lease that nobody refers to any more releases itself, as that of a request whose client has gone.
+    """
 
-    def release(self) -> None:
-        if self._fd >= 0:
-            os.close(self._fd)
-            self._fd = -1
+    def __init__(self, folder: Path, descriptor: int) -> None:
+        self.folder = folder
+        self.release = weakref.finalize(self, os.close, descriptor)  # a second call does nothing
 
     def __enter__(self) -> Lease:
         return self
@@ -104,19 +103,23 @@ class Cache:
                 os.utime(self._lock_file(key))
             finally:
                 os.close(fd)
-        self.evict()
+        try:
+            self.evict()
+        except BaseException:
+            lease.release()
+            raise
         return lease
 
     def lease(self, folder: Path) -> Lease | None:
         """A hold on `folder` when it is an entry of this cache, else None."""
         if folder.parent.resolve() != self.root.resolve() or not folder.is_dir():
             return None
-        fd = self._lock(folder.name, fcntl.LOCK_SH)
+        lease = Lease(folder, self._lock(folder.name, fcntl.LOCK_SH))
         if not self._whole(folder):
-            os.close(fd)
+            lease.release()
             return None
         os.utime(self._lock_file(folder.name))
-        return Lease(folder, fd)
+        return lease
 
     def entries(self) -> list[Entry]:
         """Every entry, the least recently used first."""

@@ -40,7 +40,30 @@ class WithRest(click.Command):
     "--adapter-dir",
     help="Serve any adapter in this folder by its folder's name, from the first request for it on.",
 )
-@click.option("--allow-loading", is_flag=True, help="Offer /v1/load_lora_adapter and unload.")
+@click.option(
+    "--allow-loading",
+    is_flag=True,
+    help="Let clients load and unload adapters: /v1/load_lora_adapter, /v1/unload_lora_adapter, /adapters.",
+)
+@click.option(
+    "--adapter-root",
+    "roots",
+    multiple=True,
+    metavar="DIR",
+    help="With --allow-loading: a folder that clients may load from, besides --adapter-dir. Repeatable.",
+)
+@click.option("--host", help="What to listen on; 0.0.0.0 opens the server to the network.  [default: 127.0.0.1]")
+@click.option("--port", type=click.IntRange(0, 65535), help="[default: 8000]")
+@click.option(
+    "--api-key",
+    help="A key that every request must carry; VLLM_API_KEY keeps it out of the list of processes.",
+)
+@click.option(
+    "--shutdown-timeout",
+    type=click.IntRange(min=0),
+    metavar="SECONDS",
+    help="After SIGTERM: how long requests under way get to finish.  [default: 30]",
+)
 @click.option(
     "--max-active",
     type=click.IntRange(min=1),
@@ -72,6 +95,11 @@ def serve(
     adapters: tuple[str, ...],
     adapter_dir: str | None,
     allow_loading: bool,
+    roots: tuple[str, ...],
+    host: str | None,
+    port: int | None,
+    api_key: str | None,
+    shutdown_timeout: int | None,
     max_active: int | None,
     cache_size: int,
     dry_run: bool,
@@ -89,7 +117,7 @@ def serve(
 
     \b
         adapter-merge serve Qwen/Qwen2.5-0.5B support=./dude sql=./dcft
-        adapter-merge serve ./base --adapter-dir ./adapters -- --port 9000 --api-key KEY
+        adapter-merge serve ./base --adapter-dir ./adapters --port 9000 -- --dtype bfloat16
     """
     from .cache import Cache
     from .command import make_plan
@@ -97,6 +125,8 @@ def serve(
     from .flags import shell_line
     from .process import run
 
+    direct = {"--host": host, "--port": port, "--api-key": api_key, "--shutdown-timeout": shutdown_timeout}
+    rest = _joined(direct, ctx.meta["rest"])
     if emit is not None:
         stated = [f"--{key.replace('_', '-')}={value}" for key, said in ctx.meta[META].items() for value in said]
         service = Service(
@@ -107,7 +137,7 @@ def serve(
             max_active=max_active,
             cache_size=None if cache_size == CACHE_SIZE else f"{cache_size}B",
             stated=tuple(stated),
-            rest=tuple(ctx.meta["rest"]),
+            rest=tuple(rest),
             image=image,
         )
         if emit == "k8s":
@@ -121,8 +151,9 @@ def serve(
         adapter_dir=Path(adapter_dir) if adapter_dir is not None else None,
         max_active=max_active,
         loading=allow_loading,
+        roots=[Path(root) for root in roots],
         cache=Cache(max_bytes=cache_size),
-        rest=ctx.meta["rest"],
+        rest=rest,
         stated=_stated(adapters),
     )
     if dry_run:
@@ -184,6 +215,17 @@ def clear_entries(as_json: bool) -> None:
         return
     in_use = f"; {len(kept)} are in use and stay" if kept else ""
     click.echo(f"removed {len(removed)} adapters, {freed / 1e6:.1f} MB{in_use}", err=True)
+
+
+def _joined(direct: dict[str, Any], rest: list[str]) -> list[str]:
+    """Options of our own that are vLLM's too, before what was given behind `--`. Raises UsageError for both."""
+    from .flags import has_option
+
+    given = {flag: str(value) for flag, value in direct.items() if value is not None}
+    for flag in given:
+        if has_option(rest, flag):
+            raise click.UsageError(f"{flag} is given before and behind --")
+    return [f"{flag}={value}" for flag, value in given.items()] + rest
 
 
 def _stated(adapters: tuple[str, ...]) -> dict[str, Stated]:

@@ -23,12 +23,13 @@ from adapter_merge.errors import (
 )
 
 from .cache import Cache
-from .flags import OURS, flag_problems, has_option, is_cpu_build, option
+from .flags import DRAIN, LOOPBACK, OURS, flag_problems, has_key, has_option, is_cpu_build, is_loopback, option
 from .loader import VARIABLE, Settings
 from .served import Converter, Outline, allowed_rank, check_name, folders, inside
 from .stating import Stated
 
 MODULE = "vllm.entrypoints.openai.api_server"
+GUARDS = ("adapter_merge.serve.guard.Drain", "adapter_merge.serve.guard.RequireKey")  # the last one is asked first
 # On a CPU vLLM asks for nine tenths of the machine's memory unless the size of its KV cache is stated.
 CPU_CACHE, CPU_CACHE_GIB = "VLLM_CPU_KVCACHE_SPACE", "2"
 DEFAULT_ACTIVE = 16
@@ -44,11 +45,17 @@ class Plan:
     adapters: dict[str, Outline]
     adapter_dir: Path | None
     max_active: int
-    loading: bool
+    allow_loading: bool  # by clients, through /v1/load_lora_adapter
     rest: list[str]  # vLLM's own flags, as the user gave them
     notes: list[str] = field(default_factory=list)
     found: dict[str, Outline] = field(default_factory=dict)  # in the adapter folder, not loaded yet
     ranks: dict[str, int] = field(default_factory=dict)  # of the adapters that are converted
+    roots: tuple[Path, ...] = ()  # what clients may load from, besides adapter_dir
+
+    @property
+    def loading(self) -> bool:
+        """True when adapters may come while the server runs."""
+        return self.allow_loading or self.adapter_dir is not None
 
     @property
     def served_name(self) -> str:
@@ -94,10 +101,15 @@ class Plan:
                 json.dumps({"name": name, "path": str(self.folder(name)), "base_model_name": self.served_name})
                 for name in self.adapters
             ]
+        if not has_option(self.rest, "--uds"):
+            ours["--host"] = [LOOPBACK]  # vLLM's own default is every interface
+        ours["--shutdown-timeout"] = [str(DRAIN)]
         command = [sys.executable, "-m", MODULE]
         for flag, values in ours.items():
             if flag in OURS or not has_option(self.rest, flag):
                 command += [flag, *values]
+        for guard in GUARDS:
+            command += ["--middleware", guard]
         return command + self.rest
 
     def environment(self) -> dict[str, str]:
@@ -108,11 +120,12 @@ class Plan:
             max_bytes=self.converter.cache.max_bytes,
             max_rank=self.max_rank,
             adapter_dir=str(self.adapter_dir) if self.adapter_dir is not None else None,
+            roots=tuple(str(root) for root in self.roots),
+            named={name: str(self.folder(name)) for name in self.adapters},
             parent=os.getpid(),
         )
-        extra = {VARIABLE: settings.text()}
-        if self.loading:
-            extra["VLLM_ALLOW_RUNTIME_LORA_UPDATING"] = "1"
+        # It mounts the routes that load and unload. Names of the adapter folder are found without it: see routes.py.
+        extra = {VARIABLE: settings.text(), "VLLM_ALLOW_RUNTIME_LORA_UPDATING": str(int(self.allow_loading))}
         plugins = os.environ.get("VLLM_PLUGINS")
         if plugins is not None and "adapter_merge" not in plugins.split(","):
             extra["VLLM_PLUGINS"] = ",".join(filter(None, [*plugins.split(","), "adapter_merge"]))
@@ -121,14 +134,40 @@ class Plan:
             extra[CPU_CACHE] = CPU_CACHE_GIB
         return extra
 
+    @property
+    def host(self) -> str:
+        """The address that the server binds."""
+        return option(self.rest, "--host") or LOOPBACK
+
+    @property
+    def drain_seconds(self) -> int:
+        """How long requests under way get to finish after SIGTERM."""
+        return int(option(self.rest, "--shutdown-timeout") or DRAIN)
+
     def address(self) -> str | None:
-        """The server's URL, None when it listens on a Unix socket."""
+        """The server's URL from this machine, None when it listens on a Unix socket."""
         if has_option(self.rest, "--uds"):
             return None
-        host = option(self.rest, "--host") or "127.0.0.1"
-        host = {"0.0.0.0": "127.0.0.1", "::": "[::1]"}.get(host, host)
+        host = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(self.host, self.host)
         scheme = "https" if has_option(self.rest, "--ssl-certfile") else "http"
-        return f"{scheme}://{host}:{option(self.rest, '--port') or 8000}"
+        return f"{scheme}://{f'[{host}]' if ':' in host else host}:{option(self.rest, '--port') or 8000}"
+
+    def bound(self) -> str:
+        """What the server listens on and who can reach it, in words."""
+        if has_option(self.rest, "--uds"):
+            return f"bound to the socket {option(self.rest, '--uds')}"
+        everyone = "every interface" if self.host in ("0.0.0.0", "::") else self.host
+        return f"bound to {self.host}: this machine only" if is_loopback(self.host) else f"bound to {everyone}"
+
+    def warnings(self) -> list[str]:
+        """What an operator should know before the server starts."""
+        if has_option(self.rest, "--uds") or is_loopback(self.host) or has_key(self.rest, os.environ):
+            return []
+        loading = " and load and unload adapters" if self.allow_loading else ""
+        return [
+            f"warning: {self.bound()} without a key: everyone who reaches this machine can use the server{loading}; "
+            "set VLLM_API_KEY or --api-key"
+        ]
 
     def describe(self) -> dict[str, Any]:
         """The plan as one JSON object."""
@@ -147,7 +186,7 @@ class Plan:
                 for name, outline in self.adapters.items()
             },
             "adapter_dir": {name: outline.method for name, outline in self.found.items()},
-            "notes": self.notes,
+            "notes": [*self.notes, *self.warnings()],
         }
 
 
@@ -158,13 +197,15 @@ def make_plan(
     adapter_dir: Path | None = None,
     max_active: int | None = None,
     loading: bool = False,
+    roots: Sequence[Path] = (),
     cache: Cache | None = None,
     rest: Sequence[str] = (),
     stated: Mapping[str, Stated] | None = None,
 ) -> Plan:
     """Check everything from headers. Raises AdapterMergeError with every problem found.
 
-    adapters: NAME=ADAPTER texts. stated: by name, what an adapter's files do not say. rest: vLLM's own flags.
+    adapters: NAME=ADAPTER texts. loading: clients may load adapters from `roots` and `adapter_dir`. stated: by name,
+    what an adapter's files do not say. rest: vLLM's own flags.
     """
     import importlib.util
 
@@ -186,6 +227,11 @@ def make_plan(
             problems += error.problems
     if adapter_dir is not None and not adapter_dir.is_dir():
         problems.append(Problem(f"--adapter-dir {adapter_dir}: no such folder"))
+    problems += [Problem(f"--adapter-root {root}: no such folder") for root in roots if not root.is_dir()]
+    if roots and not loading:
+        problems.append(Problem("--adapter-root is for --allow-loading, which is not given"))
+    if loading and not roots and adapter_dir is None:
+        problems.append(Problem("--allow-loading has nothing to load from", "--adapter-root or --adapter-dir"))
     if not adapters and adapter_dir is None and not loading:
         problems.append(Problem("no adapters", "NAME=ADAPTER, --adapter-dir DIR or --allow-loading"))
     raise_all(problems)
@@ -218,8 +264,9 @@ def make_plan(
         adapters=outlines,
         adapter_dir=adapter_dir.absolute() if adapter_dir is not None else None,
         max_active=max_active or max(1, min(count, DEFAULT_ACTIVE)),
-        loading=loading or adapter_dir is not None,
+        allow_loading=loading,
         rest=list(rest),
+        roots=tuple(root.absolute() for root in roots),
         notes=notes,
         found=found,
     )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ipaddress
 import shlex
 from collections.abc import Mapping, Sequence
 from importlib.metadata import PackageNotFoundError, version
@@ -10,6 +11,8 @@ from adapter_merge.errors import Problem
 
 # Flags that only adapter-merge can set.
 OURS = ("--model", "--lora-modules", "--enable-lora")
+LOOPBACK = "127.0.0.1"
+DRAIN = 30  # seconds that requests under way get to finish
 
 
 def shell_line(command: Sequence[str], environment: Mapping[str, str]) -> str:
@@ -43,6 +46,19 @@ def has_option(arguments: Sequence[str], flag: str) -> bool:
     return any(argument.partition("=")[0].replace("_", "-") == flag for argument in arguments)
 
 
+def is_loopback(host: str) -> bool:
+    """True for an address that only this machine can reach."""
+    try:
+        return host == "localhost" or ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return False
+
+
+def has_key(rest: Sequence[str], environment: Mapping[str, str]) -> bool:
+    """True when vLLM's server will ask for a key."""
+    return bool(option(rest, "--api-key") or (not has_option(rest, "--api-key") and environment.get("VLLM_API_KEY")))
+
+
 def flag_problems(rest: Sequence[str], loading: bool) -> list[Problem]:
     problems = [
         Problem(f"{flag} is set by adapter-merge serve", hint="BASE and NAME=ADAPTER say what to serve")
@@ -59,6 +75,9 @@ def flag_problems(rest: Sequence[str], loading: bool) -> list[Problem]:
                 hint="every API server would know other adapters: name all of them at start instead",
             )
         )
+    timeout = option(rest, "--shutdown-timeout")
+    if has_option(rest, "--shutdown-timeout") and not (timeout or "").isdigit():
+        problems.append(Problem("--shutdown-timeout is no number of seconds", got=timeout))
     rank = option(rest, "--max-lora-rank")
     if rank is not None and not rank.isdigit():
         problems.append(Problem("--max-lora-rank is no number", got=rank))

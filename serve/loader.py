@@ -6,11 +6,13 @@ import asyncio
 import json
 import os
 from collections import deque
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
+from adapter_merge.errors import AdapterMergeError, InputError
+
 from .cache import Cache
-from .served import Converter, Served, Signature, allowed_rank, inside, signature
+from .served import Converter, Served, Signature, allowed_rank, inside, refuse_links_out, signature
 from .stating import beside
 
 VARIABLE = "ADAPTER_MERGE_SERVE"
@@ -25,6 +27,8 @@ class Settings:
     max_bytes: int
     max_rank: int
     adapter_dir: str | None = None
+    roots: tuple[str, ...] = ()  # folders that /v1/load_lora_adapter may load from, besides adapter_dir
+    named: dict[str, str] = field(default_factory=dict)  # given at start: name -> served folder
     parent: int | None = None  # the process that started the server; it must not outlive it
 
     def text(self) -> str:
@@ -59,6 +63,7 @@ class Loader:
     def __init__(self, settings: Settings) -> None:
         self.settings = settings
         self.directory = Path(settings.adapter_dir) if settings.adapter_dir else None
+        self.roots = [Path(root) for root in (settings.adapter_dir, *settings.roots) if root is not None]
         self.converter = Converter(settings.base, Cache(Path(settings.cache), settings.max_bytes))
         self.held: dict[str, Served] = {}
         # Requests that still run may make vLLM read a replaced adapter's folder again: hold a while longer.
@@ -66,16 +71,20 @@ class Loader:
         self.sources: dict[str, Source] = {}
 
     async def convert(self, adapter: str | Path) -> Served:
-        """The served folder of `adapter`. Raises AdapterMergeError when this server cannot serve it."""
+        """The served folder of `adapter`, held. Raises AdapterMergeError when this server cannot serve it."""
         from adapter_merge.errors import UnsupportedError
 
         served = await asyncio.to_thread(self.converter.obtain, adapter)
-        if allowed_rank(served.rank) > self.settings.max_rank:
-            raise UnsupportedError(
-                f"{adapter}: rank {served.rank} is above this server's --max-lora-rank",
-                expected=f"at most {self.settings.max_rank}",
-                hint=f"start the server with -- --max-lora-rank {allowed_rank(served.rank)}",
-            )
+        try:
+            if allowed_rank(served.rank) > self.settings.max_rank:
+                raise UnsupportedError(
+                    f"{adapter}: rank {served.rank} is above this server's --max-lora-rank",
+                    expected=f"at most {self.settings.max_rank}",
+                    hint=f"start the server with -- --max-lora-rank {allowed_rank(served.rank)}",
+                )
+        except BaseException:
+            served.release()
+            raise
         return served
 
     def keep(self, name: str, served: Served, source: Source | None) -> None:
@@ -92,14 +101,51 @@ class Loader:
         if served is not None:
             self.retired.append(served)
         while len(self.retired) > 64:
-            old = self.retired.popleft()
-            if old.lease is not None:
-                old.lease.release()
+            self.retired.popleft().release()
 
     def find(self, name: str) -> Source | None:
         """The folder called `name` in the adapter folder. Raises InputError for a name that must not be used."""
         folder = inside(self.directory, name) if self.directory is not None else None
         return Source.at(folder) if folder is not None else None
+
+    def permitted(self, path: str | Path) -> Source:
+        """The adapter at `path`, which is absolute or relative to a root.
+
+        Raises InputError for everything outside of the roots, whether it exists or not: links are resolved first,
+        and nothing outside is looked at.
+        """
+        for root in self.roots:
+            folder = root / path
+            if folder.resolve().is_relative_to(root.resolve()) and folder.exists():
+                refuse_links_out(root, folder)
+                return Source.at(folder)
+        raise InputError(
+            "there is no such adapter in the folders that this server may load from",
+            expected="a path in --adapter-dir or --adapter-root",
+        )
+
+    def current(self, name: str) -> Source | None:
+        """Where `name` is now: the path that it was loaded from, else its folder in the adapter folder."""
+        source = self.sources.get(name)
+        if source is None:
+            return self.find(name)
+        return self.permitted(source.folder) if source.folder.exists() else None
+
+    def told(self, error: Exception, name: str, folder: Path | None = None) -> str:
+        """What a client is told of an error: the causes, with names in place of this server's paths.
+
+        What was expected and got stays in the log: it may list folders.
+        """
+        if isinstance(error, AdapterMergeError):
+            text = "; ".join(problem.cause for problem in error.problems)
+        else:
+            text = "its files cannot be read" if isinstance(error, OSError) else str(error)
+        shown = [(root, "adapters") for root in self.roots]
+        shown += [(self.converter.cache.root, "cache"), (Path(self.converter.base), "base")]
+        for path, label in shown if folder is None else [(folder, name), *shown]:
+            for spelling in (str(path.resolve()), str(path)):
+                text = text.replace(spelling, label)
+        return f"the adapter {name} cannot be served: {text}"
 
     def changed(self, name: str) -> bool:
         """True when the folder behind `name` is not what it was when it was loaded."""

@@ -1,4 +1,8 @@
-"""vLLM's server as a child process: adapters converted before it, signals handed on, a line when it is ready."""
+"""vLLM's server as a child process: adapters converted before it, signals handed on, a line when it is ready.
+
+After SIGTERM the server finishes the requests that it has, for --shutdown-timeout seconds. One that has not gone GRACE
+seconds later is killed with all of its processes.
+"""
 
 from __future__ import annotations
 
@@ -6,6 +10,7 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 import urllib.error
 import urllib.request
@@ -17,11 +22,13 @@ from adapter_merge.errors import AdapterMergeError, Problem, raise_all
 from .command import Plan
 from .served import Served
 
+GRACE = 30  # seconds for the engine's own end after the last request
+
 
 def run(plan: Plan, say: Callable[[str], None]) -> int:
     """Convert, start the server, wait for its end: the server's exit code. `say` gets one line at a time."""
     started = time.monotonic()
-    for note in plan.notes:
+    for note in (*plan.notes, *plan.warnings()):
         say(note)
     held = convert(plan, say)
     child = subprocess.Popen(
@@ -30,14 +37,14 @@ def run(plan: Plan, say: Callable[[str], None]) -> int:
         stdout=sys.stderr.fileno(),  # vLLM logs to stdout; ours holds data only
         start_new_session=True,  # Ctrl-C reaches the server through us, once
     )
-    stop_passing = pass_signals(child)
+    stop_passing = pass_signals(child, plan.drain_seconds + GRACE)
     try:
         code = _wait(child, plan, say, started)
     finally:
         stop_passing()
+        kill_group(child)  # an engine that has outlived its server
         for served in held.values():
-            if served.lease is not None:
-                served.lease.release()
+            served.release()
     return code if code >= 0 else 128 - code
 
 
@@ -61,21 +68,32 @@ def convert(plan: Plan, say: Callable[[str], None]) -> dict[str, Served]:
     return held
 
 
-def pass_signals(child: subprocess.Popen[bytes]) -> Callable[[], None]:
-    """Hand INT, TERM, HUP and QUIT to the server; returns what undoes it."""
+def pass_signals(child: subprocess.Popen[bytes], limit: float) -> Callable[[], None]:
+    """Hand INT, TERM, HUP and QUIT to the server, and kill it `limit` seconds later; returns what undoes it."""
+    killing = threading.Timer(limit, kill_group, [child])
+    killing.daemon = True
 
     def forward(number: int, frame: object) -> None:
         with suppress(ProcessLookupError):
             child.send_signal(number)
+        with suppress(RuntimeError):  # the second signal: the time runs already
+            killing.start()
 
     numbers = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT)
     before = {number: signal.signal(number, forward) for number in numbers}
 
     def undo() -> None:
+        killing.cancel()
         for number, handler in before.items():
             signal.signal(number, handler)
 
     return undo
+
+
+def kill_group(child: subprocess.Popen[bytes]) -> None:
+    """Kill every process of the server, which leads a group of its own."""
+    with suppress(ProcessLookupError):
+        os.killpg(child.pid, signal.SIGKILL)
 
 
 def _wait(child: subprocess.Popen[bytes], plan: Plan, say: Callable[[str], None], started: float) -> int:
@@ -87,7 +105,7 @@ def _wait(child: subprocess.Popen[bytes], plan: Plan, say: Callable[[str], None]
         if healthy(url):
             names = ", ".join([plan.served_name, *plan.adapters])
             more = f", and any of {plan.adapter_dir} by name" if plan.adapter_dir is not None else ""
-            say(f"ready after {time.monotonic() - started:.0f} s at {url}/v1 with {names}{more}")
+            say(f"ready after {time.monotonic() - started:.0f} s at {url}/v1 ({plan.bound()}) with {names}{more}")
             break
     return child.wait()
 

@@ -1,95 +1,107 @@
-"""The API server's ways to an adapter, wrapped: loading, unloading, resolving a name, and every request."""
+"""The API server's ways to an adapter, wrapped: loading, unloading, and every request for a name.
+
+vLLM's own switch for loading at run time (VLLM_ALLOW_RUNTIME_LORA_UPDATING) mounts the routes that load and unload, in
+/v1 and SageMaker's /adapters. It is on with --allow-loading only: names of the adapter folder are found here instead.
+"""
 
 from __future__ import annotations
 
+import asyncio
+import copy
 import logging
 from collections.abc import Callable
 from http import HTTPStatus
 from pathlib import Path
 from typing import Any
 
-from .loader import Loader
-from .served import check_name
+from .loader import Loader, Source
+from .served import check_name, folders
 
 logger = logging.getLogger("vllm.adapter_merge")
+NAMES_SHOWN = 50  # in the answer to a request for a name that is not there
 
 
 def install(loader: Loader) -> None:
-    """Wrap the API server's three ways to an adapter and register the resolver."""
+    """Wrap the API server's ways to an adapter."""
     from vllm.entrypoints.openai.models.serving import OpenAIServingModels
     from vllm.entrypoints.pooling.base.serving import PoolingBaseServing
     from vllm.entrypoints.serve.engine.serving import BaseServing
-    from vllm.lora.resolver import LoRAResolver, LoRAResolverRegistry
 
     OpenAIServingModels.load_lora_adapter = wrap_load(OpenAIServingModels.load_lora_adapter, loader)
     OpenAIServingModels.unload_lora_adapter = wrap_unload(OpenAIServingModels.unload_lora_adapter, loader)
-    OpenAIServingModels.resolve_lora = wrap_resolve(OpenAIServingModels.resolve_lora, loader)
     for serving in (BaseServing, PoolingBaseServing):
         if "_check_model" in vars(serving):
-            serving._check_model = wrap_check(serving._check_model, loader)
-    if loader.directory is None:
-        return
-
-    async def resolve_lora(self: Any, base_model_name: str, lora_name: str) -> Any:
-        return await resolve(loader, lora_name)
-
-    resolver = type("AdapterMergeResolver", (LoRAResolver,), {"resolve_lora": resolve_lora})
-    LoRAResolverRegistry.register_resolver("adapter-merge", resolver())
-
-
-async def resolve(loader: Loader, name: str) -> Any:
-    """A LoRARequest for `name` in the adapter folder, None where there is none; vLLM gives it its id."""
-    from vllm.lora.request import LoRARequest
-
-    source = loader.find(name)
-    if source is None:
-        return None
-    served = await loader.convert(source.folder)
-    loader.keep(name, served, source)
-    return LoRARequest(lora_name=name, lora_int_id=1, lora_path=str(served.folder))
+            serving._check_model = wrap_check(serving._check_model, loader, raises=serving is PoolingBaseServing)
 
 
 def wrap_load(original: Callable[..., Any], loader: Loader) -> Callable[..., Any]:
-    """/v1/load_lora_adapter and --lora-modules: convert, then load; replace without a gap when asked to."""
+    """/v1/load_lora_adapter, /adapters and --lora-modules: convert, then load; replace without a gap when asked to."""
 
     async def load_lora_adapter(self: Any, request: Any, base_model_name: str | None = None) -> Any:
-        from vllm.lora.request import LoRARequest
-
-        from adapter_merge.errors import AdapterMergeError
-
         refused = await self._check_load_lora_adapter_request(request)
         if refused is not None:
             return refused
-        name = request.lora_name
+        name, path = request.lora_name, request.lora_path
+        if loader.settings.named.get(name) == path:
+            return await load_named(original, loader, self, request, base_model_name)
+        folder = None
         try:
             check_name(name)
-            source = None
-            given = Path(request.lora_path)
-            if loader.directory is not None and not given.is_absolute():
-                source = loader.find(request.lora_path)
-                given = source.folder if source is not None else given
-            served = await loader.convert(given)
-        except (AdapterMergeError, OSError) as error:
-            return refusal(str(error))
-        if not (request.load_inplace and name in self.lora_requests):
-            converted = request.model_copy(update={"lora_path": str(served.folder)})
-            answer = await original(self, converted, base_model_name)
-            if isinstance(answer, str):
-                loader.keep(name, served, source)
-            return answer
-        # vLLM would put the new weights under the old id, below requests that are still running with it.
-        async with self.lora_resolver_lock[name]:
-            number = self.lora_id_counter.inc(1)
-            fresh = LoRARequest(lora_name=name, lora_int_id=number, lora_path=str(served.folder))
-            try:
-                await self.engine_client.add_lora(fresh)
-            except Exception as error:
-                return refusal(str(error))
-            self.lora_requests[name] = fresh
-            loader.keep(name, served, source)
-        return f"Success: LoRA adapter '{name}' added successfully."
+            source = await asyncio.to_thread(loader.permitted, path)
+            folder = source.folder
+            # vLLM would put new weights under the old id, below requests that are still running with it.
+            async with self.lora_resolver_lock[name]:
+                refused = await self._check_load_lora_adapter_request(request)
+                if refused is None:
+                    await admit(loader, self, name, source)
+        except Exception as error:
+            return refusal(loader, error, name, folder)
+        return refused or f"Success: LoRA adapter '{name}' added successfully."
 
     return load_lora_adapter
+
+
+async def load_named(
+    original: Callable[..., Any], loader: Loader, models: Any, request: Any, base_model_name: str | None
+) -> Any:
+    """Load an adapter that the command converted before the start, as vLLM does; hold its folder."""
+    name = request.lora_name
+    try:
+        served = await loader.convert(Path(request.lora_path))
+    except Exception as error:
+        return refusal(loader, error, name)
+    changed = copy.copy(request)  # SageMaker's route passes another type than vLLM's
+    changed.lora_path = str(served.folder)
+    answer = None
+    try:
+        answer = await original(models, changed, base_model_name)
+    finally:
+        if isinstance(answer, str):
+            loader.keep(name, served, None)
+        else:
+            served.release()
+    return answer
+
+
+async def admit(loader: Loader, models: Any, name: str, source: Source) -> None:
+    """Convert `source` and serve it as `name`, under an id of its own; the caller holds the lock of the name.
+
+    Whatever goes wrong passes through and leaves nothing held.
+    """
+    from vllm.lora.request import LoRARequest
+
+    served = await loader.convert(source.folder)
+    try:
+        present = models.lora_requests.get(name)
+        if present is None or present.lora_path != str(served.folder):
+            number = models.lora_id_counter.inc(1)
+            present = LoRARequest(lora_name=name, lora_int_id=number, lora_path=str(served.folder))
+            await models.engine_client.add_lora(present)
+    except BaseException:
+        served.release()
+        raise
+    models.lora_requests[name] = present
+    loader.keep(name, served, source)
 
 
 def wrap_unload(original: Callable[..., Any], loader: Loader) -> Callable[..., Any]:
@@ -104,27 +116,17 @@ def wrap_unload(original: Callable[..., Any], loader: Loader) -> Callable[..., A
     return unload_lora_adapter
 
 
-def wrap_resolve(original: Callable[..., Any], loader: Loader) -> Callable[..., Any]:
-    """A name that nobody has loaded: what is wrong with its folder becomes a 400 instead of a 500."""
+def wrap_check(original: Callable[..., Any], loader: Loader, raises: bool = False) -> Callable[..., Any]:
+    """Before any request: its adapter is loaded, as its folder is now, or the request is refused.
 
-    async def resolve_lora(self: Any, lora_name: str) -> Any:
-        from adapter_merge.errors import AdapterMergeError
-
-        try:
-            return await original(self, lora_name)
-        except (AdapterMergeError, OSError) as error:
-            return refusal(str(error))
-
-    return resolve_lora
-
-
-def wrap_check(original: Callable[..., Any], loader: Loader) -> Callable[..., Any]:
-    """Before any request: when its adapter's folder has changed, serve what is there now or refuse."""
+    `raises`: a refusal is raised as ValueError, where the caller does not look at what is returned.
+    """
 
     async def _check_model(self: Any, request: Any) -> Any:
-        name = request.model
-        if name and loader.changed(name) and name in self.models.lora_requests:
-            refused = await refresh(loader, self.models, name)
+        if not self._is_model_supported(request.model):
+            refused = await provide(loader, self.models, request.model)
+            if refused is not None and raises:
+                raise ValueError(refused.error.message)
             if refused is not None:
                 return refused
         return await original(self, request)
@@ -132,38 +134,50 @@ def wrap_check(original: Callable[..., Any], loader: Loader) -> Callable[..., An
     return _check_model
 
 
-async def refresh(loader: Loader, models: Any, name: str) -> Any:
-    """Swap `name` to what its folder holds now; an error response when that cannot be served."""
-    from vllm.lora.request import LoRARequest
-
-    from adapter_merge.errors import AdapterMergeError
-
-    async with models.lora_resolver_lock[name]:
-        if not loader.changed(name):
-            return None  # another request was faster
-        try:
-            source = loader.find(name) if loader.directory is not None else None
-            if source is None:
-                models.lora_requests.pop(name, None)
-                loader.drop(name)
-                return None
-            served = await loader.convert(source.folder)
-            number = models.lora_id_counter.inc(1)
-            fresh = LoRARequest(lora_name=name, lora_int_id=number, lora_path=str(served.folder))
-            if str(served.folder) != models.lora_requests[name].lora_path:
-                await models.engine_client.add_lora(fresh)
-                models.lora_requests[name] = fresh
-            loader.keep(name, served, source)
-        except (AdapterMergeError, OSError, ValueError) as error:
-            models.lora_requests.pop(name, None)
-            loader.drop(name)
-            return refusal(f"{name} has changed on disk and cannot be served as it is now: {error}")
-    return None
+async def provide(loader: Loader, models: Any, name: str) -> Any:
+    """Make `name` ready as it is on disk now; an error response when it is not there or cannot be served."""
+    if name in models.lora_requests and not loader.changed(name):
+        return None
+    source = None
+    try:
+        source = await asyncio.to_thread(loader.current, name)
+        if source is not None:
+            async with models.lora_resolver_lock[name]:
+                if name not in models.lora_requests or loader.changed(name):
+                    await admit(loader, models, name, source)
+            return None
+        forget(loader, models, name)
+        return unknown(loader, models, name)
+    except Exception as error:
+        forget(loader, models, name)
+        return refusal(loader, error, name, source.folder if source is not None else None)
 
 
-def refusal(message: str) -> Any:
-    """vLLM's answer to a bad request."""
+def forget(loader: Loader, models: Any, name: str) -> None:
+    models.lora_requests.pop(name, None)
+    loader.drop(name)
+
+
+def refusal(loader: Loader, error: Exception, name: str, folder: Path | None = None) -> Any:
+    """vLLM's answer to a bad request; the log has the whole error, the client its causes without paths."""
     from vllm.entrypoints.serve import create_error_response
 
-    logger.warning("%s", message)
+    logger.warning("%s", error)
+    message = loader.told(error, name, folder)
     return create_error_response(message=message, err_type="BadRequestError", status_code=HTTPStatus.BAD_REQUEST)
+
+
+def unknown(loader: Loader, models: Any, name: str) -> Any:
+    """vLLM's answer to a name that is not there, with the names that are."""
+    from vllm.entrypoints.serve import create_error_response
+
+    bases = [base.name for base in models.base_model_paths]
+    offered = folders(loader.directory) if loader.directory is not None else []
+    names = list(dict.fromkeys([*bases, *models.lora_requests, *offered]))
+    more = f" and {len(names) - NAMES_SHOWN} more" if len(names) > NAMES_SHOWN else ""
+    return create_error_response(
+        message=f"The model `{name}` does not exist. There are: {', '.join(names[:NAMES_SHOWN])}{more}.",
+        err_type="NotFoundError",
+        status_code=HTTPStatus.NOT_FOUND,
+        param="model",
+    )

@@ -1,15 +1,14 @@
 """Loading at run time, inside vLLM's API server: adapters in any form, by request or by name from a folder.
 
 `adapter-merge serve` describes the base, the cache and the adapter folder in one environment variable, and
-the plugin puts three things into the API server's process:
+the plugin changes two things in the API server's process:
 
     /v1/load_lora_adapter   converts the folder that it is given, then loads the converted one
-    LoRAResolver            finds a name that no one has loaded yet in the adapter folder
-    every request           is for the adapter as it is on disk now: a folder that was replaced is converted
-                            and loaded under a new path and a new id, while requests that are running keep
-                            the old one
+    every request           is for the adapter as it is on disk now: a name that no one has loaded yet is found in the
+                            adapter folder; a folder that was replaced is converted and loaded under a new path and a
+                            new id, while requests that are running keep the old one
 
-routes.py has the three, loader.py what they share; this file puts them in place.
+routes.py has both, loader.py what they share; this file puts them in place.
 
 A conversion runs in a thread; requests for other adapters go on meanwhile.
 """
@@ -64,10 +63,9 @@ def missing() -> list[str]:
     wanted: dict[tuple[str, str], tuple[str, ...]] = {
         (MODELS, "OpenAIServingModels.load_lora_adapter"): ("self", "request", "base_model_name"),
         (MODELS, "OpenAIServingModels.unload_lora_adapter"): ("self", "request"),
-        (MODELS, "OpenAIServingModels.resolve_lora"): ("self", "lora_name"),
         (MODELS, "OpenAIServingModels._check_load_lora_adapter_request"): ("self", "request"),
         (SERVING, "BaseServing._check_model"): ("self", "request"),
-        ("vllm.lora.resolver", "LoRAResolverRegistry.register_resolver"): ("resolver_name", "resolver"),
+        (SERVING, "BaseServing._is_model_supported"): ("self", "model_name"),
         ("vllm.entrypoints.serve", "create_error_response"): ("message", "err_type", "status_code"),
     }
     for (module, path), parameters in wanted.items():

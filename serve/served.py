@@ -54,6 +54,11 @@ class Served:
     form: str  # "lora" or "lora+row_scale"
     lease: Lease | None = None
 
+    def release(self) -> None:
+        """Give up the hold on the folder."""
+        if self.lease is not None:
+            self.lease.release()
+
 
 @dataclass(frozen=True)
 class Outline:
@@ -232,17 +237,26 @@ class Converter:
         return {"adapter": str(outline.source.absolute()), "base": self.name, "method": outline.method}
 
     def _describe(self, lease: Lease) -> Served:
-        from safetensors import safe_open
+        try:
+            return _describe(lease)
+        except BaseException:
+            lease.release()
+            raise
 
-        config = json.loads((lease.folder / "adapter_config.json").read_text("utf-8"))
-        rank, targets = 1, set()
-        with safe_open(str(lease.folder / "adapter_model.safetensors"), framework="pt") as file:
-            for key in file.keys():  # noqa: SIM118
-                if key.endswith(".lora_A.weight"):
-                    rank = max(rank, file.get_slice(key).get_shape()[0])
-                    targets.add(key.split(".")[-3])
-        form = "lora+row_scale" if config.get("use_dora") else "lora"
-        return Served(lease.folder, rank, tuple(sorted(targets)), form, lease)
+
+def _describe(lease: Lease) -> Served:
+    """What the files of a served folder say."""
+    from safetensors import safe_open
+
+    config = json.loads((lease.folder / "adapter_config.json").read_text("utf-8"))
+    rank, targets = 1, set()
+    with safe_open(str(lease.folder / "adapter_model.safetensors"), framework="pt") as file:
+        for key in file.keys():  # noqa: SIM118
+            if key.endswith(".lora_A.weight"):
+                rank = max(rank, file.get_slice(key).get_shape()[0])
+                targets.add(key.split(".")[-3])
+    form = "lora+row_scale" if config.get("use_dora") else "lora"
+    return Served(lease.folder, rank, tuple(sorted(targets)), form, lease)
 
 
 def inside(directory: Path, name: str) -> Path | None:
@@ -252,17 +266,22 @@ def inside(directory: Path, name: str) -> Path | None:
     lead out of `directory`.
     """
     check_name(name)
-    root = directory.resolve()
     folder = directory / name
     if not folder.is_dir():
         return None
-    for path in (folder, *folder.rglob("*")):
-        if not path.resolve().is_relative_to(root):
-            raise InputError(
-                f"{name}: {path.name} is a link that leaves the adapter folder",
-                expected=f"everything under {directory}",
-            )
+    refuse_links_out(directory, folder)
     return folder
+
+
+def refuse_links_out(root: Path, folder: Path) -> None:
+    """Raises InputError when `folder`, or anything in it, is a link that leads out of `root`."""
+    resolved = root.resolve()
+    for path in (folder, *(folder.rglob("*") if folder.is_dir() else ())):
+        if not path.resolve().is_relative_to(resolved):
+            raise InputError(
+                f"{folder.name}: {path.name} is a link that leaves the adapter folder",
+                expected=f"everything under {root}",
+            )
 
 
 def folders(directory: Path) -> list[str]:

@@ -216,6 +216,7 @@ def running(qwen2: World, tmp_path_factory: pytest.TempPathFactory) -> Iterator[
         *named,
         "--adapter-dir",
         str(directory),
+        *("--allow-loading", "--adapter-root", str(tmp_path_factory.getbasetemp())),
         "--max-active",
         "3",
         vllm=("--served-model-name", "base"),

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from adapter_merge.errors import InputError, OutputError
-from adapter_merge.serve.cache import Cache, key_of
+from adapter_merge.serve.cache import Cache, Entry, Lease, key_of
 
 KEYS = [key_of({"number": number}) for number in range(6)]
 
@@ -132,9 +132,9 @@ def test_many_processes_make_it_once(tmp_path: Path) -> None:
 
 
 def _hold_and_die(root: Path, ready: Any) -> None:
-    Cache(root).obtain(KEYS[0], maker())
-    ready.set()
-    time.sleep(60)
+    with Cache(root).obtain(KEYS[0], maker()):
+        ready.set()
+        time.sleep(60)
 
 
 def test_a_killed_server_holds_nothing(tmp_path: Path) -> None:
@@ -149,6 +149,25 @@ def test_a_killed_server_holds_nothing(tmp_path: Path) -> None:
     worker.join()
     assert cache.clear() == ([], []) or cache.entries() == []
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_lease_that_nobody_refers_to_is_given_up(tmp_path: Path) -> None:
+    cache = Cache(tmp_path)
+    lease: Lease | None = cache.obtain(KEYS[0], maker())
+    assert cache.entries()[0].in_use
+    assert lease is not None
+    lease = None
+    assert not cache.entries()[0].in_use
+
+
+def test_an_eviction_that_fails_keeps_no_lease(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(self: Cache) -> list[Entry]:
+        raise OutputError("no")
+
+    monkeypatch.setattr(Cache, "evict", fail)
+    with pytest.raises(OutputError) as caught:
+        Cache(tmp_path).obtain(KEYS[0], maker())
+    assert not Cache(tmp_path).entries()[0].in_use, caught  # the error is still there, and with it its frames
 
 
 def test_a_cache_that_cannot_be_written(tmp_path: Path) -> None:

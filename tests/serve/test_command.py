@@ -50,7 +50,7 @@ def test_the_command_line(qwen2: World, tmp_path: Path) -> None:
     assert [module["name"] for module in modules] == list(names)
     assert all(module["base_model_name"] == str(qwen2.base) for module in modules)
     assert all(Path(module["path"]).parent == tmp_path for module in modules)
-    assert "VLLM_ALLOW_RUNTIME_LORA_UPDATING" not in plan.environment()
+    assert plan.environment()["VLLM_ALLOW_RUNTIME_LORA_UPDATING"] == "0"
     assert not list(tmp_path.iterdir()), "a plan writes nothing"
 
 
@@ -66,14 +66,14 @@ def test_flags_of_vllm_win(qwen2: World, tmp_path: Path) -> None:
     assert plan.address() == "http://127.0.0.1:9000"
 
 
-def test_an_adapter_folder_allows_loading(qwen2: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_adapter_folder(qwen2: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("VLLM_PLUGINS", "another")
     directory = tmp_path / "adapters"
     shutil.copytree(qwen2.adapters["dude-2"].raw, directory / "dude")
     (directory / "empty").mkdir()
     plan = plan_of(qwen2, adapter_dir=directory, cache=Cache(tmp_path / "cache"))
     extra = plan.environment()
-    assert extra["VLLM_ALLOW_RUNTIME_LORA_UPDATING"] == "1"
+    assert extra["VLLM_ALLOW_RUNTIME_LORA_UPDATING"] == "0", "names are found without the routes that load"
     assert extra["VLLM_PLUGINS"] == "another,adapter_merge"
     settings = Settings(**json.loads(extra[VARIABLE]))
     assert settings.adapter_dir == str(directory)
@@ -82,6 +82,71 @@ def test_an_adapter_folder_allows_loading(qwen2: World, tmp_path: Path, monkeypa
     assert any(note.startswith("empty in") for note in plan.notes)
     assert len(value(plan.command(), "--lora-target-modules")) == 7
     assert "--lora-modules" not in plan.command()
+
+
+def test_clients_may_load_from_what_is_named(qwen2: World, tmp_path: Path) -> None:
+    roots = [tmp_path / "one", tmp_path / "two"]
+    for root in roots:
+        root.mkdir()
+    plan = plan_of(qwen2, loading=True, roots=roots, cache=Cache(tmp_path / "cache"))
+    extra = plan.environment()
+    assert extra["VLLM_ALLOW_RUNTIME_LORA_UPDATING"] == "1"
+    assert Settings(**json.loads(extra[VARIABLE])).roots == [str(root) for root in roots]
+    with pytest.raises(InputError, match="nothing to load from"):
+        plan_of(qwen2, loading=True, cache=Cache(tmp_path / "cache"))
+    with pytest.raises(InputError) as caught:
+        plan_of(qwen2, "a=b", roots=[tmp_path / "none"], cache=Cache(tmp_path / "cache"))
+    assert "none: no such folder" in str(caught.value)
+    assert "for --allow-loading" in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("flags", "shell", "host", "bound", "warns"),
+    [
+        ([], {}, "127.0.0.1", "this machine only", False),
+        (["--host", "localhost"], {}, "localhost", "this machine only", False),
+        (["--host=::1"], {}, "::1", "this machine only", False),
+        (["--host", "0.0.0.0"], {}, "0.0.0.0", "every interface", True),
+        (["--host", "::"], {}, "::", "every interface", True),
+        (["--host", "10.1.2.3"], {}, "10.1.2.3", "10.1.2.3", True),
+        (["--host", "0.0.0.0", "--api-key", "x"], {}, "0.0.0.0", "every interface", False),
+        (["--host", "0.0.0.0"], {"VLLM_API_KEY": "x"}, "0.0.0.0", "every interface", False),
+        (["--host", "0.0.0.0", "--api-key="], {}, "0.0.0.0", "every interface", True),
+        (["--uds", "/run/x"], {}, None, "the socket /run/x", False),
+    ],
+)
+def test_what_is_bound(
+    qwen2: World,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    flags: list[str],
+    shell: dict[str, str],
+    host: str | None,
+    bound: str,
+    warns: bool,
+) -> None:
+    """Loopback unless the server is opened; open without a key is warned of."""
+    monkeypatch.delenv("VLLM_API_KEY", raising=False)
+    for name, value in shell.items():
+        monkeypatch.setenv(name, value)
+    plan = plan_of(qwen2, f"a={qwen2.adapters['lora-2'].raw}", cache=Cache(tmp_path), rest=flags)
+    assert option(plan.command(), "--host") == host
+    assert bound in plan.bound()
+    assert len(plan.warnings()) == int(warns)
+    assert plan.describe()["notes"] == plan.warnings()
+
+
+def test_options_that_are_also_vllms(qwen2: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("ADAPTER_MERGE_CACHE", str(tmp_path / "cache"))
+    arguments = [str(qwen2.base), f"a={qwen2.adapters['lora-2'].raw}", "--dry-run", "--json"]
+    own = ["--host", "0.0.0.0", "--port", "9001", "--api-key", "x", "--shutdown-timeout", "7"]
+    shown = CliRunner().invoke(serve, [*arguments, *own], catch_exceptions=False)
+    command = json.loads(shown.stdout)["command"]
+    flags = ("--host", "--port", "--api-key", "--shutdown-timeout")
+    assert [option(command, flag) for flag in flags] == ["0.0.0.0", "9001", "x", "7"]
+    assert CliRunner().invoke(serve, [*arguments, "--port", "1", "--", "--port=2"]).exit_code == 2
+    plain = json.loads(CliRunner().invoke(serve, arguments, catch_exceptions=False).stdout)["command"]
+    assert option(plain, "--shutdown-timeout") == "30"
 
 
 def test_what_is_stated_of_one_adapter(qwen2: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

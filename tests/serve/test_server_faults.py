@@ -9,6 +9,7 @@ import shutil
 import signal
 import subprocess
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -56,7 +57,7 @@ def test_corrupt_adapters_are_refused_and_the_server_lives(running: Running, tmp
         assert status == 400, f"{how}: {status} {body}"
     status, body = running.server.post("load_lora_adapter", lora_name="none", lora_path=str(tmp_path / "none"))
     assert status == 400
-    assert "no such folder" in body
+    assert "no such adapter" in body
     prompt = [5, 6, 7]
     assert running.server.complete("dude-1", prompt, COUNT) == (200, running.tokens("dude-1", prompt))
 
@@ -135,7 +136,10 @@ def processes_with(text: str) -> list[str]:
 
 
 def test_killed_and_started_again(running: Running, tmp_path: Path) -> None:
-    """The last test: kill -9 of the command takes the server with it; the next start finds every adapter converted."""
+    """The last test: kill -9 of the command takes the server with it; the next start finds every adapter converted.
+
+    SIGTERM then lets requests under way finish, takes no new ones, and leaves no process.
+    """
     server, prompt = running.server, [5, 6, 7]
     assert any("dude-1: DuDe" in line and "converted in" in line for line in server.lines())
     server.stop(signal.SIGKILL)
@@ -147,8 +151,25 @@ def test_killed_and_started_again(running: Running, tmp_path: Path) -> None:
     again = Server(running.cache, tmp_path / "second", str(running.world.base), *named).wait()
     try:
         assert any("dude-1: DuDe" in line and "from the cache" in line for line in again.lines())
+        assert any("bound to 127.0.0.1: this machine only" in line for line in again.lines())
         assert again.complete("dude-1", prompt, COUNT) == (200, running.tokens("dude-1", prompt))
+        with ThreadPoolExecutor(8) as pool:
+            long = [pool.submit(again.complete, name, prompt, 300) for name in ("dude-1", "lora-1") * 4]
+            time.sleep(1.5)
+            os.kill(again.process.pid, signal.SIGTERM)
+            time.sleep(0.5)
+            assert not all(future.done() for future in long), "too short to be under way still"
+            late = again.complete("dude-1", prompt, COUNT)
+            for future, name in zip(long, ("dude-1", "lora-1") * 4, strict=True):
+                assert future.result() == (200, running.world.expected(name, prompt, 300)[0])
+        assert late[0] == 503, late
+        code = again.process.wait(timeout=60)
     finally:
-        code = again.stop(signal.SIGINT)
+        again.stop(signal.SIGKILL)
     assert code == 0, again.lines()[-5:]
+    assert processes_with(f"--port {again.port}") == []
+    with pytest.raises(ProcessLookupError):
+        os.killpg(
+            int(next(line for line in again.lines() if "APIServer pid=" in line).split("pid=")[1].split(")")[0]), 0
+        )
     assert again.stdout.read_text() == ""  # stdout is for data
