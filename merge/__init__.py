@@ -1,1 +1,173 @@
-"""Put trained adapters into production: merge, factor, export, serve, and verify them."""
+"""Put trained adapters into production: merge, factor, export, serve, and verify that what is deployed was trained.
+
+    import adapter_merge as am
+
+    result = am.merge("base", "adapter", "merged", am.MergeOptions(dtype="bfloat16"))
+    report = am.verify("base", "adapter", "merged")
+    assert report.passed
+
+Every name in `__all__` is public and loaded when it is first used (PEP 562): importing the package imports no torch.
+Everything else is private, whatever module it is in.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:  # the names of _PUBLIC for type checkers; a test compares the two
+    from adapter_merge.api.options import (
+        ConvertOptions,
+        DeltaOptions,
+        ExtractOptions,
+        FactorOptions,
+        InspectOptions,
+        MergeOptions,
+        RestoreOptions,
+        VerifyOptions,
+    )
+    from adapter_merge.api.public import convert, delta, extract, factor, inspect, load_adapter, merge, restore, verify
+    from adapter_merge.api.results import (
+        AdapterEntry,
+        Certificate,
+        ConvertResult,
+        DeltaResult,
+        ExtractResult,
+        FactorResult,
+        Inspection,
+        MergeResult,
+        ParityFigures,
+        RestoreResult,
+        Verification,
+        WeightChange,
+        WeightFactors,
+    )
+    from adapter_merge.combine.delta_ops import Settings
+    from adapter_merge.combine.recipe import Ingredient, Recipe, make_recipe, read_recipe
+    from adapter_merge.errors import (
+        AdapterError,
+        AdapterMergeError,
+        FileFormatError,
+        InputError,
+        MismatchError,
+        MissingDependencyError,
+        NumericsError,
+        OutputError,
+        ParityError,
+        UnsupportedError,
+    )
+    from adapter_merge.formats.detection import ReadOptions
+    from adapter_merge.methods.adapter import Adapter
+
+_PUBLIC = {  # module -> names
+    "api.options": [
+        "ConvertOptions",
+        "DeltaOptions",
+        "ExtractOptions",
+        "FactorOptions",
+        "InspectOptions",
+        "MergeOptions",
+        "RestoreOptions",
+        "VerifyOptions",
+    ],
+    "api.public": ["convert", "delta", "extract", "factor", "inspect", "load_adapter", "merge", "restore", "verify"],
+    "api.results": [
+        "AdapterEntry",
+        "Certificate",
+        "ConvertResult",
+        "DeltaResult",
+        "ExtractResult",
+        "FactorResult",
+        "Inspection",
+        "MergeResult",
+        "ParityFigures",
+        "RestoreResult",
+        "Verification",
+        "WeightChange",
+        "WeightFactors",
+    ],
+    "combine.delta_ops": ["Settings"],
+    "combine.recipe": ["Ingredient", "Recipe", "make_recipe", "read_recipe"],
+    "errors": [
+        "AdapterError",
+        "AdapterMergeError",
+        "FileFormatError",
+        "InputError",
+        "MismatchError",
+        "MissingDependencyError",
+        "NumericsError",
+        "OutputError",
+        "ParityError",
+        "UnsupportedError",
+    ],
+    "formats.detection": ["ReadOptions"],
+    "methods.adapter": ["Adapter"],
+}
+_MODULES = {name: module for module, names in _PUBLIC.items() for name in names}
+__all__ = [
+    "Adapter",
+    "AdapterEntry",
+    "AdapterError",
+    "AdapterMergeError",
+    "Certificate",
+    "ConvertOptions",
+    "ConvertResult",
+    "DeltaOptions",
+    "DeltaResult",
+    "ExtractOptions",
+    "ExtractResult",
+    "FactorOptions",
+    "FactorResult",
+    "FileFormatError",
+    "Ingredient",
+    "InputError",
+    "InspectOptions",
+    "Inspection",
+    "MergeOptions",
+    "MergeResult",
+    "MismatchError",
+    "MissingDependencyError",
+    "NumericsError",
+    "OutputError",
+    "ParityError",
+    "ParityFigures",
+    "ReadOptions",
+    "Recipe",
+    "RestoreOptions",
+    "RestoreResult",
+    "Settings",
+    "UnsupportedError",
+    "Verification",
+    "VerifyOptions",
+    "WeightChange",
+    "WeightFactors",
+    "__version__",
+    "convert",
+    "delta",
+    "extract",
+    "factor",
+    "inspect",
+    "load_adapter",
+    "make_recipe",
+    "merge",
+    "read_recipe",
+    "restore",
+    "verify",
+]
+
+
+def __getattr__(name: str) -> Any:
+    """The public object `name`; its module is imported now."""
+    if name == "__version__":
+        from importlib.metadata import version
+
+        return version("adapter-merge")
+    if name not in _MODULES:
+        raise AttributeError(f"module 'adapter_merge' has no attribute {name!r}")
+    value = getattr(import_module(f"adapter_merge.{_MODULES[name]}"), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

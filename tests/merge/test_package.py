@@ -102,10 +102,14 @@ def strongly_connected(graph: dict[str, set[str]]) -> list[set[str]]:
     return groups
 
 
-def test_only_the_table_of_commands_names_the_wings() -> None:
+def test_only_lazy_imports_name_the_wings() -> None:
     for file in sorted((ROOT / "merge").rglob("*.py")):
         mentions = "adapter_merge.export" in file.read_text() or "adapter_merge.serve" in file.read_text()
-        assert not mentions or file.relative_to(ROOT / "merge").as_posix() in ("cli/main.py", "cli/verify.py"), file
+        assert not mentions or file.relative_to(ROOT / "merge").as_posix() in (
+            "api/public.py",
+            "cli/main.py",
+            "cli/verify.py",
+        ), file
 
 
 HEAVY = ("torch", "transformers", "peft", "onnx", "onnxruntime", "vllm", "rich", "numpy")

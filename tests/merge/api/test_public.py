@@ -1,0 +1,111 @@
+"""The public interface: its names, its options and results, and the examples in its docstrings."""
+
+from __future__ import annotations
+
+import ast
+import doctest
+import inspect
+import subprocess
+import sys
+from dataclasses import fields
+from pathlib import Path
+from typing import Any
+
+import pico
+import pytest
+
+import adapter_merge as am
+from adapter_merge.api import convert, extract, factor, merge, restore, verify
+from adapter_merge.api import inspect as inspection
+
+JOBS = {
+    am.ConvertOptions: convert.convert,
+    am.DeltaOptions: merge.delta,
+    am.ExtractOptions: extract.extract,
+    am.FactorOptions: factor.factor,
+    am.InspectOptions: inspection.inspect_adapter,
+    am.MergeOptions: merge.merge,
+    am.RestoreOptions: restore.restore,
+    am.VerifyOptions: verify.verify,
+}
+INPUTS = {"base", "adapter", "output", "artefact", "finetuned", "merged"}
+HANDED_ON = {"progress", "say", "onnx"}  # functions, which are no options
+PRIVATE = {"frozen_positions"}  # for a caller of ours that reads the factors itself
+
+
+@pytest.fixture
+def folders(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A folder with a base and a LoRA, to work in."""
+    pico.save_base(pico.pico_model("llama"), tmp_path / "base")
+    pico.peft_adapter(pico.pico_model("llama"), "llama", tmp_path / "adapter")
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def test_every_public_name_is_there_and_typed() -> None:
+    assert set(am.__all__) - {"__version__"} == set(am._MODULES)
+    assert all(getattr(am, name) is not None for name in am.__all__)
+    static = next(node for node in ast.parse(inspect.getsource(am)).body if isinstance(node, ast.If))
+    typed = {
+        (str(node.module).removeprefix("adapter_merge."), alias.name)
+        for node in static.body
+        if isinstance(node, ast.ImportFrom)
+        for alias in node.names
+    }
+    assert typed == {(module, name) for name, module in am._MODULES.items()}
+    with pytest.raises(AttributeError, match="nothing"):
+        am.nothing  # noqa: B018
+
+
+def test_the_package_loads_nothing_heavy_and_runs_as_a_module() -> None:
+    code = "import sys, adapter_merge; print([m for m in ('torch', 'transformers', 'numpy') if m in sys.modules])"
+    loaded = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert loaded.stdout.strip() == "[]"
+    run = [sys.executable, "-m", "adapter_merge", "--version"]
+    assert am.__version__ in subprocess.run(run, capture_output=True, text=True, check=True).stdout
+
+
+@pytest.mark.parametrize("options", JOBS, ids=lambda options: options.__name__)
+def test_options_are_the_jobs_keywords_and_defaults(options: Any) -> None:
+    parameters = inspect.signature(JOBS[options]).parameters
+    wanted = {
+        name: parameter.default
+        for name, parameter in parameters.items()
+        if name not in INPUTS - ({"base"} if options in (am.ConvertOptions, am.RestoreOptions) else set())
+        and name not in HANDED_ON | PRIVATE
+    }
+    offered = {("options" if item.name == "reading" else item.name): item.default for item in fields(options)}
+    assert offered.keys() == wanted.keys()
+    assert {name: offered[name] or None for name in offered} == {name: wanted[name] or None for name in wanted}
+
+
+def test_the_examples_run(folders: Path) -> None:
+    examples = 0
+    for name in ("merge", "delta", "factor", "convert", "extract", "restore", "verify", "inspect", "load_adapter"):
+        function = getattr(am, name)
+        for test in doctest.DocTestFinder(recurse=False).find(
+            function, name, globs={n: getattr(am, n) for n in am.__all__}
+        ):
+            runner = doctest.DocTestRunner(verbose=False)
+            assert runner.run(test).failed == 0, name
+            examples += len(test.examples)
+    assert examples >= 10
+
+
+def test_results_say_what_the_manifest_says(folders: Path) -> None:
+    result = am.merge("base", "adapter", "merged")
+    assert (result.artefact, result.dry_run, result.part) == ("merged model", False, None)
+    assert result.output == Path("merged") and result.files.keys() == result.as_json()["files"].keys()
+    (entry,) = result.adapters
+    assert entry.method == "LoRA" and entry.modules == len(result.weights) > 0
+    assert am.merge("base", "adapter", "other", am.MergeOptions(dry_run=True)).nbytes
+    assert not Path("other").exists()
+    report = am.verify("base", "adapter", "merged", am.VerifyOptions(generated=4))
+    assert report.passed and not report.problems and report.logits is not None
+    assert report.logits.greedy_equal == report.logits.greedy_total
+    assert report.relative_errors.keys() == result.weights.keys()
+    seen = am.inspect("adapter", "base")
+    assert seen.fits and seen.method == "LoRA" and seen.modules == len(result.weights)
+    assert am.inspect("base").problems and am.inspect("base").method is None
+    with pytest.raises(am.InputError):
+        am.merge("nowhere", "adapter", "out")
