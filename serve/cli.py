@@ -128,6 +128,8 @@ def serve(
     direct = {"--host": host, "--port": port, "--api-key": api_key, "--shutdown-timeout": shutdown_timeout}
     rest = _joined(direct, ctx.meta["rest"])
     if emit is not None:
+        if allow_loading or roots:
+            raise click.UsageError("--emit prints no service with --allow-loading")
         stated = [f"--{key.replace('_', '-')}={value}" for key, said in ctx.meta[META].items() for value in said]
         service = Service(
             name=name,

@@ -13,15 +13,21 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from adapter_merge.cli.adapter_options import PATH
 from adapter_merge.errors import InputError, MissingDependencyError, Problem, raise_all
 
-from .flags import flag_problems, has_option, option
+from .flags import DRAIN, flag_problems, has_option, option
+from .process import GRACE
 from .served import allowed_rank, check_name
+from .stating import KINDS
 
 PORT = 8000
 ADAPTERS, CACHE, SCRATCH = "/adapters", "/cache", "/scratch"
+PRE_STOP = 10  # seconds for the cluster to stop sending requests here, before SIGTERM
 REMOTE = ("s3://", "gs://", "abfss://", "azure://")
 LABEL = re.compile(r"[a-z]([-a-z0-9]{0,50}[a-z0-9])?")
+IMAGE = re.compile(r"[A-Za-z0-9][A-Za-z0-9._/:@-]{0,499}")
+HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?(@[\w./-]+)?")
 # Flags of vLLM's server alone; the rest of what stands behind `--` are engine arguments, in Ray too.
 SERVER_FLAGS = ("--host", "--port", "--api-key", "--served-model-name", "--uvicorn-log-level")
 
@@ -54,12 +60,52 @@ class Service:
                     raise InputError(f"{text!r} is not NAME=ADAPTER")
             except InputError as error:
                 problems += error.problems
+        texts = [self.base, *self.adapters, *self.stated, *self.rest, self.adapter_dir or ""]
+        problems += [Problem(f"{text!r} holds a control character") for text in texts if not text.isprintable()]
+        if IMAGE.fullmatch(self.image) is None:
+            problems.append(Problem(f"--image {self.image!r}: not an image", "registry/name:tag"))
+        raise_all(problems)
+
+    def check_cluster(self) -> None:
+        """Raises InputError for what a container could not find, or must not hold."""
+        problems = []
+        mount = self.adapter_dir or ADAPTERS
+        if not mount.startswith("/") or ".." in mount.split("/"):
+            problems.append(Problem(f"--adapter-dir {mount}: not a folder of the cluster", "an absolute path"))
+        named = {text.partition("=")[0] for text in self.adapters}
+        sources = [self.base, *(text.partition("=")[2] for text in self.adapters)]
+        for text in self.stated:
+            option_name, _, value = text.partition("=")
+            if KINDS[option_name.removeprefix("--").replace("-", "_")][0] == PATH:
+                owner, mark, rest = value.partition("=")
+                sources.append(rest if mark and owner in named else value)
+        for source in sources:
+            mounted = any(source.startswith(f"{folder.rstrip('/')}/") for folder in (mount, CACHE))
+            if not (mounted and ".." not in source.split("/")) and HUB_ID.fullmatch(source) is None:
+                problems.append(
+                    Problem(
+                        f"{source}: a path of this machine, which the container does not have",
+                        expected=f"a hub id, or a path under {mount} or {CACHE}",
+                        hint=f"copy it to the claim {self.name}-adapters",
+                    )
+                )
+        if has_option(self.rest, "--api-key"):
+            problems.append(
+                Problem(
+                    "--api-key would be readable in the manifest",
+                    hint=f"put it into the secret {self.name}, as api-key",
+                )
+            )
+        port = option(self.rest, "--port")
+        if has_option(self.rest, "--port") and not (port or "").isdigit():
+            problems.append(Problem("--port is no number", got=port))
         raise_all(problems)
 
 
 def kubernetes(service: Service) -> str:
     """Deployment, Service and two claims, as YAML."""
     service.check()
+    service.check_cluster()
     name = service.name
     labels = {"app.kubernetes.io/name": name}
     claims = [_claim(f"{name}-adapters", "10Gi"), _claim(f"{name}-models", "100Gi")]
@@ -108,6 +154,8 @@ def _pod(service: Service) -> dict[str, Any]:
         "image": service.image,
         "command": ["adapter-merge", "serve"],
         "args": _arguments(service),
+        # Endpoints are told of the end while it still answers; then SIGTERM turns /health and lets requests finish.
+        "lifecycle": {"preStop": {"exec": {"command": ["sleep", str(PRE_STOP)]}}},
         "env": [
             *({"name": key, "value": value} for key, value in environment.items()),
             *(
@@ -118,7 +166,7 @@ def _pod(service: Service) -> dict[str, Any]:
         "ports": [{"name": "http", "containerPort": _port(service.rest)}],
         # The first start fetches the base model; then a server that does not answer is started again.
         "startupProbe": {**probe, "periodSeconds": 10, "failureThreshold": 180},
-        "readinessProbe": {**probe, "periodSeconds": 5, "timeoutSeconds": 5},
+        "readinessProbe": {**probe, "periodSeconds": 5, "timeoutSeconds": 5, "failureThreshold": 1},
         "livenessProbe": {**probe, "periodSeconds": 20, "timeoutSeconds": 10, "failureThreshold": 6},
         "resources": {
             "requests": {"cpu": "4", "memory": "24Gi", "ephemeral-storage": "60Gi"},
@@ -140,7 +188,7 @@ def _pod(service: Service) -> dict[str, Any]:
     return {
         "automountServiceAccountToken": False,
         "enableServiceLinks": False,
-        "terminationGracePeriodSeconds": 60,
+        "terminationGracePeriodSeconds": PRE_STOP + _drain(service.rest) + GRACE + 5,
         "securityContext": {
             "runAsNonRoot": True,
             "runAsUser": 1000,
@@ -277,6 +325,10 @@ def _gpus(rest: Sequence[str]) -> int:
         value = next((found for flag in names if (found := option(rest, flag)) is not None), "1")
         number *= int(value) if value.isdigit() else 1
     return number
+
+
+def _drain(rest: Sequence[str]) -> int:
+    return int(option(rest, "--shutdown-timeout") or DRAIN)
 
 
 def _port(rest: Sequence[str]) -> int:

@@ -54,6 +54,8 @@ def test_the_manifest_hangs_together() -> None:
     assert {f"PersistentVolumeClaim {claim}" for claim in claims} < set(found)
     ports = {port["name"]: port["containerPort"] for port in container["ports"]}
     assert ports == {"http": 8000}
+    assert int(container["lifecycle"]["preStop"]["exec"]["command"][1]) > 5, "longer than a readiness check takes"
+    assert pod["terminationGracePeriodSeconds"] >= 10 + 30 + 30
     for probe in ("startupProbe", "readinessProbe", "livenessProbe"):
         assert container[probe]["httpGet"] == {"path": "/health", "port": "http"}
     assert found["Service chat"]["spec"]["ports"][0]["targetPort"] == "http"
@@ -62,6 +64,19 @@ def test_the_manifest_hangs_together() -> None:
     paths = [entry["value"] for entry in container["env"] if entry.get("value", "").startswith("/")]
     assert len(paths) >= 4
     assert all(any(Path(path).is_relative_to(mount) for mount in mounts) for path in paths)
+
+
+def test_the_time_to_end_follows_the_time_to_drain() -> None:
+    spec = manifest("--shutdown-timeout", "300")["Deployment chat"]["spec"]["template"]["spec"]
+    assert spec["terminationGracePeriodSeconds"] >= 10 + 300 + 30
+    assert "--shutdown-timeout=300" in spec["containers"][0]["args"]
+
+
+@pytest.mark.parametrize("name", ["null", "true", "on", "y", "no"])
+def test_names_that_yaml_would_read_as_something_else(name: str) -> None:
+    documents = emitted("org/base", f"{name}=org/dcft", "--emit", "k8s", "--name", name)
+    assert documents[2]["metadata"]["name"] == name
+    assert documents[2]["spec"]["template"]["spec"]["containers"][0]["args"][1] == f"{name}=org/dcft"
 
 
 @pytest.mark.vllm
@@ -127,6 +142,17 @@ def test_engine_arguments() -> None:
         (["base", "--emit", "k8s", "--name", "Not_a_name"], "not a name"),
         (["base", "bad/name=x", "--emit", "k8s"], "cannot name an adapter"),
         (["base", "no-equals", "--emit", "k8s"], "not NAME=ADAPTER"),
+        (["base", "a==org/x", "--emit", "k8s"], "path of this machine"),
+        (["base", "a=./here", "--emit", "k8s"], "path of this machine"),
+        (["base", "a=/home/me/dude", "--emit", "k8s"], "path of this machine"),
+        (["base", "a=/adapters/../etc", "--emit", "k8s"], "path of this machine"),
+        (["/data/base", "--emit", "k8s"], "path of this machine"),
+        (["base", "a=org/x", "--magnitudes", "/home/m", "--emit", "k8s"], "path of this machine"),
+        (["base", "--adapter-dir", "here", "--emit", "k8s"], "not a folder of the cluster"),
+        (["base", "--emit", "k8s", "--image", "x\n---\nkind: Pod"], "not an image"),
+        (["base", "--emit", "k8s", "--image", "x #y"], "not an image"),
+        (["base\nx", "--emit", "k8s"], "control character"),
+        (["base", "--emit", "k8s", "--api-key", "x"], "readable in the manifest"),
         (["base", "--emit", "k8s", "--", "--lora-modules", "x"], "set by adapter-merge"),
         (["base", "--emit", "ray"], "object storage only"),
         (["base", "--emit", "ray", "--adapter-dir", "./here"], "object storage only"),
