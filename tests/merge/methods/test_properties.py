@@ -260,7 +260,8 @@ def test_combinations_are_their_definition_in_blocks_too(
     assert edit is not None
     got = applied(edit, weight) - weight
     torch.testing.assert_close(got[~unsure], expected[~unsure], atol=1e-6, rtol=1e-6)
-    assert float(unsure.double().mean()) <= 0.1 + 8 / unsure.numel()
+    # Float32 cannot order elements at a threshold: a few of each adapter, and a share of a large matrix.
+    assert float(unsure.sum()) <= 0.1 * unsure.numel() + max(8, 3 * len(taken))
 
 
 @settings(max_examples=12, deadline=None)
