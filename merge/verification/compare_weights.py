@@ -252,9 +252,16 @@ def adapter_weights(
     heads = sorted({*bound.replacements, *whole, *other.replacements})
     different = [name for name in heads if not _same_head(name, bound, whole, other)]
     extra, missing = sorted(set(theirs) - set(wanted)), sorted(set(wanted) - set(theirs))
+    saved = bound.adapter.base_layers
+    layers_saved = [
+        name
+        for name, ref in other.adapter.base_layers.items()
+        if name in saved and not torch.equal(read_tensor(ref), read_tensor(saved[name]))
+    ]
     problems = [
         f"{len(names)} {what}, first {names[0]}"
         for names, what in (
+            (layers_saved, "saved layers of the base are different"),
             (different, "heads or biases are different or missing"),
             (extra, "weights that the adapter does not change are changed"),
             (missing, "weights that the adapter changes are missing"),
@@ -307,6 +314,12 @@ def not_optimal(item: BoundModule, factors: BoundModule) -> str | None:
     if scale is None and exact_scale is not None:  # a plain LoRA of a scaled weight
         base = read_tensor(item.weight).to(torch.float64).reshape(delta.shape)
         wanted = (base + wanted) * exact_scale - base
+    elif scale is not None and isinstance(
+        item, CombinedModule
+    ):  # whose scale is not one adapter's: take W' by this one
+        base = read_tensor(item.weight).to(torch.float64).reshape(delta.shape)
+        wanted = base + wanted - base * scale
+        delta = delta * scale
     elif scale is not None:
         if exact_scale is None or scale.shape != exact_scale.shape:
             return "a scale that the adapter does not have"

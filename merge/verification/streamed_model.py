@@ -8,6 +8,7 @@ KEPT_BYTES; the rest is read again in every forward. An 8B model runs in the mem
 
 from __future__ import annotations
 
+import gc
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any, cast
 
@@ -20,7 +21,7 @@ from adapter_merge.storage.tensor_io import read_tensor
 
 from .live_adapter import quiet_libraries, require
 
-KEPT_BYTES = 2 << 30
+KEPT_BYTES = 1 << 30
 LARGE_LEAF = 64 << 20  # bytes from which an embedding or head is a part of its own
 WRAPPERS = ("base_layer", "original_module", "token_adapter")  # what PEFT puts into a module's path
 REST = ""
@@ -186,6 +187,7 @@ class StreamedModel:
     """
 
     def __init__(self, model: nn.Module, loader: PartLoader, adjust: Mapping[str, Adjust] | None = None) -> None:
+        gc.collect()  # hooks and models refer to each other: an earlier model lives until then
         self.model = model
         self._loader = loader
         self._adjust: dict[str, list[Adjust]] = {}
