@@ -69,7 +69,13 @@ def _state_dict(file: Path, content: Any) -> Mapping[str, PickledTensor]:
             f"{file}: holds several state dicts", expected="one of them", got=", ".join(inner), hint="save one alone"
         )
     if inner:
+        beside = [name for name, value in content.items() if type(value) is PickledTensor and "." in str(name)]
+        if beside:
+            raise _left_out(file, beside, f"one state dict, whole under {next(iter(inner))!r}")
         (content,) = inner.values()
+    nested = [name for name, value in content.items() if _holds_named_tensors(name, value)]
+    if nested:
+        raise _left_out(file, nested, "every tensor by its whole name in one flat dict")
     tensors = {name: value for name, value in content.items() if type(value) is PickledTensor}
     if not tensors:
         raise FileFormatError(f"{file}: holds no tensors", got=", ".join(repr(key)[:40] for key in list(content)[:5]))
@@ -90,6 +96,22 @@ def _state_dict(file: Path, content: Any) -> Mapping[str, PickledTensor]:
             hint="save it again as torch.tensor(...)",
         )
     return tensors
+
+
+def _holds_named_tensors(name: object, value: object) -> bool:
+    """True for a dict or list in a state dict that holds tensors of modules, whose names have a dot."""
+    if isinstance(value, Mapping):
+        return any(type(item) is PickledTensor and "." in f"{name}{key}" for key, item in value.items())
+    return isinstance(value, list | tuple) and "." in str(name) and any(type(item) is PickledTensor for item in value)
+
+
+def _left_out(file: Path, names: list[Any], expected: str) -> FileFormatError:
+    return FileFormatError(
+        f"{file}: holds tensors outside its state dict, which would be left out",
+        expected=expected,
+        got=", ".join(repr(name)[:80] for name in names[:5]),
+        hint="save one flat state dict alone",
+    )
 
 
 def _holds_tensors(value: object) -> bool:

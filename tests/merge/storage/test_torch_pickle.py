@@ -150,6 +150,14 @@ ATTACKS: dict[str, tuple[Any, str]] = {
     "a number among tensors": (lambda: saved({"q.lora_A": torch.zeros(2), "q.alpha": 16.0}), "a number"),
     "two state dicts": (
         lambda: saved({"model": {"a": torch.zeros(2)}, "state_dict": {"a": torch.ones(2)}}), "several"),
+    "tensors beside a state dict": (
+        lambda: saved({"state_dict": {"q.lora_A": torch.zeros(2)}, "k.lora_A": torch.ones(2)}), "outside its state"),
+    "tensors in a dict of their own": (
+        lambda: saved({"q.lora_A": torch.zeros(2), "more": {"k.lora_A": torch.ones(2)}}), "outside its state"),
+    "tensors of a module in a dict": (
+        lambda: saved({"q.lora_A": torch.zeros(2), "layers.1": {"lora_A": torch.ones(2)}}), "outside its state"),
+    "tensors in a list": (
+        lambda: saved({"q.lora_A": torch.zeros(2), "k.lora_A": [torch.ones(2)]}), "outside its state"),
     "numbered tensors": (lambda: saved({1: torch.zeros(2)}), "no names"),
 }  # fmt: skip
 
@@ -165,6 +173,13 @@ def test_what_cannot_be_read_in_place_is_refused(attack: str, tmp_path: Path) ->
     with pytest.raises(FileFormatError, match=text) as caught:
         read_pickle(file)
     assert str(file) in str(caught.value) and caught.value.problems[0].hint
+
+
+def test_the_state_of_training_beside_a_state_dict_is_no_part_of_it(tmp_path: Path) -> None:
+    optimizer = {"state": {0: {"exp_avg": torch.ones(2)}}, "param_groups": [{"lr": 0.1}]}
+    content = {"model_state_dict": {"q.lora_A": torch.zeros(2)}, "optimizer": optimizer, "rng_state": torch.zeros(9)}
+    torch.save(content, tmp_path / "final.ckpt")
+    assert list(read_pickle(tmp_path / "final.ckpt")) == ["q.lora_A"]
 
 
 def test_the_legacy_format_is_refused(tmp_path: Path) -> None:
