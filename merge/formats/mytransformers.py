@@ -81,20 +81,21 @@ def read_mytransformers(
     found = sort_tensors(read_weights(file).tensors, ROLES, base)
     problems = list(found.problems)
     method = _variant(config, config_file, problems)
-    if not config and any("m" in group for group in found.groups.values()):
+    if not config:
         problems.append(
             Problem(
-                f"{file}: DoRA or DuDe? That stands only in the training arguments",
-                f"{config_file.name} with use_dora or use_dude",
+                f"{file}: which variant it is stands only in the training arguments",
+                f"{config_file.name} with the arguments, as the trainer writes it beside the file",
+                "no such file" if not config_file.is_file() else "an empty one",
+                "files of LoRA, rsLoRA, HiRA and others hold the same tensors: a guess would merge a wrong adapter",
             )
         )
     problems += _other_positions(config, config_file, base)
     iterations = config.get("milora_n_iters" if method == "MiLoRA" else "pissa_n_iters", 1)
-    said = config.get("lora_rank")
     training = Training(
         method,
         _scaler(config, alpha, file, problems),
-        said if isinstance(said, int) else None,
+        _rank(config, config_file, problems),
         method != "OLoRA" and not (isinstance(iterations, int) and iterations <= REPEATABLE_ITERATIONS),
         1 if magnitude_axis == "in" else 0,
         _training_dtype(config, residual_dtype, config_file, problems),
@@ -135,6 +136,15 @@ def _flag(config: Mapping[str, Any], key: str, config_file: Path, problems: list
     if value is not None and not isinstance(value, bool):
         problems.append(Problem(f"{config_file}: {key} is wrong", "true or false", repr(value)[:100]))
     return value is True
+
+
+def _rank(config: Mapping[str, Any], config_file: Path, problems: list[Problem]) -> int | None:
+    """lora_rank, which the factors' own rank is held against; None where it is not said."""
+    rank = config.get("lora_rank")
+    if rank is not None and (isinstance(rank, bool) or not isinstance(rank, int) or rank < 1):
+        problems.append(Problem(f"{config_file}: lora_rank is wrong", "a whole number above 0", repr(rank)[:100]))
+        return None
+    return rank
 
 
 def _scaler(config: Mapping[str, Any], alpha: float | None, file: Path, problems: list[Problem]) -> float:

@@ -177,6 +177,28 @@ def test_two_variants_are_one_too_many(base: Path, tmp_path: Path) -> None:
         open_adapter(adapter)
 
 
+@pytest.mark.parametrize("empty", [False, True])
+@pytest.mark.parametrize("variant", ["lora", "dude"])
+def test_without_its_training_arguments_the_variant_is_unknown(
+    base: Path, tmp_path: Path, variant: str, empty: bool
+) -> None:
+    """A stated alpha says nothing of the variant: rsLoRA and HiRA hold the tensors of a LoRA."""
+    adapter = edited(base, tmp_path / "a", variant)
+    (adapter / "config.json").unlink()
+    if empty:
+        (adapter / "config.json").write_text("{}")
+    with pytest.raises(AdapterError, match="which variant it is"):
+        merge(base, adapter, tmp_path / "no", device="cpu", options=ReadOptions(alpha=SCALER))
+    assert not (tmp_path / "no").exists()
+
+
+@pytest.mark.parametrize("rank", ["8", 8.0, True, 0])
+def test_a_rank_that_is_no_whole_number_is_refused(base: Path, tmp_path: Path, rank: object) -> None:
+    """It would otherwise not be held against the factors' own."""
+    with pytest.raises(AdapterError, match="lora_rank is wrong"):
+        open_adapter(edited(base, tmp_path / "a", lora_rank=rank))
+
+
 def test_an_unknown_argument_that_is_off_is_said(base: Path, tmp_path: Path) -> None:
     adapter = open_adapter(edited(base, tmp_path / "a", use_next_lora=False, next_rate=None))
     assert any("next_rate, use_next_lora" in note for note in adapter.notes)
