@@ -13,6 +13,7 @@ from adapter_merge.binding.bind import BoundAdapter
 from adapter_merge.combine.open_inputs import AdapterInput, open_pair, parts_of
 from adapter_merge.errors import InputError, MismatchError, UnsupportedError
 from adapter_merge.formats.detection import ReadOptions
+from adapter_merge.storage.checkpoint import read_json
 from adapter_merge.verification.compare_logits import PROMPTS, token_paths
 from adapter_merge.verification.compare_server import DTYPES, Distance, Transcript, compare_server, expect, judge
 from adapter_merge.verification.completions_client import CompletionsClient, ServedModel
@@ -66,7 +67,7 @@ def verify_server(
         transcripts, lambda: load_model(bound.base.folder), lambda wanted: trained_model(bound, wanted), chosen
     )
     text_of = None if tokenizer is None else lambda token: str(tokenizer.decode([token]))
-    figures = compare_server(client, transcripts, expected, text_of, progress)
+    figures = compare_server(client, transcripts, expected, text_of, progress, _end_tokens(bound.base.folder))
     verdict = judge(figures, tolerance)
     problems = list(verdict.problems)
     if verdict.verdict == "FAIL" and not verdict.is_base and chosen == "float32" and tolerance is None:
@@ -128,6 +129,15 @@ def _transcripts(bound: BoundAdapter, prompts: Sequence[str] | None, generated: 
             )
         found.append(Transcript(tuple(path.ids.tolist()), path.start + 1))
     return found
+
+
+def _end_tokens(folder: Path) -> frozenset[int]:
+    """The token ids that end an answer, as generation_config.json states them, else config.json."""
+    for name in ("generation_config.json", "config.json"):
+        stated = read_json(folder / name).get("eos_token_id") if (folder / name).is_file() else None
+        if stated is not None:
+            return frozenset(stated if isinstance(stated, list) else [stated])
+    return frozenset()
 
 
 def _tokenizer(folder: Path) -> Any:

@@ -61,6 +61,7 @@ class Training:
     axis: int  # 1: magnitudes of input columns
     dtype: str | None  # of the frozen weights, as safetensors names it; None: not said
     in_float32: bool  # run_lora_in_fp32
+    stated: bool  # False where there are no training arguments, which is an error of its own
 
 
 def read_mytransformers(
@@ -100,6 +101,7 @@ def read_mytransformers(
         1 if magnitude_axis == "in" else 0,
         _training_dtype(config, residual_dtype, config_file, problems),
         _flag(config, "run_lora_in_fp32", config_file, problems),
+        bool(config),
     )
     modules = _modules(found, training, file, problems)
     raise_all(problems, AdapterError)
@@ -207,7 +209,7 @@ def _modules(found: Foreign, training: Training, file: Path, problems: list[Prob
             )
         if frozen is not None and frozen.shape != shape:
             problems.append(Problem(f"{file}: the frozen weight of {name} does not fit", str(shape), str(frozen.shape)))
-        if m is not None and not scaled:
+        if m is not None and not scaled and training.stated:
             problems.append(
                 Problem(f"{file}: {name} has a magnitude", f"none: the arguments name {training.method}", m.name)
             )

@@ -122,10 +122,12 @@ def compare_server(
     expected: Sequence[Expectation],
     text_of: Callable[[int], str] | None,
     progress: Callable[[int], None] | None = None,
+    ends: frozenset[int] = frozenset(),
 ) -> ServerFigures:
     """Ask the server for every transcript: its greedy tokens, then its log-probabilities of the whole transcript.
 
-    text_of: a token id's text, for servers that tell no ids.
+    text_of: a token id's text, for servers that tell no ids. ends: the end-of-sequence tokens, which a server may leave
+    out of its answer.
     """
     server: list[float] = []
     rows: list[Tensor] = []  # (3, n): base, trained, narrow
@@ -134,7 +136,7 @@ def compare_server(
     for transcript, want in zip(transcripts, expected, strict=True):
         models = torch.stack((want.base, want.trained, want.narrow))
         made = client.generate(transcript.ids[: transcript.start], len(want.greedy))
-        same, gap = _compare_greedy(made, want, text_of)
+        same, gap = _compare_greedy(made, want, text_of, ends)
         equal += same
         total += same + (gap is not None)
         gaps += [gap] if gap is not None else []
@@ -169,13 +171,13 @@ def _distance(one: Tensor, other: Tensor) -> Distance:
 
 
 def _compare_greedy(
-    made: Continuation, want: Expectation, text_of: Callable[[int], str] | None
+    made: Continuation, want: Expectation, text_of: Callable[[int], str] | None, ends: frozenset[int]
 ) -> tuple[int, float | None]:
     """(tokens that are equal, the gap at the first one that is not). inf: a token that cannot be told."""
     for place, token in enumerate(want.greedy):
         if place >= len(made.ids):
-            # Some servers leave the end-of-sequence token out; the adapter must end there as well.
-            return place, None if made.stopped and place == len(want.greedy) - 1 else math.inf
+            # Some servers leave the end-of-sequence token out; the adapter must end there with one as well.
+            return place, None if made.stopped and token in ends and place == len(want.greedy) - 1 else math.inf
         got = made.ids[place]
         if got is None and text_of is not None and made.texts[place] == text_of(token):
             got = token

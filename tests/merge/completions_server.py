@@ -29,6 +29,7 @@ class Behaviour:
     refuses_unknown: bool = False  # keys of a request that the standard does not have
     key: str | None = None
     chat_only: bool = False
+    cuts_last: bool = False  # the answer lacks its last token and claims to have ended
     drops_end: bool = False  # the end-of-sequence token is left out of the answer
     shift: float = 0.0  # added to every log-probability
     asked: list[dict[str, Any]] = field(default_factory=list)
@@ -56,6 +57,8 @@ def complete(behaviour: Behaviour, body: dict[str, Any]) -> tuple[int, dict[str,
     made = ids[len(prompt) :]
     if reason == "stop" and behaviour.drops_end:
         made, values = made[:-1], values[:-1]
+    if behaviour.cuts_last and len(made) > 1:
+        made, values, reason = made[:-1], values[:-1], "stop"
     choice: dict[str, Any] = {"index": 0, "text": tokenizer.decode(made), "finish_reason": reason, "logprobs": None}
     if "logprobs" in body:
         shown = made

@@ -163,6 +163,13 @@ def test_a_server_that_leaves_the_end_of_the_answer_out(world: World) -> None:
         assert any("greedy" in problem for problem in report["problems"])
 
 
+def test_a_server_that_cuts_an_answer_short_fails(world: World) -> None:
+    with serving(world, cuts_last=True) as (url, _):
+        report = check(world, url)
+    assert report["verdict"] == "FAIL"
+    assert any("greedy" in problem for problem in report["problems"])
+
+
 def test_values_that_are_shifted_by_little_fail(world: World) -> None:
     with serving(world, shift=3e-4) as (url, _):
         report = check(world, url)
