@@ -9,7 +9,7 @@ so that an index of 2^32 - 1 costs nothing.
 from __future__ import annotations
 
 import struct
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from typing import Any
 
 from .pickled_tensors import (
@@ -34,14 +34,16 @@ MAX_INTEGER_BYTES = 9
 MAX_NAME_BYTES = 256
 
 
-def read_pickle_table(data: bytes) -> Any:
-    """What the pickle `data` describes: dict, list, tuple, str, numbers, bytes, None, PickledTensor and opaque values.
+def read_pickle_table(data: bytes) -> tuple[Any, Collection[PickledStorage]]:
+    """(what the pickle `data` describes, every storage that it names, also of values that nobody looks at).
+
+    What it describes is made of dict, list, tuple, str, numbers, bytes, None, PickledTensor and opaque values.
 
     Raises DamagedPickle, ForbiddenPickle or UnsupportedPickle and nothing else, after at most MAX_OPCODES steps.
     """
     machine = _Machine(data)
     try:
-        return machine.run()
+        return machine.run(), machine.storages.values()
     except (IndexError, KeyError, TypeError, ValueError, OverflowError) as error:
         if isinstance(error, (DamagedPickle, ForbiddenPickle, UnsupportedPickle)):
             raise

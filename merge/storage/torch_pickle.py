@@ -8,7 +8,7 @@ not at all, is refused.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +16,7 @@ from adapter_merge.errors import FileFormatError
 
 from .input_errors import reading
 from .pickle_machine import read_pickle_table
-from .pickled_tensors import DamagedPickle, ForbiddenPickle, PickledTensor, UnsupportedPickle
+from .pickled_tensors import DamagedPickle, ForbiddenPickle, PickledStorage, PickledTensor, UnsupportedPickle
 from .safetensors_header import ITEM_BYTES, TensorRef
 from .torch_zip import TorchZip, read_torch_zip
 
@@ -35,7 +35,7 @@ def read_pickle(file: Path) -> dict[str, TensorRef]:
     with reading(file), file.open("rb") as stream:
         archive = read_torch_zip(file, stream)
     try:
-        content = read_pickle_table(archive.pickle)
+        content, storages = read_pickle_table(archive.pickle)
     except ForbiddenPickle as error:
         raise FileFormatError(
             f"{file}: refused, loading it could run code",
@@ -55,6 +55,7 @@ def read_pickle(file: Path) -> dict[str, TensorRef]:
             expected="a file that torch.save wrote",
             hint="the file is damaged: fetch it again",
         ) from error
+    _check_storages(archive, storages)
     tensors = _state_dict(file, content)
     _check_growth(file, archive, tensors)
     return {name: _place(archive, name, tensor) for name, tensor in tensors.items()}
@@ -131,17 +132,20 @@ def _check_growth(file: Path, archive: TorchZip, tensors: Mapping[str, PickledTe
         )
 
 
+def _check_storages(archive: TorchZip, storages: Iterable[PickledStorage]) -> None:
+    for storage in storages:
+        record = archive.records.get(f"data/{storage.key}")
+        need = storage.numel * ITEM_BYTES[storage.dtype]
+        if record is None or record.nbytes != need:
+            raise FileFormatError(
+                f"{archive.file}: storage {storage.key[:40]!r} of its pickle is not the archive's",
+                expected=f"{need} bytes in record data/{storage.key[:40]}",
+                got="no such record" if record is None else f"{record.nbytes} bytes",
+                hint="the file is damaged: fetch it again",
+            )
+
+
 def _place(archive: TorchZip, name: str, tensor: PickledTensor) -> TensorRef:
-    storage = tensor.storage
-    record = archive.records.get(f"data/{storage.key}")
-    need = storage.numel * ITEM_BYTES[storage.dtype]
-    if record is None or record.nbytes != need:
-        raise FileFormatError(
-            f"{archive.file}: the storage of tensor {name!r} is not the archive's",
-            expected=f"{need} bytes in record data/{storage.key}",
-            got="no such record" if record is None else f"{record.nbytes} bytes",
-            hint="the file is damaged: fetch it again",
-        )
     if not tensor.is_contiguous:
         raise FileFormatError(
             f"{archive.file}: tensor {name!r} cannot be read in place",
@@ -150,5 +154,5 @@ def _place(archive: TorchZip, name: str, tensor: PickledTensor) -> TensorRef:
             hint="save it again after .contiguous()",
         )
     item = ITEM_BYTES[tensor.dtype]
-    start = record.start + tensor.offset * item
+    start = archive.records[f"data/{tensor.storage.key}"].start + tensor.offset * item
     return TensorRef(name, archive.file, tensor.dtype, tensor.shape, start, start + tensor.numel * item)

@@ -14,7 +14,6 @@ from __future__ import annotations
 import os
 import re
 import struct
-import zipfile
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -28,14 +27,24 @@ KNOWN_RECORDS = re.compile(
 VERSIONS = range(1, 11)  # what torch itself reads (caffe2/serialize/versions.h)
 MAX_PICKLE_BYTES = 128 << 20
 MAX_SMALL_BYTES = 64
+MAX_DIRECTORY_BYTES = 256 << 20
+CENTRAL_HEADER = struct.Struct("<4s6H3I5H2I")
 LOCAL_HEADER = struct.Struct("<4s5H3I2H")
 ZIP64_END = struct.Struct("<4sQ2H2I4Q4sIQI")  # the zip64 end of the directory, and its locator
 DIRECTORY_END = struct.Struct("<4s4H2IH")
 LOCAL_MAGIC = b"PK\x03\x04"
-HAS_DESCRIPTOR = 0x08  # flag: the local header leaves sizes out
+CENTRAL_MAGIC = b"PK\x01\x02"
+DESCRIPTOR_MAGIC = b"PK\x07\x08"
+HAS_DESCRIPTOR = 0x08  # flag: sizes and checksum follow the data, and the local header has zeros instead
 ALL_ONES = 0xFFFFFFFF  # a 32-bit field whose value is in the zip64 record instead
 LEFT_OUT = (0xFFFF, ALL_ONES, ALL_ONES)
-ENCRYPTED = 0x01 | 0x40 | 0x2000
+ZIP64_EXTRA = 0x0001
+# What torch.save (miniz) and Python's zipfile write into the fields that say how an entry is to be read. Any other
+# value means something to some reader: bit 4 of the external attributes makes an entry a folder for torch.
+MADE_BY = (0, 0x0314, 0x032D)
+VERSIONS_NEEDED = (0, 20, 45)
+FLAGS = (0, 0x0800, 0x0808)  # UTF-8 names; a descriptor
+EXTERNAL = (0, 0o600 << 16)
 
 
 @dataclass(frozen=True)
@@ -51,6 +60,20 @@ class Record:
 
 
 @dataclass(frozen=True)
+class _Entry:
+    """One entry of the central directory; every field that it does not name here has been checked."""
+
+    name: str
+    needed: int
+    flags: int
+    stamp: tuple[int, int]  # time and date; no reader of tensors uses them
+    crc: int
+    size: int
+    offset: int  # of the local header
+    extra: bytes  # the zip64 record, or nothing
+
+
+@dataclass(frozen=True)
 class TorchZip:
     """The records of one archive by their names, without the archive's own name before them."""
 
@@ -63,8 +86,8 @@ def read_torch_zip(file: Path, stream: BinaryIO) -> TorchZip:
     """The archive in `stream`, opened from `file`.
 
     Raises FileFormatError for what is no zip file of torch.save, and for one that two readers could read differently:
-    records that are compressed, encrypted, there twice or overlapping, and local headers that differ from the
-    directory.
+    records that are compressed, encrypted, there twice or overlapping, bytes between records, local headers that
+    differ from the directory, and header fields with values that neither torch nor Python's zipfile writes.
     """
     stream.seek(0)
     if stream.read(4) != LOCAL_MAGIC:
@@ -73,18 +96,9 @@ def read_torch_zip(file: Path, stream: BinaryIO) -> TorchZip:
             expected="torch.save's zip format (torch 1.6 and newer)",
             hint="the file is truncated, or older than torch 1.6: load and save it again with a newer torch",
         )
-    end = _read_end(file, stream)
-    try:
-        with zipfile.ZipFile(stream) as archive:
-            entries = archive.infolist()
-            directory = archive.start_dir
-    except (zipfile.BadZipFile, NotImplementedError, ValueError, struct.error, RuntimeError, LookupError) as error:
-        _refuse(file, f"the zip directory cannot be read ({error})")
-    if end[0] not in (len(entries), 0xFFFF) or end[1] not in (directory, ALL_ONES):
-        _refuse(file, "the zip directory's end belies the directory")
-    named = _strip_archive_name(file, entries)
-    found = {name: _locate(file, stream, entry) for name, entry in named.items()}
-    _check_overlaps(file, found, directory)
+    count, directory, stop = _read_end(file, stream)
+    named = _strip_archive_name(file, _read_directory(file, stream, count, directory, stop))
+    found = _locate_all(file, stream, named, directory)
     if "data.pkl" not in found:
         _refuse(file, "has no data.pkl", expected="an archive that torch.save wrote")
     _check_version(file, stream, found)
@@ -93,21 +107,22 @@ def read_torch_zip(file: Path, stream: BinaryIO) -> TorchZip:
     return TorchZip(file, found, _content(stream, found["data.pkl"]))
 
 
-def _read_end(file: Path, stream: BinaryIO) -> tuple[int, int]:  # noqa: RET503
-    """(entries, offset) of the directory, as the record at the very end of the file says: one disk, no comment."""
+def _read_end(file: Path, stream: BinaryIO) -> tuple[int, int, int]:  # noqa: RET503
+    """(entries, start, stop) of the directory, as the record at the very end of the file says: one disk, no comment."""
     size = stream.seek(0, os.SEEK_END)
-    stream.seek(max(0, size - DIRECTORY_END.size))
-    tail = stream.read(DIRECTORY_END.size)
     place = max(0, size - DIRECTORY_END.size)
+    stream.seek(place)
+    tail = stream.read(DIRECTORY_END.size)
     if len(tail) == DIRECTORY_END.size:
         magic, disk, first_disk, here, total, nbytes, offset, comment = DIRECTORY_END.unpack(tail)
         if magic == b"PK\x05\x06" and not disk and not first_disk and not comment and here == total:
             if ALL_ONES not in (nbytes, offset) and total != 0xFFFF and offset + nbytes == place:
-                return total, offset
+                return total, offset, place
             stream.seek(max(0, place - ZIP64_END.size))
             more = stream.read(ZIP64_END.size)
             if len(more) == ZIP64_END.size and _agrees(more, place, (total, nbytes, offset)):
-                return total, offset
+                *_, total, nbytes, offset, _, _, _, _ = ZIP64_END.unpack(more)
+                return total, offset, offset + nbytes
     _refuse(file, "does not end with a zip directory", hint="the file is truncated or damaged: fetch it again")
 
 
@@ -125,18 +140,72 @@ def _agrees(more: bytes, place: int, short: tuple[int, int, int]) -> bool:
     return whole and one_disk and ends and same
 
 
-def _strip_archive_name(file: Path, entries: list[zipfile.ZipInfo]) -> dict[str, zipfile.ZipInfo]:
-    folder = entries[0].filename.partition("/")[0] if entries else ""
-    named: dict[str, zipfile.ZipInfo] = {}
+def _read_directory(file: Path, stream: BinaryIO, count: int, start: int, stop: int) -> list[_Entry]:
+    """All entries of the central directory, which must fill bytes start .. stop of the file."""
+    if stop - start > MAX_DIRECTORY_BYTES or count * CENTRAL_HEADER.size > stop - start:
+        _refuse(file, "the zip directory's end belies the directory")
+    stream.seek(start)
+    data = stream.read(stop - start)
+    entries, place = [], 0
+    for _ in range(count):
+        head = data[place : place + CENTRAL_HEADER.size]
+        if len(head) < CENTRAL_HEADER.size or not head.startswith(CENTRAL_MAGIC):
+            _refuse(file, "the zip directory's end belies the directory")
+        _, made_by, needed, flags, method, time, date, crc, packed, size, *rest = CENTRAL_HEADER.unpack(head)
+        name_bytes, extra_bytes, comment_bytes, disk, internal, external, offset = rest
+        place += CENTRAL_HEADER.size
+        raw, extra = data[place : place + name_bytes], data[place + name_bytes : place + name_bytes + extra_bytes]
+        place += name_bytes + extra_bytes
+        if place > len(data):
+            _refuse(file, "the zip directory's end belies the directory")
+        try:
+            name = raw.decode("utf-8")
+        except UnicodeDecodeError:
+            _refuse(file, "has a record whose name is not UTF-8")
+        if method != 0 or packed != size:
+            _refuse(file, f"its record {name[:80]!r} is compressed", expected="records as torch.save stores them")
+        if (
+            made_by not in MADE_BY
+            or needed not in VERSIONS_NEEDED
+            or flags not in FLAGS
+            or external not in EXTERNAL
+            or (comment_bytes, disk, internal) != (0, 0, 0)
+        ):
+            _refuse(file, f"its record {name[:80]!r} has header fields that torch.save does not write")
+        size, offset = _widen(file, name, size, offset, extra)
+        entries.append(_Entry(name, needed, flags, (time, date), crc, size, offset, extra))
+    if place != len(data):
+        _refuse(file, "the zip directory's end belies the directory")
+    return entries
+
+
+def _widen(file: Path, name: str, size: int, offset: int, extra: bytes) -> tuple[int, int]:
+    """(size, offset), from the zip64 record `extra` where their 32-bit fields are all ones."""
+    wide = ([size, size] if size == ALL_ONES else []) + ([offset] if offset == ALL_ONES else [])
+    expected = struct.pack("<2H", ZIP64_EXTRA, 8 * len(wide)) if wide else b""
+    if len(extra) != len(expected) + 8 * len(wide) or not extra.startswith(expected):
+        _refuse(file, f"its record {name[:80]!r} has extra fields that torch.save does not write")
+    values = list(struct.unpack(f"<{len(wide)}Q", extra[len(expected) :]))
+    if offset == ALL_ONES:
+        offset = values.pop()
+    if size == ALL_ONES:
+        size = values[0]
+        if values[1] != size:
+            _refuse(file, f"its record {name[:80]!r} is compressed", expected="records as torch.save stores them")
+    return size, offset
+
+
+def _strip_archive_name(file: Path, entries: list[_Entry]) -> dict[str, _Entry]:
+    folder = entries[0].name.partition("/")[0] if entries else ""
+    named: dict[str, _Entry] = {}
     for entry in entries:
-        top, _, name = entry.filename.partition("/")
-        # orig_filename: zipfile cuts a name at its first NUL, other readers do not.
-        if top != folder or entry.orig_filename != entry.filename or entry.volume or not KNOWN_RECORDS.fullmatch(name):
+        top, _, name = entry.name.partition("/")
+        if top != folder or not KNOWN_RECORDS.fullmatch(name):
             _refuse(
                 file,
                 "holds a record that no torch.save of tensors writes",
                 "data.pkl, data/0, ..., version, byteorder",
-                repr(entry.filename[:80]),
+                repr(entry.name[:80]),
             )
         if name in named:
             _refuse(file, f"its record {name!r} is there twice")
@@ -144,36 +213,51 @@ def _strip_archive_name(file: Path, entries: list[zipfile.ZipInfo]) -> dict[str,
     return named
 
 
-def _locate(file: Path, stream: BinaryIO, entry: zipfile.ZipInfo) -> Record:
+def _locate_all(file: Path, stream: BinaryIO, named: Mapping[str, _Entry], directory: int) -> dict[str, Record]:
+    """Every record's bytes. The records follow each other without a gap from the file's start to its directory."""
+    found: dict[str, Record] = {}
+    position = 0
+    for name, entry in sorted(named.items(), key=lambda item: item[1].offset):
+        if entry.offset != position:
+            _refuse(file, f"its record {name!r} overlaps another one, or there are bytes between them")
+        found[name] = _locate(file, stream, entry)
+        position = found[name].stop + _descriptor_bytes(file, stream, entry, found[name])
+        if position > directory:
+            _refuse(file, f"its record {name!r} lies outside the file")
+    if position != directory:
+        _refuse(file, "has bytes between its last record and its zip directory")
+    return found
+
+
+def _locate(file: Path, stream: BinaryIO, entry: _Entry) -> Record:
     """The record's bytes, as its directory entry and its local header both say."""
-    what = f"its record {entry.filename!r}"
-    if entry.compress_type != zipfile.ZIP_STORED or entry.compress_size != entry.file_size:
-        _refuse(file, f"{what} is compressed", expected="records as torch.save stores them")
-    if entry.header_offset < 0:
-        _refuse(file, f"{what} lies outside the file")
-    stream.seek(entry.header_offset)
+    what = f"its record {entry.name!r}"
+    stream.seek(entry.offset)
     head = stream.read(LOCAL_HEADER.size)
     if len(head) < LOCAL_HEADER.size:
         _refuse(file, f"{what} lies outside the file")
-    magic, _, flags, method, _, _, _, packed, size, name_bytes, extra_bytes = LOCAL_HEADER.unpack(head)
-    name = stream.read(name_bytes)
-    if magic != LOCAL_MAGIC or method != zipfile.ZIP_STORED or name != entry.filename.encode("utf-8"):
+    magic, needed, flags, method, time, date, crc, packed, size, name_bytes, extra_bytes = LOCAL_HEADER.unpack(head)
+    late = bool(flags & HAS_DESCRIPTOR)
+    if (
+        (magic, method) != (LOCAL_MAGIC, 0)
+        or stream.read(name_bytes) != entry.name.encode("utf-8")
+        or (needed, flags, (time, date)) != (entry.needed, entry.flags, entry.stamp)
+        or (crc, packed, size) != ((0, 0, 0) if late else (entry.crc, entry.size, entry.size))
+    ):
         _refuse(file, f"{what} has a local header that the directory belies")
-    if (flags | entry.flag_bits) & ENCRYPTED:
-        _refuse(file, f"{what} is encrypted")
-    sizes = {0, entry.file_size} if flags & HAS_DESCRIPTOR else {entry.file_size}
-    if not {packed, size} <= sizes | {ALL_ONES}:
-        _refuse(file, f"{what} has two sizes", str(entry.file_size), str(size))
-    start = entry.header_offset + LOCAL_HEADER.size + name_bytes + extra_bytes
-    return Record(start, start + entry.file_size)
+    start = entry.offset + LOCAL_HEADER.size + name_bytes + extra_bytes
+    return Record(start, start + entry.size)
 
 
-def _check_overlaps(file: Path, found: Mapping[str, Record], directory: int) -> None:
-    position = 0
-    for name, record in sorted(found.items(), key=lambda item: (item[1].start, item[1].stop)):
-        if record.start < position + LOCAL_HEADER.size or record.stop > directory:
-            _refuse(file, f"its record {name!r} overlaps another one, or ends after the file")
-        position = record.stop
+def _descriptor_bytes(file: Path, stream: BinaryIO, entry: _Entry, record: Record) -> int:
+    """The size of the descriptor behind the record: checksum and sizes, of 64 bits where the entry is zip64."""
+    if not entry.flags & HAS_DESCRIPTOR:
+        return 0
+    packed = struct.pack("<4sI2Q" if entry.extra else "<4s3I", DESCRIPTOR_MAGIC, entry.crc, entry.size, entry.size)
+    stream.seek(record.stop)
+    if stream.read(len(packed)) != packed:
+        _refuse(file, f"its record {entry.name!r} has a descriptor that the directory belies")
+    return len(packed)
 
 
 def _check_version(file: Path, stream: BinaryIO, found: Mapping[str, Record]) -> None:

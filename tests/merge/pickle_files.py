@@ -10,6 +10,7 @@ from __future__ import annotations
 import argparse
 import io
 import random
+import re
 import sys
 import tempfile
 import zipfile
@@ -95,7 +96,7 @@ def seeds() -> list[bytes]:
 
 def change(data: bytes, pick: random.Random) -> bytes:
     """Bytes of the file, of its pickle or of its directory changed; the archive is put together again where it must."""
-    kind = pick.randrange(4)
+    kind = pick.randrange(5)
     if kind == 0:  # the pickle alone, in a whole archive
         records = records_of(data)
         records["data.pkl"] = _flipped(records["data.pkl"], pick)
@@ -109,6 +110,10 @@ def change(data: bytes, pick: random.Random) -> bytes:
         return archive_of(records)
     if kind == 2:
         return _flipped(data, pick)
+    if kind == 3:  # a zip header, local or of the directory, or what ends the directory
+        headers = [found.start() for found in re.finditer(rb"PK(\x01\x02|\x03\x04|\x05\x06|\x06\x06|\x06\x07)", data)]
+        start = pick.choice(headers)
+        return data[:start] + _flipped(data[start : start + 46], pick) + data[start + 46 :]
     stop = pick.randrange(len(data))
     return data[:stop] + (data[pick.randrange(len(data)) :] if pick.random() < 0.5 else b"")
 
@@ -136,9 +141,7 @@ def fuzz(cases: int, seed: int) -> Counter[str]:
             except FileFormatError:
                 outcome = "refused"
             except Exception as error:
-                # miniz checks fields of the directory that no tensor depends on.
-                alone = "PytorchStreamReader failed reading zip archive" in str(error)
-                outcome = "refused by torch's zip reader alone" if alone else "fault"
+                outcome = "fault"
                 print(f"case {number} of seed {seed}: {type(error).__name__}: {str(error)[:300]}", flush=True)
             outcomes[outcome] += 1
     return outcomes

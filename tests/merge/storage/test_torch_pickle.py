@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import io
+import re
 import subprocess
 import sys
 import zipfile
@@ -116,6 +117,12 @@ def two_dtypes() -> bytes:
     return archive_of(records | {"data.pkl": table})
 
 
+def unused_storage() -> bytes:
+    """The record of a storage that only the optimizer beside the state dict uses, made shorter."""
+    records = records_of(saved({"state_dict": {"a": torch.ones(2)}, "optimizer": {"step": torch.ones(3)}}))
+    return archive_of(records | {"data/1": bytes(8)})
+
+
 FOUR = b"K\x04\x85"  # the shape (4,)
 LONG = b"\x8a\x06" + (2**40).to_bytes(6, "little")
 ATTACKS: dict[str, tuple[Any, str]] = {
@@ -135,6 +142,7 @@ ATTACKS: dict[str, tuple[Any, str]] = {
     "record twice": (twice, "twice"),
     "short record": (lambda: changed_records(data_slash_0=bytes(12)), "not the archive's"),
     "long record": (lambda: changed_records(data_slash_0=bytes(20)), "not the archive's"),
+    "short record that no weight uses": (unused_storage, "not the archive's"),
     "unknown record": (lambda: changed_records(**{"constants.pkl": b"x"}), "no torch.save"),
     "unknown version": (lambda: changed_records(version=b"99\n"), "version"),
     "two dtypes": (two_dtypes, "at once"),
@@ -195,6 +203,37 @@ def test_a_local_header_that_the_directory_belies(tmp_path: Path) -> None:
     data[place : place + 14] = b"archive/data/9"
     (tmp_path / "x.bin").write_bytes(data)
     with pytest.raises(FileFormatError, match="local header"):
+        read_pickle(tmp_path / "x.bin")
+
+
+HEADER_FIELDS = {  # name: (offset in a directory entry, its bytes)
+    "made by": (4, 2), "version needed": (6, 2), "flags": (8, 2), "method": (10, 2), "time": (12, 2), "date": (14, 2),
+    "checksum": (16, 4), "packed size": (20, 4), "size": (24, 4), "name's size": (28, 2), "extra's size": (30, 2),
+    "comment's size": (32, 2), "disk": (34, 2), "internal attributes": (36, 2), "external attributes": (38, 4),
+    "offset": (42, 4),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("field", HEADER_FIELDS)
+def test_every_bit_of_a_directory_entry_is_checked(field: str, tmp_path: Path) -> None:
+    """For torch's zip reader, one bit of the external attributes makes a record a folder without bytes."""
+    data, file = saved({"a": torch.arange(4.0)}), tmp_path / "x.bin"
+    offset, nbytes = HEADER_FIELDS[field]
+    entries = [found.start() for found in re.finditer(rb"PK\x01\x02", data)]
+    for entry in entries:
+        for bit in range(8 * nbytes):
+            changed = bytearray(data)
+            changed[entry + offset + bit // 8] ^= 1 << bit % 8
+            file.write_bytes(changed)
+            with pytest.raises(FileFormatError):
+                check_equal(file)
+
+
+def test_bytes_between_records_are_refused(tmp_path: Path) -> None:
+    data = changed_records()
+    first = data.index(b"PK\x03\x04", 4)
+    (tmp_path / "x.bin").write_bytes(data[:first] + b"hidden" + data[first:])
+    with pytest.raises(FileFormatError, match="directory"):
         read_pickle(tmp_path / "x.bin")
 
 
