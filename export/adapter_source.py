@@ -8,6 +8,7 @@ from pathlib import Path
 
 from adapter_merge.errors import InputError, Problem, raise_all
 from adapter_merge.storage.checkpoint import read_json, resolve
+from adapter_merge.storage.input_snapshot import snapshot_folder
 
 from .factor_folder import Factors, read_factors
 
@@ -21,9 +22,15 @@ def is_factor_folder(folder: Path) -> bool:
 
 
 def factors_of(base: Path, adapter: Path) -> Factors:
-    """The factors of `adapter` (any form) on `base`, of which only what they need is read (DuDe: its rows)."""
+    """The factors of `adapter` (any form) on `base`, of which only what they need is read (DuDe: its rows).
+
+    Nothing is read from `adapter` later. Raises FileFormatError where it changes meanwhile.
+    """
     if is_factor_folder(adapter):
-        return read_factors(adapter)
+        inputs = snapshot_folder(adapter)
+        factors = read_factors(adapter)
+        inputs.check()
+        return factors
     from adapter_merge.api.factor import factor
 
     with tempfile.TemporaryDirectory(prefix="adapter-merge-factors-") as temporary:

@@ -48,7 +48,7 @@ def export_batched(base: str | Path, adapters: Mapping[str, Path], output: Path,
     plan = request.plan({name: figures(value) for name, value in factors.items()})
     if request.dry_run:
         return {**plan, "dry_run": True, "bytes_needed": needed}
-    with staged(output, request.overwrite) as staging:
+    with staged(output, request.overwrite, request.checkpoint.snapshot) as staging:
         build_decoder(request.checkpoint.folder, staging, request.precision, request.device)
         import onnx_ir as ir
 

@@ -187,4 +187,5 @@ def _load(file: Path) -> dict[str, Any]:
     read_header(file)  # a damaged file is named here, with its reason
     from safetensors.torch import load_file
 
-    return {name: tensor.float().numpy() for name, tensor in load_file(file).items()}
+    # Copies: load_file maps the file, and a change of it would reach the arrays.
+    return {name: tensor.float().numpy().copy() for name, tensor in load_file(file).items()}

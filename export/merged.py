@@ -46,7 +46,7 @@ def export_merged(
         if adapters:
             merge_adapters(request, recipe, output.with_name(f".{output.name}.merged"), dry_run=True)
         return {**plan, "dry_run": True, "bytes_needed": needed}
-    with staged(output, request.overwrite) as staging:
+    with staged(output, request.overwrite, request.checkpoint.snapshot) as staging:
         manifest = request.manifest()
         weights = checkpoint.folder
         if adapters:

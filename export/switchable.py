@@ -41,7 +41,7 @@ def export_switchable(base: str | Path, adapters: Mapping[str, Path], output: Pa
     plan = request.plan({name: figures(value) for name, value in factors.items()})
     if request.dry_run:
         return {**plan, "dry_run": True, "bytes_needed": needed}
-    with staged(output, request.overwrite) as staging:
+    with staged(output, request.overwrite, request.checkpoint.snapshot) as staging:
         build_decoder(request.checkpoint.folder, staging, request.precision, request.device)
         built = time.perf_counter()
         import onnx_ir as ir

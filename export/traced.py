@@ -75,7 +75,7 @@ def export_traced(
     if request.dry_run:
         return {**plan, "dry_run": True, "bytes_needed": needed}
     manifest = request.manifest("decoder" if name_of_class == GPT2 else "encoder", **{"class": name_of_class})
-    with staged(output, request.overwrite) as staging:
+    with staged(output, request.overwrite, request.checkpoint.snapshot) as staging:
         if mode == "merged":
             _trace_merged(request, recipe, name_of_class, staging, manifest)
         else:

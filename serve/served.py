@@ -9,7 +9,6 @@ from __future__ import annotations
 import json
 import os
 import re
-import shutil
 from dataclasses import dataclass, field
 from functools import cached_property, partial
 from pathlib import Path
@@ -218,10 +217,12 @@ class Converter:
         """Build the served folder; _ChangedError when the adapter is not the one that was hashed any more."""
         if outline.ready:
             _check_base(outline.source, self.checkpoint)
+            from adapter_merge.outputs.staging import copy_synced
+
             folder.mkdir()
             for name in ("adapter_config.json", "adapter_model.safetensors", "row_scale.safetensors", MANIFEST):
                 if (outline.source / name).is_file():
-                    shutil.copyfile(outline.source / name, folder / name)
+                    copy_synced(outline.source / name, folder / name)
         else:
             from adapter_merge.api.factor import factor
 

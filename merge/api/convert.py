@@ -79,7 +79,8 @@ def convert(
     _check_finite(safe, opened)
     if dry_run:
         return content | {"dry_run": True}
-    with staged(output, overwrite) as folder:
+    snapshot = opened.snapshot if checkpoint is None else opened.snapshot + checkpoint.snapshot
+    with staged(output, overwrite, snapshot) as folder:
         write_json(folder / "adapter_config.json", safe.config)
         write_safetensors(folder / "adapter_model.safetensors", safe.tensors, {"format": "pt"})
         body = f"Converted by adapter-merge from:\n\n{adapter_table(content['adapters'])}\n"

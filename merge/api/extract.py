@@ -156,7 +156,7 @@ def extract(
     content["layers"] = layers
     content["carried_over"] = sorted(replacements)
     name = one.config.get("_name_or_path")
-    with staged(output, overwrite) as folder:
+    with staged(output, overwrite, one.snapshot + two.snapshot) as folder:
         said = FolderConfig(name if isinstance(name, str) and name else str(base), _task(one), conv1d)
         write_folder(folder, factors, replacements, said)
         content["files"] = {path.name: sha256(path) for path in sorted(folder.iterdir()) if path.is_file()}

@@ -24,7 +24,7 @@ import torch
 
 from adapter_merge.binding.positional import SHARED
 from adapter_merge.combine.combined_adapter import CombinedBound
-from adapter_merge.combine.open_inputs import AdapterInput, adapter_only, describe_inputs, input_folders
+from adapter_merge.combine.open_inputs import AdapterInput, adapter_only, describe_inputs, input_folders, snapshot_of
 from adapter_merge.engine.devices import choose_device
 from adapter_merge.engine.weight_pool import WeightMap, weight_pool
 from adapter_merge.errors import InputError, Problem, raise_all
@@ -45,6 +45,7 @@ from adapter_merge.factoring.weight_factors import Factored, Factoriser
 from adapter_merge.formats.detection import ReadOptions
 from adapter_merge.outputs.model_card import factor_card
 from adapter_merge.outputs.staging import check_output, manifest, sha256, staged, write_manifest, write_text
+from adapter_merge.storage.input_snapshot import InputSnapshot
 from adapter_merge.storage.tensor_io import read_tensor
 
 if TYPE_CHECKING:
@@ -93,6 +94,9 @@ def factor(
     _check_options(rank, budget, keep_scale, calibrate, max_error)
     rank = _plain_rank(rank)
     opened, bound = open_factored(base, adapter, base_kind, options)
+    inputs = opened.snapshot if bound is None else snapshot_of(bound)
+    if calibrate is not None:
+        inputs += InputSnapshot([Path(calibrate)])
     check_positional_queries(opened, bound, frozen_positions)
     pairs = pairs_of(opened, bound)
     check_supported(pairs, exact=not limited)
@@ -183,7 +187,7 @@ def factor(
         ]
     content["certificate"] = summary(layers)
     content["layers"] = {name: figures.as_json() for name, figures in layers.items()}
-    with staged(output, overwrite) as folder:
+    with staged(output, overwrite, inputs) as folder:
         conv1d = opened.fan_in_fan_out or (bound is not None and any(item.transposed for item in bound.modules))
         write_factors(folder, opened, factored, replacements, conv1d)
         if end_to_end or prompts:

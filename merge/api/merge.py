@@ -15,10 +15,10 @@ from adapter_merge.combine.open_inputs import (
     AdapterInput,
     check_values,
     describe_inputs,
-    input_files,
     input_folders,
     is_stale_quantization,
     open_pair,
+    snapshot_of,
 )
 from adapter_merge.engine.devices import choose_device
 from adapter_merge.engine.execute import FinishedShard, Progress, execute
@@ -38,7 +38,6 @@ from adapter_merge.outputs.staging import (
     staging_folder,
     write_manifest,
 )
-from adapter_merge.storage.input_snapshot import InputSnapshot
 from adapter_merge.storage.links import can_link
 
 DTYPES = {"float32": "F32", "float16": "F16", "bfloat16": "BF16"}
@@ -84,7 +83,7 @@ def merge(
     """
     output = Path(output)
     bound = open_pair(base, adapter, base_kind, options)
-    inputs = InputSnapshot(input_files(bound))
+    inputs = snapshot_of(bound)
     _check_config(bound)
     check_output(output, overwrite, input_folders(bound))
     check_values(bound)
@@ -171,7 +170,7 @@ def delta(
     """
     output = Path(output)
     bound = open_pair(base, adapter, base_kind, options)
-    inputs = InputSnapshot(input_files(bound))
+    inputs = snapshot_of(bound)
     check_output(output, overwrite, input_folders(bound))
     check_values(bound)
     plan = plan_delta(bound, DTYPES[dtype or "float32"])
@@ -183,11 +182,10 @@ def delta(
     content["base_changes"] = _base_changes(bound)
     if dry_run:
         return content | {"dry_run": True, "bytes": plan.nbytes}
-    with staged(output, overwrite) as folder:
+    with staged(output, overwrite, inputs) as folder:
         finished = execute(plan, folder, devices, workers, progress, hashing=hashes, vram=vram)
         if hashes:
             content["files"] = output_files(folder, finished)
-        inputs.check()
         write_manifest(folder, content)
     return content
 

@@ -12,8 +12,9 @@ from adapter_merge.binding.bind import BoundAdapter, bind
 from adapter_merge.errors import InputError
 from adapter_merge.formats.detection import ReadOptions, open_adapter
 from adapter_merge.methods.adapter import Adapter
-from adapter_merge.storage.checkpoint import CANDIDATES, Checkpoint, open_checkpoint
+from adapter_merge.storage.checkpoint import Checkpoint, open_checkpoint
 from adapter_merge.storage.hashing import hash_files
+from adapter_merge.storage.input_snapshot import InputSnapshot
 from adapter_merge.storage.safetensors_header import FLOAT_DTYPES
 
 from .combined_adapter import CombinedBound, open_combination
@@ -57,13 +58,12 @@ def input_folders(bound: BoundAdapter) -> tuple[Path, ...]:
     return (bound.base.folder, *(part.adapter.folder for part in parts_of(bound)))
 
 
-def input_files(bound: BoundAdapter) -> tuple[Path, ...]:
-    """Every file that the job's result depends on: the base's and the adapters' weights and configs."""
-    folder = bound.base.folder
-    beside = [folder / name for name in ("config.json", *CANDIDATES) if (folder / name).is_file()]
-    weights = [shard.file for shard in bound.base.shards]
-    adapters = [file for part in parts_of(bound) for file in part.adapter.files]
-    return tuple(dict.fromkeys([*weights, *beside, *adapters]))
+def snapshot_of(bound: BoundAdapter) -> InputSnapshot:
+    """The base's and the adapters' weights and configs as they were before they were first read."""
+    snapshot = bound.base.snapshot
+    for part in parts_of(bound):
+        snapshot += part.adapter.snapshot
+    return snapshot
 
 
 def check_values(bound: BoundAdapter) -> None:

@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 from adapter_merge.binding.bind import BoundAdapter, BoundModule
 from adapter_merge.errors import InputError, Problem, UnsupportedError, raise_all
 from adapter_merge.storage.checkpoint import Checkpoint, Shard, read_json
+from adapter_merge.storage.input_errors import reading
 from adapter_merge.storage.safetensors_header import FLOAT_DTYPES, TensorRef, layout
 
 INDEX = "model.safetensors.index.json"
@@ -188,7 +189,7 @@ def _shard(
     source, source_header = None, b""
     if base is not None and base.file.suffix == ".safetensors":
         source = base.file
-        with source.open("rb") as stream:
+        with reading(source), source.open("rb") as stream:
             source_header = stream.read(base.tensors[0].start if base.tensors else source.stat().st_size)
         same = [(ref.name, ref.dtype, ref.shape) for ref in base.tensors] == tensors
         if same and dict(base.metadata) == dict(metadata):

@@ -7,7 +7,6 @@ towards the identity, since the texts are few and their directions are not all t
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -19,6 +18,8 @@ from torch import Tensor, nn
 from adapter_merge.binding.bind import BoundAdapter
 from adapter_merge.errors import InputError
 from adapter_merge.methods.lora import LoraModule
+from adapter_merge.storage.hashing import file_sha256
+from adapter_merge.storage.input_errors import reading
 from adapter_merge.verification.live_adapter import quiet_libraries
 from adapter_merge.verification.live_model import trained_model
 
@@ -51,7 +52,7 @@ class Moments:
         return self._roots[source]
 
     def as_json(self) -> dict[str, Any]:
-        digest = hashlib.sha256(self.file.read_bytes()).hexdigest()
+        digest = file_sha256(self.file)
         return {"file": self.file.name, "sha256": digest, "tokens": self.tokens, "shrinkage": SHRINKAGE}
 
 
@@ -71,7 +72,8 @@ def windows(folder: Path, file: Path) -> list[Tensor]:
     import transformers
 
     try:
-        text = file.read_text("utf-8")
+        with reading(file):
+            text = file.read_text("utf-8")
     except UnicodeDecodeError as error:
         raise InputError(f"{file}: not a text file", expected="UTF-8") from error
     with quiet_libraries():

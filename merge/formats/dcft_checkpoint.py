@@ -101,6 +101,7 @@ def read_dcft_checkpoint(
             for shard in checkpoint.shards
         ),
         {key: value for key, value in config.items() if key not in TRAINING_KEYS},
+        checkpoint.snapshot,
     )
     adapted = {module.name for module in modules}
     if base is not None:

@@ -16,6 +16,8 @@ from adapter_merge.formats.peft.initialisation import is_plain_init
 from adapter_merge.formats.peft.tensors import WEIGHT_FILES, PeftExtras
 from adapter_merge.methods.adapter import Adapter
 from adapter_merge.storage.checkpoint import CANDIDATES, Checkpoint, open_checkpoint, read_json, read_weights, resolve
+from adapter_merge.storage.input_errors import require_utf8
+from adapter_merge.storage.input_snapshot import InputSnapshot, snapshot_folder
 from adapter_merge.storage.safetensors_header import FLOAT_DTYPES
 
 from .dcft_checkpoint import holds_dcft, read_dcft_checkpoint
@@ -134,12 +136,29 @@ def _single_file(path: Path) -> Path | None:
 def open_adapter(folder: str | Path, options: ReadOptions | None = None, base: Checkpoint | None = None) -> Adapter:
     """The adapter in `folder` (a path or hub id), whatever its format. Raises AdapterError or UnsupportedError."""
     path = Path(folder) if Path(folder).is_file() else resolve(folder)
+    require_utf8(path)
     options = options or ReadOptions()
+    snapshot = snapshot_folder(path)
+    stated = _stated_files(options)
+    snapshot += InputSnapshot(stated)
     found = detect(path, options.format)
     _refuse_unused(path, found.format, options)
     adapter = _read(path, found, options, base)
     raise_all(_wrong_dtypes(adapter), AdapterError)
-    return replace(adapter, certainty=found.certainty, prefix=options.prefix)
+    files = dict.fromkeys([*adapter.files, *stated, *(ref.file for ref in adapter.refs)])
+    snapshot = snapshot.of(files)
+    if adapter.own_base is not None:
+        snapshot += adapter.own_base.snapshot
+    return replace(adapter, certainty=found.certainty, prefix=options.prefix, snapshot=snapshot)
+
+
+def _stated_files(options: ReadOptions) -> list[Path]:
+    """The files that the options name, or those in the folders that they name."""
+    files = []
+    for path in (options.magnitudes, options.init_adapter):
+        if path is not None:
+            files += sorted(file for file in Path(path).iterdir() if file.is_file()) if path.is_dir() else [path]
+    return files
 
 
 def _refuse_unused(path: Path, format: str, options: ReadOptions) -> None:

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any, Protocol, TypeAlias
 
 from adapter_merge.errors import NumericsError, Problem, raise_all
 from adapter_merge.storage.checkpoint import Checkpoint
+from adapter_merge.storage.input_snapshot import InputSnapshot
 from adapter_merge.storage.lazy_torch import torch
 from adapter_merge.storage.safetensors_header import FLOAT_DTYPES, TensorRef
 from adapter_merge.storage.tensor_io import all_finite, read_tensor
@@ -181,6 +182,7 @@ class Adapter:
     tied: bool = False  # embeddings and head shared one adapter (PEFT's ensure_weight_tying)
     prefix: str | None = None  # prefix of every module name in the base, where the user states it
     certainty: str = "certain"  # how the format was recognised: certain, likely or stated (see formats/detection.py)
+    snapshot: InputSnapshot = field(default_factory=InputSnapshot, repr=False, compare=False)  # before they were read
 
     @property
     def refs(self) -> tuple[TensorRef, ...]:

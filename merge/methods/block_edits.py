@@ -16,6 +16,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Protocol, Self
 
+from adapter_merge.storage.input_errors import reading
 from adapter_merge.storage.lazy_torch import torch
 from adapter_merge.storage.safetensors_header import TensorRef
 from adapter_merge.storage.tensor_io import TORCH_DTYPES, pread_into
@@ -142,7 +143,7 @@ class Replaced(_OnePass):
     def _rows(self, start: int, count: int, columns: int) -> Tensor:
         dtype = TORCH_DTYPES[self.source.dtype]
         raw = torch.empty(count * columns * dtype.itemsize, dtype=torch.uint8)
-        with self.source.file.open("rb") as stream:
+        with reading(self.source.file), self.source.file.open("rb") as stream:
             offset = self.source.start + start * columns * dtype.itemsize
             pread_into(stream.fileno(), raw.numpy().data, offset, str(self.source.file))
         return raw.view(dtype).view(count, columns)

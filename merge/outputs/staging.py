@@ -14,6 +14,8 @@ from typing import Any
 
 from adapter_merge.errors import AdapterMergeError, OutputError
 from adapter_merge.storage.hashing import file_sha256
+from adapter_merge.storage.input_errors import reading, require_utf8
+from adapter_merge.storage.input_snapshot import InputSnapshot
 from adapter_merge.storage.locks import locked
 
 from .seal import sealed
@@ -21,6 +23,7 @@ from .seal import sealed
 MANIFEST = "adapter_merge.json"
 SPLIT = "split"  # in a staging folder: parts of a split merge are being made here
 AT_FDCWD = -100
+COPY_BYTES = 1 << 20
 RENAME_EXCHANGE = 2  # linux/fs.h
 
 
@@ -31,6 +34,7 @@ def check_output(output: Path, overwrite: bool, inputs: tuple[Path, ...] = ()) -
     """
     from adapter_merge.storage.checkpoint import CANDIDATES
 
+    require_utf8(output, OutputError)
     resolved = output.resolve()
     for source in inputs:
         if source.resolve() in resolved.parents and any((source / name).is_file() for name in CANDIDATES):
@@ -101,11 +105,13 @@ def _aside(output: Path) -> Path:
 
 
 @contextmanager
-def staged(output: Path, overwrite: bool = False) -> Iterator[Path]:
+def staged(output: Path, overwrite: bool = False, inputs: InputSnapshot | None = None) -> Iterator[Path]:
     """A folder to build `output` in; it takes the output's name when the block ends well, else it is removed.
 
     What was there before stays until the new one is whole, and what a killed run left in the staging folder is
-    removed first. Raises OutputError when the output exists, another run writes it, or the disk refuses (full).
+    removed first. inputs: the files that the output is made from, looked at again before the output takes its name.
+    Raises FileFormatError when one of them has changed, and OutputError when the output exists, another run writes
+    it, or the disk refuses (full).
     """
     check_output(output, overwrite)
     with locked(output), disk_errors(output):
@@ -116,6 +122,8 @@ def staged(output: Path, overwrite: bool = False) -> Iterator[Path]:
         try:
             staging.mkdir()
             yield staging
+            if inputs is not None:
+                inputs.check()
             publish(staging, output, overwrite)
         finally:
             remove(staging)
@@ -190,10 +198,18 @@ def sync_folder(folder: Path) -> None:
 
 
 def copy_synced(source: Path, target: Path) -> None:
-    """Copy a file's bytes to a new file and fsync it."""
-    shutil.copyfile(source, target)
-    with target.open("rb") as stream:
-        os.fsync(stream.fileno())
+    """Copy a file's bytes to a new file and fsync it. Raises FileFormatError where `source` cannot be read."""
+    with reading(source):
+        stream = source.open("rb")
+    with stream, target.open("wb") as copy:
+        while True:
+            with reading(source):
+                piece = stream.read(COPY_BYTES)
+            if not piece:
+                break
+            copy.write(piece)
+        copy.flush()
+        os.fsync(copy.fileno())
 
 
 def write_text(file: Path, text: str) -> None:

@@ -6,14 +6,15 @@ import hashlib
 import json
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 from adapter_merge.errors import FileFormatError, InputError, Problem, raise_all
 
-from .input_errors import reading
+from .input_errors import reading, require_utf8
+from .input_snapshot import InputSnapshot
 from .safetensors_header import TensorRef, read_header
 
 WEIGHT_SUFFIXES = (
@@ -55,6 +56,7 @@ class Checkpoint:
     folder: Path
     shards: tuple[Shard, ...]
     config: Mapping[str, Any]
+    snapshot: InputSnapshot = field(default_factory=InputSnapshot, repr=False, compare=False)  # before they were read
 
     @cached_property
     def tensors(self) -> Mapping[str, TensorRef]:
@@ -72,6 +74,7 @@ class Checkpoint:
             relative = path.relative_to(self.folder)
             hidden = any(part.startswith(".") for part in relative.parts)
             if path.is_file() and not hidden and not path.name.endswith(WEIGHT_SUFFIXES):
+                require_utf8(path)
                 found.append(relative)
         return tuple(found)
 
@@ -128,6 +131,7 @@ def resolve(name: str | Path) -> Path:
     Raises InputError when there is neither.
     """
     path = Path(name)
+    require_utf8(path)
     if path.is_dir():
         return path
     match = HUB_ID.fullmatch(str(name))
@@ -172,12 +176,15 @@ def open_checkpoint(folder: str | Path) -> Checkpoint:
             expected=" or ".join(CANDIDATES),
             got=", ".join(sorted(path.name for path in folder.iterdir())[:12]) or "an empty folder",
         )
-    config_file = folder / "config.json"
-    config = read_json(config_file) if config_file.is_symlink() or config_file.exists() else {}
+    config_file, index_file = folder / "config.json", folder / candidate
+    has_config = config_file.is_symlink() or config_file.exists()
+    snapshot = InputSnapshot([config_file] if has_config else [])
+    config = read_json(config_file) if has_config else {}
     if not candidate.endswith(".index.json"):
-        return Checkpoint(folder, (read_weights(folder / candidate),), config)
+        snapshot += InputSnapshot([index_file], may_be_linked=True)
+        return Checkpoint(folder, (read_weights(index_file),), config, snapshot)
 
-    index_file = folder / candidate
+    snapshot += InputSnapshot([index_file])
     weight_map = read_json(index_file).get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
         raise FileFormatError(f"{index_file}: has no weight_map")
@@ -188,6 +195,7 @@ def open_checkpoint(folder: str | Path) -> Checkpoint:
         if not (folder / name).is_file()
     ]
     raise_all(problems, FileFormatError)
+    snapshot += InputSnapshot([folder / name for name in names], may_be_linked=True)
     shards = tuple(read_weights(folder / name) for name in names)
     placed = {ref.name: shard.file.name for shard in shards for ref in shard.tensors}
     for name, shard_name in weight_map.items():
@@ -201,4 +209,4 @@ def open_checkpoint(folder: str | Path) -> Checkpoint:
     if extra:
         problems.append(Problem(f"{index_file}: tensors that the index does not name", got=", ".join(extra[:5])))
     raise_all(problems, FileFormatError)
-    return Checkpoint(folder, shards, config)
+    return Checkpoint(folder, shards, config, snapshot)

@@ -1,12 +1,13 @@
-"""Errors of the system while an input is read: they name the file, and are not taken for errors of the output."""
+"""Errors of the system about inputs: they name the file, and are not taken for errors of the output."""
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from adapter_merge.errors import FileFormatError
+from adapter_merge.errors import AdapterMergeError, FileFormatError, InputError
 
 
 @contextmanager
@@ -19,3 +20,17 @@ def reading(file: Path) -> Iterator[None]:
             f"{file}: cannot be read ({error.strerror or error})",
             hint="check that it is there, its permissions and its disk",
         ) from error
+
+
+def require_utf8(path: Path, kind: type[AdapterMergeError] = InputError) -> None:
+    """Raise `kind` for a path with bytes that are not UTF-8, of which manifests and model cards could not tell."""
+    for text in (str(path.absolute()), str(path.resolve())):
+        try:
+            text.encode("utf-8")
+        except UnicodeEncodeError as error:
+            raise kind(
+                f"{os.fsencode(path)!r}: its name is not UTF-8",
+                expected="names in UTF-8, which manifests are written in",
+                got=repr(os.fsencode(text)),
+                hint="rename it, or choose a UTF-8 locale such as LC_ALL=C.UTF-8 if the name is right",
+            ) from error

@@ -1,9 +1,10 @@
-"""The files of one job as they were when it began, to be looked at again before its result is believed."""
+"""The files of one job as they were before they were first read, looked at again before its result is believed."""
 
 from __future__ import annotations
 
 import os
 from collections.abc import Iterable
+from contextlib import suppress
 from pathlib import Path
 
 from adapter_merge.errors import FileFormatError, Problem, raise_all
@@ -14,18 +15,50 @@ from .input_errors import reading
 class InputSnapshot:
     """Device, inode, size and times of input files.
 
-    The time of the last change (ctime) cannot be set back by a program, so that a file that was changed and put back
-    is told from one that was left alone. Another hard link changes that time too, and nothing else: it is no change.
+    The time of the last change (ctime) cannot be set back by a program, unlike the time of the last write, so a file
+    that was changed and put back differs. Files are therefore not hashed again. What is not noticed: a write through a
+    memory map that had written to the same page before the snapshot was taken.
     """
 
-    def __init__(self, files: Iterable[Path]) -> None:
-        self._files = {file: _stat(file) for file in files}
+    def __init__(self, files: Iterable[Path] = (), may_be_linked: bool = False) -> None:
+        """Look at `files` now. Raises FileFormatError for one that is not there.
+
+        may_be_linked: another hard link, which changes the ctime and nothing else, is no change of these files: a
+        merge with --link hardlink makes such links of its base's shards.
+        """
+        self._files: dict[Path, tuple[os.stat_result, bool]] = {}
+        for file in files:
+            self._files.setdefault(file, (_stat(file), may_be_linked))
+
+    def __add__(self, other: InputSnapshot) -> InputSnapshot:
+        """The files of both; the first look at a file counts."""
+        both = InputSnapshot()
+        both._files = other._files | self._files
+        return both
+
+    def of(self, files: Iterable[Path]) -> InputSnapshot:
+        """The same look at `files` alone; files that were not looked at are looked at now."""
+        found = InputSnapshot()
+        for file in files:
+            found._files[file] = self._files.get(file) or (_stat(file), False)
+        return found
 
     def check(self) -> None:
         """Raise FileFormatError naming every file that is not as it was."""
-        changed = [file for file, before in self._files.items() if _differ(before, _stat(file))]
+        changed = [file for file, (before, linked) in self._files.items() if _differ(before, _stat(file), linked)]
         hint = "run it again, once nothing writes to the inputs"
         raise_all([Problem(f"{file}: changed while it was read", hint=hint) for file in changed], FileFormatError)
+
+
+def snapshot_folder(path: Path) -> InputSnapshot:
+    """Every file in the folder `path`, or beside the file `path`. Files that cannot be looked at are left out."""
+    folder = path if path.is_dir() else path.parent
+    files = []
+    for file in folder.iterdir():
+        with suppress(OSError):
+            if file.is_file():
+                files.append(file)
+    return InputSnapshot(files)
 
 
 def _stat(file: Path) -> os.stat_result:
@@ -33,10 +66,10 @@ def _stat(file: Path) -> os.stat_result:
         return file.stat()
 
 
-def _differ(before: os.stat_result, after: os.stat_result) -> bool:
+def _differ(before: os.stat_result, after: os.stat_result, may_be_linked: bool) -> bool:
     def identity(stat: os.stat_result) -> tuple[int, ...]:
         return stat.st_dev, stat.st_ino, stat.st_size, stat.st_mtime_ns
 
     if identity(before) != identity(after):
         return True
-    return before.st_ctime_ns != after.st_ctime_ns and before.st_nlink == after.st_nlink
+    return before.st_ctime_ns != after.st_ctime_ns and not (may_be_linked and before.st_nlink != after.st_nlink)

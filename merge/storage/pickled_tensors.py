@@ -162,7 +162,7 @@ def _rebuild_tensor_v2(
     storage: Any, offset: object, shape: object, strides: object, grad: object, hooks: object, metadata: object = None
 ) -> PickledTensor:
     _check_plain(grad, hooks, metadata)
-    return _rebuild_tensor(storage, offset, shape, strides)
+    return _checked_grad(_rebuild_tensor(storage, offset, shape, strides), grad)
 
 
 def _rebuild_tensor_v3(
@@ -177,9 +177,17 @@ def _rebuild_tensor_v3(
 ) -> PickledTensor:
     """For dtypes without a storage class: an untyped storage, and the dtype beside it."""
     _check_plain(grad, hooks, metadata)
+    if grad:  # torch.save writes it, and torch.load fails on it
+        raise UnsupportedPickle("a float8 or unsigned tensor that requires grad (save it again after .detach())")
     if type(storage) is not PickledStorage or not storage.is_untyped or type(dtype) is not Global:
         raise DamagedPickle("a tensor of a dtype without an untyped storage")
     return _view(storage, TENSOR_DTYPES[dtype.name], offset, shape, strides)
+
+
+def _checked_grad(tensor: PickledTensor, grad: object) -> PickledTensor:
+    if grad and not tensor.dtype.startswith(("F", "BF", "C")):  # torch.load fails on it
+        raise DamagedPickle(f"a tensor of {tensor.dtype} that requires grad")
+    return tensor
 
 
 def _rebuild_parameter(tensor: object, grad: object, hooks: object, state: object = None) -> PickledTensor:
@@ -187,7 +195,7 @@ def _rebuild_parameter(tensor: object, grad: object, hooks: object, state: objec
     if type(tensor) is not PickledTensor:
         raise DamagedPickle("a parameter without a tensor")
     _check_plain(grad, hooks, None)
-    return tensor
+    return _checked_grad(tensor, grad)
 
 
 def _rebuild_with_attributes(function: Any, kind: Any, arguments: Any, state: object) -> PickledTensor:

@@ -96,20 +96,3 @@ def test_a_link_is_replaced_not_what_it_points_to(tmp_path: Path, pair: tuple[Pa
     assert not out.is_symlink()
     check_integrity(out)
     assert snapshot(elsewhere) == before
-
-
-def test_an_unreadable_side_file_is_named(
-    tmp_path: Path, pair: tuple[Path, Path], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    import shutil
-
-    real = shutil.copyfile
-
-    def copyfile(source: Path, target: Path) -> object:
-        if Path(source).name == "tokenizer.json":
-            raise PermissionError(13, "Permission denied", str(source))
-        return real(source, target)
-
-    monkeypatch.setattr(shutil, "copyfile", copyfile)
-    with pytest.raises(OutputError, match=r"base/tokenizer\.json"):
-        merge(*pair, tmp_path / "out")

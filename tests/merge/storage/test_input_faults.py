@@ -6,11 +6,17 @@ import json
 import os
 import subprocess
 import sys
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pico
 import pytest
+import torch
 
+from adapter_merge.api.convert import convert
+from adapter_merge.api.extract import extract
+from adapter_merge.api.factor import factor
 from adapter_merge.api.merge import delta, merge
 from adapter_merge.errors import FileFormatError
 
@@ -106,3 +112,141 @@ def test_errors_of_the_system_are_no_bugs(kind: str, name: str, tmp_path: Path, 
     assert done.returncode == 1 and error["kind"] != "Bug", done.stderr
     assert str(where) in done.stderr or str(where.parent) in done.stderr
     assert not (tmp_path / "out").exists()
+
+
+class Watcher:
+    """Calls `change` once, when `trigger` says so of an event that Python's audit hooks report; it stays unpatched."""
+
+    def __init__(self) -> None:
+        self.trigger: Callable[[str, tuple[Any, ...]], bool] | None = None
+        self.change: Callable[[], object] = lambda: None
+        sys.addaudithook(self._hook)
+
+    def _hook(self, event: str, arguments: tuple[Any, ...]) -> None:
+        if self.trigger is not None and event in ("open", "os.mkdir") and self.trigger(event, arguments):
+            self.trigger = None
+            self.change()
+
+
+WATCHER = Watcher()  # a hook cannot be removed: one for all tests
+
+
+@pytest.fixture
+def watcher() -> Iterator[Watcher]:
+    yield WATCHER
+    WATCHER.trigger = None
+
+
+def finetuned(base: Path) -> Path:
+    model = pico.pico_model("llama")
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if name.endswith("q_proj.weight"):
+                parameter.add_(0.01 * torch.outer(torch.arange(len(parameter)), torch.ones(parameter.shape[1])))
+    return pico.save_base(model, base.parent / "finetuned")
+
+
+JOBS: dict[str, Callable[[Path, Path, Path], object]] = {
+    "merge": lambda base, adapter, out: merge(base, adapter, out, device="cpu"),
+    "delta": lambda base, adapter, out: delta(base, adapter, out, device="cpu"),
+    "factor": lambda base, adapter, out: factor(base, adapter, out, device="cpu"),
+    "factor without base": lambda base, adapter, out: factor(None, adapter, out, device="cpu"),
+    "convert": lambda base, adapter, out: convert(adapter, out, base=base),
+    "convert without base": lambda base, adapter, out: convert(adapter, out),
+    "extract": lambda base, adapter, out: extract(base, base.parent / "finetuned", out, device="cpu", rank=4),
+}
+READ = [
+    (job, name)
+    for job in JOBS
+    for name in ("adapter/adapter_model.safetensors", "adapter/adapter_config.json", "base/config.json",
+                 "base/model-00001-of-*.safetensors", "base/model.safetensors.index.json",
+                 "finetuned/model-00001-of-*.safetensors")
+    if not ("without" in job and "base/" in name)
+    and ("finetuned" in name if job == "extract" and "adapter" in name else "finetuned" not in name)
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("moment", ["at its second opening", "when the output is begun"])
+@pytest.mark.parametrize(("job", "name"), READ)
+def test_a_change_in_any_job(
+    job: str, name: str, moment: str, tmp_path: Path, base: Path, adapter: Path, watcher: Watcher
+) -> None:
+    """Files are put back, so that only the first look at them tells; that look comes before the first reading."""
+    if job == "extract":
+        finetuned(base)
+    file = min(tmp_path.glob(name))
+    opened: list[object] = []
+
+    def trigger(event: str, arguments: tuple[Any, ...]) -> bool:
+        if event == "os.mkdir":  # for what is opened once alone
+            return ".out.partial" in str(arguments[0])
+        if str(arguments[0]) == str(file) and moment == "at its second opening":
+            opened.append(arguments)
+        return len(opened) == 2
+
+    watcher.trigger, watcher.change = trigger, lambda: rewrite(file)
+    with pytest.raises(FileFormatError, match="changed while it was read") as caught:
+        JOBS[job](base, adapter, tmp_path / "out")
+    assert watcher.trigger is None and str(file) in str(caught.value)
+    assert not [path for path in tmp_path.iterdir() if "out" in path.name and path.suffix != ".lock"]
+
+
+def test_a_changed_file_with_another_name(tmp_path: Path, base: Path, adapter: Path, watcher: Watcher) -> None:
+    """A hard link alone excuses no change of an adapter's file."""
+    file = adapter / "adapter_model.safetensors"
+
+    def change() -> None:
+        rewrite(file)
+        (tmp_path / "link").hardlink_to(file)
+
+    watcher.trigger, watcher.change = lambda event, arguments: event == "os.mkdir", change
+    with pytest.raises(FileFormatError, match="changed while it was read"):
+        factor(base, adapter, tmp_path / "out", device="cpu")
+
+
+COMMANDS: dict[str, Callable[[Path | str, Path | str, Path | str], list[str]]] = {
+    "merge": lambda base, adapter, out: ["merge", str(base), str(adapter), "-o", str(out)],
+    "delta": lambda base, adapter, out: ["delta", str(base), str(adapter), "-o", str(out)],
+    "factor": lambda base, adapter, out: ["factor", str(base), str(adapter), "-o", str(out)],
+    "convert": lambda base, adapter, out: ["convert", str(adapter), "--base", str(base), "-o", str(out)],
+}
+
+
+def run(arguments: list[str], before: str = "", **environment: str) -> tuple[int, dict[str, Any], str]:
+    """(exit status, the object on stdout, stderr) of the command line in a process of its own, after `before`."""
+    program = f"import os, resource\n{before}\nfrom adapter_merge.cli.main import main; main()"
+    command = [sys.executable, "-c", program, *arguments, "--json"]
+    done = subprocess.run(command, capture_output=True, check=False, env=os.environ | environment)
+    return done.returncode, json.loads(done.stdout or "{}"), done.stderr.decode("utf-8", "backslashreplace")
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_an_output_that_cannot_be_written(command: str, tmp_path: Path, base: Path, adapter: Path) -> None:
+    before = "resource.setrlimit(resource.RLIMIT_FSIZE, (4096, 4096))"
+    status, content, stderr = run(COMMANDS[command](base, adapter, tmp_path / "out"), before)
+    assert status == 1 and content["error"]["kind"] == "OutputError", stderr
+    assert f"{tmp_path / 'out'}: cannot be written (File too large)" in stderr
+    assert not [path for path in tmp_path.iterdir() if "out" in path.name and path.suffix != ".lock"]
+
+
+@pytest.mark.parametrize("command", ["merge", "convert"])
+@pytest.mark.parametrize("which", ["base", "adapter", "out"])
+def test_names_that_are_not_utf8(command: str, which: str, tmp_path: Path, base: Path, adapter: Path) -> None:
+    strange = Path(os.fsdecode(os.fsencode(tmp_path) + b"/name-\xff"))
+    paths = {"base": base, "adapter": adapter, "out": tmp_path / "out"}
+    if which != "out":
+        paths[which].rename(strange)
+    paths[which] = strange
+    status, content, stderr = run(COMMANDS[command](**paths))
+    assert status == 1 and content["error"]["kind"] == ("OutputError" if which == "out" else "InputError"), stderr
+    assert "name-\\xff" in stderr and "not UTF-8" in stderr
+    assert not (tmp_path / "out").exists() and not list(tmp_path.glob(".*partial"))
+
+
+@pytest.mark.parametrize("command", ["merge"])
+def test_a_locale_without_unicode(command: str, tmp_path: Path, base: Path, adapter: Path) -> None:
+    ascii_only = {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}
+    status, _, stderr = run(COMMANDS[command](base, adapter, tmp_path / "out"), **ascii_only)
+    assert status == 0 and (tmp_path / "out").is_dir(), stderr
+    status, content, stderr = run(COMMANDS[command](base, adapter, tmp_path / "größer"), **ascii_only)
+    assert status == 1 and content["error"]["kind"] == "OutputError" and "UTF-8 locale" in stderr

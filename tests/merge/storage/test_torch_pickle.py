@@ -132,6 +132,9 @@ ATTACKS: dict[str, tuple[Any, str]] = {
     "conjugate bit": (lambda: saved({"a": torch.ones(2, dtype=torch.complex64).conj()}), "conjugate"),
     "sparse": (lambda: saved({"a": torch.eye(3).to_sparse()}), "sparse"),
     "meta": (lambda: saved({"a": torch.zeros(3, device="meta")}), "meta"),
+    "float8 that requires grad": (
+        lambda: saved({"a": torch.ones(2).to(torch.float8_e4m3fn).requires_grad_()}), "requires grad"),
+    "integers that require grad": (lambda: with_pickle(b"K\x01\x85q\x13\x89", b"K\x01\x85q\x13\x88"), "requires grad"),
     "complex128": (lambda: saved({"a": torch.zeros(3, dtype=torch.complex128)}), "complex128"),
     "transposed": (lambda: saved({"a": torch.arange(6.0).reshape(2, 3).T}), "row-major"),
     "expanded": (lambda: saved({"a": torch.zeros(1).expand(1 << 40)}), "larger than the file"),
