@@ -1,1 +1,1 @@
-"""The plan of a merge, and its streaming execution."""
+"""Planning of a merge, and its execution in blocks of rows."""

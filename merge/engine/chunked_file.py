@@ -1,9 +1,10 @@
-"""One output file, written in aligned chunks past the page cache, hashed in order while it is written.
+"""Writing of one output file in aligned chunks, past the page cache, with its sha256 computed along the way.
 
-The output has to reach the disk before its name may change, so writing into the page cache only to flush it costs a
-copy, a page allocation and a wait. Chunks of a file are filled by any worker in any order; whoever fills the last
-byte hands the chunk to the writer threads. The sha256 takes chunks in the file's order, the disk in any order.
-Where O_DIRECT is refused (tmpfs, some network file systems) the same chunks go through the page cache.
+An output file must be on the disk before it is renamed. Writing into the page cache and then flushing it would cost a
+copy, a page allocation and a wait, so chunks are written with O_DIRECT. Any worker may fill any part of a chunk; the
+worker that fills its last byte hands the chunk to the writer threads. Chunks are hashed in the file's order and
+written in any order. Where the file system refuses O_DIRECT (tmpfs, some network file systems), the same chunks are
+written through the page cache.
 """
 
 from __future__ import annotations
@@ -22,22 +23,23 @@ import torch
 from torch import Tensor
 
 CHUNK_BYTES = 2 << 20
-BUFFERED_BYTES = 256 << 10  # written at once into the page cache: at 2 MB Linux looks for huge pages, ten times slower
-ALIGNMENT = 4096  # a multiple of every disk's logical block size
-QUEUED_CHUNKS = 8  # full chunks that may wait for hash and disk before the workers wait for them
+BUFFERED_BYTES = 256 << 10  # of one write into the page cache: with 2 MB, Linux looks for huge pages (10 times slower)
+ALIGNMENT = 4096  # bytes; a multiple of every disk's logical block size, which O_DIRECT requires
+QUEUED_CHUNKS = 8  # full chunks that may wait to be hashed and written before the workers have to wait
 
 O_DIRECT = getattr(os, "O_DIRECT", 0)
 
 
 def aligned_bytes(nbytes: int) -> Tensor:
-    """(nbytes,) uint8 at a page's start, its memory taken from the system in one piece."""
+    """Allocate (nbytes,) uint8 that begins at a memory page, as one anonymous mapping."""
     return torch.frombuffer(mmap.mmap(-1, max(nbytes, 1)), dtype=torch.uint8)
 
 
 class ChunkPool:
-    """Buffers used again for every chunk, and the brake on workers that are faster than the disk.
+    """Pool of reusable chunk buffers; it makes workers wait when they are faster than the disk.
 
-    make: a new buffer of so many bytes, at a page's start.
+    limit: how many full chunks may wait to be written.
+    make: allocates a buffer of the given number of bytes that begins at a memory page.
     """
 
     def __init__(self, limit: int = QUEUED_CHUNKS, make: Callable[[int], Tensor] = aligned_bytes) -> None:
@@ -48,42 +50,46 @@ class ChunkPool:
         self._changed = threading.Condition()
 
     def take(self) -> Tensor:
-        """A buffer of CHUNK_BYTES; never waits (see `wait_for_room`)."""
+        """Return a buffer of CHUNK_BYTES, uint8. Never waits; workers wait in `wait_until_below_limit`."""
         with self._changed:
             if self._free:
                 return self._free.pop()
         return self.make(CHUNK_BYTES)
 
-    def full(self) -> None:
-        """A chunk is full and waits for the disk."""
+    def add_waiting(self) -> None:
+        """Count one more chunk that is full and waits to be written."""
         with self._changed:
             self.waiting += 1
 
-    def written(self, buffer: Tensor) -> None:
-        """A chunk is on the disk; its buffer is free."""
+    def give_back(self, buffer: Tensor) -> None:
+        """Take back the buffer of a chunk that has been written."""
         with self._changed:
             self.waiting -= 1
             self._free.append(buffer)
             self._changed.notify_all()
 
     @property
-    def crowded(self) -> bool:
+    def at_limit(self) -> bool:
+        """True while as many full chunks wait to be written as may."""
         return self.waiting >= self.limit
 
-    def wait_for_room(self) -> None:
-        """Wait until the disk has caught up. Only full chunks count, so whoever waits holds nothing up."""
+    def wait_until_below_limit(self) -> None:
+        """Wait until fewer than `limit` full chunks wait to be written, or until `stop`.
+
+        Partly filled chunks do not count, so a worker that waits here cannot keep the others from continuing.
+        """
         with self._changed:
             self._changed.wait_for(lambda: self.stopped or self.waiting < self.limit)
 
     def stop(self) -> None:
-        """Let everybody go."""
+        """Release every thread that waits here, for good."""
         with self._changed:
             self.stopped = True
             self._changed.notify_all()
 
 
-def _spans(offset: int, nbytes: int) -> Iterator[tuple[int, int, int]]:
-    """(chunk, first byte in it, bytes) of a file's bytes from `offset`."""
+def _split_at_chunks(offset: int, nbytes: int) -> Iterator[tuple[int, int, int]]:
+    """Yield (index of the chunk, first byte in it, number of bytes) for `nbytes` of a file from `offset`."""
     stop = offset + nbytes
     while offset < stop:
         index, start = divmod(offset, CHUNK_BYTES)
@@ -94,15 +100,17 @@ def _spans(offset: int, nbytes: int) -> Iterator[tuple[int, int, int]]:
 
 @dataclass(eq=False)
 class _Chunk:
+    """One chunk of the file, until it is written."""
+
     index: int
     buffer: Tensor  # (CHUNK_BYTES,) uint8
     nbytes: int  # of the file in this chunk
-    missing: int
+    missing: int  # bytes that nobody has filled yet
     lock: threading.Lock = field(default_factory=threading.Lock)
     views: dict[torch.dtype, Tensor] = field(default_factory=dict)
 
-    def typed(self, dtype: torch.dtype) -> Tensor:
-        """The buffer's elements of `dtype`."""
+    def view_as(self, dtype: torch.dtype) -> Tensor:
+        """Return the whole buffer as elements of `dtype`."""
         view = self.views.get(dtype)
         if view is None:
             view = self.views[dtype] = self.buffer.view(dtype)
@@ -110,10 +118,12 @@ class _Chunk:
 
 
 class ChunkedFile:
-    """A file of known size, written piece by piece.
+    """Output file of known size that is written in pieces.
 
-    submit: runs a function on a writer thread. done: called there with the sha256 (None without hashing) once all
-    is on the disk. `reserve` is called in the file's order, by one thread at a time; `put` in any order by any thread.
+    submit: runs a function on a writer thread.
+    done: called on a writer thread with the file's sha256 (None without hashing) once the file is on the disk.
+    Call `reserve` in the file's order, by one thread at a time. Any thread may fill what is reserved, in any order.
+    Raises FileExistsError where `path` exists.
     """
 
     def __init__(
@@ -127,7 +137,7 @@ class ChunkedFile:
         direct: bool = True,
     ) -> None:
         self.path, self.nbytes, self.pool, self.submit, self.done = path, nbytes, pool, submit, done
-        self._left = -(-nbytes // CHUNK_BYTES)
+        self._chunks_left = -(-nbytes // CHUNK_BYTES)
         self._chunks: dict[int, _Chunk] = {}
         self._reserved = 0
         self._lock = threading.Lock()
@@ -142,7 +152,7 @@ class ChunkedFile:
                 self._fd = os.open(path, flags | O_DIRECT, 0o666)
             except FileExistsError:
                 raise
-            except OSError:  # the file system has no direct writes; some create the file before they say so
+            except OSError:  # no O_DIRECT on this file system; some create the file before they refuse
                 path.unlink(missing_ok=True)
         self._direct = self._fd >= 0
         if not self._direct:
@@ -150,7 +160,7 @@ class ChunkedFile:
         os.ftruncate(self._fd, nbytes)
 
     def reserve(self, stop: int) -> None:
-        """Provide buffers for all bytes before `stop`."""
+        """Take buffers for all bytes before `stop`."""
         while self._reserved * CHUNK_BYTES < stop:
             index = self._reserved
             nbytes = min(CHUNK_BYTES, self.nbytes - index * CHUNK_BYTES)
@@ -158,44 +168,54 @@ class ChunkedFile:
             self._reserved += 1
 
     def put(self, data: Tensor, offset: int) -> None:
-        """Bytes (n,) uint8, reserved before, at `offset`."""
+        """Copy `data` (n,) uint8 to the file's byte `offset`; these bytes must be reserved."""
         for piece in self.pieces(offset, data.numel()):
             piece.copy_(data[: piece.numel()])
             data = data[piece.numel() :]
-            self.filled(offset, piece.numel())
+            self.mark_filled(offset, piece.numel())
             offset += piece.numel()
 
     def pieces(self, offset: int, nbytes: int) -> list[Tensor]:
-        """The file's own buffers for these bytes, (n,) uint8 each, to write to; then call `filled`."""
-        return [self._chunks[index].buffer[start : start + size] for index, start, size in _spans(offset, nbytes)]
+        """Return the parts of the chunk buffers that hold these bytes, (n,) uint8 each.
+
+        The caller writes to them and then calls `mark_filled`.
+        """
+        return [
+            self._chunks[index].buffer[start : start + size] for index, start, size in _split_at_chunks(offset, nbytes)
+        ]
 
     def window(self, offset: int, rows: int, columns: int, dtype: torch.dtype) -> Tensor | None:
-        """(rows, columns) of the file's own buffer to write to, when they lie in one chunk; then call `filled`."""
+        """Return the chunk buffer's part at `offset` as (rows, columns) of `dtype`.
+
+        None where it crosses a chunk's end or is not aligned to `dtype`. The caller writes to it and then calls
+        `mark_filled`.
+        """
         index, start = divmod(offset, CHUNK_BYTES)
         place, odd = divmod(start, dtype.itemsize)
         if odd or start + rows * columns * dtype.itemsize > CHUNK_BYTES:
             return None
-        return self._chunks[index].typed(dtype).as_strided((rows, columns), (columns, 1), place)
+        return self._chunks[index].view_as(dtype).as_strided((rows, columns), (columns, 1), place)
 
-    def filled(self, offset: int, nbytes: int) -> None:
-        """The window or the pieces at `offset` hold their bytes."""
-        for index, _, size in _spans(offset, nbytes):
-            self._filled(self._chunks[index], size)
+    def mark_filled(self, offset: int, nbytes: int) -> None:
+        """Record that the buffers hold these bytes; chunks that are now full are hashed and written."""
+        for index, _, size in _split_at_chunks(offset, nbytes):
+            self._subtract_missing(self._chunks[index], size)
 
     def close(self) -> None:
-        """Give the descriptor back, whatever state the file is in."""
+        """Close the file descriptor, also of a file that is not complete."""
         with self._lock:
             fd, self._fd = self._fd, -1
         if fd >= 0:
             os.close(fd)
 
-    def _filled(self, chunk: _Chunk, size: int) -> None:
+    def _subtract_missing(self, chunk: _Chunk, size: int) -> None:
+        """Count `size` more bytes of `chunk` as filled; a full chunk goes on to be hashed and written."""
         with chunk.lock:
             chunk.missing -= size
-            assert chunk.missing >= 0, "bytes written twice"
+            assert chunk.missing >= 0, "bytes filled twice"
             if chunk.missing:
                 return
-        self.pool.full()
+        self.pool.add_waiting()
         if self._digest is None:
             self.submit(lambda: self._write(chunk))
             return
@@ -207,7 +227,7 @@ class ChunkedFile:
         self.submit(self._hash)
 
     def _hash(self) -> None:
-        """Hash the chunks that are ready, in order; one thread at a time."""
+        """Hash the full chunks that come next in the file's order, then have them written. One thread at a time."""
         assert self._digest is not None
         while True:
             with self._lock:
@@ -220,8 +240,9 @@ class ChunkedFile:
             self.submit(lambda chunk=chunk: self._write(chunk))  # type: ignore[misc]
 
     def _write(self, chunk: _Chunk) -> None:
+        """Write one full chunk; the thread that writes the last chunk finishes the file."""
         offset = chunk.index * CHUNK_BYTES
-        padded = chunk.nbytes + -chunk.nbytes % ALIGNMENT  # the file is cut to its size at the end
+        padded = chunk.nbytes + -chunk.nbytes % ALIGNMENT  # _finish cuts the file to its size
         data = chunk.buffer[: padded if self._direct else chunk.nbytes].numpy().data
         done, refused = 0, False
         while done < len(data):
@@ -231,18 +252,19 @@ class ChunkedFile:
             except OSError as error:
                 if error.errno != errno.EINVAL or refused:
                     raise
-                refused = True  # opened for direct writes, but refused here: through the page cache then
+                refused = True  # the file could be opened with O_DIRECT but not written: use the page cache
                 self._direct = False
                 fcntl.fcntl(self._fd, fcntl.F_SETFL, fcntl.fcntl(self._fd, fcntl.F_GETFL) & ~O_DIRECT)
         with self._lock:
             del self._chunks[chunk.index]
-            self._left -= 1
-            last = self._left == 0
-        self.pool.written(chunk.buffer)
+            self._chunks_left -= 1
+            last = self._chunks_left == 0
+        self.pool.give_back(chunk.buffer)
         if last:
             self._finish()
 
     def _finish(self) -> None:
+        """Cut the file to its size, flush it to the disk, close it, and report its sha256."""
         os.ftruncate(self._fd, self.nbytes)
         os.fsync(self._fd)
         self.close()

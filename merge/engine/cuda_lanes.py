@@ -1,7 +1,8 @@
-"""The lanes of CUDA devices: their streams, and how much of a device's memory they may take.
+"""Lanes of CUDA devices: their streams, and how much of a device's memory they may use.
 
-A device computes a block a hundred times faster than a host thread can read, hash and write it. What a merge takes is
-then host work, so each device has several workers, whose blocks are small: 8 MB cross PCIe as fast as 32 do.
+A device computes a block about a hundred times faster than a host thread reads, hashes and writes it, so the time of a
+merge is the time of the host's work. Each device therefore has several workers. Their blocks are small: blocks of 8 MB
+are transferred over PCIe at the same rate as blocks of 32 MB.
 """
 
 from __future__ import annotations
@@ -19,22 +20,22 @@ from adapter_merge.errors import InputError
 
 from .lanes import Lane, LaneMaker, Mark, Slot, current_device
 from .plan import ShardPlan
-from .tasks import arithmetic_of, form_bytes
+from .tasks import arithmetic_of, estimate_edit_bytes
 
-BLOCK_BYTES = 8 << 20  # of float32
-LEAST_BYTES = 1 << 16
-DEPTH = 3
-WORKERS = 2  # on each device: one reads while the other's blocks are written; six took more than twice as long
-HASHING_WORKERS = 4  # files are hashed side by side, each by the worker that reads it
-VRAM_FRACTION = 0.25
+BLOCK_BYTES = 8 << 20  # of float32 in one block, at most
+LEAST_BYTES = 1 << 16  # of float32 in one block, at least
+DEPTH = 3  # slots of a lane: one is uploaded, one computed and one downloaded at the same time
+WORKERS = 2  # per device: one reads while the other's blocks are written; six took more than twice as long
+HASHING_WORKERS = 4  # per device: each hashes the file that it reads, in parallel with the others
+VRAM_FRACTION = 0.25  # of the free device memory, where --vram is not given
 BLOCKS_PER_SLOT = 4  # input, work, spare, output
-TEMPORARY_BLOCKS = 8  # what a form makes meanwhile
-BLOCKS_PER_SHARE = 12  # the same for each adapter of a combination: its delta, sizes as int64, its part of the stack
-FORMS_HELD = 2  # on a device, by each worker: those in use, and those before them that the allocator still keeps
+TEMPORARY_BLOCKS = 8  # temporary tensors of an edit
+BLOCKS_PER_SHARE = 12  # temporary tensors per adapter of a combination: delta, int64 sizes, its part of the stack
+EDITS_HELD = 2  # per worker: the edits in use, and the previous ones, which the allocator still keeps
 
 
 class CudaQueue:
-    """A CUDA stream."""
+    """CUDA stream as a `Queue` (lanes.py)."""
 
     def __init__(self, device: torch.device) -> None:
         self.stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
@@ -51,7 +52,7 @@ class CudaQueue:
 
 
 def cuda_lane(device: torch.device, block_bytes: int) -> Lane:
-    """A worker's lane on a CUDA device."""
+    """Make one worker's lane on a CUDA device, with blocks of `block_bytes` (of float32)."""
     with current_device(device):
         upload, compute, download = (CudaQueue(device) for _ in range(3))
         with compute.activate():
@@ -60,36 +61,36 @@ def cuda_lane(device: torch.device, block_bytes: int) -> Lane:
 
 
 def pinned_bytes(nbytes: int) -> Tensor:
-    """(nbytes,) uint8 of host memory that devices read and write by themselves, at a page's start."""
+    """Allocate (nbytes,) uint8 of pinned host memory, which devices read and write directly."""
     return torch.empty(nbytes, dtype=torch.uint8, pin_memory=True)
 
 
-def forget_workspaces() -> None:
-    """Give back what cuBLAS holds for threads and streams that have multiplied: every merge has new ones of both."""
+def free_cublas_workspaces() -> None:
+    """Free the workspaces that cuBLAS keeps per thread and stream; every merge uses new threads and new streams."""
     torch._C._cuda_clearCublasWorkspaces()
 
 
-def product_workspace(device: torch.device) -> int:
-    """Bytes that cuBLAS takes of the device for each thread that multiplies: 8 MB, on Hopper 32."""
-    forget_workspaces()
+def measure_cublas_workspace(device: torch.device) -> int:
+    """Return the bytes of device memory that cuBLAS takes per thread: 8 MB, on Hopper 32 MB."""
+    free_cublas_workspaces()
     with current_device(device), CudaQueue(device).activate():
-        one = torch.ones(16, 16, device=device)
-        product = torch.empty_like(one)
+        factor = torch.ones(16, 16, device=device)
+        product = torch.empty_like(factor)
         before = torch.cuda.memory_allocated(device)
-        torch.mm(one, one, out=product)
-        found = torch.cuda.memory_allocated(device) - before
-    forget_workspaces()
-    return found
+        torch.mm(factor, factor, out=product)
+        nbytes = torch.cuda.memory_allocated(device) - before
+    free_cublas_workspaces()
+    return nbytes
 
 
-def _need(shards: Sequence[ShardPlan]) -> tuple[int, int, int]:
-    """What one worker takes of a device: bytes of forms, blocks, and the bytes of the smallest block, one row."""
+def _estimate_worker_memory(shards: Sequence[ShardPlan]) -> tuple[int, int, int]:
+    """Return what one worker needs on a device: bytes of its edits, number of blocks, bytes of the smallest block."""
     jobs = [job for shard in shards for job in shard.jobs if job.edits]
-    forms = max(map(form_bytes, jobs), default=0)
+    edits = max(map(estimate_edit_bytes, jobs), default=0)
     row = max((job.source.shape[-1] * arithmetic_of(job).itemsize for job in jobs), default=0)
     shares = max((len(getattr(edit.module, "shares", ())) for job in jobs for edit in job.edits), default=0)
     blocks = DEPTH * BLOCKS_PER_SLOT + TEMPORARY_BLOCKS + shares * BLOCKS_PER_SHARE
-    return FORMS_HELD * forms, blocks, max(LEAST_BYTES, row)
+    return EDITS_HELD * edits, blocks, max(LEAST_BYTES, row)
 
 
 def cuda_lanes(
@@ -99,30 +100,31 @@ def cuda_lanes(
     vram: int | None,  # bytes of each device; None: a quarter of what is free
     hashing: bool,
 ) -> tuple[list[LaneMaker], int]:
-    """The lanes of all workers, and the size of their blocks. Raises InputError where a device's memory is too small.
+    """Return a maker of a lane for every worker, and the size of their blocks in bytes of float32.
 
-    Memory that does not suffice for all workers has fewer of them. A pass over a whole weight counts as one more.
+    Where a device's memory does not suffice for all workers, it gets fewer. A pass over a whole weight needs as much
+    memory as a worker. Raises InputError where a device has too little memory for one worker and one pass.
     """
     cores = max(1, len(os.sched_getaffinity(0)) // len(devices))
     most = workers or min(cores, HASHING_WORKERS if hashing else WORKERS)
-    forms, blocks, least = _need(shards)
+    edits, blocks, least = _estimate_worker_memory(shards)
     sizes: list[tuple[torch.device, int]] = []
     for device in devices:
-        kept = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)  # of what is this process's
+        kept = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)  # by this process's allocator
         free = torch.cuda.mem_get_info(device)[0] + kept
-        held = forms + product_workspace(device)
-        one = held + blocks * least
-        need = 2 * one
+        fixed = edits + measure_cublas_workspace(device)
+        per_worker = fixed + blocks * least
+        need = 2 * per_worker
         given = min(vram or int(free * VRAM_FRACTION), free)
         if vram is None and given < need <= free:
             given = need
         if given < need:
             raise InputError(
-                f"{device}: {given / 1e6:.0f} MB of its memory are too little" + (" (--vram)" if vram else ""),
+                f"{device}: {given / 1e6:.0f} MB of device memory are too little" + (" (--vram)" if vram else ""),
                 expected=f"{need / 1e6:.0f} MB for the adapter's largest factors and a few rows of a weight",
-                hint="give more with --vram, or take --device cpu",
+                hint="allow more with --vram, or use --device cpu",
             )
-        each = min(most, given // one - 1)
-        sizes += [(device, min(BLOCK_BYTES, (given // (each + 1) - held) // blocks))] * each
-    block = min(size for _, size in sizes)  # a block may go to any device
+        each = min(most, given // per_worker - 1)
+        sizes += [(device, min(BLOCK_BYTES, (given // (each + 1) - fixed) // blocks))] * each
+    block = min(size for _, size in sizes)  # any worker may take any block
     return [partial(cuda_lane, device, block) for device, _ in sizes], block

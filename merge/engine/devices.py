@@ -1,4 +1,4 @@
-"""Where the arithmetic runs, and that float32 products are float32 there."""
+"""Choice of the device, and torch's settings there: the number of threads, and float32 products without TF32."""
 
 from __future__ import annotations
 
@@ -12,7 +12,11 @@ from adapter_merge.errors import InputError
 
 
 def choose_device(name: str = "auto") -> torch.device:
-    """The torch device for auto, cpu, cuda or cuda:N. Raises InputError for a device that is not there."""
+    """Return the torch device for "auto", "cpu", "cuda" or "cuda:N".
+
+    "auto" is CUDA where there is a CUDA device, else the CPU. Raises InputError for any other name, and for a CUDA
+    device that this machine does not have.
+    """
     if name == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
@@ -25,33 +29,34 @@ def choose_device(name: str = "auto") -> torch.device:
         count = torch.cuda.device_count() if torch.cuda.is_available() else 0
         if (device.index or 0) >= count:
             raise InputError(
-                f"--device {name}: not there",
+                f"--device {name}: this machine has no such device",
                 expected=f"one of {count} CUDA devices" if count else "a CUDA device and a CUDA build of torch",
                 got=f"torch {torch.__version__}",
-                hint="--device cpu, or adapter-merge doctor",
+                hint="use --device cpu; adapter-merge doctor lists the devices",
             )
     return device
 
 
 _threads_lock = threading.Lock()
 _precision_lock = threading.Lock()
-_precision: list[object] = []  # what the first of the running jobs found, once for each of them
+_precision: list[object] = []  # the setting before the first of the running jobs, one entry per running job
 
 
 def set_own_threads(count: int) -> None:
-    """Have torch use `count` threads for products of the calling thread; other threads keep their number.
+    """Make torch use `count` threads for products of the calling thread; other threads keep their number.
 
-    torch.set_num_threads also sets the number that threads begin with which have not used torch yet. That is put back
-    by a thread of our own, so that jobs that overlap in one process neither see nor restore each other's setting.
+    torch.set_num_threads also sets the default for threads that have not used torch yet. A new thread restores that
+    default, so that jobs that overlap in one process neither see nor restore each other's setting.
     """
     with _threads_lock:
-        found: list[int] = []
-        _in_new_thread(lambda: found.append(torch.get_num_threads()))
+        defaults: list[int] = []
+        _run_in_new_thread(lambda: defaults.append(torch.get_num_threads()))
         torch.set_num_threads(count)
-        _in_new_thread(lambda: torch.set_num_threads(found[0]))
+        _run_in_new_thread(lambda: torch.set_num_threads(defaults[0]))
 
 
-def _in_new_thread(function: Callable[[], object]) -> None:
+def _run_in_new_thread(function: Callable[[], object]) -> None:
+    """Run `function` in a new thread and wait for its end."""
     thread = threading.Thread(target=function, name="torch threads")
     thread.start()
     thread.join()
@@ -59,7 +64,7 @@ def _in_new_thread(function: Callable[[], object]) -> None:
 
 @contextmanager
 def one_thread() -> Iterator[None]:
-    """Inside, torch uses one thread for the calling thread's products."""
+    """Make torch use one thread for the calling thread's products inside the `with` block."""
     with _threads_lock:
         before = torch.get_num_threads()
     set_own_threads(1)
@@ -71,40 +76,41 @@ def one_thread() -> Iterator[None]:
 
 @contextmanager
 def exact_products(device: torch.device) -> Iterator[None]:
-    """Inside, a CUDA device multiplies float32 in float32, whatever TF32 setting the process has.
+    """Make a CUDA device multiply float32 in float32, without TF32, inside the `with` block.
 
-    The setting is the process's: the first of several jobs that overlap changes it, the last one puts it back.
+    The setting belongs to the process: of several jobs that overlap, the first changes it and the last restores it.
     """
     if device.type != "cuda":
         yield
         return
     with _precision_lock:
-        _precision.append(_precision[0] if _precision else _exact())
+        _precision.append(_precision[0] if _precision else _disable_tf32())
     try:
         yield
     finally:
         with _precision_lock:
             before = _precision.pop()
             if not _precision:
-                _put_back(before)
+                _restore_tf32(before)
 
 
-def _exact() -> object:
-    """Switch TF32 off; what was set before."""
+def _disable_tf32() -> object:
+    """Switch TF32 off and return the setting before."""
     settings = torch.backends.cuda.matmul
     if not hasattr(settings, "fp32_precision"):  # torch before 2.9
         allowed, settings.allow_tf32 = settings.allow_tf32, False
         return allowed
-    # The old setting cannot be read where a process has used the new one.
+    # allow_tf32 raises an error in a process that has set fp32_precision, so read fp32_precision.
     before, settings.fp32_precision = settings.fp32_precision, "ieee"
     return before
 
 
-def _put_back(before: object) -> None:
+def _restore_tf32(before: object) -> None:
+    """Restore the setting that `_disable_tf32` returned."""
     settings = torch.backends.cuda.matmul
     if isinstance(before, bool):
         settings.allow_tf32 = before
         return
-    # What was read may be the setting of all backends: put back as "none", so that it goes on following them.
+    # `before` may have been inherited from the setting of all backends: "none" makes it inherit that again.
     followed = before == getattr(torch.backends, "fp32_precision", None)
     settings.fp32_precision = "none" if followed else str(before)

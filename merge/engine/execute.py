@@ -1,13 +1,13 @@
-"""Execution of a plan: blocks of rows, handed out in the files' order, computed by workers, written past the cache.
+"""Execution of a plan: workers read, compute and write blocks of rows.
 
-    read a block -> (hash) -> float32 -> the canonical form -> round once -> a chunk of the output -> (hash) -> disk
+    read a block -> (hash) -> float32 -> apply the edits -> round once -> a chunk of the output -> (hash) -> disk
 
-    schedule.py  who works on what      tasks.py  the steps of one file     worker.py  one worker's round
-    lanes.py     where blocks are computed, CPU and CUDA alike              cuda_lanes.py  streams, device memory
-    chunked_file.py    one output file
+    schedule.py      hands out tasks to workers           tasks.py       the tasks of one file, in order
+    worker.py        loop of one worker                   lanes.py       buffers and queues that compute a block
+    cuda_lanes.py    CUDA streams and device memory       chunked_file.py    one output file
 
-Nothing is ever held whole but the adapter of the tensors in work. Each worker runs torch with one thread, since
-torch's own threads cost more on blocks this small than they give.
+No base weight is ever held in memory as a whole; only the edits of the tensors in work are. Each worker runs torch with
+one thread, because torch's own threads make blocks of this size slower.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from adapter_merge.storage.input_files import Sources
 from adapter_merge.storage.links import LINKS
 
 from .chunked_file import ChunkPool, aligned_bytes
-from .cuda_lanes import cuda_lanes, forget_workspaces, pinned_bytes
+from .cuda_lanes import cuda_lanes, free_cublas_workspaces, pinned_bytes
 from .devices import exact_products, one_thread
 from .lanes import LaneMaker, cpu_lane
 from .plan import MergePlan, ShardPlan
@@ -36,28 +36,29 @@ from .worker import Worker
 
 __all__ = ["FinishedShard", "Progress", "Recorder", "execute"]
 
-WRITERS = 4
-CPU_WORKERS = 4  # at most, whatever the cores: on 16 of them 16 workers took nearly twice as long as four
+WRITERS = 4  # threads that hash and write chunks
+CPU_WORKERS = 4  # at most: on 16 cores, 16 workers took nearly twice as long as four
 
-Shards = Callable[[FinishedShard], None]
+OnShard = Callable[[FinishedShard], None]
 
 
 class _Run:
-    """One execution: its threads, and the first failure that ends them all."""
+    """One execution: its threads, and the first failure, which stops all of them."""
 
     def __init__(
-        self, shards: Sequence[ShardPlan], lanes: Sequence[LaneMaker], settings: RunSettings, on_shard: Shards
+        self, shards: Sequence[ShardPlan], lanes: Sequence[LaneMaker], settings: RunSettings, on_shard: OnShard
     ) -> None:
         self.lanes, self.settings, self.on_shard = lanes, settings, on_shard
-        self.left = len(shards)
+        self.shards_left = len(shards)
         self.failure: BaseException | None = None
         self.changed = threading.Condition(threading.Lock())
         self.writers = ThreadPoolExecutor(WRITERS, thread_name_prefix="write")
         self.sources = Sources()
         self.pool = ChunkPool(make=pinned_bytes if settings.device.type == "cuda" else aligned_bytes)
-        self.schedule = Schedule(shards, settings, self.sources, self.pool, self._submit, self._finished)
+        self.schedule = Schedule(shards, settings, self.sources, self.pool, self._submit, self._finish_shard)
 
     def run(self) -> None:
+        """Run to the end. Raises the first failure, with every thread ended and every file closed."""
         threads = [
             threading.Thread(target=self._guard, args=(lambda make=make: self._work(make),), name=f"merge-{number}")
             for number, make in enumerate(self.lanes)
@@ -66,8 +67,8 @@ class _Run:
             for thread in threads:
                 thread.start()
             with self.changed:
-                self.changed.wait_for(lambda: self.failure is not None or self.left == 0)
-        finally:  # an interrupt as well
+                self.changed.wait_for(lambda: self.failure is not None or self.shards_left == 0)
+        finally:  # also after KeyboardInterrupt
             self._stop()
             for thread in threads:
                 if thread.ident is not None:
@@ -77,7 +78,7 @@ class _Run:
             self.sources.close()
         if isinstance(self.failure, torch.OutOfMemoryError):
             raise InputError(
-                f"the device's memory does not suffice ({str(self.failure).splitlines()[0]})",
+                f"the device ran out of memory ({str(self.failure).splitlines()[0]})",
                 hint="pass a smaller --vram, free the device, or use --device cpu",
             ) from self.failure
         if self.failure is not None:
@@ -91,6 +92,7 @@ class _Run:
         self.pool.stop()
 
     def _guard(self, action: Callable[[], None]) -> None:
+        """Run `action`; keep the first failure of all threads and stop the run."""
         try:
             action()
         except Stopped:
@@ -103,15 +105,17 @@ class _Run:
             self._stop()
 
     def _submit(self, action: Callable[[], None]) -> None:
+        """Run `action` on a writer thread. Raises Stopped where the run has been stopped."""
         try:
             self.writers.submit(self._guard, action)
-        except RuntimeError:  # shut down by a failure elsewhere
+        except RuntimeError:  # the pool was shut down after a failure in another thread
             raise Stopped from None
 
-    def _finished(self, shard: FinishedShard) -> None:
+    def _finish_shard(self, shard: FinishedShard) -> None:
+        """Report a shard that is on the disk, and end the run after the last one."""
         self.on_shard(shard)
         with self.changed:
-            self.left -= 1
+            self.shards_left -= 1
             self.changed.notify_all()
 
 
@@ -127,20 +131,23 @@ def execute(
     direct: bool = True,
     link: str = "copy",
     vram: int | None = None,
-    on_shard: Shards | None = None,
+    on_shard: OnShard | None = None,
     recorder: Recorder | None = None,
 ) -> dict[str, FinishedShard]:
-    """Write `shards` (all of the plan's where none are named) into `folder`, on the disk when this returns.
+    """Write `shards` (by default all of the plan's) into `folder`; return them by file name, once they are on the disk.
 
-    device: one, or several CUDA devices that share the shards.
-    workers: threads, on each device; None takes what has been measured to be fastest (CPU_WORKERS, cuda_lanes.py).
-    progress: called with the bytes just written, from any thread.
-    direct: write past the page cache where the file system can.
-    link: how shards that no adapter touches get there (see links.py).
-    vram: bytes of device memory to use per CUDA device; None takes a quarter of what is free.
-    on_shard: called, one thread at a time per shard, when a shard is on the disk.
-    Raises NumericsError for NaN or infinity in a result, FileFormatError for a shard that ends too early, OSError
-    for what the disk refuses. The first failure stops the rest.
+    device: one device, or several CUDA devices that share the shards.
+    workers: threads per device; None uses the number that was measured to be fastest (CPU_WORKERS, cuda_lanes.py).
+    progress: called with the number of bytes just written, from any thread.
+    hashing: compute the sha256 of every file read from end to end, and of every file written.
+    direct: write past the page cache (O_DIRECT) where the file system allows it.
+    link: how shards that no adapter changes are made: copied or linked (see links.py).
+    vram: bytes of device memory to use per CUDA device; None uses a quarter of what is free.
+    on_shard: called when a shard is on the disk, from a writer thread.
+    recorder: is told every change of the base's bytes.
+    Raises NumericsError for NaN or infinity in a result, FileFormatError for an input shard that ends too early,
+    InputError where a device has too little memory, OSError where a file cannot be written. The first failure stops
+    all workers.
     """
     assert link in LINKS
     devices = [device] if isinstance(device, torch.device) else list(device)
@@ -152,7 +159,7 @@ def execute(
         lanes, block_bytes = [cpu_lane] * count, cpu_lane().block_bytes
     finished: dict[str, FinishedShard] = {}
 
-    def remember(shard: FinishedShard) -> None:
+    def add_finished(shard: FinishedShard) -> None:
         finished[shard.file] = shard
         if on_shard is not None:
             on_shard(shard)
@@ -169,11 +176,11 @@ def execute(
         progress=progress,
         recorder=recorder,
     )
-    run = _Run(plan.shards if shards is None else shards, lanes, settings, remember)
+    run = _Run(plan.shards if shards is None else shards, lanes, settings, add_finished)
     try:
         with one_thread(), exact_products(devices[0]):
             run.run()
     finally:
         if on_cuda:
-            forget_workspaces()
+            free_cublas_workspaces()
     return finished

@@ -1,13 +1,13 @@
-"""Where blocks are computed: slots of reused buffers, and the queues (CUDA streams) that fill and empty them.
+"""Computation of blocks: slots of reused buffers, and the queues (CUDA streams) that work on them.
 
-One code path for both devices. A slot's block goes
+The CPU and CUDA use the same code. The block of a slot takes these steps:
 
-    host_in -> upload -> float32 -> the forms -> round once -> download -> the output's own buffers
+    host_in -> upload -> float32 -> apply the edits -> round once -> download -> the output's buffers
 
-On the CPU the device buffers are the host buffers, upload and download do nothing, and every step is done when it
-returns. On CUDA (cuda_lanes.py) each arrow runs on its own stream and waits for the one before it by an event, so that
-the blocks of a lane's slots overlap: while one is computed, the next is uploaded and the last downloaded. Host buffers
-are pinned, those of the output as well.
+On the CPU the device buffers are the host buffers, there is no upload or download, and each step has ended when its
+call returns. On CUDA (cuda_lanes.py) upload, computation and download run on one stream each and wait for each other by
+events, so that the blocks of a lane's slots overlap: while one is computed, the next is uploaded and the previous one
+downloaded. Host buffers are pinned, including those of the output.
 """
 
 from __future__ import annotations
@@ -28,38 +28,38 @@ from .rounding_figures import SUMS, block_sums
 if TYPE_CHECKING:
     import numpy
 
-CPU_BLOCK_BYTES = 1 << 20  # of float32: smaller ones stay in a second-level cache, but wait for the interpreter more
+CPU_BLOCK_BYTES = 1 << 20  # of float32; smaller blocks would fit the L2 cache, but wait longer for the interpreter lock
 
 
 class Mark(Protocol):
-    """A point in a queue's work (a CUDA event)."""
+    """Point in the work of a queue (a CUDA event)."""
 
     def synchronize(self) -> None:
-        """Wait on the host until the queue has come here."""
+        """Make the host wait until the queue has reached this point."""
 
 
 class Queue(Protocol):
-    """Work in order (a CUDA stream)."""
+    """Queue of work that runs in order (a CUDA stream)."""
 
     def activate(self) -> contextlib.AbstractContextManager[Any]:
-        """Work launched inside goes to this queue."""
+        """Send work that is launched inside the `with` block to this queue."""
 
     def mark(self) -> Mark:
-        """Here."""
+        """Return a mark after all work that this queue has been given so far."""
 
     def wait(self, mark: Mark) -> None:
-        """What comes next in this queue waits for `mark`; the host does not."""
+        """Make work added to this queue from now on wait for `mark`; the host does not wait."""
 
 
 class Done:
-    """The mark of work that is done when its call returns."""
+    """Mark of work that has ended when its call returns."""
 
     def synchronize(self) -> None:
         pass
 
 
 class Inline:
-    """The CPU's queue: every call is done when it returns."""
+    """Queue of the CPU: all work has ended when its call returns."""
 
     def activate(self) -> contextlib.AbstractContextManager[Any]:
         return contextlib.nullcontext()
@@ -73,16 +73,16 @@ class Inline:
 
 @dataclass(slots=True)
 class Block:
-    """What is to be done to some rows of one tensor."""
+    """Description of the work on some rows of one tensor."""
 
-    start: int  # first row
+    start: int  # first row in the tensor
     rows: int
     columns: int
     source: torch.dtype
     arithmetic: torch.dtype  # float32, or float64 for a float64 source
     target: torch.dtype
-    delta: bool  # dW instead of W'
-    measured: int  # of how many rows, the first ones, to take figures
+    delta: bool  # write dW instead of W'
+    measured: int  # number of rows, from the first, that figures are measured on
 
     @property
     def elements(self) -> int:
@@ -90,10 +90,10 @@ class Block:
 
 
 class Slot:
-    """The buffers of one block, grown to the largest it has met: host_in, in, work, spare, out; on the CPU host_out.
+    """Buffers of one block: host_in, in, work, spare, out, and on the CPU host_out. Each grows to the largest block.
 
-    Views are kept: every call into torch lets go of the interpreter's lock, and two workers that each make a dozen
-    views of a block spend a third of their time waiting for each other.
+    Views are cached: every call into torch releases the interpreter lock, and two workers that each made a dozen views
+    per block would spend a third of their time waiting for each other.
     """
 
     def __init__(self, device: torch.device, pinned: bool) -> None:
@@ -102,17 +102,17 @@ class Slot:
         self._buffers: dict[str, Tensor] = {}
         self._views: dict[tuple[Any, ...], Tensor] = {}
         self.sums = torch.empty(SUMS, dtype=torch.float32, device=device)
-        self.host_sums = self.sums if self.on_host else self._host_floats(SUMS)
+        self.host_sums = self.sums if self.on_host else self._allocate_host_floats(SUMS)
         self.norm = torch.empty((), dtype=torch.float32, device=device)
-        self.host_norm = self.norm if self.on_host else self._host_floats(1).view(())
-        self._norm: numpy.ndarray[Any, Any] | None = None  # the same memory
+        self.host_norm = self.norm if self.on_host else self._allocate_host_floats(1).view(())
+        self._norm: numpy.ndarray[Any, Any] | None = None  # numpy's view of host_norm
         self.mark: Mark = Done()
 
-    def _host_floats(self, count: int) -> Tensor:
+    def _allocate_host_floats(self, count: int) -> Tensor:
         return torch.empty(count, dtype=torch.float32, pin_memory=self.pinned)
 
     def bytes(self, name: str, nbytes: int) -> Tensor:
-        """(nbytes,) uint8: of host memory for host_in (what was read) and host_out (what is to be written)."""
+        """Return (nbytes,) uint8 of the named buffer, which is in host memory for host_in and host_out."""
         view = self._views.get((name, nbytes))
         if view is None:
             held = self._buffers.get(name)
@@ -128,7 +128,7 @@ class Slot:
         return view
 
     def matrix(self, name: str, block: Block, dtype: torch.dtype) -> Tensor:
-        """(rows, columns) of `dtype`: the same bytes."""
+        """Return the named buffer as (rows, columns) of `dtype`, for this block."""
         key = (name, block.rows, block.columns, dtype)
         view = self._views.get(key)
         if view is None:
@@ -137,8 +137,8 @@ class Slot:
         return view
 
     @property
-    def norm_found(self) -> float:
-        """The norm of the last result before rounding, once `mark` has come."""
+    def result_norm(self) -> float:
+        """Norm of the last result before rounding; valid once `mark` is reached."""
         if self._norm is None:
             self._norm = self.host_norm.numpy()
         return float(self._norm)
@@ -146,7 +146,7 @@ class Slot:
 
 @dataclass(frozen=True)
 class Lane:
-    """One worker's slots and queues on one device."""
+    """Slots and queues of one worker on one device."""
 
     device: torch.device
     slots: tuple[Slot, ...]
@@ -156,7 +156,7 @@ class Lane:
     block_bytes: int  # of float32 in one block
 
     def wait(self) -> None:
-        """Until nothing is on its way."""
+        """Wait until all queues have done their work."""
         for queue in (self.upload, self.compute, self.download):
             queue.mark().synchronize()
 
@@ -164,12 +164,13 @@ class Lane:
         self,
         slot: Slot,
         block: Block,
-        forms: Sequence[BlockEdit],
+        edits: Sequence[BlockEdit],
         targets: Sequence[Tensor],  # on the CPU one (rows, columns) of the output dtype; from a device (n,) uint8 each
     ) -> None:
-        """Start the block's way from the slot's host_in to `targets`, in turn; `slot.mark` is where it ends.
+        """Start the work on one block, from the slot's host_in to `targets`, and set `slot.mark` to its end.
 
-        `slot.norm_found` is then the norm of the result before rounding, `slot.host_sums` what block_sums found.
+        Several targets are filled one after the other. Once the mark is reached, `slot.result_norm` is the norm of the
+        result before rounding, and `slot.host_sums` holds the sums of `block_sums` where `block.measured` is not 0.
         """
         if not slot.on_host:
             nbytes = block.elements * block.source.itemsize
@@ -177,7 +178,7 @@ class Lane:
                 slot.bytes("in", nbytes).copy_(slot.bytes("host_in", nbytes), non_blocking=True)
                 uploaded = self.upload.mark()
             self.compute.wait(uploaded)
-        with self.compute.activate():  # what is allocated here is this queue's: another one's may still be in use
+        with self.compute.activate():  # the allocator reuses memory per stream: temporaries must belong to this one
             if slot.on_host:
                 before, stored = slot.matrix("host_in", block, block.source), targets[0]
             else:
@@ -185,20 +186,20 @@ class Lane:
             work = slot.matrix("work", block, block.arithmetic)
             work.copy_(before)
             if block.delta:
-                result = _delta(work, forms, block.start)
+                result = _compute_delta(work, edits, block.start)
             else:
                 result = work
-                for form in forms:
-                    form.apply_(result, block.start)
+                for edit in edits:
+                    edit.apply_(result, block.start)
             stored.copy_(result)
             if block.arithmetic == slot.norm.dtype:
                 torch.linalg.vector_norm(result, out=slot.norm)
             else:
                 slot.norm.copy_(torch.linalg.vector_norm(result))
             if block.measured:
-                few = slice(block.measured)
+                measured = slice(block.measured)
                 spare = slot.matrix("spare", block, block.arithmetic)
-                block_sums(before[few], result[few], stored[few], spare[few], slot.sums)
+                block_sums(before[measured], result[measured], stored[measured], spare[measured], slot.sums)
             computed = self.compute.mark()
         if slot.on_host:
             slot.mark = computed
@@ -215,13 +216,13 @@ class Lane:
             slot.mark = self.download.mark()
 
 
-def _delta(block: Tensor, forms: Sequence[BlockEdit], start: int) -> Tensor:
-    """Rows of dW; of one form without the difference of two large numbers where that can be avoided."""
-    if len(forms) == 1:
-        return forms[0].delta_rows(block, start)
+def _compute_delta(block: Tensor, edits: Sequence[BlockEdit], start: int) -> Tensor:
+    """Return rows of dW (n, columns); a single edit avoids W' - W0, a difference of large numbers, where it can."""
+    if len(edits) == 1:
+        return edits[0].delta_rows(block, start)
     after = block.clone()
-    for form in forms:
-        form.apply_(after, start)
+    for edit in edits:
+        edit.apply_(after, start)
     return after.sub_(block)
 
 
@@ -230,19 +231,19 @@ def is_finite(
     dtype: torch.dtype,  # of the output
     stored: Callable[[], Tensor],  # the rounded result, on the host
 ) -> bool:
-    """True when no element of the result is NaN or infinite."""
+    """Tell whether every element of the result is finite."""
     return norm < torch.finfo(dtype).max or all_finite(stored())
 
 
 def cpu_lane() -> Lane:
-    """A worker's lane on the CPU: one block at a time."""
+    """Make one worker's lane on the CPU, which has one block at a time."""
     device = torch.device("cpu")
     inline = Inline()
     return Lane(device, (Slot(device, False),), inline, inline, inline, CPU_BLOCK_BYTES)
 
 
 def current_device(device: torch.device) -> contextlib.AbstractContextManager[Any]:
-    """`device` is the calling thread's own inside: every thread begins on the first one."""
+    """Make `device` the calling thread's current device inside the `with` block; new threads begin on device 0."""
     return torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext()
 
 

@@ -1,4 +1,7 @@
-"""What a merge will write, known before a weight is read: output layout = input layout, so every offset is known."""
+"""Plan of a merge: every output file and the offset of every tensor, made from headers before a weight is read.
+
+An output shard has the layout of the base's shard, so all offsets are known in advance.
+"""
 
 from __future__ import annotations
 
@@ -19,9 +22,10 @@ INDEX = "model.safetensors.index.json"
 
 @dataclass(frozen=True)
 class TensorJob:
-    """One output tensor: `source`'s bytes, changed by `edits`, written to `place`.
+    """One output tensor: the values of `source`, changed by `edits` and written to `place`.
 
-    `original` is the base's tensor where `source` (an adapter's) replaces it: still read, for the base's hash.
+    `original` is the base's tensor where `source` belongs to an adapter and replaces it. It is still read, because the
+    base's file is hashed.
     """
 
     source: TensorRef
@@ -31,15 +35,16 @@ class TensorJob:
 
     @property
     def is_copy(self) -> bool:
+        """True when the tensor's bytes are copied unchanged."""
         return not self.edits and self.source.dtype == self.place.dtype
 
 
 @dataclass(frozen=True)
 class ShardPlan:
-    """One output file: its header's bytes, its tensors in the order of their bytes.
+    """One output file: the bytes of its header, and its tensors in the order of their offsets.
 
-    `source` is the base's safetensors file that the first jobs read from end to end, in order, with `source_header`
-    before its tensors; None where the output's order is not an input's.
+    `source` is the base's safetensors file that the first jobs read from its beginning to its end, in order;
+    `source_header` is its header. None where no input file is read in that order.
     """
 
     file: str
@@ -50,7 +55,7 @@ class ShardPlan:
 
     @property
     def is_copy(self) -> bool:
-        """True when every byte is the source's, the header included."""
+        """True when the output file equals the source file, including the header."""
         return (
             self.source is not None
             and self.header == self.source_header
@@ -59,7 +64,7 @@ class ShardPlan:
 
     @property
     def identity(self) -> str:
-        """sha256 of what makes this file, but for the values: names, places and sources."""
+        """sha256 of what the file is made from except the values: names, offsets, sources and numbers of edits."""
         digest = hashlib.sha256(self.header)
         for job in self.jobs:
             digest.update(f"{job.source.file.name}\0{job.source.name}\0{job.source.start}\0{len(job.edits)}\0".encode())
@@ -67,26 +72,28 @@ class ShardPlan:
 
     @property
     def nbytes(self) -> int:
+        """Size of the output file in bytes."""
         return max((job.place.stop for job in self.jobs), default=len(self.header))
 
 
 @dataclass(frozen=True)
 class MergePlan:
-    """A merge, ready to run."""
+    """Complete plan of one merge or delta."""
 
     base: Checkpoint
     adapters: tuple[BoundAdapter, ...]
     shards: tuple[ShardPlan, ...]
-    config: Mapping[str, Any] | None  # to write in place of the base's config.json; None: copy that
+    config: Mapping[str, Any] | None  # written instead of the base's config.json; None: that file is copied
     side_files: tuple[Path, ...]
     operation: str = "merge"  # or "delta"
 
     @property
     def nbytes(self) -> int:
+        """Size of all output shards in bytes."""
         return sum(shard.nbytes for shard in self.shards)
 
     def index(self) -> dict[str, Any] | None:
-        """The content of model.safetensors.index.json; None for one shard."""
+        """Return the content of model.safetensors.index.json, or None for a single shard."""
         if len(self.shards) == 1:
             return None
         placed = {job.place.name: shard.file for shard in self.shards for job in shard.jobs}
@@ -95,7 +102,12 @@ class MergePlan:
 
 
 def plan_merge(base: Checkpoint, adapters: tuple[BoundAdapter, ...], dtype: str | None = None) -> MergePlan:
-    """Plan the merged checkpoint. `dtype` is a safetensors name for all float tensors; None keeps each one's own."""
+    """Plan the merged checkpoint.
+
+    `dtype` is the safetensors name of the dtype for all float tensors; None keeps the dtype of each tensor.
+    Raises InputError where two adapters replace one tensor or a tensor is both adapted and replaced, UnsupportedError
+    where an adapter adds a tensor to a quantised base.
+    """
     edits: dict[str, list[BoundModule]] = {}
     replacements: dict[str, TensorRef] = {}
     problems: list[Problem] = []
@@ -107,9 +119,9 @@ def plan_merge(base: Checkpoint, adapters: tuple[BoundAdapter, ...], dtype: str 
                 problems.append(Problem(f"two adapters replace {name}", hint="merge them one at a time, or drop one"))
             replacements[name] = ref
     for name in edits.keys() & replacements.keys():
-        problems.append(Problem(f"{name} is adapted and replaced at once"))
+        problems.append(Problem(f"{name} is both adapted and replaced"))
     raise_all(problems, InputError)
-    # A tensor of the adapter in place of the base's: replaced, or adapted on a copy of its own (a resized embedding).
+    # Tensors read from the adapter instead of the base: replaced ones, and adapted saved ones (resized embedding).
     own = dict(replacements)
     for name, modules in edits.items():
         if name in base.tensors and modules[0].weight != base.tensors[name]:
@@ -140,10 +152,10 @@ def plan_merge(base: Checkpoint, adapters: tuple[BoundAdapter, ...], dtype: str 
                     if main not in FLOAT_DTYPES:
                         problems.append(
                             Problem(
-                                f"{name}: the adapter brings a tensor that the base lacks, and the base is quantised",
+                                f"{name}: the adapter adds a tensor to a base that is quantised",
                                 f"a base in {'/'.join(FLOAT_DTYPES)}",
                                 main,
-                                "its quantised layers need scales, which the tensor has not: "
+                                "a quantised tensor needs scales, and this one has none: "
                                 "merge into the unquantised base, then quantise",
                             )
                         )
@@ -151,36 +163,39 @@ def plan_merge(base: Checkpoint, adapters: tuple[BoundAdapter, ...], dtype: str 
             for name, ref in copies.items():
                 if name not in replacements and name not in edits:
                     entries.append(_Entry(ref, name, ref.dtype))
-        shards.append(_shard(file, entries, dtype, {"format": "pt", **shard.metadata}, shard))
+        shards.append(_plan_shard(file, entries, dtype, {"format": "pt", **shard.metadata}, shard))
     raise_all(problems, UnsupportedError)
-    return MergePlan(base, adapters, tuple(shards), _config(base, adapters, dtype), base.side_files)
+    return MergePlan(base, adapters, tuple(shards), _merged_config(base, adapters, dtype), base.side_files)
 
 
 def plan_delta(bound: BoundAdapter, dtype: str = "F32") -> MergePlan:
-    """Plan one file with the dense delta of every adapted weight, by the weight's name."""
+    """Plan one file with the dense delta dW of every adapted weight, in `dtype`, under the weight's name."""
     edits: dict[str, list[BoundModule]] = {}
     for module in bound.modules:
         edits.setdefault(module.name, []).append(module)
     entries = [_Entry(modules[0].weight, name, dtype, tuple(modules)) for name, modules in edits.items()]
-    shard = _shard("delta.safetensors", entries, dtype, {"format": "pt"})
+    shard = _plan_shard("delta.safetensors", entries, dtype, {"format": "pt"})
     return MergePlan(bound.base, (bound,), (shard,), None, (), operation="delta")
 
 
 class _Entry(NamedTuple):
+    """One tensor of an output file, before its offset is known."""
+
     source: TensorRef
     name: str
-    dtype: str  # of the output where no other is asked for
+    dtype: str  # of the output where the caller asks for none
     edits: tuple[BoundModule, ...] = ()
     original: TensorRef | None = None
 
 
-def _shard(
+def _plan_shard(
     file: str,
     entries: Sequence[_Entry],
     dtype: str | None,
     metadata: Mapping[str, str],
     base: Shard | None = None,
 ) -> ShardPlan:
+    """Lay out one output file. `base` is the base's shard whose tensors are the first entries, in its order."""
     tensors = [
         (entry.name, dtype if dtype and entry.dtype in FLOAT_DTYPES else entry.dtype, entry.source.shape)
         for entry in entries
@@ -193,7 +208,7 @@ def _shard(
             source_header = stream.read(base.tensors[0].start if base.tensors else source.stat().st_size)
         same = [(ref.name, ref.dtype, ref.shape) for ref in base.tensors] == tensors
         if same and dict(base.metadata) == dict(metadata):
-            # The input's own header, byte for byte: an untouched shard is then the same file.
+            # Keep the base's header byte for byte, so that an unchanged shard is the same file.
             header = source_header
             places = tuple(replace(ref, file=Path(file)) for ref in base.tensors)
     jobs = tuple(
@@ -204,15 +219,15 @@ def _shard(
 
 
 def _main_dtype(base: Checkpoint) -> str:
-    """The dtype of most of the base's bytes."""
+    """Return the dtype (safetensors name) that holds most of the base's bytes."""
     sizes: dict[str, int] = {}
     for ref in base.tensors.values():
         sizes[ref.dtype] = sizes.get(ref.dtype, 0) + ref.nbytes
     return max(sizes, key=lambda name: sizes[name])
 
 
-def _config(base: Checkpoint, adapters: tuple[BoundAdapter, ...], dtype: str | None) -> dict[str, Any] | None:
-    """The merged model's config where it must differ from the base's file, else None."""
+def _merged_config(base: Checkpoint, adapters: tuple[BoundAdapter, ...], dtype: str | None) -> dict[str, Any] | None:
+    """Return the merged model's config, or None where it equals the base's config.json."""
     file = base.folder / "config.json"
     if not file.is_file():
         return None

@@ -1,7 +1,7 @@
-"""What a merge did to one weight, measured on a sample of its blocks while they are in cache.
+"""Figures of one merged weight (size of the change, rounding error), measured on a sample while it is in the cache.
 
-Measuring every block would cost more than the merge: eight passes over the weight beside the merge's five. A weight of
-one block is measured whole; of larger ones the first rows of a few blocks, spread over the weight.
+Measuring every block would cost more than the merge itself: eight passes over the weight, where the merge takes five.
+A weight of one block is measured whole; of a larger weight, the first rows of a few blocks spread over it.
 """
 
 from __future__ import annotations
@@ -12,29 +12,29 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-SAMPLED_BLOCKS = 4
-SAMPLED_SHARE = 4  # one in so many rows of a sampled block
-SUMS = 6
+SAMPLED_BLOCKS = 4  # of one weight, about
+SAMPLED_SHARE = 4  # a sampled block has one in this many of its rows measured
+SUMS = 6  # numbers per block, in the order of `block_sums`
 BITS = {torch.bfloat16: torch.int16, torch.float16: torch.int16, torch.float32: torch.int32, torch.float64: torch.int64}
 
 
 @dataclass(frozen=True)
 class TensorFigures:
-    """What one tensor's merge did. All but `sampled` are taken over the sampled rows; norms in float32.
+    """Figures of one merged tensor. All but `sampled` are measured on the sampled rows, with norms in float32.
 
-    rounding has no sign: it is the noise that rounding to the output dtype added. lost is what that rounding
-    swallowed: the share of sum |dW| that stands in elements whose stored value is still the base's.
+    rounding is the size of the error that rounding to the output dtype added. lost is the part of the change that this
+    rounding removed: the share of sum |dW| in elements whose stored value is still the base's.
     """
 
     relative_delta: float  # ||W' - W0|| / ||W0||
     rounding: float  # ||round(W') - W'|| / ||W' - W0||
     changed: float  # fraction of elements whose stored value changed
     lost: float  # sum |dW| over unchanged elements / sum |dW|
-    sampled: float  # fraction of the tensor's elements that these figures were taken over
+    sampled: float  # fraction of the tensor's elements that were measured
 
 
 def sampled_rows(number: int, blocks: int, rows: int) -> int:
-    """How many of the `rows` of a weight's block `number` (of `blocks`) are measured: the first ones, or none."""
+    """Return how many of the `rows` of block `number` (of `blocks`) are measured; they are the block's first rows."""
     if blocks == 1:
         return rows
     return 0 if number % max(1, blocks // SAMPLED_BLOCKS) else -(-rows // SAMPLED_SHARE)
@@ -47,7 +47,11 @@ def block_sums(
     work: Tensor,  # (n, columns), float32, overwritten
     sums: Tensor,  # (SUMS,), float32, overwritten
 ) -> None:
-    """Squares of W0, dW and the rounding error, the count of changed elements, sum |dW|, sum |dW| where unchanged."""
+    """Compute the sums of one block and write them into `sums`.
+
+    In order: the sums of squares of W0, of dW and of the rounding error; the number of elements whose stored value
+    changed; sum |dW|; and sum |dW| over the elements whose stored value did not change.
+    """
     work.copy_(before)
     sums[0] = torch.linalg.vector_norm(work) ** 2
     work.sub_(after)
@@ -55,7 +59,7 @@ def block_sums(
     work.abs_()
     sums[4] = work.sum()
     if stored.dtype == before.dtype:
-        bits = BITS[stored.dtype]  # whole numbers compare three times as fast as bfloat16
+        bits = BITS[stored.dtype]  # integers compare three times as fast as bfloat16
         same = stored.view(bits) == before.view(bits)
         sums[3] = same.numel() - same.sum()
         sums[5] = work.mul_(same).sum()
@@ -68,20 +72,20 @@ def block_sums(
 
 
 class FigureTotals:
-    """One tensor's block sums, added up in Python floats (float64)."""
+    """Total of the block sums of one tensor, in Python floats (float64)."""
 
     def __init__(self) -> None:
         self.sums = [0.0] * SUMS
         self.elements = 0
 
     def add(self, sums: Tensor, elements: int) -> None:
-        """Add one block's sums (SUMS,) over `elements` elements."""
+        """Add the sums (SUMS,) of one block of which `elements` elements were measured."""
         for index, value in enumerate(sums.tolist()):
             self.sums[index] += value
         self.elements += elements
 
     def figures(self, count: int) -> TensorFigures:
-        """The figures of a tensor of `count` elements."""
+        """Return the figures of a tensor of `count` elements."""
         base, delta, rounding, changed, absolute, unchanged = self.sums
         return TensorFigures(
             relative_delta=math.sqrt(delta / base) if base else 0.0,

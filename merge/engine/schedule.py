@@ -1,6 +1,7 @@
-"""Who works on what: tasks handed out in the files' order, of different shards to different workers where it can be.
+"""Schedule of one run: hands out tasks in each file's order, and of different shards to different workers if possible.
 
-Forms that have to be found first (an SVD of the base, column norms) are found on threads ahead of the blocks.
+Edits that need work before their first block (an SVD of the base, column norms) are prepared on separate threads, ahead
+of the blocks.
 """
 
 from __future__ import annotations
@@ -28,15 +29,15 @@ from .lanes import Queue, current_device
 from .plan import ShardPlan, TensorJob
 from .rounding_figures import TensorFigures
 from .run_settings import RunSettings
-from .tasks import ShardWork, Task, TensorWork, arithmetic_of, form_bytes
+from .tasks import ShardWork, Task, TensorWork, arithmetic_of, estimate_edit_bytes
 
-LOOK_AHEAD = 2
-AHEAD_BYTES = 64 << 20  # of forms, beyond which none is found before its turn: workers times shards are many
+LOOK_AHEAD = 2  # tensors per worker whose edits are prepared early
+AHEAD_BYTES = 64 << 20  # of prepared edits; beyond it no edit is prepared before its tensor's turn
 
 
 @dataclass(frozen=True)
 class FinishedShard:
-    """One output file that is on the disk."""
+    """Output file that is on the disk."""
 
     file: str
     sha256: str | None  # of the output; None without hashing
@@ -45,10 +46,10 @@ class FinishedShard:
 
 
 class Schedule:
-    """The shards of one run, opened when a worker has nothing else to do.
+    """Schedule of the shards of one run; a shard is opened when a worker needs a task.
 
-    device: where passes over a whole weight are taken.
-    submit: runs a function on a writer thread. finished: called when a shard is on the disk.
+    submit: runs a function on a writer thread.
+    on_finished: called when a shard is on the disk.
     """
 
     def __init__(
@@ -58,26 +59,24 @@ class Schedule:
         sources: Sources,
         pool: ChunkPool,
         submit: Callable[[Callable[[], None]], None],
-        finished: Callable[[FinishedShard], None],
+        on_finished: Callable[[FinishedShard], None],
     ) -> None:
         self.settings, self.sources, self.pool = settings, sources, pool
-        self._submit, self._finished = submit, finished
+        self._submit, self._on_finished = submit, on_finished
         self.stopping = False
         self._queue = deque(shards)
         self._open_shards: list[ShardWork] = []
         self._made: list[ShardWork] = []
         self._prepared: list[TensorWork] = []
         self._lock = threading.Lock()
-        # A device's memory is given out for one pass at a time, and each thread that multiplies takes some of it.
+        # Device memory is planned for one pass at a time, and cuBLAS takes a workspace for each thread.
         self._passes = ThreadPoolExecutor(1, "pass") if settings.device.type == "cuda" else None
         self._pass_queue: Queue | None = None
-        self._preparers = ThreadPoolExecutor(
-            settings.workers, "prepare", set_own_threads, (1,)
-        )  # each thread has its own
+        self._preparers = ThreadPoolExecutor(settings.workers, "prepare", set_own_threads, (1,))
         self._threads = [self._preparers] if self._passes is None else [self._preparers, self._passes]
 
     def stop(self) -> None:
-        """Let every worker give up at its next step."""
+        """Make every worker stop at its next step."""
         with self._lock:
             self.stopping = True
             shards = list(self._made)
@@ -85,17 +84,20 @@ class Schedule:
             if shard.digest is not None:
                 shard.digest.stop()
         for threads in self._threads:
-            threads.shutdown(wait=False, cancel_futures=True)  # a decomposition may take minutes
+            threads.shutdown(wait=False, cancel_futures=True)  # do not wait for a decomposition, which may take minutes
 
     def close(self) -> None:
-        """Give threads and descriptors back, whatever state the files are in; nobody works any more."""
+        """End the threads and close the files, also incomplete ones. Call it once all workers have ended."""
         for threads in self._threads:
             threads.shutdown(cancel_futures=True)
         for shard in self._made:
             shard.output.close()
 
     def next(self, current: ShardWork | None) -> Task | None:
-        """The next task, of `current` where it has one. In a file's order: the chunks and the hash rely on it."""
+        """Return the next task, from shard `current` while it has one; None when there are no tasks left.
+
+        Tasks of one file are handed out in its order, which the chunks and the hash rely on.
+        """
         with self._lock:
             while not self.stopping:
                 if current is None:
@@ -115,35 +117,38 @@ class Schedule:
             return None
 
     def _choose(self) -> ShardWork | None:
-        """An unopened shard while there are fewer open ones than workers, else the one with the fewest workers."""
+        """Open a shard while fewer are open than there are workers; else return the one with the fewest workers."""
         while self._queue and len(self._open_shards) < self.settings.workers:
             plan = self._queue.popleft()
-            if plan.is_copy and self.settings.link != "copy" and self._linked(plan):
+            if plan.is_copy and self.settings.link != "copy" and self._try_link(plan):
                 continue
             shard = self._open(plan)
             self._open_shards.append(shard)
             return shard
         return min(self._open_shards, key=lambda shard: shard.workers, default=None)
 
-    def _linked(self, plan: ShardPlan) -> bool:
+    def _try_link(self, plan: ShardPlan) -> bool:
+        """Link an unchanged shard to the base's file; False where the file system refuses."""
         assert plan.source is not None
         source = plan.source
         if not link_file(source, self.settings.folder / plan.file, self.settings.link):
             return False
 
-        def hash_it() -> None:
-            found = file_sha256(source) if self.settings.hashing else None
+        def hash_and_finish() -> None:
+            sha256 = file_sha256(source) if self.settings.hashing else None
             if self.settings.progress is not None:
                 self.settings.progress(plan.nbytes)
-            self._finished(FinishedShard(plan.file, found, found, {}))
+            self._on_finished(FinishedShard(plan.file, sha256, sha256, {}))
 
-        self._submit(hash_it)
+        self._submit(hash_and_finish)
         return True
 
     def _open(self, plan: ShardPlan) -> ShardWork:
+        """Create the output file, write its header, and prepare its tasks."""
+
         def done(sha256: str | None) -> None:
-            found = shard.digest.hexdigest() if shard.digest is not None else None
-            self._finished(FinishedShard(plan.file, sha256, found, shard.figures))
+            source_sha256 = shard.digest.hexdigest() if shard.digest is not None else None
+            self._on_finished(FinishedShard(plan.file, sha256, source_sha256, shard.figures))
 
         output = ChunkedFile(
             self.settings.folder / plan.file,
@@ -158,16 +163,17 @@ class Schedule:
         self._made.append(shard)
         output.reserve(len(plan.header))
         output.put(torch.frombuffer(bytearray(plan.header), dtype=torch.uint8), 0)
-        shard.tasks = shard.in_order(self._prepare, LOOK_AHEAD * self.settings.workers, self._room)
+        shard.tasks = shard.iterate_tasks(self._prepare, LOOK_AHEAD * self.settings.workers, self._may_prepare)
         return shard
 
-    def _room(self, job: TensorJob) -> bool:
-        """True while the forms that are held leave room for this job's."""
-        self._prepared = [tensor for tensor in self._prepared if tensor.forms is not None]
-        return sum(form_bytes(tensor.job) for tensor in self._prepared) + form_bytes(job) <= AHEAD_BYTES
+    def _may_prepare(self, job: TensorJob) -> bool:
+        """Tell whether this job's edits still fit into AHEAD_BYTES beside those already prepared."""
+        self._prepared = [tensor for tensor in self._prepared if tensor.edits is not None]
+        prepared = sum(estimate_edit_bytes(tensor.job) for tensor in self._prepared)
+        return prepared + estimate_edit_bytes(job) <= AHEAD_BYTES
 
     def _prepare(self, job: TensorJob, shard: ShardWork) -> TensorWork:
-        """A job's blocks; its forms are found on another thread."""
+        """Split a job into blocks, and start to prepare its edits on another thread."""
         shape = job.source.shape
         size = math.prod(shape)
         columns = shape[-1] if job.edits else 1
@@ -177,43 +183,44 @@ class Schedule:
         dtypes = TORCH_DTYPES[job.source.dtype], arithmetic, TORCH_DTYPES[job.place.dtype]
         tensor = TensorWork(job, shard, rows, columns, step, *dtypes, None, -(-rows // step))
         if job.edits and rows:
-            tensor.forms = self._preparers.submit(self._forms, tensor)
+            tensor.edits = self._preparers.submit(self._prepare_edits, tensor)
             self._prepared.append(tensor)
         return tensor
 
-    def _forms(self, tensor: TensorWork) -> list[BlockEdit]:
-        """The forms of a tensor, on the CPU, after the passes over the whole weight that some of them need first."""
+    def _prepare_edits(self, tensor: TensorWork) -> list[BlockEdit]:
+        """Return the edits of a tensor, on the CPU, after the passes over the whole weight that some of them need."""
         arithmetic = arithmetic_of(tensor.job)
-        forms = [edit.stored_edit(arithmetic) for edit in tensor.job.edits]
-        for index, form in enumerate(forms):
-            while form.needs_pass:  # column norms: Conv1D with DoRA or DuDe
-                form = form.with_pass_sums(self._columns(form, tensor, arithmetic))
-            forms[index] = form
-        return forms
+        edits = [module.stored_edit(arithmetic) for module in tensor.job.edits]
+        for index, edit in enumerate(edits):
+            while edit.needs_pass:  # column norms (Conv1D with DoRA or DuDe), thresholds of TIES
+                edit = edit.with_pass_sums(self._sum_over_weight(edit, tensor, arithmetic))
+            edits[index] = edit
+        return edits
 
-    def _columns(self, form: BlockEdit, tensor: TensorWork, arithmetic: torch.dtype) -> Tensor:
-        """The sum of the form's pass_sums over all rows, taken where its blocks will be computed.
+    def _sum_over_weight(self, edit: BlockEdit, tensor: TensorWork, arithmetic: torch.dtype) -> Tensor:
+        """Return the total of the edit's `pass_sums` over all rows, computed on the kind of device that merges them.
 
-        Another kind of device's products differ in their last bits: a threshold found there would miss its own
-        element. Of several CUDA devices the first takes all passes.
+        The products of another kind of device differ in their last bits, so that a threshold from there would not
+        match the element that it was taken from. The first of several CUDA devices runs all passes.
         """
         if self._passes is None:
-            return self._pass(form, tensor, arithmetic)
+            return self._run_pass(edit, tensor, arithmetic)
         try:
-            return self._passes.submit(self._pass_on_cuda, form, tensor, arithmetic).result()
+            return self._passes.submit(self._run_pass_on_cuda, edit, tensor, arithmetic).result()
         except (RuntimeError, CancelledError):
             if self.stopping:
                 raise Stopped from None
             raise
 
-    def _pass_on_cuda(self, form: BlockEdit, tensor: TensorWork, arithmetic: torch.dtype) -> Tensor:
+    def _run_pass_on_cuda(self, edit: BlockEdit, tensor: TensorWork, arithmetic: torch.dtype) -> Tensor:
         with current_device(self.settings.device):
             if self._pass_queue is None:
                 self._pass_queue = CudaQueue(self.settings.device)
             with self._pass_queue.activate():
-                return self._pass(form.to(self.settings.device), tensor, arithmetic)
+                return self._run_pass(edit.to(self.settings.device), tensor, arithmetic)
 
-    def _pass(self, form: BlockEdit, tensor: TensorWork, arithmetic: torch.dtype) -> Tensor:
+    def _run_pass(self, edit: BlockEdit, tensor: TensorWork, arithmetic: torch.dtype) -> Tensor:
+        """Read the weight block by block and add up the edit's `pass_sums`; returns the total on the CPU."""
         source = tensor.job.source
         stored = TORCH_DTYPES[source.dtype]
         row_bytes = tensor.columns * stored.itemsize
@@ -227,7 +234,7 @@ class Schedule:
             piece = raw[: count * row_bytes]
             self.sources.read(source, start * row_bytes, piece)
             block = work[:count].copy_(piece.to(self.settings.device).view(stored).view(count, tensor.columns))
-            found = form.pass_sums(block, start)
-            total = found if total is None else total + found
+            sums = edit.pass_sums(block, start)
+            total = sums if total is None else total + sums
         assert total is not None
         return total.cpu()

@@ -1,4 +1,4 @@
-"""The steps of a merge in the order of a file's bytes: what one worker does between two looks at the schedule."""
+"""Tasks of a merge: the steps of one output file, in the order of its bytes, of which a worker takes one at a time."""
 
 from __future__ import annotations
 
@@ -17,16 +17,16 @@ from .chunked_file import CHUNK_BYTES, ChunkedFile
 from .plan import ShardPlan, TensorJob
 from .rounding_figures import FigureTotals, TensorFigures
 
-CAST_BYTES = 1 << 19
+CAST_BYTES = 1 << 19  # of one task that copies or only hashes bytes, at most
 
 
 def arithmetic_of(job: TensorJob) -> torch.dtype:
-    """What the job's blocks are computed in."""
+    """Return the dtype in which the job's blocks are computed: float64 for a float64 source, else float32."""
     return torch.float64 if job.source.dtype == "F64" else torch.float32
 
 
-def form_bytes(job: TensorJob) -> int:
-    """About what the job's forms take: the factors of every adapter's every edit."""
+def estimate_edit_bytes(job: TensorJob) -> int:
+    """Estimate the bytes of the factors of all edits of the job."""
     if not job.edits:
         return 0
     columns = job.source.shape[-1]
@@ -37,41 +37,42 @@ def form_bytes(job: TensorJob) -> int:
 
 @dataclass(eq=False)
 class TensorWork:
-    """One job's blocks and what they have found so far."""
+    """One job in progress: its division into blocks, and their figures so far."""
 
     job: TensorJob
     shard: ShardWork
     rows: int
     columns: int
-    step: int  # rows in a block
+    step: int  # rows per block
     source: torch.dtype
     arithmetic: torch.dtype
     target: torch.dtype
-    forms: Future[list[BlockEdit]] | None
-    left: int  # blocks to finish
+    edits: Future[list[BlockEdit]] | None  # None: the job has none, or all blocks are finished
+    left: int  # blocks that are not finished
     totals: FigureTotals = field(default_factory=FigureTotals)
     lock: threading.Lock = field(default_factory=threading.Lock)
 
     @property
     def blocks(self) -> int:
+        """Number of blocks."""
         return -(-self.rows // self.step)
 
 
 @dataclass(slots=True, eq=False)
 class Task:
-    """One step of a worker: rows of an edited or cast tensor, bytes of a copied one, or bytes only to be hashed."""
+    """One step of a worker: rows of an edited or cast tensor, bytes of a copied one, or bytes that are only hashed."""
 
     shard: ShardWork
     job: TensorJob
-    tensor: TensorWork | None  # None: bytes
-    first: int  # row, or byte of the tensor
-    count: int
-    turn: int | None  # place in the order in which the input is hashed; None: not hashed
-    write: bool = True
+    tensor: TensorWork | None  # None: bytes are copied or hashed
+    first: int  # row of the tensor; where `tensor` is None, byte of it
+    count: int  # of rows, or of bytes
+    turn: int | None  # position in the order in which the input is hashed; None: not hashed
+    write: bool = True  # False: only hash and record
 
     @property
     def stop(self) -> int:
-        """The output's byte after the task's last."""
+        """Offset in the output file of the byte after the task's last one."""
         start = self.job.place.start
         if self.tensor is None:
             return start + self.first + self.count
@@ -79,7 +80,7 @@ class Task:
 
 
 class ShardWork:
-    """One output file in work."""
+    """Output file in progress."""
 
     def __init__(self, plan: ShardPlan, output: ChunkedFile, hashing: bool) -> None:
         self.plan, self.output = plan, output
@@ -93,27 +94,30 @@ class ShardWork:
             self.digest.update(turn, plan.source_header)
 
     def next_turn(self) -> int | None:
-        """The next piece's place in the input's hash; None where the input is not hashed."""
+        """Return the position of the next piece in the input's hash; None where the input is not hashed."""
         if self.digest is None:
             return None
         self.turns += 1
         return self.turns - 1
 
-    def in_order(
+    def iterate_tasks(
         self,
         prepare: Callable[[TensorJob, ShardWork], TensorWork],
         ahead: int,
-        room: Callable[[TensorJob], bool],
+        may_prepare: Callable[[TensorJob], bool],
     ) -> Iterator[Task]:
-        """Every task of the shard, in the order of its bytes. prepare: called up to `ahead` jobs early."""
+        """Yield all tasks of the shard in the order of its bytes.
+
+        prepare: called for up to `ahead` jobs before their turn, while `may_prepare` allows it.
+        """
         jobs = self.plan.jobs
         tensors: dict[int, TensorWork] = {}
         for index, job in enumerate(jobs):
-            for coming in range(index, min(len(jobs), index + 1 + ahead)):
-                if not jobs[coming].is_copy and coming not in tensors:
-                    if coming > index and not room(jobs[coming]):
+            for upcoming in range(index, min(len(jobs), index + 1 + ahead)):
+                if not jobs[upcoming].is_copy and upcoming not in tensors:
+                    if upcoming > index and not may_prepare(jobs[upcoming]):
                         break
-                    tensors[coming] = prepare(jobs[coming], self)
+                    tensors[upcoming] = prepare(jobs[upcoming], self)
             hashed = self.plan.source is not None
             if job.original is not None:
                 for first in range(0, job.original.nbytes, CAST_BYTES):
@@ -123,7 +127,7 @@ class ShardWork:
             hashed = hashed and job.source.file == self.plan.source and job.place.name == job.source.name
             if job.is_copy:
                 first = 0
-                while first < job.place.nbytes:  # up to a chunk's end: read straight into the chunk
+                while first < job.place.nbytes:  # never across a chunk's end, so that a worker can read into the chunk
                     rest = CHUNK_BYTES - (job.place.start + first) % CHUNK_BYTES
                     count = min(CAST_BYTES, rest, job.place.nbytes - first)
                     yield Task(self, job, None, first, count, self.next_turn() if hashed else None)

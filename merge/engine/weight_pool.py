@@ -1,6 +1,6 @@
-"""A map over weights: on the CPU one worker per core with one torch thread each, on a GPU one worker.
+"""Parallel map over weights: on the CPU one worker per core with one torch thread each, on a GPU one worker.
 
-Torch's own threads on matrices of this size cost more than they give, and collapse on a machine that is shared.
+Torch's own threads make matrices of this size slower, and much slower on a machine that is shared.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ WeightMap = Callable[[Callable[[Any], Any], Sequence[Any]], Iterator[Any]]
 
 @contextmanager
 def weight_pool(device: torch.device) -> Iterator[WeightMap]:
-    """A function like map that keeps the order; the first failure cancels what has not begun."""
+    """Yield a function like `map` that runs on the pool and keeps the order; a failure cancels what has not begun."""
     count = max(1, len(os.sched_getaffinity(0))) if device.type == "cpu" else 1
     with (
         one_thread(),

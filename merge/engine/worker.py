@@ -1,4 +1,4 @@
-"""One worker: takes tasks, has its lane compute them, checks what comes back and gives it to the output."""
+"""Worker of a merge: takes tasks, computes their blocks, checks the results and hands them to the output."""
 
 from __future__ import annotations
 
@@ -23,24 +23,26 @@ from .tasks import ShardWork, Task, TensorWork
 
 
 @dataclass(slots=True)
-class Flight:
-    """A block on its way."""
+class PendingBlock:
+    """Block that the lane has been given and whose result has not been taken yet."""
 
     task: Task
     slot: Slot
     block: Block
-    targets: list[Tensor]  # one (rows, columns) of the output dtype, or bytes in pieces
-    in_place: bool  # the targets are the output's own buffers
+    targets: list[Tensor]  # one (rows, columns) of the output dtype, or (n,) uint8 each
+    in_place: bool  # the targets are the output's buffers
 
-    def stored(self) -> Tensor:
-        """The result in the output dtype, once `slot.mark` has come."""
+    def result(self) -> Tensor:
+        """Return the result in the output dtype; valid once `slot.mark` is reached."""
         if self.targets[0].dtype == self.block.target:
             return self.targets[0]
-        return torch.cat(self.targets).view(self.block.target)  # a copy: pieces may lie at odd bytes
+        return torch.cat(self.targets).view(
+            self.block.target
+        )  # copied, since the pieces may not be aligned to the dtype
 
 
 class Worker:
-    """A lane, and the blocks that are on their way through it."""
+    """Worker that computes the tasks of a schedule on one lane."""
 
     def __init__(
         self, lane: Lane, schedule: Schedule, sources: Sources, pool: ChunkPool, settings: RunSettings
@@ -48,62 +50,66 @@ class Worker:
         self.lane, self.schedule, self.sources, self.pool, self.settings = lane, schedule, sources, pool, settings
 
     def work(self) -> None:
-        """Until there is nothing left to take. Raises what a task raises, and Stopped when another worker failed."""
-        flying: deque[Flight] = deque()
-        set_own_threads(1)  # a product's threads are the calling thread's own setting
+        """Do tasks until the schedule has none left.
+
+        Raises the error of a task that fails, and Stopped when another worker has failed.
+        """
+        pending: deque[PendingBlock] = deque()
+        set_own_threads(1)  # torch keeps the number of threads per calling thread
         with torch.inference_mode(), current_device(self.lane.device):
             try:
-                self._loop(flying)
-            finally:  # nothing may be on its way into buffers that are given back
-                for wait in (*(flight.slot.mark.synchronize for flight in flying), self.lane.wait):
-                    with contextlib.suppress(Exception):  # the first failure is the one to tell
+                self._loop(pending)
+            finally:  # buffers may be freed only when no queue uses them
+                for wait in (*(item.slot.mark.synchronize for item in pending), self.lane.wait):
+                    with contextlib.suppress(Exception):  # report the first failure, not those that follow from it
                         wait()
 
-    def _loop(self, flying: deque[Flight]) -> None:
+    def _loop(self, pending: deque[PendingBlock]) -> None:
         lane = self.lane
         free = deque(lane.slots)
-        placed: dict[TensorWork, list[BlockEdit]] = {}
+        edits_on_device: dict[TensorWork, list[BlockEdit]] = {}
         current: ShardWork | None = None
 
-        def land() -> None:
-            flight = flying.popleft()
-            self._land(flight)
-            free.append(flight.slot)
+        def finish_oldest() -> None:
+            item = pending.popleft()
+            self._finish(item)
+            free.append(item.slot)
 
         while True:
-            if self.pool.crowded:
-                while flying:
-                    land()
-                self.pool.wait_for_room()
+            if self.pool.at_limit:
+                while pending:
+                    finish_oldest()
+                self.pool.wait_until_below_limit()
             task = self.schedule.next(current)
             if task is None:
                 break
             current = task.shard
             if not free:
-                land()
+                finish_oldest()
             slot = free.popleft()
             tensor = task.tensor
             if tensor is None:
-                self._pass_bytes(task, slot)
+                self._copy_or_hash(task, slot)
                 free.append(slot)
                 continue
             self._read(task, slot.bytes("host_in", task.count * tensor.columns * tensor.source.itemsize))
-            if tensor not in placed:
-                placed.clear()
-                placed[tensor] = self._placed_forms(tensor, lane)
-            block = self._block(task, tensor)
-            targets = self._targets(task, tensor, slot)
+            if tensor not in edits_on_device:
+                edits_on_device.clear()
+                edits_on_device[tensor] = self._move_edits(tensor, lane)
+            block = self._describe_block(task, tensor)
+            targets = self._find_targets(task, tensor, slot)
             in_place = bool(targets)
             if not in_place:
                 targets = [slot.matrix("host_out", block, block.target)]
-            lane.launch(slot, block, placed[tensor], targets)
-            flying.append(Flight(task, slot, block, targets, in_place))
+            lane.launch(slot, block, edits_on_device[tensor], targets)
+            pending.append(PendingBlock(task, slot, block, targets, in_place))
             if slot.on_host:
-                land()
-        while flying and not self.schedule.stopping:
-            land()
+                finish_oldest()
+        while pending and not self.schedule.stopping:
+            finish_oldest()
 
     def _read(self, task: Task, buffer: Tensor) -> None:
+        """Read the task's bytes of the input into `buffer` (n,) uint8, and hash them where that is asked for."""
         source = task.job.source if task.write else task.job.original
         assert source is not None
         first = task.first
@@ -114,8 +120,8 @@ class Worker:
             assert task.shard.digest is not None
             task.shard.digest.update(task.turn, buffer)
 
-    def _pass_bytes(self, task: Task, slot: Slot) -> None:
-        """Copy, or only hash and record, bytes that are not computed with."""
+    def _copy_or_hash(self, task: Task, slot: Slot) -> None:
+        """Copy bytes into the output unchanged, or only hash and record bytes that the output does not have."""
         if not task.write:
             buffer = slot.bytes("host_in", task.count)
             self._read(task, buffer)
@@ -124,24 +130,28 @@ class Worker:
             return
         offset = task.job.place.start + task.first
         window = task.shard.output.window(offset, 1, task.count, torch.uint8)
-        assert window is not None, "copies end where chunks end"
+        assert window is not None, "a copy never crosses a chunk's end"
         window = window.view(-1)
         self._read(task, window)
-        task.shard.output.filled(offset, task.count)
+        task.shard.output.mark_filled(offset, task.count)
         if self.settings.progress is not None:
             self.settings.progress(task.count)
 
-    def _placed_forms(self, tensor: TensorWork, lane: Lane) -> list[BlockEdit]:
-        if tensor.forms is None:
+    def _move_edits(self, tensor: TensorWork, lane: Lane) -> list[BlockEdit]:
+        """Wait until the tensor's edits are prepared, and return them on the lane's device."""
+        if tensor.edits is None:
             return []
-        forms = tensor.forms.result()
+        edits = tensor.edits.result()
         if lane.device.type == "cpu":
-            return forms
+            return edits
         with lane.compute.activate():
-            return [form.to(lane.device) for form in forms]
+            return [edit.to(lane.device) for edit in edits]
 
-    def _targets(self, task: Task, tensor: TensorWork, slot: Slot) -> list[Tensor]:
-        """The result's place in the output's own buffers; none where the CPU's does not lie in one of them."""
+    def _find_targets(self, task: Task, tensor: TensorWork, slot: Slot) -> list[Tensor]:
+        """Return the parts of the output's buffers that the result belongs in.
+
+        Empty on the CPU where the result would cross the end of a buffer.
+        """
         row_bytes = tensor.columns * tensor.target.itemsize
         offset = task.job.place.start + task.first * row_bytes
         if not slot.on_host:
@@ -149,7 +159,7 @@ class Worker:
         window = task.shard.output.window(offset, task.count, tensor.columns, tensor.target)
         return [] if window is None else [window]
 
-    def _block(self, task: Task, tensor: TensorWork) -> Block:
+    def _describe_block(self, task: Task, tensor: TensorWork) -> Block:
         measured = 0
         if task.job.edits and not self.settings.is_delta:
             measured = sampled_rows(task.first // tensor.step, tensor.blocks, task.count)
@@ -164,16 +174,16 @@ class Worker:
             measured,
         )
 
-    def _land(self, flight: Flight) -> None:
-        """Wait for a block, check it, and give it to the output."""
-        task, slot, block = flight.task, flight.slot, flight.block
+    def _finish(self, pending: PendingBlock) -> None:
+        """Wait for a block, check it, and hand it to the output. Raises NumericsError for NaN or infinity."""
+        task, slot, block = pending.task, pending.slot, pending.block
         tensor, place = task.tensor, task.job.place
         assert tensor is not None
         slot.mark.synchronize()
-        if not is_finite(slot.norm_found, block.target, flight.stored):
-            hint = "values beyond the output dtype's range: try --dtype bfloat16 or float32"
-            if not slot.on_host:  # the CPU would have told this by itself
-                hint += "; or a row that is zero but has a magnitude: is this the base that was trained on?"
+        if not is_finite(slot.result_norm, block.target, pending.result):
+            hint = "the values may exceed the range of the output dtype: try --dtype bfloat16 or float32"
+            if not slot.on_host:  # on the CPU the edit itself raises this error
+                hint += "; or a row is zero and has a magnitude: is this the base that the adapter was trained on?"
             raise NumericsError(
                 f"{place.name}: rows {task.first} .. {task.first + task.count} would hold NaN or infinity", hint=hint
             )
@@ -184,20 +194,20 @@ class Worker:
         ):
             row_bytes = tensor.columns * block.source.itemsize
             before = slot.bytes("host_in", task.count * row_bytes)
-            after = flight.stored().view(torch.uint8).view(-1)
+            after = pending.result().view(torch.uint8).view(-1)
             self.settings.recorder.record(task.shard.plan, task.job, task.first * row_bytes, before, after)
         with tensor.lock:
             if block.measured:
                 tensor.totals.add(slot.host_sums, block.measured * tensor.columns)
             tensor.left -= 1
             if tensor.left == 0:
-                tensor.forms = None
+                tensor.edits = None
                 if task.job.edits and not self.settings.is_delta:
                     task.shard.figures[place.name] = tensor.totals.figures(tensor.rows * tensor.columns)
         row_bytes = tensor.columns * block.target.itemsize
         offset, nbytes = place.start + task.first * row_bytes, task.count * row_bytes
-        if flight.in_place:
-            task.shard.output.filled(offset, nbytes)
+        if pending.in_place:
+            task.shard.output.mark_filled(offset, nbytes)
         else:
             task.shard.output.put(slot.bytes("host_out", nbytes), offset)
         if self.settings.progress is not None:

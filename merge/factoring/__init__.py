@@ -1,1 +1,1 @@
-"""Low-rank factors of an adapter, exact or truncated with a certificate."""
+"""Low-rank factors of an adapter: exact, or truncated with measured errors (the certificate)."""

@@ -1,8 +1,8 @@
-"""Activation statistics from text: the second moment of every adapted layer's input, with the adapter at work.
+"""Activation statistics from text: the second moment of the input of every adapted layer, with the adapter active.
 
-The error of a layer's output on those texts is E ||(dW - T) x||^2 = ||(dW - T) S||_F^2 with S S^T = E x x^T: directions
-that the activations never take cost nothing there, and a rank is not spent on them. The moment is shrunk a little
-towards the identity, since the texts are few and their directions are not all there will be.
+The error of a layer's output on those texts is E ||(dW - T) x||^2 = ||(dW - T) S||_F^2 with S S^T = E x x^T. Directions
+that the activations never have cost no error there, so no rank is spent on them. The moment is shrunk slightly towards
+the identity, because a short text does not have all directions that later inputs will have.
 """
 
 from __future__ import annotations
@@ -25,16 +25,16 @@ from adapter_merge.verification.live_model import trained_model
 
 from .end_to_end import submodule
 
-WINDOW = 256  # tokens that run at once
-LIMIT = 32_768  # tokens in all
-LEAST = 64
-SHRINKAGE = 0.01  # of the mean variance
+WINDOW = 256  # tokens per forward pass
+LIMIT = 32_768  # tokens in total, at most
+LEAST = 64  # tokens in total, at least
+SHRINKAGE = 0.01  # share of the mean variance that is added to every variance
 MEMORY = 2 << 30  # bytes of moments gathered in one pass over the text
 
 
 @dataclass
 class Moments:
-    """E x x^T (in, in), float32, per adapted module; modules that read the same tensor share one."""
+    """Second moments E x x^T (in, in), float32, of the adapted modules' inputs; equal inputs share one moment."""
 
     file: Path
     tokens: int
@@ -43,7 +43,7 @@ class Moments:
     _roots: dict[str, Tensor] = field(default_factory=dict)
 
     def root(self, module: str) -> Tensor | None:
-        """S (in, in) float32, lower triangular, S S^T the shrunk moment; None for an embedding, which has no input."""
+        """Return S (in, in), float32, lower triangular, with S S^T the shrunk moment; None for an embedding."""
         source = self.sources.get(module)
         if source is None:
             return None
@@ -52,12 +52,13 @@ class Moments:
         return self._roots[source]
 
     def as_json(self) -> dict[str, Any]:
+        """Return the manifest's entry on the calibration text."""
         digest = file_sha256(self.file)
         return {"file": self.file.name, "sha256": digest, "tokens": self.tokens, "shrinkage": SHRINKAGE}
 
 
 def square_root(moment: Tensor) -> Tensor:
-    """The Cholesky factor (in, in) of moment + SHRINKAGE * its mean variance; float32."""
+    """Return the lower Cholesky factor (in, in), float32, of moment + SHRINKAGE * mean variance * identity."""
     wide = moment.to(torch.float64)
     mean = float(wide.diagonal().mean())
     wide.diagonal().add_(SHRINKAGE * (mean if mean > 0 else 1.0))
@@ -66,7 +67,10 @@ def square_root(moment: Tensor) -> Tensor:
 
 
 def windows(folder: Path, file: Path) -> list[Tensor]:
-    """Token ids (1, T <= WINDOW) of the text in `file`. Raises InputError for too little text, or no tokenizer."""
+    """Return the token ids of the text in `file`, (1, T) int64 each with T <= WINDOW.
+
+    Raises InputError for a file that is not UTF-8, fewer than LEAST tokens, or a base folder without tokenizer.
+    """
     if not any((folder / name).is_file() for name in ("tokenizer.json", "tokenizer_config.json", "vocab.txt")):
         raise InputError(f"{folder}: has no tokenizer", hint="--calibrate reads text with the base's tokenizer")
     import transformers
@@ -90,7 +94,10 @@ def windows(folder: Path, file: Path) -> list[Tensor]:
 
 @torch.no_grad()
 def collect(bound: BoundAdapter, file: Path) -> Moments:
-    """Run the text in `file` through the model as trained, in float32, and gather every adapted layer's moment."""
+    """Run the text in `file` through the model as trained, in float32, and collect every adapted layer's moment.
+
+    Raises InputError as `windows` does, and for adapted modules that the text does not reach.
+    """
     batches = windows(bound.base.folder, file)
     model = trained_model(bound)
     names = [
@@ -99,27 +106,29 @@ def collect(bound: BoundAdapter, file: Path) -> Moments:
         if not (isinstance(item.module, LoraModule) and item.module.embedding)
     ]
     layers = {name: submodule(model, name) for name in names}
-    sources, widths = _shared_inputs(model, layers, batches[0][:, :8])
+    sources, widths = _find_shared_inputs(model, layers, batches[0][:, :8])
     unseen = [name for name in names if name not in sources]
     if unseen:
         raise InputError(
-            f"{len(unseen)} adapted modules did not run on {file.name}", got=", ".join(unseen[:5]), hint="other text"
+            f"{len(unseen)} adapted modules did not run on {file.name}",
+            got=", ".join(unseen[:5]),
+            hint="calibrate on another text",
         )
     moments: dict[str, Tensor] = {}
-    for group in _groups(widths):
-        moments |= _gather(model, {name: layers[name] for name in group}, widths, batches)
+    for group in _group_by_memory(widths):
+        moments |= _compute_moments(model, {name: layers[name] for name in group}, widths, batches)
     return Moments(file, sum(batch.shape[1] for batch in batches), sources, moments)
 
 
-def _shared_inputs(
+def _find_shared_inputs(
     model: nn.Module, layers: Mapping[str, nn.Module], ids: Tensor
 ) -> tuple[dict[str, str], dict[str, int]]:
-    """module -> the first module that was called on the very same tensor, and the width of each such tensor."""
+    """Return, per module, the first module that was called with the same tensor; and the width of each such tensor."""
     sources: dict[str, str] = {}
     widths: dict[str, int] = {}
-    seen: list[tuple[Tensor, str]] = []  # kept alive, so that no address is used twice
+    seen: list[tuple[Tensor, str]] = []  # holds the tensors, so that none is freed and its memory used again
 
-    def hook_of(name: str) -> Any:
+    def make_hook(name: str) -> Any:
         def hook(_: nn.Module, inputs: tuple[Any, ...]) -> None:
             for tensor, source in seen:
                 if tensor is inputs[0]:
@@ -131,12 +140,12 @@ def _shared_inputs(
 
         return hook
 
-    _run(model, {name: hook_of(name) for name in layers}, layers, [ids])
+    _run_with_hooks(model, {name: make_hook(name) for name in layers}, layers, [ids])
     return sources, widths
 
 
-def _groups(widths: Mapping[str, int]) -> list[list[str]]:
-    """Modules whose moments fit into MEMORY together."""
+def _group_by_memory(widths: Mapping[str, int]) -> list[list[str]]:
+    """Split the modules into groups whose moments fit into MEMORY together."""
     groups: list[list[str]] = [[]]
     used = 0
     for name, width in widths.items():
@@ -149,13 +158,14 @@ def _groups(widths: Mapping[str, int]) -> list[list[str]]:
     return groups
 
 
-def _gather(
+def _compute_moments(
     model: nn.Module, layers: Mapping[str, nn.Module], widths: Mapping[str, int], batches: Sequence[Tensor]
 ) -> dict[str, Tensor]:
+    """Run all batches and return the mean of x x^T (in, in), float32, per layer."""
     sums = {name: torch.zeros(widths[name], widths[name]) for name in layers}
     counts = dict.fromkeys(layers, 0)
 
-    def hook_of(name: str) -> Any:
+    def make_hook(name: str) -> Any:
         def hook(_: nn.Module, inputs: tuple[Any, ...]) -> None:
             rows = inputs[0].reshape(-1, widths[name]).float()
             sums[name].addmm_(rows.T, rows)
@@ -163,13 +173,14 @@ def _gather(
 
         return hook
 
-    _run(model, {name: hook_of(name) for name in layers}, layers, batches)
+    _run_with_hooks(model, {name: make_hook(name) for name in layers}, layers, batches)
     return {name: total / max(1, counts[name]) for name, total in sums.items()}
 
 
-def _run(
+def _run_with_hooks(
     model: nn.Module, hooks: Mapping[str, Any], layers: Mapping[str, nn.Module], batches: Sequence[Tensor]
 ) -> None:
+    """Run the model on every batch with these forward pre-hooks, and remove them afterwards."""
     handles = [layers[name].register_forward_pre_hook(hook) for name, hook in hooks.items()]
     try:
         for ids in batches:

@@ -1,10 +1,10 @@
-"""What the factors of one weight cost: measured on the float32 numbers that are written, against the float64 delta.
+"""Errors of the factors of one weight: the float32 factors as written, compared with the delta in float64.
 
     relative_error   ||dW - F||_F / ||dW||_F          spectral_error   ||dW - F||_2 / ||dW||_2
     energy           1 - relative_error^2             output_error     ||(dW - F) S||_F / ||dW S||_F, S S^T = E x x^T
 
-F is what a server adds to W0: up down, or diag(s - 1) W0 + diag(s) up down with a row scale s. W0 passes by once more
-for it, in blocks; where no base is needed the figures follow from the factors' QR cores.
+F is what a server adds to W0: up down, or diag(s - 1) W0 + diag(s) up down with a row scale s. To measure it, W0 is
+read once more, in blocks; where no base is needed, the errors are computed from the QR cores of the factors.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ SPECTRUM_LENGTH = 64  # singular values that a manifest keeps per weight
 
 @dataclass(frozen=True)
 class LayerFigures:
-    """One weight's line in the manifest."""
+    """Figures of one weight, as its entry in the manifest."""
 
     shape: tuple[int, int]
     rank: int
@@ -41,7 +41,7 @@ class LayerFigures:
     singular_values: tuple[float, ...] = ()  # the first ones of dW (of dW S), relative to its Frobenius norm
 
     def as_json(self) -> dict[str, Any]:
-        """Plain numbers, short enough for a manifest of some hundred weights."""
+        """Return the manifest's entry, with rounded numbers."""
         content: dict[str, Any] = {"shape": list(self.shape), "rank": self.rank, "route": self.route}
         for name in ("relative_error", "spectral_error", "energy", "relative_delta", "output_error"):
             value = getattr(self, name)
@@ -51,7 +51,7 @@ class LayerFigures:
 
 
 def relative(part: float, whole: float) -> float:
-    """part / whole, and 0 for nothing out of nothing."""
+    """Return part / whole; 0 where both are 0, infinity where only `whole` is."""
     return part / whole if whole > 0 else (0.0 if part == 0 else math.inf)
 
 
@@ -62,37 +62,38 @@ def low_rank_errors(
     down: Tensor,  # (k, in) float32
     root: Tensor | None = None,  # (in, n) float64
 ) -> tuple[float, float, float | None]:
-    """relative_error, spectral_error, output_error of a plain form, from factors alone."""
+    """Return relative_error, spectral_error and output_error of factors without a row scale, without the base."""
     left = torch.cat((exact_up, -up.to(exact_up)), dim=1)
     right = torch.cat((exact_down, down.to(exact_down)), dim=0)
-    if left.shape[1] > min(left.shape[0], right.shape[1]):  # a product of full rank is cheaper than its QR cores
+    if left.shape[1] > min(
+        left.shape[0], right.shape[1]
+    ):  # the product has full rank: computing it is cheaper than its QR cores
         return _dense_errors(left @ right, exact_up @ exact_down, root)
-    frobenius, spectral = product_norms(left, right)
-    whole, top = product_norms(exact_up, exact_down)
+    error_norm, error_top = product_norms(left, right)
+    delta_norm, delta_top = product_norms(exact_up, exact_down)
     output = None
     if root is not None:
         output = relative(product_norms(left, right @ root)[0], product_norms(exact_up, exact_down @ root)[0])
-    return relative(frobenius, whole), relative(spectral, top), output
+    return relative(error_norm, delta_norm), relative(error_top, delta_top), output
 
 
 def _dense_errors(rest: Tensor, delta: Tensor, root: Tensor | None) -> tuple[float, float, float | None]:
-    """The same three figures of rest and delta (out, in), float64."""
+    """Return the same three errors from the error matrix `rest` and `delta`, both (out, in) float64."""
     frobenius, whole = float(torch.linalg.vector_norm(rest)), float(torch.linalg.vector_norm(delta))
     if not whole > 0:
         return relative(frobenius, whole), relative(frobenius, whole), None if root is None else 0.0
     unit = frobenius or 1.0
     tops = []
     for matrix in (rest / unit, delta / whole):
-        held = _Held(matrix.to(torch.float32))
-        tops.append(spectral_norm(held, generator("dense", matrix.device)))
+        tops.append(spectral_norm(_MatrixMap(matrix.to(torch.float32)), generator("dense", matrix.device)))
     output = None
     if root is not None:
         output = relative(float(torch.linalg.vector_norm(rest @ root)), float(torch.linalg.vector_norm(delta @ root)))
     return relative(frobenius, whole), relative(tops[0] * unit, tops[1] * whole), output
 
 
-class _Held:
-    """A matrix in memory, as a map."""
+class _MatrixMap:
+    """Matrix in memory as a `LinearMap` (randomised_svd.py)."""
 
     def __init__(self, matrix: Tensor) -> None:
         self.matrix = matrix
@@ -107,7 +108,7 @@ class _Held:
 
 @dataclass(frozen=True)
 class MeasuredErrors:
-    """Errors of one weight's factors, found in a pass over its base."""
+    """Errors of one weight's factors, measured in a pass over its base weight."""
 
     relative_error: float
     spectral_error: float
@@ -115,8 +116,8 @@ class MeasuredErrors:
     output_error: float | None
 
 
-class _Rest:
-    """dW - F as a map: held in float32 where the weight is small, formed again block by block where it is not."""
+class _ErrorMap:
+    """dW - F as a `LinearMap`: kept in float32 for a small weight, computed again block by block for a large one."""
 
     def __init__(self, delta: AnyDelta, up: Tensor, down: Tensor, scale: Tensor | None) -> None:
         self.delta = delta
@@ -126,15 +127,13 @@ class _Rest:
         self.kept: Tensor | None = None
 
     def block(self, start: int, base: Tensor, delta: Tensor) -> Tensor:
+        """Return rows start .. start+n of dW - F (n, in), from the same rows of W0 and dW."""
         rows = slice(start, start + base.shape[0])
         product = self.up[rows] @ self.down
         if self.scale is None:
             return delta - product
         scale = self.scale[rows, None]
         return delta.addcmul(base, scale - 1, value=-1).sub_(product.mul_(scale))
-
-    def blocks(self) -> list[Tensor]:
-        return [self.block(*parts).to(torch.float32) for parts in self.delta.delta_blocks()]
 
     def matmul(self, x: Tensor) -> Tensor:
         if self.kept is not None:
@@ -159,14 +158,14 @@ def measure(
     top: float | None = None,  # ||dW||_2 where it is known
     root: Tensor | None = None,  # (in, n) float32
 ) -> MeasuredErrors:
-    """The errors of these factors in one float64 pass over the base, and a power iteration for the spectral norm."""
+    """Measure the errors of these factors: one float64 pass over the base, power iterations for spectral norms."""
     device = delta.rows.device
-    rest = _Rest(delta, up.to(device), down.to(device), None if scale is None else scale.to(device))
-    error = total = weighted_error = weighted_total = 0.0
+    errors = _ErrorMap(delta, up.to(device), down.to(device), None if scale is None else scale.to(device))
+    squared_error = total = weighted_error = weighted_total = 0.0
     kept = []
     for start, base, rows in delta.delta_blocks():
-        missing = rest.block(start, base, rows)
-        error += float(missing.square().sum())
+        missing = errors.block(start, base, rows)
+        squared_error += float(missing.square().sum())
         total += float(rows.square().sum())
         single = missing.to(torch.float32)
         if root is not None:
@@ -174,18 +173,18 @@ def measure(
             weighted_total += float((rows.to(torch.float32) @ root).square().sum())
         if delta.rows.resident:
             kept.append(single)
-    rest.kept = torch.cat(kept) if kept else None
+    errors.kept = torch.cat(kept) if kept else None
     if total > 0:
-        # Brought to a scale where float32 squares do not vanish: an exact form's rest is 1e-8 of its delta.
-        unit = math.sqrt(error) or 1.0
-        if rest.kept is not None:
-            rest.kept /= unit
-        spectral = spectral_norm(rest, generator(name, device)) * (unit if rest.kept is not None else 1.0)
+        # Scale the errors so that their float32 squares do not underflow: those of exact factors are 1e-8 of the delta.
+        unit = math.sqrt(squared_error) or 1.0
+        if errors.kept is not None:
+            errors.kept /= unit
+        spectral = spectral_norm(errors, generator(name, device)) * (unit if errors.kept is not None else 1.0)
         top = spectral_norm(delta, generator(name, device)) if top is None else top
     else:
         spectral = top = 0.0
     return MeasuredErrors(
-        relative(math.sqrt(error), math.sqrt(total)),
+        relative(math.sqrt(squared_error), math.sqrt(total)),
         relative(spectral, top),
         relative(math.sqrt(total), math.sqrt(delta.base_total)),
         relative(math.sqrt(weighted_error), math.sqrt(weighted_total)) if root is not None else None,
@@ -193,7 +192,7 @@ def measure(
 
 
 def summary(layers: Mapping[str, LayerFigures]) -> dict[str, Any]:
-    """The certificate over all weights: the worst, and what all deltas together lost."""
+    """Return the certificate over all weights: largest and mean errors, by the manifest's keys."""
     worst = max(layers, key=lambda name: layers[name].relative_error)
     weighted = [figures.output_error for figures in layers.values() if figures.output_error is not None]
     content: dict[str, Any] = {
@@ -210,14 +209,16 @@ def summary(layers: Mapping[str, LayerFigures]) -> dict[str, Any]:
 
 
 def check_errors(layers: Mapping[str, LayerFigures], limit: float) -> None:
-    """Raise ParityError naming every weight whose relative error is above `limit` (ten of them at most)."""
+    """Raise ParityError where weights have a relative error above `limit`; it names the ten worst and counts all."""
     above = sorted(
         (name for name in layers if layers[name].relative_error > limit),
         key=lambda name: -layers[name].relative_error,
     )
     problems = [
         Problem(
-            f"{name}: the factors lose too much", f"relative error <= {limit:g}", f"{layers[name].relative_error:.4g}"
+            f"{name}: the error of the factors is above --max-error",
+            f"relative error <= {limit:g}",
+            f"{layers[name].relative_error:.4g}",
         )
         for name in above[:10]
     ]
@@ -225,7 +226,7 @@ def check_errors(layers: Mapping[str, LayerFigures], limit: float) -> None:
         problems.append(
             Problem(
                 f"{len(above)} of {len(layers)} weights are beyond --max-error",
-                hint="a higher --rank or --budget, --scale exact, or no --rank at all for the exact form",
+                hint="use a higher --rank or --budget, --scale exact, or no --rank for exact factors",
             )
         )
     raise_all(problems, ParityError)

@@ -1,10 +1,10 @@
-"""dW = W' - W0 of one weight as a linear map: products with it, while W0 passes by in blocks of rows.
+"""dW = W' - W0 of one weight as a linear map: products with dW, computed while W0 is read in blocks of rows.
 
     dW = diag(d - 1) W0 + diag(d) up down           (DoRA, DuDe; d the row scale)
 
-so that dW X = (d - 1) * (W0 X) + d * (up (down X)) needs W0 and thin matrices only, and d - 1 is never the difference
-of two large matrices. A residual that was rounded (DuDe beside a bfloat16 base) is no such sum: its delta is formed
-block by block instead.
+Thus dW X = (d - 1) * (W0 X) + d * (up (down X)) needs only W0 and thin matrices, without a
+difference of large matrices.
+A rounded residual (DuDe on a bfloat16 base) is not such a sum: its delta is computed block by block.
 """
 
 from __future__ import annotations
@@ -19,12 +19,12 @@ from adapter_merge.methods.canonical_form import CanonicalForm
 from adapter_merge.storage.input_errors import reading
 from adapter_merge.storage.tensor_io import TORCH_DTYPES, pread_into
 
-RESIDENT_BYTES = 256 << 20  # of float32: smaller weights stay on the device between two passes
+RESIDENT_BYTES = 256 << 20  # of float32; smaller weights stay on the device between passes
 BLOCK_BYTES = 8 << 20  # of float32
 
 
 class BaseRows:
-    """The rows of W0 (out, in) in blocks: from memory where the weight is small, from its file where it is not."""
+    """Rows of W0 (out, in) in blocks: kept in memory for a small weight, read from the file for a large one."""
 
     def __init__(
         self,
@@ -42,12 +42,13 @@ class BaseRows:
 
     @property
     def resident(self) -> bool:
+        """True when the whole weight is kept in memory."""
         return self._whole is not None
 
     def blocks(self, dtype: torch.dtype = torch.float32) -> Iterator[tuple[int, Tensor]]:
-        """(start, rows start .. start+n of W0 (n, in)) in order; a block may be overwritten after the next one came.
+        """Yield (start, rows start .. start+n of W0 as (n, in)) in order.
 
-        Blocks are not the caller's to write to.
+        A block is valid until the next one is asked for. The caller must not write to it.
         """
         out, inner = self.shape
         step = max(1, BLOCK_BYTES // (4 * inner))
@@ -68,7 +69,10 @@ class BaseRows:
 
 
 class DeltaOperator:
-    """Products with dW in float32. Two passes over W0 at the start find d and ||dW||_F in float64."""
+    """dW of a canonical form as a linear map, with products in float32.
+
+    The constructor reads W0 once, or twice for column norms, to compute d and ||dW||_F in float64.
+    """
 
     def __init__(
         self,
@@ -88,12 +92,12 @@ class DeltaOperator:
         if self._structured:
             self._measure_structured()
         else:
-            self._measure_formed()
+            self._measure_by_blocks()
 
     def _measure_structured(self) -> None:
-        """d and the squared norms from W0 down^T (out, R) alone: no delta is formed."""
-        plain = self.form.folded()
-        up, down = plain.up, plain.down
+        """Compute d, ||dW||_F^2 and ||W0||_F^2 from W0 down^T (out, R), without computing dW."""
+        folded = self.form.folded()
+        up, down = folded.up, folded.down
         gram = down @ down.T  # (R, R)
         quadratic = ((up @ gram) * up).sum(1)  # (out,): squared row norms of up @ down
         parts = [
@@ -102,10 +106,10 @@ class DeltaOperator:
         ]
         squares = torch.cat([part[0] for part in parts])  # (out,): squared row norms of W0
         inner = torch.cat([part[1] for part in parts])  # (out,): <W0, up @ down> by rows
-        scale = plain.row_scale
-        if plain.magnitude is not None:
+        scale = folded.row_scale
+        if folded.magnitude is not None:
             norm = (squares + 2 * inner + quadratic).clamp_min(0).sqrt()
-            scale = torch.where(norm == 0, torch.ones_like(norm), plain.magnitude / norm)
+            scale = torch.where(norm == 0, torch.ones_like(norm), folded.magnitude / norm)
         self.scale = scale
         shift = torch.zeros_like(squares) if scale is None else scale - 1
         times = torch.ones_like(squares) if scale is None else scale
@@ -116,7 +120,8 @@ class DeltaOperator:
         self._up = (times[:, None] * up).to(torch.float32)
         self._down = down.to(torch.float32)
 
-    def _measure_formed(self) -> None:
+    def _measure_by_blocks(self) -> None:
+        """Compute the same figures from blocks of dW."""
         self.total = self.base_total = 0.0
         scales = []
         for start, block in self.rows.blocks(torch.float64):
@@ -130,24 +135,24 @@ class DeltaOperator:
         self._single = self.form.to(dtype=torch.float32)
 
     def delta_blocks(self, dtype: torch.dtype = torch.float64) -> Iterator[tuple[int, Tensor, Tensor]]:
-        """(start, rows of W0, the same rows of dW), both (n, in) in `dtype`."""
+        """Yield (start, rows of W0, the same rows of dW), both (n, in) in `dtype`."""
         form = self.form if dtype == torch.float64 else self.form.to(dtype=dtype)
         for start, block in self.rows.blocks(dtype):
             yield start, block, form.delta_rows(block, start)
 
     def dense(self) -> Tensor:
-        """dW (out, in) in float64: for the routes that need most of the spectrum."""
+        """Return dW (out, in), float64, for a decomposition that needs most of the spectrum."""
         return torch.cat([delta for _, _, delta in self.delta_blocks()])
 
     def matmul(self, x: Tensor) -> Tensor:
-        """dW @ x: x (in, l) float32 -> (out, l)."""
+        """Compute dW @ x: x (in, l) float32 -> (out, l)."""
         if self._structured:
             product = torch.cat([block @ x for _, block in self.rows.blocks()])
             return torch.addmm(product.mul_(self._shift), self._up, self._down @ x)
         return torch.cat([self._single.delta_rows(block, start) @ x for start, block in self.rows.blocks()])
 
     def rmatmul(self, y: Tensor) -> Tensor:
-        """dW^T @ y: y (out, l) float32 -> (in, l)."""
+        """Compute dW^T @ y: y (out, l) float32 -> (in, l)."""
         if self._structured:
             product = self._down.T @ (self._up.T @ y)
             shifted = self._shift * y
@@ -161,13 +166,13 @@ class DeltaOperator:
 
 
 class HeldDelta:
-    """The same products with a dense dW: of a combination that no factors describe."""
+    """The same linear map of a dense dW: that of a combination which no factors describe."""
 
     def __init__(
         self,
         delta: Tensor,  # (out, in) float64, on the rows' device
         rows: BaseRows,
-        scale: Tensor | None = None,  # (out,) float64, where the delta has a form with one as well
+        scale: Tensor | None = None,  # (out,) float64, where the delta also has a form with a row scale
     ) -> None:
         self.delta, self.rows, self.scale = delta, rows, scale
         self.shape = (delta.shape[0], delta.shape[1])
@@ -176,20 +181,20 @@ class HeldDelta:
         self._single = delta.to(torch.float32)
 
     def delta_blocks(self, dtype: torch.dtype = torch.float64) -> Iterator[tuple[int, Tensor, Tensor]]:
-        """(start, rows of W0, the same rows of dW), both (n, in) in `dtype`."""
+        """Yield (start, rows of W0, the same rows of dW), both (n, in) in `dtype`."""
         for start, block in self.rows.blocks(dtype):
             yield start, block, self.delta[start : start + block.shape[0]].to(dtype)
 
     def dense(self) -> Tensor:
-        """dW (out, in) in float64."""
+        """Return dW (out, in), float64."""
         return self.delta
 
     def matmul(self, x: Tensor) -> Tensor:
-        """dW @ x: x (in, l) float32 -> (out, l)."""
+        """Compute dW @ x: x (in, l) float32 -> (out, l)."""
         return self._single @ x
 
     def rmatmul(self, y: Tensor) -> Tensor:
-        """dW^T @ y: y (out, l) float32 -> (in, l)."""
+        """Compute dW^T @ y: y (out, l) float32 -> (in, l)."""
         return self._single.T @ y
 
 

@@ -1,8 +1,8 @@
-"""The certificate's last part: a model with the factors in it against the adapter as trained, on texts.
+"""End-to-end part of the certificate: a model with the factors compared with the adapter as trained, on texts.
 
-The adapter as trained is live and unmerged (live_adapter.py). It continues every prompt greedily; all figures are taken
-over prompt and continuation, teacher-forced, in float32. Where every greedy token of a continuation agrees, the model
-with the factors would have written the very same text.
+The adapter as trained runs live and unmerged (live_adapter.py) and continues every prompt greedily. All figures are
+measured over prompt and continuation, teacher-forced, in float32. Where all greedy tokens of a continuation agree, the
+model with the factors would generate the same text.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from adapter_merge.verification.live_model import trained_model
 
 from .factor_folder import ROW_SCALES
 
-GENERATED = 24
+GENERATED = 24  # tokens after each prompt
 PROMPTS = (
     "What is the capital of France?",
     "Explain in two sentences why the sky is blue.",
@@ -35,16 +35,17 @@ PROMPTS = (
 
 
 def submodule(model: nn.Module, name: str) -> nn.Module:
-    """The module `name` of the adapter in `model`, whatever leading components the class or PEFT adds or drops.
+    """Return the module `name` of the adapter in `model`.
 
-    Raises InputError.
+    The model's path may have further leading components, or lack the first one: model classes and PEFT add and drop
+    them. Raises InputError where there is no such module.
     """
     modules: dict[str, nn.Module] = dict(model.named_modules())
     if name in modules:
         return modules[name]
-    found = [path for path in modules if path.endswith(f".{name}")]
-    if len(found) == 1:
-        return modules[found[0]]
+    longer = [path for path in modules if path.endswith(f".{name}")]
+    if len(longer) == 1:
+        return modules[longer[0]]
     shorter = name.partition(".")[2]
     if shorter in modules:
         return modules[shorter]
@@ -52,13 +53,13 @@ def submodule(model: nn.Module, name: str) -> nn.Module:
 
 
 def tokens(folder: Path, model: nn.Module, prompts: Sequence[str] | None) -> list[Tensor]:
-    """Token ids (1, T) of every prompt, as a chat's turn where the tokenizer has a template.
+    """Return the token ids (1, T) int64 of every prompt, as a user's turn where the tokenizer has a chat template.
 
-    Without a tokenizer, seeded random tokens stand in for the built-in prompts; own prompts raise InputError then.
+    Without a tokenizer, seeded random tokens replace the built-in prompts; prompts of the caller raise InputError.
     """
     if not any((folder / name).is_file() for name in ("tokenizer.json", "tokenizer_config.json", "vocab.txt")):
         if prompts is not None:
-            raise InputError(f"{folder}: has no tokenizer", hint="leave the prompts out: random tokens are used")
+            raise InputError(f"{folder}: has no tokenizer", hint="pass no prompts: random tokens are used instead")
         size = int(model.config.get_text_config().vocab_size)  # type: ignore[union-attr, operator]
         random = torch.Generator().manual_seed(0)
         return [torch.randint(0, size, (1, 24), generator=random) for _ in PROMPTS]
@@ -79,18 +80,21 @@ def tokens(folder: Path, model: nn.Module, prompts: Sequence[str] | None) -> lis
 
 @torch.no_grad()
 def logits(model: nn.Module, ids: Tensor) -> Tensor:
-    """float32 logits (T, vocabulary) or (1, labels) for ids (1, T); both ends of a span model side by side (T, 2)."""
+    """Return float32 logits for ids (1, T): (T, vocabulary), or (1, labels) of a classifier.
+
+    A question-answering model gives its start and end logits as (T, 2).
+    """
     output = model(input_ids=ids, attention_mask=torch.ones_like(ids))
-    found = getattr(output, "logits", None)
-    if found is None:
-        found = torch.stack((output.start_logits, output.end_logits), dim=-1)
-    result: Tensor = found[0].float()
+    batch = getattr(output, "logits", None)
+    if batch is None:
+        batch = torch.stack((output.start_logits, output.end_logits), dim=-1)
+    result: Tensor = batch[0].float()
     return result if result.dim() == 2 else result[None]
 
 
 @torch.no_grad()
 def install_factors(model: nn.Module, folder: Path) -> None:
-    """Put the factors in `folder` into a float32 base model: W0 + B A, its rows scaled where the folder says so."""
+    """Add the factors in `folder` to a float32 base model: W0 + B A, times the row scales if there are any."""
     pairs: dict[str, dict[str, Tensor]] = {}
     for ref in read_weights(folder / "adapter_model.safetensors").tensors:
         name, _, role = ref.name.removeprefix(PREFIX).partition(".lora_")
@@ -113,17 +117,22 @@ def install_factors(model: nn.Module, folder: Path) -> None:
                 weight.data.copy_(new)
                 continue
         else:
-            turned = type(layer).__name__ == "Conv1D"
-            new = (weight.T if turned else weight) + pair["B.weight"] @ pair["A.weight"]
+            transposed = type(layer).__name__ == "Conv1D"
+            new = (weight.T if transposed else weight) + pair["B.weight"] @ pair["A.weight"]
             if name in scales:
                 new = scales[name][:, None] * new
-            new = new.T if turned else new
-        layer.weight = nn.Parameter(new.contiguous(), requires_grad=False)  # its own: a tied head stays as it was
+            new = new.T if transposed else new
+        layer.weight = nn.Parameter(
+            new.contiguous(), requires_grad=False
+        )  # a new parameter: a tied head keeps its values
 
 
 @torch.no_grad()
 def install_replacements(model: nn.Module, folder: Path) -> None:
-    """Put the folder's heads and biases into a float32 base model; of a trained tied pair, each gets its own."""
+    """Put the folder's heads and biases into a float32 base model.
+
+    Where two of them are tied in the model, the second one gets a parameter of its own.
+    """
     file, written = folder / REPLACEMENTS, set()
     for ref in read_weights(file).tensors if file.is_file() else ():
         name = ref.name
@@ -139,50 +148,60 @@ def install_replacements(model: nn.Module, folder: Path) -> None:
 
 
 def compare(bound: BoundAdapter, folder: Path, prompts: Sequence[str] | None = None) -> dict[str, Any]:
-    """The figures of the factors in `folder` against the adapter as trained. Loads the model twice, one at a time."""
+    """Compare the model with the factors in `folder` with the adapter as trained; return the figures as JSON values.
+
+    Loads the model twice, one after the other.
+    """
     live = trained_model(bound)
-    paths, expected, starts = [], [], []
-    writes = generates(live)
+    sequences, expected, starts = [], [], []
+    generative = generates(live)
     for ids in tokens(bound.base.folder, live, prompts):
-        starts.append(ids.shape[1] - 1 if writes else 0)
-        path = continued(live, ids, GENERATED) if writes else ids
-        paths.append(path)
-        expected.append(logits(live, path))
+        starts.append(ids.shape[1] - 1 if generative else 0)
+        sequence = continued(live, ids, GENERATED) if generative else ids
+        sequences.append(sequence)
+        expected.append(logits(live, sequence))
     del live
     other = load_model(bound.base.folder).float()
-    before = [logits(other, path) for path in paths]
+    before = [logits(other, sequence) for sequence in sequences]
     install_replacements(other, folder)
     install_factors(other, folder)
-    got = [logits(other, path) for path in paths]
-    return figures(paths, starts, expected, got, before, writes)
+    got = [logits(other, sequence) for sequence in sequences]
+    return figures(sequences, starts, expected, got, before, generative)
 
 
 def figures(
-    paths: Sequence[Tensor],  # (1, T) each
-    starts: Sequence[int],
-    expected: Sequence[Tensor],  # (T, vocabulary) each
-    got: Sequence[Tensor],
-    before: Sequence[Tensor],
-    writes: bool,
+    sequences: Sequence[Tensor],  # (1, T) int64 each
+    starts: Sequence[int],  # first position whose greedy token is compared
+    expected: Sequence[Tensor],  # (T, vocabulary) each: logits of the adapter as trained
+    got: Sequence[Tensor],  # of the model with the factors
+    before: Sequence[Tensor],  # of the base
+    generative: bool,  # measure the perplexity as well
 ) -> dict[str, Any]:
-    """max and mean |dlogit|, KL(as trained || factors) in nats, greedy agreement, perplexity; the adapter's effect."""
-    differences = [(mine - want).abs() for mine, want in zip(got, expected, strict=True)]
+    """Return max and mean |dlogit|, KL(as trained || factors) in nats, greedy agreement, perplexity, and max |dlogit|
+    between the base and the adapter (its effect).
+    """
+    differences = [
+        (logits_got - logits_expected).abs() for logits_got, logits_expected in zip(got, expected, strict=True)
+    ]
     divergences = torch.cat(
         [
             torch.nn.functional.kl_div(
-                mine.log_softmax(-1), want.log_softmax(-1), log_target=True, reduction="none"
+                logits_got.log_softmax(-1), logits_expected.log_softmax(-1), log_target=True, reduction="none"
             ).sum(-1)
-            for mine, want in zip(got, expected, strict=True)
+            for logits_got, logits_expected in zip(got, expected, strict=True)
         ]
     )
     same = [
-        (mine.argmax(-1) == want.argmax(-1))[start:] for mine, want, start in zip(got, expected, starts, strict=True)
+        (logits_got.argmax(-1) == logits_expected.argmax(-1))[start:]
+        for logits_got, logits_expected, start in zip(got, expected, starts, strict=True)
     ]
     effects = [
-        float((old - want).abs().max()) for old, want in zip(before, expected, strict=True) if old.shape == want.shape
+        float((logits_base - logits_expected).abs().max())
+        for logits_base, logits_expected in zip(before, expected, strict=True)
+        if logits_base.shape == logits_expected.shape
     ]
     content: dict[str, Any] = {
-        "texts": len(paths),
+        "texts": len(sequences),
         "positions": int(divergences.numel()),
         "max_dlogit": max(float(part.max()) for part in differences),
         "mean_dlogit": sum(float(part.sum()) for part in differences) / sum(part.numel() for part in differences),
@@ -194,29 +213,31 @@ def figures(
         "effect": max(effects, default=math.nan),
         "perplexity": None,
     }
-    if writes:
+    if generative:
         content["perplexity"] = {
-            "base": _perplexity(paths, before),
-            "trained": _perplexity(paths, expected),
-            "factors": _perplexity(paths, got),
+            "base": _compute_perplexity(sequences, before),
+            "trained": _compute_perplexity(sequences, expected),
+            "factors": _compute_perplexity(sequences, got),
         }
-    return _short(content)
+    return _round_floats(content)
 
 
-def _perplexity(paths: Sequence[Tensor], found: Sequence[Tensor]) -> float:
+def _compute_perplexity(sequences: Sequence[Tensor], predicted: Sequence[Tensor]) -> float:
+    """Return the perplexity of the sequences (1, T) under the logits (T, vocabulary)."""
     losses = [
         torch.nn.functional.cross_entropy(row[:-1], ids[0, 1:], reduction="none")
-        for ids, row in zip(paths, found, strict=True)
+        for ids, row in zip(sequences, predicted, strict=True)
     ]
     return math.exp(float(torch.cat(losses).mean()))
 
 
-def _short(content: dict[str, Any]) -> dict[str, Any]:
-    short: dict[str, Any] = {}
+def _round_floats(content: dict[str, Any]) -> dict[str, Any]:
+    """Round all floats to six digits; None for infinity and NaN."""
+    rounded: dict[str, Any] = {}
     for key, value in content.items():
         if isinstance(value, dict):
-            value = _short(value)
+            value = _round_floats(value)
         elif isinstance(value, float):
             value = float(f"{value:.6g}") if math.isfinite(value) else None
-        short[key] = value
-    return short
+        rounded[key] = value
+    return rounded

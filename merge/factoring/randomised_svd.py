@@ -1,8 +1,8 @@
 """Structured randomised SVD: the leading part of dW from products with it (Halko, Martinsson, Tropp 2011, alg. 4.4).
 
-Subspace iteration with orthonormalisation at every step. It stops by what it has measured: the energy caught at the
-wanted rank grows from one iteration to the next, and no more than a small part of what is left is worth another one.
-Seeded by the weight's name: the same input gives the same bits, in whatever order the weights are taken.
+Subspace iteration with orthonormalisation at every step. The energy captured at the wanted rank grows from iteration to
+iteration, which stops when it grows by less than a small share of the remaining squared error. The random
+numbers are seeded by the weight's name: the same input gives the same bits, in whatever order weights are processed.
 """
 
 from __future__ import annotations
@@ -15,32 +15,32 @@ from torch import Tensor
 
 from .truncated_svd import Spectrum
 
-GAIN = 2e-3  # of the squared error that is left: less is not worth two more passes
+GAIN = 2e-3  # share of the remaining squared error; an iteration that gains less is the last
 MAX_ITERATIONS = 16
-NORM_GAIN = 1e-3
+NORM_GAIN = 1e-3  # relative growth of the norm; a power iteration that gains less is the last
 
 
 class LinearMap(Protocol):
-    """A matrix (out, in) known by its products."""
+    """Matrix (out, in) that is available through products with it."""
 
     @property
     def shape(self) -> tuple[int, int]:
         """(out, in)."""
 
     def matmul(self, x: Tensor) -> Tensor:
-        """(in, l) -> (out, l)."""
+        """Compute matrix @ x: x (in, l) -> (out, l)."""
 
     def rmatmul(self, y: Tensor) -> Tensor:
-        """(out, l) -> (in, l)."""
+        """Compute matrix^T @ y: y (out, l) -> (in, l)."""
 
 
 def generator(name: str, device: torch.device) -> torch.Generator:
-    """Random numbers that depend on `name` alone."""
+    """Return a random generator whose seed depends on `name` only."""
     return torch.Generator(device).manual_seed(zlib.crc32(name.encode()))
 
 
 def oversampled(rank: int, limit: int) -> int:
-    """How many columns to iterate for a wanted rank: half as many again, at least ten more."""
+    """Return the number of columns to iterate with for a wanted rank: 1.5 times, at least 10 more, at most `limit`."""
     return min(rank + max(10, rank // 2), limit)
 
 
@@ -51,16 +51,16 @@ def randomised_spectrum(
     random: torch.Generator,
     root: Tensor | None = None,  # (in, n) float32: S
 ) -> Spectrum:
-    """The leading `rank` directions of dW (of dW S), and the oversampled ones behind them.
+    """Return the leading `rank` directions of dW (of dW S with a root), and the oversampled ones after them.
 
-    The squared error of the first `rank` is within a few tenths of a percent of the best there is.
+    The squared error of the first `rank` directions is within a few tenths of a percent of the smallest possible.
     """
     out, inner = delta.shape
     start = inner if root is None else root.shape[1]
     limit = min(out, inner, start)
     width = oversampled(rank, limit)
     x = torch.randn(start, width, generator=random, device=random.device)
-    caught = 0.0
+    captured = 0.0
     for _ in range(MAX_ITERATIONS):
         q, _ = torch.linalg.qr(delta.matmul(x if root is None else root @ x))  # (out, l)
         right = delta.rmatmul(q)  # (in, l) = dW^T q
@@ -68,19 +68,19 @@ def randomised_spectrum(
         wide = z.to(torch.float64)
         values, vectors = torch.linalg.eigh(wide.T @ wide)
         now = float(values[-rank:].sum())
-        if now - caught <= GAIN * max(total - now, 0.0) or now <= 0:
+        if now - captured <= GAIN * max(total - now, 0.0) or now <= 0:
             break
-        caught = now
+        captured = now
         x, _ = torch.linalg.qr(z)
     turn = vectors.flip(1)  # (l, l), falling
     squares = values.flip(0).clamp_min(0)
     left, rows = q.to(torch.float64) @ turn, turn.T @ right.T.to(torch.float64)
-    # What was caught can exceed a total found in another order of sums by rounding only.
+    # The captured energy can exceed `total` by rounding: their sums are computed in different orders.
     return Spectrum(left, rows, squares, max(total, float(squares.sum())), full=width == limit)
 
 
 def spectral_norm(delta: LinearMap, random: torch.Generator, columns: int = 8) -> float:
-    """||dW||_2 by block power iteration, to about a tenth of a percent, from below."""
+    """Return ||dW||_2 by block power iteration: about 0.1 % too small at most, never too large."""
     x = torch.randn(delta.shape[1], min(columns, *delta.shape), generator=random, device=random.device)
     norm = 0.0
     for _ in range(2 * MAX_ITERATIONS):

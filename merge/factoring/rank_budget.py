@@ -1,7 +1,7 @@
-"""Ranks under a budget: every next byte goes where it buys most error.
+"""Ranks under a budget of bytes: the next rank goes to the weight where it removes most squared error per byte.
 
-The gain of a weight's next rank is the next squared singular value, its price 4 (out + in) bytes. Gains fall, so taking
-the best ratio first is optimal up to the last item (the fractional knapsack).
+The gain of a weight's next rank is its next squared singular value, the price 4 (out + in) bytes. The gains of a weight
+fall, so taking the best ratio first is optimal except for the last items (fractional knapsack).
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ BYTES = 4  # float32
 
 
 def bytes_of(shape: tuple[int, int], rank: int) -> int:
-    """The size of both factors of a weight (out, in)."""
+    """Return the size in bytes of both factors of a weight (out, in)."""
     return BYTES * rank * (shape[0] + shape[1])
 
 
@@ -26,7 +26,7 @@ def allot(
     shapes: Sequence[tuple[int, int]],
     budget: int,  # bytes
 ) -> list[int]:
-    """A rank of at least 1 for every weight. Raises InputError when even that is too much."""
+    """Return a rank of at least 1 for every weight. Raises InputError where rank 1 for all exceeds the budget."""
     least = sum(bytes_of(shape, 1) for shape in shapes)
     if least > budget:
         raise InputError(
@@ -37,10 +37,10 @@ def allot(
     ranks = [1] * len(shapes)
     left = budget - least
 
-    def offer(index: int) -> tuple[float, int]:
+    def make_offer(index: int) -> tuple[float, int]:
         return -float(squares[index][ranks[index]]) / bytes_of(shapes[index], 1), index
 
-    heap = [offer(index) for index in range(len(shapes)) if squares[index].numel() > 1]
+    heap = [make_offer(index) for index in range(len(shapes)) if squares[index].numel() > 1]
     heapq.heapify(heap)
     while heap:
         gain, index = heapq.heappop(heap)
@@ -50,5 +50,5 @@ def allot(
         left -= price
         ranks[index] += 1
         if ranks[index] < squares[index].numel():
-            heapq.heappush(heap, offer(index))
+            heapq.heappush(heap, make_offer(index))
     return ranks

@@ -1,4 +1,4 @@
-"""What a factorisation begins with: the adapter, bound where there is a base, and what no factors can say."""
+"""Inputs of a factorisation: opens and binds the adapter, and refuses adapters that low-rank factors cannot express."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ Pair = tuple[AdaptedModule, BoundModule | None]
 def open_factored(
     base: str | Path | None, adapter: AdapterInput, base_kind: str | None, options: ReadOptions | None
 ) -> tuple[Adapter, BoundAdapter | None]:
-    """The adapter, and how it is bound where there is a base: its own (DCFT reference), the recipe's or `base`."""
+    """Open the adapter, and bind it where there is a base: `base`, the recipe's, or the adapter's own (DCFT)."""
     if isinstance(adapter, Recipe):
         bound = open_pair(base, adapter)
         return bound.adapter, bound
@@ -37,78 +37,84 @@ def open_factored(
 
 
 def unproved_heads(opened: Adapter, base: str | Path | None) -> list[str]:
-    """A warning where a DCFT checkpoint's tensors count as trained only because nothing says that they are not."""
+    """Return a warning where tensors of a DCFT checkpoint count as trained because there is no base to compare."""
     if base is not None or opened.own_base is None or not opened.replacements:
         return []
     size = sum(ref.nbytes for ref in opened.replacements.values()) / 1e6
     names = ", ".join(sorted(opened.replacements)[:4])
     return [
-        f"{names}: stand outside the adapted layers, and without BASE nothing tells whether they were trained: all are "
-        f"carried over whole ({size:.1f} MB). Pass BASE, and what equals the base's is left out"
+        f"{names}: not part of the adapted layers; without BASE it is unknown whether they were trained, so all are "
+        f"copied as full tensors ({size:.1f} MB). With BASE, tensors that equal the base's are left out"
     ]
 
 
 def check_supported(pairs: Sequence[Pair], exact: bool) -> None:
-    """Refuse what only a merge can do, all of it at once."""
+    """Refuse adapters that only a merge supports.
+
+    Raises UnsupportedError for modules that have no low-rank factors (the first ten), InputError for a combination of
+    full rank where exact factors are asked for.
+    """
     problems = []
-    full = [module for module, _ in pairs if isinstance(module, CombinedWeight) and not module.has_form]
-    if exact and full:
-        how = "adapters in turn are" if full[0].in_turn else f"a {full[0].settings.method} combination is"
-        if full[0].is_linear:
+    full_rank = [module for module, _ in pairs if isinstance(module, CombinedWeight) and not module.has_form]
+    if exact and full_rank:
+        first = full_rank[0]
+        how = "adapters in turn are" if first.in_turn else f"a {first.settings.method} combination is"
+        if first.is_linear:
             how = "a combination with scales of input columns is"
-        raise InputError(f"{full[0].name}: {how} of full rank", expected="--rank R or ENERGY, which truncates")
+        raise InputError(f"{first.name}: {how} of full rank", expected="--rank R or ENERGY, which truncates")
     counts = Counter(module.name for module, _ in pairs)
     for module, _ in pairs:
         reason = None
         if isinstance(module, BiasModule):
             reason = "a trained bias inside lora_B"
         elif isinstance(module, TokenModule):
-            reason = "trained tokens are rows of an embedding replaced"
+            reason = "trained tokens replace rows of an embedding"
         elif isinstance(module, ExpertModule | StackModule):
             reason = "adapted experts of a stacked parameter"
         elif isinstance(module, PartModule):
-            reason = "a magnitude over a weight that this base keeps in several"
+            reason = "one magnitude for a weight that this base stores as several"
         elif counts[module.name] > 1:
             reason = "adapted more than once"
         if reason is not None:
             problems.append(
-                Problem(f"{module.name}: no low-rank factors say this: {reason}", hint="merge this adapter instead")
+                Problem(f"{module.name}: has no low-rank factors: {reason}", hint="merge this adapter instead")
             )
     raise_all(problems[:10], UnsupportedError)
 
 
 def check_positional_queries(opened: Adapter, bound: BoundAdapter | None, frozen_positions: bool) -> None:
-    """Refuse the factors of a DCFT whose positional queries keep the frozen weight: a LoRA adapts both uses.
+    """Refuse factors of a DCFT whose positional queries keep the frozen weight, because a LoRA would adapt them too.
 
-    frozen_positions: whoever reads the factors keeps them frozen. Raises UnsupportedError, and InputError where only
-    the base tells.
+    frozen_positions: the reader of the factors keeps the positional queries frozen, so that factors are correct.
+    Raises UnsupportedError for such a base, InputError where the base is needed to tell.
     """
     if bound is None:
         queries = adapted_queries(opened)
         if queries:
             raise InputError(
-                f"{queries[0]}: on a DeBERTa with {SHARED} its factors would be another adapter",
-                expected="BASE, whose config says whether it has it",
+                f"{queries[0]}: on a DeBERTa with {SHARED}, a LoRA with its factors would be a different adapter",
+                expected=f"BASE, whose config tells whether it has {SHARED}",
             )
     elif SHARED in bound.config_changes and not frozen_positions:
         raise UnsupportedError(
-            f"{bound.base.folder}: its query_proj projects tokens and positions ({SHARED}), and DCFT adapts the former "
-            "alone; a LoRA of query_proj adapts both",
-            expected="a base without it",
+            f"{bound.base.folder}: its query_proj projects tokens and positions ({SHARED}); DCFT adapts only "
+            "the former, a LoRA of query_proj adapts both",
+            expected=f"a base without {SHARED}",
             hint="merge this adapter (the merged model gets projections of its own), or export it to ONNX",
         )
 
 
 def needs_base(module: AdaptedModule) -> bool:
-    """True when the module's factors cannot be found without the base's weight."""
+    """Tell whether the module's factors cannot be computed without the base's weight."""
     magnitude = module.magnitude is not None or module.own_magnitude
     return module.needs_base or magnitude
 
 
 def pairs_of(opened: Adapter, bound: BoundAdapter | None) -> list[Pair]:
-    """Every adapted module, with its weight where there is a base.
+    """Return every adapted module with its bound weight, or with None where there is no base.
 
-    A plain LoRA on a weight that the base keeps in several parts (a fused qkv) needs none of them.
+    A plain LoRA on a weight that the base stores in several parts (a fused qkv) has None as well: its factors do not
+    depend on them.
     """
     if bound is None:
         return [(module, None) for module in opened.modules]
@@ -127,11 +133,11 @@ def pairs_of(opened: Adapter, bound: BoundAdapter | None) -> list[Pair]:
 
 
 def require_names(opened: Adapter, base: Checkpoint | None) -> None:
-    """A file that writes the dots of its modules' names as underscores needs a base to tell them apart."""
+    """Raise InputError where module names have underscores for dots and there is no base to tell them apart."""
     flat = [module.name for module in opened.modules if "." not in module.name and "_" in module.name]
     if flat and base is None and opened.format == AdapterFormat.KOHYA:
         raise InputError(
             f"{opened.folder}: the file writes the dots of its modules' names as underscores",
-            expected="a BASE, which tells where the dots were",
+            expected="BASE, whose names tell which underscores are dots",
             got=flat[0],
         )

@@ -1,9 +1,9 @@
-"""Factors of smallest rank: exact where the rank allows, truncated with a known error where it does not.
+"""Singular value decompositions of a weight's delta, and factors of any rank cut from them.
 
-The truncated SVD is the best rank-R approximation in every unitarily invariant norm (Eckart-Young-Mirsky). Seen from
-the left it is a projection: with U_R the first left singular vectors, the best approximation is U_R (U_R^T dW). When
-the error is to be small at a layer's output instead, E ||(dW - T) x||^2 = ||(dW - T) S||_F^2 with S S^T = E x x^T, the
-same holds with the left singular vectors of dW S, and S is never inverted: T = U_R (U_R^T dW).
+The truncated SVD is the best rank-R approximation in every unitarily invariant norm (Eckart-Young-Mirsky). It is a
+projection: with U_R the first R left singular vectors, the best approximation is U_R (U_R^T dW). To minimise the error
+of the layer's output, E ||(dW - T) x||^2 = ||(dW - T) S||_F^2 with S S^T = E x x^T, take U_R from dW S instead:
+T = U_R (U_R^T dW) again, and S is never inverted.
 """
 
 from __future__ import annotations
@@ -18,13 +18,13 @@ NOISE = 4  # in float32 epsilons of the largest singular value
 
 @dataclass(frozen=True, eq=False)
 class Spectrum:
-    """The leading part of dW (or of dW S): enough to cut factors of any rank up to `rank`."""
+    """Leading part of the SVD of dW (or of dW S), from which factors of any rank up to `rank` can be cut."""
 
     left: Tensor  # (out, l), orthonormal columns
     right: Tensor  # (l, in) = left^T dW
-    squares: Tensor  # (l,) float64: what each column explains of ||dW S||_F^2, in falling order
+    squares: Tensor  # (l,) float64: the part of ||dW S||_F^2 in each direction, in falling order
     total: float  # ||dW S||_F^2
-    full: bool  # nothing of dW lies outside of it
+    full: bool  # these directions span all of dW
 
     @property
     def rank(self) -> int:
@@ -32,11 +32,11 @@ class Spectrum:
 
     @property
     def kept(self) -> float:
-        """The energy (0 .. 1) that all of it holds; 1 for a zero delta."""
+        """Share (0 .. 1) of ||dW S||_F^2 that these directions hold; 1 for a zero delta."""
         return float(self.squares.sum()) / self.total if self.total > 0 else 1.0
 
     def stored(self) -> Spectrum:
-        """The same on the CPU in float32, to be kept while other weights are looked at."""
+        """Return a copy on the CPU in float32 that takes less memory while other weights are processed."""
         return replace(
             self,
             left=self.left.to("cpu", torch.float32),
@@ -45,28 +45,28 @@ class Spectrum:
         )
 
     def factors(self, rank: int) -> tuple[Tensor, Tensor]:
-        """up (out, rank), down (rank, in): each pair of a column and a row of equal norm."""
+        """Return up (out, rank) and down (rank, in); column i of up and row i of down have equal norms."""
         right = self.right[:rank]
         root = torch.linalg.vector_norm(right, dim=1).sqrt()
         inverse = torch.where(root > 0, 1 / root, torch.zeros_like(root))
         return self.left[:, :rank] * root, right * inverse[:, None]
 
     def rank_for(self, energy: float) -> int | None:
-        """The smallest rank that keeps `energy`; None when it lies beyond this part of the spectrum."""
+        """Return the smallest rank that keeps `energy` (0 .. 1), or None where this part of the spectrum holds less."""
         if self.full:
             return rank_for_energy(self.squares, energy)
         kept = torch.cumsum(self.squares, 0)
-        found = int((kept < energy * self.total).sum()) + 1
-        return found if found <= self.rank else None
+        rank = int((kept < energy * self.total).sum()) + 1
+        return rank if rank <= self.rank else None
 
 
 def core_svd(
     up: Tensor,  # (out, R) float64
     down: Tensor,  # (R, in) float64
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """left (out, R), s (R,) and right (R, in) of the SVD of up @ down, through the QR cores: nothing (out, in) is made.
+    """Return left (out, K), s (K,) and right (K, in) of the SVD of up @ down, without computing the product (out, in).
 
-    R is at most min(out, in) afterwards.
+    The SVD is computed from the QR cores of the factors; K is min(R, out, in).
     """
     q_up, r_up = torch.linalg.qr(up)  # (out, K), (K, R)
     q_down, r_down = torch.linalg.qr(down.T)  # (in, K'), (K', R)
@@ -75,7 +75,7 @@ def core_svd(
 
 
 def product_norms(up: Tensor, down: Tensor) -> tuple[float, float]:
-    """The Frobenius and the spectral norm of up (out, R) @ down (R, in), float64, without the product."""
+    """Return the Frobenius and the spectral norm of up (out, R) @ down (R, in), float64, without the product."""
     _, r_up = torch.linalg.qr(up, mode="r")
     _, r_down = torch.linalg.qr(down.T, mode="r")
     s = torch.linalg.svdvals(r_up @ r_down.T)
@@ -83,9 +83,9 @@ def product_norms(up: Tensor, down: Tensor) -> tuple[float, float]:
 
 
 def numerical_rank(s: Tensor) -> int:
-    """How many of the singular values `s` (falling) are more than the rounding of a float32 file; at least 1.
+    """Return how many of the singular values `s` (falling) exceed the rounding of a float32 file; at least 1.
 
-    The bound does not grow with the matrix: a small value that was trained stays, whatever the weight's size.
+    The threshold does not depend on the matrix's size, so that small trained values are kept in large weights too.
     """
     return max(1, int((s > s[0] * NOISE * torch.finfo(torch.float32).eps).sum()))
 
@@ -95,7 +95,7 @@ def low_rank_spectrum(
     down: Tensor,  # (R, in) float64
     root: Tensor | None = None,  # (in, n) float64: S, where the error counts at the layer's output
 ) -> Spectrum:
-    """The whole spectrum of up @ down (of up @ down @ S), numerically zero values dropped, from factors alone."""
+    """Return the whole spectrum of up @ down (of up @ down @ S), without numerically zero values."""
     left, s, _ = core_svd(up, down if root is None else down @ root)
     kept = numerical_rank(s)
     left = left[:, :kept]
@@ -108,18 +108,18 @@ def kronecker_spectrum(
     second: Tensor,  # (o2, i2) float64
     limit: int | None = None,
 ) -> Spectrum:
-    """The spectrum of kron(first, second) (o1 o2, i1 i2) from those of its sides: its values are their products.
+    """Return the spectrum of kron(first, second) (o1 o2, i1 i2), from the SVDs of its sides.
 
-    Numerically zero values are dropped; with `limit`, only so many directions are formed, and the rest counts as lost.
+    Numerically zero values are dropped. At most `limit` directions are computed; `total` includes the others.
     """
     u1, s1, v1 = torch.linalg.svd(first, full_matrices=False)
     u2, s2, v2 = torch.linalg.svd(second, full_matrices=False)
     values, order = torch.outer(s1, s2).reshape(-1).sort(descending=True, stable=True)
     kept = numerical_rank(values)
     count = kept if limit is None else min(kept, limit)
-    one, two = order[:count] // len(s2), order[:count] % len(s2)
-    left = (u1[:, None, one] * u2[None, :, two]).reshape(-1, count)
-    right = (v1[one, :, None] * v2[two, None, :]).reshape(count, -1)
+    index1, index2 = order[:count] // len(s2), order[:count] % len(s2)
+    left = (u1[:, None, index1] * u2[None, :, index2]).reshape(-1, count)
+    right = (v1[index1, :, None] * v2[index2, None, :]).reshape(count, -1)
     squares = values.square()
     return Spectrum(left, values[:count, None] * right, squares[:count], float(squares.sum()), full=count == kept)
 
@@ -128,9 +128,9 @@ def dense_spectrum(
     delta: Tensor,  # (out, in) float64
     root: Tensor | None = None,  # (in, n) float64
 ) -> Spectrum:
-    """The whole spectrum of a dense dW through the eigenvectors of its smaller Gram matrix.
+    """Return the whole spectrum of a dense dW from the eigenvectors of its smaller Gram matrix.
 
-    Several times faster than an SVD. Squares below 1e-16 of the largest are lost, which no energy can see.
+    Several times faster than an SVD. Squares below 1e-16 of the largest are lost, too small to change any energy.
     """
     out, inner = delta.shape
     weighted = delta if root is None else delta @ root
@@ -150,9 +150,9 @@ def dense_spectrum(
 
 
 def rank_for_energy(squares: Tensor, energy: float) -> int:
-    """The smallest rank that keeps `energy` (0 .. 1) of the squared singular values `squares`, in falling order.
+    """Return the smallest rank that keeps `energy` (0 .. 1) of the squared singular values `squares`, in falling order.
 
-    Compares what is left out, summed from the small end: 1 - energy may be as small as the rounding of the sum.
+    Compares the omitted energy, summed from the smallest: 1 - energy may be as small as the rounding of the total.
     """
     squares = squares.to(torch.float64)
     tails = torch.flip(torch.cumsum(torch.flip(squares, (0,)), 0), (0,))  # tails[k] = sum of squares[k:]
@@ -166,7 +166,7 @@ def truncate(
     delta: Tensor,  # (out, in)
     rank: int | float,  # an int: the rank; a float below 1: the energy to keep
 ) -> tuple[Tensor, Tensor]:
-    """up (out, R), down (R, in), in delta's dtype: its best approximation of that rank, or that keeps that energy."""
+    """Return up (out, R) and down (R, in) in delta's dtype: its best approximation of that rank or energy."""
     spectrum = dense_spectrum(delta.to(torch.float64))
     count = min(rank, spectrum.rank) if isinstance(rank, int) else rank_for_energy(spectrum.squares, rank)
     up, down = spectrum.factors(count)

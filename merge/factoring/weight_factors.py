@@ -1,12 +1,12 @@
-"""The factors of one weight: by which route they are found, and what they cost.
+"""Factorisation of one weight: the choice of the algorithm, the factors, and their errors.
 
 exact        the canonical form itself, numerically zero singular values dropped; DoRA and DuDe with their row scale
              (LoKr: through the SVDs of its two sides)
 cores        truncated through the QR cores of up @ down: LoRA, rsLoRA, PiSSA, DCFT, and any form with --scale exact
 randomised   the leading part of diag(d - 1) W0 + diag(d) up down from products with it
-dense        the same through its Gram matrix, where most of the spectrum is wanted
+dense        the same through its Gram matrix, where most of the spectrum is needed
 
-A combination whose delta is no sum of factors and scales (TIES, DARE, pruning) has its dense delta alone.
+A combination whose delta is not a sum of factors and scales (TIES, DARE, pruning) is factored from its dense delta.
 """
 
 from __future__ import annotations
@@ -29,14 +29,14 @@ from .delta_operator import AnyDelta, BaseRows, DeltaOperator, HeldDelta
 from .randomised_svd import generator, oversampled, randomised_spectrum
 from .truncated_svd import Spectrum, core_svd, dense_spectrum, kronecker_spectrum, low_rank_spectrum, numerical_rank
 
-FIRST_WIDTH = 32  # the rank at which the search for an energy begins
-DENSE_SHARE = 0.35  # of the full rank: from here on the Gram matrix is cheaper than iterating
-SMALLEST_SCALE = 1e-6  # of the largest |d|: a row below it is written off rather than divided by
+FIRST_WIDTH = 32  # rank of the first attempt to reach an energy
+DENSE_SHARE = 0.35  # of the full rank; from here on the Gram matrix is cheaper than iterations
+SMALLEST_SCALE = 1e-6  # of the largest |d|; rows with a smaller scale get zero factors instead of a division
 
 
 @dataclass(frozen=True, eq=False)
 class Factored:
-    """The factors of one weight, float32 on the CPU, and what they cost."""
+    """Factors of one weight, float32 on the CPU, and their errors."""
 
     name: str  # module path
     up: Tensor  # (out, R)
@@ -47,7 +47,11 @@ class Factored:
 
 
 class Factoriser:
-    """One weight on its way to factors; `weight` is None where there is no base."""
+    """Factorisation of one adapted weight.
+
+    weight: the module bound to its base weight; None where there is no base.
+    keep_scale: write the row scale d beside truncated factors, instead of truncating diag(d - 1) W0 as well.
+    """
 
     def __init__(
         self,
@@ -63,18 +67,19 @@ class Factoriser:
         self._delta: AnyDelta | None = None
         self.dense = isinstance(module, CombinedWeight) and not module.has_form
         self.held = isinstance(module, CombinedWeight) and (self.dense or module.is_rounded)
-        if self.dense:  # nothing but the delta itself: factors of rank 0 stand in
+        if self.dense:  # the delta has no form: use factors of rank 0
             self.form = CanonicalForm(torch.zeros(module.shape[0], 0), torch.zeros(0, module.shape[1]))
         else:
-            self.form = module.form(read_tensor, self._oriented, torch.float64).to(device)
+            self.form = module.form(read_tensor, self._read_weight, torch.float64).to(device)
 
-    def _oriented(self) -> Tensor:
-        assert self.weight is not None, "a module that needs its base has one"
+    def _read_weight(self) -> Tensor:
+        """Read W0 (out, in) in the base's dtype."""
+        assert self.weight is not None, "a module that needs its base is bound to one"
         return self.weight.oriented_weight()
 
     @property
     def delta(self) -> AnyDelta:
-        """dW as an operator; the base is opened at the first use."""
+        """dW as a linear map. The first use reads the base."""
         if self._delta is None:
             assert self.weight is not None
             rows = BaseRows(self.weight, self.device)
@@ -86,16 +91,17 @@ class Factoriser:
         return self._delta
 
     def close(self) -> None:
-        """Let the base's rows go; the form stays."""
+        """Free the base's rows and the delta; the form is kept."""
         self._delta = None
 
     @property
     def scaled(self) -> bool:
+        """True when the form has scales or magnitudes, so that dW has full rank."""
         return not self.form.is_low_rank
 
     @property
     def through_cores(self) -> bool:
-        """True when the truncation needs factors only."""
+        """True when the truncation is computed from factors only, without products with W0."""
         if self.dense:
             return False
         return not self.scaled or (self.keep_scale and self.form.col_scale is None and not self.form.needs_pass)
@@ -103,19 +109,22 @@ class Factoriser:
     # -- exact -----------------------------------------------------------------------------------------
 
     def exact(self) -> Factored:
-        """The exact factors of the smallest rank; with magnitudes their row scale as well."""
+        """Return exact factors of the smallest rank, with magnitude and row scale where the form has them.
+
+        Raises UnsupportedError for a form that no LoRA expresses exactly.
+        """
         form = self.form
         if self.dense or form.col_scale is not None or form.needs_pass:
             what = "this way of combining" if self.dense else "a scale of the input columns"
             raise UnsupportedError(
                 f"{self.module.name}: {what} has no exact LoRA form",
-                hint="merge this adapter instead, or accept a truncated LoRA with --rank",
+                hint="merge this adapter instead, or truncate it to a LoRA with --rank",
             )
         sides = self._kronecker_sides()
         if sides is not None:
             spectrum = kronecker_spectrum(*sides)
             up, down = spectrum.factors(spectrum.rank)
-            return self._finish(up, down, "exact", False, self._values(spectrum), None)
+            return self._finish(up, down, "exact", False, self._relative_values(spectrum), None)
         plain = form.folded()
         left, s, right = core_svd(plain.up, plain.down)
         kept = numerical_rank(s)
@@ -124,7 +133,7 @@ class Factoriser:
         else:
             root = s[:kept].sqrt()
             up, down = left[:, :kept] * root, root[:, None] * right[:kept]
-        if self.scaled:  # the spectrum of dW itself is not known here
+        if self.scaled:  # these are not the singular values of dW
             s = s[:0]
         norm = torch.linalg.vector_norm(s)
         values = tuple(float(value / norm) if norm > 0 else 0.0 for value in s[:kept])
@@ -133,7 +142,7 @@ class Factoriser:
     # -- truncated -------------------------------------------------------------------------------------
 
     def spectrum(self, want: int | float) -> Spectrum:
-        """At least the part of the spectrum that `want` needs: a rank (int) or an energy below 1 (float)."""
+        """Compute at least the part of the spectrum that `want` needs: a rank (int) or an energy below 1 (float)."""
         sides = self._kronecker_sides()
         if sides is not None:
             return kronecker_spectrum(*sides, limit=want if isinstance(want, int) else None)
@@ -148,19 +157,19 @@ class Factoriser:
             return low_rank_spectrum(up, plain.down, root)
         limit = min(self.form.shape)
         random = generator(self.module.name, self.device)
-        total = self.delta.total if self.root is None else self._weighted_total()
+        total = self.delta.total if self.root is None else self._compute_weighted_total()
         width = min(want, limit) if isinstance(want, int) else min(FIRST_WIDTH, limit)
         while oversampled(width, limit) < DENSE_SHARE * limit:
-            found = randomised_spectrum(self.delta, total, width, random, self.root)
+            leading = randomised_spectrum(self.delta, total, width, random, self.root)
             if isinstance(want, int):
-                return found
-            if found.rank_for(want) is not None:
-                return found
+                return leading
+            if leading.rank_for(want) is not None:
+                return leading
             width *= 2
         return dense_spectrum(self.delta.dense(), None if self.root is None else self.root.to(torch.float64))
 
     def _kronecker_sides(self) -> tuple[Tensor, Tensor] | None:
-        """Both sides of a plain LoKr delta, float64: its SVD is that of its sides. None for everything else."""
+        """Return both sides of a plain LoKr delta, float64, whose SVDs give that of dW; None for any other form."""
         if not isinstance(self.module, LokrModule) or self.scaled or self.root is not None:
             return None
         first, second = (
@@ -173,17 +182,21 @@ class Factoriser:
         return first * self.module.scale, second
 
     @staticmethod
-    def _values(spectrum: Spectrum) -> tuple[float, ...]:
-        """Singular values relative to the Frobenius norm."""
+    def _relative_values(spectrum: Spectrum) -> tuple[float, ...]:
+        """Return the singular values relative to the Frobenius norm."""
         norm = spectrum.total**0.5
         return tuple(float(value) ** 0.5 / norm if norm > 0 else 0.0 for value in spectrum.squares)
 
-    def _weighted_total(self) -> float:
+    def _compute_weighted_total(self) -> float:
+        """Return ||dW S||_F^2."""
         assert self.root is not None
         return sum(float((rows @ self.root).square().sum()) for _, _, rows in self.delta.delta_blocks(torch.float32))
 
     def truncated(self, spectrum: Spectrum, rank: int) -> Factored:
-        """The factors of that rank, with measured errors. Raises UnsupportedError for scales of columns."""
+        """Return the factors of that rank, with measured errors.
+
+        Raises UnsupportedError for a form with column scales whose scale is to be kept.
+        """
         if self.keep_scale and (self.form.col_scale is not None or self.form.needs_pass):
             raise UnsupportedError(
                 f"{self.module.name}: a scale of the input columns cannot be kept beside truncated factors",
@@ -193,7 +206,7 @@ class Factoriser:
         rank = min(rank, spectrum.rank)
         up, down = (part.to(self.device, torch.float64) for part in spectrum.factors(rank))
         route = "cores" if self.through_cores else ("dense" if spectrum.full else "randomised")
-        values = self._values(spectrum)
+        values = self._relative_values(spectrum)
         top = None
         if self.through_cores and self.scaled:
             scale = self.delta.scale
@@ -207,17 +220,17 @@ class Factoriser:
 
     # -- both ------------------------------------------------------------------------------------------
 
-    def with_unit_scale(self, found: Factored) -> Factored:
-        """Factors without a row scale, for a folder where others have one: magnitudes that change nothing.
+    def with_unit_scale(self, factored: Factored) -> Factored:
+        """Add magnitudes with row scale 1 to factors that have none, for a folder where other weights have a row scale.
 
-        PEFT's DoRA would take the norms of W0 for magnitudes that are not there.
+        Where a magnitude is missing, PEFT's DoRA would use the norms of W0 instead.
         """
         assert self.weight is not None
         dim = 0 if self.module.embedding else 1
         weight = self.weight.oriented_weight().to(device=self.device, dtype=torch.float64)
-        after = torch.addmm(weight, found.up.to(weight), found.down.to(weight))
+        after = torch.addmm(weight, factored.up.to(weight), factored.down.to(weight))
         magnitude = torch.linalg.vector_norm(after, dim=dim).to("cpu", torch.float32)
-        return replace(found, magnitude=magnitude, row_scale=None if dim == 0 else torch.ones(after.shape[0]))
+        return replace(factored, magnitude=magnitude, row_scale=None if dim == 0 else torch.ones(after.shape[0]))
 
     def _finish(
         self,
@@ -225,18 +238,19 @@ class Factoriser:
         down: Tensor,  # (R, in) float64
         route: str,
         with_scale: bool,
-        values: tuple[float, ...],
-        top: float | None,
+        values: tuple[float, ...],  # singular values of dW relative to its Frobenius norm
+        top: float | None,  # ||dW||_2 where it is known
     ) -> Factored:
+        """Round the factors to float32, compute their scales, and measure their errors."""
         up, down = up.to(torch.float32).contiguous(), down.to(torch.float32).contiguous()
         magnitude = row_scale = None
         if with_scale:
-            magnitude, row_scale = self._scales(up, down, route == "exact")
-        delta_norm: float | None = None
+            magnitude, row_scale = self._compute_scales(up, down, route == "exact")
+        relative_delta: float | None = None
         if self.scaled or self.held or (self.form.residual is not None and self.weight is not None):
-            found = measure(self.module.name, self.delta, up, down, row_scale, top, self.root)
-            errors = found.relative_error, found.spectral_error, found.output_error
-            delta_norm = found.relative_delta
+            measured = measure(self.module.name, self.delta, up, down, row_scale, top, self.root)
+            errors = measured.relative_error, measured.spectral_error, measured.output_error
+            relative_delta = measured.relative_delta
         else:
             plain = self.form.folded()
             root = None if self.root is None else self.root.to(torch.float64)
@@ -248,7 +262,7 @@ class Factoriser:
             relative_error=errors[0],
             spectral_error=errors[1],
             energy=1 - errors[0] ** 2,
-            relative_delta=delta_norm,
+            relative_delta=relative_delta,
             output_error=errors[2],
             singular_values=values[:SPECTRUM_LENGTH],
         )
@@ -261,15 +275,15 @@ class Factoriser:
             figures,
         )
 
-    def _scales(
+    def _compute_scales(
         self,
         up: Tensor,  # (out, R) float32
         down: Tensor,  # (R, in) float32
         exact: bool,
     ) -> tuple[Tensor, Tensor]:
-        """magnitude and row_scale (out,), float64, for the factors as they are written.
+        """Return magnitude and row_scale, (out,) float64 each, for the factors as they are written.
 
-        Exact factors keep the magnitude (PEFT finds the same scale from it); truncated ones keep the scale.
+        Exact factors keep the magnitude, from which PEFT computes the same scale; truncated ones keep the scale.
         """
         form: CanonicalForm = replace(self.form, residual=None)
         wide_up, wide_down = up.to(torch.float64), down.to(torch.float64)

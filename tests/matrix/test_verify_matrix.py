@@ -21,9 +21,9 @@ IN_TURN = 2  # sabotages of each cell of the other kinds
 
 FACTORED = "factors|truncated|truncated, row scales|served"
 REFUSED: tuple[tuple[str, str, str], ...] = (  # artefact, kind, reason: what no command does, and why
-    (FACTORED, "PEFT (square )?experts.*", "no low-rank factors say this: adapted experts"),
-    ("factors|truncated|truncated, row scales", "PEFT tokens.*", "no low-rank factors say this: trained tokens"),
-    (FACTORED, "PEFT lora_bias", "no low-rank factors say this: a trained bias"),
+    (FACTORED, "PEFT (square )?experts.*", "has no low-rank factors: adapted experts"),
+    ("factors|truncated|truncated, row scales", "PEFT tokens.*", "has no low-rank factors: trained tokens"),
+    (FACTORED, "PEFT lora_bias", "has no low-rank factors: a trained bias"),
     ("factors|truncated, row scales|served", "PEFT embedding DoRA", "a scale of the input columns|only linear layers"),
     ("factors|truncated, row scales|served", "MyTransformers DuDe, norms of columns|kohya DoRA, \\(1, in\\)",
      "a scale of the input columns"),

@@ -47,8 +47,8 @@ def stand_in_devices(
     for module in ("worker", "schedule"):
         patch.setattr(f"adapter_merge.engine.{module}.current_device", lambda device: contextlib.nullcontext())
     patch.setattr(cuda_lanes, "cuda_lane", lane_of)
-    patch.setattr(cuda_lanes, "product_workspace", lambda device: WORKSPACE)
-    patch.setattr(engine, "forget_workspaces", lambda: None)
+    patch.setattr(cuda_lanes, "measure_cublas_workspace", lambda device: WORKSPACE)
+    patch.setattr(engine, "free_cublas_workspaces", lambda: None)
     patch.setattr(engine, "pinned_bytes", aligned_bytes)
     patch.setattr(torch.cuda, "mem_get_info", lambda device: (free[device.index], 80 << 30))
     patch.setattr(cuda_lanes.os, "sched_getaffinity", lambda pid: range(8))

@@ -265,7 +265,7 @@ def test_device_memory_stays_within_what_is_given(
     if combined:
         adapters = {"a": adapter, "b": write_lora(tmp_path / "b", tensors)}
         adapter = recipe(adapters, {"a": 0.5, "b": 0.5}, method="ties", density=0.5)
-    cuda_lanes.forget_workspaces()
+    cuda_lanes.free_cublas_workspaces()
     held = torch.cuda.memory_allocated()
     torch.cuda.reset_peak_memory_stats()
     merge(base, adapter, tmp_path / "out", device="cuda:0", vram=vram)

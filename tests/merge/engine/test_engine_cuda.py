@@ -203,7 +203,7 @@ def test_each_queue_waits_for_the_one_before_it() -> None:
     ]
     merged = form.merged(weight.float())
     assert torch.equal(torch.cat(pieces).view(torch.bfloat16).view(ROWS, COLUMNS), merged.bfloat16())
-    assert slot.norm_found == pytest.approx(float(merged.norm()), rel=1e-6)
+    assert slot.result_norm == pytest.approx(float(merged.norm()), rel=1e-6)
 
 
 def test_the_engine_keeps_several_blocks_in_flight_and_waits_before_it_reads(
@@ -307,7 +307,7 @@ def test_several_devices_share_the_shards(tmp_path: Path, monkeypatch: pytest.Mo
         (tmp_path / name).mkdir()
     engine.execute(plan, tmp_path / "one", CPU, workers=1)
     devices = [torch.device("cuda", index) for index in range(2)]
-    forms, blocks, _ = cuda_lanes._need(plan.shards)
+    forms, blocks, _ = cuda_lanes._estimate_worker_memory(plan.shards)
     each = forms + WORKSPACE + blocks * lanes.CPU_BLOCK_BYTES  # blocks of another size add up in another order
     free = tuple(int(share * (cuda_lanes.HASHING_WORKERS + 1) * each / cuda_lanes.VRAM_FRACTION) for share in (1, 3))
     computed: dict[torch.device, int] = dict.fromkeys(devices, 0)

@@ -24,7 +24,7 @@ from adapter_merge.engine import execute as engine
 from adapter_merge.engine.lanes import Block, Inline, Lane, Mark, Slot
 from adapter_merge.engine.plan import MergePlan, plan_merge
 from adapter_merge.engine.schedule import Schedule
-from adapter_merge.engine.tasks import form_bytes
+from adapter_merge.engine.tasks import estimate_edit_bytes
 from adapter_merge.errors import InputError, NumericsError
 from adapter_merge.methods.canonical_form import CanonicalForm
 
@@ -52,7 +52,7 @@ def most_forms_held(plan: MergePlan, folder: Path, workers: int, patch: pytest.M
     def prepare(self: Schedule, *arguments: Any) -> Any:
         nonlocal most
         found = real(self, *arguments)
-        most = max(most, sum(tensor.forms is not None for tensor in self._prepared))
+        most = max(most, sum(tensor.edits is not None for tensor in self._prepared))
         return found
 
     patch.setattr(Schedule, "_prepare", prepare)
@@ -97,7 +97,7 @@ def test_a_block_fits_the_device_with_the_least_memory(
 
 def test_factors_count_as_device_memory(plan: MergePlan, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Blocks get what the largest factors leave; where they leave nothing, it is said before anything is written."""
-    forms, blocks, least = cuda_lanes._need(plan.shards)
+    forms, blocks, least = cuda_lanes._estimate_worker_memory(plan.shards)
     largest = max(
         module.stored_form().up.nbytes + module.stored_form().down.nbytes
         for bound in plan.adapters
@@ -118,7 +118,7 @@ def test_factors_count_as_device_memory(plan: MergePlan, tmp_path: Path, monkeyp
 def test_a_device_with_little_memory_has_fewer_workers(
     plan: MergePlan, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    forms, blocks, least = cuda_lanes._need(plan.shards)
+    forms, blocks, least = cuda_lanes._estimate_worker_memory(plan.shards)
     free = (3 * (forms + WORKSPACE + blocks * least) + 8, 4 << 30)
     with stand_in_devices(monkeypatch, lambda device, size: lagging_lane(size), free) as given:
         engine.execute(plan, tmp_path / "out", DEVICES, vram=1 << 30)
@@ -135,9 +135,9 @@ def test_every_share_of_a_combination_counts_as_device_memory(tmp_path: Path) ->
     assert jobs
     for job in jobs:
         rows, columns = job.source.shape
-        assert form_bytes(job) == 4 * (rows + columns) * 2 * (4 + 4)
+        assert estimate_edit_bytes(job) == 4 * (rows + columns) * 2 * (4 + 4)
     single = open_pair(base, adapters["one"])
-    alone, both = (cuda_lanes._need(plan_merge(one.base, (one,)).shards) for one in (single, bound))
+    alone, both = (cuda_lanes._estimate_worker_memory(plan_merge(one.base, (one,)).shards) for one in (single, bound))
     assert both[0] == 2 * alone[0]
     assert both[1] == alone[1] + 2 * cuda_lanes.BLOCKS_PER_SHARE
 
@@ -157,7 +157,7 @@ def test_passes_of_a_device_are_taken_one_at_a_time_where_blocks_are_computed(
     engine.execute(plan, tmp_path / "cpu", CPU, 2)
     threads: set[str] = set()
     queues: list[Inline] = []
-    first, real = Schedule.__init__, Schedule._pass
+    first, real = Schedule.__init__, Schedule._run_pass
 
     def begin(self: Schedule, *arguments: Any, **options: Any) -> None:
         first(self, *arguments, **options)
@@ -173,7 +173,7 @@ def test_passes_of_a_device_are_taken_one_at_a_time_where_blocks_are_computed(
         return queues[-1]
 
     monkeypatch.setattr(Schedule, "__init__", begin)
-    monkeypatch.setattr(Schedule, "_pass", one_pass)
+    monkeypatch.setattr(Schedule, "_run_pass", one_pass)
     monkeypatch.setattr(schedule, "CudaQueue", queue)
     with stand_in_devices(monkeypatch, lambda device, size: lagging_lane(size), (8 << 30, 8 << 30)):
         engine.execute(plan, tmp_path / "device", DEVICES)

@@ -86,7 +86,7 @@ def test_figures_of_a_known_difference() -> None:
     want = torch.tensor([[0.0, 1.0, 0.0], [0.0, 0.0, 2.0], [3.0, 0.0, 0.0]])
     got = want + torch.tensor([[0.0, 0.0, 2.0], [0.0, 0.0, 0.0], [0.0, 0.0, 0.0]])
     path = torch.tensor([[0, 1, 2]])
-    found = figures([path], [0], [want], [got], [torch.zeros_like(want)], writes=True)
+    found = figures([path], [0], [want], [got], [torch.zeros_like(want)], generative=True)
     assert found["max_dlogit"] == 2 and found["mean_dlogit"] == pytest.approx(2 / 9)
     assert (found["greedy_equal"], found["greedy_total"], found["texts_equal"]) == (2, 3, 0)
     assert found["effect"] == 3
