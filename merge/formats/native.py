@@ -28,7 +28,7 @@ from adapter_merge.errors import AdapterError, Problem, raise_all
 from adapter_merge.formats.dcft_reshape_file import read_reshaped
 from adapter_merge.formats.peft.initialisation import RESIDUAL_DTYPES
 from adapter_merge.formats.peft.lora import LORA_ROLES, lora_modules, method_name
-from adapter_merge.formats.peft.tensors import PREFIX, WEIGHT_FILES, Parts, find_weights, group_tensors
+from adapter_merge.formats.peft.tensors import PREFIX, WEIGHT_FILES, PeftTensors, find_weights, group_tensors
 from adapter_merge.methods.adapter import AdaptedModule, Adapter, AdapterFormat
 from adapter_merge.methods.dcft import DcftModule
 from adapter_merge.methods.lora import LoraModule
@@ -132,7 +132,9 @@ def _untrue(config: Mapping[str, Any], modules: tuple[AdaptedModule, ...], confi
     return problems
 
 
-def _dude(parts: Parts, config: Mapping[str, Any], problems: list[Problem]) -> tuple[str, tuple[AdaptedModule, ...]]:
+def _dude(
+    parts: PeftTensors, config: Mapping[str, Any], problems: list[Problem]
+) -> tuple[str, tuple[AdaptedModule, ...]]:
     said = {key: config.get(key, values[0]) for key, values in CHOICES.items()} | {"base": config.get("base")}
     for key, value in said.items():
         if value not in CHOICES[key]:

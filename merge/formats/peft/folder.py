@@ -6,19 +6,20 @@ lycoris.py; anything else that is saved (modules_to_save, biases) carries the ba
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from adapter_merge.errors import AdapterError, Problem, UnsupportedError, raise_all
-from adapter_merge.formats.settings import note_of
-from adapter_merge.methods.adapter import Adapter, AdapterFormat
+from adapter_merge.formats.settings import KnownSettings, note_of
+from adapter_merge.methods.adapter import AdaptedModule, Adapter, AdapterFormat
 from adapter_merge.storage.checkpoint import read_json, read_weights
 
 from .lora import ADALORA_ROLES, LORA_ROLES, TOKEN_ROLES, read_adalora, read_lora, read_tokens
 from .lycoris import LOHA_ROLES, LOKR_ROLES, VERA_ROLES, read_loha, read_lokr, read_vera
 from .settings import BIASES, PEFT_SETTINGS
-from .tensors import WEIGHT_FILES, PeftExtras, find_weights, group_tensors
+from .tensors import WEIGHT_FILES, PeftExtras, PeftTensors, find_weights, group_tensors
 
 CONVERTED_NOTE = (
     "this folder is what PEFT's save_as_lora made of another adapter, cut to a rank. If that was a DoRA or DuDe, its "
@@ -27,28 +28,41 @@ CONVERTED_NOTE = (
 )
 
 
+@dataclass(frozen=True)
+class PeftMethod:
+    """How the folder of one PEFT method is read."""
+
+    roles: Mapping[str, str]  # suffix of a tensor's name -> role
+    settings: KnownSettings  # the keys of its config
+    read: Callable[[PeftTensors, Mapping[str, Any], PeftExtras], tuple[str, tuple[AdaptedModule, ...]]]
+
+
+# peft_type -> how it is read. A new PEFT method adds one row.
+METHODS = {
+    "LORA": PeftMethod(LORA_ROLES, PEFT_SETTINGS["LORA"], read_lora),
+    "ADALORA": PeftMethod(ADALORA_ROLES, PEFT_SETTINGS["ADALORA"], read_adalora),
+    "LOKR": PeftMethod(LOKR_ROLES, PEFT_SETTINGS["LOKR"], read_lokr),
+    "LOHA": PeftMethod(LOHA_ROLES, PEFT_SETTINGS["LOHA"], read_loha),
+    "VERA": PeftMethod(VERA_ROLES, PEFT_SETTINGS["VERA"], read_vera),
+    "TRAINABLE_TOKENS": PeftMethod(TOKEN_ROLES, PEFT_SETTINGS["TRAINABLE_TOKENS"], read_tokens),
+}
+
+
 def read_peft(folder: Path, extras: PeftExtras | None = None) -> Adapter:
-    """The adapter in `folder`. Raises AdapterError with every problem, UnsupportedError for methods not known here."""
-    readers = {
-        "LORA": (LORA_ROLES, read_lora),
-        "ADALORA": (ADALORA_ROLES, read_adalora),
-        "LOKR": (LOKR_ROLES, read_lokr),
-        "LOHA": (LOHA_ROLES, read_loha),
-        "VERA": (VERA_ROLES, read_vera),
-        "TRAINABLE_TOKENS": (TOKEN_ROLES, read_tokens),
-    }
+    """Read the adapter in `folder`. Raises AdapterError with every problem, UnsupportedError for unknown methods."""
     config_file = folder / "adapter_config.json"
     config = read_json(config_file)
     weights = find_weights(folder)
     if weights is None:
         raise AdapterError(f"{folder}: no adapter weights", expected=" or ".join(WEIGHT_FILES))
     kind = config.get("peft_type")
-    if not isinstance(kind, str) or kind not in readers:
+    if not isinstance(kind, str) or kind not in METHODS:
         raise UnsupportedError(
             f"{config_file}: peft_type {kind!r} is not supported",
-            expected=f"{', '.join(readers)}, DCFT, DUDE or LYCORIS",
+            expected=f"{', '.join(METHODS)}, DCFT, DUDE or LYCORIS",
         )
-    unsupported, off = PEFT_SETTINGS[kind].check(config, str(config_file))
+    method_entry = METHODS[kind]
+    unsupported, off = method_entry.settings.check(config, str(config_file))
     if config.get("bias") not in BIASES:
         unsupported.append(
             Problem(f"{config_file}: bias is wrong", ", ".join(map(repr, BIASES)), f"{config['bias']!r:.100}")
@@ -59,17 +73,16 @@ def read_peft(folder: Path, extras: PeftExtras | None = None) -> Adapter:
     if not isinstance(fan_in_fan_out, bool | None):
         got = f"{fan_in_fan_out!r:.100}"
         raise AdapterError(f"{config_file}: fan_in_fan_out is wrong", expected="true or false", got=got)
-    roles, read = readers[kind]
     shard = read_weights(weights)
-    parts = group_tensors(shard.tensors, weights, roles)
-    method, modules = read(parts, config, extras or PeftExtras())
-    raise_all(parts.problems, AdapterError)
+    tensors = group_tensors(shard.tensors, weights, method_entry.roles)
+    method, modules = method_entry.read(tensors, config, extras or PeftExtras())
+    raise_all(tensors.problems, AdapterError)
     return Adapter(
         folder=folder,
         format=AdapterFormat.PEFT,
         method=method,
         modules=modules,
-        replacements=parts.replacements,
+        replacements=tensors.replacements,
         config=config,
         base_name=base_name if isinstance(base_name, str) else None,
         fan_in_fan_out=bool(fan_in_fan_out),
@@ -78,13 +91,13 @@ def read_peft(folder: Path, extras: PeftExtras | None = None) -> Adapter:
             *((CONVERTED_NOTE,) if is_converted(config, weights, shard.metadata) else ()),
             *note_of(off, str(config_file)),
         ),
-        base_layers=parts.base_layers,
+        base_layers=tensors.base_layers,
         tied=bool(config.get("ensure_weight_tying")),
     )
 
 
 def is_converted(config: Mapping[str, Any], weights: Path, metadata: Mapping[str, str]) -> bool:
-    """True for what PEFT's save_as_lora wrote (peft.tuners.lora.conversion).
+    """Return True for a folder that PEFT's save_as_lora wrote (peft.tuners.lora.conversion).
 
     It leaves marks that no training does: its config is saved with inference_mode false and exclude_modules as an
     empty list, every alpha equals its rank, and its safetensors file lacks the metadata that save_pretrained writes.

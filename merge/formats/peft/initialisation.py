@@ -1,6 +1,6 @@
-"""What a LoRA's initialisation subtracted from the base: nothing, what can be repeated, or what is lost.
+"""What the initialisation of a LoRA (init_lora_weights) subtracted from the base.
 
-init_lora_weights of PEFT 0.21: PiSSA and OLoRA decompose the weight, and that can be repeated; pissa_niter_*, CorDA,
+As of PEFT 0.21: PiSSA and OLoRA decompose the weight, which can be repeated exactly; pissa_niter_*, CorDA,
 LoRA-GA and LoftQ need the folder that was saved before training (--init-adapter), or the residual base.
 """
 
@@ -15,31 +15,34 @@ from adapter_merge.methods.lora import LoraModule
 from adapter_merge.methods.residual import LOST_INITS, Initial
 from adapter_merge.storage.safetensors_header import TensorRef
 
-from .tensors import Parts, PeftExtras
+from .tensors import PeftExtras, PeftTensors
 
 RESIDUAL_DTYPES = {"float32": "F32", "bfloat16": "BF16", "float16": "F16"}
-# What an initialisation did to the base: nothing; subtracted something that can be found again; or something else.
+# Initialisations that leave the base as it is, and those whose subtracted factors can be computed again.
 PLAIN_INITS = ("gaussian", "eva", "orthogonal", "mica", "true", "false", "none")
 REPEATABLE_INITS = {"pissa": "svd", "olora": "qr"}
 
 
-def is_plain_init(said: object) -> bool:
-    """True for a value of init_lora_weights that leaves the base as it is."""
-    return isinstance(said, bool | str | None) and str(said).lower() in PLAIN_INITS
+def is_plain_init(init_lora_weights: object) -> bool:
+    """Return True for a value of init_lora_weights that leaves the base as it is."""
+    return isinstance(init_lora_weights, bool | str | None) and str(init_lora_weights).lower() in PLAIN_INITS
 
 
-def initial_of(config: Mapping[str, Any], parts: Parts, extras: PeftExtras) -> Initial | None:
-    """What the initialisation subtracted from the base; None where it left the base alone."""
-    said = config.get("init_lora_weights", True)
+def initial_of(config: Mapping[str, Any], tensors: PeftTensors, extras: PeftExtras) -> Initial | None:
+    """Return what the initialisation subtracted from the base; None where it left the base as it is.
+
+    Raises UnsupportedError for an unknown initialisation.
+    """
+    init_lora_weights = config.get("init_lora_weights", True)
     dtype = None
     if extras.residual_dtype is not None:
         dtype = RESIDUAL_DTYPES.get(extras.residual_dtype)
         if dtype is None:
-            parts.problems.append(
+            tensors.problems.append(
                 Problem("the residual's dtype is unknown", ", ".join(RESIDUAL_DTYPES), repr(extras.residual_dtype))
             )
-    init = str(said).lower()
-    if is_plain_init(said):
+    init = str(init_lora_weights).lower()
+    if is_plain_init(init_lora_weights):
         return None
     if init in REPEATABLE_INITS:
         return Initial(dtype=dtype, method=REPEATABLE_INITS[init])
@@ -47,7 +50,8 @@ def initial_of(config: Mapping[str, Any], parts: Parts, extras: PeftExtras) -> I
         if init.startswith(start):
             return Initial(dtype=dtype, method=start)
     raise UnsupportedError(
-        f"{parts.weights.parent}: init_lora_weights {said!r:.100} changed the base at training and is not known here",
+        f"{tensors.weights.parent}: init_lora_weights {init_lora_weights!r:.100} changed the base at training "
+        "and is not known here",
         expected=f"true, {', '.join((*PLAIN_INITS, *REPEATABLE_INITS, *LOST_INITS))}",
     )
 
@@ -56,9 +60,9 @@ def with_initial(
     module: LoraModule,
     group: Mapping[str, TensorRef],
     before: Mapping[str, tuple[TensorRef, TensorRef, float]],
-    parts: Parts,
+    tensors: PeftTensors,
 ) -> LoraModule:
-    """The module with its factors at initialisation, stored beside it or in an adapter saved before training."""
+    """Return `module` with its initial factors: those in `group`, or those of an adapter saved before training."""
     initial = module.initial
     if initial is None:
         return module
@@ -71,7 +75,7 @@ def with_initial(
     else:
         return module
     if a.shape[1:] != module.a.shape[1:] or b.shape[:1] != module.b.shape[:1] or a.shape[0] != b.shape[1]:
-        parts.problems.append(
-            Problem(f"{parts.weights}: the initial factors of {module.name} do not fit the trained ones")
+        tensors.problems.append(
+            Problem(f"{tensors.weights}: the initial factors of {module.name} do not fit the trained ones")
         )
     return replace(module, initial=replace(initial, a=a, b=b, scale=scale))

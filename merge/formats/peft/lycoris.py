@@ -1,4 +1,4 @@
-"""LoKr, LoHa and VeRA of a PEFT folder: roles as in peft.tuners.lokr, .loha and .vera (0.21)."""
+"""Readers of LOKR, LOHA and VERA folders; tensor roles as in peft.tuners.lokr, .loha and .vera (0.21)."""
 
 from __future__ import annotations
 
@@ -13,16 +13,16 @@ from adapter_merge.methods.vera import Projections, VeraModule
 from adapter_merge.storage.safetensors_header import TensorRef
 
 from .patterns import read_pattern
-from .tensors import Parts, PeftExtras, number, rank_of
+from .tensors import PeftExtras, PeftTensors, number, rank_of, require_factors
 
 LOKR_ROLES = {f"lokr_{role}": role for role in ("w1", "w1_a", "w1_b", "w2", "w2_a", "w2_b", "t2")}
 LOHA_ROLES = {f"hada_{role}": role for role in ("w1_a", "w1_b", "w2_a", "w2_b", "t1", "t2")}
 VERA_ROLES = {"vera_lambda_b": "b", "vera_lambda_d": "d", "vera_A": "A", "vera_B": "B"}
-Found = tuple[str, tuple[AdaptedModule, ...]]
+ReadResult = tuple[str, tuple[AdaptedModule, ...]]
 
 
 def side(group: Mapping[str, TensorRef], name: str) -> tuple[TensorRef, ...]:
-    """One side of a LoKr: (full,), (a, b), or () where it is missing or does not fit."""
+    """Return one Kronecker factor of a LoKr: (full,), (a, b), or () where it is missing or its shapes do not fit."""
     if name in group:
         full = group[name]
         return (full,) if len(full.shape) == 2 and 0 not in full.shape else ()
@@ -33,66 +33,66 @@ def side(group: Mapping[str, TensorRef], name: str) -> tuple[TensorRef, ...]:
 
 
 def fits(a: TensorRef, b: TensorRef) -> bool:
-    """True when a (n, r) times b (r, m) is a product of non-empty matrices."""
+    """Return True when a (n, r) and b (r, m) are non-empty matrices that can be multiplied."""
     return len(a.shape) == len(b.shape) == 2 and a.shape[1] == b.shape[0] and 0 not in (*a.shape, *b.shape)
 
 
-def refuse_convolution(group: Mapping[str, TensorRef], name: str, parts: Parts) -> None:
-    """Raise UnsupportedError for the core tensors that only convolutions have."""
+def refuse_convolution(group: Mapping[str, TensorRef], name: str, tensors: PeftTensors) -> None:
+    """Raise UnsupportedError where `group` holds t1 or t2, which only adapted convolutions have."""
     if "t1" in group or "t2" in group:
-        raise UnsupportedError(f"{parts.weights}: {name} adapts a convolution", expected="linear layers only")
+        raise UnsupportedError(f"{tensors.weights}: {name} adapts a convolution", expected="linear layers only")
 
 
-def read_lokr(parts: Parts, config: Mapping[str, Any], extras: PeftExtras) -> Found:
-    """LoKr: s kron(W1, W2), s = alpha / r."""
-    rank, alpha = rank_of(config, "r", parts), number(config, "alpha", parts)
-    where = str(parts.weights.parent)
-    ranks = read_pattern(config, "rank_pattern", where, parts.problems)
-    alphas = read_pattern(config, "alpha_pattern", where, parts.problems)
+def read_lokr(tensors: PeftTensors, config: Mapping[str, Any], extras: PeftExtras) -> ReadResult:
+    """Read a LOKR folder: dW = s kron(W1, W2), s = alpha / r. Returns the method's name and its modules."""
+    rank, alpha = rank_of(config, "r", tensors), number(config, "alpha", tensors)
+    where = str(tensors.weights.parent)
+    ranks = read_pattern(config, "rank_pattern", where, tensors.problems)
+    alphas = read_pattern(config, "alpha_pattern", where, tensors.problems)
     modules: list[AdaptedModule] = []
-    for name, group in sorted(parts.groups.items()):
-        refuse_convolution(group, name, parts)
+    for name, group in sorted(tensors.groups.items()):
+        refuse_convolution(group, name, tensors)
         w1, w2 = side(group, "w1"), side(group, "w2")
         if not w1 or not w2:
-            parts.problems.append(
+            tensors.problems.append(
                 Problem(
-                    f"{parts.weights}: the tensors of {name} do not fit",
+                    f"{tensors.weights}: the tensors of {name} do not fit",
                     "lokr_w1 or lokr_w1_a (o, r) and lokr_w1_b (r, i), and the same of w2",
                     ", ".join(f"{role} {ref.shape}" for role, ref in group.items()),
                 )
             )
             continue
         modules.append(LokrModule(name, w1, w2, float(alphas.get(name, alpha)) / ranks.get(name, rank)))
-    _some(modules, parts)
+    require_factors(modules, tensors)
     return "LoKr", tuple(modules)
 
 
-def read_loha(parts: Parts, config: Mapping[str, Any], extras: PeftExtras) -> Found:
-    """LoHa: s (W1a W1b) * (W2a W2b), s = alpha / r."""
-    rank, alpha = rank_of(config, "r", parts), number(config, "alpha", parts)
-    where = str(parts.weights.parent)
-    ranks = read_pattern(config, "rank_pattern", where, parts.problems)
-    alphas = read_pattern(config, "alpha_pattern", where, parts.problems)
+def read_loha(tensors: PeftTensors, config: Mapping[str, Any], extras: PeftExtras) -> ReadResult:
+    """Read a LOHA folder: dW = s (W1a W1b) * (W2a W2b), s = alpha / r. Returns the method's name and its modules."""
+    rank, alpha = rank_of(config, "r", tensors), number(config, "alpha", tensors)
+    where = str(tensors.weights.parent)
+    ranks = read_pattern(config, "rank_pattern", where, tensors.problems)
+    alphas = read_pattern(config, "alpha_pattern", where, tensors.problems)
     modules: list[AdaptedModule] = []
-    for name, group in sorted(parts.groups.items()):
-        refuse_convolution(group, name, parts)
+    for name, group in sorted(tensors.groups.items()):
+        refuse_convolution(group, name, tensors)
         module = loha_module(name, group, float(alphas.get(name, alpha)) / ranks.get(name, rank))
         if module is None:
-            parts.problems.append(
+            tensors.problems.append(
                 Problem(
-                    f"{parts.weights}: the tensors of {name} do not fit",
+                    f"{tensors.weights}: the tensors of {name} do not fit",
                     "hada_w1_a (out, r), hada_w1_b (r, in), hada_w2_a (out, r), hada_w2_b (r, in)",
                     ", ".join(f"{role} {ref.shape}" for role, ref in group.items()),
                 )
             )
         else:
             modules.append(module)
-    _some(modules, parts)
+    require_factors(modules, tensors)
     return "LoHa", tuple(modules)
 
 
 def loha_module(name: str, group: Mapping[str, TensorRef], scale: float) -> LohaModule | None:
-    """The module, or None where its tensors are not there or do not fit."""
+    """Return the LoHa module of `group`, or None where a tensor is missing or the shapes do not fit."""
     refs = [group.get(role) for role in ("w1_a", "w1_b", "w2_a", "w2_b")]
     if any(ref is None for ref in refs):
         return None
@@ -104,49 +104,46 @@ def loha_module(name: str, group: Mapping[str, TensorRef], scale: float) -> Loha
     return LohaModule(name, w1a, w1b, w2a, w2b, scale)
 
 
-def read_vera(parts: Parts, config: Mapping[str, Any], extras: PeftExtras) -> Found:
-    """VeRA: shared matrices, saved or made again from projection_prng_key."""
-    rank = rank_of(config, "r", parts)
-    shared = parts.groups.pop("", {})
+def read_vera(tensors: PeftTensors, config: Mapping[str, Any], extras: PeftExtras) -> ReadResult:
+    """Read a VERA folder: shared matrices that were saved, or are drawn again from projection_prng_key."""
+    rank = rank_of(config, "r", tensors)
+    shared = tensors.groups.pop("", {})
     a, b = shared.get("A"), shared.get("B")
     seed = config.get("projection_prng_key")
     if (a is None) != (b is None) or (a is None and (not isinstance(seed, int) or isinstance(seed, bool))):
-        parts.problems.append(
+        tensors.problems.append(
             Problem(
-                f"{parts.weights}: neither the shared matrices nor their seed are known",
+                f"{tensors.weights}: neither the shared matrices nor their seed are known",
                 "base_model.vera_A and base_model.vera_B, or projection_prng_key in the config",
                 f"projection_prng_key {seed!r}",
             )
         )
         return "VeRA", ()
     if a is not None and b is not None and not (len(a.shape) == len(b.shape) == 2 and a.shape[0] == b.shape[1] == rank):
-        parts.problems.append(
+        tensors.problems.append(
             Problem(
-                f"{parts.weights}: the shared matrices do not fit",
+                f"{tensors.weights}: the shared matrices do not fit",
                 f"vera_A ({rank}, in), vera_B (out, {rank})",
                 f"{a.shape}, {b.shape}",
             )
         )
     if isinstance(seed, int) and not -(1 << 63) <= seed < 1 << 64:
-        parts.problems.append(Problem(f"{parts.weights.parent}: projection_prng_key is no seed", got=repr(seed)[:50]))
+        tensors.problems.append(
+            Problem(f"{tensors.weights.parent}: projection_prng_key is no seed", got=repr(seed)[:50])
+        )
     projections = Projections(a, b, seed if isinstance(seed, int) else 0, rank)
     modules: list[AdaptedModule] = []
-    for name, group in sorted(parts.groups.items()):
+    for name, group in sorted(tensors.groups.items()):
         lambda_b, lambda_d = group.get("b"), group.get("d")
         if lambda_b is None or lambda_d is None or len(lambda_b.shape) != 1 or lambda_d.shape != (rank,):
-            parts.problems.append(
+            tensors.problems.append(
                 Problem(
-                    f"{parts.weights}: the tensors of {name} do not fit",
+                    f"{tensors.weights}: the tensors of {name} do not fit",
                     f"vera_lambda_b (out,), vera_lambda_d ({rank},)",
                     ", ".join(f"{role} {ref.shape}" for role, ref in group.items()),
                 )
             )
             continue
         modules.append(VeraModule(name, lambda_b, lambda_d, projections))
-    _some(modules, parts)
+    require_factors(modules, tensors)
     return "VeRA", tuple(modules)
-
-
-def _some(modules: list[AdaptedModule], parts: Parts) -> None:
-    if not modules and not parts.problems:
-        parts.problems.append(Problem(f"{parts.weights}: holds no adapter factors"))

@@ -1,4 +1,4 @@
-"""The files and tensors of a PEFT folder: found, sorted by module and role, and the config's numbers, checked.
+"""The weights file of a PEFT folder, its tensors by module and role, and checked numbers of its config.
 
 Tensor names follow PEFT 0.21: base_model.model.<module>.<role>; anything else that is saved (modules_to_save, biases)
 carries the base tensor's own name.
@@ -6,12 +6,13 @@ carries the base tensor's own name.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from adapter_merge.errors import Problem
+from adapter_merge.methods.adapter import AdaptedModule
 from adapter_merge.storage.safetensors_header import TensorRef
 
 # Files that a factor folder holds beside the adapter's weights.
@@ -25,7 +26,7 @@ PREFIX = "base_model.model."
 
 @dataclass(frozen=True)
 class PeftExtras:
-    """What a user may add to a PEFT folder that does not hold everything."""
+    """Files and values that a user states where a PEFT folder does not hold them."""
 
     magnitudes: Path | None = None  # a safetensors or .bin file, or another PEFT folder, with the magnitude vectors
     init_adapter: Path | None = None  # a PEFT folder with the factors as they were before training
@@ -33,27 +34,30 @@ class PeftExtras:
 
 
 @dataclass
-class Parts:
-    """A PEFT folder's tensors, sorted: groups by module and role, replacements and base layers by base tensor name."""
+class PeftTensors:
+    """The tensors of a PEFT folder, sorted by use, and the problems found while they are read."""
 
     weights: Path
-    groups: dict[str, dict[str, TensorRef]] = field(default_factory=dict)
-    replacements: dict[str, TensorRef] = field(default_factory=dict)
-    base_layers: dict[str, TensorRef] = field(default_factory=dict)
+    groups: dict[str, dict[str, TensorRef]] = field(default_factory=dict)  # module -> role -> factor
+    replacements: dict[str, TensorRef] = field(default_factory=dict)  # base tensor name -> tensor trained in full
+    base_layers: dict[str, TensorRef] = field(default_factory=dict)  # base tensor name -> base weight saved beside it
     problems: list[Problem] = field(default_factory=list)
 
 
 def find_weights(folder: Path) -> Path | None:
-    """The adapter's weights file, safetensors first; None where there is none."""
+    """Return the weights file in `folder`, safetensors before .bin; None where there is none."""
     for name in WEIGHT_FILES:
         if (folder / name).is_file():
             return folder / name
     return None
 
 
-def group_tensors(refs: tuple[TensorRef, ...], weights: Path, roles: Mapping[str, str]) -> Parts:
-    """Sort a PEFT file's tensors. Every one is a factor, a replacement or a problem."""
-    parts = Parts(weights)
+def group_tensors(refs: tuple[TensorRef, ...], weights: Path, roles: Mapping[str, str]) -> PeftTensors:
+    """Sort the tensors of a PEFT weights file by `roles` (name suffix -> role).
+
+    Each tensor becomes a factor, a replacement, a base layer or a problem; copies of untouched originals are skipped.
+    """
+    tensors = PeftTensors(weights)
     by_length = sorted(roles, key=len, reverse=True)
     own = tuple(f".{role.split('.', 1)[0]}" for role in roles if not role.startswith("token_adapter."))
     for ref in refs:
@@ -62,38 +66,38 @@ def group_tensors(refs: tuple[TensorRef, ...], weights: Path, roles: Mapping[str
         if name == ref.name:
             shared = ref.name.removeprefix("base_model.")
             if shared in roles:
-                parts.groups.setdefault("", {})[roles[shared]] = ref
+                tensors.groups.setdefault("", {})[roles[shared]] = ref
             else:
-                parts.problems.append(
+                tensors.problems.append(
                     Problem(f"{weights}: unknown tensor {ref.name!r}", expected=f"a name under {PREFIX}")
                 )
         elif role is not None:
-            parts.groups.setdefault(name[: -len(role) - 1], {})[roles[role]] = ref
+            tensors.groups.setdefault(name[: -len(role) - 1], {})[roles[role]] = ref
         elif ".original_module." in name:
             continue  # PEFT saves the untouched original beside a trained copy
         elif any(marker in name for marker in own) or ".lora_" in name:
-            parts.problems.append(Problem(f"{weights}: unknown tensor {ref.name!r}", expected=", ".join(roles)))
+            tensors.problems.append(Problem(f"{weights}: unknown tensor {ref.name!r}", expected=", ".join(roles)))
         else:
             target = name.replace(".token_adapter.", ".").replace(".modules_to_save.", ".")
             if ".base_layer." in target and target.endswith(".weight"):
-                parts.base_layers[target.replace(".base_layer.", ".")] = ref
+                tensors.base_layers[target.replace(".base_layer.", ".")] = ref
                 continue
             target = target.replace(".base_layer.", ".")
             # bias="all" saves both classifier.bias and classifier.modules_to_save.bias: the trained copy counts.
-            if target not in parts.replacements or ".modules_to_save." in name:
-                parts.replacements[target] = ref
-    for name in parts.base_layers.keys() & parts.replacements.keys():
-        del parts.base_layers[name]
-    return parts
+            if target not in tensors.replacements or ".modules_to_save." in name:
+                tensors.replacements[target] = ref
+    for name in tensors.base_layers.keys() & tensors.replacements.keys():
+        del tensors.base_layers[name]
+    return tensors
 
 
-def number(config: Mapping[str, Any], key: str, parts: Parts, hint: str | None = None) -> float:
-    """A positive, finite number of the config; 1 and a problem where it is not there."""
+def number(config: Mapping[str, Any], key: str, tensors: PeftTensors, hint: str | None = None) -> float:
+    """Return the number `key` of the config; where it is missing, zero or not finite, add a problem and return 1."""
     value = config.get(key)
     if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < abs(value) < 1e12:
-        parts.problems.append(
+        tensors.problems.append(
             Problem(
-                f"{parts.weights.parent}: {key} is missing or wrong in the config",
+                f"{tensors.weights.parent}: {key} is missing or wrong in the config",
                 "the number that was trained with",
                 repr(value)[:100],
                 hint,
@@ -103,24 +107,32 @@ def number(config: Mapping[str, Any], key: str, parts: Parts, hint: str | None =
     return float(value)
 
 
-def rank_of(config: Mapping[str, Any], key: str, parts: Parts) -> int:
-    """A rank of the config; 1 and a problem where it is not one."""
+def rank_of(config: Mapping[str, Any], key: str, tensors: PeftTensors) -> int:
+    """Return the rank `key` of the config; where it is not a whole number >= 1, add a problem and return 1."""
     value = config.get(key)
     if isinstance(value, bool) or not isinstance(value, int) or not 1 <= value < 1 << 31:
-        parts.problems.append(
+        tensors.problems.append(
             Problem(
-                f"{parts.weights.parent}: {key} is missing or wrong in the config", "a rank >= 1", f"{value!r:.100}"
+                f"{tensors.weights.parent}: {key} is missing or wrong in the config",
+                "a rank >= 1",
+                f"{value!r:.100}",
             )
         )
         return 1
     return value
 
 
-def flag(config: Mapping[str, Any], key: str, parts: Parts) -> bool:
-    """A true or false of the config, false where it is not stated."""
+def flag(config: Mapping[str, Any], key: str, tensors: PeftTensors) -> bool:
+    """Return the boolean `key` of the config, False where it is missing; add a problem where it is no boolean."""
     value = config.get(key)
     if value is not None and not isinstance(value, bool):
-        parts.problems.append(
-            Problem(f"{parts.weights.parent}: {key} is wrong in the config", "true or false", repr(value)[:100])
+        tensors.problems.append(
+            Problem(f"{tensors.weights.parent}: {key} is wrong in the config", "true or false", repr(value)[:100])
         )
     return value is True
+
+
+def require_factors(modules: Sequence[AdaptedModule], tensors: PeftTensors) -> None:
+    """Add a problem where a folder without other problems has no adapted module."""
+    if not modules and not tensors.problems:
+        tensors.problems.append(Problem(f"{tensors.weights}: holds no adapter factors"))
