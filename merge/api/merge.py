@@ -83,7 +83,7 @@ def merge(
     """
     output = Path(output)
     bound = open_pair(base, adapter, base_kind, options)
-    inputs = snapshot_of(bound)
+    inputs = snapshot_of(bound) if link != "hardlink" else snapshot_of(bound).without_link_times()
     _check_config(bound)
     check_output(output, overwrite, input_folders(bound))
     check_values(bound)

@@ -27,6 +27,7 @@ class InputSnapshot:
         merge with --link hardlink makes such links of its base's shards.
         """
         self._files: dict[Path, tuple[os.stat_result, bool]] = {}
+        self._link_times = True
         for file in files:
             self._files.setdefault(file, (_stat(file), may_be_linked))
 
@@ -43,9 +44,23 @@ class InputSnapshot:
             found._files[file] = self._files.get(file) or (_stat(file), False)
         return found
 
+    def without_link_times(self) -> InputSnapshot:
+        """The same look, without the ctime of files that may be linked.
+
+        A merge with --link hardlink makes links of such files and removes those of a killed run: the ctime changes
+        while the number of links may be what it was.
+        """
+        found = InputSnapshot()
+        found._files, found._link_times = dict(self._files), False
+        return found
+
     def check(self) -> None:
         """Raise FileFormatError naming every file that is not as it was."""
-        changed = [file for file, (before, linked) in self._files.items() if _differ(before, _stat(file), linked)]
+        changed = [
+            file
+            for file, (before, linked) in self._files.items()
+            if _differ(before, _stat(file), linked, self._link_times)
+        ]
         hint = "run it again, once nothing writes to the inputs"
         raise_all([Problem(f"{file}: changed while it was read", hint=hint) for file in changed], FileFormatError)
 
@@ -66,10 +81,12 @@ def _stat(file: Path) -> os.stat_result:
         return file.stat()
 
 
-def _differ(before: os.stat_result, after: os.stat_result, may_be_linked: bool) -> bool:
+def _differ(before: os.stat_result, after: os.stat_result, may_be_linked: bool, link_times: bool) -> bool:
     def identity(stat: os.stat_result) -> tuple[int, ...]:
         return stat.st_dev, stat.st_ino, stat.st_size, stat.st_mtime_ns
 
     if identity(before) != identity(after):
         return True
-    return before.st_ctime_ns != after.st_ctime_ns and not (may_be_linked and before.st_nlink != after.st_nlink)
+    if before.st_ctime_ns == after.st_ctime_ns:
+        return False
+    return not (may_be_linked and (not link_times or before.st_nlink != after.st_nlink))
