@@ -103,7 +103,7 @@ def test_factors_count_as_device_memory(plan: MergePlan, tmp_path: Path, monkeyp
         for bound in plan.adapters
         for module in bound.modules
     )
-    assert forms == cuda_lanes.FORMS_HELD * largest
+    assert forms == cuda_lanes.EDITS_HELD * largest
     need = forms + WORKSPACE + blocks * least
     each = cuda_lanes.HASHING_WORKERS
     with stand_in_devices(monkeypatch, lambda device, size: lagging_lane(size), (4 << 30, 4 << 30)) as given:
