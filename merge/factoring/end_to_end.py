@@ -8,6 +8,7 @@ model with the factors would generate the same text.
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -131,16 +132,20 @@ def install_factors(model: nn.Module, folder: Path) -> None:
 def install_replacements(model: nn.Module, folder: Path) -> None:
     """Put the folder's heads and biases into a float32 base model.
 
-    Where two of them are tied in the model, the second one gets a parameter of its own.
+    A replaced tensor that is tied in the model (an embedding and its head) gets a parameter of its own, as in PEFT,
+    unless the adapter's config says `ensure_weight_tying`.
     """
     file, written = folder / REPLACEMENTS, set()
+    tied = bool(read_json(folder / "adapter_config.json").get("ensure_weight_tying"))
+    uses = Counter(parameter.data_ptr() for _, parameter in model.named_parameters(remove_duplicate=False))
     for ref in read_weights(file).tensors if file.is_file() else ():
         name = ref.name
         path, _, kind = name.rpartition(".")
         layer = submodule(model, path)
         value = read_tensor(ref).float()
         old = getattr(layer, kind)
-        if old.shape == value.shape and old.data_ptr() not in written:
+        alone = tied or uses[old.data_ptr()] <= 1
+        if alone and old.shape == value.shape and old.data_ptr() not in written:
             old.copy_(value)
             written.add(old.data_ptr())
         else:
