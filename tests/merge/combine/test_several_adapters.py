@@ -262,7 +262,7 @@ def test_a_head_that_equals_the_bases_is_no_trained_head(dtype: torch.dtype, tmp
         save_dcft_checkpoint(dcft_model("llama", dtype=dtype).float(), tmp_path / "checkpoint")
     content = factor(None, tmp_path / "checkpoint", tmp_path / "alone", device="cpu")
     assert len(content["warnings"]) == 1
-    assert "lm_head.weight" in content["warnings"][0] and "BASE" in content["warnings"][0]
+    assert "lm_head.weight" in content["warnings"][0] and "With BASE" in content["warnings"][0]
     assert load_file(tmp_path / "alone" / "replacements.safetensors").keys() == {"lm_head.weight"}
     content = factor(tmp_path / "base", tmp_path / "checkpoint", tmp_path / "beside", device="cpu")
     assert content["warnings"] == [] and not (tmp_path / "beside" / "replacements.safetensors").exists()
