@@ -187,8 +187,13 @@ def test_kohya_metadata_that_is_refused(tmp_path: Path, metadata: dict[str, str]
         {"residual_dtype": "float32"},
     ],
 )
-def test_an_option_that_does_nothing_is_an_error(base: Path, adapter: Path, options: dict[str, Any]) -> None:
+def test_an_option_that_does_nothing_is_an_error(
+    base: Path, adapter: Path, options: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Of a plain LoRA in PEFT's form; `serve` reads its adapters in the same way."""
+    save_file({"magnitude": torch.ones(2)}, tmp_path / "m.safetensors")
+    (tmp_path / "before").mkdir()
+    monkeypatch.chdir(tmp_path)
     with pytest.raises(InputError, match="does nothing for this adapter"):
         open_adapter(adapter, ReadOptions(**options))
 
@@ -216,7 +221,7 @@ def test_a_new_head_on_a_quantised_base(base: Path, tmp_path: Path) -> None:
         },
         folder / "adapter_model.safetensors",
     )
-    with pytest.raises(UnsupportedError, match="base is quantised"):
+    with pytest.raises(UnsupportedError, match="a base that is quantised"):
         merge(quantised, folder, tmp_path / "no", device="cpu")
     assert not (tmp_path / "no").exists()
 
