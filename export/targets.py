@@ -44,7 +44,7 @@ LINEARS: Mapping[tuple[str, str], tuple[tuple[str, ...], ...]] = {
 
 
 @dataclass(frozen=True)
-class Part:
+class ModuleSlice:
     """One linear of the checkpoint: columns start .. start+size of its target's output."""
 
     module: str
@@ -60,7 +60,7 @@ class Target:
     nodes: tuple[str, ...]  # usually one; DeBERTa multiplies by the same key_proj twice in a layer
     k: int
     n: int
-    parts: tuple[Part, ...]
+    parts: tuple[ModuleSlice, ...]
 
     @property
     def down_name(self) -> str:
@@ -144,7 +144,7 @@ def _encode(target: Target) -> list[Any]:
 
 def _decode(entry: Any) -> Target:
     name, nodes, k, n, parts = entry
-    decoded = tuple(Part(str(module), int(start), int(size)) for module, start, size in parts)
+    decoded = tuple(ModuleSlice(str(module), int(start), int(size)) for module, start, size in parts)
     return Target(str(name), tuple(map(str, nodes)), int(k), int(n), decoded)
 
 
@@ -188,6 +188,6 @@ def decoder_targets(
 def _target(name: str, node: str, modules: list[str], shapes: list[tuple[int, ...]]) -> Target:
     parts, start = [], 0
     for module, (size, _) in zip(modules, shapes, strict=True):
-        parts.append(Part(module, start, size))
+        parts.append(ModuleSlice(module, start, size))
         start += size
     return Target(name, (node,), shapes[0][1], start, tuple(parts))

@@ -29,7 +29,7 @@ from .insertion import insert_switches, make_optional, split_gemm
 from .merged import add_merged, merge_adapters, stamp_merged
 from .request import Request, export_bytes, figures, open_request
 from .switchable import write_adapters
-from .targets import POSITIONS, Part, Target
+from .targets import POSITIONS, ModuleSlice, Target
 
 if TYPE_CHECKING:
     import onnx_ir as ir
@@ -207,7 +207,7 @@ def traced_targets(model: ir.Model, named: set[str]) -> tuple[Target, ...]:
         direct = nodes[0].inputs[1] is weight
         k, n = (rows, columns) if direct else (columns, rows)
         names = tuple(str(node.name) for node in nodes)
-        targets.append(Target(path, names, k, n, (Part(path, 0, n),)))
+        targets.append(Target(path, names, k, n, (ModuleSlice(path, 0, n),)))
     return tuple(targets)
 
 

@@ -37,7 +37,7 @@ SMALL = 1e-12
 
 
 @dataclass(frozen=True)
-class Pair:
+class TensorPair:
     """One weight in both checkpoints."""
 
     name: str
@@ -164,7 +164,7 @@ def extract(
     return content
 
 
-def _pairs(one: Checkpoint, two: Checkpoint) -> tuple[list[Pair], dict[str, TensorRef]]:
+def _pairs(one: Checkpoint, two: Checkpoint) -> tuple[list[TensorPair], dict[str, TensorRef]]:
     """Weights in both, and tensors that only the second has. Raises MismatchError for what the second lacks."""
     missing = sorted(one.tensors.keys() - two.tensors.keys())
     problems = [Problem(f"{two.folder}: lacks {name}, which the base has") for name in missing[:10]]
@@ -172,11 +172,11 @@ def _pairs(one: Checkpoint, two: Checkpoint) -> tuple[list[Pair], dict[str, Tens
         problems.append(Problem(f"... and {len(missing) - 10} more"))
     raise_all(problems, MismatchError)
     new = {name: ref for name, ref in two.tensors.items() if name not in one.tensors}
-    return [Pair(name, one.tensors[name], two.tensors[name]) for name in one.tensors], new
+    return [TensorPair(name, one.tensors[name], two.tensors[name]) for name in one.tensors], new
 
 
 def _factors(
-    pair: Pair, rank: int | float, row_scale: bool, device: torch.device, conv1d: bool
+    pair: TensorPair, rank: int | float, row_scale: bool, device: torch.device, conv1d: bool
 ) -> tuple[WeightFactors, float] | None:
     """The factors of one weight and their relative error; None where the values are the same in another dtype."""
     before = read_tensor(pair.before).to(device=device, dtype=torch.float32)

@@ -32,7 +32,7 @@ from adapter_merge.factoring.certificate import check_errors, summary
 from adapter_merge.factoring.factor_folder import write_factors
 from adapter_merge.factoring.rank_budget import allot, bytes_of
 from adapter_merge.factoring.supported import (
-    Pair,
+    MaybeBoundModule,
     check_positional_queries,
     check_supported,
     needs_base,
@@ -140,12 +140,12 @@ def factor(
         moments = collect(bound, Path(calibrate))
         content["calibration"] = moments.as_json()
 
-    def start(pair: Pair) -> Factoriser:
+    def start(pair: MaybeBoundModule) -> Factoriser:
         module, weight = pair
         root = None if moments is None else moments.root(module.name)
         return Factoriser(module, weight, chosen, keep_scale=keep_scale, root=root)
 
-    def one(pair: Pair) -> Factored:
+    def one(pair: MaybeBoundModule) -> Factored:
         work = start(pair)
         if rank is None:
             return work.exact()
@@ -242,9 +242,9 @@ def _plain_rank(rank: object) -> int | float | None:
 
 
 def _budgeted(
-    pairs: Sequence[Pair],
+    pairs: Sequence[MaybeBoundModule],
     budget: int,
-    start: Callable[[Pair], Factoriser],
+    start: Callable[[MaybeBoundModule], Factoriser],
     run: WeightMap,
 ) -> list[Factored]:
     """Factors of all weights under `budget` bytes. Spectra grow where the allotment reaches their end."""

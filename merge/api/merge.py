@@ -27,7 +27,7 @@ from adapter_merge.errors import InputError, Problem, raise_all
 from adapter_merge.formats.detection import ReadOptions
 from adapter_merge.outputs.model_folder import base_files, output_files, write_rest
 from adapter_merge.outputs.preimage import PreimageRecorder
-from adapter_merge.outputs.resume_journal import Part, check_complete, shards_of_part, workplace
+from adapter_merge.outputs.resume_journal import MergePart, check_complete, shards_of_part, workplace
 from adapter_merge.outputs.resume_journal import finish as publish_place
 from adapter_merge.outputs.staging import (
     check_output,
@@ -61,7 +61,7 @@ def merge(
     hashes: bool = True,
     keep_preimage: bool = False,
     keep_partial: bool = False,
-    part: Part | None = None,
+    part: MergePart | None = None,
     finish: bool = False,
     vram: int | None = None,
 ) -> dict[str, Any]:
@@ -224,7 +224,7 @@ def _space_needed(output: Path, shards: Sequence[ShardPlan], link: str, keep_pre
     return wanted * (2 if keep_preimage else 1) - left
 
 
-def _check_options(plan: MergePlan, hashes: bool, keep_preimage: bool, part: Part | None, finish: bool) -> None:
+def _check_options(plan: MergePlan, hashes: bool, keep_preimage: bool, part: MergePart | None, finish: bool) -> None:
     problems = []
     if part is not None and finish:
         problems.append(Problem("--shards and --finish exclude each other", hint="finish once all parts are made"))

@@ -7,7 +7,7 @@ from dataclasses import replace
 
 from adapter_merge.errors import MismatchError, Problem, raise_all
 from adapter_merge.methods.adapter import AdaptedModule, Adapter
-from adapter_merge.methods.lora import BiasModule, LoraModule, PartModule, StackModule
+from adapter_merge.methods.lora import BiasModule, LoraModule, RowSliceModule, StackModule
 from adapter_merge.methods.tokens import TokenModule
 from adapter_merge.methods.vera import VeraModule
 from adapter_merge.storage.checkpoint import Checkpoint
@@ -90,7 +90,7 @@ def _fit(module: AdaptedModule, place: Place, conv1d: bool, output: str | None) 
         if place.part is not None:
             if not isinstance(module, LoraModule):
                 return Problem(f"{module.name}: only LoRA can be split over several weights")
-            return BoundModule(PartModule(module, *place.part), ref, rows=place.rows)
+            return BoundModule(RowSliceModule(module, *place.part), ref, rows=place.rows)
         return BoundModule(module, ref, rows=place.rows)
     if isinstance(module, VeraModule):
         if len(ref.shape) != 2 or module.shape[0] not in ref.shape:

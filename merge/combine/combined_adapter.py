@@ -17,7 +17,7 @@ from adapter_merge.binding.positional import check_together
 from adapter_merge.errors import InputError, Problem, UnsupportedError, raise_all
 from adapter_merge.formats.detection import ReadOptions, open_adapter
 from adapter_merge.methods.adapter import Adapter, AdapterFormat
-from adapter_merge.methods.lora import ExpertModule, PartModule
+from adapter_merge.methods.lora import ExpertModule, RowSliceModule
 from adapter_merge.methods.tokens import TokenModule
 from adapter_merge.storage.checkpoint import Checkpoint, open_checkpoint
 from adapter_merge.storage.safetensors_header import FLOAT_DTYPES, TensorRef
@@ -45,7 +45,7 @@ class CombinedBound(BoundAdapter):
             for item in self._combined()
             for share in item.combination.shares
             if any(
-                isinstance(one.module, TokenModule | ExpertModule | PartModule)
+                isinstance(one.module, TokenModule | ExpertModule | RowSliceModule)
                 or one.rows is not None
                 or one.module.parameter not in ("weight", "bias")
                 for one in share.modules

@@ -11,12 +11,12 @@ from adapter_merge.binding.bound import BoundModule
 from adapter_merge.methods.adapter import ModuleDefaults, Reader, Weight
 from adapter_merge.methods.block_edits import BlockEdit, Replaced, applied, in_turn
 from adapter_merge.methods.canonical_form import CanonicalForm
-from adapter_merge.methods.lora import BiasModule, ExpertModule, LoraModule, PartModule
+from adapter_merge.methods.lora import BiasModule, ExpertModule, LoraModule, RowSliceModule
 from adapter_merge.methods.tokens import TokenModule
 from adapter_merge.storage.safetensors_header import TensorRef
 from adapter_merge.storage.tensor_io import read_tensor
 
-from .delta_ops import Part, Settings, combined, combined_form, key_of
+from .delta_ops import Settings, WeightedEdit, combined, combined_form, key_of
 
 
 @dataclass(frozen=True)
@@ -39,7 +39,7 @@ class Share:
         """True for one adapted weight matrix, whole: no head, bias, expert or trained token."""
         if self.replacement is not None or len(self.modules) != 1 or self.modules[0].rows is not None:
             return False
-        return not isinstance(self.modules[0].module, TokenModule | BiasModule | ExpertModule | PartModule)
+        return not isinstance(self.modules[0].module, TokenModule | BiasModule | ExpertModule | RowSliceModule)
 
     @property
     def has_form(self) -> bool:
@@ -83,6 +83,10 @@ class CombinedWeight(ModuleDefaults):
         return True
 
     @property
+    def share_count(self) -> int:
+        return len(self.shares)
+
+    @property
     def embedding(self) -> bool:
         modules = [module.module for share in self.shares for module in share.modules]
         return any(isinstance(module, LoraModule) and module.embedding for module in modules)
@@ -105,10 +109,10 @@ class CombinedWeight(ModuleDefaults):
         """True where `form` gives all of it: a linear combination without scales of input columns."""
         return self.is_linear and all(share.has_form for share in self.shares)
 
-    def parts(self, edits: list[BlockEdit]) -> list[Part]:
+    def parts(self, edits: list[BlockEdit]) -> list[WeightedEdit]:
         """The shares as what `combined` takes; `edits` are theirs, in their order."""
         return [
-            Part(edit, share.weight, share.density, key_of(self.settings.seed, share.adapter, self.tensor))
+            WeightedEdit(edit, share.weight, share.density, key_of(self.settings.seed, share.adapter, self.tensor))
             for edit, share in zip(edits, self.shares, strict=True)
         ]
 

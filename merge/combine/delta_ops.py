@@ -59,7 +59,7 @@ class Settings:
 
 
 @dataclass(frozen=True, eq=False)
-class Part:
+class WeightedEdit:
     """One adapter's share of a combination."""
 
     edit: BlockEdit
@@ -72,7 +72,7 @@ class Part:
         return self.density >= 1
 
 
-def combined(parts: Sequence[Part], settings: Settings) -> BlockEdit | None:
+def combined(parts: Sequence[WeightedEdit], settings: Settings) -> BlockEdit | None:
     """One edit for all `parts`; None where nothing is changed. The parts' order must not depend on the user's."""
     parts = [part for part in parts if part.weight != 0 and part.density > 0]
     whole = all(part.whole for part in parts) and settings.gamma == 0
@@ -95,7 +95,7 @@ def combined(parts: Sequence[Part], settings: Settings) -> BlockEdit | None:
 class CombinedEdit:
     """The combination of several edits of one tensor."""
 
-    parts: tuple[Part, ...]
+    parts: tuple[WeightedEdit, ...]
     settings: Settings
     pending: int  # passes left to find the thresholds
     bins: Tensor | None = None  # (n, 2) int64: high bits of the lower and the upper threshold
@@ -161,7 +161,7 @@ class CombinedEdit:
         high = torch.where(self.bins[:, 1] < 0, endless, found[:, 1])
         return replace(self, pending=0, low=low, high=high)
 
-    def _kept(self, total: int, part: Part) -> tuple[int, int]:
+    def _kept(self, total: int, part: WeightedEdit) -> tuple[int, int]:
         """The ranks, from the largest on, of the last element kept and of the last one dropped as too large."""
         dropped = int(self.settings.gamma * total) if self.settings.method == "breadcrumbs" else 0
         kept = int(part.density * total)

@@ -88,7 +88,7 @@ def _estimate_worker_memory(shards: Sequence[ShardPlan]) -> tuple[int, int, int]
     jobs = [job for shard in shards for job in shard.jobs if job.edits]
     edits = max(map(estimate_edit_bytes, jobs), default=0)
     row = max((job.source.shape[-1] * arithmetic_of(job).itemsize for job in jobs), default=0)
-    shares = max((len(getattr(edit.module, "shares", ())) for job in jobs for edit in job.edits), default=0)
+    shares = max((edit.module.share_count for job in jobs for edit in job.edits), default=0)
     blocks = DEPTH * BLOCKS_PER_SLOT + TEMPORARY_BLOCKS + shares * BLOCKS_PER_SHARE
     return EDITS_HELD * edits, blocks, max(LEAST_BYTES, row)
 

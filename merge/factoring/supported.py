@@ -15,11 +15,11 @@ from adapter_merge.combine.recipe import Recipe
 from adapter_merge.errors import InputError, Problem, UnsupportedError, raise_all
 from adapter_merge.formats.detection import ReadOptions, open_adapter
 from adapter_merge.methods.adapter import AdaptedModule, Adapter, AdapterFormat
-from adapter_merge.methods.lora import BiasModule, ExpertModule, PartModule, StackModule
+from adapter_merge.methods.lora import BiasModule, ExpertModule, RowSliceModule, StackModule
 from adapter_merge.methods.tokens import TokenModule
 from adapter_merge.storage.checkpoint import Checkpoint, open_checkpoint
 
-Pair = tuple[AdaptedModule, BoundModule | None]
+MaybeBoundModule = tuple[AdaptedModule, BoundModule | None]
 
 
 def open_factored(
@@ -48,7 +48,7 @@ def unproved_heads(opened: Adapter, base: str | Path | None) -> list[str]:
     ]
 
 
-def check_supported(pairs: Sequence[Pair], exact: bool) -> None:
+def check_supported(pairs: Sequence[MaybeBoundModule], exact: bool) -> None:
     """Refuse adapters that only a merge supports.
 
     Raises UnsupportedError for modules that have no low-rank factors (the first ten), InputError for a combination of
@@ -71,7 +71,7 @@ def check_supported(pairs: Sequence[Pair], exact: bool) -> None:
             reason = "trained tokens replace rows of an embedding"
         elif isinstance(module, ExpertModule | StackModule):
             reason = "adapted experts of a stacked parameter"
-        elif isinstance(module, PartModule):
+        elif isinstance(module, RowSliceModule):
             reason = "one magnitude for a weight that this base stores as several"
         elif counts[module.name] > 1:
             reason = "adapted more than once"
@@ -110,7 +110,7 @@ def needs_base(module: AdaptedModule) -> bool:
     return module.needs_base or magnitude
 
 
-def pairs_of(opened: Adapter, bound: BoundAdapter | None) -> list[Pair]:
+def pairs_of(opened: Adapter, bound: BoundAdapter | None) -> list[MaybeBoundModule]:
     """Return every adapted module with its bound weight, or with None where there is no base.
 
     A plain LoRA on a weight that the base stores in several parts (a fused qkv) has None as well: its factors do not
@@ -120,12 +120,12 @@ def pairs_of(opened: Adapter, bound: BoundAdapter | None) -> list[Pair]:
         return [(module, None) for module in opened.modules]
     if isinstance(bound, CombinedBound):
         return [(item.combination, item) for item in bound.factor_modules()]
-    pairs: dict[int, Pair] = {}
+    pairs: dict[int, MaybeBoundModule] = {}
     for item in bound.modules:
         module = item.module
         if is_positional(item):
             continue
-        if isinstance(module, PartModule) and module.whole.magnitude is None:
+        if isinstance(module, RowSliceModule) and module.whole.magnitude is None:
             pairs[id(module.whole)] = (module.whole, None)
         else:
             pairs[id(item)] = (module, item)

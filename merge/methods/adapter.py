@@ -97,6 +97,10 @@ class AdaptedModule(Protocol):
     def needs_base(self) -> bool:
         """True when `form` reads the base weight."""
 
+    @property
+    def share_count(self) -> int:
+        """The number of adapters whose changes are combined in this one; 0 for a module of a single adapter."""
+
     def form(self, read: Reader, weight: Weight, dtype: torch.dtype) -> CanonicalForm:
         """Return the canonical form in `dtype` on the CPU.
 
@@ -154,6 +158,10 @@ class ModuleDefaults(ABC):
     @property
     def needs_base(self) -> bool:
         return False
+
+    @property
+    def share_count(self) -> int:
+        return 0
 
     @abstractmethod
     def form(self, read: Reader, weight: Weight, dtype: torch.dtype) -> CanonicalForm:

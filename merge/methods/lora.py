@@ -145,7 +145,7 @@ class BiasModule(ModuleDefaults):
 
 
 @dataclass(frozen=True)
-class PartModule(ModuleDefaults):
+class RowSliceModule(ModuleDefaults):
     """Some rows of a module's weight: q of a fused qkv, where the base keeps the three apart."""
 
     whole: LoraModule

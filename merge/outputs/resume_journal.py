@@ -33,7 +33,7 @@ from adapter_merge.storage.locks import locked
 from .staging import SPLIT, check_output, disk_errors, publish, recover, remove, staging_folder, sync_folder, wipe
 
 PLAN = "plan.json"
-Part = tuple[int, int]  # i of n, counted from 1
+MergePart = tuple[int, int]  # i of n, counted from 1
 
 
 class Workplace:
@@ -130,7 +130,7 @@ def workplace(
     identity: dict[str, Any],
     plan: MergePlan,
     *,
-    part: Part | None = None,
+    part: MergePart | None = None,
     finishing: bool = False,
     keep: bool = False,
 ) -> Iterator[Workplace]:
@@ -197,7 +197,7 @@ def _adopt(place: Workplace, output: Path, identity: dict[str, Any], shared: boo
     place.folder.mkdir(exist_ok=True)
 
 
-def shards_of_part(shards: Sequence[ShardPlan], part: Part) -> list[ShardPlan]:
+def shards_of_part(shards: Sequence[ShardPlan], part: MergePart) -> list[ShardPlan]:
     """The i-th of n shares of about the same size: largest first, each to the share that has the least."""
     number, count = part
     if not 1 <= number <= count:

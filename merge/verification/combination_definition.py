@@ -10,14 +10,14 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from adapter_merge.combine.delta_ops import Part, Settings, random_keep
+from adapter_merge.combine.delta_ops import Settings, WeightedEdit, random_keep
 
 NEAR = 2.0**-18  # of its size: an element this close to a threshold may fall on either side in float32
 
 
 def defined_delta(
     deltas: Sequence[Tensor],  # each of the tensor's shape, float64: every adapter's own W' - W0
-    parts: Sequence[Part],  # their weights, densities and random numbers; the edits are not looked at
+    parts: Sequence[WeightedEdit],  # their weights, densities and random numbers; the edits are not looked at
     settings: Settings,
     noise: Tensor | float = 0.0,  # of the tensor's shape: what float32 arithmetic may be off by
 ) -> tuple[Tensor, Tensor]:

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from adapter_merge.binding.bind import BoundAdapter, BoundModule
-from adapter_merge.methods.lora import BiasModule, ExpertModule, PartModule
+from adapter_merge.methods.lora import BiasModule, ExpertModule, RowSliceModule
 from adapter_merge.methods.tokens import TokenModule
 from adapter_merge.storage.tensor_io import read_tensor
 
@@ -68,7 +68,7 @@ def _alike(layer: Any, items: Sequence[BoundModule], base: Tensor, after: Tensor
         return _close(layer(ids), after[ids], base[ids])
     x = torch.randn(PROBES, after.shape[1], generator=source, dtype=torch.float64)
     got = layer(x) - layer(torch.zeros_like(x))
-    if isinstance(item.module, PartModule):
+    if isinstance(item.module, RowSliceModule):
         got = got[:, item.module.start : item.module.stop]
     return _close(got, x @ after.T, x @ base.T)
 

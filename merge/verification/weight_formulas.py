@@ -28,7 +28,7 @@ from adapter_merge.methods.dcft import DcftModule
 from adapter_merge.methods.dcft_reshape import DcftReshapeModule
 from adapter_merge.methods.loha import LohaModule
 from adapter_merge.methods.lokr import LokrModule
-from adapter_merge.methods.lora import BiasModule, ExpertModule, LoraModule, PartModule
+from adapter_merge.methods.lora import BiasModule, ExpertModule, LoraModule, RowSliceModule
 from adapter_merge.methods.tokens import TokenModule
 from adapter_merge.methods.vera import VeraModule
 from adapter_merge.storage.input_files import Sources
@@ -214,7 +214,7 @@ def _step(item: BoundModule) -> Adapted | Rows:
         return Adapted(lambda first, stop: vector, vector.shape[1])
     if isinstance(module, LoraModule):
         return _lora(module, item, None)
-    if isinstance(module, PartModule):
+    if isinstance(module, RowSliceModule):
         return _lora(module.whole, item, (module.start, module.stop))
     delta, magnitude, by_column = _delta(module, turned)
     columns = module.shape[0] if turned else module.shape[1]

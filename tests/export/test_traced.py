@@ -23,7 +23,7 @@ from adapter_merge.export.exporting import export_model
 from adapter_merge.export.factor_folder import Factors, LinearFactors
 from adapter_merge.export.folder import read_export
 from adapter_merge.export.running import Decoder, run_all
-from adapter_merge.export.targets import Layout, Part, Target
+from adapter_merge.export.targets import Layout, ModuleSlice, Target
 from adapter_merge.export.verification import verify_onnx
 
 pytestmark = pytest.mark.onnx
@@ -172,7 +172,7 @@ def test_factors_for_tokens_alone_need_a_product_of_their_own() -> None:
     linear = LinearFactors(np.zeros((2, 8), np.float32), np.zeros((8, 2), np.float32))
 
     def target(name: str, *nodes: str) -> Target:
-        return Target(name, nodes, 8, 8, (Part(name, 0, 8),))
+        return Target(name, nodes, 8, 8, (ModuleSlice(name, 0, 8),))
 
     together = Layout("switchable", "b", "fp32", "float32", (target(module, "one", "two"),), {})
     apart = Layout(

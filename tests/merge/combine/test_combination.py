@@ -15,7 +15,15 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from adapter_merge.api.merge import merge
-from adapter_merge.combine.delta_ops import METHODS, CombinedEdit, Part, Settings, combined, combined_form, random_keep
+from adapter_merge.combine.delta_ops import (
+    METHODS,
+    CombinedEdit,
+    Settings,
+    WeightedEdit,
+    combined,
+    combined_form,
+    random_keep,
+)
 from adapter_merge.combine.recipe import Recipe, read_recipe
 from adapter_merge.errors import FileFormatError, InputError, MismatchError
 from adapter_merge.methods.block_edits import applied
@@ -222,13 +230,13 @@ def test_thresholds_are_exact_over_blocks() -> None:
     form = CanonicalForm(torch.randn(40, 2), torch.randn(2, 30))
     delta = form.delta_rows(weight, 0)
     for density in (0.001, 0.01, 0.25, 0.5, 0.999):
-        edit: Any = combined([Part(form, 2.0, density, 0)], Settings("magnitude-prune", density))
+        edit: Any = combined([WeightedEdit(form, 2.0, density, 0)], Settings("magnitude-prune", density))
         assert isinstance(edit, CombinedEdit)
         while edit.needs_pass:
             edit = edit.with_pass_sums(sum(edit.pass_sums(weight[i : i + 7].clone(), i) for i in range(0, 40, 7)))
         expected = 2 * top(delta, int(density * 1200))
         torch.testing.assert_close(edit.delta_rows(weight, 0), expected)
-        after = applied(combined([Part(form, 2.0, density, 0)], Settings("magnitude-prune", density)), weight)  # type: ignore[arg-type]
+        after = applied(combined([WeightedEdit(form, 2.0, density, 0)], Settings("magnitude-prune", density)), weight)  # type: ignore[arg-type]
         torch.testing.assert_close(after, weight + expected)
 
 

@@ -25,7 +25,7 @@ from torch.overrides import TorchFunctionMode
 
 from adapter_merge.api.merge import merge
 from adapter_merge.api.restore import restore
-from adapter_merge.combine.delta_ops import METHODS, CombinedEdit, Part, Settings
+from adapter_merge.combine.delta_ops import METHODS, CombinedEdit, Settings, WeightedEdit
 from adapter_merge.combine.open_inputs import open_pair
 from adapter_merge.engine import cuda_lanes, lanes
 from adapter_merge.engine import execute as engine
@@ -107,7 +107,7 @@ def edit_of(kind: str, device: torch.device) -> BlockEdit:
     if kind == "in turn":
         return InTurn((form_of("lora", device), form_of("row_scale", device)))
     if kind in METHODS:
-        parts = tuple(Part(form_of(name, device), 0.5, 0.5, 7) for name in ("lora", "dora"))
+        parts = tuple(WeightedEdit(form_of(name, device), 0.5, 0.5, 7) for name in ("lora", "dora"))
         thresholds = (torch.zeros(2, dtype=torch.int64, device=device) for _ in range(2))
         settings = Settings(kind, 0.5, 0.1)
         found = dict(zip(("low", "high"), thresholds, strict=True)) if settings.by_size else {}

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from adapter_merge.api.factor import factor
 from adapter_merge.api.merge import delta, merge
-from adapter_merge.combine.delta_ops import METHODS, Part, Settings, combined, combined_form
+from adapter_merge.combine.delta_ops import METHODS, Settings, WeightedEdit, combined, combined_form
 from adapter_merge.combine.recipe import IN_TURN, Ingredient, make_recipe
 from adapter_merge.formats.peft.patterns import Pattern, pattern_fault
 from adapter_merge.methods.block_edits import RowRange, RowsReplaced, applied, in_turn
@@ -108,7 +108,7 @@ def test_linear_combination_is_the_weighted_sum_of_deltas(
     weight = torch.randn(out, inner, dtype=torch.float64)
     forms = [form_of(out, inner, rank, kind, weight) for rank, kind, _ in adapters]
     expected = weight + sum(w * form.delta(weight) for form, (_, _, w) in zip(forms, adapters, strict=True))
-    parts = [Part(form, w, 1.0, 0) for form, (_, _, w) in zip(forms, adapters, strict=True)]
+    parts = [WeightedEdit(form, w, 1.0, 0) for form, (_, _, w) in zip(forms, adapters, strict=True)]
     edit = combined(parts, Settings())
     torch.testing.assert_close(weight if edit is None else applied(edit, weight), expected)
     whole = combined_form(forms, [w for _, _, w in adapters], weight)
@@ -128,7 +128,9 @@ def test_combinations_change_only_what_some_adapter_changes(
         form.up[0] = 0  # the first adapter leaves row 0 alone
     density = 1.0 if method == "linear" else density
     chosen = Settings(method, density, 0.05 if method == "breadcrumbs" else 0.0, seed)
-    parts = [Part(form, w, density, key) for key, (form, w) in enumerate(zip(forms, (0.5, 0.3, -0.2), strict=True))]
+    parts = [
+        WeightedEdit(form, w, density, key) for key, (form, w) in enumerate(zip(forms, (0.5, 0.3, -0.2), strict=True))
+    ]
     edit = combined(parts, chosen)
     assert edit is not None
     after = applied(edit, weight)
@@ -249,7 +251,9 @@ def test_combinations_are_their_definition_in_blocks_too(
     forms = [form_of(out, inner, rank, kind, weight) for rank, kind, _ in adapters]
     chosen = Settings(method, 1.0 if method == "linear" else density, gamma if method == "breadcrumbs" else 0.0, seed)
     weights = [w for _, _, w in adapters]
-    parts = [Part(form, w, chosen.density, key) for key, (form, w) in enumerate(zip(forms, weights, strict=True))]
+    parts = [
+        WeightedEdit(form, w, chosen.density, key) for key, (form, w) in enumerate(zip(forms, weights, strict=True))
+    ]
     deltas = [form.delta(weight) for form in forms]
     taken = [number for number, w in enumerate(weights) if w != 0]
     if not taken:

@@ -17,7 +17,7 @@ from adapter_merge.api.factor import factor
 from adapter_merge.api.merge import delta, merge
 from adapter_merge.api.restore import restore
 from adapter_merge.api.verify import verify
-from adapter_merge.combine.delta_ops import METHODS, Part, Settings
+from adapter_merge.combine.delta_ops import METHODS, Settings, WeightedEdit
 from adapter_merge.combine.open_inputs import open_pair
 from adapter_merge.combine.recipe import IN_TURN, Ingredient, make_recipe
 from adapter_merge.errors import FileFormatError, InputError
@@ -153,7 +153,7 @@ def test_only_elements_beside_an_edge_are_unsure() -> None:
     form = CanonicalForm(torch.randn(30, 2).double(), torch.randn(2, 20).double())
     delta_of = form.delta(weight)
     for method in ("magnitude-prune", "breadcrumbs", "ties", "dare", "linear"):
-        parts = [Part(form, w, 0.5, key) for key, w in enumerate((0.5, 0.4))]
+        parts = [WeightedEdit(form, w, 0.5, key) for key, w in enumerate((0.5, 0.4))]
         _, unsure = defined_delta([delta_of, delta_of + 0.1], parts, Settings(method, 0.5, 0.0))
         assert int(unsure.sum()) <= 8
 
