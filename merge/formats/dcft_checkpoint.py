@@ -1,12 +1,12 @@
-"""The DCFT reference's own checkpoint: one full, unmerged state dict that is base and adapter at once.
+"""Checkpoints of the DCFT reference: one full, unmerged state dict that holds both base and adapter.
 
 pytorch_model.bin (or model.safetensors) holds, per adapted module, <module>.weight, .bias, .lora_A, .lora_B, .lora_C
-and .ranknum; alpha and the method stand only in config.json (apply_lora, lora_type "svd", lora_alpha). transformers
-loads such a folder without complaint and drops the adapter.
+and .ranknum; alpha and the method are only in config.json (apply_lora, lora_type "svd", lora_alpha). transformers
+loads such a folder without a warning and drops the adapter.
 
-What was trained is the unmerged forward() of its layers (class SVDLinear, github Godz-z/DCFT), and that is what merging
-reproduces. SVDLinear.eval() can also merge, but adds the delta (in, out) untransposed to the weight (out, in): another
-model where the weight is square, an error elsewhere. The reference's DeBERTa (its NLU folder, commit 38f71d2) builds
+Merging reproduces the unmerged forward() of class SVDLinear (github Godz-z/DCFT), which was trained. SVDLinear.eval()
+can also merge, but adds the delta (in, out) untransposed to the weight (out, in): that gives another model where the
+weight is square, and an error elsewhere. The reference's DeBERTa (its NLU folder, commit 38f71d2) builds
 every layer with merge_weights=False, so its own evaluation ran forward() as well. There the positional queries of a
 model with share_att_key skip the adapter: see binding/positional.py.
 """
@@ -25,7 +25,7 @@ from adapter_merge.storage.tensor_comparison import same_bytes, same_values
 from .dcft_tensors import DCFT_ROLE, SHARED_ROLES, dcft_modules, group_dcft
 from .settings import KnownSettings
 
-# Keys of the reference's training arguments that a plain transformers config must not carry on.
+# Keys of the reference's training arguments, which the merged model's config must not contain.
 TRAINING_KEYS = (
     "apply_lora",
     "lora_type",
@@ -36,17 +36,17 @@ TRAINING_KEYS = (
     "adapter_type",
     "adapter_size",
 )
-# Parts of names that only settings of an adapter have: such a key of a model's config is ours to understand.
+# A key of a model's config that contains one of these words is a setting of an adapter, and must be a known one.
 ADAPTER_WORDS = ("lora", "adapter", "dcft", "deconv", "bitfit", "peft", "prefix_tuning", "prompt_tuning")
 
 
-def _wrong_settings(config: Mapping[str, object], where: str) -> list[Problem]:
-    """Training arguments that say that the tensors are something else than a DCFT, or more."""
+def _check_settings(config: Mapping[str, object], where: str) -> list[Problem]:
+    """Return a problem for each training argument that does not belong to a plain DCFT."""
     problems = []
     for key, right in (("apply_lora", True), ("lora_type", "svd"), ("apply_adapter", False)):
         value = config.get(key)
         if value is not None and value != right:
-            problems.append(Problem(f"{where}: {key} is not that of a DCFT", repr(right), f"{value!r:.100}"))
+            problems.append(Problem(f"{where}: {key} is not the value of a DCFT", repr(right), f"{value!r:.100}"))
     rank = config.get("lora_r")
     if rank is not None and (isinstance(rank, bool) or not isinstance(rank, int | float) or rank <= 0):
         problems.append(Problem(f"{where}: lora_r is wrong", "a number above 0", f"{rank!r:.100}"))
@@ -55,7 +55,7 @@ def _wrong_settings(config: Mapping[str, object], where: str) -> list[Problem]:
 
 
 def holds_dcft(checkpoint: Checkpoint) -> bool:
-    """True when some module has all of lora_A, lora_B and lora_C beside its weight."""
+    """Return True when some module has all of lora_A, lora_B and lora_C."""
     names = set(checkpoint.tensors)
     modules = {name.removesuffix(".lora_A") for name in names if name.endswith(".lora_A")}
     modules &= {name.removesuffix(".lora_B") for name in names if name.endswith(".lora_B")}
@@ -67,9 +67,10 @@ def holds_dcft(checkpoint: Checkpoint) -> bool:
 def read_dcft_checkpoint(
     checkpoint: Checkpoint, alpha: float | None = None, base: Checkpoint | None = None, ranknum: float | None = None
 ) -> Adapter:
-    """The adapter in a reference checkpoint. `alpha` overrides config.json's lora_alpha.
+    """Read the adapter in a checkpoint of the reference. `alpha` overrides lora_alpha of config.json.
 
-    Its replacements are the heads that were trained beside the adapter (see `trained_tensors`).
+    The replacements are the heads that were trained beside the adapter (see `trained_tensors`). Raises AdapterError
+    with every problem, UnsupportedError for other methods, MismatchError for a `base` that was not trained on.
     """
     weights = checkpoint.shards[0].file
     groups, others, problems = group_dcft(tuple(checkpoint.tensors.values()), "", weights)
@@ -84,7 +85,7 @@ def read_dcft_checkpoint(
     raise_all(problems, AdapterError)
     shapes = {name: others[f"{name}.weight"].shape for name in groups}
     config = checkpoint.config
-    raise_all(_wrong_settings(config, str(checkpoint.folder / "config.json")), UnsupportedError)
+    raise_all(_check_settings(config, str(checkpoint.folder / "config.json")), UnsupportedError)
     modules, problems = dcft_modules(
         groups, config.get("lora_alpha") if alpha is None else alpha, None, shapes, weights, ranknum
     )
@@ -120,7 +121,7 @@ def read_dcft_checkpoint(
 
 
 def _check_base(others: Mapping[str, TensorRef], adapted: set[str], base: Checkpoint) -> None:
-    """The checkpoint holds the frozen weights that it was trained on: a base with others is another base."""
+    """Raise MismatchError where `base` holds other values than the frozen weights of the checkpoint."""
     names = [f"{name}.weight" for name in sorted(adapted)]
     problems = [
         Problem(f"{name}: the base's weight is not the one that the checkpoint was trained on")
@@ -136,12 +137,12 @@ def _check_base(others: Mapping[str, TensorRef], adapted: set[str], base: Checkp
 def trained_tensors(
     others: Mapping[str, TensorRef], adapted: set[str], base: Checkpoint | None, tied: bool
 ) -> dict[str, TensorRef]:
-    """The tensors that were trained in full, of all that are not DCFT's own.
+    """Return the tensors that were trained in full, out of `others`, which are those without a DCFT role.
 
     With a base: those that it lacks or holds with other values. Without one: everything outside the backbone (the
-    first path component that all adapted modules share), and poolers, which the reference trains as well
-    (mark_only_lora_as_trainable in loralib/utils.py lets names with classifier and pooler train). A head `tied` to the
-    embeddings, which torch.save writes out a second time, is no trained tensor.
+    first path component that all adapted modules share), and poolers, which the reference also trains
+    (mark_only_lora_as_trainable in loralib/utils.py: names with classifier or pooler). A head that is `tied` to the
+    embeddings, which torch.save writes a second time, is not counted as trained.
     """
     weights = {f"{name}.weight" for name in adapted}
     rest = {name: ref for name, ref in others.items() if name not in weights}

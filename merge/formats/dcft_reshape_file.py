@@ -13,44 +13,45 @@ from adapter_merge.storage.checkpoint import Checkpoint, read_weights
 from adapter_merge.storage.safetensors_header import TensorRef
 
 from .dcft_tensors import images_fit
-from .state_dict import Foreign, sort_tensors
+from .state_dict import SortedTensors, sort_tensors
 
 ROLES = {"B": "B", "A": "A", "deconv.weight": "C", "deconv.bias": "bias", "base_layer": "W"}
 
 
 def read_dcft_reshape(file: Path, base: Checkpoint | None) -> Adapter:
-    """The adapter in a state dict of that form. Raises AdapterError with every problem."""
-    found = sort_tensors(read_weights(file).tensors, ROLES, base)
-    modules, problems = _modules(found, file)
-    raise_all(problems + found.problems, AdapterError)
+    """Read the adapter in a state dict of the reshape form. Raises AdapterError with every problem."""
+    tensors = sort_tensors(read_weights(file).tensors, ROLES, base)
+    modules, problems = _modules(tensors, file)
+    raise_all(problems + tensors.problems, AdapterError)
     return Adapter(
         folder=file.parent,
         format=AdapterFormat.DCFT_RESHAPE,
         method="DCFT",
         modules=modules,
-        replacements=found.replacements,
+        replacements=tensors.replacements,
         config={},
         files=(file,),
-        notes=found.notes,
+        notes=tensors.notes,
     )
 
 
 def read_reshaped(
     refs: Iterable[TensorRef], prefix: str, weights: Path
 ) -> tuple[tuple[AdaptedModule, ...], dict[str, TensorRef], list[Problem]]:
-    """Modules, replacements and problems of a safe folder's tensors."""
-    strange = [ref for ref in refs if not ref.name.startswith(prefix)]
-    problems = [Problem(f"{weights}: unknown tensor {r.name!r}", expected=f"a name under {prefix}") for r in strange]
+    """Return modules, replacements and problems of the tensors `refs` of an adapter-merge folder."""
+    unknown = [ref for ref in refs if not ref.name.startswith(prefix)]
+    problems = [Problem(f"{weights}: unknown tensor {r.name!r}", expected=f"a name under {prefix}") for r in unknown]
     inside = [replace(ref, name=ref.name.removeprefix(prefix)) for ref in refs if ref.name.startswith(prefix)]
-    found = sort_tensors(inside, ROLES, None)
-    modules, more = _modules(found, weights)
-    return modules, found.others, problems + more
+    tensors = sort_tensors(inside, ROLES, None)
+    modules, more = _modules(tensors, weights)
+    return modules, tensors.others, problems + more
 
 
-def _modules(found: Foreign, file: Path) -> tuple[tuple[AdaptedModule, ...], list[Problem]]:
+def _modules(tensors: SortedTensors, file: Path) -> tuple[tuple[AdaptedModule, ...], list[Problem]]:
+    """Return one module per group of tensors, and the problems."""
     modules: list[AdaptedModule] = []
     problems: list[Problem] = []
-    for name, group in sorted(found.groups.items()):
+    for name, group in sorted(tensors.groups.items()):
         if not {"A", "B", "C"} & group.keys():
             continue
         a, b, c, bias = (group.get(role) for role in ("A", "B", "C", "bias"))
@@ -58,7 +59,7 @@ def _modules(found: Foreign, file: Path) -> tuple[tuple[AdaptedModule, ...], lis
             a is None
             or b is None
             or c is None
-            or not images_fit(_turned(b.shape), _turned(a.shape), c.shape)
+            or not images_fit(_transpose(b.shape), _transpose(a.shape), c.shape)
             or (bias is not None and bias.shape != (1,))
         ):
             problems.append(
@@ -75,6 +76,6 @@ def _modules(found: Foreign, file: Path) -> tuple[tuple[AdaptedModule, ...], lis
     return tuple(modules), problems
 
 
-def _turned(shape: tuple[int, ...]) -> tuple[int, ...]:
-    """The shape with its last two sizes exchanged."""
+def _transpose(shape: tuple[int, ...]) -> tuple[int, ...]:
+    """Return `shape` with its last two sizes exchanged."""
     return (*shape[:-2], *shape[:-3:-1])

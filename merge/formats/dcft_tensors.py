@@ -1,8 +1,8 @@
-"""The tensors of a DCFT adapter, in a safe folder or in the reference's checkpoint: sorted and checked.
+"""The tensors of a DCFT adapter, in an adapter-merge folder or a checkpoint of the reference: sorted and checked.
 
-Per module: lora_A (r, in/k0), lora_B (out/k1, r), lora_C (1, 1, k0, k1), ranknum (1,). Several channels, whose images
-are added: lora_A (channels, r, in/k0), lora_B (channels, out/k1, r), lora_C (channels, 1, k0, k1). A lora_C that is a
-torch.nn.ConvTranspose2d is saved as lora_C.weight and lora_C.bias (1,).
+Per module: lora_A (r, in/k0), lora_B (out/k1, r), lora_C (1, 1, k0, k1), ranknum (1,). Several channels, whose
+deconvolutions are added: lora_A (channels, r, in/k0), lora_B (channels, out/k1, r), lora_C (channels, 1, k0, k1).
+A lora_C that is a torch.nn.ConvTranspose2d is saved as lora_C.weight and lora_C.bias (1,).
 """
 
 from __future__ import annotations
@@ -24,7 +24,10 @@ SHARED_ROLES = ("lora_C", "lora_C.weight", "lora_C.bias")  # one kernel for all 
 def group_dcft(
     refs: tuple[TensorRef, ...], prefix: str, weights: Path
 ) -> tuple[dict[str, dict[str, TensorRef]], dict[str, TensorRef], list[Problem]]:
-    """DCFT tensors by module and role; every other tensor by its own name."""
+    """Return DCFT tensors by module and role, every other tensor by its name, and the problems.
+
+    `prefix` is removed from every name; a name without it is a problem.
+    """
     groups: dict[str, dict[str, TensorRef]] = {}
     others: dict[str, TensorRef] = {}
     problems = []
@@ -56,11 +59,10 @@ def dcft_modules(
     weights: Path,
     ranknum: float | None = None,
 ) -> tuple[tuple[AdaptedModule, ...], list[Problem]]:
-    """The modules of a DCFT adapter, and everything that is wrong with them.
+    """Return the modules of a DCFT adapter, and the problems.
 
-    `stride` is [s0, s1] where the config states it; otherwise it follows from `shapes`, the (out, in) of the
-    weight of each module, and None for both means stride == kernel. `ranknum` stands in for (or overrides) the tensors
-    of that name.
+    `stride` is [s0, s1] where the config states it; otherwise it is computed from `shapes`, the (out, in) of each
+    module's weight; without both it is the kernel's size. `ranknum` replaces the tensors of that name.
     """
     modules: list[AdaptedModule] = []
     problems: list[Problem] = []
@@ -68,7 +70,7 @@ def dcft_modules(
         problems.append(
             Problem(
                 f"{weights.parent}: lora_alpha is missing or wrong in the config",
-                "the number that was trained with",
+                "the number used at training",
                 repr(alpha),
                 "the scale alpha / ranknum is never in the tensors: pass --alpha NUMBER",
             )
@@ -77,9 +79,11 @@ def dcft_modules(
     if stride is not None and not is_pair(stride):
         problems.append(Problem(f"{weights.parent}: stride is wrong in the config", "[s0, s1]", repr(stride)))
         stride = None
-    for label, said in (("lora_alpha", alpha), ("ranknum", ranknum)):
-        if isinstance(said, int | float) and not (math.isfinite(said) and (label == "lora_alpha" or said > 0)):
-            problems.append(Problem(f"{weights.parent}: {label} is no usable number", "finite, ranknum > 0", str(said)))
+    for label, value in (("lora_alpha", alpha), ("ranknum", ranknum)):
+        if isinstance(value, int | float) and not (math.isfinite(value) and (label == "lora_alpha" or value > 0)):
+            problems.append(
+                Problem(f"{weights.parent}: {label} is not a usable number", "finite, ranknum > 0", str(value))
+            )
     for name, group in sorted(groups.items()):
         needed = ("lora_A", "lora_B", "lora_C") if ranknum is not None else ("lora_A", "lora_B", "lora_C", "ranknum")
         missing = [role for role in needed if role not in group]
@@ -111,8 +115,8 @@ def dcft_modules(
             strides = (stride[0], stride[1])
         elif shapes is not None:
             out, inner = shapes[name]
-            found = infer_stride(inner, a.shape[-1], kernel[0]), infer_stride(out, b.shape[-2], kernel[1])
-            strides = None if found[0] is None or found[1] is None else (found[0], found[1])
+            inferred = infer_stride(inner, a.shape[-1], kernel[0]), infer_stride(out, b.shape[-2], kernel[1])
+            strides = None if inferred[0] is None or inferred[1] is None else (inferred[0], inferred[1])
             if strides is None:
                 problems.append(
                     Problem(
@@ -127,11 +131,11 @@ def dcft_modules(
             modules.append(DcftModule(name, a, b, c, number, float(alpha), strides, bias))
     if not groups:
         problems.append(Problem(f"{weights}: holds no DCFT tensors (lora_A, lora_B, lora_C)"))
-    return tuple(modules), problems + _stray_strides(modules, weights)
+    return tuple(modules), problems + _check_strides(modules, weights)
 
 
 def images_fit(a: tuple[int, ...], b: tuple[int, ...], c: tuple[int, ...]) -> bool:
-    """Whether the shapes of lora_A, lora_B and lora_C are those of one deconvolution of one or more channels."""
+    """Return True when lora_A, lora_B and lora_C of these shapes form one deconvolution of one or more channels."""
     if len(c) != 4 or c[1] != 1 or 0 in (*a, *b, *c):
         return False
     if len(a) == len(b) == 2:
@@ -139,8 +143,8 @@ def images_fit(a: tuple[int, ...], b: tuple[int, ...], c: tuple[int, ...]) -> bo
     return len(a) == len(b) == 3 and a[0] == b[0] == c[0] and a[1] == b[2]
 
 
-def _stray_strides(modules: list[AdaptedModule], weights: Path) -> list[Problem]:
-    """Modules whose stride leaves gaps between the kernels although others' does not: their factors were cut."""
+def _check_strides(modules: list[AdaptedModule], weights: Path) -> list[Problem]:
+    """Return a problem for each module whose stride exceeds its kernel, unless all do: such factors were truncated."""
     gaps = [
         m for m in modules if isinstance(m, DcftModule) and any(s > k for s, k in zip(m.stride, m.kernel, strict=True))
     ]
@@ -148,7 +152,7 @@ def _stray_strides(modules: list[AdaptedModule], weights: Path) -> list[Problem]
         return []
     return [
         Problem(
-            f"{weights}: the factors of {module.name} fit its weight with gaps only",
+            f"{weights}: the factors of {module.name} fit its weight only with gaps between kernels",
             f"a stride of at most the kernel's size, {module.kernel}, as in the other modules",
             f"stride {module.stride}",
             "in and out must be divisible by the kernel size",
@@ -158,5 +162,5 @@ def _stray_strides(modules: list[AdaptedModule], weights: Path) -> list[Problem]
 
 
 def is_pair(value: object) -> bool:
-    """True for [n, m], two sizes of a config."""
+    """Return True for a list of two whole numbers >= 1."""
     return isinstance(value, list) and len(value) == 2 and all(isinstance(part, int) and part >= 1 for part in value)

@@ -1,7 +1,7 @@
-"""Which kind of folder or file is this? Decided by content, never by name; adding a format touches this and one file.
+"""Detection of an adapter's format by its content, never by its name, and the call of the format's reader.
 
-`detect` says how sure it is: "certain" where the file names its format or holds tensors that no other format has,
-"likely" where the tensors' names are shared by several tools and the shapes decide, "stated" where the user said so.
+`detect` states its certainty: "certain" where the file names its format or holds tensors that no other format has,
+"likely" where several tools use the same tensor names and the shapes decide, "stated" where the user names it.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from .native import NATIVE_TYPES, read_native
 FORMATS = ("peft", "native", "dcft", "dcft-reshape", "mytransformers", "kohya")
 FILE_SUFFIXES = (".safetensors", ".bin", ".pt", ".pth", ".ckpt")
 
-# Which options an adapter of each format can need, beside format and prefix; of safe and PEFT folders by their type.
+# The options that each format can use, beside format and prefix. USED_BY_TYPE overrides them by peft_type.
 USED_OPTIONS: dict[str, tuple[str, ...]] = {
     "peft": (),
     "native": (),
@@ -46,21 +46,21 @@ USED_BY_TYPE = {
 
 @dataclass(frozen=True)
 class ReadOptions:
-    """What a user may add to an adapter whose files do not say everything."""
+    """Values that a user states where an adapter's files do not hold them."""
 
-    alpha: float | None = None  # lora_alpha, where no config says it
+    alpha: float | None = None  # lora_alpha, where no config holds it
     ranknum: float | None = None  # DCFT: ranknum, where loralib's lora_state_dict() dropped it
-    format: str | None = None  # one of FORMATS: what to read it as, whatever it looks like
+    format: str | None = None  # one of FORMATS: the format to read, instead of the detected one
     magnitudes: Path | None = None  # DoRA, DuDe: a file or PEFT folder with the magnitudes that PEFT dropped
     init_adapter: Path | None = None  # PiSSA and others: the PEFT folder saved before training
-    residual_dtype: str | None = None  # PiSSA, DuDe: what the frozen residual was kept in, where not the base's dtype
-    prefix: str | None = None  # what stands before the adapter's names in the base
-    magnitude_axis: str | None = None  # "out" or "in": what a magnitude of a square weight belongs to
+    residual_dtype: str | None = None  # PiSSA, DuDe: the dtype of the frozen residual, where not the base's
+    prefix: str | None = None  # prefix of the adapter's module names in the base
+    magnitude_axis: str | None = None  # "out" or "in": the dimension of a magnitude of a square weight
 
 
 @dataclass(frozen=True)
 class Detected:
-    """What a folder or file seems to be."""
+    """The detected format of a folder or file, with the evidence."""
 
     format: str  # one of FORMATS
     certainty: str  # certain, likely or stated
@@ -68,7 +68,7 @@ class Detected:
 
 
 def detect(path: Path, stated: str | None = None) -> Detected:
-    """The format of an adapter's folder or file. Raises AdapterError where it is none that is known."""
+    """Return the format of an adapter's folder or file. Raises AdapterError where no known format fits."""
     if stated is not None:
         if stated not in FORMATS:
             raise InputError(f"--format {stated}: unknown", expected=", ".join(FORMATS))
@@ -98,11 +98,11 @@ def detect(path: Path, stated: str | None = None) -> Detected:
             raise AdapterError(
                 f"{file}: a PEFT adapter's tensors without their adapter_config.json",
                 expected="adapter_config.json beside it",
-                hint="rank, alpha and method stand only there: fetch the whole folder",
+                hint="rank, alpha and method are only in that file: fetch the whole folder",
             )
         if holds_kohya(names):
             return Detected(
-                "kohya", "certain" if _kohya_named(names) else "likely", "lora_down, lokr_ or hada_ tensors"
+                "kohya", "certain" if _has_kohya_prefixes(names) else "likely", "lora_down, lokr_ or hada_ tensors"
             )
         if any(name.endswith(".weight_a") for name in names) and any(name.endswith(".weight_b") for name in names):
             return Detected("mytransformers", "likely", "weight_a and weight_b tensors")
@@ -118,12 +118,13 @@ def detect(path: Path, stated: str | None = None) -> Detected:
     )
 
 
-def _kohya_named(names: tuple[str, ...]) -> bool:
+def _has_kohya_prefixes(names: tuple[str, ...]) -> bool:
+    """Return True when every tensor name has a prefix of kohya sd-scripts or LyCORIS."""
     return all(name.startswith((*PREFIXES, *IMAGE_PREFIXES)) for name in names)
 
 
 def _single_file(path: Path) -> Path | None:
-    """`path` itself, or the one weights file of a folder (final.ckpt first); None where there is no single one."""
+    """Return `path` itself, or the only weights file of a folder (final.ckpt first); None where there are several."""
     if path.is_file():
         return path if path.suffix in FILE_SUFFIXES else None
     if not path.is_dir():
@@ -134,26 +135,32 @@ def _single_file(path: Path) -> Path | None:
 
 
 def open_adapter(folder: str | Path, options: ReadOptions | None = None, base: Checkpoint | None = None) -> Adapter:
-    """The adapter in `folder` (a path or hub id), whatever its format. Raises AdapterError or UnsupportedError."""
+    """Open the adapter in `folder` (a path or hub id), in any known format; reads headers and configs, no weights.
+
+    `base` helps formats whose tensor names depend on it. Raises AdapterError with every problem, UnsupportedError for
+    settings that change the weights in a way that is not supported, InputError for options without effect.
+
+    Example: `open_adapter("adapter").method` is "LoRA".
+    """
     path = Path(folder) if Path(folder).is_file() else resolve(folder)
     require_utf8(path)
     options = options or ReadOptions()
     snapshot = snapshot_folder(path)
     stated = _stated_files(options)
     snapshot += InputSnapshot(stated)
-    found = detect(path, options.format)
-    _refuse_unused(path, found.format, options)
-    adapter = _read(path, found, options, base)
-    raise_all(_wrong_dtypes(adapter), AdapterError)
+    detected = detect(path, options.format)
+    _refuse_unused(path, detected.format, options)
+    adapter = _read(path, detected, options, base)
+    raise_all(_check_dtypes(adapter), AdapterError)
     files = dict.fromkeys([*adapter.files, *stated, *(ref.file for ref in adapter.refs)])
     snapshot = snapshot.of(files)
     if adapter.own_base is not None:
         snapshot += adapter.own_base.snapshot
-    return replace(adapter, certainty=found.certainty, prefix=options.prefix, snapshot=snapshot)
+    return replace(adapter, certainty=detected.certainty, prefix=options.prefix, snapshot=snapshot)
 
 
 def _stated_files(options: ReadOptions) -> list[Path]:
-    """The files that the options name, or those in the folders that they name."""
+    """Return the files that the options name, or those in the folders that they name."""
     files = []
     for path in (options.magnitudes, options.init_adapter):
         if path is not None:
@@ -162,7 +169,7 @@ def _stated_files(options: ReadOptions) -> list[Path]:
 
 
 def _refuse_unused(path: Path, format: str, options: ReadOptions) -> None:
-    """Raise InputError for every option that would do nothing for an adapter of this format."""
+    """Raise InputError with every option that has no effect on an adapter of this format."""
     wanted: tuple[str, ...] = USED_OPTIONS[format]
     kind = format
     if format in ("peft", "native"):
@@ -178,10 +185,10 @@ def _refuse_unused(path: Path, format: str, options: ReadOptions) -> None:
     raise_all(
         [
             Problem(
-                f"{path}: --{key.replace('_', '-')} does nothing for this adapter ({kind})",
-                "an option that it needs",
+                f"{path}: --{key.replace('_', '-')} has no effect on this adapter ({kind})",
+                "an option that this adapter uses",
                 f"{key} = {value}",
-                "of several adapters, say whose it is: NAME=VALUE",
+                "with several adapters, name the one that it belongs to: NAME=VALUE",
             )
             for key, value in vars(options).items()
             if value is not None and key not in (*wanted, "format", "prefix")
@@ -190,28 +197,29 @@ def _refuse_unused(path: Path, format: str, options: ReadOptions) -> None:
     )
 
 
-def _wrong_dtypes(adapter: Adapter) -> list[Problem]:
-    """Factors that are no floating-point numbers: quantised without their scales, or damaged."""
+def _check_dtypes(adapter: Adapter) -> list[Problem]:
+    """Return a problem for each factor that is not floating-point (quantised without its scales, or damaged)."""
     refs = {ref.name: ref for module in adapter.modules for ref in module.refs}
     return [
-        Problem(f"{ref.file}: tensor {name!r} holds no plain numbers", "/".join(FLOAT_DTYPES), ref.dtype)
+        Problem(f"{ref.file}: tensor {name!r} holds no floating-point numbers", "/".join(FLOAT_DTYPES), ref.dtype)
         for name, ref in refs.items()
         if ref.dtype not in FLOAT_DTYPES
     ]
 
 
-def _read(path: Path, found: Detected, options: ReadOptions, base: Checkpoint | None) -> Adapter:
-    if found.format == "native":
+def _read(path: Path, detected: Detected, options: ReadOptions, base: Checkpoint | None) -> Adapter:
+    """Call the reader of the detected format."""
+    if detected.format == "native":
         return read_native(path, options.alpha, options.ranknum)
-    if found.format == "peft":
+    if detected.format == "peft":
         return read_peft(path, PeftExtras(options.magnitudes, options.init_adapter, options.residual_dtype))
-    if found.format == "dcft":
+    if detected.format == "dcft":
         return read_dcft_checkpoint(open_checkpoint(path), options.alpha, base, options.ranknum)
     file = _single_file(path)
     if file is None:
         raise AdapterError(f"{path}: no single weights file", expected=f"one file ({', '.join(FILE_SUFFIXES)})")
-    if found.format == "kohya":
+    if detected.format == "kohya":
         return read_kohya(file, options.alpha, options.magnitude_axis, base)
-    if found.format == "mytransformers":
+    if detected.format == "mytransformers":
         return read_mytransformers(file, options.alpha, options.magnitude_axis, base, options.residual_dtype)
     return read_dcft_reshape(file, base)

@@ -1,8 +1,8 @@
-"""kohya sd-scripts and LyCORIS files, for the language model (text encoder) in them: LoRA, LoKr, LoHa, DoRA.
+"""Files of kohya sd-scripts and LyCORIS for a language model (text encoder): LoRA, LoKr, LoHa, DoRA.
 
-One safetensors file; modules are named by their path with dots as underscores behind a prefix (lora_te_, lora_te1_,
-lora_te2_, lycoris_), so only the base tells where the dots were. Per module: lora_down.weight (r, in), lora_up.weight
-(out, r), or lokr_* or hada_*; alpha (one number, s = alpha / r; without it s = 1, as sd-scripts reads such files); and
+One safetensors file. A module's name is a prefix (lora_te_, lora_te1_, lora_te2_, lycoris_) and its path with dots
+replaced by underscores, so that only the base tells where the dots were. Per module: lora_down.weight (r, in),
+lora_up.weight (out, r), or lokr_* or hada_*; alpha (one number, s = alpha / r; without it s = 1, as in sd-scripts); and
 dora_scale, (out, 1) for norms of output rows, (1, in) for norms of input columns (LyCORIS' wd_on_out).
 LyCORIS' LoKr with two full matrices has s = 1.
 """
@@ -34,7 +34,7 @@ ROLES = {**LORA_ROLES, **{key: f"lokr_{v}" for key, v in LOKR_ROLES.items()},
 PREFIXES = ("lora_te1_", "lora_te2_", "lora_te_", "lycoris_")
 IMAGE_PREFIXES = ("lora_unet_", "lora_transformer_", "lora_vae_")
 
-# Metadata of sd-scripts (train_network.py) and LyCORIS (lycoris.kohya) that tell what the network was.
+# Metadata of sd-scripts (train_network.py) and LyCORIS (lycoris.kohya) that describe the network.
 NETWORK_KEYS = ("ss_network_module", "ss_network_dim", "ss_network_alpha", "ss_network_dropout", "ss_network_args")
 NETWORK_MODULES = ("None", "networks.lora", "lycoris.kohya", "locon.locon_kohya")
 ALGORITHMS = ("lora", "locon", "loha", "lokr")
@@ -55,13 +55,13 @@ NETWORK_ARGUMENTS = KnownSettings(
 
 
 def holds_kohya(names: tuple[str, ...]) -> bool:
-    """True when some tensor has a role that only these files use."""
+    """Return True when some tensor has a role that only these files use."""
     return any(name.endswith((".lora_down.weight", ".lora_up.weight")) or ".lokr_w" in name or ".hada_w" in name
                for name in names)  # fmt: skip
 
 
 def read_kohya(file: Path, alpha: float | None, magnitude_axis: str | None, base: Checkpoint | None) -> Adapter:
-    """The adapter in `file`. Raises AdapterError with every problem; UnsupportedError for an image model's."""
+    """Read the adapter in `file`. Raises AdapterError with every problem, UnsupportedError for an image model."""
     shard = read_weights(file)
     groups, problems = group_lycoris(shard.tensors, file)
     image = [name for name in groups if name.startswith(IMAGE_PREFIXES)]
@@ -69,15 +69,17 @@ def read_kohya(file: Path, alpha: float | None, magnitude_axis: str | None, base
         raise UnsupportedError(
             f"{file}: {len(image)} modules belong to an image model (first: {image[0]})",
             expected="a language model's modules (lora_te_..., lycoris_...)",
-            hint="split the text encoder's tensors off first",
+            hint="first write the text encoder's tensors into a file of their own",
         )
     arguments = _network_arguments(shard.metadata, file)
     rsloras = str(arguments.get("rs_lora")).lower() == "true"
     named: dict[str, Mapping[str, TensorRef]] = {}
     for flat, group in sorted(groups.items()):
-        name = _path(flat, base)
+        name = _find_path(flat, base)
         if name is None:
-            problems.append(Problem(f"{file}: the base has no weight for {flat}", hint="is this the model it is for?"))
+            problems.append(
+                Problem(f"{file}: the base has no weight for {flat}", hint="is this the model that was trained?")
+            )
         else:
             named[name] = group
     modules = lycoris_modules(named, alpha, rsloras, magnitude_axis, file, problems)
@@ -97,7 +99,7 @@ def read_kohya(file: Path, alpha: float | None, magnitude_axis: str | None, base
 def group_lycoris(
     refs: Iterable[TensorRef], file: Path, prefix: str = ""
 ) -> tuple[dict[str, dict[str, TensorRef]], list[Problem]]:
-    """Tensors by module and role, and those that have none."""
+    """Return the tensors by module and role, and a problem for each tensor without a role."""
     groups: dict[str, dict[str, TensorRef]] = {}
     problems: list[Problem] = []
     by_length = sorted(ROLES, key=len, reverse=True)
@@ -118,7 +120,10 @@ def lycoris_modules(
     file: Path,
     problems: list[Problem],
 ) -> tuple[AdaptedModule, ...]:
-    """The modules of named groups; what is wrong with them is added to `problems`."""
+    """Return one module per group (module path -> role -> tensor); adds to `problems`.
+
+    magnitude_axis: "out" or "in", for a dora_scale of a square weight whose shape does not tell.
+    """
     modules: list[AdaptedModule] = []
     for name, group in sorted(groups.items()):
         module = _module(name, group, alpha, rslora, file, problems)
@@ -130,7 +135,7 @@ def lycoris_modules(
             if axis is None:
                 problems.append(
                     Problem(
-                        f"{file}: the dora_scale of {name} does not say what it belongs to",
+                        f"{file}: the dora_scale of {name} may belong to rows or to columns",
                         f"({module.shape[0]}, 1) for rows, (1, {module.shape[1]}) for columns",
                         str(scale.shape),
                         "pass --magnitude-axis out or in where the weight is square",
@@ -145,7 +150,7 @@ def lycoris_modules(
 
 
 def method_of(modules: Iterable[AdaptedModule]) -> str:
-    """What to call them: LoRA, DoRA, LoKr with magnitudes, LoHa and LoRA."""
+    """Return the display name of the methods, for example "LoKr with magnitudes" or "LoHa and LoRA"."""
     kinds = {type(module).__name__.removesuffix("Module") for module in modules}
     method = " and ".join(sorted({"Lora": "LoRA", "Lokr": "LoKr", "Loha": "LoHa"}[kind] for kind in kinds))
     if any(module.magnitude is not None for module in modules):
@@ -153,8 +158,8 @@ def method_of(modules: Iterable[AdaptedModule]) -> str:
     return method
 
 
-def _path(flat: str, base: Checkpoint | None) -> str | None:
-    """The module's path in the base; the flat name where there is no base to ask; None where it has none."""
+def _find_path(flat: str, base: Checkpoint | None) -> str | None:
+    """Return the module's path in the base, None where the base has no such module; without a base, the flat name."""
     name = flat
     for prefix in PREFIXES:
         if flat.startswith(prefix):
@@ -166,7 +171,7 @@ def _path(flat: str, base: Checkpoint | None) -> str | None:
     exact = [module for module in modules if module.replace(".", "_") == name.replace(".", "_")]
     if not exact:
         exact = [module for module in modules if f"_{module}".replace(".", "_").endswith("_" + name.replace(".", "_"))]
-    if not exact:  # a backbone saved without its prefix
+    if not exact:  # the base is a backbone saved without its prefix
         exact = [module for module in modules if f"_{name}".replace(".", "_").endswith("_" + module.replace(".", "_"))]
     return exact[0] if len(exact) == 1 else None
 
@@ -179,9 +184,10 @@ def _module(
     file: Path,
     problems: list[Problem],
 ) -> LoraModule | LokrModule | LohaModule | None:
+    """Return the module of one group; None, and a problem, where its tensors do not fit each other."""
     if any(role.endswith(("t1", "t2")) for role in group):
         raise UnsupportedError(f"{file}: {name} adapts a convolution", expected="linear layers only")
-    stored = _alpha(group.get("alpha"), problems) if alpha is None else alpha
+    stored = _read_alpha(group.get("alpha"), problems) if alpha is None else alpha
     lokr = {role.removeprefix("lokr_"): ref for role, ref in group.items() if role.startswith("lokr_")}
     hada = {role.removeprefix("hada_"): ref for role, ref in group.items() if role.startswith("hada_")}
 
@@ -208,21 +214,22 @@ def _module(
     return None
 
 
-def _alpha(ref: TensorRef | None, problems: list[Problem]) -> float | None:
+def _read_alpha(ref: TensorRef | None, problems: list[Problem]) -> float | None:
+    """Return the alpha stored in `ref`; None, and a problem unless `ref` is None, where there is no usable one."""
     if ref is None:
         return None
     if math.prod(ref.shape) != 1 or ref.dtype not in (*FLOAT_DTYPES, "I32", "I64"):
-        problems.append(Problem(f"{ref.file}: {ref.name} is no number", got=f"{ref.dtype} {ref.shape}"))
+        problems.append(Problem(f"{ref.file}: {ref.name} is not a number", got=f"{ref.dtype} {ref.shape}"))
         return None
     value = float(read_tensor(ref).reshape(-1)[0])
     if not math.isfinite(value) or value == 0:
-        problems.append(Problem(f"{ref.file}: {ref.name} is no scale", got=str(value)))
+        problems.append(Problem(f"{ref.file}: {ref.name} is not a usable scale", got=str(value)))
         return None
     return value
 
 
 def _axis(scale: TensorRef, shape: tuple[int, int], stated: str | None) -> int | None:
-    """0: a magnitude per output row; 1: per input column; None where shape and user do not say."""
+    """Return 0 for a magnitude per output row, 1 for one per input column, None where neither shape nor user tells."""
     out, inner = shape
     rows = scale.shape == (out, 1) or (scale.shape == (out,) and (out != inner or stated == "out"))
     columns = scale.shape == (1, inner) or (scale.shape == (inner,) and (out != inner or stated == "in"))
@@ -232,9 +239,9 @@ def _axis(scale: TensorRef, shape: tuple[int, int], stated: str | None) -> int |
 
 
 def _network_arguments(metadata: Mapping[str, str], file: Path) -> Mapping[str, object]:
-    """The arguments of the network in the metadata. Raises UnsupportedError for one that is not known here."""
+    """Return the network's arguments from the metadata. Raises UnsupportedError for unknown ones."""
     problems = [
-        Problem(f"{file}: the metadata {key} is not known here", ", ".join(NETWORK_KEYS), f"{metadata[key]:.100}")
+        Problem(f"{file}: the metadata key {key} is unknown", ", ".join(NETWORK_KEYS), f"{metadata[key]:.100}")
         for key in metadata
         if key.startswith("ss_network_") and key not in NETWORK_KEYS
     ]

@@ -1,17 +1,17 @@
-"""MyTransformers (github hhnqqq/MyTransformers): LoRA, rsLoRA, DoRA, PiSSA, OLoRA, MiLoRA and DuDe of its trainer.
+"""Checkpoints of MyTransformers (github hhnqqq/MyTransformers): LoRA, rsLoRA, DoRA, PiSSA, OLoRA, MiLoRA, DuDe.
 
 A torch file (.ckpt), flat or under model_state_dict, beside a config.json of the training arguments, which names the
 variant (mytransformers_arguments.py). Per module: weight_a (r, in), weight_b (out, r), since 83fcc6a origin_magnitude
 (out,), and the frozen weight, which for PiSSA, OLoRA, MiLoRA and DuDe is the residual; with --save-trainable the frozen
 weight is left out. s = lora_scaler / lora_rank, of rsLoRA lora_scaler / sqrt(lora_rank).
 
-Without the frozen weight the residual is computed again as its layers' init_lora_weights does: of the base in the
-training dtype, with factors and product in that dtype too (in float32 under run_lora_in_fp32), so that in half
-precision it is rounded several times (`Initial.product`).
+Without the frozen weight the residual is computed again as in the layers' init_lora_weights: from the base in the
+training dtype, with factors and product in that dtype too (in float32 with run_lora_in_fp32), so that half precision
+rounds several times (`Initial.product`).
 
-Before 83fcc6a the magnitude was not trained nor saved: it is the row norm of the residual (DuDe) or of the weight
-(DoRA) at run time, so a DuDe of that age differs from its base before it is trained. DoRA before October 2024 took
-the norms of columns (--magnitude-axis in).
+Before 83fcc6a the magnitude was neither trained nor saved: it is the row norm of the residual (DuDe) or of the weight
+(DoRA) at run time, so that such a DuDe differs from its base even before training. DoRA before October 2024 used the
+norms of columns (--magnitude-axis in).
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ from adapter_merge.storage.safetensors_header import TensorRef
 
 from .mytransformers_arguments import ARGUMENTS, VARIANTS
 from .settings import note_of
-from .state_dict import Foreign, sort_tensors
+from .state_dict import SortedTensors, sort_tensors
 
 ROLES = {
     "weight_a": "A",
@@ -41,27 +41,27 @@ ROLES = {
     "init_weight_b": "B0",
     "weight": "W",
 }
-REPEATABLE_ITERATIONS = 2  # pissa_n_iters and milora_n_iters up to this mean a full SVD
+REPEATABLE_ITERATIONS = 2  # up to this number, pissa_n_iters and milora_n_iters mean a full SVD
 DTYPES = {"fp32": "F32", "bf16": "BF16", "fp16": "F16"}
 DECOMPOSED = {"PiSSA": "svd", "DuDe": "svd", "OLoRA": "qr", "MiLoRA": "svd_least"}
 MILORA_NOTE = (
-    "MiLoRA starts from the smallest singular values: nothing in the factors tells whether the base is the original. "
-    "It is taken for the original, from which MyTransformers itself starts"
+    "MiLoRA starts from the smallest singular values: the factors do not show whether the base is the original. "
+    "It is assumed to be the original, as in MyTransformers"
 )
 
 
 @dataclass(frozen=True)
 class Training:
-    """What the training arguments say of all modules."""
+    """The training arguments that apply to all modules."""
 
     method: str
     scaler: float
     rank: int | None
     fast: bool  # the decomposition was a randomised SVD
-    axis: int  # 1: magnitudes of input columns
-    dtype: str | None  # of the frozen weights, as safetensors names it; None: not said
+    axis: int  # 0: magnitudes of output rows; 1: of input columns
+    dtype: str | None  # of the frozen weights, as safetensors names it; None: not stated
     in_float32: bool  # run_lora_in_fp32
-    stated: bool  # False where there are no training arguments, which is an error of its own
+    stated: bool  # False where there are no training arguments, which is reported separately
 
 
 def read_mytransformers(
@@ -71,39 +71,39 @@ def read_mytransformers(
     base: Checkpoint | None,
     residual_dtype: str | None = None,
 ) -> Adapter:
-    """The adapter in `file`. `alpha` overrides lora_scaler, `residual_dtype` the dtype of training.
+    """Read the adapter in `file`. `alpha` overrides lora_scaler, `residual_dtype` the dtype of training.
 
-    Raises AdapterError with every problem; UnsupportedError for a variant or an argument that is not known here.
+    Raises AdapterError with every problem, UnsupportedError for an unknown variant or argument.
     """
     config_file = file.parent / "config.json"
     config = read_json(config_file) if config_file.is_file() else {}
     unsupported, off = ARGUMENTS.check(config, str(config_file))
     raise_all(unsupported, UnsupportedError)
-    found = sort_tensors(read_weights(file).tensors, ROLES, base)
-    problems = list(found.problems)
-    method = _variant(config, config_file, problems)
+    tensors = sort_tensors(read_weights(file).tensors, ROLES, base)
+    problems = list(tensors.problems)
+    method = _find_variant(config, config_file, problems)
     if not config:
         problems.append(
             Problem(
-                f"{file}: which variant it is stands only in the training arguments",
+                f"{file}: the variant is named only in the training arguments, which are missing",
                 f"{config_file.name} with the arguments, as the trainer writes it beside the file",
-                "no such file" if not config_file.is_file() else "an empty one",
+                "no such file" if not config_file.is_file() else "an empty file",
                 "files of LoRA, rsLoRA, HiRA and others hold the same tensors: a guess would merge a wrong adapter",
             )
         )
-    problems += _other_positions(config, config_file, base)
+    problems += _check_rope_theta(config, config_file, base)
     iterations = config.get("milora_n_iters" if method == "MiLoRA" else "pissa_n_iters", 1)
     training = Training(
         method,
-        _scaler(config, alpha, file, problems),
-        _rank(config, config_file, problems),
+        _read_scaler(config, alpha, file, problems),
+        _read_rank(config, config_file, problems),
         method != "OLoRA" and not (isinstance(iterations, int) and iterations <= REPEATABLE_ITERATIONS),
         1 if magnitude_axis == "in" else 0,
-        _training_dtype(config, residual_dtype, config_file, problems),
-        _flag(config, "run_lora_in_fp32", config_file, problems),
+        _find_training_dtype(config, residual_dtype, config_file, problems),
+        _read_flag(config, "run_lora_in_fp32", config_file, problems),
         bool(config),
     )
-    modules = _modules(found, training, file, problems)
+    modules = _modules(tensors, training, file, problems)
     raise_all(problems, AdapterError)
     assumed = any(m.initial is not None and m.initial.method == "svd_least" and m.frozen is None for m in modules)
     return Adapter(
@@ -111,37 +111,38 @@ def read_mytransformers(
         format=AdapterFormat.MYTRANSFORMERS,
         method=method,
         modules=modules,
-        replacements=found.replacements,
+        replacements=tensors.replacements,
         config=config,
         files=(file, *((config_file,) if config else ())),
-        notes=(*found.notes, *note_of(off, str(config_file)), *((MILORA_NOTE,) if assumed else ())),
+        notes=(*tensors.notes, *note_of(off, str(config_file)), *((MILORA_NOTE,) if assumed else ())),
     )
 
 
-def _variant(config: Mapping[str, Any], config_file: Path, problems: list[Problem]) -> str:
-    """The one variant whose flag is set; LoRA where none is."""
-    chosen = [key for key in VARIANTS if _flag(config, key, config_file, problems)]
+def _find_variant(config: Mapping[str, Any], config_file: Path, problems: list[Problem]) -> str:
+    """Return the variant whose flag is set, LoRA where none is; adds a problem where several are."""
+    chosen = [key for key in VARIANTS if _read_flag(config, key, config_file, problems)]
     if len(chosen) > 1:
         problems.append(
             Problem(
                 f"{config_file}: names {len(chosen)} variants",
                 "one",
                 ", ".join(chosen),
-                "MyTransformers takes one of them, and which one depends on its version: keep the one it trained",
+                "MyTransformers uses one of them, depending on its version: keep the one that was trained",
             )
         )
     return VARIANTS[chosen[0]] if chosen else "LoRA"
 
 
-def _flag(config: Mapping[str, Any], key: str, config_file: Path, problems: list[Problem]) -> bool:
+def _read_flag(config: Mapping[str, Any], key: str, config_file: Path, problems: list[Problem]) -> bool:
+    """Return the boolean `key`, False where it is missing; adds a problem where it is not a boolean."""
     value = config.get(key)
     if value is not None and not isinstance(value, bool):
         problems.append(Problem(f"{config_file}: {key} is wrong", "true or false", repr(value)[:100]))
     return value is True
 
 
-def _rank(config: Mapping[str, Any], config_file: Path, problems: list[Problem]) -> int | None:
-    """lora_rank, which the factors' own rank is held against; None where it is not said."""
+def _read_rank(config: Mapping[str, Any], config_file: Path, problems: list[Problem]) -> int | None:
+    """Return lora_rank, which the factors must have; None where it is missing; adds a problem where it is wrong."""
     rank = config.get("lora_rank")
     if rank is not None and (isinstance(rank, bool) or not isinstance(rank, int) or rank < 1):
         problems.append(Problem(f"{config_file}: lora_rank is wrong", "a whole number above 0", repr(rank)[:100]))
@@ -149,12 +150,13 @@ def _rank(config: Mapping[str, Any], config_file: Path, problems: list[Problem])
     return rank
 
 
-def _scaler(config: Mapping[str, Any], alpha: float | None, file: Path, problems: list[Problem]) -> float:
+def _read_scaler(config: Mapping[str, Any], alpha: float | None, file: Path, problems: list[Problem]) -> float:
+    """Return `alpha`, or lora_scaler; where neither is a usable number, adds a problem and returns 1."""
     scaler = config.get("lora_scaler") if alpha is None else alpha
     if isinstance(scaler, bool) or not isinstance(scaler, int | float) or not 0 < abs(scaler) < 1e12:
         problems.append(
             Problem(
-                f"{file}: lora_scaler is not known",
+                f"{file}: lora_scaler is missing or wrong",
                 "the training arguments in config.json, or --alpha NUMBER",
                 repr(scaler)[:100],
                 "the scale is lora_scaler / rank: it must be known, a guess would merge a wrong adapter",
@@ -164,23 +166,23 @@ def _scaler(config: Mapping[str, Any], alpha: float | None, file: Path, problems
     return float(scaler)
 
 
-def _training_dtype(
+def _find_training_dtype(
     config: Mapping[str, Any], stated: str | None, config_file: Path, problems: list[Problem]
 ) -> str | None:
-    """The dtype that the base was loaded in: as stated, default_dtype, or what fp16 and bf16 make of it."""
+    """Return the dtype that the base was loaded in: as stated, default_dtype, or by fp16 and bf16; None: unknown."""
     if stated is not None:
         return RESIDUAL_DTYPES.get(stated)
-    half, brain = (_flag(config, key, config_file, problems) for key in ("fp16", "bf16"))
-    said = config.get("default_dtype")
-    if said is None and ("fp16" in config or "bf16" in config):
-        said = "fp16" if half else "bf16" if brain else "fp32"
-    if said is not None and said not in DTYPES:
-        problems.append(Problem(f"{config_file}: default_dtype is wrong", ", ".join(DTYPES), repr(said)[:100]))
-    return DTYPES.get(said) if isinstance(said, str) else None
+    fp16, bf16 = (_read_flag(config, key, config_file, problems) for key in ("fp16", "bf16"))
+    name = config.get("default_dtype")
+    if name is None and ("fp16" in config or "bf16" in config):
+        name = "fp16" if fp16 else "bf16" if bf16 else "fp32"
+    if name is not None and name not in DTYPES:
+        problems.append(Problem(f"{config_file}: default_dtype is wrong", ", ".join(DTYPES), repr(name)[:100]))
+    return DTYPES.get(name) if isinstance(name, str) else None
 
 
-def _other_positions(config: Mapping[str, Any], config_file: Path, base: Checkpoint | None) -> list[Problem]:
-    """A rope_theta that is not the base's: the weights would fit, the merged model would compute something else."""
+def _check_rope_theta(config: Mapping[str, Any], config_file: Path, base: Checkpoint | None) -> list[Problem]:
+    """Return a problem where rope_theta differs from the base's: the merged model would use other positions."""
     theta = config.get("rope_theta")
     if theta is None or base is None:
         return []
@@ -191,10 +193,11 @@ def _other_positions(config: Mapping[str, Any], config_file: Path, base: Checkpo
     return [Problem(f"{config_file}: rope_theta is not the base's", repr(known)[:100], repr(theta)[:100])]
 
 
-def _modules(found: Foreign, training: Training, file: Path, problems: list[Problem]) -> tuple[LoraModule, ...]:
+def _modules(tensors: SortedTensors, training: Training, file: Path, problems: list[Problem]) -> tuple[LoraModule, ...]:
+    """Return one module per group of tensors; adds to `problems`."""
     modules: list[LoraModule] = []
     scaled = training.method in ("DuDe", "DoRA")
-    for name, group in sorted(found.groups.items()):
+    for name, group in sorted(tensors.groups.items()):
         a, b, m, frozen = (group.get(role) for role in ("A", "B", "m", "W"))
         if a is None or b is None or not len(a.shape) == len(b.shape) == 2 or a.shape[0] != b.shape[1] or 0 in a.shape:
             got = ", ".join(f"{role} {ref.shape}" for role, ref in group.items())
@@ -245,7 +248,7 @@ def _initial(
     file: Path,
     problems: list[Problem],
 ) -> Initial | None:
-    """What the initialisation of one module subtracted from its weight, and in which dtypes."""
+    """Return what the initialisation of one module subtracted from its weight, and in which dtypes; None: nothing."""
     method = DECOMPOSED.get(training.method)
     if method is None:
         return None
@@ -267,7 +270,7 @@ def _initial(
     if training.fast and frozen is None and training.method == "MiLoRA":
         problems.append(
             Problem(
-                f"{file}: was made by a randomised SVD, which cannot be repeated",
+                f"{file}: its initialisation used a randomised SVD, which cannot be repeated",
                 f"milora_n_iters of at most {REPEATABLE_ITERATIONS}, or the frozen weights beside the factors",
                 hint="save without --save-trainable",
             )

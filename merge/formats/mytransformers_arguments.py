@@ -1,14 +1,14 @@
-"""The training arguments that MyTransformers writes into config.json: which of them tell what the factors mean.
+"""The training arguments that MyTransformers writes into config.json: read, ignored and refused ones.
 
-Names: its common/parser.py and every args.NAME that its trainer sets, over the whole history of github
-hhnqqq/MyTransformers to 2025-11. Its trainer makes the layers of the first variant whose use_* flag is set.
+Source of the names: common/parser.py and every args.NAME that the trainer sets, over the whole history of github
+hhnqqq/MyTransformers to 2025-11. The trainer builds the layers of the first variant whose use_* flag is set.
 """
 
 from __future__ import annotations
 
 from .settings import KnownSettings
 
-# Variants that are read, in the order in which its LORA_VARIANTS looks at them.
+# The supported variants, in the order of MyTransformers' LORA_VARIANTS.
 VARIANTS = {
     "use_dora": "DoRA",
     "use_rslora": "rsLoRA",
@@ -36,7 +36,7 @@ _REFUSED = {
     "train_pi": "a model whose positions were interpolated",
     "partial_ckpt_path": "training that went on from another checkpoint than the base",
 }
-# Paths, data, logging, the optimiser, and what belongs to variants that are off.
+# Paths, data, logging, the optimiser, and arguments of variants that are off.
 _IGNORED = """
 activation_checkpoint adalomo_lr all_reduce_loss apply_chat_template atten_type auto_warmup_rate auto_warmup_steps
 aux_loss_coeff batch_size_per_gpu batching_stretegy beta1 beta2 betas bslora_forward_method bslora_inter_shared_rank

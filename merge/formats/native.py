@@ -1,4 +1,4 @@
-"""Our own safe adapter folder, for what PEFT has no name for: DCFT, DuDe and its relatives, LyCORIS' files.
+"""The adapter-merge folder, for methods that PEFT has no format for: DCFT, DuDe, PiSSA, OLoRA, LyCORIS' files.
 
 adapter_config.json   peft_type DCFT, DUDE or LYCORIS, format_version 1, base_model_name_or_path, task_type,
                       target_modules, modules_to_save, and the keys below
@@ -7,13 +7,13 @@ adapter_model.safetensors   base_model.model.<module>.<role>, roles as below; ba
 DCFT     r, lora_alpha, kernel_size, stride; or "form": "reshape" (dcft_reshape.py) without them
          lora_A (r, in/k0), lora_B (out/k1, r), lora_C (1, 1, k0, k1), ranknum (1,); channels: dcft_tensors.py
          reshape: B (in/d, r), A (r, out/d), deconv.weight (1, 1, d, d), deconv.bias (1,)
-DUDE     r, lora_alpha, use_rslora, base ("original" or "residual"), residual_dtype, and where they are not the first:
-         initial ("svd", "qr", ...: how the factors were found; "none": nothing was subtracted), magnitude ("trained",
-         "frozen": the norms of the residual, "none"), magnitude_axis ("out" or "in"), product_dtype (of the factors at
-         initialisation and their product, where these were rounded before they were subtracted)
+DUDE     r, lora_alpha, use_rslora, base ("original" or "residual"), residual_dtype, and optionally (the first value is
+         the default) initial ("svd", "qr", ...: the decomposition; "none": nothing was subtracted), magnitude
+         ("trained", "frozen": the norms of the residual, "none"), magnitude_axis ("out" or "in"), product_dtype (of the
+         factors at initialisation and their product, where these were rounded before they were subtracted)
          lora_A.weight (r, in), lora_B.weight (out, r), lora_magnitude_vector (out,), and optionally the factors at
-         initialisation, lora_A_init.weight and lora_B_init.weight, so that no SVD has to be repeated, or the residual
-         itself, frozen.weight (out, in)
+         initialisation, lora_A_init.weight and lora_B_init.weight, so that no SVD is repeated, or the residual itself,
+         frozen.weight (out, in)
 LYCORIS  lora_down.weight, lora_up.weight, lokr_*, hada_*, alpha, dora_scale (out, 1) or (1, in), as in kohya.py
 """
 
@@ -66,7 +66,7 @@ SETTINGS = {
 
 
 def read_native(folder: Path, alpha: float | None = None, ranknum: float | None = None) -> Adapter:
-    """The adapter in `folder`; `alpha` and `ranknum` override its own. Raises AdapterError."""
+    """Read the adapter in `folder`; `alpha` and `ranknum` override the stored ones. Raises AdapterError."""
     config_file = folder / "adapter_config.json"
     config = read_json(config_file)
     weights = find_weights(folder)
@@ -88,23 +88,23 @@ def read_native(folder: Path, alpha: float | None = None, ranknum: float | None 
     shard = read_weights(weights)
     replacements: Mapping[str, TensorRef] = {}
     if config["peft_type"] == "LYCORIS":
-        lycoris, found = group_lycoris(shard.tensors, weights, PREFIX)
-        modules = lycoris_modules(lycoris, alpha, False, None, weights, found)
+        lycoris, format_problems = group_lycoris(shard.tensors, weights, PREFIX)
+        modules = lycoris_modules(lycoris, alpha, False, None, weights, format_problems)
         method = method_of(modules)
     elif config["peft_type"] == "DUDE":
-        parts = group_tensors(shard.tensors, weights, DUDE_ROLES)
-        method, modules = _dude(parts, config, problems)
-        replacements, found = parts.replacements, parts.problems
+        tensors = group_tensors(shard.tensors, weights, DUDE_ROLES)
+        method, modules = _read_dude(tensors, config, problems)
+        replacements, format_problems = tensors.replacements, tensors.problems
     elif config.get("form") == "reshape":
-        modules, replacements, found = read_reshaped(shard.tensors, PREFIX, weights)
+        modules, replacements, format_problems = read_reshaped(shard.tensors, PREFIX, weights)
         method = "DCFT"
     else:
-        groups, replacements, found = group_dcft(shard.tensors, PREFIX, weights)
+        groups, replacements, format_problems = group_dcft(shard.tensors, PREFIX, weights)
         chosen = config.get("lora_alpha") if alpha is None else alpha
-        modules, more = dcft_modules(groups, chosen, config.get("stride"), None, weights, ranknum)
-        found = [*found, *more, *_untrue(config, modules, config_file)]
+        modules, module_problems = dcft_modules(groups, chosen, config.get("stride"), None, weights, ranknum)
+        format_problems = [*format_problems, *module_problems, *_check_dcft_config(config, modules, config_file)]
         method = "DCFT"
-    raise_all(problems + found, AdapterError)
+    raise_all(problems + format_problems, AdapterError)
     return Adapter(
         folder=folder,
         format=AdapterFormat.NATIVE,
@@ -118,31 +118,36 @@ def read_native(folder: Path, alpha: float | None = None, ranknum: float | None 
     )
 
 
-def _untrue(config: Mapping[str, Any], modules: tuple[AdaptedModule, ...], config_file: Path) -> list[Problem]:
-    """Where a DCFT config says another rank or kernel than its tensors have."""
-    found = [module for module in modules if isinstance(module, DcftModule)]
-    ranks = {module.r for module in found}
-    kernels = {module.kernel for module in found}
+def _check_dcft_config(
+    config: Mapping[str, Any], modules: tuple[AdaptedModule, ...], config_file: Path
+) -> list[Problem]:
+    """Return a problem where a DCFT config states another rank or kernel than its tensors have."""
+    adapted = [module for module in modules if isinstance(module, DcftModule)]
+    ranks = {module.r for module in adapted}
+    kernels = {module.kernel for module in adapted}
     problems = []
-    if found and "r" in config and config["r"] != max(ranks):
-        problems.append(Problem(f"{config_file}: r is not the tensors'", str(max(ranks)), repr(config["r"])))
+    if adapted and "r" in config and config["r"] != max(ranks):
+        problems.append(Problem(f"{config_file}: r is not the rank of the tensors", str(max(ranks)), repr(config["r"])))
     stated = config.get("kernel_size")
-    if found and stated is not None and (not is_pair(stated) or {tuple(stated)} != kernels):
-        problems.append(Problem(f"{config_file}: kernel_size is not the tensors'", str(sorted(kernels)), repr(stated)))
+    if adapted and stated is not None and (not is_pair(stated) or {tuple(stated)} != kernels):
+        problems.append(
+            Problem(f"{config_file}: kernel_size is not the kernel of the tensors", str(sorted(kernels)), repr(stated))
+        )
     return problems
 
 
-def _dude(
-    parts: PeftTensors, config: Mapping[str, Any], problems: list[Problem]
+def _read_dude(
+    tensors: PeftTensors, config: Mapping[str, Any], problems: list[Problem]
 ) -> tuple[str, tuple[AdaptedModule, ...]]:
-    said = {key: config.get(key, values[0]) for key, values in CHOICES.items()} | {"base": config.get("base")}
-    for key, value in said.items():
+    """Return method and modules of a DUDE folder; problems are added to `problems` and `tensors.problems`."""
+    choices = {key: config.get(key, values[0]) for key, values in CHOICES.items()} | {"base": config.get("base")}
+    for key, value in choices.items():
         if value not in CHOICES[key]:
             problems.append(
                 Problem(f'DuDe config: "{key}" is missing or wrong', " or ".join(CHOICES[key]), f"{value!r:.100}")
             )
     initial = None
-    if said["base"] != "residual" and said["initial"] != "none":
+    if choices["base"] != "residual" and choices["initial"] != "none":
         dtype = RESIDUAL_DTYPES.get(str(config.get("residual_dtype")))
         if dtype is None:
             problems.append(
@@ -150,7 +155,7 @@ def _dude(
                     'DuDe config: "residual_dtype" is missing or wrong',
                     ", ".join(RESIDUAL_DTYPES),
                     repr(config.get("residual_dtype"))[:100],
-                    "the dtype in which the frozen residual was kept at training: it was rounded to it",
+                    "the dtype that the frozen residual was rounded to at training",
                 )
             )
         product = RESIDUAL_DTYPES.get(str(config.get("product_dtype")))
@@ -162,17 +167,17 @@ def _dude(
                     repr(config["product_dtype"])[:100],
                 )
             )
-        initial = Initial(dtype=dtype, method=str(said["initial"]), product=product)
-    trained = said["magnitude"] == "trained"
-    axis = int(said["magnitude_axis"] == "in")
+        initial = Initial(dtype=dtype, method=str(choices["initial"]), product=product)
+    trained = choices["magnitude"] == "trained"
+    axis = int(choices["magnitude_axis"] == "in")
     modules: list[AdaptedModule] = []
-    for module in lora_modules(parts, {**config, "use_dora": trained}, initial, axis=axis):
+    for module in lora_modules(tensors, {**config, "use_dora": trained}, initial, axis=axis):
         if isinstance(module, LoraModule):
-            frozen = parts.groups[module.name].get("frozen")
+            frozen = tensors.groups[module.name].get("frozen")
             if frozen is not None and frozen.shape != module.shape:
                 got = str(frozen.shape)
                 problems.append(Problem(f"the frozen weight of {module.name} does not fit", str(module.shape), got))
-            module = replace(module, frozen=frozen, own_magnitude=said["magnitude"] == "frozen", magnitude_dim=axis)
+            module = replace(module, frozen=frozen, own_magnitude=choices["magnitude"] == "frozen", magnitude_dim=axis)
         modules.append(module)
-    method = method_name({"use_dora": said["magnitude"] != "none"}, initial)
-    return "DuDe" if trained and said["base"] == "residual" else method, tuple(modules)
+    method = method_name({"use_dora": choices["magnitude"] != "none"}, initial)
+    return "DuDe" if trained and choices["base"] == "residual" else method, tuple(modules)

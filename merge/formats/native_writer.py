@@ -1,10 +1,10 @@
-"""What stands in a safe folder: config and tensors for each kind of adapter, saying exactly what its source said.
+"""Config and tensors of a converted adapter folder, for each method, without loss of what the source states.
 
-PEFT copy      a PEFT folder's own config and tensors, out of its pickle; magnitudes that were given are put in
-PEFT LoRA      factors of a foreign file, with r and alpha (and their patterns) for its scales; DoRA with row magnitudes
-LYCORIS        LoKr, LoHa, magnitudes of columns, mixtures: LyCORIS' roles under the modules' dotted names
-DCFT           both forms: the transposed one with its kernel and stride, and the reshaped one ("form": "reshape")
-DUDE           PiSSA, OLoRA, DuDe: what was subtracted from the base and in which dtype, or the saved residual itself
+PEFT copy   config and tensors of a PEFT folder, read from its pickle, with magnitudes from another file
+PEFT LoRA   factors of another format, with r and alpha (and their patterns) for its scales; DoRA with row magnitudes
+LYCORIS     LoKr, LoHa, magnitudes of columns, mixtures: LyCORIS' roles under the modules' dotted names
+DCFT        both forms: the transposed one with its kernel and stride, and the reshaped one ("form": "reshape")
+DUDE        PiSSA, OLoRA, DuDe: what was subtracted from the base and in which dtype, or the saved residual itself
 """
 
 from __future__ import annotations
@@ -37,19 +37,20 @@ Lycoris = LoraModule | LokrModule | LohaModule
 
 @dataclass
 class SafeFolder:
-    """adapter_config.json and the tensors of adapter_model.safetensors."""
+    """The content of adapter_config.json and adapter_model.safetensors."""
 
     config: dict[str, Any] = field(default_factory=dict)
     tensors: dict[str, Tensor] = field(default_factory=dict)
 
     def put(self, module: AdaptedModule, role: str, tensor: Tensor) -> None:
+        """Add the tensor of a module under its PEFT name."""
         self.tensors[f"{PREFIX}{module.name}.{role}"] = tensor.contiguous()
 
 
 def peft_copy(opened: Adapter) -> SafeFolder:
-    """A PEFT folder as it is, in safetensors; with the magnitudes that stood in another file."""
+    """Copy a PEFT folder, with the magnitudes that were read from another file."""
     weights = find_weights(opened.folder)
-    assert weights is not None, "it was read from there"
+    assert weights is not None, "the adapter was read from this folder"
     copy = SafeFolder(dict(opened.config), {ref.name: read_tensor(ref) for ref in read_weights(weights).tensors})
     for module in opened.modules:
         magnitude = module.magnitude
@@ -59,35 +60,35 @@ def peft_copy(opened: Adapter) -> SafeFolder:
 
 
 def is_peft_lora(modules: Sequence[AdaptedModule]) -> bool:
-    """True for factors that a PEFT folder says in full: LoRA, or DoRA with a magnitude per row in every module."""
-    found = [module for module in modules if isinstance(module, LoraModule)]
-    own = any(m.initial is not None or m.frozen is not None or m.own_magnitude or m.e is not None for m in found)
-    axes = {None if module.magnitude is None else module.magnitude_dim for module in found}
-    return len(found) == len(modules) and not own and axes in ({None}, {0})
+    """Return True when a PEFT folder can hold the modules: LoRA, or DoRA with a magnitude per output row in each."""
+    loras = [module for module in modules if isinstance(module, LoraModule)]
+    own = any(m.initial is not None or m.frozen is not None or m.own_magnitude or m.e is not None for m in loras)
+    axes = {None if module.magnitude is None else module.magnitude_dim for module in loras}
+    return len(loras) == len(modules) and not own and axes in ({None}, {0})
 
 
 def peft_lora(modules: Sequence[AdaptedModule], fan_in_fan_out: bool) -> SafeFolder:
-    """A PEFT LoRA or DoRA of a foreign file's factors, in their own dtype."""
-    found = [module for module in modules if isinstance(module, LoraModule)]
+    """Build a PEFT LoRA or DoRA folder from LoRA modules of any format; tensors keep their dtype."""
+    loras = [module for module in modules if isinstance(module, LoraModule)]
     safe = SafeFolder(
         {
             "peft_type": "LORA",
             "inference_mode": True,
-            **_scales(found),
+            **_state_scales(loras),
             "lora_dropout": 0.0,
             "bias": "none",
             "fan_in_fan_out": fan_in_fan_out,
-            "use_dora": any(module.magnitude is not None for module in found),
+            "use_dora": any(module.magnitude is not None for module in loras),
             "init_lora_weights": True,
         }
     )
-    for module in found:
-        _factors(safe, module)
+    for module in loras:
+        _put_factors(safe, module)
     return safe
 
 
 def lycoris(modules: Sequence[AdaptedModule]) -> SafeFolder:
-    """The modules under their dotted names, with alpha so that s = alpha / r, and magnitudes that show their axis."""
+    """Build a LYCORIS folder: dotted module names, alpha = s r, and magnitudes whose shape shows their axis."""
     safe = SafeFolder({"peft_type": "LYCORIS", "format_version": FORMAT_VERSION})
     for module in modules:
         assert isinstance(module, Lycoris)
@@ -105,7 +106,7 @@ def lycoris(modules: Sequence[AdaptedModule]) -> SafeFolder:
             for role, ref in zip(("w1_a", "w1_b", "w2_a", "w2_b"), module.refs, strict=False):
                 safe.put(module, f"hada_{role}", read_tensor(ref))
         if rank is not None:  # LoKr of two full matrices has the scale 1
-            safe.put(module, "alpha", torch.tensor(_alpha(module.scale, rank), dtype=torch.float64))
+            safe.put(module, "alpha", torch.tensor(_alpha_of(module.scale, rank), dtype=torch.float64))
         if module.magnitude is not None:
             shape = (1, -1) if module.magnitude_dim else (-1, 1)
             safe.put(module, "dora_scale", read_tensor(module.magnitude).reshape(shape))
@@ -113,12 +114,12 @@ def lycoris(modules: Sequence[AdaptedModule]) -> SafeFolder:
 
 
 def dcft(modules: Sequence[AdaptedModule]) -> SafeFolder:
-    """Kernel, images, ranknum and stride. Raises UnsupportedError for strides that one config cannot say."""
-    found = [module for module in modules if isinstance(module, DcftModule)]
-    alphas = {module.alpha for module in found}
-    kernels, strides = {module.kernel for module in found}, {module.stride for module in found}
+    """Build a DCFT folder. Raises UnsupportedError for strides that one config cannot state."""
+    adapted = [module for module in modules if isinstance(module, DcftModule)]
+    alphas = {module.alpha for module in adapted}
+    kernels, strides = {module.kernel for module in adapted}, {module.stride for module in adapted}
     safe = SafeFolder()
-    for module in found:
+    for module in adapted:
         stated = module.ranknum
         number = torch.tensor([stated]) if isinstance(stated, float) else read_tensor(stated).reshape(-1)
         for role, ref in (("lora_A", module.a), ("lora_B", module.b), ("lora_C", module.c)):
@@ -126,7 +127,7 @@ def dcft(modules: Sequence[AdaptedModule]) -> SafeFolder:
         safe.put(module, "ranknum", number.to(torch.float32))
         if module.bias is not None:
             safe.put(module, "lora_C.bias", read_tensor(module.bias))
-    if len(strides) > 1 and any(module.stride != module.kernel for module in found):
+    if len(strides) > 1 and any(module.stride != module.kernel for module in adapted):
         raise UnsupportedError(
             "the modules' strides differ from each other and from their kernels",
             expected="one stride for all modules, or stride == kernel",
@@ -135,7 +136,7 @@ def dcft(modules: Sequence[AdaptedModule]) -> SafeFolder:
     safe.config = {
         "peft_type": "DCFT",
         "format_version": FORMAT_VERSION,
-        "r": max(module.r for module in found),
+        "r": max(module.r for module in adapted),
         "kernel_size": list(kernels.pop()) if len(kernels) == 1 else None,
         "stride": list(strides.pop()) if len(strides) == 1 else None,
         "lora_alpha": alphas.pop(),
@@ -144,7 +145,7 @@ def dcft(modules: Sequence[AdaptedModule]) -> SafeFolder:
 
 
 def dcft_reshape(modules: Sequence[AdaptedModule]) -> SafeFolder:
-    """The reshape form under its own roles; it has no scale."""
+    """Build a DCFT folder of the reshape form, which has no scale."""
     safe = SafeFolder({"peft_type": "DCFT", "format_version": FORMAT_VERSION, "form": "reshape"})
     for module in modules:
         assert isinstance(module, DcftReshapeModule)
@@ -155,47 +156,48 @@ def dcft_reshape(modules: Sequence[AdaptedModule]) -> SafeFolder:
 
 
 def dude(opened: Adapter, bound: BoundAdapter | None) -> SafeFolder:
-    """PiSSA, OLoRA and DuDe, and DoRA whose magnitude is not trained or lies along the columns.
+    """Build a DUDE folder: PiSSA, OLoRA, DuDe, and DoRA whose magnitude is not trained or belongs to the columns.
 
-    On an original base the factors at initialisation are stored, found again by the same decomposition where they have
-    to be; a residual that was saved beside the factors is stored itself.
+    For an original base the factors at initialisation are stored, decomposed again where they were not saved; a
+    residual that was saved beside the factors is stored itself.
     """
-    found = [module for module in opened.modules if isinstance(module, LoraModule)]
-    principal = [module for module in found if module.initial is not None]
+    loras = [module for module in opened.modules if isinstance(module, LoraModule)]
+    principal = [module for module in loras if module.initial is not None]
     if bound is not None:
         residual = bound.base_kind == "residual"
     else:
         residual = opened.config.get("peft_type") == "DUDE" and opened.config.get("base") == "residual"
     safe = SafeFolder()
-    for module in found:
-        _factors(safe, module)
+    for module in loras:
+        _put_factors(safe, module)
         if module.frozen is not None:
             safe.put(module, "frozen.weight", read_tensor(module.frozen))
     if not residual:
-        _initial_factors(safe, found, bound)
+        _put_initial_factors(safe, loras, bound)
     methods = {module.initial.method for module in principal if module.initial is not None}
     products = {module.initial.product for module in principal if module.initial is not None} - {None}
-    magnitude = "trained" if any(module.magnitude is not None for module in found) else "none"
-    if any(module.own_magnitude for module in found):
+    magnitude = "trained" if any(module.magnitude is not None for module in loras) else "none"
+    if any(module.own_magnitude for module in loras):
         magnitude = "frozen"
     kept: Mapping[str, Any] = opened.config
     scales = {key: kept.get(key) for key in ("r", "lora_alpha", "use_rslora", "rank_pattern", "alpha_pattern")}
     safe.config = {
         "peft_type": "DUDE",
         "format_version": FORMAT_VERSION,
-        **(scales if kept.get("peft_type") else _scales(found)),
+        **(scales if kept.get("peft_type") else _state_scales(loras)),
         "fan_in_fan_out": opened.fan_in_fan_out,
         "base": "residual" if residual else "original",
         "initial": "none" if residual or not principal else methods.pop() if len(methods) == 1 else "svd",
-        "residual_dtype": None if residual or not principal else _residual_dtype(opened, found, bound),
+        "residual_dtype": None if residual or not principal else _find_residual_dtype(opened, loras, bound),
         **({"product_dtype": dtype_name(products.pop())} if len(products) == 1 and not residual else {}),
         "magnitude": magnitude,
-        "magnitude_axis": "in" if any(module.magnitude_dim for module in found) else "out",
+        "magnitude_axis": "in" if any(module.magnitude_dim for module in loras) else "out",
     }
     return safe
 
 
-def _factors(safe: SafeFolder, module: LoraModule) -> None:
+def _put_factors(safe: SafeFolder, module: LoraModule) -> None:
+    """Add A, B and the magnitude of a module."""
     a, b = ("lora_embedding_A", "lora_embedding_B") if module.embedding else ("lora_A.weight", "lora_B.weight")
     safe.put(module, a, read_tensor(module.a))
     safe.put(module, b, read_tensor(module.b))
@@ -203,10 +205,10 @@ def _factors(safe: SafeFolder, module: LoraModule) -> None:
         safe.put(module, "lora_magnitude_vector", read_tensor(module.magnitude).reshape(-1))
 
 
-def _initial_factors(safe: SafeFolder, found: Sequence[LoraModule], bound: BoundAdapter | None) -> None:
-    """A0 and B0 of every module whose residual was not saved whole."""
+def _put_initial_factors(safe: SafeFolder, loras: Sequence[LoraModule], bound: BoundAdapter | None) -> None:
+    """Add A0 and B0 of every module whose residual was not saved as a matrix."""
     weights = {item.module.name: item for item in bound.modules} if bound is not None else {}
-    for module in found:
+    for module in loras:
         initial = module.initial
         if initial is None or module.frozen is not None:
             continue
@@ -220,11 +222,11 @@ def _initial_factors(safe: SafeFolder, found: Sequence[LoraModule], bound: Bound
         safe.put(module, "lora_B_init.weight", b)
 
 
-def _residual_dtype(opened: Adapter, found: Sequence[LoraModule], bound: BoundAdapter | None) -> str:
-    """What the residual was rounded to: as it was stated, as it was saved, or as the base is."""
+def _find_residual_dtype(opened: Adapter, loras: Sequence[LoraModule], bound: BoundAdapter | None) -> str:
+    """Return the dtype that the residual was rounded to: as stated, as saved, or the base's."""
     weights = {item.module.name: item.weight.dtype for item in bound.modules} if bound is not None else {}
     dtypes = set()
-    for module in found:
+    for module in loras:
         if module.initial is not None:
             saved = module.frozen.dtype if module.frozen is not None else None
             dtypes.add(module.initial.dtype or saved or weights.get(module.name))
@@ -238,24 +240,24 @@ def _residual_dtype(opened: Adapter, found: Sequence[LoraModule], bound: BoundAd
 
 
 def dtype_name(dtype: object) -> str:
-    """torch's name of a dtype that safetensors calls `dtype`: bfloat16 for BF16."""
+    """Return torch's name of a safetensors dtype, for example "bfloat16" for "BF16"."""
     return str(TORCH_DTYPES[str(dtype)]).removeprefix("torch.")
 
 
-def _scales(found: Sequence[LoraModule]) -> dict[str, Any]:
-    """r, lora_alpha and their patterns, for factors whose ranks and scales may all differ."""
-    said = {module.name: (module.rank, _alpha(module.scale, module.rank)) for module in found}
-    r, alpha = Counter(said.values()).most_common(1)[0][0]
+def _state_scales(loras: Sequence[LoraModule]) -> dict[str, Any]:
+    """Return r, lora_alpha and their patterns for modules whose ranks and scales may differ."""
+    stated = {module.name: (module.rank, _alpha_of(module.scale, module.rank)) for module in loras}
+    r, alpha = Counter(stated.values()).most_common(1)[0][0]
     return {
         "r": r,
         "lora_alpha": alpha,
         "use_rslora": False,
-        "rank_pattern": {name: rank for name, (rank, _) in said.items() if rank != r},
-        "alpha_pattern": {name: own for name, (_, own) in said.items() if own != alpha},
+        "rank_pattern": {name: rank for name, (rank, _) in stated.items() if rank != r},
+        "alpha_pattern": {name: own for name, (_, own) in stated.items() if own != alpha},
     }
 
 
-def _alpha(scale: float, rank: int) -> float:
-    """alpha with lora_scale(alpha, rank) == scale, a short number where one does."""
+def _alpha_of(scale: float, rank: int) -> float:
+    """Return alpha with lora_scale(alpha, rank) == scale, rounded to 6 digits where that is exact."""
     short = round(scale * rank, 6)
     return short if lora_scale(short, rank, False) == scale else scale * rank

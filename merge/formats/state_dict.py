@@ -1,4 +1,4 @@
-"""State dicts that hold adapter and model at once, sorted by role: what is adapter, trained, or just the base."""
+"""State dicts that hold adapter and model tensors: sorts them into adapter tensors, trained ones and base ones."""
 
 from __future__ import annotations
 
@@ -13,53 +13,54 @@ from adapter_merge.storage.tensor_comparison import same_bytes
 
 
 @dataclass
-class Foreign:
-    """Tensors by module and role, tensors trained in full, and what does not belong."""
+class SortedTensors:
+    """The tensors of a state dict by use, and the problems."""
 
-    groups: dict[str, dict[str, TensorRef]] = field(default_factory=dict)
-    replacements: dict[str, TensorRef] = field(default_factory=dict)
+    groups: dict[str, dict[str, TensorRef]] = field(default_factory=dict)  # module -> role -> adapter tensor
+    replacements: dict[str, TensorRef] = field(default_factory=dict)  # base tensor name -> tensor trained in full
     problems: list[Problem] = field(default_factory=list)
-    others: dict[str, TensorRef] = field(default_factory=dict)  # neither, where no base tells which were trained
+    others: dict[str, TensorRef] = field(default_factory=dict)  # without a base: tensors without a role
 
     @property
     def notes(self) -> tuple[str, ...]:
-        """What is said of tensors that cannot be placed without a base."""
+        """A note on the tensors of `others`; () where there are none."""
         if not self.others:
             return ()
         first = next(iter(self.others))
         return (
-            f"the file holds {len(self.others)} other tensors (first: {first}); without a base nothing tells which of "
-            "them were trained, and none is taken",
+            f"the file holds {len(self.others)} other tensors (first: {first}); without a base it is unknown which "
+            "of them were trained, and none is used",
         )
 
 
-def sort_tensors(refs: Iterable[TensorRef], roles: Mapping[str, str], base: Checkpoint | None) -> Foreign:
-    """Sort a state dict. With a base, tensors that differ from it were trained; without one none are taken.
+def sort_tensors(refs: Iterable[TensorRef], roles: Mapping[str, str], base: Checkpoint | None) -> SortedTensors:
+    """Sort the tensors `refs` of a state dict by `roles` (name suffix -> role).
 
-    A module is what has any role but "W" (its own weight, "<module>.weight" unless roles say otherwise).
+    A group of tensors is an adapted module where it has any role but "W" (the weight itself). With a base, other
+    tensors that differ from it count as trained, and tensors that it lacks as problems.
     """
-    found = Foreign()
+    result = SortedTensors()
     by_length = sorted(roles, key=len, reverse=True)
-    others = found.others
+    others = result.others
     for ref in refs:
         role = next((r for r in by_length if ref.name.endswith("." + r)), None)
         if role is None:
             others[ref.name] = ref
         else:
-            found.groups.setdefault(ref.name[: -len(role) - 1], {})[roles[role]] = ref
-    for name in [name for name, group in found.groups.items() if group.keys() == {"W"}]:
-        ref = found.groups.pop(name)["W"]
+            result.groups.setdefault(ref.name[: -len(role) - 1], {})[roles[role]] = ref
+    for name in [name for name, group in result.groups.items() if group.keys() == {"W"}]:
+        ref = result.groups.pop(name)["W"]
         others[ref.name] = ref
     if base is None:
-        return found
-    rename, _ = find_renaming([(f"{name}.weight", None) for name in found.groups], base.tensors)
+        return result
+    rename, _ = find_renaming([(f"{name}.weight", None) for name in result.groups], base.tensors)
     for name, ref in others.items():
         target = rename(name)
         held = base.tensors.get(target)
         if held is None:
             hint = "the base lacks it: is this the model that was trained?"
-            found.problems.append(Problem(f"{ref.file}: {name} is no adapter tensor", hint=hint))
+            result.problems.append(Problem(f"{ref.file}: {name} is no adapter tensor", hint=hint))
         elif not same_bytes(ref, held):
-            found.replacements[target] = ref
-    found.others = {}
-    return found
+            result.replacements[target] = ref
+    result.others = {}
+    return result

@@ -1,1 +1,1 @@
-"""The mathematics of each method, one file a method. Knows nothing of files."""
+"""Mathematics of each adapter method, one file per method; independent of any layout on disk."""

@@ -1,6 +1,6 @@
 """The interface between adapter formats, methods and the engine: `AdaptedModule` and `Adapter`.
 
-Both are made from file headers and configs alone; no weight is read to make one.
+Both are built from file headers and configs alone: building one reads no weight.
 """
 
 from __future__ import annotations
@@ -113,7 +113,7 @@ class AdaptedModule(Protocol):
 
 
 class ModuleDefaults(ABC):
-    """What holds for most methods, so that a method's class states only where it differs.
+    """Default values that hold for most methods, so that a method's class states only its differences.
 
     Properties rather than dataclass fields: a subclass may replace one by a field with a default, or by a property.
     """
@@ -190,7 +190,7 @@ class Adapter:
     tied: bool = False  # embeddings and head shared one adapter (PEFT's ensure_weight_tying)
     prefix: str | None = None  # prefix of every module name in the base, where the user states it
     certainty: str = "certain"  # how the format was recognised: certain, likely or stated (see formats/detection.py)
-    snapshot: InputSnapshot = field(default_factory=InputSnapshot, repr=False, compare=False)  # before they were read
+    snapshot: InputSnapshot = field(default_factory=InputSnapshot, repr=False, compare=False)  # taken before reading
 
     @property
     def refs(self) -> tuple[TensorRef, ...]:
@@ -199,7 +199,7 @@ class Adapter:
 
     @property
     def parameters(self) -> int:
-        """The number of trained values, replacements included."""
+        """The number of trained values, including replacements."""
         total = 0
         for ref in self.refs:
             count = 1

@@ -1,13 +1,13 @@
-"""What happens to one stored tensor, block of rows by block of rows: the canonical form and its few relatives.
+"""Edits of one stored tensor, applied to one block of rows at a time.
 
     CanonicalForm    W' = diag(row_scale) (W0 + up down) diag(col_scale)              (canonical_form.py)
     RowRange         an edit of some rows: one expert of a fused weight, q in a fused qkv
     RowsReplaced     single rows replaced: trained tokens of an embedding
     Replaced         every row replaced: a trained head, the frozen residual that was saved beside an adapter
-    InTurn           several edits of one tensor
+    InTurn           several edits of one tensor, applied one after the other
 
-All are immutable and may be applied to blocks in any order by any number of threads. The six names of `BlockEdit`
-are all that an engine may use. Sums over a first pass (column norms, histograms) are kept in float64 or int64.
+All edits are immutable; any number of threads may apply them to blocks in any order. The engine uses only the six
+members of `BlockEdit`. Sums of a pass are float64 (column norms) or int64 (histograms).
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 
 
 class BlockEdit(Protocol):
-    """W0 -> W' for one stored tensor, seen as a matrix (rows, columns) of its last dimension."""
+    """The change W0 -> W' of one stored tensor, viewed as a matrix (rows, last dimension)."""
 
     @property
     def needs_pass(self) -> bool:
@@ -37,7 +37,7 @@ class BlockEdit(Protocol):
         """
 
     def to(self, device: torch.device | str | None = None, dtype: torch.dtype | None = None) -> BlockEdit:
-        """The same edit on another device or in another dtype."""
+        """Return the same edit on another device or in another dtype."""
 
     def pass_sums(self, block: Tensor, start: int) -> Tensor:
         """Return what this block (n, columns) adds to the sums of the next pass; the block is overwritten.
@@ -49,10 +49,13 @@ class BlockEdit(Protocol):
         """Return the edit that uses `sums`, the total of `pass_sums` over all blocks."""
 
     def apply_(self, block: Tensor, start: int) -> Tensor | None:
-        """block (n, columns), rows start .. start+n of W0, becomes the same rows of W', in place."""
+        """Turn `block` (n, columns), the rows start .. start+n of W0, into the same rows of W', in place.
+
+        Returns the rows' scale (n,) where the edit has one, else None.
+        """
 
     def delta_rows(self, block: Tensor, start: int) -> Tensor:
-        """The same rows of W' - W0; the block is left as it is."""
+        """Return the same rows of W' - W0, (n, columns), in the block's dtype; the block is not changed."""
 
 
 class _OnePass:
@@ -69,7 +72,7 @@ class _OnePass:
 
 @dataclass(frozen=True, eq=False)
 class RowRange:
-    """`edit` of the rows first .. stop alone; its own rows count from 0."""
+    """An `edit` that applies to the rows first .. stop only; the edit itself counts its rows from 0."""
 
     edit: BlockEdit
     first: int
@@ -82,36 +85,36 @@ class RowRange:
     def to(self, device: torch.device | str | None = None, dtype: torch.dtype | None = None) -> RowRange:
         return replace(self, edit=self.edit.to(device, dtype))
 
-    def _part(self, block: Tensor, start: int) -> tuple[Tensor, int]:
-        """The rows of `block` that lie in the range, as a view, and their place in it."""
+    def _rows_in_range(self, block: Tensor, start: int) -> tuple[Tensor, int]:
+        """Return the rows of `block` that lie in the range, as a view, and the first one's number in the range."""
         begin, end = max(start, self.first), min(start + block.shape[0], self.stop)
         return block[max(0, begin - start) : max(0, end - start)], max(0, begin - self.first)
 
     def pass_sums(self, block: Tensor, start: int) -> Tensor:
-        part, place = self._part(block, start)
-        return self.edit.pass_sums(part, place)
+        rows, first = self._rows_in_range(block, start)
+        return self.edit.pass_sums(rows, first)
 
     def with_pass_sums(self, sums: Tensor) -> RowRange:
         return replace(self, edit=self.edit.with_pass_sums(sums))
 
     def apply_(self, block: Tensor, start: int) -> Tensor | None:
-        part, place = self._part(block, start)
-        if part.shape[0]:
-            self.edit.apply_(part, place)
+        rows, first = self._rows_in_range(block, start)
+        if rows.shape[0]:
+            self.edit.apply_(rows, first)
         return None
 
     def delta_rows(self, block: Tensor, start: int) -> Tensor:
         delta = torch.zeros_like(block)
-        part, place = self._part(block, start)
-        if part.shape[0]:
-            target, _ = self._part(delta, start)
-            target.copy_(self.edit.delta_rows(part, place))
+        rows, first = self._rows_in_range(block, start)
+        if rows.shape[0]:
+            target, _ = self._rows_in_range(delta, start)
+            target.copy_(self.edit.delta_rows(rows, first))
         return delta
 
 
 @dataclass(frozen=True, eq=False)
 class RowsReplaced(_OnePass):
-    """Row `indices[i]` becomes values[i]; every other row stays."""
+    """The replacement of row `indices[i]` by `values[i]`; all other rows stay unchanged."""
 
     indices: Tensor  # (n,) int64, each once
     values: Tensor  # (n, columns)
@@ -132,7 +135,7 @@ class RowsReplaced(_OnePass):
 
 @dataclass(frozen=True, eq=False)
 class Replaced(_OnePass):
-    """Every row is read from `source`, a tensor of the same shape."""
+    """The replacement of every row by the same row of `source`, a stored tensor of the same shape."""
 
     source: TensorRef
     device: torch.device | str | None = None
@@ -140,7 +143,7 @@ class Replaced(_OnePass):
     def to(self, device: torch.device | str | None = None, dtype: torch.dtype | None = None) -> Replaced:
         return replace(self, device=device or self.device)
 
-    def _rows(self, start: int, count: int, columns: int) -> Tensor:
+    def _read_rows(self, start: int, count: int, columns: int) -> Tensor:
         dtype = TORCH_DTYPES[self.source.dtype]
         raw = torch.empty(count * columns * dtype.itemsize, dtype=torch.uint8)
         with reading(self.source.file), self.source.file.open("rb") as stream:
@@ -149,19 +152,19 @@ class Replaced(_OnePass):
         return raw.view(dtype).view(count, columns)
 
     def apply_(self, block: Tensor, start: int) -> Tensor | None:
-        block.copy_(self._rows(start, *block.shape))
+        block.copy_(self._read_rows(start, *block.shape))
         return None
 
     def delta_rows(self, block: Tensor, start: int) -> Tensor:
-        return self._rows(start, *block.shape).to(block).sub_(block)
+        return self._read_rows(start, *block.shape).to(block).sub_(block)
 
 
 @dataclass(frozen=True, eq=False)
 class InTurn:
-    """Several edits of one tensor, one after the other.
+    """Several edits of one tensor, applied one after the other.
 
-    Those that need a pass get it in their order, since the later ones act on what the earlier ones leave; only edits of
-    single rows (experts, whose rows are disjoint) share one.
+    Edits that need a pass get it in their order, since a later edit acts on the result of the earlier ones. Only
+    `RowRange`s share a pass: they are experts, whose rows are disjoint.
     """
 
     edits: tuple[BlockEdit, ...]
@@ -170,8 +173,8 @@ class InTurn:
     def needs_pass(self) -> bool:
         return any(edit.needs_pass for edit in self.edits)
 
-    def _next(self) -> list[int]:
-        """The edits whose pass can be taken now."""
+    def _edits_of_next_pass(self) -> list[int]:
+        """Return the indices of the edits that the next pass is made for."""
         waiting = [index for index, edit in enumerate(self.edits) if edit.needs_pass]
         return waiting if all(isinstance(self.edits[index], RowRange) for index in waiting) else waiting[:1]
 
@@ -179,7 +182,7 @@ class InTurn:
         return InTurn(tuple(edit.to(device, dtype) for edit in self.edits))
 
     def pass_sums(self, block: Tensor, start: int) -> Tensor:
-        wanted = self._next()
+        wanted = self._edits_of_next_pass()
         sums = []
         for index, edit in enumerate(self.edits[: wanted[-1] + 1]):
             if index in wanted:
@@ -190,7 +193,7 @@ class InTurn:
 
     def with_pass_sums(self, sums: Tensor) -> InTurn:
         edits = list(self.edits)
-        for index, row in zip(self._next(), sums, strict=True):
+        for index, row in zip(self._edits_of_next_pass(), sums, strict=True):
             edits[index] = edits[index].with_pass_sums(row)
         return InTurn(tuple(edits))
 
@@ -206,12 +209,15 @@ class InTurn:
 
 
 def in_turn(edits: Sequence[BlockEdit]) -> BlockEdit:
-    """One edit for all of `edits`."""
+    """Return one edit that applies all of `edits` in their order."""
     return edits[0] if len(edits) == 1 else InTurn(tuple(edits))
 
 
 def applied(edit: BlockEdit, weight: Tensor) -> Tensor:
-    """W' for the whole stored tensor W0 of any shape, in its dtype; what the engine does, without blocks."""
+    """Return W' for a whole stored tensor W0 of any shape, in its dtype.
+
+    The result is that of the engine, which applies the same edit block by block.
+    """
     rows = weight.reshape(-1, weight.shape[-1])
     while edit.needs_pass:
         edit = edit.with_pass_sums(edit.pass_sums(rows.clone(), 0))

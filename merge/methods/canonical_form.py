@@ -1,11 +1,11 @@
-"""The canonical form that every adapter method ends in.
+"""The canonical form that every adapter method reduces to.
 
     W' = diag(row_scale) (W0 + up @ down) diag(col_scale)
 
-W0 is one linear weight in the Hugging Face orientation, (out, in), y = x W'^T + bias. DoRA and DuDe know
-their row scale only once W0 is there (d = m / rownorm(W0 + up down)): the form then carries the magnitude m
-and takes the norms in the same pass over the rows. PiSSA and DuDe were trained beside a frozen residual that
-was rounded to the base's dtype: the form then carries that residual, so that the rounding is reproduced.
+W0 is one linear weight in the Hugging Face orientation, (out, in), y = x W'^T + bias. The row scale of DoRA and DuDe
+depends on W0 (d = m / rownorm(W0 + up down)): the form then holds the magnitude m and computes the norms while it is
+applied to the rows. PiSSA and DuDe were trained beside a frozen residual that was rounded to the base's dtype: the
+form then holds that residual, so that the rounding is reproduced.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 class Residual:
     """The frozen weight beside trained factors: W_f = round(W0 - up @ down, dtype) (PiSSA eq. 2-4, DuDe eq. 5).
 
-    Not rounding reproduces the wrong base: in bf16 the rounding error is as large as a small update.
+    The rounding must be reproduced: in bfloat16 its error is as large as a small update.
     """
 
     up: Tensor  # (out, r)
@@ -32,15 +32,16 @@ class Residual:
     dtype: torch.dtype
 
     def rows_(self, block: Tensor, rows: slice) -> Tensor:
-        """W_f's rows for `block` (n, in) of W0, in `dtype`; computed in float32 as at training, whatever block's dtype.
+        """Return the rows of W_f, (n, in) in `dtype`, that belong to `block` (n, in) of W0.
 
-        Rounding a float64 difference instead would change bits that the adapter was trained beside.
+        The difference is computed in float32, as at training, whatever the block's dtype: rounding a float64
+        difference would give other bits than the adapter was trained beside.
         """
         product = self.up[rows].to(torch.float32) @ self.down.to(torch.float32)
         return torch.sub(block.to(torch.float32), product).to(self.dtype)
 
     def transposed(self) -> Residual:
-        """That of W0^T (in, out)."""
+        """Return the residual of W0^T, (in, out)."""
         return Residual(self.down.T.contiguous(), self.up.T.contiguous(), self.dtype)
 
     @property
@@ -51,12 +52,12 @@ class Residual:
 
 @dataclass(frozen=True, eq=False)
 class SavedResidual(Residual):
-    """A residual that was saved whole; up @ down is the low-rank part of W0 - W_f, the rest of which is rounding."""
+    """A residual that was saved as a matrix; up @ down is the low-rank part of W0 - W_f, the rest is rounding."""
 
     saved: Tensor | None = None  # (out, in), in its own dtype
 
     def rows_(self, block: Tensor, rows: slice) -> Tensor:
-        """W_f's rows as they were saved, whatever `block` holds."""
+        """Return the rows of W_f as they were saved; the values of `block` are not used."""
         assert self.saved is not None
         return self.saved[rows].to(block.device)
 
@@ -72,7 +73,7 @@ class SavedResidual(Residual):
 
 @dataclass(frozen=True, eq=False)
 class ProductRoundedResidual(Residual):
-    """The residual as MyTransformers finds it: W_f = round(round(W0) - round(s round(b @ a))).
+    """The residual as MyTransformers computes it: W_f = round(round(W0) - round(s round(b @ a))).
 
     The model was loaded in `dtype` before it was decomposed; b and a are in the dtype `product`, and so are their
     product and its scaled value; that is then rounded to `dtype`, and so is the difference, taken in float32.
@@ -85,11 +86,11 @@ class ProductRoundedResidual(Residual):
     product: torch.dtype | None = None
 
     def rows_(self, block: Tensor, rows: slice) -> Tensor:
-        """W_f's rows for `block` (n, in) of W0, in `dtype`. The product is summed in float32 and then rounded."""
+        """Return the rows of W_f, (n, in) in `dtype`; the product is summed in float32 and then rounded."""
         assert self.a is not None and self.b is not None
         b, a = (factor.to(block.device, torch.float32) for factor in (self.b[rows], self.a))
-        taken = ((b @ a).to(self.product) * self.scale).to(self.dtype)
-        return (block.to(self.dtype).to(torch.float32) - taken.to(torch.float32)).to(self.dtype)
+        subtracted = ((b @ a).to(self.product) * self.scale).to(self.dtype)
+        return (block.to(self.dtype).to(torch.float32) - subtracted.to(torch.float32)).to(self.dtype)
 
     def transposed(self) -> ProductRoundedResidual:
         assert self.a is not None and self.b is not None
@@ -101,10 +102,10 @@ class ProductRoundedResidual(Residual):
 
 @dataclass(frozen=True, eq=False)
 class CanonicalForm:
-    """What one adapter does to one weight. Immutable; all tensors float32 or float64 on one device.
+    """The change of one weight by one adapter. Immutable; all tensors are float32 or float64 on one device.
 
-    At most one of `row_scale` and `magnitude` is set. `magnitude_dim` is 0 when the norm is taken of every
-    output row (PEFT, DoRA and DuDe implementations) and 1 when it is taken of every input column.
+    At most one of `row_scale` and `magnitude` is set. `magnitude_dim` is 0 for norms of the
+    output rows (the implementations of DoRA and DuDe, PEFT) and 1 for norms of the input columns.
     """
 
     up: Tensor  # (out, R)
@@ -121,7 +122,7 @@ class CanonicalForm:
         assert self.row_scale is None or self.row_scale.shape == (out,)
         assert self.col_scale is None or self.col_scale.shape == (self.down.shape[1],)
         if self.magnitude is not None:
-            assert self.row_scale is None and self.col_scale is None, "a magnitude is the scale"
+            assert self.row_scale is None and self.col_scale is None, "magnitude excludes row_scale and col_scale"
             assert self.magnitude.shape == ((out,) if self.magnitude_dim == 0 else (self.down.shape[1],))
 
     @property
@@ -141,11 +142,11 @@ class CanonicalForm:
 
     @property
     def needs_pass(self) -> bool:
-        """True when a first pass over all rows of W0 must find column norms (see `with_pass_sums`)."""
+        """True when a pass over all rows of W0 must compute column norms first (see `with_pass_sums`)."""
         return self.magnitude is not None and self.magnitude_dim == 1
 
     def to(self, device: torch.device | str | None = None, dtype: torch.dtype | None = None) -> CanonicalForm:
-        """The same form on another device or in another dtype."""
+        """Return the same form on another device or in another dtype."""
 
         def move(tensor: Tensor | None) -> Tensor | None:
             return None if tensor is None else tensor.to(device=device, dtype=dtype)
@@ -168,7 +169,7 @@ class CanonicalForm:
         )
 
     def transposed(self) -> CanonicalForm:
-        """The form that acts on W0^T (in, out): for weights stored that way (GPT-2's Conv1D)."""
+        """Return the form that acts on W0^T (in, out), for weights that are stored transposed (GPT-2's Conv1D)."""
         residual = self.residual
         if residual is not None:
             residual = residual.transposed()
@@ -185,19 +186,19 @@ class CanonicalForm:
     # -- one block of rows -----------------------------------------------------------------------------
 
     def add_low_rank_(self, block: Tensor, start: int) -> Tensor:
-        """block (n, in), rows start .. start+n of W0, becomes the same rows of W_f + up @ down, in place."""
+        """Turn `block` (n, in), the rows start .. start+n of W0, into those of W_f + up @ down, in place; return it."""
         rows = slice(start, start + block.shape[0])
         if self.residual is not None:
             block.copy_(self.residual.rows_(block, rows))
         return block.addmm_(self.up[rows], self.down)
 
     def apply_(self, block: Tensor, start: int) -> Tensor | None:
-        """block (n, in), rows start .. start+n of W0, becomes the same rows of W', in place.
+        """Turn `block` (n, in), the rows start .. start+n of W0, into the same rows of W', in place.
 
-        Returns the rows' scale (n,), or None where there is none. Raises NumericsError when a row of the
-        direction is zero and has a magnitude; on CUDA that row becomes NaN.
+        Returns the rows' scale (n,), or None where there is none. Raises NumericsError when a row of W_f + up @ down
+        is zero but has a magnitude; on CUDA that row becomes NaN instead, which the caller must refuse.
         """
-        assert not self.needs_pass, "with_pass_sums comes first"
+        assert not self.needs_pass, "call with_pass_sums before apply_"
         rows = slice(start, start + block.shape[0])
         self.add_low_rank_(block, start)
         scale = None
@@ -212,10 +213,10 @@ class CanonicalForm:
         return scale
 
     def delta_rows(self, block: Tensor, start: int) -> Tensor:
-        """Rows start .. start+n of dW = W' - W0 for block (n, in) of W0, which is left as it is.
+        """Return rows start .. start+n of dW = W' - W0 for `block` (n, in) of W0, which is not changed.
 
-        Never as a difference of two large numbers where that can be avoided:
-        dW = up down for a plain form, diag(d - 1) W0 + diag(d) up down with a row scale d.
+        To avoid cancellation, dW is computed as up down for a plain form, and as diag(d - 1) W0 + diag(d) up down
+        with a row scale d; only a residual or a column scale needs the difference W' - W0.
         """
         rows = slice(start, start + block.shape[0])
         if self.is_low_rank and self.residual is None:
@@ -235,11 +236,14 @@ class CanonicalForm:
     # -- column norms (two passes) ---------------------------------------------------------------------
 
     def pass_sums(self, block: Tensor, start: int) -> Tensor:
-        """(in,) float64: the sums of squares over this block's rows of W_f + up @ down; block is overwritten."""
+        """Return the column sums of squares (in,), float64, of this block's rows of W_f + up @ down.
+
+        `block` is overwritten.
+        """
         return self.add_low_rank_(block, start).to(torch.float64).square_().sum(0)
 
     def with_pass_sums(self, squares: Tensor) -> CanonicalForm:
-        """The form with its column scale m / colnorm, given the pass_sums (in,) summed over all blocks."""
+        """Return the form with its column scale m / colnorm; `squares` (in,) is the total of all `pass_sums`."""
         assert self.needs_pass and self.magnitude is not None
         scale = self._scale_of(self.magnitude.to(torch.float64), squares.sqrt(), 0)
         return replace(self, magnitude=None, col_scale=scale.to(self.up.dtype))
@@ -247,7 +251,7 @@ class CanonicalForm:
     # -- whole weights ---------------------------------------------------------------------------------
 
     def bound_to(self, weight: Tensor) -> CanonicalForm:
-        """The form with its scale known: `weight` is W0 (out, in) in the form's dtype; no magnitude is left."""
+        """Return the form with a row or column scale in place of its magnitude; `weight` is W0 (out, in)."""
         if self.magnitude is None:
             return self
         if self.needs_pass:
@@ -258,19 +262,19 @@ class CanonicalForm:
         return replace(self, magnitude=None, row_scale=scale)
 
     def delta(self, weight: Tensor) -> Tensor:
-        """dW (out, in) for the whole weight W0 (out, in)."""
+        """Return dW (out, in) for the whole weight W0 (out, in), in the form's dtype."""
         return self.bound_to(weight).delta_rows(weight, 0)
 
     def merged(self, weight: Tensor) -> Tensor:
-        """W' (out, in) for the whole weight W0 (out, in), in the form's dtype."""
+        """Return W' (out, in) for the whole weight W0 (out, in), in the form's dtype."""
         block = weight.clone()
         self.bound_to(weight).apply_(block, 0)
         return block
 
     def folded(self) -> CanonicalForm:
-        """The form without its residual: up' = [up, -up0], down' = [down; down0] on the original W0.
+        """Return the form without its residual: up' = [up, -up0], down' = [down; down0] on the original W0.
 
-        Exact but for the rounding of the residual, which no low-rank factor can express.
+        The result is exact except for the rounding of the residual, which low-rank factors cannot express.
         """
         if self.residual is None:
             return self
@@ -282,12 +286,13 @@ class CanonicalForm:
         )
 
     def _scale_of(self, magnitude: Tensor, norm: Tensor, start: int) -> Tensor:
-        # Asking would wait for a CUDA device in every block: NaN instead, which whoever writes the block refuses.
-        asks = norm.device.type != "cuda" and not torch.compiler.is_compiling()
-        if asks and bool(norm.all()):
+        """Return magnitude / norm, 1 where both are 0; raise NumericsError, or give NaN, where only the norm is 0."""
+        # On CUDA a check would wait for the device in every block: such a row becomes NaN, which the engine refuses.
+        checks = norm.device.type != "cuda" and not torch.compiler.is_compiling()
+        if checks and bool(norm.all()):
             return magnitude / norm
         zero = (norm == 0) & (magnitude != 0)
-        if not asks:
+        if not checks:
             scale = torch.where(norm == 0, torch.ones_like(norm), magnitude / norm)
             return scale.masked_fill(zero, torch.nan)
         if bool(zero.any()):

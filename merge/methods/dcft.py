@@ -7,10 +7,10 @@
 A transposed convolution is separable over the singular vectors of its kernel C = sum_j s_j u_j v_j^T and over the
 rank-1 terms of P, so Delta = sum_rj deconv1d(A_r, s_j u_j) (x) deconv1d(B_r, v_j): rank <= r_sub rank(C), exactly,
 for any stride, and without the dense Delta (Kronecker product where stride == kernel). Several channels are a sum of
-such terms, Delta = sum_c kron(P_c, C_c) where stride == kernel; the deconvolution's own bias is a constant matrix, one
-more rank.
-Reference: class SVDLinear in loralib/adalora.py of github Godz-z/DCFT; its forward() is the truth, its eval()
-adds Delta untransposed.
+such terms, Delta = sum_c kron(P_c, C_c) where stride == kernel; the deconvolution's own bias is a constant matrix, of
+rank one.
+Source: class SVDLinear in loralib/adalora.py of github Godz-z/DCFT. This file reproduces its forward(); its eval()
+adds Delta untransposed and is not reproduced.
 """
 
 from __future__ import annotations
@@ -34,16 +34,16 @@ RANKNUM_EPSILON = 1e-5
 
 @dataclass(frozen=True)
 class DcftModule(ModuleDefaults):
-    """One weight adapted by DCFT, known from headers only."""
+    """One weight adapted by DCFT, described by file headers only."""
 
     name: str
     a: TensorRef  # (r_sub, n0), or (channels, r_sub, n0)
     b: TensorRef  # (n1, r_sub), or (channels, n1, r_sub)
     c: TensorRef  # (channels, 1, k0, k1)
-    ranknum: TensorRef | float  # one number; a float where the user had to state it
-    alpha: float  # 0 or less: SVDLinear then takes r, which is what it sets ranknum to
+    ranknum: TensorRef | float  # one number; a float where the user stated it
+    alpha: float  # 0 or less: SVDLinear then uses r, the value that it sets ranknum to
     stride: tuple[int, int]
-    bias: TensorRef | None = None  # (1,): the deconvolution's own, added to every element of Delta
+    bias: TensorRef | None = None  # (1,): the bias of the deconvolution, added to every element of Delta
 
     @property
     def kernel(self) -> tuple[int, int]:
@@ -51,12 +51,12 @@ class DcftModule(ModuleDefaults):
 
     @property
     def r(self) -> int:
-        """r_sub, the rank of one channel's image."""
+        """r_sub, the rank of the image P of one channel."""
         return self.a.shape[-2]
 
     @property
     def rank(self) -> int:
-        """The bound channels * r_sub * min(k0, k1), and one more for a bias."""
+        """The upper bound channels * r_sub * min(k0, k1), plus 1 with a bias."""
         return self.c.shape[0] * self.r * min(self.kernel) + (self.bias is not None)
 
     @property
@@ -71,12 +71,12 @@ class DcftModule(ModuleDefaults):
         return (self.a, self.b, self.c, *stated, *((self.bias,) if self.bias is not None else ()))
 
     def form(self, read: Reader, weight: Weight, dtype: torch.dtype) -> CanonicalForm:
-        """The canonical form in `dtype`; `weight` is never called."""
+        """Return the canonical form in `dtype`. Does not read the base. Raises AdapterError for an unusable ranknum."""
         number = self.ranknum if isinstance(self.ranknum, float) else float(read(self.ranknum).reshape(-1)[0])
         if not (math.isfinite(number) and number > 0):
             raise AdapterError(
-                f"{self.name}: ranknum is no usable number",
-                expected="the rank that the training counted, > 0",
+                f"{self.name}: ranknum is not a usable number",
+                expected="the rank that was counted at training, > 0",
                 got=str(number),
                 hint="pass --ranknum NUMBER",
             )
@@ -92,7 +92,7 @@ class DcftModule(ModuleDefaults):
 
 
 def infer_stride(size: int, steps: int, kernel: int) -> int | None:
-    """The stride with which `steps` inputs under a kernel give exactly `size` outputs; None where there is none."""
+    """Return the stride with which `steps` inputs and a kernel of that size give exactly `size` outputs, or None."""
     if steps == 1:
         return kernel if size == kernel else None
     stride, rest = divmod(size - kernel, steps - 1)
@@ -104,7 +104,7 @@ def deconvolve(
     kernels: Tensor,  # (j, k)
     stride: int,
 ) -> Tensor:  # (r * j, (n - 1) * stride + k)
-    """conv_transpose1d of every signal with every kernel."""
+    """Return conv_transpose1d of every signal with every kernel."""
     spread = torch.nn.functional.conv_transpose1d(signals[:, None, :], kernels[None], stride=stride)
     return spread.reshape(-1, spread.shape[-1])
 
@@ -116,9 +116,9 @@ def dcft_factors(
     stride: tuple[int, int],
     scale: float,
 ) -> tuple[Tensor, Tensor]:
-    """up (out, R) and down (R, in) in float64 with up @ down == dW; R = r_sub * numerical rank of the kernel."""
+    """Return up (out, R) and down (R, in), float64, with up @ down == dW; R = r_sub * numerical rank of the kernel."""
     u, s, vh = torch.linalg.svd(c.to(torch.float64), full_matrices=False)
-    # Noise is what lies below float32's precision, whatever the stored dtype: a bfloat16 kernel is exact in float64.
+    # Singular values below float32's precision count as zero, whatever the stored dtype.
     kept = max(1, int((s > s[0] * max(c.shape) * torch.finfo(torch.float32).eps).sum()))
     root = s[:kept].sqrt()  # (j,)
     down = deconvolve(a.to(torch.float64), (u[:, :kept] * root).T, stride[0])  # (R, in)
@@ -133,6 +133,6 @@ def channel_factors(
     stride: tuple[int, int],
     scale: float,
 ) -> tuple[Tensor, Tensor]:
-    """up (out, R) and down (R, in), float64: the factors of every channel side by side."""
-    found = [dcft_factors(*parts, stride, scale) for parts in zip(a, b, c, strict=True)]
-    return torch.cat([up for up, _ in found], dim=1), torch.cat([down for _, down in found])
+    """Return up (out, R) and down (R, in), float64: the concatenated factors of all channels."""
+    factors = [dcft_factors(*channel, stride, scale) for channel in zip(a, b, c, strict=True)]
+    return torch.cat([up for up, _ in factors], dim=1), torch.cat([down for _, down in factors])

@@ -1,11 +1,12 @@
-"""DCFT as github youseefmoemen/DCFT has it: the deconvolution's image is reshaped, not transposed, to (out, in).
+"""The reshape form of DCFT (github youseefmoemen/DCFT): the deconvolution is reshaped, not transposed, to (out, in).
 
     P = B A                                             (in/d, out/d), rank k
     Delta = conv_transpose2d(P, deconv.weight, stride d) + deconv.bias          (in, out)
-    dW = Delta.view(out, in),  y = x (W0 + dW)^T                                no scale, no ranknum
+    dW = Delta.view(out, in),  y = x (W0 + dW)^T                                without scale or ranknum
 
-Reading (in, out) row by row as (out, in) cuts rows into pieces of g = gcd(in, out): Delta = X Y of rank R turns into
-factors of rank R (in / g) (out / g), exactly. Where that is no less than a side, the dense matrix is its own factor.
+Viewing (in, out), row-major, as (out, in) cuts its rows into pieces of g = gcd(in, out) elements: Delta = X Y of rank
+R becomes factors of rank R (in / g) (out / g), exactly. Where that rank is not below min(in, out), one factor is the
+dense matrix and the other the identity.
 """
 
 from __future__ import annotations
@@ -27,7 +28,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class DcftReshapeModule(ModuleDefaults):
-    """One weight adapted by the reshape form of DCFT, known from headers only."""
+    """One weight adapted by the reshape form of DCFT, described by file headers only."""
 
     name: str
     b: TensorRef  # (in/d, k), or (channels, in/d, k)
@@ -52,7 +53,7 @@ class DcftReshapeModule(ModuleDefaults):
         return (self.b, self.a, self.c, *((self.bias,) if self.bias is not None else ()))
 
     def form(self, read: Reader, weight: Weight, dtype: torch.dtype) -> CanonicalForm:
-        """The canonical form in `dtype`; `weight` is never called."""
+        """Return the canonical form in `dtype`. Does not read the base."""
         stride = (self.c.shape[2], self.c.shape[3])
         # channel_factors gives Delta^T = up down; Delta = down^T up^T.
         channels, rank = self.c.shape[0], self.a.shape[-2]
@@ -71,7 +72,7 @@ def reshaped_factors(
     left: Tensor,  # (n, R)
     right: Tensor,  # (R, m)
 ) -> tuple[Tensor, Tensor]:
-    """up (m, Q) and down (Q, n) with up @ down == (left @ right).view(m, n), row-major."""
+    """Return up (m, Q) and down (Q, n) with up @ down == (left @ right).view(m, n), row-major."""
     n, rank = left.shape
     m = right.shape[1]
     g = math.gcd(n, m)

@@ -2,9 +2,9 @@
 
     dW = s (W1a W1b) * (W2a W2b)
        = s (W1a . W2a) (W1b (.) W2b)      rank <= r1 r2
-where row i of (W1a . W2a) is the Kronecker product of the rows i (face-splitting product), and column j of
-(W1b (.) W2b) is that of the columns j (Khatri-Rao product): a Hadamard product of sums of r1 and r2 outer products
-is the sum of their r1 r2 pairwise products.
+Row i of (W1a . W2a) is the Kronecker product of rows i of W1a and W2a (face-splitting product). Column j of
+(W1b (.) W2b) is the Kronecker product of columns j of W1b and W2b (Khatri-Rao product). The identity holds because the
+Hadamard product of two sums of r1 and r2 outer products is the sum of their r1 r2 pairwise products.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from .canonical_form import CanonicalForm
 
 @dataclass(frozen=True)
 class LohaModule(ModuleDefaults):
-    """One weight adapted by LoHa, known from headers only."""
+    """One weight adapted by LoHa, described by file headers only."""
 
     name: str
     w1a: TensorRef  # (out, r1)
@@ -44,7 +44,7 @@ class LohaModule(ModuleDefaults):
         return (self.w1a, self.w1b, self.w2a, self.w2b, *((self.magnitude,) if self.magnitude else ()))
 
     def form(self, read: Reader, weight: Weight, dtype: torch.dtype) -> CanonicalForm:
-        """The canonical form in `dtype`; `weight` is never called."""
+        """Return the canonical form in `dtype`. Does not read the base."""
         w1a, w1b, w2a, w2b = (read(ref).to(torch.float64) for ref in (self.w1a, self.w1b, self.w2a, self.w2b))
         out, inner = self.shape
         up = (w1a[:, :, None] * w2a[:, None, :]).reshape(out, self.rank)

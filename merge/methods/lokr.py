@@ -1,4 +1,4 @@
-"""LoKr (LyCORIS, arXiv 2309.14859): a Kronecker product of two small matrices, each full or low-rank itself.
+"""LoKr (LyCORIS, arXiv 2309.14859): a Kronecker product of two small matrices, each stored full or as two factors.
 
 dW = s kron(W1, W2),  W1 = w1 or w1_a w1_b,  W2 = w2 or w2_a w2_b
    = s kron(U1, U2) kron(D1, D2)  with W1 = U1 D1, W2 = U2 D2         rank <= rank(W1) rank(W2)
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class LokrModule(ModuleDefaults):
-    """One weight adapted by LoKr, known from headers only. A side is (full,) or (a, b)."""
+    """One weight adapted by LoKr, described by file headers only. Each of W1 and W2 is (full,) or (a, b)."""
 
     name: str
     w1: tuple[TensorRef, ...]  # ((o1, i1),) or ((o1, r), (r, i1))
@@ -44,7 +44,7 @@ class LokrModule(ModuleDefaults):
         return (*self.w1, *self.w2, *((self.magnitude,) if self.magnitude else ()))
 
     def form(self, read: Reader, weight: Weight, dtype: torch.dtype) -> CanonicalForm:
-        """The canonical form in `dtype`; `weight` is never called."""
+        """Return the canonical form in `dtype`. Does not read the base."""
         up1, down1 = _factors(tuple(read(ref).to(torch.float64) for ref in self.w1))
         up2, down2 = _factors(tuple(read(ref).to(torch.float64) for ref in self.w2))
         magnitude = read(self.magnitude).to(dtype).reshape(-1) if self.magnitude is not None else None
@@ -57,11 +57,12 @@ class LokrModule(ModuleDefaults):
 
 
 def _rank(side: tuple[TensorRef, ...]) -> int:
+    """Return an upper bound of the rank of W1 or W2."""
     return min(side[0].shape) if len(side) == 1 else side[0].shape[1]
 
 
 def _factors(side: tuple[Tensor, ...]) -> tuple[Tensor, Tensor]:
-    """up (o, R), down (R, i) of one side, R as small as its shape allows."""
+    """Return up (o, R) and down (R, i) with up @ down == W1 or W2; R is the smaller side of a full matrix."""
     if len(side) == 2:
         return side[0], side[1]
     full = side[0]

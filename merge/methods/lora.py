@@ -1,9 +1,9 @@
 """LoRA (arXiv 2106.09685), rsLoRA (2312.03732), DoRA (2402.09353), AdaLoRA (2303.10512): one adapted weight.
 
 LoRA     W' = W0 + s B A                                     s = alpha / r, or alpha / sqrt(r) for rsLoRA
-DoRA     W' = diag(m / rownorm(W0 + s B A)) (W0 + s B A)     norms per output row, as every implementation does
+DoRA     W' = diag(m / rownorm(W0 + s B A)) (W0 + s B A)     norms of the output rows, as in all implementations
 AdaLoRA  W' = W0 + s B diag(E) A                             s = alpha / (r at initialisation + 1e-5)
-Embedding (vocabulary, dim): W' = W0 + s (B A)^T, and DoRA's norms are those of its columns
+Embedding (vocabulary, dim): W' = W0 + s (B A)^T; the norms of DoRA are then those of the columns of W0
 """
 
 from __future__ import annotations
@@ -30,13 +30,13 @@ ADALORA_EPSILON = 1e-5
 
 
 def lora_scale(alpha: float, rank: int, rslora: bool) -> float:
-    """s: alpha / r, or alpha / sqrt(r) (rsLoRA eq. 4)."""
+    """Return s: alpha / r, or alpha / sqrt(r) for rsLoRA (arXiv 2312.03732, eq. 4)."""
     return alpha / math.sqrt(rank) if rslora else alpha / rank
 
 
 @dataclass(frozen=True)
 class LoraModule(ModuleDefaults):
-    """One weight adapted by LoRA, DoRA, PiSSA, DuDe or AdaLoRA, known from headers only."""
+    """One weight adapted by LoRA, DoRA, PiSSA, DuDe or AdaLoRA, described by file headers only."""
 
     name: str  # module path in the model: model.layers.0.self_attn.q_proj
     a: TensorRef  # (r, in);  embeddings: (r, vocabulary)
@@ -57,7 +57,7 @@ class LoraModule(ModuleDefaults):
 
     @property
     def shape(self) -> tuple[int, int]:
-        """(rows, columns) of the weight as the model stores it, Conv1D aside."""
+        """(rows, columns) of the weight in the model; transposed for a Conv1D."""
         out, inner = self.b.shape[0], self.a.shape[1]
         return (inner, out) if self.embedding else (out, inner)
 
@@ -69,16 +69,17 @@ class LoraModule(ModuleDefaults):
 
     @property
     def needs_base(self) -> bool:
-        """True when the base weight must be read to find the factors (a decomposition is repeated)."""
+        """True when the base weight must be read to compute the factors or the magnitude."""
         if self.initial is not None and (self.frozen is not None or not self.initial.refs):
             return True
         return self.own_magnitude and self.frozen is None
 
     def form(self, read: Reader, weight: Weight, dtype: torch.dtype) -> CanonicalForm:
-        """The canonical form in `dtype` on the CPU.
+        """Return the canonical form in `dtype`, on the CPU.
 
-        `read` gives a tensor by reference; `weight` gives W0 (out, in) in the base's own dtype and is called only
-        where the base is needed.
+        Calls `weight`, which reads W0 (out, in) in the base's dtype, only for a residual or a computed magnitude.
+        Raises MismatchError where a saved residual is not one of this base, UnsupportedError where an initialisation
+        cannot be repeated.
         """
         a = read(self.a).to(dtype)  # (r, in)
         b = read(self.b).to(dtype)  # (out, r)
@@ -101,11 +102,11 @@ class LoraModule(ModuleDefaults):
                 if residual is not None:
                     frozen = residual.rows_(frozen, slice(None)).to(dtype)
             magnitude = torch.linalg.vector_norm(frozen, dim=1 - self.magnitude_dim)
-        turned = 1 if self.embedding else self.magnitude_dim
-        return CanonicalForm(up, down, magnitude=magnitude, magnitude_dim=turned, residual=residual)
+        dim = 1 if self.embedding else self.magnitude_dim
+        return CanonicalForm(up, down, magnitude=magnitude, magnitude_dim=dim, residual=residual)
 
     def edit(self, read: Reader, weight: Weight, dtype: torch.dtype) -> BlockEdit:
-        """What is done to the stored weight; a saved residual takes the place of the base's, whatever that is."""
+        """Return the change of the stored weight in `dtype`; a saved residual replaces the base weight first."""
         if self.frozen is None:
             return self.form(read, weight, dtype)
         return in_turn((Replaced(self.frozen), replace(self, initial=None).form(read, weight, dtype)))
@@ -113,7 +114,7 @@ class LoraModule(ModuleDefaults):
 
 @dataclass(frozen=True)
 class BiasModule(ModuleDefaults):
-    """A bias that moved by a multiple of a trained vector: lora_bias, bias' = bias + s b."""
+    """One bias changed by a trained vector (PEFT's lora_bias): bias' = bias + s b."""
 
     name: str
     vector: TensorRef  # (out,)
@@ -122,7 +123,7 @@ class BiasModule(ModuleDefaults):
 
     @property
     def shape(self) -> tuple[int, int]:
-        """(1, out): a vector is one row."""
+        """(1, out): the bias counts as a matrix of one row."""
         return (1, self.vector.shape[0])
 
     @property
@@ -134,19 +135,19 @@ class BiasModule(ModuleDefaults):
         return (self.vector,)
 
     def form(self, read: Reader, weight: Weight, dtype: torch.dtype) -> CanonicalForm:
-        """Raises UnsupportedError: low-rank factors act on weights, not on biases."""
+        """Raise UnsupportedError: low-rank factors act on weights, not on biases."""
         raise UnsupportedError(
             f"{self.name}.bias: a trained bias inside lora_B has no low-rank form", hint="merge this adapter instead"
         )
 
     def edit(self, read: Reader, weight: Weight, dtype: torch.dtype) -> BlockEdit:
-        """The addition, as a product of rank one."""
+        """Return the addition of s b as a product of rank one."""
         return CanonicalForm(torch.full((1, 1), self.scale, dtype=dtype), read(self.vector).to(dtype)[None])
 
 
 @dataclass(frozen=True)
 class RowSliceModule(ModuleDefaults):
-    """Some rows of a module's weight: q of a fused qkv, where the base keeps the three apart."""
+    """Rows start .. stop of an adapted weight, for a base that stores a fused weight (q, k, v) as several."""
 
     whole: LoraModule
     start: int
@@ -169,7 +170,7 @@ class RowSliceModule(ModuleDefaults):
         return self.whole.refs
 
     def form(self, read: Reader, weight: Weight, dtype: torch.dtype) -> CanonicalForm:
-        """The rows of the whole's form; its own norms, since every row has its own."""
+        """Return rows start .. stop of the whole module's form; norms are per row, so they stay valid."""
         form = self.whole.form(read, weight, dtype)
         rows = slice(self.start, self.stop)
         magnitude = form.magnitude[rows] if form.magnitude is not None else None
@@ -177,37 +178,38 @@ class RowSliceModule(ModuleDefaults):
 
 
 class ExpertUps:
-    """B (out, r E) of a stacked parameter, read once for all experts and let go when each has taken its part.
+    """B (out, r E) of a stacked parameter: read once for all E experts, released after the last one has taken its B.
 
-    The experts are the fastest dimension, so that one expert's part lies all over the tensor.
+    The expert is the fastest dimension of B, so that the values of one expert are spread over the whole tensor.
     """
 
     def __init__(self, b: TensorRef, experts: int, uses: int = 1) -> None:
         self.b, self.experts, self.uses = b, experts, uses
         self._lock = threading.Lock()
-        self._held: Tensor | None = None  # (E, out, r)
-        self._left = 0
+        self._by_expert: Tensor | None = None  # (E, out, r)
+        self._uses_left = 0
 
     def take(self, read: Reader, index: int) -> Tensor:
-        """The part (out, r) of expert `index`, in the stored dtype."""
+        """Return B (out, r) of expert `index`, in the stored dtype. May be called by several threads."""
         with self._lock:
-            if self._held is None:
+            if self._by_expert is None:
                 whole = read(self.b)
-                self._held = whole.reshape(whole.shape[0], -1, self.experts).permute(2, 0, 1).contiguous()
-                self._left = self.uses
-            part = self._held[index].clone()
-            self._left -= 1
-            if self._left <= 0:
-                self._held = None
-            return part
+                self._by_expert = whole.reshape(whole.shape[0], -1, self.experts).permute(2, 0, 1).contiguous()
+                self._uses_left = self.uses
+            b = self._by_expert[index].clone()
+            self._uses_left -= 1
+            if self._uses_left <= 0:
+                self._by_expert = None
+            return b
 
 
 @dataclass(frozen=True)
 class ExpertModule(ModuleDefaults):
     """One expert of a stacked parameter (PEFT's target_parameters on (experts, out, in)).
 
-    PEFT keeps the experts' factors side by side: A (experts * r, in) expert by expert, B (out, r * experts) with
-    the experts fastest (ParamWrapper.get_delta_weight). This is the block `rows`, `columns` of the expert's B A.
+    PEFT concatenates the factors of the experts: A is (experts * r, in), expert by expert; B is (out, r * experts) with
+    the expert as the fastest index (ParamWrapper.get_delta_weight). This module is the block `rows`, `columns` of the
+    product B A of one expert.
     """
 
     name: str
@@ -233,7 +235,7 @@ class ExpertModule(ModuleDefaults):
         return (self.a, self.b)
 
     def form(self, read: Reader, weight: Weight, dtype: torch.dtype) -> CanonicalForm:
-        """This expert's factors."""
+        """Return the factors of this expert. Does not read the base."""
         item = TORCH_DTYPES[self.a.dtype].itemsize
         size = self.rank * self.a.shape[1] * item
         start = self.a.start + self.index * size
@@ -245,14 +247,14 @@ class ExpertModule(ModuleDefaults):
 
 @dataclass(frozen=True)
 class StackModule(ModuleDefaults):
-    """All experts of a stacked parameter, or a bare 2-D one; the base tells which when it is bound."""
+    """All experts of a stacked parameter, or one bare 2-D parameter; binding decides which by the base's shapes."""
 
     name: str  # the module that owns the parameter
     a: TensorRef
     b: TensorRef
     targets: tuple[tuple[str, int, float], ...]  # (parameter, r, scale) that these factors may belong to
-    depth: int = 0  # how many of PEFT's wrappers of the same module lie around this one
-    wrappers: int = 1  # how many of the module's parameters are adapted
+    depth: int = 0  # the number of PEFT's wrappers of the same module around this one
+    wrappers: int = 1  # the number of adapted parameters of the module
 
     @property
     def rank(self) -> int:
@@ -271,7 +273,7 @@ class StackModule(ModuleDefaults):
         return True
 
     def form(self, read: Reader, weight: Weight, dtype: torch.dtype) -> CanonicalForm:
-        """Raises UnsupportedError: which expert is which stands in the base."""
+        """Raise UnsupportedError: the base is needed to divide the factors among experts."""
         raise UnsupportedError(
-            f"{self.name}: adapted experts need the base to tell one from the other", hint="give BASE as well"
+            f"{self.name}: adapted experts need the base, which tells how many there are", hint="give BASE as well"
         )

@@ -1,11 +1,11 @@
-"""PiSSA (arXiv 2404.02948), DuDe (arXiv 2505.14367) and their like: factors that start as a part of the base.
+"""PiSSA (arXiv 2404.02948), OLoRA, MiLoRA and DuDe (arXiv 2505.14367): factors initialised from the base weight.
 
     W0 = U S V^T,  B0 = U_r sqrt(S_r / s),  A0 = sqrt(S_r / s) V_r^T,  W_f = round(W0 - s B0 A0)      (frozen)
-    PiSSA   W' = W_f + s B A                         MiLoRA (arXiv 2406.09044): the same of the smallest values
+    PiSSA   W' = W_f + s B A                         MiLoRA (arXiv 2406.09044): with the smallest singular values
     DuDe    W' = diag(m / rownorm(W_f + s B A)) (W_f + s B A),  m starts as rownorm(W0)
 
-On the original base the frozen part is found again; on a residual base it is the base itself. Which of the two
-a folder is, is decided by evidence (`base_evidence`), never guessed.
+On the original base W_f is computed again; a residual base is W_f itself. `base_evidence` measures which of the two a
+base is.
 """
 
 from __future__ import annotations
@@ -24,9 +24,9 @@ from .canonical_form import ProductRoundedResidual, Residual, SavedResidual
 if TYPE_CHECKING:
     from torch import Tensor
 
-ORIGINAL_ABOVE = 0.3
-RESIDUAL_BELOW = 0.1
-# Initialisations that changed the base in a way that cannot be repeated, and why (PEFT 0.21, init_lora_weights).
+ORIGINAL_ABOVE = 0.3  # base_evidence of an original base is at least this
+RESIDUAL_BELOW = 0.1  # base_evidence of a residual base is at most this
+# Initialisations (PEFT 0.21, init_lora_weights) whose change of the base cannot be computed again, and the reason.
 LOST_INITS = {
     "pissa_niter": "used a randomised SVD, which cannot be repeated",
     "corda": "subtracted directions of training data, which are not in the adapter",
@@ -36,19 +36,19 @@ LOST_INITS = {
 LOST_HINT = (
     "pass --init-adapter FOLDER (saved before training), or merge on the residual base with --base-kind residual"
 )
-SPARE = 8  # more directions than are kept: the accuracy of a randomised SVD
+OVERSAMPLING = 8  # directions of a randomised SVD beyond those that are kept (Halko et al., arXiv 0909.4061)
 
 
 @dataclass(frozen=True)
 class Initial:
-    """The factors at initialisation: stored ones, or None where the decomposition of W0 is to be repeated."""
+    """The factors at initialisation: stored ones, or None where the decomposition of W0 must be repeated."""
 
     a: TensorRef | None = None  # (r, in)
     b: TensorRef | None = None  # (out, r)
     dtype: str | None = None  # the residual's dtype as safetensors names it ("BF16"); None: the base's own
     method: str = "svd"  # a key of DECOMPOSITIONS or of LOST_INITS
-    scale: float | None = None  # of the stored factors; None: that of the trained ones
-    product: str | None = None  # the dtype of the factors and of s B0 A0 where these were rounded (MyTransformers)
+    scale: float | None = None  # of the stored factors; None: the scale of the trained ones
+    product: str | None = None  # the dtype that the factors and s B0 A0 were rounded to (MyTransformers); None: not
 
     @property
     def refs(self) -> tuple[TensorRef, ...]:
@@ -60,10 +60,10 @@ def principal_factors(
     rank: int,
     scale: float,
 ) -> tuple[Tensor, Tensor]:
-    """B0 (out, r) and A0 (r, in), s B0 A0 = the best rank-r approximation of `weight` (PiSSA eq. 2-3).
+    """Return B0 (out, r) and A0 (r, in) with s B0 A0 = the best rank-r approximation of `weight` (PiSSA eq. 2-3).
 
-    A full float32 SVD, in the order of operations of PEFT's LoraLayer.pissa_init, so that the bits agree with
-    what was trained beside.
+    Uses a full float32 SVD in the order of operations of PEFT's LoraLayer.pissa_init, so that the residual has the
+    bits that it had at training.
     """
     u, s, vh = torch.linalg.svd(weight, full_matrices=False)
     root = torch.diag(torch.sqrt(s[:rank] / scale))
@@ -73,11 +73,11 @@ def principal_factors(
 def orthonormal_factors(
     weight: Tensor,  # (out, in), float32
     rank: int,
-    scale: float = 1.0,  # plays no part
+    scale: float = 1.0,  # not used
 ) -> tuple[Tensor, Tensor]:
-    """B0 (out, r) and A0 (r, in): the first r columns of Q and rows of R, W0 = Q R (OLoRA, arXiv 2406.01775, sec. 3).
+    """Return B0 (out, r) and A0 (r, in): the first r columns of Q and rows of R, W0 = Q R (OLoRA, arXiv 2406.01775).
 
-    What was subtracted is s Q_r R_r, as PEFT's LoraLayer.olora_init does.
+    PEFT's LoraLayer.olora_init subtracts s Q_r R_r from W0.
     """
     q, r = torch.linalg.qr(weight)
     return q[:, :rank].contiguous(), r[:rank].contiguous()
@@ -88,7 +88,10 @@ def least_factors(
     rank: int,
     scale: float,
 ) -> tuple[Tensor, Tensor]:
-    """B0 (out, r) and A0 (r, in), s B0 A0 = the part of `weight` with its r smallest singular values (MiLoRA eq. 3)."""
+    """Return B0 (out, r) and A0 (r, in) with s B0 A0 = the part of `weight` of its r smallest singular values.
+
+    Source: MiLoRA, arXiv 2406.09044, eq. 3.
+    """
     u, s, vh = torch.linalg.svd(weight, full_matrices=False)
     root = torch.diag(torch.sqrt(s[-rank:] / scale))
     return u[:, -rank:] @ root, root @ vh[-rank:]
@@ -104,7 +107,7 @@ def decompose(
     rank: int,
     scale: float,
 ) -> tuple[Tensor, Tensor]:
-    """B0 (out, r) and A0 (r, in) of W0: float32, or rounded to `initial.product`.
+    """Return B0 (out, r) and A0 (r, in) of W0, float32 or rounded to `initial.product`.
 
     Raises UnsupportedError for a method that cannot be repeated.
     """
@@ -122,6 +125,7 @@ def decompose(
 
 
 def _residual_dtype(initial: Initial, weight: Tensor) -> torch.dtype:
+    """Return the dtype that the residual was rounded to: the stated one, or the base's."""
     return TORCH_DTYPES[initial.dtype] if initial.dtype else weight.dtype
 
 
@@ -133,21 +137,24 @@ def residual_of(
     weight: Callable[[], Tensor],
     dtype: torch.dtype,
 ) -> Residual:
-    """What was subtracted from W0 before training, with the dtype that it was rounded to."""
+    """Return the residual: the factors that were subtracted from W0 before training, and the dtype it was rounded to.
+
+    Reads W0 by `weight` where the factors or the dtype are not stored. Raises UnsupportedError as `decompose` does.
+    """
     if initial.refs:
         assert initial.a is not None and initial.b is not None
-        stored = scale if initial.scale is None else initial.scale
+        factor_scale = scale if initial.scale is None else initial.scale
         b, a = read(initial.b), read(initial.a)
         rounded = TORCH_DTYPES[initial.dtype] if initial.dtype else weight().dtype
     else:
-        base, stored = weight(), scale
+        base, factor_scale = weight(), scale
         b, a = decompose(initial, base, rank, scale)
         rounded = _residual_dtype(initial, base)
-    up, down = b.to(dtype) * stored, a.to(dtype)
+    up, down = b.to(dtype) * factor_scale, a.to(dtype)
     if initial.product is None:
         return Residual(up, down, rounded)
     product = TORCH_DTYPES[initial.product]
-    return ProductRoundedResidual(up, down, rounded, b.to(product), a.to(product), stored, product)
+    return ProductRoundedResidual(up, down, rounded, b.to(product), a.to(product), factor_scale, product)
 
 
 def saved_residual(
@@ -157,30 +164,30 @@ def saved_residual(
     dtype: torch.dtype,
     name: str,
 ) -> SavedResidual:
-    """The residual W_f that was saved beside its factors, and the rank-r part of W0 - W_f.
+    """Return the residual W_f that was saved beside its factors, with the rank-r part of W0 - W_f as up @ down.
 
-    What is left of the difference is the rounding of W_f. Raises MismatchError where more is left: W_f is then no
-    residual of this weight.
+    The rest of the difference must be the rounding of W_f. Raises MismatchError where the rest is larger: W_f is then
+    not the residual of this weight.
     """
     wide = weight.to(torch.float64)
     difference = wide - frozen.to(torch.float64)
-    if rank + SPARE < min(difference.shape):
+    if rank + OVERSAMPLING < min(difference.shape):
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(0)
-            u, s, v = torch.svd_lowrank(difference, q=rank + SPARE, niter=4)
+            u, s, v = torch.svd_lowrank(difference, q=rank + OVERSAMPLING, niter=4)
         vh = v.T
     else:
         u, s, vh = torch.linalg.svd(difference, full_matrices=False)
     up, down = u[:, :rank] * s[:rank], vh[:rank]
-    left = float(torch.linalg.vector_norm(difference - up @ down))
-    coarse = max(torch.finfo(frozen.dtype).eps, torch.finfo(weight.dtype).eps)
-    most = 4 * coarse * float(torch.linalg.vector_norm(wide))
-    if left > most:
+    rest = float(torch.linalg.vector_norm(difference - up @ down))
+    eps = max(torch.finfo(frozen.dtype).eps, torch.finfo(weight.dtype).eps)
+    limit = 4 * eps * float(torch.linalg.vector_norm(wide))
+    if rest > limit:
         raise MismatchError(
-            f"{name}: the residual that was saved beside the adapter is not this base less a part of rank {rank}",
-            expected=f"a rest of at most {most:.2g} (the rounding to {str(frozen.dtype).removeprefix('torch.')})",
-            got=f"{left:.2g}, of a weight of {float(torch.linalg.vector_norm(wide)):.2g}",
-            hint="is this the base that was trained on? merge takes the saved residual as it is",
+            f"{name}: the residual saved beside the adapter is not this base minus a matrix of rank {rank}",
+            expected=f"a rest of at most {limit:.2g} (the rounding to {str(frozen.dtype).removeprefix('torch.')})",
+            got=f"{rest:.2g}, for a weight of norm {float(torch.linalg.vector_norm(wide)):.2g}",
+            hint="is this the base of the training? merge uses the saved residual without this check",
         )
     return SavedResidual(up.to(dtype), down.to(dtype).contiguous(), frozen.dtype, frozen)
 
@@ -191,12 +198,12 @@ def base_evidence(
     b: Tensor,  # (out, r), trained
     scale: float | None = None,  # OLoRA: the scale of B A
 ) -> float:
-    """How much of the principal part that the factors started from is in `weight`: its cosine with B A.
+    """Return the cosine <W, B A> / (||W_r|| ||B A||) of `weight` W and the trained product B A.
 
-    <W, B A> / (||W_r|| ||B A||), W_r the best rank-r part of W. On the original weight it is 1 before training and
-    still 0.5 when training added as much as there was; on the residual it is 0, since the span of the
-    initial factors was subtracted. OLoRA's factors are not the principal part: with `scale` the result is the
-    coefficient <W, s B A> / ||s B A||^2 instead, which is 1 or 0 in the same way.
+    W_r is the best rank-r approximation of W. On the original weight the cosine is 1 before training, and still
+    0.5 when training added as much as there was. On the residual it is 0, since the initial factors were subtracted.
+    OLoRA's factors are not the principal part: with `scale` the result is the coefficient <W, s B A> / ||s B A||^2,
+    which is 1 or 0 in the same way.
     """
     weight = weight.to(torch.float32)
     a, b = a.to(torch.float32), b.to(torch.float32)
@@ -205,7 +212,7 @@ def base_evidence(
         return float(inner / (scale * ((b.T @ b) * (a @ a.T)).sum().clamp_min(torch.finfo(torch.float32).tiny)))
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
-        _, singular, _ = torch.svd_lowrank(weight, q=min(a.shape[0] + 8, *weight.shape), niter=4)
+        _, singular, _ = torch.svd_lowrank(weight, q=min(a.shape[0] + OVERSAMPLING, *weight.shape), niter=4)
     inner = ((weight.T @ b) * a.T).sum()
     product = torch.sqrt(((b.T @ b) * (a @ a.T)).sum().clamp_min(0))
     return float(inner / (torch.linalg.vector_norm(singular[: a.shape[0]]) * product))

@@ -1,4 +1,4 @@
-"""Trained tokens: single rows of an embedding replaced (PEFT's trainable_token_indices and TrainableTokens)."""
+"""Trained tokens (PEFT's trainable_token_indices and TrainableTokens): the replacement of single embedding rows."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from .canonical_form import CanonicalForm
 
 @dataclass(frozen=True)
 class TokenModule(ModuleDefaults):
-    """Rows `indices` of an embedding, trained in full. PEFT calls them a delta; they are the rows themselves."""
+    """Rows `indices` of an embedding, trained in full. PEFT names the tensor a delta; it holds the whole rows."""
 
     name: str
     values: TensorRef  # (n, dim)
@@ -24,7 +24,7 @@ class TokenModule(ModuleDefaults):
 
     @property
     def shape(self) -> tuple[int, int]:
-        """(-1, dim): how many rows the embedding has stands in the base."""
+        """(-1, dim): the number of rows is known from the base alone."""
         return (-1, self.values.shape[1])
 
     @property
@@ -36,12 +36,12 @@ class TokenModule(ModuleDefaults):
         return (self.values,)
 
     def form(self, read: Reader, weight: Weight, dtype: torch.dtype) -> CanonicalForm:
-        """Raises UnsupportedError: replaced rows are no factors."""
+        """Raise UnsupportedError: replaced rows have no low-rank factors."""
         raise UnsupportedError(
             f"{self.name}: trained tokens are replaced rows and have no low-rank factors",
             hint="merge this adapter instead",
         )
 
     def edit(self, read: Reader, weight: Weight, dtype: torch.dtype) -> BlockEdit:
-        """The replacement of those rows."""
+        """Return the replacement of the trained rows, in `dtype`."""
         return RowsReplaced(torch.tensor(self.indices, dtype=torch.int64), read(self.values).to(dtype))

@@ -1,9 +1,9 @@
-"""VeRA (arXiv 2310.11454): two vectors per weight around random matrices that all weights share.
+"""VeRA (arXiv 2310.11454): two trained vectors per weight, and random matrices A and B that all weights share.
 
     dW = diag(lambda_b) B[:out] diag(lambda_d) A[:, :in]          A (r, largest in), B (largest out, r)
 
-A and B are saved, or made again from the seed `projection_prng_key`: Kaiming-uniform (fan_in, gain sqrt 2) from one
-torch CPU generator, A before B, as wide as the largest adapted weight (peft.tuners.vera.model._kaiming_init).
+A and B are saved, or drawn again from the seed `projection_prng_key`: Kaiming-uniform (fan_in, gain sqrt 2) from one
+torch CPU generator, A before B, with the size of the largest adapted weight (peft.tuners.vera.model._kaiming_init).
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Projections:
-    """The shared matrices: stored, or a seed and the sizes that are known once all weights are."""
+    """The shared matrices A and B: stored, or described by a seed and sizes that binding fills in."""
 
     a: TensorRef | None  # (r, largest in)
     b: TensorRef | None  # (largest out, r)
@@ -34,23 +34,24 @@ class Projections:
     sizes: tuple[int, int] | None = None  # (largest out, largest in)
 
     def read(self, read: Reader) -> tuple[Tensor, Tensor]:
-        """A (r, n) and B (m, r) in float32, or as they were stored."""
+        """Return A (r, largest in) and B (largest out, r), in the stored dtype, or drawn in float32."""
         if self.a is not None and self.b is not None:
             return read(self.a), read(self.b)
-        assert self.sizes is not None, "binding finds the sizes"
+        assert self.sizes is not None, "binding must set the sizes first"
         generator = torch.Generator().manual_seed(self.seed)
         out, inner = self.sizes
-        return _uniform((self.rank, inner), generator), _uniform((out, self.rank), generator)
+        return _draw_kaiming_uniform((self.rank, inner), generator), _draw_kaiming_uniform((out, self.rank), generator)
 
 
-def _uniform(shape: tuple[int, int], generator: torch.Generator) -> Tensor:
+def _draw_kaiming_uniform(shape: tuple[int, int], generator: torch.Generator) -> Tensor:
+    """Return `shape` (fan_out, fan_in) float32 as peft.tuners.vera.model._kaiming_init draws it."""
     bound = math.sqrt(3.0) * (math.sqrt(2.0) / math.sqrt(shape[1]))
     return torch.empty(shape).uniform_(-bound, bound, generator=generator)
 
 
 @dataclass(frozen=True)
 class VeraModule(ModuleDefaults):
-    """One weight adapted by VeRA. Its width is not in the adapter: -1 until the base is known."""
+    """One weight adapted by VeRA. The adapter does not hold the weight's width: `inner` is -1 until binding."""
 
     name: str
     lambda_b: TensorRef  # (out,)
@@ -76,7 +77,7 @@ class VeraModule(ModuleDefaults):
         return self.inner < 0
 
     def form(self, read: Reader, weight: Weight, dtype: torch.dtype) -> CanonicalForm:
-        """The canonical form in `dtype`. Raises UnsupportedError as long as the base is not known."""
+        """Return the canonical form in `dtype`. Raises UnsupportedError before the module is bound to a base."""
         if self.inner < 0:
             raise UnsupportedError(f"{self.name}: VeRA needs the base to know the weight's width", hint="give BASE")
         a, b = self.projections.read(read)

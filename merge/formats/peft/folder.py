@@ -22,8 +22,8 @@ from .settings import BIASES, PEFT_SETTINGS
 from .tensors import WEIGHT_FILES, PeftExtras, PeftTensors, find_weights, group_tensors
 
 CONVERTED_NOTE = (
-    "this folder is what PEFT's save_as_lora made of another adapter, cut to a rank. If that was a DoRA or DuDe, its "
-    "magnitudes and its residual were dropped, and nothing in the folder says so: use the original folder "
+    "PEFT's save_as_lora made this folder from another adapter, truncated to a rank. If that was a DoRA or DuDe, its "
+    "magnitudes and its residual were dropped, which the folder does not state: use the original folder "
     "(adapter-merge factor --rank R cuts it to a rank with its error stated)"
 )
 

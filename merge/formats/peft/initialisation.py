@@ -1,4 +1,4 @@
-"""What the initialisation of a LoRA (init_lora_weights) subtracted from the base.
+"""The initialisation of a LoRA (init_lora_weights), and what it subtracted from the base.
 
 As of PEFT 0.21: PiSSA and OLoRA decompose the weight, which can be repeated exactly; pissa_niter_*, CorDA,
 LoRA-GA and LoftQ need the folder that was saved before training (--init-adapter), or the residual base.
@@ -51,7 +51,7 @@ def initial_of(config: Mapping[str, Any], tensors: PeftTensors, extras: PeftExtr
             return Initial(dtype=dtype, method=start)
     raise UnsupportedError(
         f"{tensors.weights.parent}: init_lora_weights {init_lora_weights!r:.100} changed the base at training "
-        "and is not known here",
+        "and is unknown",
         expected=f"true, {', '.join((*PLAIN_INITS, *REPEATABLE_INITS, *LOST_INITS))}",
     )
 

@@ -174,15 +174,15 @@ def _read_magnitudes(source: Path) -> dict[str, TensorRef]:
     file = find_weights(source) if source.is_dir() else source
     if file is None or not file.is_file():
         raise AdapterError(f"{source}: no such magnitudes", expected="a safetensors or .bin file, or a PEFT folder")
-    found = {}
+    magnitudes = {}
     for ref in read_weights(file).tensors:
         name = ref.name.removeprefix(PREFIX)
         for role in ("lora_magnitude_vector", "lora_magnitude_vector.weight"):
             if name.endswith("." + role):
-                found[name[: -len(role) - 1]] = ref
-    if not found:
+                magnitudes[name[: -len(role) - 1]] = ref
+    if not magnitudes:
         raise AdapterError(f"{source}: holds no magnitudes", expected=f"{PREFIX}<module>.lora_magnitude_vector")
-    return found
+    return magnitudes
 
 
 def _read_target_parameters(config: Mapping[str, Any], tensors: PeftTensors) -> dict[str, list[tuple[str, str]]]:
@@ -193,16 +193,16 @@ def _read_target_parameters(config: Mapping[str, Any], tensors: PeftTensors) -> 
             Problem(f"{tensors.weights.parent}: target_parameters is wrong", "a list of names", repr(targets)[:200])
         )
         return {}
-    found: dict[str, list[tuple[str, str]]] = {}
+    by_owner: dict[str, list[tuple[str, str]]] = {}
     for target in targets:
         owner, _, parameter = target.rpartition(".")
-        found.setdefault(owner.rpartition(".")[2], []).append((target, parameter))
-    if "" in found:  # a bare parameter name, as "all-linear" saves it: of any owner that is not a plain linear layer
-        everywhere = found.pop("")
+        by_owner.setdefault(owner.rpartition(".")[2], []).append((target, parameter))
+    if "" in by_owner:  # a bare parameter name, as "all-linear" saves it: of any owner that is not a plain linear layer
+        everywhere = by_owner.pop("")
         for name in tensors.groups:
             owner = name.partition(".base_layer")[0].rpartition(".")[2]
-            found.setdefault(owner, []).extend(item for item in everywhere if item not in found[owner])
-    return found
+            by_owner.setdefault(owner, []).extend(item for item in everywhere if item not in by_owner[owner])
+    return by_owner
 
 
 def _read_token_rows(name: str, values: TensorRef, indices: object, tensors: PeftTensors) -> Iterator[TokenModule]:

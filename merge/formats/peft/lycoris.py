@@ -129,7 +129,7 @@ def read_vera(tensors: PeftTensors, config: Mapping[str, Any], extras: PeftExtra
         )
     if isinstance(seed, int) and not -(1 << 63) <= seed < 1 << 64:
         tensors.problems.append(
-            Problem(f"{tensors.weights.parent}: projection_prng_key is no seed", got=repr(seed)[:50])
+            Problem(f"{tensors.weights.parent}: projection_prng_key is not a seed", got=repr(seed)[:50])
         )
     projections = Projections(a, b, seed if isinstance(seed, int) else 0, rank)
     modules: list[AdaptedModule] = []

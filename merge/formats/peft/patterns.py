@@ -1,8 +1,8 @@
-"""rank_pattern and alpha_pattern: regular expressions from a file that somebody else wrote.
+"""rank_pattern and alpha_pattern: regular expressions from untrusted files.
 
 PEFT matches a key against the end of a module's path: re.match(rf"(.*\\.)?({key})$", path), first key that matches wins
-(peft.utils.other.get_pattern_key). A hostile or careless expression can make that take hours, so only expressions that
-backtrack polynomially, and little, are accepted: a repeat repeats single characters, and there are few of them.
+(peft.utils.other.get_pattern_key). Some expressions take hours to match, so only those with little, polynomial
+backtracking are accepted: at most MAX_REPEATS repeats, each of single characters.
 """
 
 from __future__ import annotations
@@ -16,20 +16,20 @@ from adapter_merge.errors import Problem
 
 MAX_LENGTH = 1000
 MAX_REPEATS = 4
-FEW = 8  # a repeat of at most this many is not counted
+SMALL_REPEAT = 8  # a repeat of at most this many characters is not counted
 
 _parser: Any = re._parser  # type: ignore[attr-defined]
 _constants: Any = re._constants  # type: ignore[attr-defined]
 
 
 class Pattern:
-    """Values by module path, the first matching key's."""
+    """Values by module path: the value of the first key that matches."""
 
     def __init__(self, values: Mapping[str, Any] | None = None) -> None:
         self._values = [(re.compile(rf"(?:.*\.)?(?:{key})$"), value) for key, value in (values or {}).items()]
 
     def get(self, module: str, default: Any) -> Any:
-        """The value for `module`, a path such as model.layers.0.self_attn.q_proj."""
+        """Return the value for `module`, a path such as model.layers.0.self_attn.q_proj, or `default`."""
         for key, value in self._values:
             if key.match(module):
                 return value
@@ -37,7 +37,7 @@ class Pattern:
 
 
 def read_pattern(config: Mapping[str, Any], name: str, where: str, problems: list[Problem]) -> Pattern:
-    """The pattern `name` of an adapter's config; what is wrong with it is added to `problems`."""
+    """Return the pattern `name` of an adapter's config; unusable keys and values are added to `problems`."""
     content = config.get(name)
     if content is None:
         return Pattern()
@@ -57,12 +57,12 @@ def read_pattern(config: Mapping[str, Any], name: str, where: str, problems: lis
 
 
 def pattern_fault(key: str) -> str | None:
-    """Why `key` cannot be used as a pattern; None when it can."""
+    """Return why `key` cannot be used as a pattern; None when it can."""
     if len(key) > MAX_LENGTH:
         return f"a pattern of {len(key)} characters (at most {MAX_LENGTH})"
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("error")  # what Python will read differently one day
+            warnings.simplefilter("error")  # deprecated syntax counts as an error
             parsed = _parser.parse(key)
             re.compile(rf"(?:.*\.)?(?:{key})$")
     except (re.error, RecursionError, OverflowError, Warning) as error:
@@ -75,7 +75,7 @@ def pattern_fault(key: str) -> str | None:
 
 
 def _count_repeats(parsed: Iterable[tuple[Any, Any]]) -> int:
-    """Repeats of single characters in `parsed`. Raises ValueError for what can backtrack without bounds."""
+    """Count the repeats of single characters in `parsed`. Raises ValueError for repeated groups and back-references."""
     count = 0
     single = (_constants.LITERAL, _constants.NOT_LITERAL, _constants.ANY, _constants.IN)
     for code, argument in parsed:
@@ -86,7 +86,7 @@ def _count_repeats(parsed: Iterable[tuple[Any, Any]]) -> int:
                 count += _count_repeats(inside)
             elif len(inside) != 1 or inside[0][0] not in single:
                 raise ValueError("a repeated group, which could take hours to match")
-            elif most > FEW:
+            elif most > SMALL_REPEAT:
                 count += 1
         elif code is _constants.SUBPATTERN:
             count += _count_repeats(argument[-1])

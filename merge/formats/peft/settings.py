@@ -2,7 +2,7 @@
 
 Sources: peft.config, peft.tuners.{lora,adalora,lokr,loha,vera,trainable_tokens}.config. Keys of older releases:
 enable_lora and merge_weights (before 0.3). lora_dtype, lorap_lr_ratio and lorap_emb_lr are ms-swift's additions: the
-dtype of the factors, which the tensors have, and learning rates.
+dtype of the factors (known from the tensors) and learning rates.
 """
 
 from __future__ import annotations
@@ -12,11 +12,16 @@ from adapter_merge.formats.settings import KnownSettings
 _BASIC_READ = ("peft_type", "base_model_name_or_path", "modules_to_save")
 _BASIC_IGNORED = (
     *("task_type", "auto_mapping", "peft_version", "revision", "inference_mode"),
-    *("target_modules", "exclude_modules", "layers_to_transform", "layers_pattern"),  # the tensors tell
+    *("target_modules", "exclude_modules", "layers_to_transform", "layers_pattern"),  # known from the tensors
 )
 _LORA_IGNORED = (
     *("lora_dropout", "megatron_core", "runtime_config", "qalora_group_size", "merge_weights", "lora_bias"),
-    *("loftq_config", "eva_config", "corda_config", "lora_ga_config"),  # init_lora_weights tells what they were for
+    *(
+        "loftq_config",
+        "eva_config",
+        "corda_config",
+        "lora_ga_config",
+    ),  # init_lora_weights states whether they were used
     *("lora_dtype", "lorap_lr_ratio", "lorap_emb_lr"),
 )
 _LORA_REFUSED = {
@@ -41,7 +46,7 @@ _LORA_ONLY = {
 }
 _ADALORA_IGNORED = (
     *("r", "target_r", "tinit", "tfinal", "deltaT", "beta1", "beta2", "orth_reg_weight", "total_step"),
-    *("rank_pattern", "init_lora_weights"),  # the masks, which the tensors show; A and B start at random
+    *("rank_pattern", "init_lora_weights"),  # the ranks, known from the tensors; A and B start at random
 )
 _LYCORIS_READ = ("r", "alpha", "rank_pattern", "alpha_pattern")
 _LYCORIS_IGNORED = ("rank_dropout", "module_dropout", "use_effective_conv2d", "init_weights")

@@ -30,7 +30,7 @@ class PeftExtras:
 
     magnitudes: Path | None = None  # a safetensors or .bin file, or another PEFT folder, with the magnitude vectors
     init_adapter: Path | None = None  # a PEFT folder with the factors as they were before training
-    residual_dtype: str | None = None  # float32, bfloat16 or float16: what the frozen residual was kept in
+    residual_dtype: str | None = None  # float32, bfloat16 or float16: the dtype of the frozen residual
 
 
 @dataclass
@@ -98,7 +98,7 @@ def number(config: Mapping[str, Any], key: str, tensors: PeftTensors, hint: str 
         tensors.problems.append(
             Problem(
                 f"{tensors.weights.parent}: {key} is missing or wrong in the config",
-                "the number that was trained with",
+                "the number used at training",
                 repr(value)[:100],
                 hint,
             )
@@ -123,7 +123,7 @@ def rank_of(config: Mapping[str, Any], key: str, tensors: PeftTensors) -> int:
 
 
 def flag(config: Mapping[str, Any], key: str, tensors: PeftTensors) -> bool:
-    """Return the boolean `key` of the config, False where it is missing; add a problem where it is no boolean."""
+    """Return the boolean `key` of the config, False where it is missing; add a problem where it is not a boolean."""
     value = config.get(key)
     if value is not None and not isinstance(value, bool):
         tensors.problems.append(

@@ -191,9 +191,9 @@ def test_mytransformers_that_cannot_be_known(base32: Path, tmp_path: Path) -> No
     with pytest.raises(UnsupportedError, match="randomised"):
         merge(base32, tmp_path / "a", tmp_path / "no", device="cpu")
     (tmp_path / "a" / "config.json").unlink()
-    with pytest.raises(AdapterError, match="lora_scaler is not known") as error:
+    with pytest.raises(AdapterError, match="lora_scaler is missing or wrong") as error:
         merge(base32, tmp_path / "a", tmp_path / "no", device="cpu")
-    assert "which variant it is" in str(error.value) and "has a magnitude" not in str(error.value)
+    assert "the variant is named only" in str(error.value) and "has a magnitude" not in str(error.value)
     assert not (tmp_path / "no").exists()
 
 

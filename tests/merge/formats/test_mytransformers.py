@@ -187,7 +187,7 @@ def test_without_its_training_arguments_the_variant_is_unknown(
     (adapter / "config.json").unlink()
     if empty:
         (adapter / "config.json").write_text("{}")
-    with pytest.raises(AdapterError, match="which variant it is"):
+    with pytest.raises(AdapterError, match="the variant is named only"):
         merge(base, adapter, tmp_path / "no", device="cpu", options=ReadOptions(alpha=SCALER))
     assert not (tmp_path / "no").exists()
 

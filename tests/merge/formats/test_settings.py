@@ -194,7 +194,7 @@ def test_an_option_that_does_nothing_is_an_error(
     save_file({"magnitude": torch.ones(2)}, tmp_path / "m.safetensors")
     (tmp_path / "before").mkdir()
     monkeypatch.chdir(tmp_path)
-    with pytest.raises(InputError, match="does nothing for this adapter"):
+    with pytest.raises(InputError, match="has no effect on this adapter"):
         open_adapter(adapter, ReadOptions(**options))
 
 
