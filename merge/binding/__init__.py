@@ -1,1 +1,1 @@
-"""Where the weight of each adapted module lies in a checkpoint."""
+"""Binding: finds the stored weight of each adapted module in a checkpoint."""

@@ -1,4 +1,4 @@
-"""What PiSSA, OLoRA or DuDe was trained beside, the original base or the residual: by evidence, or as it is stated."""
+"""The kind of a base, original or residual, for PiSSA, OLoRA and DuDe: as stated, or decided by measurement."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ from adapter_merge.storage.tensor_io import read_tensor
 from .bound import BoundAdapter, BoundModule
 
 EVIDENCE_SAMPLES = 6
-WIDE = 8  # times the rank: in narrower weights any two parts have much in common
+WIDE = 8  # times the rank: in narrower weights random products already have a large cosine
 
 
 def with_base_kind(bound: BoundAdapter, base_kind: str | None) -> BoundAdapter:
     """Decide whether the base is the original or the residual, and drop the residual step in the latter case."""
-    principal = [(item, module) for item, module in _loras(bound) if module.initial is not None]
+    principal = [(item, module) for item, module in _select_loras(bound) if module.initial is not None]
     if not principal:
         return _check_residual(bound) if base_kind is None else bound
     evidence = None
@@ -32,31 +32,31 @@ def with_base_kind(bound: BoundAdapter, base_kind: str | None) -> BoundAdapter:
         if lost is None and "loftq" not in {i.method for i in initials}:
             base_kind = "original"  # the initial factors were given: they are to be subtracted
         else:
-            raise _lost(bound, str(lost or "loftq"))
+            raise _unrepeatable(bound, str(lost or "loftq"))
     if base_kind is None:
-        cosines, evidence = _cosines(principal)
+        cosines, evidence = _measure_cosines(principal)
         if min(cosines) >= ORIGINAL_ABOVE:
             base_kind = "original"
         elif max(cosines) <= RESIDUAL_BELOW and stated == "original":
             raise MismatchError(
-                "the adapter was trained beside the original base, and this is not it",
+                "the adapter was trained on the original base, and this is another one",
                 expected=f"cosine >= {ORIGINAL_ABOVE} for every weight",
                 got=evidence,
-                hint="another model, or the residual: pass --base-kind residual if it is",
+                hint="give the original base, or pass --base-kind residual if this is the residual",
             )
         elif max(cosines) <= RESIDUAL_BELOW:
             base_kind = "residual"
         else:
             raise AdapterError(
-                "cannot tell whether the base is the original or the residual (subtracting twice would be silent)",
+                "cannot tell whether the base is the original or the residual (a wrong guess gives a wrong model)",
                 expected=f"cosine >= {ORIGINAL_ABOVE} (original) or <= {RESIDUAL_BELOW} (residual) for every weight",
                 got=evidence,
                 hint="pass --base-kind original or --base-kind residual",
             )
     if base_kind == "original":
         if lost is not None:
-            raise _lost(bound, lost)
-        return replace(bound, modules=tuple(_dtyped(item) for item in bound.modules), evidence=evidence)
+            raise _unrepeatable(bound, lost)
+        return replace(bound, modules=tuple(_state_dtype(item) for item in bound.modules), evidence=evidence)
     modules = tuple(
         replace(item, module=replace(item.module, initial=None)) if isinstance(item.module, LoraModule) else item
         for item in bound.modules
@@ -64,49 +64,50 @@ def with_base_kind(bound: BoundAdapter, base_kind: str | None) -> BoundAdapter:
     return replace(bound, modules=modules, base_kind="residual", evidence=evidence)
 
 
-def _loras(bound: BoundAdapter) -> list[tuple[BoundModule, LoraModule]]:
+def _select_loras(bound: BoundAdapter) -> list[tuple[BoundModule, LoraModule]]:
+    """Return the bound LoRA modules, each with its module."""
     return [(item, item.module) for item in bound.modules if isinstance(item.module, LoraModule)]
 
 
-def _cosines(modules: Sequence[tuple[BoundModule, LoraModule]]) -> tuple[list[float], str]:
-    """base_evidence of a few weights from all over the model, small ones, and what to say of them."""
+def _measure_cosines(modules: Sequence[tuple[BoundModule, LoraModule]]) -> tuple[list[float], str]:
+    """Return base_evidence of a few small weights, spread over the model, and a sentence with their range."""
     count = min(EVIDENCE_SAMPLES, len(modules))
     bounds = [number * len(modules) // count for number in range(count + 1)]
     cosines = []
     for first, stop in pairwise(bounds):
-        item, module = min(modules[first:stop], key=_reluctance)
+        item, module = min(modules[first:stop], key=_measuring_cost)
         scale = module.scale if module.initial is not None and module.initial.method == "qr" else None
         cosines.append(base_evidence(item.oriented_weight(), read_tensor(module.a), read_tensor(module.b), scale))
     return cosines, f"cosine of base and B A: {min(cosines):.3f} .. {max(cosines):.3f} over {len(cosines)} weights"
 
 
-def _reluctance(pair: tuple[BoundModule, LoraModule]) -> tuple[bool, int]:
-    """How little a weight is fit to be looked at: too narrow, then too large (it is read whole, in float32)."""
+def _measuring_cost(pair: tuple[BoundModule, LoraModule]) -> tuple[bool, int]:
+    """Return a sort key: wide weights before narrow ones, whose cosines mean little; then by their size."""
     shape, rank = pair[1].shape, pair[1].rank
     narrow = min(shape) < WIDE * rank
     return narrow, -min(shape) if narrow else shape[0] * shape[1]
 
 
 def _check_residual(bound: BoundAdapter) -> BoundAdapter:
-    """A DuDe folder that says it belongs to the residual must not meet the original: nothing would be subtracted."""
+    """Raise MismatchError where a DuDe folder states the residual base and this is the original one."""
     if bound.adapter.config.get("peft_type") != "DUDE" or bound.adapter.config.get("base") != "residual":
         return bound
-    loras = _loras(bound)
+    loras = _select_loras(bound)
     if not loras:
         return replace(bound, base_kind="residual")
-    cosines, evidence = _cosines(loras)
+    cosines, evidence = _measure_cosines(loras)
     if max(cosines) >= ORIGINAL_ABOVE:
         raise MismatchError(
             "the adapter was trained on the residual base, and this is the original",
             expected=f"cosine <= {RESIDUAL_BELOW} for every weight",
             got=evidence,
-            hint="give the residual base, or pass --base-kind residual if you are sure that it is one",
+            hint="give the residual base, or pass --base-kind residual if you know that this is it",
         )
     return replace(bound, base_kind="residual", evidence=evidence)
 
 
-def _dtyped(item: BoundModule) -> BoundModule:
-    """Stored initial factors without a dtype: the residual was kept in the base's."""
+def _state_dtype(item: BoundModule) -> BoundModule:
+    """Return the module with the base's dtype for its residual where initial factors are stored without a dtype."""
     module = item.module
     if not isinstance(module, LoraModule) or module.initial is None or module.initial.dtype is not None:
         return item
@@ -115,12 +116,13 @@ def _dtyped(item: BoundModule) -> BoundModule:
     return replace(item, module=replace(module, initial=replace(module.initial, dtype=item.weight.dtype)))
 
 
-def _lost(bound: BoundAdapter, method: str) -> UnsupportedError:
+def _unrepeatable(bound: BoundAdapter, method: str) -> UnsupportedError:
+    """Return the error for an initialisation that cannot be computed again."""
     config = bound.adapter.config
     return UnsupportedError(
         f"{bound.adapter.folder}: init_lora_weights {config.get('init_lora_weights')!r} {LOST_INITS[method]}",
         expected="the factors at initialisation, or the residual base"
         if method != "loftq"
-        else "the base as it was left by the initialisation, with --base-kind residual",
+        else "the base after the initialisation, with --base-kind residual",
         hint=LOST_HINT if method != "loftq" else None,
     )

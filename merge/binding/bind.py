@@ -1,13 +1,13 @@
-"""Adapter meets base: every adapted module finds its weight and every replacement its tensor, or all problems show.
+"""Binding of an adapter to its base: finds the weight of every module and the tensor of every replacement.
 
-bound.py               what comes out: BoundModule, BoundAdapter
-weight_names.py        where a module of the model lies in the checkpoint: prefixes, fused projections
-transformers_names.py  the same by transformers' own mapping between hub names and the model's names
+bound.py               the result: BoundModule, BoundAdapter
+weight_names.py        names and places of weights in the checkpoint: prefixes, fused projections
+transformers_names.py  the same, by transformers' mapping between hub names and the model's names
 fitting.py             one module and its stored weight: shape, orientation
-replacements.py        a tensor that was trained whole, and the stored tensors that it replaces
-experts.py             experts, stacked or apart
-embeddings.py          embeddings and heads: tied, resized, and what the config must say
-positional.py          DeBERTa: which weights give the positional queries and keys after DCFT
+replacements.py        tensors that were trained in full, and the stored tensors that they replace
+experts.py             experts, stacked in one tensor or stored as one tensor each
+embeddings.py          embeddings and heads: tied or resized, and the config after the merge
+positional.py          DeBERTa: the weights of positional queries and keys after DCFT
 base_kind.py           PiSSA, OLoRA, DuDe: the original base or the residual
 """
 
@@ -26,7 +26,7 @@ from adapter_merge.storage.safetensors_header import TensorRef
 from .base_kind import with_base_kind
 from .bound import BoundAdapter, BoundModule, parameter_of
 from .embeddings import TIED_HEADS, text_config, with_config
-from .fitting import bind_module, overlaps, sized
+from .fitting import bind_module, check_overlaps, set_vera_sizes
 from .positional import with_positional_projections
 from .replacements import place_replacement
 from .transformers_names import transformers_names
@@ -34,16 +34,16 @@ from .weight_names import Renaming, find_renaming
 
 __all__ = ["BoundAdapter", "BoundModule", "bind"]
 
-# Keep stacked experts transposed under their own name (transformers' conversion mapping, Transpose).
+# Models whose checkpoints hold stacked experts transposed under the same name (transformers' mapping, Transpose).
 TURNED_ON_DISK = ("qwen3_vl_moe",)
 NAMES_HINT = "where the base's names differ from the model's, transformers' mapping is needed: pip install transformers"
 
 
 def bind(adapter: Adapter, base: Checkpoint, base_kind: str | None = None) -> BoundAdapter:
-    """Match `adapter` to `base`. Raises MismatchError with every module or tensor that does not fit.
+    """Bind `adapter` to `base`. Raises MismatchError with every module or tensor that does not fit (the first 20).
 
-    Names are taken as they are where the base has them all, then by transformers' mapping, then under one prefix.
-    `base_kind` is "original" or "residual" for PiSSA and DuDe, None to decide by evidence.
+    Names are used unchanged where the base has them all, else by transformers' mapping, else with one prefix.
+    `base_kind` is "original" or "residual" for PiSSA and DuDe, None to decide by measurement (base_kind.py).
     """
     match = _best_match(adapter, base)
     problems = match.problems
@@ -54,13 +54,13 @@ def bind(adapter: Adapter, base: Checkpoint, base_kind: str | None = None) -> Bo
         )
         raise_all([*problems[:20], *([Problem(f"... and {len(problems) - 20} more")] if len(problems) > 20 else []),
                    Problem("the adapter does not belong to this base", hint=hint)], MismatchError)  # fmt: skip
-    bound = BoundAdapter(adapter, base, tuple(sized(match.modules)), match.replacements, "original")
+    bound = BoundAdapter(adapter, base, tuple(set_vera_sizes(match.modules)), match.replacements, "original")
     return with_base_kind(with_positional_projections(with_config(bound)), base_kind)
 
 
 @dataclass
 class Match:
-    """What one way of renaming makes of an adapter's names."""
+    """The result of binding with one renaming: bound modules, replacements and problems."""
 
     modules: list[BoundModule] = field(default_factory=list)
     replacements: dict[str, TensorRef] = field(default_factory=dict)
@@ -68,12 +68,12 @@ class Match:
 
 
 def _best_match(adapter: Adapter, base: Checkpoint) -> Match:
-    """The first way of renaming without a problem; else the one with the fewest."""
+    """Return the match of the first renaming without a problem, else the one with the fewest problems."""
     if adapter.prefix is not None:
-        return _match(adapter, base, _renaming(adapter, base)[0])
+        return _match(adapter, base, _find_renaming(adapter, base)[0])
     plain = _match(adapter, base, Renaming(base.tensors))
     if adapter.own_base is not None or (
-        not _may_be_turned(adapter) and (not plain.problems or _all_named(adapter, base))
+        not _may_be_transposed(adapter) and (not plain.problems or _has_all_names(adapter, base))
     ):
         return plain
     matches = []
@@ -86,9 +86,9 @@ def _best_match(adapter: Adapter, base: Checkpoint) -> Match:
     if not plain.problems:
         if any(names.failures for names in mapped):
             return matches[0]
-        plain.problems += _unsure(base) if not mapped else []
+        plain.problems += _check_square_experts(base) if not mapped else []
         return plain
-    rename, others = _renaming(adapter, base)
+    rename, others = _find_renaming(adapter, base)
     own = _match(adapter, base, rename)
     if others:
         own.problems.append(
@@ -101,52 +101,58 @@ def _best_match(adapter: Adapter, base: Checkpoint) -> Match:
     best = min([own, *matches], key=lambda match: len(match.problems))
     if best.problems and not mapped and reason:
         best.problems.append(
-            Problem("the model's own names could not be compared with the base's", got=reason, hint=NAMES_HINT)
+            Problem("the model's parameter names could not be compared with the base's", got=reason, hint=NAMES_HINT)
         )
     return best
 
 
 def _match(adapter: Adapter, base: Checkpoint, rename: Renaming) -> Match:
+    """Bind every module and replacement with one renaming."""
     match = Match()
     for module in adapter.modules:
-        found = bind_module(module, adapter, base, rename)
-        if isinstance(found, Problem):
-            match.problems.append(found)
+        bound = bind_module(module, adapter, base, rename)
+        if isinstance(bound, Problem):
+            match.problems.append(bound)
         else:
-            match.modules += found
+            match.modules += bound
     for name, ref in adapter.replacements.items():
         placed = place_replacement(name, ref, adapter, base, rename)
         if isinstance(placed, Problem):
             match.problems.append(placed)
         else:
             match.replacements |= placed
-    match.problems += overlaps(match.modules)
+    match.problems += check_overlaps(match.modules)
     return match
 
 
-def _may_be_turned(adapter: Adapter) -> bool:
-    """True for stacks of square matrices, which some hub layouts keep the other way round under the same name."""
-    factors = [(one.b.shape[0], one.a.shape[1]) for one in adapter.modules if isinstance(one, StackModule)]
+def _may_be_transposed(adapter: Adapter) -> bool:
+    """Return True for stacks of square matrices, which some hub layouts hold transposed under the same name."""
+    factors = [(module.b.shape[0], module.a.shape[1]) for module in adapter.modules if isinstance(module, StackModule)]
     whole = [ref.shape[1:] for ref in adapter.replacements.values() if len(ref.shape) == 3]
     return any(rows == columns for rows, columns in (*factors, *whole))
 
 
-def _unsure(base: Checkpoint) -> list[Problem]:
-    """A problem where square experts may be stored the other way round and transformers cannot be asked."""
+def _check_square_experts(base: Checkpoint) -> list[Problem]:
+    """Return a problem where square experts may be stored transposed, and transformers' mapping is not available."""
     kind = text_config(base.config).get("model_type")
     if not any(name in str(kind) for name in TURNED_ON_DISK):
         return []
-    return [Problem(f"{kind}: square experts that the hub's layout keeps the other way round", hint=NAMES_HINT)]
+    return [
+        Problem(
+            f"{kind}: its hub layout holds experts transposed, which the shape of square experts does not show",
+            hint=NAMES_HINT,
+        )
+    ]
 
 
-def _all_named(adapter: Adapter, base: Checkpoint) -> bool:
-    """True where the base has every name of the adapter: what does not fit then is not the names."""
+def _has_all_names(adapter: Adapter, base: Checkpoint) -> bool:
+    """Return True where the base has every name of the adapter, so that renaming cannot solve a problem."""
     names = [f"{module.name}.{parameter_of(module)}" for module in adapter.modules]
     return all(name in base.tensors for name in (*names, *adapter.replacements))
 
 
-def _renaming(adapter: Adapter, base: Checkpoint) -> tuple[Renaming, tuple[str, ...]]:
-    """How the adapter's names become the base's, and other ways that would do as well."""
+def _find_renaming(adapter: Adapter, base: Checkpoint) -> tuple[Renaming, tuple[str, ...]]:
+    """Return the renaming with one prefix that fits, and other prefixes that also fit."""
     wanted: list[tuple[str, tuple[int, int] | None]] = []
     for module in adapter.modules:
         if isinstance(module, StackModule):

@@ -1,4 +1,4 @@
-"""An adapter whose every name was found in its base: what bind.py makes and everything else works on."""
+"""Bound adapters: the result of bind.py, with the stored weight of every module. All later steps work on them."""
 
 from __future__ import annotations
 
@@ -20,12 +20,12 @@ from adapter_merge.storage.tensor_io import read_tensor
 
 @dataclass(frozen=True)
 class BoundModule:
-    """One adapted module and the weight that it changes."""
+    """One adapted module and the stored weight that it changes."""
 
     module: AdaptedModule
     weight: TensorRef  # in the base, or saved beside the adapter (a resized embedding)
     transposed: bool = False  # the base stores (in, out), as GPT-2's Conv1D does
-    output: str | None = None  # the name to write, where it is not the weight's own (an untied head)
+    output: str | None = None  # the output tensor's name, where it differs from the weight's (an untied head)
     rows: tuple[int, int] | None = None  # the rows of the weight's 2-D view that are adapted; None: all
 
     @property
@@ -34,7 +34,7 @@ class BoundModule:
         return self.output or self.weight.name
 
     def oriented_weight(self) -> Tensor:
-        """W0 (out, in) in the base's dtype, read whole; only the adapted rows where they are some of them."""
+        """Read W0 (out, in) in the base's dtype: the whole weight, or its adapted rows where `rows` is set."""
         ref = self.weight
         if self.rows is not None:
             first, stop = self.rows
@@ -45,11 +45,11 @@ class BoundModule:
         return weight.T.contiguous() if self.transposed else weight
 
     def form(self, dtype: torch.dtype = torch.float32) -> CanonicalForm:
-        """The canonical form for W0 (out, in), on the CPU."""
+        """Return the canonical form for W0 (out, in) in `dtype`, on the CPU."""
         return self.module.form(read_tensor, self.oriented_weight, dtype)
 
     def stored_form(self, dtype: torch.dtype = torch.float32) -> CanonicalForm:
-        """The canonical form for the weight as the base stores it. Raises UnsupportedError where there is none."""
+        """Return the canonical form for the weight as stored. Raises UnsupportedError where there is none."""
         edit = self.stored_edit(dtype)
         if not isinstance(edit, CanonicalForm):
             raise UnsupportedError(
@@ -58,29 +58,31 @@ class BoundModule:
         return edit
 
     def stored_edit(self, dtype: torch.dtype = torch.float32) -> BlockEdit:
-        """What is done to the weight as the base stores it."""
+        """Return the change of the weight as stored by the base, in `dtype`."""
         edit = self.module.edit(read_tensor, self.oriented_weight, dtype)
         if self.transposed:
             if not isinstance(edit, CanonicalForm):
-                raise UnsupportedError(f"{self.name}: the residual saved beside the adapter is the other way round")
+                raise UnsupportedError(
+                    f"{self.name}: the residual saved beside the adapter is (out, in), and the base stores (in, out)"
+                )
             edit = edit.transposed()
         return edit if self.rows is None else RowRange(edit, *self.rows)
 
 
 @dataclass(frozen=True)
 class BoundAdapter:
-    """An adapter with every name found in its base."""
+    """An adapter bound to a base: every name is found in it."""
 
     adapter: Adapter
     base: Checkpoint
     modules: tuple[BoundModule, ...]
     replacements: dict[str, TensorRef]  # base tensor name -> trained tensor
     base_kind: str  # "original" or "residual"
-    evidence: str | None = None  # why base_kind is what it is, where that was measured
-    copies: Mapping[str, TensorRef] = field(default_factory=dict)  # new name -> base tensor, written as it is
-    config_changes: Mapping[str, Any] = field(default_factory=dict)  # what the merged model's config must say
+    evidence: str | None = None  # the measurement that decided base_kind, as a sentence
+    copies: Mapping[str, TensorRef] = field(default_factory=dict)  # new tensor name -> base tensor to copy
+    config_changes: Mapping[str, Any] = field(default_factory=dict)  # changed keys of the merged model's config
 
 
 def parameter_of(module: AdaptedModule) -> str:
-    """Which tensor of its module is adapted: weight, bias, or a bare parameter."""
+    """Return the adapted parameter's name within its module: weight, bias, or a bare parameter."""
     return module.parameter

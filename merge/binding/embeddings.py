@@ -1,4 +1,4 @@
-"""Embeddings and output heads: which are tied, what a resized vocabulary changes, what the merged config must say."""
+"""Embeddings and output heads: tied or not, resized vocabularies, and the changes of the merged model's config."""
 
 from __future__ import annotations
 
@@ -20,27 +20,31 @@ SHARED_EMBEDDINGS = ("shared.weight",)  # T5 and BART: encoder, decoder and head
 
 
 def text_config(config: Mapping[str, Any]) -> Mapping[str, Any]:
-    """The language model's part of a config (of a vision-language model), or all of it."""
+    """Return the language model's part of a config (of a vision-language model), or the whole config."""
     inner = config.get("text_config")
     return inner if isinstance(inner, dict) else config
 
 
 def is_tied(base: Checkpoint) -> bool:
-    """True when the head reads the embeddings: stated, or left out (transformers' default) without a head stored."""
-    said = base.config.get("tie_word_embeddings", text_config(base.config).get("tie_word_embeddings"))
-    if isinstance(said, bool):
-        return said
+    """Return True when the head is the embedding: as the config states, else (transformers' default) without a head."""
+    stated = base.config.get("tie_word_embeddings", text_config(base.config).get("tie_word_embeddings"))
+    if isinstance(stated, bool):
+        return stated
     return bool(base.config) and not any(name.endswith(TIED_HEADS) for name in base.tensors)
 
 
 def is_resized(name: str, old: TensorRef, new: TensorRef) -> bool:
-    """True for an embedding or head whose vocabulary was resized."""
+    """Return True for an embedding or head whose shapes differ in the vocabulary size only."""
     head = name.endswith((*EMBEDDINGS, *TIED_HEADS, *SHARED_EMBEDDINGS)) or name in ("lm_head.bias",)
     return head and len(old.shape) == len(new.shape) and old.shape[1:] == new.shape[1:]
 
 
 def with_config(bound: BoundAdapter) -> BoundAdapter:
-    """What the config must say after the merge: untied heads, a resized vocabulary; and the head's copy if untied."""
+    """Return `bound` with the config changes of untied heads and resized vocabularies, and a copy of an untied head.
+
+    Raises UnsupportedError for a shared embedding that is adapted only in part, MismatchError for vocabulary sizes that
+    do not agree.
+    """
     base = bound.base
     changes: dict[str, Any] = {}
     copies: dict[str, TensorRef] = {}
@@ -52,17 +56,17 @@ def with_config(bound: BoundAdapter) -> BoundAdapter:
     tied = is_tied(base)
     if shared in touched and tied:
         raise UnsupportedError(
-            f"{shared}: encoder, decoder and head read this one matrix, and only some of them were adapted",
+            f"{shared}: encoder, decoder and head share this matrix, and only some of them were adapted",
             hint="untie them in the base first (save it with tie_word_embeddings false)",
         )
-    if tied and embedding in touched and not heads and _causal(bound):
-        # PEFT trains a copy of the embeddings and leaves the head alone, except for single tokens and on request.
+    if tied and embedding in touched and not heads and _has_language_head(bound):
+        # PEFT trains a copy of the embeddings and does not change the head, except for single tokens and on request.
         tokens = embedding not in bound.replacements and isinstance(changed[embedding].module, TokenModule)
         if not tokens and not bound.adapter.tied:
             changes["tie_word_embeddings"] = False
             frozen = changed[embedding].weight if embedding in changed else base.tensors[embedding]
             copies["lm_head.weight"] = base.tensors[embedding] if embedding in bound.replacements else frozen
-    elif tied and heads and not (embedding is not None and _same_bytes(bound, embedding, heads)):
+    elif tied and heads and not (embedding is not None and _replaced_alike(bound, embedding, heads)):
         changes["tie_word_embeddings"] = False
     sizes = {
         ref.shape[0]
@@ -76,21 +80,21 @@ def with_config(bound: BoundAdapter) -> BoundAdapter:
     }
     if len(sizes) == 1:
         changes["vocab_size"] = sizes.pop()
-        raise_all(_left_behind(bound, copies, changes["vocab_size"]), MismatchError)
+        raise_all(_check_head_sizes(bound, copies, changes["vocab_size"]), MismatchError)
     elif len(sizes) > 1:
         raise MismatchError("the adapter holds embeddings of different sizes", got=", ".join(map(str, sorted(sizes))))
     return replace(bound, config_changes=changes, copies={n: r for n, r in copies.items() if n not in base.tensors})
 
 
-def _left_behind(bound: BoundAdapter, copies: dict[str, TensorRef], size: int) -> list[Problem]:
-    """Heads that would keep the old vocabulary beside resized embeddings."""
+def _check_head_sizes(bound: BoundAdapter, copies: dict[str, TensorRef], size: int) -> list[Problem]:
+    """Return a problem for each head or embedding that would keep the old vocabulary size."""
     after = {**bound.base.tensors, **copies, **bound.replacements, **{m.name: m.weight for m in bound.modules}}
     return [
         Problem(
             f"{name}: the vocabulary was resized, but the adapter does not hold the resized head",
             f"{size} rows",
             f"{ref.shape[0]} rows",
-            "PEFT leaves it out when the embeddings alone are targeted, and its new rows are nowhere else: give the "
+            "PEFT does not save it when only the embeddings are targeted, and its new rows are in no file: give the "
             "resized model as BASE, or save again with the head in modules_to_save or target_modules too",
         )
         for name, ref in after.items()
@@ -101,17 +105,21 @@ def _left_behind(bound: BoundAdapter, copies: dict[str, TensorRef], size: int) -
     ]
 
 
-def _causal(bound: BoundAdapter) -> bool:
-    """True when the base is a model with a language-model head."""
+def _has_language_head(bound: BoundAdapter) -> bool:
+    """Return True when the base is a model with a language-model head."""
     architectures = bound.base.config.get("architectures")
-    said = architectures[0] if isinstance(architectures, list) and architectures else None
-    if isinstance(said, str):
-        return said.endswith(("ForCausalLM", "LMHeadModel", "ForConditionalGeneration", "ForMaskedLM"))
+    architecture = architectures[0] if isinstance(architectures, list) and architectures else None
+    if isinstance(architecture, str):
+        return architecture.endswith(("ForCausalLM", "LMHeadModel", "ForConditionalGeneration", "ForMaskedLM"))
     return bound.adapter.config.get("task_type") == "CAUSAL_LM"
 
 
-def _same_bytes(bound: BoundAdapter, embedding: str, heads: list[str]) -> bool:
-    """True when embedding and head are replaced by the same values: PEFT saves both of a tied pair."""
-    one = bound.replacements.get(embedding)
+def _replaced_alike(bound: BoundAdapter, embedding: str, heads: list[str]) -> bool:
+    """Return True when embedding and heads are replaced by the same values, as PEFT saves tied ones."""
+    trained = bound.replacements.get(embedding)
     others = [bound.replacements.get(name) for name in heads]
-    return bool(others) and one is not None and all(other is not None and same_bytes(one, other) for other in others)
+    return (
+        bool(others)
+        and trained is not None
+        and all(other is not None and same_bytes(trained, other) for other in others)
+    )

@@ -1,13 +1,13 @@
-"""Experts of a stacked parameter: in one 3-D tensor of the base, or in one 2-D tensor each.
+"""Adapted experts of a stacked parameter; the base stores them as one 3-D tensor, or as one 2-D tensor per expert.
 
-Which way round PEFT's factors lie on (experts, n, m) changed twice (ParamWrapper.update_layer, get_delta_weight):
+The orientation of PEFT's factors for a parameter (experts, n, m) changed twice (ParamWrapper.get_delta_weight):
 
-    before 0.19    A (experts r, n), B (m, r experts)     the delta is turned
-    0.19.0         so, but for modules that say is_transposed: A (experts r, m), B (n, r experts)
-    from 0.19.1    A (experts r, m), B (n, r experts), but for modules that say is_transposed: turned
+    before 0.19    A (experts r, n), B (m, r experts)     the delta is transposed
+    0.19.0         the same; modules with is_transposed: A (experts r, m), B (n, r experts)
+    from 0.19.1    A (experts r, m), B (n, r experts); modules with is_transposed: the delta is transposed
 
-The factors' own shapes tell them apart wherever n and m differ; on square experts the version does, which PEFT writes
-into the config since 0.18. Llama 4 keeps (experts, in, out) and does not say is_transposed.
+The shapes of the factors decide wherever n and m differ. For square experts the version decides, which PEFT writes into
+the config since 0.18. Llama 4 stores (experts, in, out) without is_transposed.
 """
 
 from __future__ import annotations
@@ -26,25 +26,25 @@ from .embeddings import text_config
 from .transformers_names import StoredRows
 from .weight_names import DOWNS, GATES, UPS, Renaming
 
-TRANSPOSED_EXPERTS = ("gpt_oss", "aria_text", "openai_privacy_filter")  # say is_transposed in transformers 5
+TRANSPOSED_EXPERTS = ("gpt_oss", "aria_text", "openai_privacy_filter")  # is_transposed in transformers 5
 INPUT_FIRST = (*TRANSPOSED_EXPERTS, "llama4_text")  # stacked as (experts, in, out)
-PARAMETER_ORDER = ("gate_up_proj", "up_proj", "down_proj")  # as transformers' experts register them
-TURNED_BEFORE = (0, 19, 0)
-STRAIGHT_FROM = (0, 19, 1)
+PARAMETER_ORDER = ("gate_up_proj", "up_proj", "down_proj")  # the order in transformers' expert modules
+TRANSPOSED_BEFORE = (0, 19, 0)
+UNTRANSPOSED_FROM = (0, 19, 1)
 
 
 def bind_stack(
     module: StackModule, adapter: Adapter, base: Checkpoint, rename: Renaming
 ) -> list[BoundModule] | Problem:
-    """The experts of a stacked parameter, wherever the base keeps their rows; or one 2-D parameter."""
+    """Bind the experts of a stacked parameter, or one 2-D parameter, to the stored rows; or return the problem."""
     rows, columns = module.b.shape[0], module.a.shape[1]
     square = rows == columns
-    said = _is_turned(adapter, base)
+    stated = _is_transposed(adapter, base)
     fits: list[tuple[str, bool, list[BoundModule]]] = []
     quantised: list[str] = []
     for parameter, rank, scale in module.targets:
         experts = module.a.shape[0] // rank
-        shape, stored = _stored(f"{module.name}.{parameter}", experts, rename)
+        shape, stored = _find_stored_rows(f"{module.name}.{parameter}", experts, rename)
         quantised += [item.ref.name for item in stored if item.ref.dtype not in FLOAT_DTYPES]
         if not stored or quantised:
             continue
@@ -52,19 +52,19 @@ def bind_stack(
             plain = LoraModule(module.name, module.a, module.b, scale, parameter=parameter)
             fits.append((parameter, False, [BoundModule(plain, stored[0].ref)]))
         elif shape in ((experts, rows, columns), (experts, columns, rows)):
-            turned = said if square else shape[1] == columns
+            turned = stated if square else shape[1] == columns
             if turned is None:
                 return Problem(
-                    f"{module.name}.{parameter}: square experts, and no word which way round their factors lie",
+                    f"{module.name}.{parameter}: square experts, and the orientation of their factors is unknown",
                     "peft_version in adapter_config.json",
                     repr(adapter.config.get("peft_version"))[:100],
-                    "add the version of PEFT that saved the adapter: 0.19.1 turned them round",
+                    "add the version of PEFT that saved the adapter: 0.19.1 changed the orientation",
                 )
             fits.append((parameter, turned, _experts(module, experts, scale, shape, stored, turned)))
-    if len(fits) > 1 and said is not None:
-        fits = [fit for fit in fits if fit[1] == said]
+    if len(fits) > 1 and stated is not None:
+        fits = [fit for fit in fits if fit[1] == stated]
     if len(fits) > 1:
-        fits = _by_nesting(fits, module, rename)
+        fits = _select_by_nesting(fits, module, rename)
     if len(fits) == 1:
         return fits[0][2]
     if quantised:
@@ -89,7 +89,7 @@ def _experts(
     stored: Sequence[StoredRows],
     turned: bool,
 ) -> list[BoundModule]:
-    """One module for every run of stored rows that lies in one expert; `turned`: the parameter is the delta's turn."""
+    """Return one module per run of stored rows within one expert; `turned`: the parameter is the delta transposed."""
     ups = ExpertUps(module.b, experts)
     bound = []
     for item in stored:
@@ -117,10 +117,10 @@ def _experts(
     return bound
 
 
-def _by_nesting(
+def _select_by_nesting(
     fits: list[tuple[str, bool, list[BoundModule]]], module: StackModule, rename: Renaming
 ) -> list[tuple[str, bool, list[BoundModule]]]:
-    """The fit that PEFT's nesting tells: it wraps a module's parameters in their order, the first one innermost."""
+    """Select the fit by PEFT's nesting: it wraps the parameters of a module in their order, the first one innermost."""
     names = [target[0] for target in module.targets]
     if rename.mapped is not None:
         order = [name.rpartition(".")[2] for name in rename.mapped.shapes]
@@ -135,8 +135,8 @@ def _by_nesting(
     return [fit for fit in fits if fit[0] == own]
 
 
-def _stored(name: str, experts: int, rename: Renaming) -> tuple[tuple[int, ...], Sequence[StoredRows]]:
-    """Shape of the parameter `name` and the rows that it is made of; none where the base does not have it."""
+def _find_stored_rows(name: str, experts: int, rename: Renaming) -> tuple[tuple[int, ...], Sequence[StoredRows]]:
+    """Return the shape of parameter `name` and its stored rows; () and () where the base does not have it."""
     mapped = rename.mapped
     parameter = mapped.parameter(name) if mapped is not None else None
     if mapped is not None and parameter is not None and mapped.rows_of(parameter):
@@ -145,38 +145,38 @@ def _stored(name: str, experts: int, rename: Renaming) -> tuple[tuple[int, ...],
         ref = rename.held.get(form)
         if ref is not None:
             return ref.shape, (StoredRows(ref, (0, ref.rows), (0, ref.rows)),)
-    return _experts_apart(name, experts, rename)
+    return _find_separate_experts(name, experts, rename)
 
 
-def _is_turned(adapter: Adapter, base: Checkpoint) -> bool | None:
-    """Whether the delta of square experts is turned round in the stored tensor; None where that cannot be known."""
-    said = text_config(base.config).get("model_type")
-    transposed = said in TRANSPOSED_EXPERTS
+def _is_transposed(adapter: Adapter, base: Checkpoint) -> bool | None:
+    """Return whether the delta of square experts is transposed in the stored tensor; None where it is unknown."""
+    model_type = text_config(base.config).get("model_type")
+    transposed = model_type in TRANSPOSED_EXPERTS
     version = re.match(r"(\d+)\.(\d+)\.(\d+)", str(adapter.config.get("peft_version")))
     if version is None:
-        return True if transposed else None  # turned by every version but 0.19.0
+        return True if transposed else None  # transposed by every version but 0.19.0
     number = tuple(int(part) for part in version.groups())
-    if number < TURNED_BEFORE:
+    if number < TRANSPOSED_BEFORE:
         return True
-    return transposed if number >= STRAIGHT_FROM else not transposed
+    return transposed if number >= UNTRANSPOSED_FROM else not transposed
 
 
-def _experts_apart(name: str, experts: int, rename: Renaming) -> tuple[tuple[int, ...], Sequence[StoredRows]]:
-    """The same for experts in one 2-D tensor each (gate and up apart as well); nothing where one is missing."""
+def _find_separate_experts(name: str, experts: int, rename: Renaming) -> tuple[tuple[int, ...], Sequence[StoredRows]]:
+    """Return the same for experts stored as one 2-D tensor each (gate and up too); () and () where one is missing."""
     owner, _, parameter = name.rpartition(".")
     kinds = {"gate_up_proj": (GATES, UPS), "up_proj": (UPS,), "down_proj": (DOWNS,)}.get(parameter, ())
-    found: list[StoredRows] = []
+    stored: list[StoredRows] = []
     shapes = set()
     for index in range(experts):
         for kind in kinds:
-            names = [form for one in kind for form in rename.forms(f"{owner}.{index}.{one}.weight")]
+            names = [form for projection in kind for form in rename.forms(f"{owner}.{index}.{projection}.weight")]
             ref = next((rename.held[form] for form in names if form in rename.held), None)
             if ref is None or len(ref.shape) != 2:
                 return (), ()
             shapes.add(ref.shape)
-            start = found[-1].own[1] if found else 0
-            found.append(StoredRows(ref, (0, ref.rows), (start, start + ref.rows)))
+            start = stored[-1].own[1] if stored else 0
+            stored.append(StoredRows(ref, (0, ref.rows), (start, start + ref.rows)))
     if len(shapes) != 1:
         return (), ()
     rows, columns = shapes.pop()
-    return (experts, rows * len(kinds), columns), found
+    return (experts, rows * len(kinds), columns), stored

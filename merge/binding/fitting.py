@@ -1,4 +1,4 @@
-"""One adapted module and the stored weight that it fits: its place, its orientation, its size."""
+"""Binding of one module to its stored weight: place, orientation and size."""
 
 from __future__ import annotations
 
@@ -24,49 +24,51 @@ CONV1D_MODELS = ("gpt2", "openai-gpt", "imagegpt", "decision_transformer", "clvp
 def bind_module(
     module: AdaptedModule, adapter: Adapter, base: Checkpoint, rename: Renaming
 ) -> list[BoundModule] | Problem:
+    """Bind one module to the stored weight or weights that hold it, or return the problem."""
     if isinstance(module, StackModule):
         return bind_stack(module, adapter, base, rename)
     name = f"{module.name}.{parameter_of(module)}"
     kind = base.config.get("model_type")
     conv1d = adapter.fan_in_fan_out or kind in CONV1D_MODELS
     if adapter.fan_in_fan_out and kind not in CONV1D_MODELS and module.shape[0] == module.shape[1]:
-        # PEFT goes by the layer's type: it warns of fan_in_fan_out on an nn.Linear and ignores it.
+        # PEFT decides by the layer's type: on an nn.Linear it warns and ignores fan_in_fan_out.
         if kind is None or "auto_map" in base.config:
             return Problem(
-                f"{module.name}: fan_in_fan_out is set, and nothing tells whether its square weight is (in, out)",
-                "a model of transformers' own, or fan_in_fan_out as the layer's type has it",
+                f"{module.name}: fan_in_fan_out is set, and it is unknown whether its square weight is (in, out)",
+                "a model type of transformers, or fan_in_fan_out unset for an nn.Linear",
                 f"model_type {kind!r}",
-                "PEFT transposes a Conv1D and never an nn.Linear: state the one that it is in adapter_config.json",
+                "PEFT transposes a Conv1D, never an nn.Linear: set fan_in_fan_out accordingly in adapter_config.json",
             )
         conv1d = False
     own = adapter.base_layers.get(name)
-    found = places(name, module.shape, rename)
+    stored = places(name, module.shape, rename)
     output = None
-    if not found and rename(name).endswith(TIED_HEADS) and is_tied(base):
+    if not stored and rename(name).endswith(TIED_HEADS) and is_tied(base):
         ref = next((base.tensors[key] for key in base.tensors if key.endswith(EMBEDDINGS)), None)
         if ref is not None:
-            found, output = (Place(ref),), rename(name)
-    if not found:
+            stored, output = (Place(ref),), rename(name)
+    if not stored:
         failure = rename.mapped.failures.get(rename.mapped.parameter(name) or "") if rename.mapped is not None else None
         return Problem(f"the base has no {parameter_of(module)} for {module.name}", rename(name), failure)
-    in_stack = any(place.rows is not None and len(place.ref.shape) == 3 for place in found)
+    in_stack = any(place.rows is not None and len(place.ref.shape) == 3 for place in stored)
     if in_stack and text_config(base.config).get("model_type") in INPUT_FIRST:
         return Problem(
-            f"{module.name}: the base keeps its experts as (experts, in, out): an adapter of one expert does not fit",
+            f"{module.name}: the base stores its experts as (experts, in, out): an adapter of one expert does not fit",
             hint="train it with target_parameters",
         )
-    if own is not None and found[0].is_whole and found[0].ref.shape != own.shape:
-        output, found = output or found[0].ref.name, (Place(own),)  # the vocabulary was resized before training
+    if own is not None and stored[0].is_whole and stored[0].ref.shape != own.shape:
+        output, stored = output or stored[0].ref.name, (Place(own),)  # the vocabulary was resized before training
     bound = []
-    for place in found:
-        one = _fit(module, place, conv1d, output)
-        if isinstance(one, Problem):
-            return one
-        bound.append(one)
+    for place in stored:
+        fitted = _fit(module, place, conv1d, output)
+        if isinstance(fitted, Problem):
+            return fitted
+        bound.append(fitted)
     return bound
 
 
 def _fit(module: AdaptedModule, place: Place, conv1d: bool, output: str | None) -> BoundModule | Problem:
+    """Bind one module to one place, or return the problem; `conv1d`: the base stores (in, out)."""
     ref = place.ref
     if ref.dtype not in FLOAT_DTYPES:
         return Problem(f"{ref.name}: the base's weight is quantised", "/".join(FLOAT_DTYPES), ref.dtype,
@@ -84,7 +86,7 @@ def _fit(module: AdaptedModule, place: Place, conv1d: bool, output: str | None) 
     if not place.is_whole:
         if isinstance(module, LoraModule) and (module.initial is not None or module.magnitude_dim == 1):
             return Problem(
-                f"{module.name}: was trained on a weight that this base keeps in another layout",
+                f"{module.name}: was trained on a weight that this base stores in another layout",
                 hint="PiSSA, OLoRA and DuDe need the base as it was trained on",
             )
         if place.part is not None:
@@ -113,8 +115,8 @@ def _fit(module: AdaptedModule, place: Place, conv1d: bool, output: str | None) 
     return wrong
 
 
-def sized(modules: list[BoundModule]) -> list[BoundModule]:
-    """VeRA's shared matrices are as large as the largest adapted weight."""
+def set_vera_sizes(modules: list[BoundModule]) -> list[BoundModule]:
+    """Set the size of VeRA's shared matrices, that of the largest adapted weight. Raises MismatchError if too small."""
     vera = [item.module for item in modules if isinstance(item.module, VeraModule)]
     if not vera:
         return modules
@@ -134,8 +136,8 @@ def sized(modules: list[BoundModule]) -> list[BoundModule]:
     ]
 
 
-def overlaps(modules: Iterable[BoundModule]) -> list[Problem]:
-    """Two modules of one adapter on the same rows: a file that says two things about one weight."""
+def check_overlaps(modules: Iterable[BoundModule]) -> list[Problem]:
+    """Return a problem for each weight of which two modules of one adapter change the same rows."""
     seen: dict[str, list[tuple[float, float, bool]]] = {}
     problems = []
     for item in modules:

@@ -1,14 +1,15 @@
-"""DeBERTa-v2 and v3: which weights give the positional queries and keys once an adapter is merged.
+"""DeBERTa-v2 and v3: the weights of the positional queries and keys after a merge.
 
-With `share_att_key` a base projects its relative embeddings r with query_proj and key_proj, the weights that project
-the tokens as well. DCFT's authors (github Godz-z/DCFT, commit 38f71d2, modeling_deberta_v2.py, line 804) train with
+With `share_att_key` a base projects its relative embeddings r by query_proj and key_proj, which also project the
+tokens. DCFT's authors (github Godz-z/DCFT, commit 38f71d2, modeling_deberta_v2.py, line 804) train with
 
     positional queries   nn.Linear.forward(self.query_proj, r)     the frozen weight, without the delta
     positional keys      self.key_proj(r)                          with the delta
 
-so that one merged query_proj cannot serve tokens and positions. transformers can say it without `share_att_key`:
-pos_query_proj is then the frozen query_proj and pos_key_proj the merged key_proj. PEFT, and the reshape form of DCFT
-(github youseefmoemen/DCFT), replace the layer in transformers' own model: there both uses have the delta.
+so that one merged query_proj cannot serve tokens and positions. In transformers this is a model without
+`share_att_key`: pos_query_proj is then the frozen query_proj, and pos_key_proj the merged key_proj. PEFT and the
+reshape form of DCFT (github youseefmoemen/DCFT) replace the layer in transformers' model: there both uses have the
+delta.
 """
 
 from __future__ import annotations
@@ -27,15 +28,15 @@ if TYPE_CHECKING:  # inspect reads headers without torch, which bound.py needs
     from .bound import BoundAdapter, BoundModule
 
 QUERY, KEY = "attention.self.query_proj", "attention.self.key_proj"
-POSITIONAL_TERMS = ("c2p", "p2c")  # the scores that transformers computes: content to position, position to content
+POSITIONAL_TERMS = ("c2p", "p2c")  # scores of transformers: content to position, position to content
 SHARED = "share_att_key"
 
 
 def with_positional_projections(bound: BoundAdapter) -> BoundAdapter:
-    """`bound` with positional projections of their own where its positional queries keep the frozen weight.
+    """Return `bound` with separate positional projections where the positional queries use the frozen weight.
 
-    New names are in `copies` (the frozen query_proj, biases) and in `modules` (the merged key_proj); the config's
-    change is `share_att_key: false`. Every layer gets them, adapted or not, since the config is one for all.
+    New tensors are in `copies` (the frozen query_proj, biases) and in `modules` (the merged key_proj); the config
+    changes to `share_att_key: false`. All layers get them, since the config applies to all.
     Raises UnsupportedError where the authors' forward is not known for this base.
     """
     if not keeps_queries_frozen(bound.adapter, bound.base):
@@ -54,7 +55,7 @@ def with_positional_projections(bound: BoundAdapter) -> BoundAdapter:
             copies[positional_name(name)] = ref
     raise_all(
         [
-            Problem(f"{bound.base.folder}: holds {name} although its config says {SHARED}", f"{SHARED} false, or none")
+            Problem(f"{bound.base.folder}: holds {name} although its config sets {SHARED}", f"{SHARED} false, or none")
             for name in (*copies, *(item.name for item in modules))
             if name in bound.base.tensors
         ],
@@ -69,22 +70,27 @@ def with_positional_projections(bound: BoundAdapter) -> BoundAdapter:
 
 
 def check_together(parts: Sequence[tuple[str, BoundAdapter]], in_turn: bool) -> list[Problem]:
-    """What speaks against combining these named adapters: no definition says what their positional projections are."""
+    """Return the problems of combining named adapters: mixed treatments of the positional projections are undefined."""
     apart = [name for name, bound in parts if SHARED in bound.config_changes]
     if not apart or len(parts) == 1:
         return []
     hint = "merge them one after the other, each on the base that it was trained on"
     if in_turn:
-        return [Problem(f"{apart[0]!r} keeps the frozen query_proj for positions: not in turn with others", hint=hint)]
+        return [
+            Problem(
+                f"{apart[0]!r} uses the frozen query_proj for positions: it cannot be applied in turn with others",
+                hint=hint,
+            )
+        ]
     problems = []
     for name, bound in parts:
         adapted = () if name in apart else tuple(item.weight.name for item in bound.modules)
-        touched = [one for one in (*adapted, *bound.replacements) if is_projection(one)]
+        touched = [tensor for tensor in (*adapted, *bound.replacements) if is_projection(tensor)]
         if touched:
             problems.append(
                 Problem(
-                    f"{touched[0]}: {name!r} trained it for positions too, {apart[0]!r} keeps it frozen for them",
-                    "adapters that treat the positional queries alike",
+                    f"{touched[0]}: {name!r} trained it for positions too, {apart[0]!r} uses the frozen one for them",
+                    "adapters that treat the positional queries in the same way",
                     hint=hint,
                 )
             )
@@ -92,17 +98,21 @@ def check_together(parts: Sequence[tuple[str, BoundAdapter]], in_turn: bool) -> 
 
 
 def is_projection(name: str) -> bool:
-    """True for a tensor of the projections that DeBERTa's tokens and positions may share."""
+    """Return True for a tensor of a projection that DeBERTa's tokens and positions may share."""
     return f".{name.rpartition('.')[0]}".endswith((f".{QUERY}", f".{KEY}"))
 
 
 def adapted_queries(adapter: Adapter) -> list[str]:
-    """The query projections of a DeBERTa that a DCFT of its authors' form adapts."""
-    return [one.name for one in adapter.modules if isinstance(one, DcftModule) and f".{one.name}".endswith(f".{QUERY}")]
+    """Return the names of DeBERTa query projections that a DCFT (its authors' form) adapts."""
+    return [
+        module.name
+        for module in adapter.modules
+        if isinstance(module, DcftModule) and f".{module.name}".endswith(f".{QUERY}")
+    ]
 
 
 def keeps_queries_frozen(adapter: Adapter, base: Checkpoint) -> bool:
-    """True where `adapter` changes the queries of the tokens of `base`, but not those of its positions.
+    """Return True where `adapter` changes the token queries of `base`, but not the positional ones.
 
     Raises UnsupportedError where the authors' forward is not known for this base.
     """
@@ -110,19 +120,19 @@ def keeps_queries_frozen(adapter: Adapter, base: Checkpoint) -> bool:
 
 
 def is_positional(item: BoundModule) -> bool:
-    """True for a module that `with_positional_projections` added: another module's weight, written for positions."""
+    """Return True for a module that `with_positional_projections` added: a weight written again for positions."""
     return item.output is not None and ".pos_key_proj." in item.output
 
 
 def positional_name(name: str) -> str:
-    """The positional projection's name of a tensor of query_proj or key_proj."""
+    """Return the name of the positional projection for a tensor of query_proj or key_proj."""
     return name.replace(".self.query_proj.", ".self.pos_query_proj.").replace(".self.key_proj.", ".self.pos_key_proj.")
 
 
 def shared_terms(config: Mapping[str, Any]) -> tuple[str, ...]:
-    """The positional scores of a DeBERTa base that shares query_proj and key_proj with them; none where none does.
+    """Return the positional scores ("c2p", "p2c") for which a DeBERTa base shares query_proj and key_proj, () for none.
 
-    Raises UnsupportedError for a base of which DCFT's authors have no forward.
+    Raises UnsupportedError for a base for which DCFT's authors have no forward.
     """
     kind = config.get("model_type")
     if kind is None:
@@ -133,8 +143,8 @@ def shared_terms(config: Mapping[str, Any]) -> tuple[str, ...]:
         )
     if not config.get("relative_attention", False):
         return ()
-    said = config.get("pos_att_type") or ()
-    terms = tuple(term.strip() for term in said.lower().split("|")) if isinstance(said, str) else tuple(said)
+    stated = config.get("pos_att_type") or ()
+    terms = tuple(term.strip() for term in stated.lower().split("|")) if isinstance(stated, str) else tuple(stated)
     unknown = [term for term in terms if term not in POSITIONAL_TERMS]
     shares = bool(config.get(SHARED, False))
     if unknown or (shares and kind != "deberta-v2"):

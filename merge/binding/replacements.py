@@ -1,7 +1,7 @@
-"""Tensors that were trained whole (modules_to_save, biases, heads), and the stored tensors that each one replaces.
+"""Tensors that were trained in full (modules_to_save, biases, heads), and the stored tensors that they replace.
 
-A replacement must end in a tensor that some loader reads: one that the base stores, or a new one that the model has and
-the base lacks, such as a classifier or the output head that was tied to the embeddings.
+A replacement must become a tensor that a loader reads: one that the base stores, or a new one of the model, such as a
+classifier or an output head that was tied to the embeddings.
 """
 
 from __future__ import annotations
@@ -21,8 +21,8 @@ from .weight_names import Renaming
 def place_replacement(
     name: str, ref: TensorRef, adapter: Adapter, base: Checkpoint, rename: Renaming
 ) -> dict[str, TensorRef] | Problem:
-    """Name in the output -> tensor of the adapter (its rows, where the base keeps them in several tensors)."""
-    parts = _in_parts(name, ref, rename)
+    """Return output name -> tensor of the adapter (or rows, where the base stores several tensors), or the problem."""
+    parts = _split_rows(name, ref, rename)
     if parts is not None:
         return parts
     target = rename(name)
@@ -40,8 +40,8 @@ def place_replacement(
     return {target: ref}
 
 
-def _in_parts(name: str, ref: TensorRef, rename: Renaming) -> dict[str, TensorRef] | Problem | None:
-    """The same for a parameter that the base keeps in several tensors (experts apart); None where it does not."""
+def _split_rows(name: str, ref: TensorRef, rename: Renaming) -> dict[str, TensorRef] | Problem | None:
+    """Return the same for a parameter that the base stores as several tensors (experts); None for other parameters."""
     mapped = rename.mapped
     parameter = mapped.parameter(name) if mapped is not None else None
     if mapped is None or parameter is None or mapped.whole(parameter) is not None:
@@ -52,28 +52,28 @@ def _in_parts(name: str, ref: TensorRef, rename: Renaming) -> dict[str, TensorRe
     complete = all(item.rows == (0, item.ref.rows) and not item.turned for item in rows)
     if ref.shape != shape or not complete or any(item.ref.shape[-1] != shape[-1] for item in rows):
         return Problem(
-            f"{name}: was trained whole, but the base keeps it as parts of other tensors",
-            hint="save the base in the layout of the model: save_pretrained(..., save_original_format=False)",
+            f"{name}: was trained in full, but the base stores it as parts of other tensors",
+            hint="save the base in the model's layout: save_pretrained(..., save_original_format=False)",
         )
-    return {item.ref.name: _rows(ref, item.own, item.ref.shape) for item in rows}
+    return {item.ref.name: _slice_rows(ref, item.own, item.ref.shape) for item in rows}
 
 
 def _is_new(name: str, target: str, adapter: Adapter, base: Checkpoint, rename: Renaming) -> bool:
-    """True for a tensor that the base lacks and the model has: of a saved module, or a head that was tied."""
+    """Return True for a tensor of the model that the base lacks: of a saved module, or a head that was tied."""
     if target in TIED_HEADS:
         return rename.mapped is not None or not any(key.endswith("." + target) for key in base.tensors)
     saved = adapter.config.get("modules_to_save")
-    modules = [one for one in saved if isinstance(one, str)] if isinstance(saved, list) else []
-    mine = [one for one in modules if f".{one}." in f".{name}"]
-    if not mine:
+    modules = [module for module in saved if isinstance(module, str)] if isinstance(saved, list) else []
+    matching = [module for module in modules if f".{module}." in f".{name}"]
+    if not matching:
         return False
     if rename.mapped is not None and rename.mapped.parameter(name) is not None:
         return True
-    # Without transformers' word: only a module of which the base has nothing, under any prefix.
-    return not any(f".{one}." in f".{key}" for one in mine for key in base.tensors)
+    # Without transformers' mapping: only a module of which the base holds no tensor, under any prefix.
+    return not any(f".{module}." in f".{key}" for module in matching for key in base.tensors)
 
 
-def _rows(ref: TensorRef, rows: tuple[int, int], shape: tuple[int, ...]) -> TensorRef:
-    """Rows of `ref`'s 2-D view, as a tensor of `shape`."""
+def _slice_rows(ref: TensorRef, rows: tuple[int, int], shape: tuple[int, ...]) -> TensorRef:
+    """Return rows of the 2-D view of `ref` as a tensor of `shape`."""
     size = ref.nbytes // math.prod(ref.shape[:-1])
     return replace(ref, shape=shape, start=ref.start + rows[0] * size, stop=ref.start + rows[1] * size)

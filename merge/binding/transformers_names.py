@@ -1,13 +1,14 @@
-"""A base's tensors by the names that transformers' model gives them: transformers' own mapping, applied to headers.
+"""The tensors of a base by the parameter names of transformers' model: transformers' mapping, applied to headers.
 
-A checkpoint on the hub often names its tensors otherwise than the model that is trained: `language_model.model.layers`
-for `model.language_model.layers`, one tensor per expert for a stack of all of them, one fused tensor for q, k and v.
-transformers 5 carries the mapping between the two (conversion_mapping.py, core_model_loading.py) and applies it when it
-loads a model. Here the same functions are applied to the names in the headers, and the same operations to numbers of
-rows instead of weights: each stored tensor (..., out, in) enters as (..., out, 1) int64, every element the number of
-its row. What comes out of an operation tells for every row of the model's parameter which stored row it is.
+A checkpoint on the hub often names its tensors differently from the model that is trained: it has
+`language_model.model.layers` for `model.language_model.layers`, one tensor per expert for a stack of all experts, one
+fused tensor for q, k and v.
+transformers 5 has the mapping between the two (conversion_mapping.py, core_model_loading.py) and applies it on loading.
+This module applies the same functions to the names in the headers, and the same operations to row numbers instead of
+weights: each stored tensor (..., out, in) becomes (..., out, 1) int64 whose elements are the numbers of their rows. The
+result of an operation gives the stored row for every row of the model's parameter.
 
-The model is made without weights, on the meta device. transformers is imported only here, and only when it is needed.
+The model is built without weights, on the meta device. transformers is imported only here, and only when needed.
 """
 
 from __future__ import annotations
@@ -34,7 +35,7 @@ AUTO_CLASSES = {  # task_type of a PEFT config -> the class that PEFT trains it 
     "SEQ_2_SEQ_LM": "AutoModelForSeq2SeqLM",
     "FEATURE_EXTRACTION": "AutoModel",
 }
-# Operations that move whole rows, or turn a matrix round; what else transformers does to a tensor is refused.
+# Operations that move whole rows or transpose a matrix; all other operations are refused.
 ROW_OPERATIONS = ("MergeModulelist", "SplitModulelist", "Concatenate", "Chunk", "Split", "Interleave", "Transpose",
                   "PermuteForRope", "ErnieFuseAndSplitTextVisionExperts")  # fmt: skip
 NUMBER_BITS = 40  # a row's label: number of its tensor << 40 | number of the row
@@ -42,17 +43,17 @@ NUMBER_BITS = 40  # a row's label: number of its tensor << 40 | number of the ro
 
 @dataclass(frozen=True)
 class StoredRows:
-    """Consecutive rows of a stored tensor's 2-D view, and which rows of the model's parameter they are."""
+    """Consecutive rows of a stored tensor's 2-D view, and the rows of the model's parameter that they hold."""
 
     ref: TensorRef
     rows: tuple[int, int]  # of the stored tensor
     own: tuple[int, int]  # of the parameter's 2-D view; of its transpose where `turned`
-    turned: bool = False  # the stored tensor holds the last two dimensions the other way round
+    turned: bool = False  # the stored tensor holds the last two dimensions transposed
 
 
 @dataclass
 class TransformersNames:
-    """The parameters of one transformers class, and the rows of the checkpoint that each is made of."""
+    """The parameters of one transformers class, and the stored rows from which each is loaded."""
 
     architecture: str
     shapes: Mapping[str, tuple[int, ...]]  # parameter (and saved buffer) -> shape
@@ -64,7 +65,7 @@ class TransformersNames:
     _sources: dict[str, list[tuple[str, str | None]]] = field(default_factory=dict)  # name -> (stored name, pattern)
     _groups: dict[str, str] = field(default_factory=dict)  # further target of a converter -> its first one
     _rows: dict[str, tuple[StoredRows, ...]] = field(default_factory=dict)
-    failures: dict[str, str] = field(default_factory=dict)  # parameter -> why its rows cannot be told
+    failures: dict[str, str] = field(default_factory=dict)  # parameter -> why its rows are unknown
 
     def __post_init__(self) -> None:
         from transformers.core_model_loading import dot_natural_key
@@ -80,44 +81,44 @@ class TransformersNames:
                     self._groups[name.replace(targets[0], target)] = name
 
     def parameter(self, name: str) -> str | None:
-        """The parameter that an adapter means by `name`, in this model's names or in a checkpoint's; None: neither."""
+        """Return the parameter called `name`, in the model's names or in a checkpoint's; None where there is none."""
         if name in self.shapes:
             return name
         renamed, pattern = self._renamed(name)
         return renamed if renamed in self.shapes and pattern is None else None
 
     def renamed(self, name: str) -> str:
-        """`name`, of a tensor in a checkpoint, as the model has it before tensors are put together or taken apart."""
+        """Return the model's name of a checkpoint tensor, before tensors are fused or split."""
         from transformers.core_model_loading import rename_source_key
 
         return str(rename_source_key(name, self.renamings, [], self.model.base_model_prefix, self.shapes)[0])
 
     def contradiction(self, name: str) -> str | None:
-        """The other parameter that the checkpoint's tensor `name` is loaded as, where `name` is a parameter as well."""
+        """Return the other parameter that the checkpoint's tensor `name` is loaded as, where both are parameters."""
         if name not in self.shapes or name not in self.held:
             return None
         other = self._renamed(name)[0]
         return None if other == name else other
 
     def rows_of(self, parameter: str) -> tuple[StoredRows, ...]:
-        """Where the rows of `parameter` are stored, in order; () where they are not, or where that cannot be told.
+        """Return the stored rows of `parameter`, in order; () where there are none, or where they are unknown.
 
-        The reason for the latter is added to `failures`.
+        In the latter case the reason is added to `failures`.
         """
         if parameter not in self._rows:
             self._convert(self._groups.get(parameter, parameter))
         return self._rows.setdefault(parameter, ())
 
     def whole(self, parameter: str) -> TensorRef | None:
-        """The one stored tensor that is `parameter`, unchanged; None where there is none."""
-        found = self.rows_of(parameter)
-        if len(found) != 1 or found[0].turned:
+        """Return the one stored tensor that is `parameter`, unchanged; None where there is none."""
+        rows = self.rows_of(parameter)
+        if len(rows) != 1 or rows[0].turned:
             return None
-        ref = found[0].ref
-        return ref if ref.shape[1:] == self.shapes[parameter][1:] and found[0].rows == (0, ref.rows) else None
+        ref = rows[0].ref
+        return ref if ref.shape[1:] == self.shapes[parameter][1:] and rows[0].rows == (0, ref.rows) else None
 
     def _renamed(self, name: str) -> tuple[str, str | None]:
-        """(name in the model, pattern of the converter or None), as transformers loads a tensor called `name`."""
+        """Return (name in the model, pattern of the converter or None) with which transformers loads tensor `name`."""
         from transformers.core_model_loading import rename_source_key
 
         prefix = self.model.base_model_prefix
@@ -127,7 +128,7 @@ class TransformersNames:
         return renamed, pattern
 
     def _convert(self, first: str) -> None:
-        """Find the rows of the parameter `first` and of all that are made together with it."""
+        """Find the rows of the parameter `first`, and of the parameters that the same converter makes."""
         import torch
 
         sources = self._sources.get(first, [])
@@ -136,20 +137,20 @@ class TransformersNames:
         refs = [self.held[key] for key, _ in sources]
         pattern = sources[0][1]
         if pattern is None:
-            ref = refs[-1]  # of two tensors of one name the last is loaded
+            ref = refs[-1]  # of two tensors with one name, transformers loads the last
             if (first in self.shapes and math.prod(self.shapes[first]) == math.prod(ref.shape)) or len(refs) == 1:
                 self._rows[first] = (StoredRows(ref, (0, ref.rows), (0, ref.rows)),)
             return
         if any(len(ref.shape) < 2 for ref in refs):
-            self.failures[first] = "vectors that are put together"
+            self.failures[first] = "it is joined from vectors"
             return
-        converter = deepcopy(next(one for one in self.converters if pattern in one.source_patterns))
-        unknown = [type(one).__name__ for one in converter.operations if type(one).__name__ not in ROW_OPERATIONS]
+        converter = deepcopy(next(item for item in self.converters if pattern in item.source_patterns))
+        unknown = [type(item).__name__ for item in converter.operations if type(item).__name__ not in ROW_OPERATIONS]
         if unknown:
             self.failures[first] = f"transformers makes it by {', '.join(unknown)}"
             return
         for operation in converter.operations:
-            if getattr(operation, "check_dims", False):  # turned unless the whole shape is right already
+            if getattr(operation, "check_dims", False):  # transposes unless the shape already fits
                 if refs[0].shape == self.shapes.get(first):
                     self._rows[first] = (StoredRows(refs[0], (0, refs[0].rows), (0, refs[0].rows)),)
                     return
@@ -174,11 +175,11 @@ class TransformersNames:
             elif tuple(value.shape) == turned and widths == {shape[-2]}:
                 self._rows[name] = tuple(_runs(value.reshape(-1), refs, shape[-2:], turned=True))
             else:
-                self.failures[name] = "transformers puts it together from columns, or from another number of rows"
+                self.failures[name] = "transformers joins it from columns, or from another number of rows"
 
 
 def _runs(labels: Any, refs: Sequence[TensorRef], matrix: Sequence[int], *, turned: bool) -> Iterator[StoredRows]:
-    """The consecutive stored rows in `labels` (rows of the parameter,), cut where a matrix of a stack ends."""
+    """Yield the runs of consecutive stored rows in `labels` (rows of the parameter,), cut at each matrix of a stack."""
     import torch
 
     size = matrix[1] if turned else matrix[0]
@@ -194,9 +195,9 @@ def _runs(labels: Any, refs: Sequence[TensorRef], matrix: Sequence[int], *, turn
 
 
 def transformers_names(base: Checkpoint, config: Mapping[str, Any]) -> tuple[list[TransformersNames], str]:
-    """The names of `base` in every class that an adapter with this config may have been trained in, likeliest first.
+    """Return the names of `base` in each class that the adapter may have been trained in, the likeliest first.
 
-    The second value is why there are none: transformers is missing or too old, or it does not know the model.
+    The second value is the reason where there are none: transformers is missing, too old, or does not know the model.
     """
     if not isinstance(base.config.get("model_type"), str):
         return [], "config.json names no model_type"
@@ -204,24 +205,24 @@ def transformers_names(base: Checkpoint, config: Mapping[str, Any]) -> tuple[lis
         importlib.import_module("transformers.core_model_loading")
     except ImportError as error:
         return [], f"transformers 5 is not installed ({error})"
-    found: list[TransformersNames] = []
+    names: list[TransformersNames] = []
     reasons: list[str] = []
     for name in _architectures(base, config):
         try:
             made = _names_in(base, name)
-        except Exception as error:  # whatever a model's code raises for a config that it does not take
+        except Exception as error:  # model code may raise anything for an unexpected config
             reasons.append(f"{name}: {type(error).__name__}: {error}"[:300])
             continue
-        if made is not None and all(made.architecture != other.architecture for other in found):
-            found.append(made)
-    return found, "; ".join(reasons)
+        if made is not None and all(made.architecture != other.architecture for other in names):
+            names.append(made)
+    return names, "; ".join(reasons)
 
 
 def _architectures(base: Checkpoint, config: Mapping[str, Any]) -> Iterator[str]:
-    """Names of transformers' classes: as the adapter says, by its task, as the base says, the bare model."""
-    said = config.get("auto_mapping")
-    if isinstance(said, dict) and isinstance(said.get("base_model_class"), str):
-        yield said["base_model_class"]
+    """Yield names of transformers' classes: the adapter's, that of its task, the base's, the bare model."""
+    auto_mapping = config.get("auto_mapping")
+    if isinstance(auto_mapping, dict) and isinstance(auto_mapping.get("base_model_class"), str):
+        yield auto_mapping["base_model_class"]
     own = base.config.get("architectures")
     task = AUTO_CLASSES.get(str(config.get("task_type")))
     if task is not None and task != "AutoModelForCausalLM":
@@ -234,6 +235,7 @@ def _architectures(base: Checkpoint, config: Mapping[str, Any]) -> Iterator[str]
 
 
 def _names_in(base: Checkpoint, architecture: str) -> TransformersNames | None:
+    """Build the names of `base` in one class; None where the class does not apply."""
     import torch
     import transformers
     from transformers.conversion_mapping import get_model_conversion_mapping
@@ -245,7 +247,7 @@ def _names_in(base: Checkpoint, architecture: str) -> TransformersNames | None:
     model_type = base.config["model_type"]
     if kind is None or model_type not in CONFIG_MAPPING:
         return None
-    with _quiet():
+    with _silence_transformers():
         config = CONFIG_MAPPING[model_type].from_pretrained(base.folder, local_files_only=True)
         if architecture.startswith("AutoModel"):
             if type(config) not in kind._model_mapping:
@@ -269,8 +271,8 @@ def _names_in(base: Checkpoint, architecture: str) -> TransformersNames | None:
 
 
 @contextlib.contextmanager
-def _quiet() -> Iterator[None]:
-    """Without the remarks of transformers on configs; nothing is loaded here."""
+def _silence_transformers() -> Iterator[None]:
+    """Suppress warnings of transformers about configs."""
     logger = logging.getLogger("transformers")
     level = logger.level
     logger.setLevel(logging.ERROR)

@@ -1,8 +1,8 @@
-"""Where a module of the model lies in the checkpoint: prefixes, fused projections, experts stacked or apart.
+"""Places of a model's weights in the checkpoint: prefixes, fused projections, stacked or separate experts.
 
-An adapter names modules as its model had them at training. The checkpoint may hold the same weights under one prefix
-more or less (a backbone saved alone, a language model inside a vision model), fused (q, k, v in one matrix) or split,
-stacked (all experts in one 3-D tensor) or apart. Every such way is taken only when it makes every module fit exactly.
+An adapter names modules as in its model at training. The checkpoint may hold the same weights with one prefix more or
+less (a backbone alone, a language model inside a vision model), fused (q, k, v in one matrix) or split, stacked (all
+experts in one 3-D tensor) or separate. A renaming is used only where it makes every module fit exactly.
 Facts about expert names: transformers' conversion_mapping.py, entries "mixtral" and "qwen2_moe".
 """
 
@@ -20,8 +20,8 @@ from .transformers_names import TransformersNames
 EXPERT = re.compile(r"(?P<experts>.+\.experts)\.(?P<index>\d+)\.(?P<kind>[^.]+)\.weight")
 GATES, UPS, DOWNS = ("gate_proj", "w1"), ("up_proj", "w3"), ("down_proj", "w2")
 SIBLINGS = ((".mlp.", ".block_sparse_moe."), (".block_sparse_moe.", ".mlp."))
-MOST_RUNS = 64  # of rows, for one 2-D weight: q, k and v of a fused projection are three
-# weight -> (fused weight, which part of it)
+MAX_RUNS = 64  # of consecutive rows per 2-D weight; q, k and v of a fused projection are three
+# projection -> (fused projection, the part of it)
 FUSED_PARTS: Mapping[str, Sequence[tuple[str, str]]] = {
     "q_proj": (("qkv_proj", "q"),),
     "k_proj": (("qkv_proj", "k"),),
@@ -37,12 +37,12 @@ SPLITS: Mapping[str, tuple[str, ...]] = {
 
 @dataclass(frozen=True)
 class Place:
-    """Rows of a stored tensor, and which rows of the module's own weight they are."""
+    """Rows of a stored tensor, and the rows of the module's weight that they hold."""
 
     ref: TensorRef
     rows: tuple[int, int] | None = None  # of the tensor's 2-D view; None: all
     part: tuple[int, int] | None = None  # of the module's weight; None: all
-    turned: bool = False  # stored the other way round than the model has it
+    turned: bool = False  # stored transposed
 
     @property
     def is_whole(self) -> bool:
@@ -50,10 +50,10 @@ class Place:
 
 
 class Renaming:
-    """How an adapter's names become the checkpoint's: by transformers' mapping, or by one prefix for all of them.
+    """A renaming from an adapter's names to the checkpoint's: transformers' mapping, or one prefix for all names.
 
-    Without `mapped`: strip leading components, then add a prefix. With it, each name by itself is a parameter of the
-    model, wherever the checkpoint has its rows; a name that is none of its parameters is looked for beside them.
+    Without `mapped`: leading components are stripped, then a prefix is added. With it, each name is a parameter of the
+    model, whose rows the mapping finds; other names are searched among the renamed tensors.
     """
 
     def __init__(
@@ -67,7 +67,7 @@ class Renaming:
         self.held = held if mapped is None else mapped.by_model_name
 
     def __call__(self, name: str) -> str:
-        """The checkpoint's name; `name` itself where the checkpoint has it and the renamed one is not there."""
+        """Return the checkpoint's name for `name`, or `name` itself where only that one exists."""
         if self.mapped is not None:
             parameter = self.mapped.parameter(name)
             whole = self.mapped.whole(parameter) if parameter is not None else None
@@ -84,7 +84,7 @@ class Renaming:
         return name if name in self.held else renamed
 
     def forms(self, name: str) -> Iterator[str]:
-        """The renamed name and its siblings, whether they exist or not."""
+        """Yield the renamed name and its alternative spellings, whether they exist or not."""
         if self.mapped is not None:
             name = self.mapped.parameter(name) or self.mapped.renamed(name)
         renamed = self.prefix + name.removeprefix(self.strip)
@@ -95,50 +95,52 @@ class Renaming:
 
 
 def places(name: str, shape: tuple[int, int], rename: Renaming, transposed: bool = False) -> tuple[Place, ...]:
-    """Where the weight `name` of `shape` (out, in) lies; () where it is not in the checkpoint.
+    """Return the places of the weight `name` of `shape` (out, in); () where it is not in the checkpoint.
 
-    A fused or stacked tensor is only looked for where no tensor of the name itself exists.
+    Fused and stacked tensors are searched only where no tensor has the name itself.
     """
     held = rename.held
     parameter = rename.mapped.parameter(name) if rename.mapped is not None else None
     if rename.mapped is not None and parameter is not None:
-        return _mapped(rename.mapped, parameter)
+        return _find_mapped(rename.mapped, parameter)
     for form in rename.forms(name):
         if form in held:
             return (Place(held[form]),)
     for form in rename.forms(name):
-        found = _in_stack(form, shape, held) or _in_fused(form, shape, held) or _in_split(form, shape, held)
-        if found:
-            return found
+        placed = (
+            _find_in_stack(form, shape, held) or _find_in_fused(form, shape, held) or _find_split(form, shape, held)
+        )
+        if placed:
+            return placed
     if name in held:
         return (Place(held[name]),)
     return ()
 
 
-def _mapped(names: TransformersNames, parameter: str) -> tuple[Place, ...]:
-    """Where transformers takes the rows of `parameter` from."""
+def _find_mapped(names: TransformersNames, parameter: str) -> tuple[Place, ...]:
+    """Return the stored rows from which transformers loads `parameter`."""
     whole = names.whole(parameter)
     if whole is not None:
         return (Place(whole),)
-    found = names.rows_of(parameter)
-    if len(found) > MOST_RUNS:
-        names.failures[parameter] = "transformers brings its rows into another order"
+    stored = names.rows_of(parameter)
+    if len(stored) > MAX_RUNS:
+        names.failures[parameter] = "transformers reorders its rows"
         return ()
     total = math.prod(names.shapes[parameter][:-1])
     result = []
-    for item in found:
+    for item in stored:
         rows = None if item.rows == (0, item.ref.rows) else item.rows
         part = None if item.own == (0, total) and not item.turned else item.own
         if item.turned:
-            if len(found) > 1 or rows is not None:
+            if len(stored) > 1 or rows is not None:
                 return ()
             part = None
         result.append(Place(item.ref, rows, part, item.turned))
     return tuple(result)
 
 
-def _in_stack(name: str, shape: tuple[int, int], held: Mapping[str, TensorRef]) -> tuple[Place, ...]:
-    """One expert's 2-D weight inside the stacked (experts, out, in) tensor."""
+def _find_in_stack(name: str, shape: tuple[int, int], held: Mapping[str, TensorRef]) -> tuple[Place, ...]:
+    """Return the rows of one expert's 2-D weight in a stacked (experts, out, in) tensor."""
     match = EXPERT.fullmatch(name)
     if match is None:
         return ()
@@ -154,7 +156,8 @@ def _in_stack(name: str, shape: tuple[int, int], held: Mapping[str, TensorRef]) 
     return (Place(ref, rows=(start, start + shape[0])),)
 
 
-def _in_fused(name: str, shape: tuple[int, int], held: Mapping[str, TensorRef]) -> tuple[Place, ...]:
+def _find_in_fused(name: str, shape: tuple[int, int], held: Mapping[str, TensorRef]) -> tuple[Place, ...]:
+    """Return the rows of q, k, v, gate or up in a fused projection."""
     module, _, kind = name.removesuffix(".weight").rpartition(".")
     for fused, part in FUSED_PARTS.get(kind, ()):
         ref = held.get(f"{module}.{fused}.weight")
@@ -172,15 +175,16 @@ def _in_fused(name: str, shape: tuple[int, int], held: Mapping[str, TensorRef]) 
     return ()
 
 
-def _in_split(name: str, shape: tuple[int, int], held: Mapping[str, TensorRef]) -> tuple[Place, ...]:
+def _find_split(name: str, shape: tuple[int, int], held: Mapping[str, TensorRef]) -> tuple[Place, ...]:
+    """Return the separate projections that together hold a fused one."""
     module, _, kind = name.removesuffix(".weight").rpartition(".")
     parts = SPLITS.get(kind, ())
     refs = [held.get(f"{module}.{part}.weight") for part in parts]
-    found = [ref for ref in refs if ref is not None and len(ref.shape) == 2 and ref.shape[1] == shape[1]]
-    if not parts or len(found) != len(parts) or sum(ref.shape[0] for ref in found) != shape[0]:
+    fitting = [ref for ref in refs if ref is not None and len(ref.shape) == 2 and ref.shape[1] == shape[1]]
+    if not parts or len(fitting) != len(parts) or sum(ref.shape[0] for ref in fitting) != shape[0]:
         return ()
     result, start = [], 0
-    for ref in found:
+    for ref in fitting:
         result.append(Place(ref, part=(start, start + ref.shape[0])))
         start += ref.shape[0]
     return tuple(result)
@@ -192,17 +196,17 @@ def find_renaming(
     exempt: frozenset[str] = frozenset(),
     prefix: str | None = None,
 ) -> tuple[Renaming, tuple[str, ...]]:
-    """The renaming that finds every wanted (name, shape or None), and other prefixes that would do as well.
+    """Return the renaming that finds every wanted (name, shape or None), and other prefixes that also fit.
 
-    `exempt` names need not be found (a head that is tied to the embeddings). A prefix that the user states is taken as
-    it is. Names as they are come first; then the fewest leading components stripped. A name that ends in a dot stands
-    for whatever lies under it.
+    `exempt` names need not be found (a head that is tied to the embeddings). A stated `prefix` is used unchecked.
+    Unchanged names are tried first, then names with the fewest leading components stripped. A name that ends in a dot
+    matches any tensor below it.
     """
     if prefix is not None:
         return Renaming(held, prefix=prefix and prefix.rstrip(".") + "."), ()
 
     def fits(renaming: Renaming) -> bool:
-        return all(name in exempt or _found(name, shape, renaming) for name, shape in wanted)
+        return all(name in exempt or _exists(name, shape, renaming) for name, shape in wanted)
 
     same = Renaming(held)
     if not wanted or fits(same):
@@ -226,6 +230,7 @@ def find_renaming(
 
 
 def _tails(rest: str) -> Iterator[str]:
+    """Yield `rest` and the names of fused, split or stacked tensors that may hold it."""
     yield rest
     for old, new in SIBLINGS:
         if old in "." + rest:
@@ -240,10 +245,11 @@ def _tails(rest: str) -> Iterator[str]:
         yield f"{match['experts']}.{'down_proj' if match['kind'] in DOWNS else 'gate_up_proj'}"
 
 
-def _found(name: str, shape: tuple[int, int] | None, renaming: Renaming) -> bool:
+def _exists(name: str, shape: tuple[int, int] | None, renaming: Renaming) -> bool:
+    """Return True when the checkpoint holds `name`, and in a fitting shape where `shape` is given."""
     if name.endswith("."):
         return any(key.startswith(form) for form in renaming.forms(name) for key in renaming.held)
     if shape is None:
         return any(form in renaming.held for form in renaming.forms(name)) or name in renaming.held
-    found = places(name, shape, renaming)
-    return bool(found) and (not found[0].is_whole or found[0].ref.shape in (shape, shape[::-1]))
+    placed = places(name, shape, renaming)
+    return bool(placed) and (not placed[0].is_whole or placed[0].ref.shape in (shape, shape[::-1]))
