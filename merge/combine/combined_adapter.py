@@ -1,6 +1,6 @@
-"""Several adapters as one: bound to one base, each with its own scales and norms, then one edit per tensor.
+"""Combination of adapters that are bound to one base: one edit per tensor, each adapter with its own scales and norms.
 
-A `CombinedBound` stands wherever a bound adapter does: merge, delta, factor and verify need nothing else.
+A `CombinedBound` is a `BoundAdapter`, which merge, delta, factor and verify take like any other.
 """
 
 from __future__ import annotations
@@ -29,41 +29,44 @@ from .recipe import Ingredient, Recipe
 
 @dataclass(frozen=True)
 class CombinedBound(BoundAdapter):
-    """Adapters bound to one base, as one: its modules are `CombinedModule`s."""
+    """The combination of adapters that are bound to one base; its modules are `CombinedModule`s."""
 
     parts: tuple[BoundAdapter, ...] = ()  # in the order of the recipe's ingredients
     recipe: Recipe = field(default_factory=lambda: Recipe((), Settings()))
 
     def factor_modules(self) -> tuple[CombinedModule, ...]:
-        """The weights that factors can hold.
+        """Return the combined weights that low-rank factors can hold.
 
-        Raises UnsupportedError for trained tokens, experts and parts of fused weights: a PEFT folder has no place for
-        what is combined of them.
+        Raises UnsupportedError for trained tokens, experts and parts of fused weights: a PEFT folder cannot hold
+        their combination.
         """
         problems = [
-            Problem(f"{item.name}: {share.adapter} brings more than factors here", hint="merge the combination instead")
-            for item in self._combined()
+            Problem(
+                f"{item.name}: {share.adapter} changes it by more than low-rank factors",
+                hint="merge the combination instead",
+            )
+            for item in self._combined_modules()
             for share in item.combination.shares
             if any(
-                isinstance(one.module, TokenModule | ExpertModule | RowSliceModule)
-                or one.rows is not None
-                or one.module.parameter not in ("weight", "bias")
-                for one in share.modules
+                isinstance(bound.module, TokenModule | ExpertModule | RowSliceModule)
+                or bound.rows is not None
+                or bound.module.parameter not in ("weight", "bias")
+                for bound in share.modules
             )
         ]
         raise_all(problems, UnsupportedError)
-        return tuple(item for item in self._combined() if item.combination.is_matrix)
+        return tuple(item for item in self._combined_modules() if item.combination.is_matrix)
 
     def whole_tensors(self) -> dict[str, Tensor]:
-        """Heads and biases, combined, by name: what a PEFT folder holds beside its factors."""
-        return {item.name: item.whole() for item in self._combined() if not item.combination.is_matrix}
+        """Return combined heads and biases by tensor name, float32, which a PEFT folder holds beside its factors."""
+        return {item.name: item.whole() for item in self._combined_modules() if not item.combination.is_matrix}
 
-    def _combined(self) -> list[CombinedModule]:
+    def _combined_modules(self) -> list[CombinedModule]:
         return [item for item in self.modules if isinstance(item, CombinedModule)]
 
 
 def open_combination(recipe: Recipe, base: str | Path | None = None) -> CombinedBound:
-    """Every adapter of `recipe` bound to its base, or to `base`. Raises AdapterMergeError."""
+    """Open every adapter of `recipe` and bind it to `base`, or to the recipe's base. Raises AdapterMergeError."""
     chosen = base if base is not None else recipe.base
     if chosen is None:
         raise InputError("a combination needs its base", expected="BASE NAME=ADAPTER ..., or base in the recipe")
@@ -74,31 +77,31 @@ def open_combination(recipe: Recipe, base: str | Path | None = None) -> Combined
         opened = bind(open_adapter(item.path, options, checkpoint), checkpoint, item.base_kind)
         if opened.base_kind == "residual" and (bound or not recipe.in_turn):
             raise InputError(
-                f"{item.name!r} was trained on the residual that the base is: others were not",
+                f"{item.name!r} was trained on a residual base, and other adapters are combined with it",
                 hint="combine on the original base",
             )
         bound.append(opened)
-    return _together(recipe, tuple(bound), checkpoint)
+    return _combine_bound(recipe, tuple(bound), checkpoint)
 
 
-def _together(recipe: Recipe, parts: tuple[BoundAdapter, ...], base: Checkpoint) -> CombinedBound:
-    """The adapters as one. Raises InputError where they cannot go together."""
-    taking = [(item, bound) for item, bound in zip(recipe.ingredients, parts, strict=True) if item.weight != 0]
-    modules, problems = _modules(recipe, taking, base)
-    problems += check_together([(item.name, bound) for item, bound in taking], recipe.in_turn)
+def _combine_bound(recipe: Recipe, parts: tuple[BoundAdapter, ...], base: Checkpoint) -> CombinedBound:
+    """Combine bound adapters into one. Raises InputError with every conflict between them."""
+    used = [(item, bound) for item, bound in zip(recipe.ingredients, parts, strict=True) if item.weight != 0]
+    modules, problems = _group_by_tensor(recipe, used, base)
+    problems += check_together([(item.name, bound) for item, bound in used], recipe.in_turn)
     taken: dict[str, tuple[str, TensorRef]] = {}
     changes: dict[str, Any] = {}
     copies: dict[str, TensorRef] = {}
     names = {module.name for module in modules}
-    for item, bound in taking:
+    for item, bound in used:
         for name, ref in bound.replacements.items():
             if _combinable(base, name, ref):
                 continue
             if (name in taken and not recipe.in_turn) or name in names:
                 problems.append(
                     Problem(
-                        f"{name}: {item.name!r} and another adapter both bring one, and the base has none like it",
-                        hint="a tensor without a base has no delta to combine: drop one",
+                        f"{name}: {item.name!r} and another adapter replace it, and the base has none of its shape",
+                        hint="without a base tensor there is no delta to combine: leave one adapter out",
                     )
                 )
             taken[name] = (item.name, ref)
@@ -109,14 +112,14 @@ def _together(recipe: Recipe, parts: tuple[BoundAdapter, ...], base: Checkpoint)
     if changes.get("tie_word_embeddings") is False:
         problems += [
             Problem(f"{item.name!r} trained tokens of tied embeddings, and another adapter unties them")
-            for item, bound in taking
+            for item, bound in used
             if "tie_word_embeddings" not in bound.config_changes
             and any(isinstance(m.module, TokenModule) and m.name.endswith(EMBEDDINGS) for m in bound.modules)
         ]
     raise_all(problems, InputError)
     replacements = {name: ref for name, (_, ref) in taken.items()}
     return CombinedBound(
-        adapter=_as_adapter(recipe, parts, modules, replacements),
+        adapter=_describe_as_adapter(recipe, parts, modules, replacements),
         base=base,
         modules=modules,
         replacements=replacements,
@@ -129,20 +132,20 @@ def _together(recipe: Recipe, parts: tuple[BoundAdapter, ...], base: Checkpoint)
 
 
 def _combinable(base: Checkpoint, name: str, ref: TensorRef) -> bool:
-    """True for a trained tensor that has a delta: the base holds one of its shape."""
+    """Return True when the base holds a float tensor of this name and shape, so that the trained tensor has a delta."""
     old = base.tensors.get(name)
     return old is not None and old.shape == ref.shape and bool(ref.shape) and ref.dtype in FLOAT_DTYPES
 
 
-def _modules(
-    recipe: Recipe, taking: list[tuple[Ingredient, BoundAdapter]], base: Checkpoint
+def _group_by_tensor(
+    recipe: Recipe, used: list[tuple[Ingredient, BoundAdapter]], base: Checkpoint
 ) -> tuple[tuple[CombinedModule, ...], list[Problem]]:
-    """Every tensor that changes."""
+    """Return one combined module per changed tensor, and the problems."""
     shares: dict[str, list[Share]] = {}
     places: dict[str, BoundModule | TensorRef] = {}
     weights: dict[str, TensorRef] = {}
     problems: list[Problem] = []
-    for item, bound in taking:
+    for item, bound in used:
         density = recipe.settings.density if item.density is None else item.density
         grouped: dict[str, list[BoundModule]] = {}
         for module in bound.modules:
@@ -159,7 +162,7 @@ def _modules(
             if recipe.in_turn and name in shares and any(_starts_from_base(module) for module in modules):
                 problems.append(
                     Problem(
-                        f"{name}: {item.name!r} starts from the weight that it finds, which the adapter before it "
+                        f"{name}: {item.name!r} is initialised from the weight, which the adapter before it "
                         "has changed",
                         hint="merge the one before it, then this one into the result",
                     )
@@ -168,35 +171,35 @@ def _modules(
             shares.setdefault(name, []).append(Share(item.name, item.weight, density, tuple(modules)))
         for name, ref in bound.replacements.items():
             if not _combinable(base, name, ref):
-                continue  # taken as it is: see `_together`
+                continue  # replaced, not combined: see `_combine_bound`
             old = base.tensors[name]
             if weights.setdefault(name, old) != old or any(s.adapter == item.name for s in shares.get(name, ())):
                 problems.append(Problem(f"{name} is adapted and replaced at once by {item.name!r}"))
             places.setdefault(name, old)
             shares.setdefault(name, []).append(Share(item.name, item.weight, density, (), ref))
-    found = []
-    for name, some in shares.items():
+    combined = []
+    for name, tensor_shares in shares.items():
         place, ref = places[name], weights[name]
         turned = isinstance(place, BoundModule) and place.transposed
         shape = ref.shape if len(ref.shape) > 1 else (1, *ref.shape)
         shape = (shape[1], shape[0]) if turned else (shape[0], shape[-1])
-        whole = CombinedWeight(name, shape, tuple(some), recipe.settings, recipe.in_turn)
-        found.append(CombinedModule(whole, ref, turned, None if name == ref.name else name))
-    return tuple(found), problems
+        whole = CombinedWeight(name, shape, tuple(tensor_shares), recipe.settings, recipe.in_turn)
+        combined.append(CombinedModule(whole, ref, turned, None if name == ref.name else name))
+    return tuple(combined), problems
 
 
 def _starts_from_base(bound: BoundModule) -> bool:
-    """True for PiSSA, OLoRA and DuDe, whose frozen part is cut out of the weight that they were given."""
+    """Return True for PiSSA, OLoRA and DuDe, whose frozen residual is computed from the weight."""
     return bound.module.needs_base or bound.module.initial is not None
 
 
-def _as_adapter(
+def _describe_as_adapter(
     recipe: Recipe,
     parts: tuple[BoundAdapter, ...],
     modules: tuple[CombinedModule, ...],
     replacements: dict[str, TensorRef],
 ) -> Adapter:
-    """The combination as an adapter, for what is written beside the weights: names, task, heads."""
+    """Describe the combination as an `Adapter`, whose names, task and heads are written beside the weights."""
     adapters = [bound.adapter for bound in parts]
     saved: set[str] = set()
     for adapter in adapters:

@@ -1,4 +1,4 @@
-"""One tensor that several adapters change: what each does to it, and their combination as one edit."""
+"""The combination of all changes that several adapters make to one tensor, as one edit."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ from adapter_merge.methods.tokens import TokenModule
 from adapter_merge.storage.safetensors_header import TensorRef
 from adapter_merge.storage.tensor_io import read_tensor
 
-from .delta_ops import Settings, WeightedEdit, combined, combined_form, key_of
+from .delta_ops import Settings, WeightedEdit, combine_edits, combine_forms, key_of
 
 
 @dataclass(frozen=True)
 class Share:
-    """What one adapter does to one tensor, and how much of it is taken."""
+    """The change of one tensor by one adapter, with the weight and density of the recipe."""
 
     adapter: str
     weight: float
@@ -30,20 +30,20 @@ class Share:
     replacement: TensorRef | None = None
 
     def edit(self, dtype: torch.dtype) -> BlockEdit:
-        """The adapter's whole effect on the tensor, as the base stores it."""
+        """Return the whole change of the stored tensor by this adapter, in `dtype`."""
         edits: list[BlockEdit] = [Replaced(self.replacement)] if self.replacement is not None else []
         return in_turn([*edits, *(module.stored_edit(dtype) for module in self.modules)])
 
     @property
     def is_matrix(self) -> bool:
-        """True for one adapted weight matrix, whole: no head, bias, expert or trained token."""
+        """True for one whole adapted weight matrix: not a head, bias, expert or trained token."""
         if self.replacement is not None or len(self.modules) != 1 or self.modules[0].rows is not None:
             return False
         return not isinstance(self.modules[0].module, TokenModule | BiasModule | ExpertModule | RowSliceModule)
 
     @property
     def has_form(self) -> bool:
-        """True where factors and scales of output rows say all of it."""
+        """True when low-rank factors and a row scale describe the whole change."""
         module = self.modules[0].module if self.is_matrix else None
         if module is None or module.frozen is not None:
             return False
@@ -53,9 +53,9 @@ class Share:
 
 @dataclass(frozen=True)
 class CombinedWeight(ModuleDefaults):
-    """One tensor that one or more adapters change: an AdaptedModule."""
+    """One tensor that one or more adapters change; an `AdaptedModule`."""
 
-    tensor: str  # the output tensor's name, which the random numbers are drawn for
+    tensor: str  # the output tensor's name, which also seeds its random numbers
     shape: tuple[int, int]  # (out, in); (1, n) for a vector
     shares: tuple[Share, ...]  # in the recipe's order
     settings: Settings
@@ -75,8 +75,8 @@ class CombinedWeight(ModuleDefaults):
 
     @property
     def refs(self) -> tuple[TensorRef, ...]:
-        found = [ref for share in self.shares for module in share.modules for ref in module.module.refs]
-        return (*found, *(share.replacement for share in self.shares if share.replacement is not None))
+        refs = [ref for share in self.shares for module in share.modules for ref in module.module.refs]
+        return (*refs, *(share.replacement for share in self.shares if share.replacement is not None))
 
     @property
     def needs_base(self) -> bool:
@@ -93,7 +93,7 @@ class CombinedWeight(ModuleDefaults):
 
     @property
     def is_matrix(self) -> bool:
-        """True where a LoRA can hold the change, at least truncated."""
+        """True when low-rank factors can hold the change, exactly or truncated."""
         return all(share.is_matrix for share in self.shares)
 
     @property
@@ -106,40 +106,40 @@ class CombinedWeight(ModuleDefaults):
 
     @property
     def has_form(self) -> bool:
-        """True where `form` gives all of it: a linear combination without scales of input columns."""
+        """True when `form` gives the whole change: a linear combination without scales of input columns."""
         return self.is_linear and all(share.has_form for share in self.shares)
 
     def parts(self, edits: list[BlockEdit]) -> list[WeightedEdit]:
-        """The shares as what `combined` takes; `edits` are theirs, in their order."""
+        """Pair each share with its edit, in order, for `combine_edits`."""
         return [
             WeightedEdit(edit, share.weight, share.density, key_of(self.settings.seed, share.adapter, self.tensor))
             for edit, share in zip(edits, self.shares, strict=True)
         ]
 
     def stored_edit(self, dtype: torch.dtype) -> BlockEdit:
-        """What is done to the tensor as the base stores it."""
+        """Return the combined change of the stored tensor, in `dtype`."""
         edits = [share.edit(dtype) for share in self.shares]
-        edit = in_turn(edits) if self.in_turn else combined(self.parts(edits), self.settings)
-        assert edit is not None, "tensors that nothing changes are left out"
+        edit = in_turn(edits) if self.in_turn else combine_edits(self.parts(edits), self.settings)
+        assert edit is not None, "tensors without a change have no CombinedWeight"
         return edit
 
     def form(self, read: Reader, weight: Weight, dtype: torch.dtype) -> CanonicalForm:
-        """The linear combination on W0 (out, in), row scales included; roundings of residuals are not in it."""
-        assert self.has_form, "the caller takes the dense delta"
+        """Return the linear combination on W0 (out, in), with row scales, without the rounding of residuals."""
+        assert self.has_form, "the caller must use the dense delta"
         forms = [share.modules[0].form(dtype) for share in self.shares]
-        return combined_form(forms, [share.weight for share in self.shares], weight().to(dtype))
+        return combine_forms(forms, [share.weight for share in self.shares], weight().to(dtype))
 
     @property
     def is_rounded(self) -> bool:
-        """True when a residual that was rounded to half precision is part of the change: `form` then lacks that."""
+        """True when a residual that was rounded to half precision is part of the change; `form` lacks that rounding."""
         modules = [module for share in self.shares for module in share.modules]
         initial = [(module.module.initial, module.weight.dtype) for module in modules]
-        return any(one is not None and (one.dtype or own) in ("BF16", "F16") for one, own in initial)
+        return any(entry is not None and (entry.dtype or stored) in ("BF16", "F16") for entry, stored in initial)
 
 
 @dataclass(frozen=True)
 class CombinedModule(BoundModule):
-    """A `CombinedWeight` and its tensor."""
+    """A `CombinedWeight` bound to the base tensor that it changes."""
 
     @property
     def combination(self) -> CombinedWeight:
@@ -150,13 +150,13 @@ class CombinedModule(BoundModule):
         return self.combination.stored_edit(dtype)
 
     def dense_delta(self, device: torch.device) -> Tensor:
-        """dW (out, in) in float64; of any method, whole."""
+        """Return dW (out, in) in float64 on `device`, for any method."""
         stored = read_tensor(self.weight).to(device=device, dtype=torch.float64)
         delta = applied(self.stored_edit(torch.float64).to(device), stored).sub_(stored)
         return delta.T.contiguous() if self.transposed else delta
 
     def whole(self) -> Tensor:
-        """W' in float32, whatever the base is stored in: a trained head keeps its own precision in a PEFT folder."""
+        """Return W' in float32, so that a trained head in a PEFT folder keeps its precision on a bfloat16 base."""
         stored = read_tensor(self.weight)
         rows = stored.reshape(1, -1) if stored.dim() < 2 else stored
         after = applied(self.stored_edit(torch.float64), rows.to(torch.float64))

@@ -1,20 +1,20 @@
-"""Several adapters on one weight, in delta space: W' = W0 + combined(dW_1, ..., dW_n), block of rows by block of rows.
+"""Combination of several adapters of one weight in delta space: W' = W0 + combine(dW_1, ..., dW_n), by blocks of rows.
 
 Each dW_i = W'_i - W0 is that adapter's whole effect on the original base: its own scale, rsLoRA, norms and magnitudes.
 
 linear           sum w_i dW_i
 magnitude-prune  the same, of each dW_i only the `density` largest elements by size
-breadcrumbs      the same, without the `gamma` largest ones (arXiv 2312.06795): the next `density` are kept
+breadcrumbs      the same, without the share `gamma` of largest elements (arXiv 2312.06795)
 dare             each element dropped with probability 1 - density, the rest divided by density (arXiv 2311.03099)
 ties             magnitude-prune, then per element the sign of sum w_i dW_i is elected, and the weighted mean of those
                  that agree is taken times sum |w_i| (arXiv 2306.01708, where lambda = sum |w_i|); with weights that
                  add up to 1 this is also mergekit's normalised form
 dare-ties        dare's dropping, then ties' election
 
-Exact over the whole tensor without holding it: the k-th largest size is found from two histograms of the float32 bit
-patterns (their order is the order of sizes), each filled in a pass over the blocks. Elements of the threshold's size
-are all kept. Random numbers are a hash (SplitMix64) of seed, adapter, tensor and element, so that neither blocks nor
-workers nor devices change them.
+Thresholds are exact for the whole tensor, which is never held: the k-th largest magnitude follows from two histograms
+of float32 bit patterns (which have the order of magnitudes), one pass over the blocks each. Elements equal to a
+threshold are all kept. Random numbers are a hash (SplitMix64) of seed, adapter, tensor and element, so that blocks,
+workers and devices do not affect them.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ ALL_ONES = (1 << 64) - 1
 
 @dataclass(frozen=True)
 class Settings:
-    """How deltas are combined. `density` is the share of elements kept, `gamma` the share of largest ones dropped."""
+    """The method of a combination; `density` is the share of elements kept, `gamma` that of largest ones dropped."""
 
     method: str = "linear"
     density: float = 1.0
@@ -46,21 +46,23 @@ class Settings:
 
     @property
     def by_size(self) -> bool:
-        """True when elements are chosen by their size."""
+        """True when elements are kept by their magnitude."""
         return self.method in ("ties", "magnitude-prune", "breadcrumbs")
 
     @property
     def random(self) -> bool:
+        """True when elements are dropped at random."""
         return self.method in ("dare", "dare-ties")
 
     @property
     def elects(self) -> bool:
+        """True when a sign is elected per element."""
         return self.method in ("ties", "dare-ties")
 
 
 @dataclass(frozen=True, eq=False)
 class WeightedEdit:
-    """One adapter's share of a combination."""
+    """The edit of one adapter with its weight and density in a combination."""
 
     edit: BlockEdit
     weight: float
@@ -72,8 +74,11 @@ class WeightedEdit:
         return self.density >= 1
 
 
-def combined(parts: Sequence[WeightedEdit], settings: Settings) -> BlockEdit | None:
-    """One edit for all `parts`; None where nothing is changed. The parts' order must not depend on the user's."""
+def combine_edits(parts: Sequence[WeightedEdit], settings: Settings) -> BlockEdit | None:
+    """Return one edit for all `parts`, None where nothing changes.
+
+    Callers sort the parts by name, so that the result does not depend on the order in which they are given.
+    """
     parts = [part for part in parts if part.weight != 0 and part.density > 0]
     whole = all(part.whole for part in parts) and settings.gamma == 0
     if not parts:
@@ -93,13 +98,13 @@ def combined(parts: Sequence[WeightedEdit], settings: Settings) -> BlockEdit | N
 
 @dataclass(frozen=True, eq=False)
 class CombinedEdit:
-    """The combination of several edits of one tensor."""
+    """A combination of several edits of one tensor that is not itself a canonical form."""
 
     parts: tuple[WeightedEdit, ...]
     settings: Settings
     pending: int  # passes left to find the thresholds
     bins: Tensor | None = None  # (n, 2) int64: high bits of the lower and the upper threshold
-    ranks: Tensor | None = None  # (n, 2) int64: how many larger elements the bin may still take
+    ranks: Tensor | None = None  # (n, 2) int64: rank of the threshold among the bin's elements, from the largest
     low: Tensor | None = None  # (n,) int64: bit patterns below this are dropped
     high: Tensor | None = None  # (n,) int64: bit patterns from this on are dropped
 
@@ -118,14 +123,14 @@ class CombinedEdit:
 
     # -- passes ----------------------------------------------------------------------------------------
 
-    def _passes(self) -> list[int]:
-        """The parts whose own pass comes next: plain forms together, others (whose sums have other shapes) alone."""
+    def _edits_of_next_pass(self) -> list[int]:
+        """Return the parts whose own pass comes next: all canonical forms, else one other edit."""
         waiting = [index for index, part in enumerate(self.parts) if part.edit.needs_pass]
         plain = [index for index in waiting if isinstance(self.parts[index].edit, CanonicalForm)]
         return plain or waiting[:1]
 
     def pass_sums(self, block: Tensor, start: int) -> Tensor:
-        inner = self._passes()
+        inner = self._edits_of_next_pass()
         if inner:
             edits = [self.parts[index].edit for index in inner]
             return torch.stack([edit.pass_sums(block.clone(), start) for edit in edits])
@@ -142,7 +147,7 @@ class CombinedEdit:
         return torch.stack(counts)
 
     def with_pass_sums(self, sums: Tensor) -> CombinedEdit:
-        inner = self._passes()
+        inner = self._edits_of_next_pass()
         if inner:
             parts = list(self.parts)
             for index, row in zip(inner, sums, strict=True):
@@ -150,19 +155,21 @@ class CombinedEdit:
             return replace(self, parts=tuple(parts))
         if self.pending == 2:
             total = int(sums[0].sum())
-            wanted = torch.tensor([self._kept(total, part) for part in self.parts], device=sums.device)  # (n, 2)
-            bins, ranks = _find(sums[:, None].expand(-1, 2, -1), wanted)
+            wanted = torch.tensor(
+                [self._threshold_ranks(total, part) for part in self.parts], device=sums.device
+            )  # (n, 2)
+            bins, ranks = _find_bins(sums[:, None].expand(-1, 2, -1), wanted)
             return replace(self, pending=1, bins=bins, ranks=ranks)
         assert self.bins is not None and self.ranks is not None
-        low_bits, _ = _find(sums.view(len(self.parts), 2, LOW_BINS), self.ranks)
-        found = (self.bins << 15) + low_bits
-        endless = torch.tensor(1 << 31, device=found.device)
-        low = torch.where(self.bins[:, 0] < 0, endless, found[:, 0])
-        high = torch.where(self.bins[:, 1] < 0, endless, found[:, 1])
+        low_bits, _ = _find_bins(sums.view(len(self.parts), 2, LOW_BINS), self.ranks)
+        thresholds = (self.bins << 15) + low_bits
+        endless = torch.tensor(1 << 31, device=thresholds.device)
+        low = torch.where(self.bins[:, 0] < 0, endless, thresholds[:, 0])
+        high = torch.where(self.bins[:, 1] < 0, endless, thresholds[:, 1])
         return replace(self, pending=0, low=low, high=high)
 
-    def _kept(self, total: int, part: WeightedEdit) -> tuple[int, int]:
-        """The ranks, from the largest on, of the last element kept and of the last one dropped as too large."""
+    def _threshold_ranks(self, total: int, part: WeightedEdit) -> tuple[int, int]:
+        """Return the ranks, from the largest, of the last element kept and of the last one dropped as too large."""
         dropped = int(self.settings.gamma * total) if self.settings.method == "breadcrumbs" else 0
         kept = int(part.density * total)
         return (min(total, dropped + kept) if kept else 0), dropped
@@ -174,7 +181,7 @@ class CombinedEdit:
         return None
 
     def delta_rows(self, block: Tensor, start: int) -> Tensor:
-        assert self.pending == 0, "the passes come first"
+        assert self.pending == 0, "make the passes before delta_rows"
         deltas = []
         for index, part in enumerate(self.parts):
             delta = part.edit.delta_rows(block, start)
@@ -194,20 +201,20 @@ class CombinedEdit:
         weights = torch.tensor([abs(part.weight) for part in self.parts], dtype=stack.dtype, device=stack.device)
         agree = torch.sign(stack) == torch.sign(stack.sum(0))
         agree &= stack != 0
-        share = (weights[:, None, None] * agree).sum(0)
-        return (stack * agree).sum(0) / share.clamp_min(torch.finfo(stack.dtype).tiny) * weights.sum()
+        agreeing = (weights[:, None, None] * agree).sum(0)
+        return (stack * agree).sum(0) / agreeing.clamp_min(torch.finfo(stack.dtype).tiny) * weights.sum()
 
 
 def size_bits(delta: Tensor) -> Tensor:
-    """int64 that are ordered as |delta| in float32 is."""
+    """Return the bit patterns of |delta| in float32, as int64; their order is that of the magnitudes."""
     return delta.to(torch.float32).abs().contiguous().view(torch.int32).to(torch.int64)
 
 
-def _find(
+def _find_bins(
     counts: Tensor,  # (n, 2, bins) int64
     ranks: Tensor,  # (n, 2) int64
 ) -> tuple[Tensor, Tensor]:
-    """The bin that holds the rank-th largest element, and its rank within the bin; bin -1 for rank 0."""
+    """Return the bin of the rank-th largest element, and its rank within the bin; bin -1 for rank 0. Both (n, 2)."""
     above = counts.flip(-1).cumsum(-1)  # elements in this bin and higher ones, from the top
     place = (above < ranks[..., None]).sum(-1)  # (n, 2), bins from the top that do not reach the rank
     place = place.clamp_max(counts.shape[-1] - 1)
@@ -217,39 +224,40 @@ def _find(
 
 
 def key_of(seed: int, adapter: str, tensor: str) -> int:
-    """64 bits from seed, adapter and tensor name."""
+    """Return the 64-bit key of the random numbers for a seed, an adapter and a tensor name."""
     digest = hashlib.sha256(f"{seed}\0{adapter}\0{tensor}".encode()).digest()
     return int.from_bytes(digest[:8], "little")
 
 
 def random_keep(key: int, density: float, first: int, count: int, device: torch.device) -> Tensor:
-    """(count,) bool, true with probability `density`: elements first .. first+count of the tensor of `key`."""
+    """Return (count,) bool, True with probability `density`: elements first .. first+count of the tensor of `key`."""
     value = torch.arange(first, first + count, dtype=torch.int64, device=device)
     value = value * _signed(0x9E3779B97F4A7C15) + _signed(key)
-    value = (value ^ _shift(value, 30)) * _signed(0xBF58476D1CE4E5B9)
-    value = (value ^ _shift(value, 27)) * _signed(0x94D049BB133111EB)
-    value = value ^ _shift(value, 31)
-    return _shift(value, 11) < math.floor(density * (1 << 53))
+    value = (value ^ _shift_right(value, 30)) * _signed(0xBF58476D1CE4E5B9)
+    value = (value ^ _shift_right(value, 27)) * _signed(0x94D049BB133111EB)
+    value = value ^ _shift_right(value, 31)
+    return _shift_right(value, 11) < math.floor(density * (1 << 53))
 
 
 def _signed(value: int) -> int:
+    """Return the int64 with the low 64 bits of `value`."""
     value &= ALL_ONES
     return value - (1 << 64) if value >> 63 else value
 
 
-def _shift(value: Tensor, bits: int) -> Tensor:
-    """A logical shift to the right of int64 taken as unsigned."""
+def _shift_right(value: Tensor, bits: int) -> Tensor:
+    """Shift int64 values to the right as if they were unsigned."""
     return (value >> bits) & ((1 << (64 - bits)) - 1)
 
 
-def combined_form(forms: Sequence[CanonicalForm], weights: Sequence[float], weight: Tensor) -> CanonicalForm:
-    """The linear combination of forms on W0 `weight` (out, in) as one canonical form, exactly, row scales included.
+def combine_forms(forms: Sequence[CanonicalForm], weights: Sequence[float], weight: Tensor) -> CanonicalForm:
+    """Return the linear combination of forms on W0 `weight` (out, in) as one canonical form, exactly, with row scales.
 
         W0 + sum w_i (diag(d_i) (W0 + U_i D_i) - W0) = diag(d) (W0 + sum diag(w_i d_i / d) U_i D_i)
         d = 1 + sum w_i (d_i - 1)
 
-    so a combination of DoRAs is again low-rank factors and a row scale, of rank sum R_i. Residuals are folded: exact
-    but for their rounding. Column scales have no such form.
+    so a combination of DoRAs is again low-rank factors and a row scale, of rank sum R_i. Residuals are folded, which is
+    exact except for their rounding. Forms with column scales cannot be combined in this way.
     """
     bound = [form.bound_to(weight).folded() for form in forms]
     assert all(form.col_scale is None for form in bound), "the caller refuses column scales"

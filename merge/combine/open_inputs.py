@@ -1,4 +1,4 @@
-"""What is given: base and adapter, or several adapters and a recipe; opened, bound, and told to the manifest."""
+"""Opening and binding of a job's inputs (base and adapter, or a recipe), and their description for the manifest."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from adapter_merge.storage.safetensors_header import FLOAT_DTYPES
 from .combined_adapter import CombinedBound, open_combination
 from .recipe import Recipe
 
-AdapterInput = str | Path | Recipe  # a folder, a file, a hub id; or several adapters
+AdapterInput = str | Path | Recipe  # a folder, a file or a hub id; or a recipe of several adapters
 
 
 def open_pair(
@@ -29,9 +29,9 @@ def open_pair(
     base_kind: str | None = None,
     options: ReadOptions | None = None,
 ) -> BoundAdapter:
-    """`adapter` bound to `base`; without a base, a checkpoint that holds its own (DCFT reference), or the recipe's.
+    """Open and bind `adapter` to `base`, or to the recipe's base, or to the adapter's own (DCFT checkpoint).
 
-    `base_kind` and `options` are for one adapter: a recipe says them of each.
+    `base_kind` and `options` apply to a single adapter; a recipe states them per adapter. Raises AdapterMergeError.
     """
     if isinstance(adapter, Recipe):
         return open_combination(adapter, base)
@@ -41,7 +41,7 @@ def open_pair(
         checkpoint = opened.own_base
         if checkpoint is None:
             raise InputError(
-                f"{adapter}: is an adapter alone",
+                f"{adapter}: is an adapter, and no base is given",
                 expected="BASE and ADAPTER",
                 hint=f"its base seems to be {opened.base_name}" if opened.base_name else None,
             )
@@ -49,17 +49,17 @@ def open_pair(
 
 
 def parts_of(bound: BoundAdapter) -> tuple[BoundAdapter, ...]:
-    """The adapters that `bound` was made from: itself, or those of a combination."""
+    """Return the bound adapters that `bound` is made of: itself, or those of a combination."""
     return bound.parts if isinstance(bound, CombinedBound) else (bound,)
 
 
 def input_folders(bound: BoundAdapter) -> tuple[Path, ...]:
-    """Every folder that is read."""
+    """Return every folder that is read."""
     return (bound.base.folder, *(part.adapter.folder for part in parts_of(bound)))
 
 
 def snapshot_of(bound: BoundAdapter) -> InputSnapshot:
-    """The base's and the adapters' weights and configs as they were before they were first read."""
+    """Return the state of all input files before they were first read."""
     snapshot = bound.base.snapshot
     for part in parts_of(bound):
         snapshot += part.adapter.snapshot
@@ -67,23 +67,23 @@ def snapshot_of(bound: BoundAdapter) -> InputSnapshot:
 
 
 def check_values(bound: BoundAdapter) -> None:
-    """Read every tensor of every adapter once. Raises NumericsError naming each that holds NaN or infinity."""
+    """Read every tensor of every adapter once. Raises NumericsError with each that holds NaN or infinity."""
     for part in parts_of(bound):
         part.adapter.check_values()
 
 
 def adapter_sha256(adapter: Adapter) -> str:
-    """sha256 over the adapter's files, in the order of their names."""
+    """Return the sha256 over the adapter's files, in the order of their names."""
     return combined_sha256(adapter_files(adapter))
 
 
 def adapter_files(adapter: Adapter) -> dict[str, str]:
-    """sha256 of each of the adapter's files, by its path in the adapter's folder."""
+    """Return the sha256 of each of the adapter's files, by its path in the adapter's folder."""
     return {relative_name(file, adapter.folder): sha for file, sha in hash_files(sorted(adapter.files)).items()}
 
 
 def combined_sha256(files: Mapping[str, str]) -> str:
-    """sha256 over files' names and their sha256, in the order of their names."""
+    """Return the sha256 over the names and sha256 of `files`, in the order of their names."""
     digest = hashlib.sha256()
     for name, sha in sorted(files.items(), key=lambda item: Path(item[0]).name):
         digest.update(f"{Path(name).name}\0{sha}\0".encode())
@@ -91,7 +91,7 @@ def combined_sha256(files: Mapping[str, str]) -> str:
 
 
 def relative_name(file: Path, folder: Path) -> str:
-    """The file's path in `folder`, or its bare name where it lies elsewhere."""
+    """Return the file's path relative to `folder`, or its bare name where it is elsewhere."""
     try:
         return file.relative_to(folder).as_posix()
     except ValueError:
@@ -99,27 +99,31 @@ def relative_name(file: Path, folder: Path) -> str:
 
 
 def describe_inputs(bound: BoundAdapter, options: ReadOptions | None = None) -> dict[str, Any]:
-    """The manifest's account of base and adapters, with all that was stated of them: enough to open them again."""
+    """Describe base and adapters for the manifest, with every stated option, so that they can be opened again."""
     base = bound.base
-    content: dict[str, Any] = {"base": {**_named(base, parts_of(bound)[0].adapter), "fingerprint": base.fingerprint}}
+    content: dict[str, Any] = {
+        "base": {**_describe_base(base, parts_of(bound)[0].adapter), "fingerprint": base.fingerprint}
+    }
     if not isinstance(bound, CombinedBound):
-        return content | {"adapters": [_entry(bound, stated_options(options))]}
+        return content | {"adapters": [_describe_bound(bound, stated_options(options))]}
     content["adapters"] = [
-        _entry(part, stated_options(ReadOptions(**(item.options or {})))) | {"name": item.name}
+        _describe_bound(part, stated_options(ReadOptions(**(item.options or {})))) | {"name": item.name}
         for item, part in zip(bound.recipe.ingredients, bound.parts, strict=True)
     ]
     return content | ({"notes": list(bound.recipe.notes)} if bound.recipe.notes else {})
 
 
-def _named(base: Checkpoint, adapter: Adapter) -> dict[str, Any]:
+def _describe_base(base: Checkpoint, adapter: Adapter) -> dict[str, Any]:
+    """Return the base's name and path."""
     name = base.config.get("_name_or_path") or adapter.base_name or base.folder.name
     return {"name": name, "path": str(base.folder)}
 
 
-def _entry(bound: BoundAdapter, stated: dict[str, Any]) -> dict[str, Any]:
+def _describe_bound(bound: BoundAdapter, stated: dict[str, Any]) -> dict[str, Any]:
+    """Return the manifest's entry of one bound adapter."""
     files = adapter_files(bound.adapter)
     return {
-        **_adapter(bound.adapter),
+        **_describe_adapter(bound.adapter),
         "modules": len(bound.modules),
         "replacements": sorted(bound.replacements),
         "base_kind": bound.base_kind,
@@ -130,7 +134,8 @@ def _entry(bound: BoundAdapter, stated: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-def _adapter(adapter: Adapter) -> dict[str, Any]:
+def _describe_adapter(adapter: Adapter) -> dict[str, Any]:
+    """Return what an adapter's files say, for its entry in the manifest."""
     return {
         "name": adapter.folder.resolve().name,
         "path": str(adapter.folder),
@@ -143,13 +148,13 @@ def _adapter(adapter: Adapter) -> dict[str, Any]:
 
 
 def adapter_only(adapter: Adapter) -> dict[str, Any]:
-    """The manifest's account of an adapter that no base was given for."""
-    entry = {**_adapter(adapter), "sha256": adapter_sha256(adapter)}
+    """Describe an adapter without a base for the manifest."""
+    entry = {**_describe_adapter(adapter), "sha256": adapter_sha256(adapter)}
     return {"base": {"name": adapter.base_name, "fingerprint": None}, "adapters": [entry]}
 
 
 def stated_options(options: ReadOptions | None) -> dict[str, Any]:
-    """What was said of an adapter beyond its files, as JSON. A file that was named counts by its content as well."""
+    """Return the options stated for an adapter as JSON values; a named file is followed by its sha256."""
     stated: dict[str, Any] = {}
     for key, value in asdict(options or ReadOptions()).items():
         if value is None:
@@ -162,7 +167,7 @@ def stated_options(options: ReadOptions | None) -> dict[str, Any]:
 
 
 def is_stale_quantization(base: Checkpoint) -> bool:
-    """True for a config that says quantised beside weights that are all plain floats: loaders believe the config."""
+    """Return True where the config states a quantisation but all weights are floats: loaders would trust the config."""
     if not base.config.get("quantization_config"):
         return False
     return all(ref.dtype in FLOAT_DTYPES for ref in base.tensors.values() if len(ref.shape) > 1)

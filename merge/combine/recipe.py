@@ -1,19 +1,19 @@
-"""A combination, stated in flags or in a file: YAML, JSON or TOML. Unknown keys are errors.
+"""Recipes: the adapters to combine and the settings, from flags or a YAML, JSON or TOML file. Unknown keys are errors.
 
     method: ties              # linear, ties, dare, dare-ties, magnitude-prune, breadcrumbs, or in-turn
     density: 0.5              # share of elements kept; also per adapter
     gamma: 0.01               # breadcrumbs: share of largest elements dropped
     seed: 0
-    base: path/or/hub-id      # optional where the command line has it
+    base: path/or/hub-id      # optional where the command line states it
     adapters:
       - {name: style, path: adapters/style, weight: 0.7}
       - {name: json, path: adapters/json, weight: 0.3, density: 0.8}
 
-An adapter may also carry what its files do not say: alpha, ranknum, base_kind, format, prefix, magnitude_axis,
+An adapter may also state what its files do not hold: alpha, ranknum, base_kind, format, prefix, magnitude_axis,
 residual_dtype, init_adapter, magnitudes. Paths are relative to the file.
 
-in-turn applies each adapter to what the ones before it have left (an adapter that was trained on a merged model): the
-order counts, and weights and densities are not for it.
+in-turn applies each adapter to the result of those before it (an adapter that was trained on a merged model): the order
+matters, and weights and densities are refused.
 """
 
 from __future__ import annotations
@@ -49,16 +49,16 @@ class Ingredient:
     name: str
     path: str
     weight: float = 1.0
-    density: float | None = None  # None: the recipe's
+    density: float | None = None  # None: that of the recipe
     base_kind: str | None = None
-    options: Mapping[str, Any] | None = None  # of ReadOptions
+    options: Mapping[str, Any] | None = None  # fields of ReadOptions
 
 
 @dataclass(frozen=True)
 class Recipe:
-    """What to combine, and how. Ingredients stand in the order of their names, so that their order says nothing;
+    """The adapters to combine and the settings.
 
-    in-turn alone, where it says it all, keeps the one that was given.
+    Ingredients are sorted by name, so that the order in which they are given has no effect; in-turn keeps that order.
     """
 
     ingredients: tuple[Ingredient, ...]
@@ -71,23 +71,23 @@ class Recipe:
 
     @property
     def method(self) -> str:
-        """For people."""
+        """The display name of the combination."""
         return "adapters in turn" if self.in_turn else f"{self.settings.method} combination"
 
     @property
     def notes(self) -> tuple[str, ...]:
-        """What is said of settings that do nothing."""
-        settings, said = self.settings, []
+        """Notes on settings that have no effect."""
+        settings, notes = self.settings, []
         densities = {settings.density if item.density is None else item.density for item in self.ingredients}
         if densities == {1} and settings.method not in ("linear", IN_TURN) and not settings.gamma:
             rest = "only the signs are elected" if settings.elects else "the result is that of linear"
-            said.append(f"{settings.method} with a density of 1 drops nothing, {rest}: state a density below 1")
+            notes.append(f"{settings.method} with a density of 1 drops nothing, {rest}: state a density below 1")
         if settings.seed and not settings.random:
-            said.append(f"the seed does nothing: {settings.method} draws no random numbers")
-        return tuple(said)
+            notes.append(f"the seed has no effect: {settings.method} draws no random numbers")
+        return tuple(notes)
 
     def as_json(self) -> dict[str, Any]:
-        """For the manifest."""
+        """Return the recipe as JSON values for the manifest."""
         return {
             "method": self.settings.method,
             "density": self.settings.density,
@@ -100,7 +100,10 @@ class Recipe:
 
 
 def make_recipe(ingredients: Sequence[Ingredient], settings: Settings, base: str | None = None) -> Recipe:
-    """A checked recipe. Raises InputError with everything that is wrong."""
+    """Check and return a recipe. Raises InputError with every problem.
+
+    Example: `make_recipe([Ingredient("style", "adapters/style", 0.7)], Settings("ties", density=0.5))`.
+    """
     problems = []
     names = [item.name for item in ingredients]
     if not ingredients:
@@ -122,13 +125,15 @@ def make_recipe(ingredients: Sequence[Ingredient], settings: Settings, base: str
     if not _is_number(settings.gamma) or not 0 <= settings.gamma < 1:
         problems.append(Problem("gamma is wrong", "0 or more, below 1", repr(settings.gamma)))
     elif settings.gamma and settings.method != "breadcrumbs":
-        problems.append(Problem("gamma is for breadcrumbs only", got=f"gamma with {settings.method}"))
+        problems.append(Problem("gamma applies to breadcrumbs only", got=f"gamma with {settings.method}"))
     if settings.method in ("linear", IN_TURN) and (
         settings.density != 1 or any(i.density not in (None, 1, 1.0) for i in ingredients)
     ):
-        problems.append(Problem(f"a density is not for {settings.method}", hint="use magnitude-prune, dare or ties"))
+        problems.append(
+            Problem(f"a density does not apply to {settings.method}", hint="use magnitude-prune, dare or ties")
+        )
     if settings.method == IN_TURN and any(item.weight != 1 for item in ingredients):
-        problems.append(Problem("weights are not for in-turn", hint="linear weighs deltas on the original base"))
+        problems.append(Problem("weights do not apply to in-turn", hint="linear weighs deltas on the original base"))
     if isinstance(settings.seed, bool) or not isinstance(settings.seed, int) or abs(settings.seed) >= 1 << 63:
         problems.append(Problem("the seed is wrong", "a whole number of 64 bits", repr(settings.seed)))
     raise_all(problems, InputError)
@@ -138,14 +143,14 @@ def make_recipe(ingredients: Sequence[Ingredient], settings: Settings, base: str
 
 
 def given_options(options: ReadOptions) -> dict[str, Any]:
-    """What was stated, as an ingredient holds it."""
+    """Return the stated options, as an ingredient holds them."""
     return {key: value for key, value in vars(options).items() if value is not None}
 
 
 def read_recipe(file: str | Path) -> Recipe:
-    """The recipe in `file`. Raises FileFormatError or InputError with everything that is wrong."""
+    """Read the recipe in `file`. Raises FileFormatError or InputError with every problem."""
     path = Path(file)
-    content = _content(path)
+    content = _read_content(path)
     problems = [Problem(f"{path}: unknown key {key!r}", ", ".join(KEYS)) for key in content if key not in KEYS]
     entries = content.get("adapters")
     if not isinstance(entries, list) or not entries or not all(isinstance(entry, dict) for entry in entries):
@@ -166,7 +171,7 @@ def read_recipe(file: str | Path) -> Recipe:
         if not isinstance(name, str) or not name:
             problems.append(Problem(f"{path}: adapter {number}: name is wrong", "a text", repr(name)[:100]))
             continue
-        problems += _wrong_options(entry, f"{path}: adapter {number}")
+        problems += _check_options(entry, f"{path}: adapter {number}")
         options = {key: entry[key] for key in OPTION_KEYS if entry.get(key) is not None}
         for key in PATH_KEYS:
             if isinstance(options.get(key), str):
@@ -194,8 +199,8 @@ def read_recipe(file: str | Path) -> Recipe:
     return make_recipe(ingredients, settings, base)
 
 
-def _wrong_options(entry: Mapping[str, Any], where: str) -> list[Problem]:
-    """What is no number, no text or none of the choices."""
+def _check_options(entry: Mapping[str, Any], where: str) -> list[Problem]:
+    """Return a problem for each value that is not a number, not a text or not one of the choices."""
     problems = []
     for key in OPTION_KEYS:
         value = entry.get(key)
@@ -210,7 +215,8 @@ def _wrong_options(entry: Mapping[str, Any], where: str) -> list[Problem]:
     return problems
 
 
-def _content(path: Path) -> dict[str, Any]:
+def _read_content(path: Path) -> dict[str, Any]:
+    """Parse a recipe file by its suffix. Raises FileFormatError."""
     try:
         text = path.read_text("utf-8")
     except (OSError, UnicodeDecodeError) as error:
@@ -221,7 +227,7 @@ def _content(path: Path) -> dict[str, Any]:
         elif path.suffix == ".toml":
             content = tomllib.loads(text)
         else:
-            content = _yaml(text)
+            content = _parse_yaml(text)
     except MissingDependencyError:
         raise
     except (ValueError, RecursionError) as error:
@@ -231,7 +237,8 @@ def _content(path: Path) -> dict[str, Any]:
     return content
 
 
-def _yaml(text: str) -> Any:
+def _parse_yaml(text: str) -> Any:
+    """Parse YAML. Raises MissingDependencyError without pyyaml, ValueError for broken text."""
     try:
         import yaml  # type: ignore[import-untyped]
     except ImportError as error:

@@ -51,7 +51,7 @@ class Shard:
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """A base model on disk; nothing of its weights is read to make one."""
+    """A base model on disk, described by headers and config; no weight is read to build it."""
 
     folder: Path
     shards: tuple[Shard, ...]
@@ -69,18 +69,18 @@ class Checkpoint:
     @property
     def side_files(self) -> tuple[Path, ...]:
         """Everything beside the weights, relative to the folder: config, tokenizer, templates, remote code."""
-        found = []
+        files = []
         for path in sorted(self.folder.rglob("*")):
             relative = path.relative_to(self.folder)
             hidden = any(part.startswith(".") for part in relative.parts)
             if path.is_file() and not hidden and not path.name.endswith(WEIGHT_SUFFIXES):
                 require_utf8(path)
-                found.append(relative)
-        return tuple(found)
+                files.append(relative)
+        return tuple(files)
 
     @cached_property
     def fingerprint(self) -> str:
-        """sha256 over every tensor's name, dtype, shape and its first and last 4 KiB, whatever the sharding.
+        """Return the sha256 over every tensor's name, dtype, shape and first and last 4 KiB, whatever the sharding.
 
         It tells one base from another in milliseconds; it is not a proof of integrity (the manifest's
         file hashes are).
@@ -98,7 +98,7 @@ class Checkpoint:
 
 
 def read_json(file: Path) -> dict[str, Any]:
-    """A JSON object from `file`. Raises FileFormatError."""
+    """Read a JSON object from `file`. Raises FileFormatError."""
     try:
         text = file.read_text("utf-8")
         content = json.loads(text)
@@ -114,7 +114,7 @@ def read_json(file: Path) -> dict[str, Any]:
 
 
 def plain_name(name: object, source: Path) -> str:
-    """`name` when it is a bare file name. Raises FileFormatError for anything that could leave the folder."""
+    """Return `name` if it is a bare file name. Raises FileFormatError for anything that could leave the folder."""
     if not isinstance(name, str) or name in ("", ".", "..") or "/" in name or "\\" in name or "\0" in name:
         raise FileFormatError(
             f"{source}: names a file outside its folder",
@@ -126,7 +126,7 @@ def plain_name(name: object, source: Path) -> str:
 
 
 def resolve(name: str | Path) -> Path:
-    """A local folder as it is, or a hub id such as org/model (or org/model@revision) downloaded to the hub's cache.
+    """Return a local folder, or download a hub id such as org/model (or org/model@revision) to the hub's cache.
 
     Raises InputError when there is neither.
     """
@@ -154,7 +154,7 @@ def resolve(name: str | Path) -> Path:
 
 
 def read_weights(file: Path) -> Shard:
-    """One weights file, safetensors or torch zip pickle, from its header only."""
+    """Read the header of one weights file, safetensors or torch zip pickle."""
     if file.suffix == ".safetensors":
         header = read_header(file)
         return Shard(file, header.tensors, header.metadata)
@@ -165,7 +165,7 @@ def read_weights(file: Path) -> Shard:
 
 
 def open_checkpoint(folder: str | Path) -> Checkpoint:
-    """The model in `folder` (a path or hub id). Raises InputError or FileFormatError with every problem found."""
+    """Open the model in `folder` (a path or hub id). Raises InputError or FileFormatError with every problem."""
     folder = resolve(folder)
     for candidate in CANDIDATES:
         if (folder / candidate).is_file():

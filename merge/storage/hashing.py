@@ -12,18 +12,18 @@ from typing import TYPE_CHECKING
 
 from .input_errors import reading
 
-if TYPE_CHECKING:  # command lines that only read headers do without torch
+if TYPE_CHECKING:  # commands that read headers only must not import torch
     from torch import Tensor
 
 HASH_BYTES = 1 << 20
 
 
 class Stopped(Exception):
-    """Another thread failed or was interrupted; whoever waits gives up. Never leaves the engine."""
+    """Raised in waiting threads when another thread failed or was interrupted. The engine always catches it."""
 
 
 class OrderedDigest:
-    """sha256 over pieces that come out of order: each waits for its turn, while it is still in its core's cache."""
+    """A sha256 over pieces from several threads: each waits for its turn, with its piece in the core's cache."""
 
     def __init__(self) -> None:
         self._digest = hashlib.sha256()
@@ -32,7 +32,7 @@ class OrderedDigest:
         self._stopped = False
 
     def update(self, turn: int, piece: Tensor | bytes) -> None:
-        """Take `piece` as the turn-th one (0, 1, ...). Raises Stopped after `stop`."""
+        """Add `piece` as number `turn` (0, 1, ...), after waiting for those before it. Raises Stopped after `stop`."""
         with self._changed:
             self._changed.wait_for(lambda: self._stopped or self._turn == turn)
             if self._stopped:
@@ -52,7 +52,7 @@ class OrderedDigest:
 
 
 def file_sha256(file: Path) -> str:
-    """The file's sha256, in hex; one buffer, whatever its size."""
+    """Return the sha256 of a file in hex, read through one buffer of 1 MiB."""
     digest = hashlib.sha256()
     buffer = bytearray(HASH_BYTES)
     view = memoryview(buffer)
@@ -66,17 +66,17 @@ def file_sha256(file: Path) -> str:
 def hash_files(
     files: Iterable[Path], workers: int | None = None, progress: Callable[[int], None] | None = None
 ) -> dict[Path, str]:
-    """sha256 of every file, several at a time. progress: called with the bytes of each."""
+    """Return the sha256 of every file in hex, computed by `workers` threads; `progress` gets the bytes of each file."""
 
-    def one(path: Path) -> str:
-        found = file_sha256(path)
+    def hash_file(path: Path) -> str:
+        digest = file_sha256(path)
         if progress is not None:
             progress(path.stat().st_size)
-        return found
+        return digest
 
     paths = list(dict.fromkeys(files))
     pool = ThreadPoolExecutor(workers or len(os.sched_getaffinity(0)), thread_name_prefix="hash")
     try:
-        return dict(zip(paths, pool.map(one, paths), strict=True))
-    finally:  # after an interrupt, only the files in work are finished
+        return dict(zip(paths, pool.map(hash_file, paths), strict=True))
+    finally:  # after an interrupt, only the files that were begun are finished
         pool.shutdown(cancel_futures=True)

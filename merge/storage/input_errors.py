@@ -1,4 +1,4 @@
-"""Errors of the system about inputs: they name the file, and are not taken for errors of the output."""
+"""Operating system errors of input files, as errors that name the file and differ from errors of the output."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from adapter_merge.errors import AdapterMergeError, FileFormatError, InputError
 
 @contextmanager
 def reading(file: Path) -> Iterator[None]:
-    """Raise FileFormatError that names `file` for an OSError inside."""
+    """Turn an OSError inside the block into a FileFormatError that names `file`."""
     try:
         yield
     except OSError as error:
@@ -23,7 +23,7 @@ def reading(file: Path) -> Iterator[None]:
 
 
 def require_utf8(path: Path, kind: type[AdapterMergeError] = InputError) -> None:
-    """Raise `kind` for a path with bytes that are not UTF-8, of which manifests and model cards could not tell."""
+    """Raise `kind` for a path that is not UTF-8, which manifests and model cards could not state."""
     for text in (str(path.absolute()), str(path.resolve())):
         try:
             text.encode("utf-8")

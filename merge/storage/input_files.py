@@ -1,4 +1,4 @@
-"""Input files: open descriptors, and reads that name the file they fail on."""
+"""Descriptors of open input files, with reads whose errors name the file."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from .tensor_io import pread_into
 
 
 class Sources:
-    """Descriptors of the files being read, each opened once."""
+    """The descriptors of the files that are read, each opened once."""
 
     def __init__(self) -> None:
         self._fds: dict[Path, int] = {}
@@ -27,7 +27,7 @@ class Sources:
         first: int,
         buffer: Tensor,  # (n,) uint8 on the CPU
     ) -> None:
-        """Fill `buffer` from byte `first` of the tensor. Raises FileFormatError for a file that is short, or fails."""
+        """Fill `buffer` from byte `first` of the tensor. Raises FileFormatError for a short or unreadable file."""
         try:
             with self._lock:
                 fd = self._fds.get(ref.file)

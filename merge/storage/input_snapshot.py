@@ -1,4 +1,4 @@
-"""The files of one job as they were before they were first read, looked at again before its result is believed."""
+"""Snapshots of a job's input files, taken before they are read and compared before the result is published."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ class InputSnapshot:
     """
 
     def __init__(self, files: Iterable[Path] = (), may_be_linked: bool = False) -> None:
-        """Look at `files` now. Raises FileFormatError for one that is not there.
+        """Take the state of `files` now. Raises FileFormatError for one that is not there.
 
         may_be_linked: another hard link, which changes the ctime and nothing else, is no change of these files: a
         merge with --link hardlink makes such links of its base's shards.
@@ -32,30 +32,30 @@ class InputSnapshot:
             self._files.setdefault(file, (_stat(file), may_be_linked))
 
     def __add__(self, other: InputSnapshot) -> InputSnapshot:
-        """The files of both; the first look at a file counts."""
+        """Return the files of both snapshots; for a file in both, the first one counts."""
         both = InputSnapshot()
         both._files = other._files | self._files
         return both
 
     def of(self, files: Iterable[Path]) -> InputSnapshot:
-        """The same look at `files` alone; files that were not looked at are looked at now."""
-        found = InputSnapshot()
+        """Return the snapshot of `files` only; the state of files that it lacks is taken now."""
+        selected = InputSnapshot()
         for file in files:
-            found._files[file] = self._files.get(file) or (_stat(file), False)
-        return found
+            selected._files[file] = self._files.get(file) or (_stat(file), False)
+        return selected
 
     def without_link_times(self) -> InputSnapshot:
-        """The same look, without the ctime of files that may be linked.
+        """Return the snapshot without the ctime of files that may be linked.
 
         A merge with --link hardlink makes links of such files and removes those of a killed run: the ctime changes
         while the number of links may be what it was.
         """
-        found = InputSnapshot()
-        found._files, found._link_times = dict(self._files), False
-        return found
+        copy = InputSnapshot()
+        copy._files, copy._link_times = dict(self._files), False
+        return copy
 
     def check(self) -> None:
-        """Raise FileFormatError naming every file that is not as it was."""
+        """Raise FileFormatError with every file that has changed."""
         changed = [
             file
             for file, (before, linked) in self._files.items()
@@ -66,7 +66,7 @@ class InputSnapshot:
 
 
 def snapshot_folder(path: Path) -> InputSnapshot:
-    """Every file in the folder `path`, or beside the file `path`. Files that cannot be looked at are left out."""
+    """Take a snapshot of all files in the folder `path`, or beside the file `path`; unreadable ones are left out."""
     folder = path if path.is_dir() else path.parent
     files = []
     for file in folder.iterdir():

@@ -1,4 +1,4 @@
-"""torch, imported when it is first used: reading headers and configs, all that `inspect` does, needs none of it.
+"""A proxy of torch that imports it on first use: reading headers and configs (`inspect`) does not need it.
 
 A bare `import torch` costs more than a second. Modules that only describe files use `from .lazy_torch import torch`;
 those that compute import torch itself.
@@ -13,7 +13,7 @@ if TYPE_CHECKING:
 else:
 
     class _Torch:
-        """Stands for the torch module; every attribute is looked up in it once."""
+        """A proxy of the torch module; each attribute is looked up in torch once."""
 
         def __getattr__(self, name: str) -> Any:
             import torch as module

@@ -1,4 +1,4 @@
-"""Files that need not be copied: reflinks (shared extents, copied on write) and hard links."""
+"""Reflinks (shared extents, copied on write) and hard links, in place of copies of files."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ FICLONE = 0x40049409  # linux/fs.h
 
 
 def link_file(source: Path, target: Path, link: str) -> bool:
-    """Make the new file `target` share `source`'s bytes. False where "auto" or "copy" leave it to be copied.
+    """Make the new file `target` share the bytes of `source`; return False where the caller must copy it.
 
     A hard link is the same file under two names: who changes one changes the other. Raises OutputError when what
     was asked for by name cannot be done.
@@ -38,7 +38,7 @@ def link_file(source: Path, target: Path, link: str) -> bool:
 
 
 def can_link(source: Path, folder: Path, link: str) -> bool:
-    """True when a file in `folder` would share `source`'s bytes and take no space. Leaves nothing behind."""
+    """Return True when a file in `folder` can share the bytes of `source`; the file made for the test is removed."""
     source = source.resolve()
     if link == "copy" or source.stat().st_dev != folder.stat().st_dev:
         return False

@@ -1,4 +1,4 @@
-"""Locks on files (flock): the kernel drops a killed process's lock, and the empty file that it leaves is reused."""
+"""Locks on files (flock): the kernel releases the lock of a killed process; its empty lock file is reused."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The pickle inside a torch.save file, read as a table: names, dtypes, shapes and places of tensors. No code is run.
+"""Interpreter of the pickle in a torch.save file: names, dtypes, shapes and places of tensors, without running code.
 
 A pickle is a program for a stack machine. This machine knows the opcodes that torch.save emits (protocol 2; Python's
 Lib/pickletools.py describes them), and refuses every other one. Dictionary keys are strings and numbers only, and
@@ -28,14 +28,14 @@ from .pickled_tensors import (
     is_size,
 )
 
-MAX_OPCODES = 5_000_000  # about 35 a tensor
-MAX_MARKS = 1_000  # of containers inside each other
+MAX_OPCODES = 5_000_000  # a tensor takes about 35
+MAX_MARKS = 1_000  # nesting depth of containers
 MAX_INTEGER_BYTES = 9
 MAX_NAME_BYTES = 256
 
 
 def read_pickle_table(data: bytes) -> tuple[Any, Collection[PickledStorage]]:
-    """(what the pickle `data` describes, every storage that it names, also of values that nobody looks at).
+    """Return the content that the pickle `data` describes, and every storage that it names, used or not.
 
     What it describes is made of dict, list, tuple, str, numbers, bytes, None, PickledTensor and opaque values.
 
@@ -51,7 +51,7 @@ def read_pickle_table(data: bytes) -> tuple[Any, Collection[PickledStorage]]:
 
 
 class _Machine:
-    """The pickle and the position in it, the stack, the stacks below each mark, the memo."""
+    """The interpreter's state: pickle and position, stack, stacks below each mark, memo."""
 
     def __init__(self, data: bytes) -> None:
         self.data = data
@@ -79,12 +79,12 @@ class _Machine:
         raise DamagedPickle(f"it has more than {MAX_OPCODES} opcodes")
 
     def take(self, count: int) -> bytes:
-        """The next `count` bytes."""
-        found = self.data[self.position : self.position + count]
-        if len(found) < count:
+        """Return the next `count` bytes and advance. Raises for a pickle that ends too early."""
+        taken = self.data[self.position : self.position + count]
+        if len(taken) < count:
             raise DamagedPickle("it ends too early")
         self.position += count
-        return found
+        return taken
 
     def unsigned(self, count: int) -> int:
         return int.from_bytes(self.take(count), "little")
@@ -169,14 +169,14 @@ def _call(machine: _Machine) -> None:
 
 
 def _build(machine: _Machine) -> None:
-    """Attributes: a state dict's _metadata, the versions of its modules. No tensor depends on them."""
+    """Set attributes (a state dict's _metadata, with the versions of its modules); no tensor depends on them."""
     state = machine.stack.pop()
     if type(machine.stack[-1]) is not OrderedItems or type(state) is not dict:
         raise DamagedPickle(f"sets attributes of a {type(machine.stack[-1]).__name__}")
 
 
 def _storage(machine: _Machine) -> None:
-    """("storage", class, key, device, numel) -> the storage. torch.save names one storage many times, always alike."""
+    """Turn ("storage", class, key, device, numel) into the storage; repeated names of one storage must agree."""
     kind, storage_class, key, location, numel = machine.stack.pop()
     if kind != "storage" or type(storage_class) is not Global or storage_class.name not in STORAGE_DTYPES:
         raise DamagedPickle("a persistent id that is no storage")

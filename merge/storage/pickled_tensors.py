@@ -1,4 +1,4 @@
-"""What a torch.save pickle may name, described: storages, tensors and the functions that rebuild them.
+"""Allow list of what a torch.save pickle may name: storages, tensors and the functions that rebuild them.
 
 Nothing is imported and no object of another class is made: each function on the list has a description here that takes
 the pickle's arguments, checks them and returns a table entry (torch/_utils.py: _rebuild_tensor_v2, _rebuild_parameter,
@@ -46,15 +46,15 @@ UNSUPPORTED = {
 
 
 class DamagedPickle(ValueError):
-    """The opcodes cannot be what torch.save wrote."""
+    """Raised for opcodes that torch.save does not write."""
 
 
 class ForbiddenPickle(ValueError):
-    """The pickle names a function or class that is not on the list: to load it could run code."""
+    """Raised for a function or class that is not on the list: loading it could run code."""
 
 
 class UnsupportedPickle(ValueError):
-    """The pickle holds a kind of tensor that is known but cannot be read in place."""
+    """Raised for a known kind of tensor that cannot be read from the file in place."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,7 +69,7 @@ class PickledStorage:
 
 @dataclass(frozen=True, slots=True)
 class PickledTensor:
-    """A view of a storage: element (i, j, ...) is at offset + i * stride[0] + j * stride[1] + ..."""
+    """A view of a storage; element (i, j, ...) is at offset + i * stride[0] + j * stride[1] + ..."""
 
     storage: PickledStorage
     dtype: str
@@ -83,7 +83,7 @@ class PickledTensor:
 
     @property
     def span(self) -> int:
-        """Elements of the storage from the view's first to its last, both counted."""
+        """The number of storage elements from the view's first to its last."""
         return 1 + sum((size - 1) * step for size, step in zip(self.shape, self.strides, strict=True))
 
     @property
@@ -99,20 +99,20 @@ class PickledTensor:
 
 @dataclass(frozen=True, slots=True)
 class Global:
-    """A function or class by its name."""
+    """The name of a function or class."""
 
     name: str
 
 
 @dataclass(frozen=True, slots=True)
 class Opaque:
-    """A value that no tensor depends on: a device, a set, a complex number."""
+    """A placeholder for a value that no tensor depends on: a device, a set, a complex number."""
 
     kind: str
 
 
 class OrderedItems(dict[Any, Any]):
-    """Takes attributes (a state dict's _metadata), which a plain dict does not."""
+    """A dict that accepts attributes (a state dict's _metadata)."""
 
 
 def is_size(value: object) -> bool:
@@ -126,7 +126,7 @@ def _sizes(value: object) -> tuple[int, ...]:
 
 
 def _view(storage: object, dtype: str, offset: object, shape: object, strides: object) -> PickledTensor:
-    """A view that lies inside its storage. shape () is a scalar."""
+    """Return a view after checking that it lies inside its storage; shape () is a scalar."""
     sizes, steps = _sizes(shape), _sizes(strides)
     if type(storage) is not PickledStorage or type(offset) is not int or offset < 0 or len(sizes) != len(steps):
         raise DamagedPickle("a tensor without storage, offset, shape and strides")
@@ -175,7 +175,7 @@ def _rebuild_tensor_v3(
     dtype: Any,
     metadata: object = None,
 ) -> PickledTensor:
-    """For dtypes without a storage class: an untyped storage, and the dtype beside it."""
+    """Rebuild a tensor whose dtype has no storage class, from an untyped storage and the dtype."""
     _check_plain(grad, hooks, metadata)
     if grad:  # torch.save writes it, and torch.load fails on it
         raise UnsupportedPickle("a float8 or unsigned tensor that requires grad (save it again after .detach())")
@@ -191,7 +191,7 @@ def _checked_grad(tensor: PickledTensor, grad: object) -> PickledTensor:
 
 
 def _rebuild_parameter(tensor: object, grad: object, hooks: object, state: object = None) -> PickledTensor:
-    """state: attributes that somebody set on the parameter; its values do not depend on them."""
+    """Rebuild a parameter; `state` holds attributes set on it, which do not affect its values."""
     if type(tensor) is not PickledTensor:
         raise DamagedPickle("a parameter without a tensor")
     _check_plain(grad, hooks, None)
@@ -199,7 +199,7 @@ def _rebuild_parameter(tensor: object, grad: object, hooks: object, state: objec
 
 
 def _rebuild_with_attributes(function: Any, kind: Any, arguments: Any, state: object) -> PickledTensor:
-    """A plain tensor or parameter on which somebody set attributes. Subclasses are not on the list of names."""
+    """Rebuild a plain tensor or parameter with attributes set on it; subclasses are refused by name."""
     allowed: dict[str, Callable[..., PickledTensor]] = {
         "torch._utils._rebuild_tensor_v2": _rebuild_tensor_v2,
         "torch._utils._rebuild_tensor_v3": _rebuild_tensor_v3,

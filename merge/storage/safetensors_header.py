@@ -1,4 +1,4 @@
-"""The safetensors format from its headers alone: 8 bytes length, a JSON header, then the tensors' bytes.
+"""Reader and writer of safetensors headers: 8 bytes length, a JSON header, then the tensors' bytes.
 
 Nothing here imports torch or reads a weight. A header is checked before it is believed: lengths inside the
 file, dtypes known, shapes and byte ranges in agreement, no overlap, no hole, no duplicate name
@@ -25,7 +25,7 @@ ITEM_BYTES = {
 }  # fmt: skip
 FLOAT_DTYPES = ("F64", "F32", "F16", "BF16")
 MAX_HEADER_BYTES = 100_000_000
-MAX_DIMENSIONS = 32  # of a tensor; numpy 1 holds no more
+MAX_DIMENSIONS = 32  # of a tensor; the limit of numpy 1
 MAX_SIZE = 2**63 - 1  # of a dimension, an offset or a whole tensor; torch's sizes are signed
 ENTRY_KEYS = {"dtype", "shape", "data_offsets"}
 ALIGNMENT = 8
@@ -33,7 +33,7 @@ ALIGNMENT = 8
 
 @dataclass(frozen=True)
 class TensorRef:
-    """Where one tensor lies: bytes start .. stop of `file`, row-major, little-endian."""
+    """The place of one tensor in a file: bytes start .. stop of `file`, row-major, little-endian."""
 
     name: str
     file: Path
@@ -48,7 +48,7 @@ class TensorRef:
 
     @property
     def rows(self) -> int:
-        """Rows of the 2-D view: all leading dimensions together; 1 for scalars and vectors."""
+        """The number of rows of the 2-D view, the product of all leading dimensions; 1 for scalars and vectors."""
         return math.prod(self.shape[:-1]) if len(self.shape) > 1 else 1
 
     @property
@@ -76,13 +76,13 @@ def _no_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 
 def _no_constant(text: str) -> Any:
-    raise ValueError(f"{text} is no JSON")
+    raise ValueError(f"{text} is not JSON")
 
 
 def _plain_integer(text: str) -> int:
-    """Python's own reading, but for -0, which is no size, and for integers too long to be one."""
+    """Parse an integer as Python does, but refuse -0 and integers that are too long to be a size."""
     if text.startswith("-") or len(text) > 20:
-        raise ValueError(f"the number {text[:24]} is no size")
+        raise ValueError(f"the number {text[:24]} is not a size")
     return int(text)
 
 
@@ -91,7 +91,7 @@ def _is_size(value: object) -> bool:
 
 
 def _shortened(value: object) -> str:
-    """The value for a message: a header may hold 100 MB of it."""
+    """Return a value shortened for an error message: a header may hold 100 MB."""
     if isinstance(value, list) and len(value) > MAX_DIMENSIONS:
         return f"{len(value)} entries"
     text = str(value) if isinstance(value, Exception) else repr(value)
@@ -99,7 +99,7 @@ def _shortened(value: object) -> str:
 
 
 def read_header(file: Path) -> Header:
-    """The checked header of `file`. Raises FileFormatError for whatever a loader should not believe."""
+    """Read and check the header of `file`. Raises FileFormatError for any malformed or inconsistent entry."""
 
     def lie(cause: str, *, expected: str | None = None, got: str | None = None) -> NoReturn:
         hint = "the file is truncated or damaged: fetch it again"
@@ -130,7 +130,7 @@ def read_header(file: Path) -> Header:
             parse_constant=_no_constant,
             parse_int=_plain_integer,
         )
-        if b"\\ud" in text.lower():  # half a surrogate pair can be read, but never written again
+        if b"\\ud" in text.lower():  # half a surrogate pair can be read but not written
             json.dumps(content, ensure_ascii=False).encode("utf-8")
     except (ValueError, RecursionError) as error:
         lie(f"the header is not valid JSON ({_shortened(error)})")
@@ -156,7 +156,7 @@ def read_header(file: Path) -> Header:
         if not isinstance(offsets, list) or len(offsets) != 2 or not all(_is_size(offset) for offset in offsets):
             lie(f"tensor {name!r} has impossible offsets", got=_shortened(offsets))
         need = ITEM_BYTES[dtype]
-        for count in shape:  # in this order: a shape that overflows before its 0 is refused by safetensors too
+        for count in shape:  # in this order: safetensors also refuses a shape that overflows before a size 0
             need *= count
             if need > MAX_SIZE:
                 lie(f"tensor {name!r} has an impossible shape", expected="below 2^63 bytes", got=_shortened(shape))
@@ -181,7 +181,7 @@ def read_header(file: Path) -> Header:
 def layout(
     file: Path, tensors: Iterable[tuple[str, str, tuple[int, ...]]], metadata: Mapping[str, str] | None = None
 ) -> tuple[bytes, tuple[TensorRef, ...]]:
-    """The header's bytes and the places of `tensors` (name, dtype, shape), in the given order, for a new file."""
+    """Return the header's bytes and the places of `tensors` (name, dtype, shape) for a new file, in their order."""
     entries: dict[str, Any] = {}
     if metadata:
         entries["__metadata__"] = dict(metadata)

@@ -1,4 +1,4 @@
-"""Whether two stored tensors hold the same bytes, or the same numbers."""
+"""Comparison of two stored tensors, by bytes or by values."""
 
 from __future__ import annotations
 
@@ -10,30 +10,34 @@ from .safetensors_header import FLOAT_DTYPES, TensorRef
 from .tensor_io import TORCH_DTYPES, read_tensor
 
 
-def same_values(one: TensorRef, other: TensorRef) -> bool:
-    """True when both hold the same numbers: the same bytes, or a wider dtype with nothing but zeros behind them."""
-    if one.dtype == other.dtype or one.shape != other.shape or not {one.dtype, other.dtype} <= set(FLOAT_DTYPES):
-        return same_bytes(one, other)
-    wide = torch.promote_types(TORCH_DTYPES[one.dtype], TORCH_DTYPES[other.dtype])
-    return torch.equal(read_tensor(one).to(wide), read_tensor(other).to(wide))
+def same_values(first: TensorRef, second: TensorRef) -> bool:
+    """Return True when both hold the same values: the same bytes, or two float dtypes that convert to equal values."""
+    if (
+        first.dtype == second.dtype
+        or first.shape != second.shape
+        or not {first.dtype, second.dtype} <= set(FLOAT_DTYPES)
+    ):
+        return same_bytes(first, second)
+    wide = torch.promote_types(TORCH_DTYPES[first.dtype], TORCH_DTYPES[second.dtype])
+    return torch.equal(read_tensor(first).to(wide), read_tensor(second).to(wide))
 
 
-def same_bytes(one: TensorRef, other: TensorRef) -> bool:
-    """True when both hold the same dtype, shape and bytes; read in pieces of 16 MiB."""
-    if (one.dtype, one.shape) != (other.dtype, other.shape):
+def same_bytes(first: TensorRef, second: TensorRef) -> bool:
+    """Return True when both hold the same dtype, shape and bytes; reads pieces of 16 MiB."""
+    if (first.dtype, first.shape) != (second.dtype, second.shape):
         return False
     with ExitStack() as stack:
         streams = []
-        for ref in (one, other):
+        for ref in (first, second):
             with reading(ref.file):
                 streams.append(stack.enter_context(ref.file.open("rb")))
                 streams[-1].seek(ref.start)
-        remaining = one.nbytes
+        remaining = first.nbytes
         while remaining:
             size = min(remaining, 16 << 20)
-            with reading(one.file):
+            with reading(first.file):
                 piece = streams[0].read(size)
-            with reading(other.file):
+            with reading(second.file):
                 if piece != streams[1].read(size):
                     return False
             remaining -= size

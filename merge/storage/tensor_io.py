@@ -1,4 +1,4 @@
-"""Bytes <-> torch tensors: reading references, and safetensors names for torch dtypes."""
+"""Reading and writing of torch tensors, and the safetensors names of torch dtypes."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ TORCH_NAMES = {
 
 
 class _TorchDtypes(Mapping[str, "torch.dtype"]):
-    """safetensors name -> torch dtype, without importing torch before one is asked for."""
+    """A map from safetensors name to torch dtype that imports torch on first use."""
 
     def __getitem__(self, name: str) -> torch.dtype:
         dtype = getattr(torch, TORCH_NAMES[name])
@@ -45,7 +45,7 @@ TORCH_DTYPES: Mapping[str, torch.dtype] = _TorchDtypes()
 
 @cache
 def dtype_names() -> Mapping[torch.dtype, str]:
-    """torch dtype -> safetensors name."""
+    """Return the safetensors name of a torch dtype."""
     return {TORCH_DTYPES[name]: name for name in TORCH_NAMES}
 
 
@@ -64,7 +64,7 @@ def pread_into(fd: int, buffer: memoryview, offset: int, what: str) -> None:
 
 
 def read_tensor(ref: TensorRef) -> Tensor:
-    """The whole tensor, on the CPU, in its own dtype. Raises FileFormatError on a short file."""
+    """Read one tensor whole, on the CPU, in its stored dtype. Raises FileFormatError for a short file."""
     if ref.dtype not in TORCH_DTYPES:
         raise FileFormatError(f"{ref.file}: torch has no dtype for {ref.dtype} (tensor {ref.name!r})")
     raw = torch.empty(ref.nbytes, dtype=torch.uint8)
@@ -75,7 +75,7 @@ def read_tensor(ref: TensorRef) -> Tensor:
 
 
 def all_finite(tensor: Tensor) -> bool:
-    """True when no element is NaN or infinite; one pass, no temporaries."""
+    """Return True when no element is NaN or infinite; one pass, no temporaries."""
     if not tensor.numel():
         return True
     low, high = torch.aminmax(tensor)
@@ -83,7 +83,7 @@ def all_finite(tensor: Tensor) -> bool:
 
 
 def raw_bytes(tensor: Tensor) -> memoryview:
-    """The bytes of a contiguous CPU tensor, without a copy."""
+    """Return the bytes of a contiguous CPU tensor, without a copy."""
     return tensor.contiguous().reshape(-1).view(torch.uint8).numpy().data
 
 

@@ -1,4 +1,4 @@
-"""torch.save files without trusting them and without torch: the places of their tensors, as a header gives them.
+"""Reader of torch.save files without torch and without running code: the places of their tensors.
 
 torch.save stores tensors uncompressed in a zip archive, and their names, shapes and places in a pickle. The pickle is
 read as a table (pickle_machine.py) and every storage is compared with its zip record (torch_zip.py), so that the
@@ -21,13 +21,13 @@ from .safetensors_header import ITEM_BYTES, TensorRef
 from .torch_zip import TorchZip, read_torch_zip
 
 WRAPPERS = ("model_state_dict", "state_dict", "module", "model")
-# Tensors may share a storage (tied weights, views). Together they may be this much larger than their file.
+# Tensors may share a storage (tied weights, views): the limit of their total size relative to the file's.
 MAX_GROWTH = 16
 ALWAYS_ALLOWED_BYTES = 64 << 20
 
 
 def read_pickle(file: Path) -> dict[str, TensorRef]:
-    """The tensors of a torch.save file, by name. A state dict under a usual wrapper key is unwrapped.
+    """Return the tensors of a torch.save file by name. A state dict under a usual wrapper key is unwrapped.
 
     Raises FileFormatError for the pre-1.6 format, for anything that is not tensors, for a pickle that would run code,
     and for sparse, quantised, conjugated, negated and meta tensors.
@@ -100,7 +100,7 @@ def _state_dict(file: Path, content: Any) -> Mapping[str, PickledTensor]:
 
 
 def _holds_named_tensors(name: object, value: object) -> bool:
-    """True for a dict or list in a state dict that holds tensors of modules, whose names have a dot."""
+    """Return True for a dict or list in a state dict that holds tensors of modules, whose names have a dot."""
     if isinstance(value, Mapping):
         return any(type(item) is PickledTensor and "." in f"{name}{key}" for key, item in value.items())
     return isinstance(value, list | tuple) and "." in str(name) and any(type(item) is PickledTensor for item in value)

@@ -1,4 +1,4 @@
-"""The zip archive that torch.save writes: where each record's bytes lie, checked before they are believed.
+"""Reader of the zip archive that torch.save writes: the place of each record's bytes, with all headers checked.
 
     NAME/data.pkl      the pickle: names, shapes and places of the tensors
     NAME/data/0, 1 ..  one record a storage, its bytes as they were in memory
@@ -24,7 +24,7 @@ from adapter_merge.errors import FileFormatError
 KNOWN_RECORDS = re.compile(
     r"data\.pkl|data/[0-9]{1,20}|byteorder|version|\.format_version|\.storage_alignment|\.data/serialization_id"
 )
-VERSIONS = range(1, 11)  # what torch itself reads (caffe2/serialize/versions.h)
+VERSIONS = range(1, 11)  # the versions that torch reads (caffe2/serialize/versions.h)
 MAX_PICKLE_BYTES = 128 << 20
 MAX_SMALL_BYTES = 64
 MAX_DIRECTORY_BYTES = 256 << 20
@@ -39,8 +39,8 @@ HAS_DESCRIPTOR = 0x08  # flag: sizes and checksum follow the data, and the local
 ALL_ONES = 0xFFFFFFFF  # a 32-bit field whose value is in the zip64 record instead
 LEFT_OUT = (0xFFFF, ALL_ONES, ALL_ONES)
 ZIP64_EXTRA = 0x0001
-# What torch.save (miniz) and Python's zipfile write into the fields that say how an entry is to be read. Any other
-# value means something to some reader: bit 4 of the external attributes makes an entry a folder for torch.
+# The values that torch.save (miniz) and Python's zipfile write into the fields that control reading. Other values may
+# change how a reader treats an entry: bit 4 of the external attributes makes it a folder for torch.
 MADE_BY = (0, 0x0314, 0x032D)
 VERSIONS_NEEDED = (0, 20, 45)
 FLAGS = (0, 0x0800, 0x0808)  # UTF-8 names; a descriptor
@@ -49,7 +49,7 @@ EXTERNAL = (0, 0o600 << 16)
 
 @dataclass(frozen=True)
 class Record:
-    """Bytes start .. stop of the archive."""
+    """One record: bytes start .. stop of the archive."""
 
     start: int
     stop: int
@@ -61,7 +61,7 @@ class Record:
 
 @dataclass(frozen=True)
 class _Entry:
-    """One entry of the central directory; every field that it does not name here has been checked."""
+    """One entry of the central directory; fields that are not listed here were checked on reading."""
 
     name: str
     needed: int
@@ -70,12 +70,12 @@ class _Entry:
     crc: int
     size: int
     offset: int  # of the local header
-    extra: bytes  # the zip64 record, or nothing
+    extra: bytes  # the zip64 record, or empty
 
 
 @dataclass(frozen=True)
 class TorchZip:
-    """The records of one archive by their names, without the archive's own name before them."""
+    """The records of one archive by name, without the archive's name as their prefix."""
 
     file: Path
     records: Mapping[str, Record]
@@ -83,7 +83,7 @@ class TorchZip:
 
 
 def read_torch_zip(file: Path, stream: BinaryIO) -> TorchZip:
-    """The archive in `stream`, opened from `file`.
+    """Read the archive in `stream`, which was opened from `file`.
 
     Raises FileFormatError for what is no zip file of torch.save, and for one that two readers could read differently:
     records that are compressed, encrypted, there twice or overlapping, bytes between records, local headers that
@@ -98,17 +98,17 @@ def read_torch_zip(file: Path, stream: BinaryIO) -> TorchZip:
         )
     count, directory, stop = _read_end(file, stream)
     named = _strip_archive_name(file, _read_directory(file, stream, count, directory, stop))
-    found = _locate_all(file, stream, named, directory)
-    if "data.pkl" not in found:
+    records = _locate_all(file, stream, named, directory)
+    if "data.pkl" not in records:
         _refuse(file, "has no data.pkl", expected="an archive that torch.save wrote")
-    _check_version(file, stream, found)
-    if found["data.pkl"].nbytes > MAX_PICKLE_BYTES:
-        _refuse(file, "its pickle is too large", f"at most {MAX_PICKLE_BYTES} bytes", f"{found['data.pkl'].nbytes}")
-    return TorchZip(file, found, _content(stream, found["data.pkl"]))
+    _check_version(file, stream, records)
+    if records["data.pkl"].nbytes > MAX_PICKLE_BYTES:
+        _refuse(file, "its pickle is too large", f"at most {MAX_PICKLE_BYTES} bytes", f"{records['data.pkl'].nbytes}")
+    return TorchZip(file, records, _content(stream, records["data.pkl"]))
 
 
 def _read_end(file: Path, stream: BinaryIO) -> tuple[int, int, int]:  # noqa: RET503
-    """(entries, start, stop) of the directory, as the record at the very end of the file says: one disk, no comment."""
+    """Return (entries, start, stop) of the directory from the record at the file's end: one disk, no comment."""
     size = stream.seek(0, os.SEEK_END)
     place = max(0, size - DIRECTORY_END.size)
     stream.seek(place)
@@ -120,20 +120,20 @@ def _read_end(file: Path, stream: BinaryIO) -> tuple[int, int, int]:  # noqa: RE
                 return total, offset, place
             stream.seek(max(0, place - ZIP64_END.size))
             more = stream.read(ZIP64_END.size)
-            if len(more) == ZIP64_END.size and _agrees(more, place, (total, nbytes, offset)):
+            if len(more) == ZIP64_END.size and _agrees_with_zip64(more, place, (total, nbytes, offset)):
                 *_, total, nbytes, offset, _, _, _, _ = ZIP64_END.unpack(more)
                 return total, offset, offset + nbytes
     _refuse(file, "does not end with a zip directory", hint="the file is truncated or damaged: fetch it again")
 
 
-def _agrees(more: bytes, place: int, short: tuple[int, int, int]) -> bool:
-    """True when the zip64 end, which torch writes in every file, says what the end says or leaves to it."""
-    magic, left, _, _, disk, first_disk, here, total, nbytes, offset, locator, on_disk, found, disks = ZIP64_END.unpack(
-        more
+def _agrees_with_zip64(more: bytes, place: int, short: tuple[int, int, int]) -> bool:
+    """Return True when the zip64 end, which torch writes in every file, agrees with the end record."""
+    magic, size, _, _, disk, first_disk, here, total, nbytes, offset, locator, on_disk, zip64_place, disks = (
+        ZIP64_END.unpack(more)
     )
-    whole = (magic, left, locator) == (b"PK\x06\x06", 44, b"PK\x06\x07") and here == total
+    whole = (magic, size, locator) == (b"PK\x06\x06", 44, b"PK\x06\x07") and here == total
     one_disk = not disk and not first_disk and not on_disk and disks == 1
-    ends = offset + nbytes == found == place - ZIP64_END.size
+    ends = offset + nbytes == zip64_place == place - ZIP64_END.size
     same = all(
         mine in (value, ones) for mine, value, ones in zip(short, (total, nbytes, offset), LEFT_OUT, strict=True)
     )
@@ -141,23 +141,23 @@ def _agrees(more: bytes, place: int, short: tuple[int, int, int]) -> bool:
 
 
 def _read_directory(file: Path, stream: BinaryIO, count: int, start: int, stop: int) -> list[_Entry]:
-    """All entries of the central directory, which must fill bytes start .. stop of the file."""
+    """Read all entries of the central directory, which must fill bytes start .. stop of the file."""
     if stop - start > MAX_DIRECTORY_BYTES or count * CENTRAL_HEADER.size > stop - start:
-        _refuse(file, "the zip directory's end belies the directory")
+        _refuse(file, "the zip directory's end record contradicts the directory")
     stream.seek(start)
     data = stream.read(stop - start)
     entries, place = [], 0
     for _ in range(count):
         head = data[place : place + CENTRAL_HEADER.size]
         if len(head) < CENTRAL_HEADER.size or not head.startswith(CENTRAL_MAGIC):
-            _refuse(file, "the zip directory's end belies the directory")
+            _refuse(file, "the zip directory's end record contradicts the directory")
         _, made_by, needed, flags, method, time, date, crc, packed, size, *rest = CENTRAL_HEADER.unpack(head)
         name_bytes, extra_bytes, comment_bytes, disk, internal, external, offset = rest
         place += CENTRAL_HEADER.size
         raw, extra = data[place : place + name_bytes], data[place + name_bytes : place + name_bytes + extra_bytes]
         place += name_bytes + extra_bytes
         if place > len(data):
-            _refuse(file, "the zip directory's end belies the directory")
+            _refuse(file, "the zip directory's end record contradicts the directory")
         try:
             name = raw.decode("utf-8")
         except UnicodeDecodeError:
@@ -175,12 +175,12 @@ def _read_directory(file: Path, stream: BinaryIO, count: int, start: int, stop: 
         size, offset = _widen(file, name, size, offset, extra)
         entries.append(_Entry(name, needed, flags, (time, date), crc, size, offset, extra))
     if place != len(data):
-        _refuse(file, "the zip directory's end belies the directory")
+        _refuse(file, "the zip directory's end record contradicts the directory")
     return entries
 
 
 def _widen(file: Path, name: str, size: int, offset: int, extra: bytes) -> tuple[int, int]:
-    """(size, offset), from the zip64 record `extra` where their 32-bit fields are all ones."""
+    """Return (size, offset), from the zip64 record `extra` where their 32-bit fields are all ones."""
     wide = ([size, size] if size == ALL_ONES else []) + ([offset] if offset == ALL_ONES else [])
     expected = struct.pack("<2H", ZIP64_EXTRA, 8 * len(wide)) if wide else b""
     if len(extra) != len(expected) + 8 * len(wide) or not extra.startswith(expected):
@@ -214,23 +214,23 @@ def _strip_archive_name(file: Path, entries: list[_Entry]) -> dict[str, _Entry]:
 
 
 def _locate_all(file: Path, stream: BinaryIO, named: Mapping[str, _Entry], directory: int) -> dict[str, Record]:
-    """Every record's bytes. The records follow each other without a gap from the file's start to its directory."""
-    found: dict[str, Record] = {}
+    """Locate every record; together they must fill the file up to its directory, without gaps."""
+    records: dict[str, Record] = {}
     position = 0
     for name, entry in sorted(named.items(), key=lambda item: item[1].offset):
         if entry.offset != position:
             _refuse(file, f"its record {name!r} overlaps another one, or there are bytes between them")
-        found[name] = _locate(file, stream, entry)
-        position = found[name].stop + _descriptor_bytes(file, stream, entry, found[name])
+        records[name] = _locate(file, stream, entry)
+        position = records[name].stop + _descriptor_bytes(file, stream, entry, records[name])
         if position > directory:
             _refuse(file, f"its record {name!r} lies outside the file")
     if position != directory:
         _refuse(file, "has bytes between its last record and its zip directory")
-    return found
+    return records
 
 
 def _locate(file: Path, stream: BinaryIO, entry: _Entry) -> Record:
-    """The record's bytes, as its directory entry and its local header both say."""
+    """Locate one record's bytes; its directory entry and its local header must agree."""
     what = f"its record {entry.name!r}"
     stream.seek(entry.offset)
     head = stream.read(LOCAL_HEADER.size)
@@ -244,30 +244,30 @@ def _locate(file: Path, stream: BinaryIO, entry: _Entry) -> Record:
         or (needed, flags, (time, date)) != (entry.needed, entry.flags, entry.stamp)
         or (crc, packed, size) != ((0, 0, 0) if late else (entry.crc, entry.size, entry.size))
     ):
-        _refuse(file, f"{what} has a local header that the directory belies")
+        _refuse(file, f"{what} has a local header that contradicts the directory")
     start = entry.offset + LOCAL_HEADER.size + name_bytes + extra_bytes
     return Record(start, start + entry.size)
 
 
 def _descriptor_bytes(file: Path, stream: BinaryIO, entry: _Entry, record: Record) -> int:
-    """The size of the descriptor behind the record: checksum and sizes, of 64 bits where the entry is zip64."""
+    """Return the size of the descriptor after the record: checksum and sizes, of 64 bits where the entry is zip64."""
     if not entry.flags & HAS_DESCRIPTOR:
         return 0
     packed = struct.pack("<4sI2Q" if entry.extra else "<4s3I", DESCRIPTOR_MAGIC, entry.crc, entry.size, entry.size)
     stream.seek(record.stop)
     if stream.read(len(packed)) != packed:
-        _refuse(file, f"its record {entry.name!r} has a descriptor that the directory belies")
+        _refuse(file, f"its record {entry.name!r} has a descriptor that contradicts the directory")
     return len(packed)
 
 
-def _check_version(file: Path, stream: BinaryIO, found: Mapping[str, Record]) -> None:
-    text = _content(stream, found["version"])[:MAX_SMALL_BYTES].strip() if "version" in found else b""
+def _check_version(file: Path, stream: BinaryIO, records: Mapping[str, Record]) -> None:
+    text = _content(stream, records["version"])[:MAX_SMALL_BYTES].strip() if "version" in records else b""
     if not text.isdigit() or int(text) not in VERSIONS:
         _refuse(file, "its format version is unknown", "1 to 10", text.decode("ascii", "replace") or "none")
     for name in (".format_version", ".storage_alignment", ".data/serialization_id"):
-        if name in found and not _content(stream, found[name])[:MAX_SMALL_BYTES].isdigit():
-            _refuse(file, f"its record {name!r} is no number")
-    order = _content(stream, found["byteorder"])[:MAX_SMALL_BYTES] if "byteorder" in found else b"little"
+        if name in records and not _content(stream, records[name])[:MAX_SMALL_BYTES].isdigit():
+            _refuse(file, f"its record {name!r} is not a number")
+    order = _content(stream, records["byteorder"])[:MAX_SMALL_BYTES] if "byteorder" in records else b"little"
     if order != b"little":
         _refuse(
             file,

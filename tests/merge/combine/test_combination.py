@@ -20,8 +20,8 @@ from adapter_merge.combine.delta_ops import (
     CombinedEdit,
     Settings,
     WeightedEdit,
-    combined,
-    combined_form,
+    combine_edits,
+    combine_forms,
     random_keep,
 )
 from adapter_merge.combine.recipe import Recipe, read_recipe
@@ -219,7 +219,7 @@ def test_linear_combination_of_doras_is_a_canonical_form() -> None:
 
     forms, weights = [form(2, True), form(3, False), form(1, True)], [0.7, -0.4, 0.5]
     expected = weight + sum(w * f.delta(weight) for f, w in zip(forms, weights, strict=True))
-    got = combined_form(forms, weights, weight)
+    got = combine_forms(forms, weights, weight)
     assert got.rank == 6
     torch.testing.assert_close(got.merged(weight), expected)
 
@@ -230,13 +230,14 @@ def test_thresholds_are_exact_over_blocks() -> None:
     form = CanonicalForm(torch.randn(40, 2), torch.randn(2, 30))
     delta = form.delta_rows(weight, 0)
     for density in (0.001, 0.01, 0.25, 0.5, 0.999):
-        edit: Any = combined([WeightedEdit(form, 2.0, density, 0)], Settings("magnitude-prune", density))
+        unread: Any = combine_edits([WeightedEdit(form, 2.0, density, 0)], Settings("magnitude-prune", density))
+        edit = unread
         assert isinstance(edit, CombinedEdit)
         while edit.needs_pass:
             edit = edit.with_pass_sums(sum(edit.pass_sums(weight[i : i + 7].clone(), i) for i in range(0, 40, 7)))
         expected = 2 * top(delta, int(density * 1200))
         torch.testing.assert_close(edit.delta_rows(weight, 0), expected)
-        after = applied(combined([WeightedEdit(form, 2.0, density, 0)], Settings("magnitude-prune", density)), weight)  # type: ignore[arg-type]
+        after = applied(unread, weight)
         torch.testing.assert_close(after, weight + expected)
 
 

@@ -156,11 +156,11 @@ def test_an_adapter_that_starts_from_the_base_cannot_come_later(
     base: Path, adapters: dict[str, Path], tmp_path: Path
 ) -> None:
     merge(base, in_turn(adapters["dude"], adapters["lora"]), tmp_path / "first", device="cpu")
-    with pytest.raises(InputError, match="starts from the weight that it finds"):
+    with pytest.raises(InputError, match="is initialised from the weight"):
         merge(base, in_turn(adapters["lora"], adapters["dude"]), tmp_path / "later", device="cpu")
-    with pytest.raises(InputError, match="weights are not for in-turn"):
+    with pytest.raises(InputError, match="weights do not apply to in-turn"):
         make_recipe([Ingredient("a", "a", 0.5)], Settings(IN_TURN))
-    with pytest.raises(InputError, match="a density is not for in-turn"):
+    with pytest.raises(InputError, match="a density does not apply to in-turn"):
         make_recipe([Ingredient("a", "a")], Settings(IN_TURN, density=0.5))
 
 

@@ -231,7 +231,7 @@ def test_a_new_head_on_a_quantised_base(base: Path, tmp_path: Path) -> None:
     [
         (Settings("ties"), "only the signs are elected"),
         (Settings("dare"), "the result is that of linear"),
-        (Settings("ties", 0.5, seed=3), "the seed does nothing"),
+        (Settings("ties", 0.5, seed=3), "the seed has no effect"),
         (Settings("dare", 0.5, seed=3), ""),
         (Settings("linear"), ""),
         (Settings("breadcrumbs", gamma=0.1), ""),

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from adapter_merge.api.factor import factor
 from adapter_merge.api.merge import delta, merge
-from adapter_merge.combine.delta_ops import METHODS, Settings, WeightedEdit, combined, combined_form
+from adapter_merge.combine.delta_ops import METHODS, Settings, WeightedEdit, combine_edits, combine_forms
 from adapter_merge.combine.recipe import IN_TURN, Ingredient, make_recipe
 from adapter_merge.formats.peft.patterns import Pattern, pattern_fault
 from adapter_merge.methods.block_edits import RowRange, RowsReplaced, applied, in_turn
@@ -109,9 +109,9 @@ def test_linear_combination_is_the_weighted_sum_of_deltas(
     forms = [form_of(out, inner, rank, kind, weight) for rank, kind, _ in adapters]
     expected = weight + sum(w * form.delta(weight) for form, (_, _, w) in zip(forms, adapters, strict=True))
     parts = [WeightedEdit(form, w, 1.0, 0) for form, (_, _, w) in zip(forms, adapters, strict=True)]
-    edit = combined(parts, Settings())
+    edit = combine_edits(parts, Settings())
     torch.testing.assert_close(weight if edit is None else applied(edit, weight), expected)
-    whole = combined_form(forms, [w for _, _, w in adapters], weight)
+    whole = combine_forms(forms, [w for _, _, w in adapters], weight)
     if whole.row_scale is None or float(whole.row_scale.abs().min()) > 1e-3:
         torch.testing.assert_close(whole.merged(weight), expected, atol=1e-6, rtol=1e-6)
 
@@ -131,16 +131,16 @@ def test_combinations_change_only_what_some_adapter_changes(
     parts = [
         WeightedEdit(form, w, density, key) for key, (form, w) in enumerate(zip(forms, (0.5, 0.3, -0.2), strict=True))
     ]
-    edit = combined(parts, chosen)
+    edit = combine_edits(parts, chosen)
     assert edit is not None
     after = applied(edit, weight)
     assert bool(torch.isfinite(after).all())
-    alone = combined(parts[:1], chosen)
+    alone = combine_edits(parts[:1], chosen)
     assert alone is None or torch.equal(applied(alone, weight)[0], weight[0])
     bound = sum(abs(p.weight) * f.delta(weight).abs() for p, f in zip(parts, forms, strict=True))
     if method in ("linear", "magnitude-prune", "breadcrumbs"):
         assert bool(((after - weight).abs() <= bound + 1e-9).all())
-    shuffled = combined([parts[i] for i in order], chosen)
+    shuffled = combine_edits([parts[i] for i in order], chosen)
     assert shuffled is not None
     torch.testing.assert_close(applied(shuffled, weight), after)
 
@@ -257,10 +257,10 @@ def test_combinations_are_their_definition_in_blocks_too(
     deltas = [form.delta(weight) for form in forms]
     taken = [number for number, w in enumerate(weights) if w != 0]
     if not taken:
-        assert combined(parts, chosen) is None
+        assert combine_edits(parts, chosen) is None
         return
     expected, unsure = defined_delta([deltas[i] for i in taken], [parts[i] for i in taken], chosen)
-    edit = combined(parts, chosen)
+    edit = combine_edits(parts, chosen)
     assert edit is not None
     got = applied(edit, weight) - weight
     torch.testing.assert_close(got[~unsure], expected[~unsure], atol=1e-6, rtol=1e-6)

@@ -200,7 +200,7 @@ def test_the_legacy_format_is_refused(tmp_path: Path) -> None:
         read_pickle(file)
 
 
-def test_a_local_header_that_the_directory_belies(tmp_path: Path) -> None:
+def test_a_local_header_that_contradicts_the_directory(tmp_path: Path) -> None:
     data = bytearray(changed_records())
     place = data.index(b"archive/data/0")
     data[place : place + 14] = b"archive/data/9"
