@@ -6,6 +6,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -25,17 +26,13 @@ from .kohya import IMAGE_PREFIXES, PREFIXES, holds_kohya, read_kohya
 from .mytransformers import read_mytransformers
 from .native import NATIVE_TYPES, read_native
 
-FORMATS = ("peft", "native", "dcft", "dcft-reshape", "mytransformers", "kohya")
 FILE_SUFFIXES = (".safetensors", ".bin", ".pt", ".pth", ".ckpt")
 
-# The options that each format can use, beside format and prefix. USED_BY_TYPE overrides them by peft_type.
+# The options that each format of a folder can use, beside format and prefix. USED_BY_TYPE overrides them by peft_type.
 USED_OPTIONS: dict[str, tuple[str, ...]] = {
     "peft": (),
     "native": (),
     "dcft": ("alpha", "ranknum"),
-    "dcft-reshape": (),
-    "mytransformers": ("alpha", "magnitude_axis", "residual_dtype"),
-    "kohya": ("alpha", "magnitude_axis"),
 }
 USED_BY_TYPE = {
     "LORA": ("magnitudes", "init_adapter", "residual_dtype"),
@@ -50,7 +47,7 @@ class ReadOptions:
 
     alpha: float | None = None  # lora_alpha, where no config holds it
     ranknum: float | None = None  # DCFT: ranknum, where loralib's lora_state_dict() dropped it
-    format: str | None = None  # one of FORMATS: the format to read, instead of the detected one
+    format: str | None = None  # a key of USED_OPTIONS or FILE_FORMATS: the format to read, instead of the detected one
     magnitudes: Path | None = None  # DoRA, DuDe: a file or PEFT folder with the magnitudes that PEFT dropped
     init_adapter: Path | None = None  # PiSSA and others: the PEFT folder saved before training
     residual_dtype: str | None = None  # PiSSA, DuDe: the dtype of the frozen residual, where not the base's
@@ -62,16 +59,68 @@ class ReadOptions:
 class Detected:
     """The detected format of a folder or file, with the evidence."""
 
-    format: str  # one of FORMATS
+    format: str  # a key of USED_OPTIONS or FILE_FORMATS
     certainty: str  # certain, likely or stated
     reason: str
+
+
+@dataclass(frozen=True)
+class FileFormat:
+    """How a format of one weights file is recognised and read."""
+
+    recognise: Callable[[tuple[str, ...]], str | None]  # tensor names -> "certain" or "likely"; None: another format
+    evidence: str  # shown to users with the certainty
+    options: tuple[str, ...]  # the fields of ReadOptions that it can use, beside format and prefix
+    read: Callable[[Path, ReadOptions, Checkpoint | None], Adapter]  # (file, options, base) -> adapter
+
+
+def _recognise_kohya(names: tuple[str, ...]) -> str | None:
+    if not holds_kohya(names):
+        return None
+    prefixed = all(name.startswith((*PREFIXES, *IMAGE_PREFIXES)) for name in names)
+    return "certain" if prefixed else "likely"
+
+
+def _recognise_mytransformers(names: tuple[str, ...]) -> str | None:
+    has_factors = all(any(name.endswith(suffix) for name in names) for suffix in (".weight_a", ".weight_b"))
+    return "likely" if has_factors else None
+
+
+def _recognise_dcft_reshape(names: tuple[str, ...]) -> str | None:
+    return "likely" if any(name.endswith(".deconv.weight") for name in names) else None
+
+
+# Formats of one weights file, in the order in which they are tried. A new format of this kind adds one row.
+FILE_FORMATS: dict[str, FileFormat] = {
+    "kohya": FileFormat(
+        _recognise_kohya,
+        "lora_down, lokr_ or hada_ tensors",
+        ("alpha", "magnitude_axis"),
+        lambda file, options, base: read_kohya(file, options.alpha, options.magnitude_axis, base),
+    ),
+    "mytransformers": FileFormat(
+        _recognise_mytransformers,
+        "weight_a and weight_b tensors",
+        ("alpha", "magnitude_axis", "residual_dtype"),
+        lambda file, options, base: read_mytransformers(
+            file, options.alpha, options.magnitude_axis, base, options.residual_dtype
+        ),
+    ),
+    "dcft-reshape": FileFormat(
+        _recognise_dcft_reshape,
+        "A, B and deconv.weight tensors",
+        (),
+        lambda file, options, base: read_dcft_reshape(file, base),
+    ),
+}
 
 
 def detect(path: Path, stated: str | None = None) -> Detected:
     """Return the format of an adapter's folder or file. Raises AdapterError where no known format fits."""
     if stated is not None:
-        if stated not in FORMATS:
-            raise InputError(f"--format {stated}: unknown", expected=", ".join(FORMATS))
+        known = (*USED_OPTIONS, *FILE_FORMATS)
+        if stated not in known:
+            raise InputError(f"--format {stated}: unknown", expected=", ".join(known))
         return Detected(stated, "stated", "--format")
     config_file = path / "adapter_config.json"
     if path.is_dir() and config_file.is_file():
@@ -100,14 +149,10 @@ def detect(path: Path, stated: str | None = None) -> Detected:
                 expected="adapter_config.json beside it",
                 hint="rank, alpha and method are only in that file: fetch the whole folder",
             )
-        if holds_kohya(names):
-            return Detected(
-                "kohya", "certain" if _has_kohya_prefixes(names) else "likely", "lora_down, lokr_ or hada_ tensors"
-            )
-        if any(name.endswith(".weight_a") for name in names) and any(name.endswith(".weight_b") for name in names):
-            return Detected("mytransformers", "likely", "weight_a and weight_b tensors")
-        if any(name.endswith(".deconv.weight") for name in names):
-            return Detected("dcft-reshape", "likely", "A, B and deconv.weight tensors")
+        for name, file_format in FILE_FORMATS.items():
+            certainty = file_format.recognise(names)
+            if certainty is not None:
+                return Detected(name, certainty, file_format.evidence)
     got = path.name
     if path.is_dir():
         got = ", ".join(sorted(entry.name for entry in path.iterdir())[:12]) or "an empty folder"
@@ -116,11 +161,6 @@ def detect(path: Path, stated: str | None = None) -> Detected:
         expected=f"adapter_config.json with {WEIGHT_FILES[0]}, or a DCFT checkpoint",
         got=got,
     )
-
-
-def _has_kohya_prefixes(names: tuple[str, ...]) -> bool:
-    """Return True when every tensor name has a prefix of kohya sd-scripts or LyCORIS."""
-    return all(name.startswith((*PREFIXES, *IMAGE_PREFIXES)) for name in names)
 
 
 def _single_file(path: Path) -> Path | None:
@@ -170,7 +210,7 @@ def _stated_files(options: ReadOptions) -> list[Path]:
 
 def _refuse_unused(path: Path, format: str, options: ReadOptions) -> None:
     """Raise InputError with every option that has no effect on an adapter of this format."""
-    wanted: tuple[str, ...] = USED_OPTIONS[format]
+    wanted = FILE_FORMATS[format].options if format in FILE_FORMATS else USED_OPTIONS[format]
     kind = format
     if format in ("peft", "native"):
         config = read_json(path / "adapter_config.json")
@@ -218,8 +258,4 @@ def _read(path: Path, detected: Detected, options: ReadOptions, base: Checkpoint
     file = _single_file(path)
     if file is None:
         raise AdapterError(f"{path}: no single weights file", expected=f"one file ({', '.join(FILE_SUFFIXES)})")
-    if detected.format == "kohya":
-        return read_kohya(file, options.alpha, options.magnitude_axis, base)
-    if detected.format == "mytransformers":
-        return read_mytransformers(file, options.alpha, options.magnitude_axis, base, options.residual_dtype)
-    return read_dcft_reshape(file, base)
+    return FILE_FORMATS[detected.format].read(file, options, base)
