@@ -149,7 +149,7 @@ def test_bare_parameters_have_no_factors(tmp_path: Path) -> None:
         base = mixtral(tmp_path / "base")
     config = peft.LoraConfig(r=2, target_modules=["q_proj"], target_parameters=["mlp.experts.down_proj"])
     train(base, config, tmp_path / "a")
-    with pytest.raises(UnsupportedError, match="more than factors"):
+    with pytest.raises(UnsupportedError, match="more than low-rank factors"):
         factor(base, recipe({"a": tmp_path / "a"}, {"a": 0.5}), tmp_path / "no", rank=4, device="cpu")
 
 
@@ -243,7 +243,7 @@ def test_column_scales_have_truncated_factors_only(tmp_path: Path) -> None:
 def test_what_has_no_factors_is_refused(base: Path, tmp_path: Path) -> None:
     config = peft.LoraConfig(r=2, target_modules=["q_proj"], trainable_token_indices=[1, 2])
     train(base, config, tmp_path / "a")
-    with pytest.raises(UnsupportedError, match="more than factors"):
+    with pytest.raises(UnsupportedError, match="more than low-rank factors"):
         factor(base, recipe({"a": tmp_path / "a"}, {"a": 1.0}), tmp_path / "no", device="cpu")
 
 
