@@ -114,14 +114,14 @@ def _combined(item: CombinedModule, sources: Sources) -> _Whole:
     return _Whole(rows + combined, torch.where(unsure, math.inf, 0.0).to(torch.float64) if taken else None)
 
 
-def whole_weight(items: Sequence[BoundModule]) -> tuple[Tensor, Tensor]:
-    """W0 and W' of one stored tensor in float64, whole, as it is stored."""
+def whole_weight(items: Sequence[BoundModule]) -> tuple[Tensor, Tensor, Tensor | None]:
+    """W0, W' and the slack of W' (see Formula) of one stored tensor in float64, whole, as it is stored."""
     sources = Sources()
     try:
         ref = items[0].weight
         base = read_tensor(ref).to(torch.float64)
-        rows = base.reshape(ref.rows, -1)
-        return base, formula_of(items, sources).after(rows, 0)[0].reshape(base.shape)
+        after, slack = formula_of(items, sources).after(base.reshape(ref.rows, -1), 0)
+        return base, after.reshape(base.shape), None if slack is None else slack.reshape(base.shape)
     finally:
         sources.close()
 

@@ -38,6 +38,7 @@ from adapter_merge.storage.tensor_io import TORCH_DTYPES, read_tensor
 from .formulas import Subtracted, dcft_scale, subtracted_from
 
 BLOCK = 1 << 17  # elements of a block: 1 MiB in float64
+_LEAST = torch.finfo(torch.float64).tiny
 
 Delta = Callable[[int, int], Tensor]  # (first, stop) -> rows of the delta, float64
 
@@ -80,6 +81,7 @@ class Adapted:
     saved: TensorRef | None = None  # W_f, saved beside the adapter
     subtracted: Subtracted | None = None
     column_scale: Tensor | None = None  # (columns,)
+    column_slack: Tensor | None = None  # (columns,): how far it may be off since the residual's rounding, relative
 
     def frozen(self, base: Tensor, first: int, sources: Sources) -> tuple[Tensor, Tensor | None]:
         stop = first + base.shape[0]
@@ -146,18 +148,32 @@ def _apply(what: Adapted | Rows, part: Tensor, start: int, sources: Sources) -> 
         result = part.clone()
         result[what.indices[inside] - start] = what.values[inside]
         return result, None
-    result, slack = what.direction(part, start, sources)
-    scale: Tensor | None = what.column_scale
+    direction, slack = what.direction(part, start, sources)
+    scale, moved = what.column_scale, what.column_slack
     if scale is None and (what.magnitude is not None or what.own_magnitude):
-        magnitude = (
-            torch.linalg.vector_norm(what.frozen(part, start, sources)[0], dim=1)
-            if what.magnitude is None
-            else what.magnitude[start : start + part.shape[0]]
-        )
-        scale = _quotient(magnitude, torch.linalg.vector_norm(result, dim=1))[:, None]
+        moved = None if slack is None else _moved(direction, slack)
+        if what.magnitude is None:
+            frozen = what.frozen(part, start, sources)[0]
+            magnitude = torch.linalg.vector_norm(frozen, dim=1)
+            moved = None if slack is None or moved is None else moved + _moved(frozen, slack)
+        else:
+            magnitude = what.magnitude[start : start + part.shape[0]]
+        scale = _quotient(magnitude, torch.linalg.vector_norm(direction, dim=1))[:, None]
     if scale is None:
-        return result, slack
-    return result * scale, None if slack is None else slack * scale.abs()
+        return direction, slack
+    result = direction * scale
+    if slack is None or moved is None:
+        return result, None
+    return result, slack * scale.abs() + result.abs() * moved
+
+
+def _moved(weight: Tensor, slack: Tensor) -> Tensor:
+    """(rows, 1): how far `slack` may move the norms of the rows, relative to them: sum (|w_i| + s_i) s_i / ||w||^2.
+
+    Through the norm, one element of a residual that was rounded to its other side moves its whole row a little.
+    """
+    most = ((weight.abs() + slack) * slack).sum(1, keepdim=True)
+    return most / weight.square().sum(1, keepdim=True).clamp_min(_LEAST)
 
 
 def _quotient(magnitude: Tensor, norm: Tensor) -> Tensor:
@@ -173,25 +189,35 @@ def tensor_formula(items: Sequence[BoundModule], sources: Sources) -> TensorForm
         what = _step(item)
         if isinstance(what, Adapted) and what.by_column and (what.magnitude is not None or what.own_magnitude):
             before = TensorFormula(tuple(steps), sources)
-            what = replace(what, column_scale=_column_scale(what, before, item, sources))
+            what = _with_column_scale(what, before, item, sources)
         steps.append(Step(what, *rows))
     return TensorFormula(tuple(steps), sources)
 
 
-def _column_scale(what: Adapted, before: TensorFormula, item: BoundModule, sources: Sources) -> Tensor:
-    """(columns,): m over the norms of the columns, in a pass of its own over the tensor."""
-    own = torch.zeros(what.columns, dtype=torch.float64)
-    squares = torch.zeros(what.columns, dtype=torch.float64)
+def _with_column_scale(what: Adapted, before: TensorFormula, item: BoundModule, sources: Sources) -> Adapted:
+    """`what` with m over the norms of the columns, in a pass of its own over the tensor."""
+    own, squares, own_slack, slack = torch.zeros(4, what.columns, dtype=torch.float64)
+    loose = False
     offset, end = item.rows or (0, item.weight.rows)
     for first, stop in row_blocks(item.weight):
         base = read_rows(sources, item.weight, first, stop).to(torch.float64)
         base = before.after(base, first)[0]
         first, base = max(first, offset), base[max(0, offset - first) : max(0, end - first)]
-        if base.shape[0]:
-            squares += what.direction(base, first - offset, sources)[0].square().sum(0)
-            if what.magnitude is None:
-                own += what.frozen(base, first - offset, sources)[0].square().sum(0)
-    return _quotient(own.sqrt() if what.magnitude is None else what.magnitude, squares.sqrt())
+        if not base.shape[0]:
+            continue
+        direction, room = what.direction(base, first - offset, sources)
+        squares += direction.square().sum(0)
+        frozen = what.frozen(base, first - offset, sources)[0] if what.magnitude is None else None
+        own += 0 if frozen is None else frozen.square().sum(0)
+        if room is not None:
+            loose = True
+            slack += ((direction.abs() + room) * room).sum(0)
+            own_slack += 0 if frozen is None else ((frozen.abs() + room) * room).sum(0)
+    scale = _quotient(own.sqrt() if what.magnitude is None else what.magnitude, squares.sqrt())
+    if not loose:
+        return replace(what, column_scale=scale)
+    moved = slack / squares.clamp_min(_LEAST) + own_slack / own.clamp_min(_LEAST)  # see _moved
+    return replace(what, column_scale=scale, column_slack=moved)
 
 
 # -- the methods ---------------------------------------------------------------------------------------------------
