@@ -26,8 +26,10 @@ import pico_bases
 from safetensors.torch import load_file
 from torch import Tensor
 
+from adapter_merge.api.delta import delta
 from adapter_merge.api.factor import factor
-from adapter_merge.api.merge import delta, merge
+from adapter_merge.api.merge import merge
+from adapter_merge.api.options import FactorOptions
 from adapter_merge.combine.delta_ops import Settings, key_of, random_keep
 from adapter_merge.combine.recipe import IN_TURN, Ingredient, make_recipe
 
@@ -70,7 +72,9 @@ def row(method: str, base: Path, folder: Path, place: Path, effects: dict[str, d
     recipe = oracle.recipe({name: folder / name for name in WEIGHTS}, WEIGHTS, **vars(settings))
     merge(base, recipe, place / "merged")
     delta(base, recipe, place / "delta")
-    content = factor(base, recipe, place / "factors", rank=None if method == "linear" else RANK)
+    content = factor(
+        base, recipe, place / "factors", FactorOptions(rank=None if method == "linear" else RANK)
+    ).as_json()
     before, after = (load_file(path / "model.safetensors") for path in (base, place / "merged"))
     deltas = load_file(place / "delta" / "delta.safetensors")
     limit = 0.0 if method in ("linear", "dare") else 1e-4

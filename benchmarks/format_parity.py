@@ -36,14 +36,16 @@ from pico_bases import load, logits, quiet, train  # type: ignore[import-not-fou
 from safetensors.torch import load_file, save_file
 
 from adapter_merge.api.convert import convert
+from adapter_merge.api.delta import delta
 from adapter_merge.api.factor import factor
-from adapter_merge.api.inspect import inspect_adapter
-from adapter_merge.api.merge import delta, merge
+from adapter_merge.api.inspect import inspect
+from adapter_merge.api.merge import merge
+from adapter_merge.api.options import ConvertOptions, DeltaOptions, FactorOptions, InspectOptions, MergeOptions
 from adapter_merge.combine.delta_ops import Settings
 from adapter_merge.combine.recipe import Ingredient, make_recipe
 from adapter_merge.errors import AdapterMergeError
 from adapter_merge.export.adapter_source import factors_of
-from adapter_merge.formats.detection import ReadOptions
+from adapter_merge.formats.read_options import ReadOptions
 from adapter_merge.serve.cache import Cache
 from adapter_merge.serve.served import Converter
 
@@ -161,16 +163,16 @@ def cells(row: Row, place: Path) -> dict[str, Callable[[], Tensor]]:
     base, adapter, options = row.base, row.adapter, row.options
 
     def converted() -> Tensor:
-        convert(adapter, place / "safe", base=base, options=options)
-        merge(base, place / "safe", place / "from-safe", device="cpu")
+        convert(adapter, place / "safe", ConvertOptions(base=base, reading=options))
+        merge(base, place / "safe", place / "from-safe", MergeOptions(device="cpu"))
         return run(place / "from-safe")
 
     def merged() -> Tensor:
-        merge(base, adapter, place / "merged", device="cpu", options=options)
+        merge(base, adapter, place / "merged", MergeOptions(device="cpu", reading=options))
         return run(place / "merged")
 
     def added() -> Tensor:
-        content = delta(base, adapter, place / "delta", device="cpu", options=options)
+        content = delta(base, adapter, place / "delta", DeltaOptions(device="cpu", reading=options)).as_json()
         state = {name: value.double() for name, value in load_file(base / "model.safetensors").items()}
         for name, value in load_file(place / "delta" / "delta.safetensors").items():
             state[name] = state[name] + value.double()
@@ -184,7 +186,7 @@ def cells(row: Row, place: Path) -> dict[str, Callable[[], Tensor]]:
         return run(place / "sum")
 
     def factored() -> Tensor:
-        factor(base, adapter, place / "factors", options=options)
+        factor(base, adapter, place / "factors", FactorOptions(reading=options))
         return in_peft(base, place / "factors")
 
     def combined() -> Tensor:
@@ -194,7 +196,7 @@ def cells(row: Row, place: Path) -> dict[str, Callable[[], Tensor]]:
         stated = {k: v for k, v in vars(options).items() if v is not None} if options else None
         ingredients = [Ingredient("a", str(adapter), WEIGHTS[0], options=stated),
                        Ingredient("b", str(place / "other"), WEIGHTS[1])]  # fmt: skip
-        merge(base, make_recipe(ingredients, Settings()), place / "combined", device="cpu")
+        merge(base, make_recipe(ingredients, Settings()), place / "combined", MergeOptions(device="cpu"))
         before = load(base, torch.float64).state_dict()
         want = {
             key: value + WEIGHTS[0] * (row.want[key] - value) + WEIGHTS[1] * (second[key] - value)
@@ -262,7 +264,7 @@ def main() -> None:
             place.mkdir()
             row = build(place)
             want = run(row.base, row.want)
-            report = inspect_adapter(row.adapter, row.base, row.options)
+            report = inspect(row.adapter, row.base, InspectOptions(reading=row.options)).as_json()
             known = "problems!" if report["problems"] else f"{report['method']} ({report['certainty']})"
             line = [row.name, f"{float((run(row.base) - want).abs().max()):.2g}", known]
             for work in cells(row, place).values():

@@ -32,10 +32,11 @@ def factors_of(base: Path, adapter: Path) -> Factors:
         inputs.check()
         return factors
     from adapter_merge.api.factor import factor
+    from adapter_merge.api.options import FactorOptions
 
     with tempfile.TemporaryDirectory(prefix="adapter-merge-factors-") as temporary:
         folder = Path(temporary) / "factors"
-        factor(base, adapter, folder, device="cpu", frozen_positions=True)
+        factor(base, adapter, folder, FactorOptions(device="cpu", frozen_positions=True))
         return replace(read_factors(folder), source=adapter)
 
 

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from adapter_merge.errors import UnsupportedError
-from adapter_merge.formats.detection import ReadOptions
+from adapter_merge.formats.read_options import ReadOptions
 from adapter_merge.storage.checkpoint import open_checkpoint
 
 from .classifying import Classifier

@@ -69,20 +69,21 @@ def merge_adapters(
     request: Request, recipe: Recipe | None, output: Path, dry_run: bool = False
 ) -> dict[str, dict[str, Any]]:
     """Write the checkpoint with the request's adapters in it to `output`; name -> source, method, sha256."""
-    options: dict[str, Any] = {"dtype": DTYPES[request.precision], "device": "cpu", "dry_run": dry_run}
     from adapter_merge.api.merge import merge
+    from adapter_merge.api.options import MergeOptions
     from adapter_merge.combine.delta_ops import Settings
     from adapter_merge.combine.recipe import Ingredient, make_recipe
 
+    options = MergeOptions(dtype=DTYPES[request.precision], device="cpu", dry_run=dry_run)
     adapters, names = request.adapters, list(request.adapters)
     if recipe is None and len(names) > 1:
         recipe = make_recipe([Ingredient(name, str(path)) for name, path in adapters.items()], Settings())
     if recipe is not None:
         names = [item.name for item in recipe.ingredients]
-    content = merge(request.checkpoint.folder, recipe or adapters[names[0]], output, **options)
+    result = merge(request.checkpoint.folder, recipe or adapters[names[0]], output, options)
     return {
-        name: {"source": str(adapters[name]), "method": entry["method"], "sha256": entry["sha256"]}
-        for name, entry in zip(names, content["adapters"], strict=True)
+        name: {"source": str(adapters[name]), "method": entry.method, "sha256": entry.sha256}
+        for name, entry in zip(names, result.adapters, strict=True)
     }
 
 

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from adapter_merge.errors import InputError, MismatchError
-from adapter_merge.formats.detection import ReadOptions
+from adapter_merge.formats.read_options import ReadOptions
 
 from .folder import Manifest
 

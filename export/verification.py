@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from adapter_merge.errors import InputError
-from adapter_merge.formats.detection import ReadOptions
+from adapter_merge.formats.read_options import ReadOptions
 
 from .encoder_verification import verify_encoder
 from .folder import folder_layout, read_export

@@ -16,6 +16,13 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:  # the names of _PUBLIC for type checkers; a test compares the two
+    from adapter_merge.api.convert import convert
+    from adapter_merge.api.delta import delta
+    from adapter_merge.api.extract import extract
+    from adapter_merge.api.factor import factor
+    from adapter_merge.api.inspect import inspect
+    from adapter_merge.api.load import load_adapter
+    from adapter_merge.api.merge import merge
     from adapter_merge.api.options import (
         ConvertOptions,
         DeltaOptions,
@@ -26,7 +33,7 @@ if TYPE_CHECKING:  # the names of _PUBLIC for type checkers; a test compares the
         RestoreOptions,
         VerifyOptions,
     )
-    from adapter_merge.api.public import convert, delta, extract, factor, inspect, load_adapter, merge, restore, verify
+    from adapter_merge.api.restore import restore
     from adapter_merge.api.results import (
         AdapterEntry,
         Certificate,
@@ -42,6 +49,7 @@ if TYPE_CHECKING:  # the names of _PUBLIC for type checkers; a test compares the
         WeightChange,
         WeightFactors,
     )
+    from adapter_merge.api.verify import verify
     from adapter_merge.combine.delta_ops import Settings
     from adapter_merge.combine.recipe import Ingredient, Recipe, make_recipe, read_recipe
     from adapter_merge.errors import (
@@ -56,10 +64,17 @@ if TYPE_CHECKING:  # the names of _PUBLIC for type checkers; a test compares the
         ParityError,
         UnsupportedError,
     )
-    from adapter_merge.formats.detection import ReadOptions
+    from adapter_merge.formats.read_options import ReadOptions
     from adapter_merge.methods.adapter import Adapter
 
 _PUBLIC = {  # module -> names
+    "api.convert": ["convert"],
+    "api.delta": ["delta"],
+    "api.extract": ["extract"],
+    "api.factor": ["factor"],
+    "api.inspect": ["inspect"],
+    "api.load": ["load_adapter"],
+    "api.merge": ["merge"],
     "api.options": [
         "ConvertOptions",
         "DeltaOptions",
@@ -70,7 +85,7 @@ _PUBLIC = {  # module -> names
         "RestoreOptions",
         "VerifyOptions",
     ],
-    "api.public": ["convert", "delta", "extract", "factor", "inspect", "load_adapter", "merge", "restore", "verify"],
+    "api.restore": ["restore"],
     "api.results": [
         "AdapterEntry",
         "Certificate",
@@ -86,6 +101,7 @@ _PUBLIC = {  # module -> names
         "WeightChange",
         "WeightFactors",
     ],
+    "api.verify": ["verify"],
     "combine.delta_ops": ["Settings"],
     "combine.recipe": ["Ingredient", "Recipe", "make_recipe", "read_recipe"],
     "errors": [
@@ -100,7 +116,7 @@ _PUBLIC = {  # module -> names
         "ParityError",
         "UnsupportedError",
     ],
-    "formats.detection": ["ReadOptions"],
+    "formats.read_options": ["ReadOptions"],
     "methods.adapter": ["Adapter"],
 }
 _MODULES = {name: module for module, names in _PUBLIC.items() for name in names}

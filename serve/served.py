@@ -225,14 +225,10 @@ class Converter:
                     copy_synced(outline.source / name, folder / name)
         else:
             from adapter_merge.api.factor import factor
+            from adapter_merge.api.options import FactorOptions
 
-            factor(
-                self.base,
-                outline.source,
-                folder,
-                base_kind=outline.stated.base_kind,
-                options=outline.stated.options,
-            )
+            options = FactorOptions(base_kind=outline.stated.base_kind, reading=outline.stated.options)
+            factor(self.base, outline.source, folder, options)
         if (signature(outline.source), signature(*outline.stated.paths)) != before:
             raise _ChangedError
         return {"adapter": str(outline.source.absolute()), "base": self.name, "method": outline.method}

@@ -47,7 +47,7 @@ class Stated:
     @property
     def options(self) -> Any:
         """The same as merge.formats.ReadOptions."""
-        from adapter_merge.formats.detection import ReadOptions
+        from adapter_merge.formats.read_options import ReadOptions
 
         return ReadOptions(**{key: value for key, value in self.values.items() if key != "base_kind"})
 

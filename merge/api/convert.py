@@ -6,7 +6,6 @@ What PEFT has a name for becomes a PEFT folder, everything else a folder of our 
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
 
 import torch
 
@@ -15,7 +14,7 @@ from adapter_merge.combine.open_inputs import adapter_only, describe_inputs
 from adapter_merge.errors import InputError, NumericsError, Problem, UnsupportedError, raise_all
 from adapter_merge.factoring.factor_folder import saved_modules, stated_modules
 from adapter_merge.factoring.supported import require_names, unproved_heads
-from adapter_merge.formats.detection import ReadOptions, open_adapter
+from adapter_merge.formats.detection import open_adapter
 from adapter_merge.formats.native_writer import (
     SafeFolder,
     dcft,
@@ -38,27 +37,29 @@ from adapter_merge.outputs.staging import check_output, manifest, sha256, staged
 from adapter_merge.storage.checkpoint import open_checkpoint
 from adapter_merge.storage.tensor_io import read_tensor, write_safetensors
 
+from .options import ConvertOptions
+from .results import ConvertResult
+
 
 def convert(
     adapter: str | Path,
     output: str | Path,
-    *,
-    base: str | Path | None = None,
-    base_kind: str | None = None,
-    options: ReadOptions | None = None,
-    overwrite: bool = False,
-    dry_run: bool = False,
-) -> dict[str, Any]:
-    """Write `adapter` to `output` as a safe folder and return the manifest.
+    options: ConvertOptions = ConvertOptions(),
+) -> ConvertResult:
+    """Write `adapter` (a folder, file or hub id of any format) to `output` as a safe folder.
 
-    base: needed for a PEFT DuDe folder (its initial factors and its residual's dtype are stored, so that no SVD has
-    to be repeated); for a DCFT checkpoint it tells trained heads from base weights.
+    The folder holds safetensors and a config that states everything: it merges to the same bytes and needs no options.
+    Raises AdapterMergeError; nothing is left behind then.
+
+    Example:
+        >>> convert("adapter", "safe", ConvertOptions(base="base")).artefact
+        'adapter'
     """
     output = Path(output)
-    checkpoint = open_checkpoint(base) if base is not None else None
-    opened = open_adapter(adapter, options, checkpoint)
+    checkpoint = open_checkpoint(options.base) if options.base is not None else None
+    opened = open_adapter(adapter, options.reading, checkpoint)
     require_names(opened, checkpoint)
-    bound = bind(opened, checkpoint, base_kind) if checkpoint is not None else None
+    bound = bind(opened, checkpoint, options.base_kind) if checkpoint is not None else None
     unknown = [
         module.initial
         for module in opened.modules
@@ -71,16 +72,16 @@ def convert(
             hint=f"its base seems to be {opened.base_name}" if opened.base_name else None,
         )
     inputs = (opened.folder,) if checkpoint is None else (opened.folder, checkpoint.folder)
-    check_output(output, overwrite, inputs)
+    check_output(output, options.overwrite, inputs)
     opened.check_values()
-    described = describe_inputs(bound, options) if bound is not None else adapter_only(opened)
-    content = manifest("adapter", described, {}) | {"warnings": unproved_heads(opened, base)}
+    described = describe_inputs(bound, options.reading) if bound is not None else adapter_only(opened)
+    content = manifest("adapter", described, {}) | {"warnings": unproved_heads(opened, options.base)}
     safe = _content(opened, bound)
     _check_finite(safe, opened)
-    if dry_run:
-        return content | {"dry_run": True}
+    if options.dry_run:
+        return ConvertResult(output, content | {"dry_run": True})
     snapshot = opened.snapshot if checkpoint is None else opened.snapshot + checkpoint.snapshot
-    with staged(output, overwrite, snapshot) as folder:
+    with staged(output, options.overwrite, snapshot) as folder:
         write_json(folder / "adapter_config.json", safe.config)
         write_safetensors(folder / "adapter_model.safetensors", safe.tensors, {"format": "pt"})
         body = f"Converted by adapter-merge from:\n\n{adapter_table(content['adapters'])}\n"
@@ -88,7 +89,7 @@ def convert(
         write_text(folder / "README.md", text)
         content["files"] = {path.name: sha256(path) for path in sorted(folder.iterdir())}
         write_manifest(folder, content)
-    return content
+    return ConvertResult(output, content)
 
 
 def _check_finite(safe: SafeFolder, opened: Adapter) -> None:

@@ -32,6 +32,9 @@ from adapter_merge.storage.safetensors_header import FLOAT_DTYPES, TensorRef
 from adapter_merge.storage.tensor_comparison import same_bytes
 from adapter_merge.storage.tensor_io import read_tensor
 
+from .options import ExtractOptions
+from .results import ExtractResult
+
 TURNS = 4
 SMALL = 1e-12
 
@@ -101,34 +104,34 @@ def extract(
     base: str | Path,
     finetuned: str | Path,
     output: str | Path,
+    options: ExtractOptions = ExtractOptions(),
     *,
-    rank: int | float = 16,
-    row_scale: bool = False,
-    device: str = "auto",
-    overwrite: bool = False,
-    dry_run: bool = False,
     progress: Callable[[int], None] | None = None,
-) -> dict[str, Any]:
-    """Write the PEFT folder that turns `base` into `finetuned` as well as `rank` allows; the manifest.
+) -> ExtractResult:
+    """Write the PEFT folder that turns `base` into `finetuned` (model folders or hub ids) as well as its rank allows.
 
-    rank: an int, or an energy below 1 that each weight keeps. row_scale: a DoRA instead of a LoRA; a weight that a
-    plain LoRA fits as well gets the magnitudes that change nothing. progress: called with the bytes of each weight.
-    Raises AdapterMergeError; nothing is left behind then.
+    Weights (out, in) are compared in float32; the truncated SVD of a difference is the best approximation of its rank
+    (Eckart-Young-Mirsky). progress: called with the bytes of each weight. Raises AdapterMergeError.
+
+    Example:
+        >>> extract("base", "merged", "extracted", ExtractOptions(rank=0.99)).form
+        'lora'
     """
+    rank = options.rank
     if isinstance(rank, bool) or not (rank >= 1 if isinstance(rank, int) else 0 < rank < 1):
         raise InputError("--rank is wrong", expected="a rank >= 1, or an energy between 0 and 1", got=str(rank))
     output = Path(output)
     one, two = open_checkpoint(base), open_checkpoint(finetuned)
-    check_output(output, overwrite, (one.folder, two.folder))
+    check_output(output, options.overwrite, (one.folder, two.folder))
     pairs, new = _pairs(one, two)
-    chosen = choose_device(device)
+    chosen = choose_device(options.device)
     content = manifest(
         "extracted adapter",
         {"base": _describe(one), "finetuned": _describe(two)},
-        {"rank": rank, "row_scale": row_scale, "device": str(chosen)},
+        {"rank": rank, "row_scale": options.row_scale, "device": str(chosen)},
     )
-    if dry_run:
-        return content | {"dry_run": True}
+    if options.dry_run:
+        return ExtractResult(output, content | {"dry_run": True})
     conv1d = one.config.get("model_type") in CONV1D_MODELS
     factors: list[WeightFactors] = []
     layers: dict[str, dict[str, Any]] = {}
@@ -137,7 +140,7 @@ def extract(
         if not same_bytes(pair.before, pair.after):
             if pair.is_matrix:
                 with exact_products(chosen):
-                    found = _factors(pair, rank, row_scale, chosen, conv1d)
+                    found = _factors(pair, rank, options.row_scale, chosen, conv1d)
                 if found is not None:
                     factors.append(found[0])
                     layers[found[0].module] = {"rank": found[0].rank, "relative_error": found[1]}
@@ -156,12 +159,12 @@ def extract(
     content["layers"] = layers
     content["carried_over"] = sorted(replacements)
     name = one.config.get("_name_or_path")
-    with staged(output, overwrite, one.snapshot + two.snapshot) as folder:
+    with staged(output, options.overwrite, one.snapshot + two.snapshot) as folder:
         said = FolderConfig(name if isinstance(name, str) and name else str(base), _task(one), conv1d)
         write_folder(folder, factors, replacements, said)
         content["files"] = {path.name: sha256(path) for path in sorted(folder.iterdir()) if path.is_file()}
         write_manifest(folder, content)
-    return content
+    return ExtractResult(output, content)
 
 
 def _pairs(one: Checkpoint, two: Checkpoint) -> tuple[list[TensorPair], dict[str, TensorRef]]:

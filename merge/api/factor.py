@@ -22,6 +22,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from adapter_merge.binding.bind import BoundAdapter
 from adapter_merge.binding.positional import SHARED
 from adapter_merge.combine.combined_adapter import CombinedBound
 from adapter_merge.combine.open_inputs import AdapterInput, adapter_only, describe_inputs, input_folders, snapshot_of
@@ -42,11 +43,14 @@ from adapter_merge.factoring.supported import (
 )
 from adapter_merge.factoring.truncated_svd import Spectrum
 from adapter_merge.factoring.weight_factors import Factored, Factoriser
-from adapter_merge.formats.detection import ReadOptions
+from adapter_merge.methods.adapter import Adapter
 from adapter_merge.outputs.model_card import factor_card
 from adapter_merge.outputs.staging import check_output, manifest, sha256, staged, write_manifest, write_text
 from adapter_merge.storage.input_snapshot import InputSnapshot
 from adapter_merge.storage.tensor_io import read_tensor
+
+from .options import FactorOptions
+from .results import FactorResult
 
 if TYPE_CHECKING:
     from adapter_merge.factoring.calibration import Moments
@@ -60,175 +64,182 @@ def factor(
     base: str | Path | None,
     adapter: AdapterInput,
     output: str | Path,
+    options: FactorOptions = FactorOptions(),
     *,
-    rank: int | float | None = None,
-    budget: float | None = None,
-    keep_scale: bool = False,
-    calibrate: str | Path | None = None,
-    prompts: Sequence[str] | None = None,
-    end_to_end: bool = False,
-    max_error: float | None = None,
-    device: str = "auto",
-    base_kind: str | None = None,
-    options: ReadOptions | None = None,
-    overwrite: bool = False,
-    dry_run: bool = False,
     progress: Progress | None = None,
-    frozen_positions: bool = False,
-) -> dict[str, Any]:
-    """Write the adapter's factors to `output` and return the manifest.
+) -> FactorResult:
+    """Write the adapter's low-rank factors to `output` as a PEFT folder: exact, or truncated with a certificate.
 
-    adapter: a folder, file or hub id, or a Recipe of several, whose heads and biases are combined as by a merge.
-    base: needed for DoRA and DuDe (row norms) and PiSSA without stored initial factors; its weights are read
-    only then. rank: an int, or an energy below 1 such as 0.99. budget: MB (1e6 bytes) for all factors together, ranks
-    allotted where they buy most error. keep_scale: keep the row scales exact and truncate the low-rank part only.
-    calibrate: a text file; the error is then minimised at the layers' outputs on that text. end_to_end: hold the
-    folder's logits against the adapter as trained, on `prompts` or built-in ones. max_error: the largest relative
-    error of a weight that passes. progress: called with the bytes of each finished module.
-    frozen_positions: whoever reads the folder looks at `frozen_positions` in its manifest and leaves a DeBERTa's
-    positional queries alone where it is true (DCFT on a base with share_att_key; PEFT would adapt them as well).
-    Raises AdapterMergeError (ParityError beyond max_error); nothing is left behind then.
+    base: needed for DoRA and DuDe (row norms) and for PiSSA without stored initial factors; its weights are read only
+    then. progress: called with the bytes of each finished module. up (out, R) and down (R, in) are written in float32
+    with a scale of 1. Raises AdapterMergeError (ParityError beyond `max_error`); nothing is left behind then.
+
+    Example:
+        >>> factor("base", "adapter", "factors", FactorOptions(rank=2)).certificate.ranks
+        (2, 2)
     """
     output = Path(output)
-    limited = rank is not None or budget is not None
-    _check_options(rank, budget, keep_scale, calibrate, max_error)
-    rank = _plain_rank(rank)
-    opened, bound = open_factored(base, adapter, base_kind, options)
-    inputs = opened.snapshot if bound is None else snapshot_of(bound)
-    if calibrate is not None:
-        inputs += InputSnapshot([Path(calibrate)])
-    check_positional_queries(opened, bound, frozen_positions)
-    pairs = pairs_of(opened, bound)
-    check_supported(pairs, exact=not limited)
-    if bound is None and (
-        calibrate is not None or end_to_end or prompts or any(needs_base(module) for module, _ in pairs)
-    ):
-        raise InputError(
-            f"{adapter}: its factors cannot be found without the base",
-            expected="BASE and ADAPTER",
-            hint=f"its base seems to be {opened.base_name}" if opened.base_name else None,
-        )
-    check_output(output, overwrite, (opened.folder,) if bound is None else input_folders(bound))
+    _check_options(options)
+    opened, bound = open_factored(base, adapter, options.base_kind, options.reading)
+    pairs = _check_inputs(opened, bound, options)
+    check_output(output, options.overwrite, (opened.folder,) if bound is None else input_folders(bound))
     opened.check_values()
-    if budget is not None:
-        shapes = [module.shape for module, _ in pairs]
-        allot([torch.ones(1)] * len(pairs), shapes, int(budget * 1e6))  # refuses a hopeless budget now
-    settings: dict[str, Any] = {
-        "rank": rank,
-        "budget": budget,
-        "scale": "exact" if keep_scale else None,
-        "calibrate": None if calibrate is None else Path(calibrate).name,
-        "max_error": max_error,
-        "device": device,
-    }
-    if isinstance(bound, CombinedBound):
-        settings["combination"] = bound.recipe.as_json()
-    described = describe_inputs(bound, options) if bound is not None else adapter_only(opened)
-    content = manifest("factors", described, settings)
+    inputs = opened.snapshot if bound is None else snapshot_of(bound)
+    if options.calibrate is not None:
+        inputs += InputSnapshot([Path(options.calibrate)])
+    described = describe_inputs(bound, options.reading) if bound is not None else adapter_only(opened)
+    content = manifest("factors", described, _stated(options, bound))
     content["warnings"] = unproved_heads(opened, base)
     content["frozen_positions"] = bound is not None and SHARED in bound.config_changes
-    if dry_run:
-        return content | {"dry_run": True}
+    if options.dry_run:
+        return FactorResult(output, content | {"dry_run": True})
 
     started = time.perf_counter()
-    chosen = choose_device(device)
     moments: Moments | None = None
-    if calibrate is not None:
+    if options.calibrate is not None:
         from adapter_merge.factoring.calibration import collect
 
         assert bound is not None
-        moments = collect(bound, Path(calibrate))
+        moments = collect(bound, Path(options.calibrate))
         content["calibration"] = moments.as_json()
-
-    def start(pair: MaybeBoundModule) -> Factoriser:
-        module, weight = pair
-        root = None if moments is None else moments.root(module.name)
-        return Factoriser(module, weight, chosen, keep_scale=keep_scale, root=root)
-
-    def one(pair: MaybeBoundModule) -> Factored:
-        work = start(pair)
-        if rank is None:
-            return work.exact()
-        spectrum = work.spectrum(rank)
-        found = rank if isinstance(rank, int) else spectrum.rank_for(rank)
-        assert found is not None, "the spectrum reaches as far as was asked"
-        return work.truncated(spectrum, found)
-
-    with weight_pool(chosen) as run:
-        if budget is None:
-            factored = []
-            for pair, result in zip(pairs, run(one, pairs), strict=True):
-                factored.append(result)
-                if progress is not None:
-                    progress(sum(ref.nbytes for ref in pair[0].refs))
-        else:
-            factored = _budgeted(pairs, int(budget * 1e6), start, run)
-        if any(item.magnitude is not None for item in factored):
-            factored = [
-                item if item.magnitude is not None or weight is None else start((module, weight)).with_unit_scale(item)
-                for item, (module, weight) in zip(factored, pairs, strict=True)
-            ]
+    factored = _find_factors(pairs, options, moments, progress)
     content["seconds"] = round(time.perf_counter() - started, 2)
     layers = {item.name: item.figures for item in factored}
-    if max_error is not None:
-        check_errors(layers, max_error)
-    scaled = any(item.magnitude is not None for item in factored)
-    replaced = bound.replacements if bound is not None else opened.replacements
-    replacements = {name: read_tensor(ref) for name, ref in replaced.items()}
-    if isinstance(bound, CombinedBound):
-        replacements |= bound.whole_tensors()
-    content["form"] = "lora+row_scale" if scaled else "lora"
-    worst = max((item.figures.relative_error for item in factored), default=0.0)
-    content["exact"] = not limited and worst <= EXACT
-    if not limited and worst > EXACT:
+    if options.max_error is not None:
+        check_errors(layers, options.max_error)
+    content |= _claims(factored, options)
+    worst = content["certificate"]["max_relative_error"]
+    if not options.is_truncation and not content["exact"]:
         content["warnings"] += [
             f"not exact: relative error of dW up to {worst:.2g}. The residual beside which the adapter was trained was "
             "rounded to half precision, which no low-rank factor expresses: merge it, or factor it on the residual base"
         ]
-    content["certificate"] = summary(layers)
-    content["layers"] = {name: figures.as_json() for name, figures in layers.items()}
-    with staged(output, overwrite, inputs) as folder:
+    with staged(output, options.overwrite, inputs) as folder:
         conv1d = opened.fan_in_fan_out or (bound is not None and any(item.transposed for item in bound.modules))
-        write_factors(folder, opened, factored, replacements, conv1d)
-        if end_to_end or prompts:
+        write_factors(folder, opened, factored, _whole_tensors(opened, bound), conv1d)
+        if options.end_to_end or options.prompts:
             from adapter_merge.factoring.end_to_end import compare
 
             assert bound is not None
-            content["certificate"]["end_to_end"] = compare(bound, folder, prompts)
+            content["certificate"]["end_to_end"] = compare(bound, folder, options.prompts)
         write_text(folder / "README.md", factor_card(content, opened, folder, output.name))
         files = sorted(path for path in folder.iterdir() if path.is_file())
         content["files"] = {path.name: sha256(path) for path in files}
         content["bytes"] = sum(path.stat().st_size for path in files)
         write_manifest(folder, content)
-    return content
+    return FactorResult(output, content)
 
 
-def _check_options(
-    rank: int | float | None,
-    budget: float | None,
-    keep_scale: bool,
-    calibrate: str | Path | None,
-    max_error: float | None,
-) -> None:
+def _check_inputs(opened: Adapter, bound: BoundAdapter | None, options: FactorOptions) -> list[MaybeBoundModule]:
+    """The modules with their base weights. Raises where they cannot be factored as asked, or only with the base."""
+    check_positional_queries(opened, bound, options.frozen_positions)
+    pairs = pairs_of(opened, bound)
+    check_supported(pairs, exact=not options.is_truncation)
+    runs_model = options.calibrate is not None or options.end_to_end or bool(options.prompts)
+    if bound is None and (runs_model or any(needs_base(module) for module, _ in pairs)):
+        raise InputError(
+            f"{opened.folder}: its factors cannot be found without the base",
+            expected="BASE and ADAPTER",
+            hint=f"its base seems to be {opened.base_name}" if opened.base_name else None,
+        )
+    if options.budget is not None:  # an allotment of equal spectra raises for a budget below rank 1
+        shapes = [module.shape for module, _ in pairs]
+        allot([torch.ones(1)] * len(pairs), shapes, int(options.budget * 1e6))
+    return pairs
+
+
+def _stated(options: FactorOptions, bound: BoundAdapter | None) -> dict[str, Any]:
+    """The options as the manifest keeps them."""
+    stated: dict[str, Any] = {
+        "rank": _plain_rank(options.rank),
+        "budget": options.budget,
+        "scale": "exact" if options.keep_scale else None,
+        "calibrate": None if options.calibrate is None else Path(options.calibrate).name,
+        "max_error": options.max_error,
+        "device": options.device,
+    }
+    if isinstance(bound, CombinedBound):
+        stated["combination"] = bound.recipe.as_json()
+    return stated
+
+
+def _find_factors(
+    pairs: Sequence[MaybeBoundModule], options: FactorOptions, moments: Moments | None, progress: Progress | None
+) -> list[Factored]:
+    """The factors of every weight: exact, of the stated rank or energy, or of ranks that share a budget."""
+    device, rank = choose_device(options.device), _plain_rank(options.rank)
+
+    def start(pair: MaybeBoundModule) -> Factoriser:
+        module, weight = pair
+        root = None if moments is None else moments.root(module.name)
+        return Factoriser(module, weight, device, keep_scale=options.keep_scale, root=root)
+
+    def factors_of(pair: MaybeBoundModule) -> Factored:
+        work = start(pair)
+        if rank is None:
+            return work.exact()
+        spectrum = work.spectrum(rank)
+        kept = rank if isinstance(rank, int) else spectrum.rank_for(rank)
+        assert kept is not None, "the spectrum reaches as far as was asked"
+        return work.truncated(spectrum, kept)
+
+    with weight_pool(device) as run:
+        if options.budget is None:
+            factored = []
+            for pair, result in zip(pairs, run(factors_of, pairs), strict=True):
+                factored.append(result)
+                if progress is not None:
+                    progress(sum(ref.nbytes for ref in pair[0].refs))
+        else:
+            factored = _budgeted(pairs, int(options.budget * 1e6), start, run)
+        if any(item.magnitude is not None for item in factored):  # one folder holds LoRA or DoRA, not both
+            factored = [
+                item if item.magnitude is not None or weight is None else start((module, weight)).with_unit_scale(item)
+                for item, (module, weight) in zip(factored, pairs, strict=True)
+            ]
+    return factored
+
+
+def _claims(factored: Sequence[Factored], options: FactorOptions) -> dict[str, Any]:
+    """What the manifest says of the factors: their form, whether they are exact, and their errors."""
+    layers = {item.name: item.figures for item in factored}
+    scaled = any(item.magnitude is not None for item in factored)
+    worst = max((figures.relative_error for figures in layers.values()), default=0.0)
+    return {
+        "form": "lora+row_scale" if scaled else "lora",
+        "exact": not options.is_truncation and worst <= EXACT,
+        "certificate": summary(layers),
+        "layers": {name: figures.as_json() for name, figures in layers.items()},
+    }
+
+
+def _whole_tensors(opened: Adapter, bound: BoundAdapter | None) -> dict[str, torch.Tensor]:
+    """The tensors that the adapter replaces whole; those of a combination are combined."""
+    replaced = bound.replacements if bound is not None else opened.replacements
+    tensors = {name: read_tensor(ref) for name, ref in replaced.items()}
+    return tensors | bound.whole_tensors() if isinstance(bound, CombinedBound) else tensors
+
+
+def _check_options(options: FactorOptions) -> None:
     problems = []
-    plain = _plain_rank(rank)
+    plain = _plain_rank(options.rank)
     if plain is not None and not (plain >= 1 if isinstance(plain, int) else 0 < plain < 1):
-        problems.append(Problem("--rank is wrong", "a rank >= 1, or an energy between 0 and 1", str(rank)))
-    if budget is not None and not (math.isfinite(budget) and budget > 0):
-        problems.append(Problem("--budget is wrong", "a number of MB above 0", str(budget)))
-    if rank is not None and budget is not None:
+        problems.append(Problem("--rank is wrong", "a rank >= 1, or an energy between 0 and 1", str(options.rank)))
+    if options.budget is not None and not (math.isfinite(options.budget) and options.budget > 0):
+        problems.append(Problem("--budget is wrong", "a number of MB above 0", str(options.budget)))
+    if options.rank is not None and options.budget is not None:
         problems.append(Problem("--rank and --budget exclude each other", hint="give the one that must hold"))
-    if rank is None and budget is None and (keep_scale or calibrate is not None):
-        option = "--scale exact" if keep_scale else "--calibrate"
+    if options.rank is None and options.budget is None and (options.keep_scale or options.calibrate is not None):
+        option = "--scale exact" if options.keep_scale else "--calibrate"
         problems.append(
             Problem(
                 f"{option} is about a truncation", "--rank or --budget as well", "the exact form, which loses nothing"
             )
         )
-    if max_error is not None and not max_error >= 0:
-        problems.append(Problem("--max-error is wrong", "a relative error >= 0", str(max_error)))
-    if calibrate is not None and not Path(calibrate).is_file():
-        problems.append(Problem(f"{calibrate}: no such file", "a text file"))
+    if options.max_error is not None and not options.max_error >= 0:
+        problems.append(Problem("--max-error is wrong", "a relative error >= 0", str(options.max_error)))
+    if options.calibrate is not None and not Path(options.calibrate).is_file():
+        problems.append(Problem(f"{options.calibrate}: no such file", "a text file"))
     raise_all(problems, InputError)
 
 

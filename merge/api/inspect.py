@@ -7,7 +7,10 @@ from pathlib import Path
 from typing import Any
 
 from adapter_merge.errors import AdapterMergeError, Problem
-from adapter_merge.formats.detection import ReadOptions, open_adapter
+from adapter_merge.formats.detection import open_adapter
+
+from .options import InspectOptions
+from .results import Inspection
 
 FROZEN_QUERIES = {
     "merge": "exact, one rounding; share_att_key becomes false: positional queries keep the frozen query_proj",
@@ -15,22 +18,26 @@ FROZEN_QUERIES = {
 }
 
 
-def inspect_adapter(
-    adapter: str | Path,
-    base: str | Path | None = None,
-    options: ReadOptions | None = None,
-    base_kind: str | None = None,
-) -> dict[str, Any]:
-    """A report on `adapter`, and on its fit to `base` where one is given; "problems" holds all that was found."""
+def inspect(
+    adapter: str | Path, base: str | Path | None = None, options: InspectOptions = InspectOptions()
+) -> Inspection:
+    """Describe `adapter`, and its fit to `base` where one is given, from headers and config; no weight is read.
+
+    A bad adapter raises nothing: `problems` of the result holds everything that was found.
+
+    Example:
+        >>> inspect("adapter", "base").problems
+        ()
+    """
     problems: list[Problem] = []
     report: dict[str, Any] = {"path": str(adapter)}
     from adapter_merge.storage.checkpoint import open_checkpoint
 
     try:
-        opened = open_adapter(adapter, options, open_checkpoint(base) if base is not None else None)
+        opened = open_adapter(adapter, options.reading, open_checkpoint(base) if base is not None else None)
     except AdapterMergeError as error:
         report["problems"] = [vars(problem) for problem in error.problems]
-        return report
+        return Inspection(report)
     ranks = Counter(module.rank for module in opened.modules)
     kinds: dict[str, dict[str, Any]] = {}
     for module in opened.modules:
@@ -69,7 +76,7 @@ def inspect_adapter(
         from adapter_merge.binding.bind import bind
 
         try:
-            bound = bind(opened, open_checkpoint(base), base_kind)
+            bound = bind(opened, open_checkpoint(base), options.base_kind)
             report["base"] = {
                 "path": str(base),
                 "kind": bound.base_kind,
@@ -80,7 +87,7 @@ def inspect_adapter(
         except AdapterMergeError as error:
             problems += error.problems
     report["problems"] = [vars(problem) for problem in problems]
-    return report
+    return Inspection(report)
 
 
 def _would(method: str, needs_base: bool) -> dict[str, str]:

@@ -1,4 +1,4 @@
-"""Merge and materialise: the whole jobs behind `adapter-merge merge` and `adapter-merge delta`."""
+"""Merge: the job behind `adapter-merge merge`."""
 
 from __future__ import annotations
 
@@ -7,24 +7,21 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from adapter_merge.binding.bind import BoundAdapter
-from adapter_merge.combine.combined_adapter import CombinedBound
 from adapter_merge.combine.open_inputs import (
     AdapterInput,
     check_values,
+    combination_of,
     describe_inputs,
     input_folders,
     is_stale_quantization,
     open_pair,
     snapshot_of,
 )
-from adapter_merge.engine.devices import choose_device
+from adapter_merge.engine.devices import choose_devices
 from adapter_merge.engine.execute import FinishedShard, Progress, execute
-from adapter_merge.engine.plan import MergePlan, ShardPlan, plan_delta, plan_merge
+from adapter_merge.engine.plan import MergePlan, ShardPlan, plan_merge
 from adapter_merge.errors import InputError, Problem, raise_all
-from adapter_merge.formats.detection import ReadOptions
 from adapter_merge.outputs.model_folder import base_files, output_files, write_rest
 from adapter_merge.outputs.preimage import PreimageRecorder
 from adapter_merge.outputs.resume_journal import MergePart, check_complete, shards_of_part, workplace
@@ -34,13 +31,15 @@ from adapter_merge.outputs.staging import (
     check_space,
     manifest,
     nearest_folder,
-    staged,
     staging_folder,
     write_manifest,
 )
 from adapter_merge.storage.links import can_link
+from adapter_merge.storage.tensor_io import SAFETENSORS_DTYPES as DTYPES
 
-DTYPES = {"float32": "F32", "float16": "F16", "bfloat16": "BF16"}
+from .options import MergeOptions
+from .results import MergeResult
+
 LOST_WARNING = 0.5
 
 
@@ -48,58 +47,57 @@ def merge(
     base: str | Path | None,
     adapter: AdapterInput,
     output: str | Path,
+    options: MergeOptions = MergeOptions(),
     *,
-    device: str = "auto",
-    dtype: str | None = None,
-    base_kind: str | None = None,
-    options: ReadOptions | None = None,
-    overwrite: bool = False,
-    dry_run: bool = False,
-    workers: int | None = None,
     progress: Progress | None = None,
-    link: str = "auto",
-    hashes: bool = True,
-    keep_preimage: bool = False,
-    keep_partial: bool = False,
-    part: MergePart | None = None,
-    finish: bool = False,
-    vram: int | None = None,
-) -> dict[str, Any]:
-    """Write the merged model to `output` and return its manifest.
+) -> MergeResult:
+    """Write the merged model to `output`: every adapted weight changed exactly, everything else carried over.
 
     base: model folder or hub id; None when `adapter` is a DCFT reference checkpoint, which holds its base, or a recipe
-    that names it. adapter: a folder, file or hub id, or a Recipe (recipe.py) of several, with options of its own.
-    dtype: float32, float16 or bfloat16 for all float tensors of the output; None keeps each tensor's own.
-    base_kind: original or residual (PiSSA and DuDe); None decides by evidence.
-    progress: called with the bytes just written, from any thread.
-    link: how shards that no adapter touches get into the output: auto, reflink, hardlink or copy (links.py).
-    hashes: sha256 of every input and output file in the manifest; without them there is no verify, restore or resume.
-    keep_preimage: keep what is overwritten, so that `restore` needs no base (preimage.py).
-    keep_partial: leave the finished shards when this run fails, for the next one to go on; a killed run always does.
-    part: make only the i-th of n shares of the shards; returns an account of them, and the output is not there yet.
-    finish: check that all parts are there and write the rest: side files, index and manifest, then the output's name.
-    vram: bytes of tensors on each CUDA device; its context, and what the allocator rounds up, come on top.
-    Raises AdapterMergeError (see errors.py); nothing is left behind then but what keep_partial or a part keeps.
+    that names it. adapter: a folder, file or hub id, or a Recipe of several. progress: called with the bytes just
+    written, from any thread.
+
+    W' = diag(row_scale) (W0 + up @ down) diag(col_scale), with W0 (out, in), up (out, R) and down (R, in), is computed
+    in float32 (float64 for float64 weights) and rounded once to the output's dtype. Raises AdapterMergeError; nothing
+    is left behind then but what `keep_partial` or a part keeps.
+
+    Example:
+        >>> result = merge("base", "adapter", "merged", MergeOptions(dtype="bfloat16"))
+        >>> max(change.relative_delta for change in result.weights.values()) > 0
+        True
     """
     output = Path(output)
-    bound = open_pair(base, adapter, base_kind, options)
-    inputs = snapshot_of(bound) if link != "hardlink" else snapshot_of(bound).without_link_times()
+    bound = open_pair(base, adapter, options.base_kind, options.reading)
+    inputs = snapshot_of(bound) if options.link != "hardlink" else snapshot_of(bound).without_link_times()
     _check_config(bound)
-    check_output(output, overwrite, input_folders(bound))
+    check_output(output, options.overwrite, input_folders(bound))
     check_values(bound)
-    plan = plan_merge(bound.base, (bound,), DTYPES[dtype] if dtype else None)
-    _check_options(plan, hashes, keep_preimage, part, finish)
-    shards = plan.shards if part is None else shards_of_part(plan.shards, part)
-    if not finish:
-        check_space(output, _space_needed(output, shards, link, keep_preimage))
-    devices = choose_devices(device)
-    stated = {"dtype": dtype, "device": str(devices[0]), "link": link, "keep_preimage": keep_preimage}
-    content = manifest("merged model", describe_inputs(bound, options), stated | combination_of(bound))
-    if dry_run:
-        return content | {"dry_run": True, "bytes": plan.nbytes}
+    plan = plan_merge(bound.base, (bound,), DTYPES[options.dtype] if options.dtype else None)
+    _check_options(plan, options.hashes, options.keep_preimage, options.part, options.finish)
+    shards = plan.shards if options.part is None else shards_of_part(plan.shards, options.part)
+    if not options.finish:
+        check_space(output, _space_needed(output, shards, options.link, options.keep_preimage))
+    devices = choose_devices(options.device)
+    stated = {
+        "dtype": options.dtype,
+        "device": str(devices[0]),
+        "link": options.link,
+        "keep_preimage": options.keep_preimage,
+    }
+    content = manifest("merged model", describe_inputs(bound, options.reading), stated | combination_of(bound))
+    if options.dry_run:
+        return MergeResult(output, content | {"dry_run": True, "bytes": plan.nbytes})
     identity = _identity(plan, content)
-    with workplace(output, overwrite, identity, plan, part=part, finishing=finish, keep=keep_partial) as place:
-        recorder = PreimageRecorder(place.folder) if keep_preimage else None
+    with workplace(
+        output,
+        options.overwrite,
+        identity,
+        plan,
+        part=options.part,
+        finishing=options.finish,
+        keep=options.keep_partial,
+    ) as place:
+        recorder = PreimageRecorder(place.folder) if options.keep_preimage else None
 
         def on_shard(shard: FinishedShard) -> None:
             inputs.check()  # before the journal says that it can be taken over
@@ -110,7 +108,7 @@ def merge(
         by_file = {shard.file: shard for shard in plan.shards}
         try:
             finished = place.proved(shards, recorder.files if recorder is not None else lambda _: [])
-            if finish:
+            if options.finish:
                 if place.device != identity["device"]:
                     content["options"]["device"] = place.device
                 check_complete(plan.shards, finished, output)
@@ -119,12 +117,12 @@ def merge(
                     plan,
                     place.folder,
                     devices,
-                    workers,
+                    options.workers,
                     progress,
                     shards=[shard for shard in shards if shard.file not in finished],
-                    hashing=hashes,
-                    link=link,
-                    vram=vram,
+                    hashing=options.hashes,
+                    link=options.link,
+                    vram=options.vram,
                     on_shard=on_shard,
                     recorder=recorder,
                 )
@@ -135,71 +133,17 @@ def merge(
             name: asdict(found) for shard in finished.values() for name, found in sorted(shard.figures.items())
         }
         content["warnings"] = _rounding_warnings(content["layers"])
-        if part is not None:
+        if options.part is not None:
             done = {name: shard.sha256 for name, shard in sorted(finished.items())}
-            return content | {"part": f"{part[0]}/{part[1]}", "files": done}
-        write_rest(plan, place.folder, content, output.name, keep_preimage)
-        if hashes:
+            return MergeResult(output, content | {"part": f"{options.part[0]}/{options.part[1]}", "files": done})
+        write_rest(plan, place.folder, content, output.name, options.keep_preimage)
+        if options.hashes:
             content["base"]["files"] = base_files(plan, finished)
             content["files"] = output_files(place.folder, finished)
         inputs.check()
         write_manifest(place.folder, content)
-        publish_place(place, output, overwrite)
-    return content
-
-
-def delta(
-    base: str | Path | None,
-    adapter: AdapterInput,
-    output: str | Path,
-    *,
-    device: str = "auto",
-    dtype: str | None = None,
-    base_kind: str | None = None,
-    options: ReadOptions | None = None,
-    overwrite: bool = False,
-    dry_run: bool = False,
-    workers: int | None = None,
-    progress: Progress | None = None,
-    hashes: bool = True,
-    vram: int | None = None,
-) -> dict[str, Any]:
-    """Write dW = W' - W0 of every adapted weight to `output`/delta.safetensors, float32 unless `dtype` is given.
-
-    The base's fingerprint stands in the manifest, not its files' hashes: most of them are not read.
-    """
-    output = Path(output)
-    bound = open_pair(base, adapter, base_kind, options)
-    inputs = snapshot_of(bound)
-    check_output(output, overwrite, input_folders(bound))
-    check_values(bound)
-    plan = plan_delta(bound, DTYPES[dtype or "float32"])
-    check_space(output, plan.nbytes)
-    devices = choose_devices(device)
-    stated = {"dtype": dtype or "float32", "device": str(devices[0])}
-    content = manifest("deltas", describe_inputs(bound, options), stated | combination_of(bound))
-    content["not_included"] = sorted(bound.replacements)
-    content["base_changes"] = _base_changes(bound)
-    if dry_run:
-        return content | {"dry_run": True, "bytes": plan.nbytes}
-    with staged(output, overwrite, inputs) as folder:
-        finished = execute(plan, folder, devices, workers, progress, hashing=hashes, vram=vram)
-        if hashes:
-            content["files"] = output_files(folder, finished)
-        write_manifest(folder, content)
-    return content
-
-
-def _base_changes(bound: BoundAdapter) -> dict[str, Any]:
-    """What must be changed in the base before the deltas are added: config keys, and tensors copied under new names."""
-    new = {item.name: item.weight.name for item in bound.modules if item.name not in bound.base.tensors}
-    copies = {**new, **{name: ref.name for name, ref in bound.copies.items()}}
-    return {"config": dict(bound.config_changes), "copies": dict(sorted(copies.items()))}
-
-
-def combination_of(bound: BoundAdapter) -> dict[str, Any]:
-    """The manifest's option that says how several adapters went together; none for one."""
-    return {"combination": bound.recipe.as_json()} if isinstance(bound, CombinedBound) else {}
+        publish_place(place, output, options.overwrite)
+    return MergeResult(output, content)
 
 
 def _check_config(bound: BoundAdapter) -> None:
@@ -254,14 +198,6 @@ def _identity(plan: MergePlan, content: Mapping[str, Any]) -> dict[str, Any]:
         "versions": content["versions"],
         "shards": {shard.file: shard.identity for shard in plan.shards},
     }
-
-
-def choose_devices(name: str) -> list[torch.device]:
-    """The devices of a merge: all CUDA devices for "cuda" (and "auto" where there is one), else the one named."""
-    device = choose_device(name)
-    if device.type == "cuda" and name in ("auto", "cuda"):
-        return [torch.device("cuda", index) for index in range(torch.cuda.device_count())]
-    return [device]
 
 
 def _rounding_warnings(layers: Mapping[str, Mapping[str, float]]) -> list[str]:

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from adapter_merge.formats.detection import ReadOptions
+from adapter_merge.formats.read_options import ReadOptions
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -43,7 +43,7 @@ class MergeOptions(WriteOptions):
 class DeltaOptions(WriteOptions):
     """How dense deltas are made and written."""
 
-    dtype: str | None = None  # float32, float16 or bfloat16; None: float32
+    dtype: str = "float32"  # float32, float16 or bfloat16
     device: str = "auto"
     workers: int | None = None
     hashes: bool = True
@@ -65,6 +65,13 @@ class FactorOptions(WriteOptions):
     prompts: Sequence[str] | None = None  # texts for end_to_end; built-in ones when None
     end_to_end: bool = False  # compare the folder's logits with the adapter as trained
     max_error: float | None = None  # the largest relative error of a weight that passes
+    frozen_positions: bool = False  # whoever reads the folder keeps DeBERTa's positional queries frozen (its manifest)
+
+    @property
+    def is_truncation(self) -> bool:
+        """Whether a rank or a budget was stated."""
+        return self.rank is not None or self.budget is not None
+
     device: str = "auto"
 
 

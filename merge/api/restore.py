@@ -23,6 +23,9 @@ from adapter_merge.storage.links import can_link, link_file
 from adapter_merge.storage.safetensors_header import TensorRef, read_header
 from adapter_merge.storage.tensor_io import pread_into
 
+from .options import RestoreOptions
+from .results import RestoreResult
+
 COPY_BYTES = 1 << 20
 Progress = Callable[[int], None]
 
@@ -30,20 +33,20 @@ Progress = Callable[[int], None]
 def restore(
     merged: str | Path,
     output: str | Path,
-    base: str | Path | None = None,
+    options: RestoreOptions = RestoreOptions(),
     *,
-    link: str = "auto",
-    overwrite: bool = False,
     progress: Progress | None = None,
-) -> dict[str, str]:
-    """Write the base of `merged` to `output`, bit for bit; its files' sha256, each proved against the manifest.
+) -> RestoreResult:
+    """Write the base of `merged` to `output`, bit for bit, each file proved against the manifest's sha256.
 
-    base: the original base, copied (or linked, see links.py) once it has proved to be the one; None takes the
-    pre-image that `merge --keep-preimage` has kept.
-    Raises InputError when there is neither, MismatchError when `base` is another model, FileFormatError when what
-    was restored is not what the manifest promises; nothing is left behind then.
+    progress: called with the bytes of each file. Raises InputError without a base and a pre-image, MismatchError when
+    the base is another model, FileFormatError when what was restored is not what the manifest promises.
+
+    Example:
+        >>> sorted(restore("merged", "base-again", RestoreOptions(base="base")).files)[0]
+        'config.json'
     """
-    merged, output = Path(merged), Path(output)
+    merged, output, base = Path(merged), Path(output), options.base
     manifest = read_manifest(merged)
     expected: dict[str, str] = (manifest or {}).get("base", {}).get("files", {})
     if not expected:
@@ -53,23 +56,23 @@ def restore(
             hint="was it merged by adapter-merge, with hashes?",
         )
     names = [_inside(name, merged / MANIFEST) for name in expected]
-    check_output(output, overwrite, (merged, *([Path(base)] if base is not None else [])))
+    check_output(output, options.overwrite, (merged, *([Path(base)] if base is not None else [])))
     if base is not None:
         _check_base(Path(base), expected)
         files, beside = [Path(base) / name for name in names], nearest_folder(output)
-        check_space(output, sum(file.stat().st_size for file in files if not can_link(file, beside, link)))
+        check_space(output, sum(file.stat().st_size for file in files if not can_link(file, beside, options.link)))
     elif not (merged / FOLDER).is_dir():
         raise InputError(
             f"{merged}: holds no pre-image of its base",
             expected="the original base, or a merge made with --keep-preimage",
             hint=f"pass the base: {manifest['base'].get('path')}" if manifest else None,
         )
-    with staged(output, overwrite) as folder:
+    with staged(output, options.overwrite) as folder:
         for name in names:
             (folder / name).parent.mkdir(parents=True, exist_ok=True)
         if base is not None:
             for name in names:
-                _copy(Path(base) / name, folder / name, link)
+                _copy(Path(base) / name, folder / name, options.link)
                 if progress is not None:
                     progress((folder / name).stat().st_size)
         else:
@@ -84,7 +87,7 @@ def restore(
             ],
             FileFormatError,
         )  # fmt: skip
-    return dict(expected)
+    return RestoreResult(output, dict(expected))
 
 
 def _inside(name: str, source: Path) -> str:

@@ -10,6 +10,7 @@ their combination by definition.
 
 from __future__ import annotations
 
+import importlib
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
@@ -22,7 +23,6 @@ from adapter_merge.binding.bind import BoundAdapter
 from adapter_merge.combine.open_inputs import AdapterInput, open_pair, parts_of
 from adapter_merge.combine.recipe import Recipe
 from adapter_merge.errors import InputError, ParityError
-from adapter_merge.formats.detection import ReadOptions
 from adapter_merge.outputs.staging import read_manifest
 from adapter_merge.storage.checkpoint import CANDIDATES, open_checkpoint, read_json, resolve
 from adapter_merge.verification.compare_logits import compare_logits, token_paths
@@ -39,54 +39,54 @@ from adapter_merge.verification.compare_weights import (
 from adapter_merge.verification.live_probes import unlike_live
 from adapter_merge.verification.streamed_adapter import streamed_trained
 
+from .options import VerifyOptions
+from .results import Verification
+
 LOGIT_TOLERANCE = 1e-4
-GENERATED = 32
 
 
 def verify(
     base: str | Path | None,
     adapter: AdapterInput,
     artefact: str | Path,
+    options: VerifyOptions = VerifyOptions(),
     *,
-    base_kind: str | None = None,
-    options: ReadOptions | None = None,
-    prompts: Sequence[str] | None = None,
-    generated: int = GENERATED,
-    tolerance: float | None = None,
-    weights_only: bool = False,
-    onnx: Callable[..., dict[str, Any]] | None = None,
     progress: Progress | None = None,
     say: Callable[[str], None] = lambda text: None,
-) -> dict[str, Any]:
-    """Compare `artefact` (merged model, factors, deltas, converted adapter) with `adapter`, or a Recipe, on `base`.
+) -> Verification:
+    """Compare `artefact` (merged model, deltas, factors, converted adapter, ONNX export) with `adapter` on `base`.
 
-    prompts: texts; built-in ones when None, random tokens where the base has no tokenizer. tolerance: for max
-    |dlogit|; 1e-4 when None, and for a half-precision artefact none, since its weights are held to one rounding.
-    onnx: what verifies an ONNX folder (the command line passes the export package's function). progress: called with
-    the bytes of each weight that was compared; say: with what is being run.
-    Returns the report; "passed" says whether all of it holds. Raises InputError for what is no artefact.
+    Every adapted weight is compared with the method's formula in float64, everything else byte for byte; logits and
+    greedy tokens with the live, unmerged adapter. progress: called with the bytes of each compared weight. say: called
+    with what is being run. Raises InputError for what is no artefact, MissingDependencyError
+    where the extra `verify` (or `onnx`) is not installed.
+
+    Example:
+        >>> report = verify("base", "adapter", "merged")
+        >>> assert report.passed, report.problems
     """
     folder = resolve(artefact)
     kind = artefact_kind(folder)
-    bound = open_pair(base, adapter, base_kind, options)
+    bound = open_pair(base, adapter, options.base_kind, options.reading)
     if kind == "onnx":
-        if onnx is None:
-            raise InputError(f"{folder}: an ONNX folder", hint="pip install 'adapter-merge[onnx]'")
         if isinstance(adapter, Recipe):
             raise InputError(f"{folder}: an ONNX folder holds adapters one by one", hint="verify it with each of them")
-        if weights_only:
+        if options.weights_only:
             raise InputError(
                 f"{folder}: the weights of an ONNX export are not compared one by one", hint="leave --weights-only out"
             )
-        return onnx(
-            bound.base.folder,
-            bound.adapter.folder,
-            folder,
-            prompts=prompts,
-            generated=generated,
-            bar=tolerance,
-            base_kind=base_kind,
-            options=options,
+        exported = importlib.import_module("adapter_merge.export.verification")  # loaded by name: see pyproject.toml
+        return Verification(
+            exported.verify_onnx(
+                bound.base.folder,
+                bound.adapter.folder,
+                folder,
+                prompts=options.prompts,
+                generated=options.generated,
+                bar=options.tolerance,
+                base_kind=options.base_kind,
+                options=options.reading,
+            )
         )
     report: dict[str, Any] = {
         "artefact": kind,
@@ -104,12 +104,12 @@ def verify(
     problems = list(proof.problems)
     if not proof.compared:
         problems.append("nothing was compared: the artefact and the adapter have no tensor in common")
-    if not weights_only:
-        limit = tolerance if tolerance is not None else (math.inf if proof.half else LOGIT_TOLERANCE)
+    if not options.weights_only:
+        limit = options.tolerance if options.tolerance is not None else (math.inf if proof.half else LOGIT_TOLERANCE)
         report["tolerance"] = None if math.isinf(limit) else limit
-        figures, found = _prove_logits(bound, folder, kind, limit, prompts, generated, say)
+        figures, found = _prove_logits(bound, folder, kind, limit, options.prompts, options.generated, say)
         report |= figures
-        if tolerance is not None and kind == "factors":  # stated by who asks: logits decide about truncation
+        if options.tolerance is not None and kind == "factors":  # stated by who asks: logits decide about truncation
             problems = [one for one in problems if not one.startswith(TRUNCATION)]
         problems += found
         last = figures.get("logits_float64") or figures["logits"]
@@ -117,7 +117,7 @@ def verify(
             problems.append(f"{last['greedy_total'] - last['greedy_equal']} greedy tokens differ")
     report["problems"] = problems
     report["passed"] = not problems
-    return report
+    return Verification(report)
 
 
 def _prove_weights(bound: BoundAdapter, folder: Path, kind: str, progress: Progress | None) -> WeightProof:
@@ -157,12 +157,12 @@ def _prove_logits(
     return report, problems
 
 
-def check(report: Mapping[str, Any]) -> None:
-    """Raise ParityError when the report did not pass."""
-    if not report["passed"]:
+def check(verification: Verification) -> None:
+    """Raise ParityError when the artefact did not pass."""
+    if not verification.passed:
         raise ParityError(
-            f"{report.get('path')}: does not compute what was trained",
-            got="; ".join(report["problems"][:5]),
+            f"{verification.as_json().get('path')}: does not compute what was trained",
+            got="; ".join(verification.problems[:5]),
             hint="was it made from this base and this adapter?",
         )
 

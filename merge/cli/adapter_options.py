@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import click
 
 if TYPE_CHECKING:
-    from adapter_merge.formats.detection import ReadOptions
+    from adapter_merge.formats.read_options import ReadOptions
 
 F = TypeVar("F", bound=Callable[..., Any])
 META = "adapter_merge.stated"
@@ -58,7 +58,7 @@ def stated_of(names: Sequence[str] = ()) -> dict[str, tuple[str | None, ReadOpti
 
     Without names, one adapter under the name "": a value is then taken as it stands.
     """
-    from adapter_merge.formats.detection import ReadOptions
+    from adapter_merge.formats.read_options import ReadOptions
 
     said = click.get_current_context().meta.get(META, {})
     found: dict[str, dict[str, Any]] = {name: {} for name in names or ("",)}

@@ -22,8 +22,9 @@ from .result import show_result
 def convert(checkpoint: str, output: str, as_json: bool, quiet: bool, verbose: bool, **settings: Any) -> None:
     """Write any adapter file (pickled ones included, without running their code) as a safe adapter folder."""
     from adapter_merge.api.convert import convert as run
+    from adapter_merge.api.options import ConvertOptions
 
     started = time.perf_counter()
     base_kind, options = one_stated()
-    content = run(checkpoint, output, base_kind=base_kind, options=options, **settings)
-    show_result(content, output, started, as_json, quiet)
+    result = run(checkpoint, output, ConvertOptions(base_kind=base_kind, reading=options, **settings))
+    show_result(result, output, started, as_json, quiet)

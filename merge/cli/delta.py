@@ -29,16 +29,18 @@ def delta(inputs: tuple[str, ...], output: str, as_json: bool, quiet: bool, verb
     Of several adapters the delta of their combination, stated as for merge.
     """
     with loading():
-        from adapter_merge.api.merge import delta as run
+        from adapter_merge.api.delta import delta as run
+        from adapter_merge.api.options import DeltaOptions
         from adapter_merge.outputs.staging import MANIFEST
 
     started = time.perf_counter()
-    base, adapter, base_kind, options = stated_inputs(inputs)
-    content = run(base, adapter, output, base_kind=base_kind, options=options, **settings)
-    show_result(content, output, started, as_json, quiet)
-    changes = content["base_changes"]
+    subject = stated_inputs(inputs)
+    options = DeltaOptions(base_kind=subject.base_kind, reading=subject.options, **settings)
+    result = run(subject.base, subject.adapter, output, options)
+    show_result(result, output, started, as_json, quiet)
+    changes = result.as_json()["base_changes"]
     if changes["copies"]:
         count = len(changes["copies"])
         say(f"to be added to a base with {count} more tensors: base_changes in {output}/{MANIFEST}", quiet=quiet)
-    if content["not_included"]:
-        say(f"not weight deltas, so not in it: {', '.join(content['not_included'])}", quiet=quiet)
+    if result.not_included:
+        say(f"not weight deltas, so not in it: {', '.join(result.not_included)}", quiet=quiet)

@@ -36,22 +36,17 @@ def extract(
     from adapter_merge.api.extract import extract as run
     from adapter_merge.api.extract import worst_error
     from adapter_merge.api.factor import parse_rank
+    from adapter_merge.api.options import ExtractOptions
     from adapter_merge.storage.checkpoint import open_checkpoint
 
     started = time.perf_counter()
     total = open_checkpoint(finetuned).nbytes
     with progress_bar("extracting", total, quiet or as_json) as progress:
-        content = run(
-            base,
-            finetuned,
-            output,
-            rank=parse_rank(rank),
-            row_scale=row_scale,
-            device=device,
-            overwrite=overwrite,
-            dry_run=dry_run,
-            progress=progress,
+        options = ExtractOptions(
+            rank=parse_rank(rank), row_scale=row_scale, device=device, overwrite=overwrite, dry_run=dry_run
         )
+        result = run(base, finetuned, output, options, progress=progress)
+    content = result.as_json()
     if as_json:
         emit(content)
     elif dry_run:

@@ -62,23 +62,22 @@ def factor(
     with loading():
         from adapter_merge.api.factor import factor as run
         from adapter_merge.api.factor import parse_rank, read_prompts
+        from adapter_merge.api.options import FactorOptions
 
     started = time.perf_counter()
-    base, adapter, base_kind, options = stated_inputs(inputs)
-    content = run(
-        base,
-        adapter,
-        output,
+    subject = stated_inputs(inputs)
+    options = FactorOptions(
         rank=parse_rank(rank) if rank is not None else None,
         keep_scale=scale == "exact",
         prompts=read_prompts(prompts) if prompts is not None else None,
-        base_kind=base_kind,
-        options=options,
+        base_kind=subject.base_kind,
+        reading=subject.options,
         **settings,
     )
-    show_result(content, output, started, as_json, quiet)
+    result = run(subject.base, subject.adapter, output, options)
+    show_result(result, output, started, as_json, quiet)
     if not as_json and not settings["dry_run"]:
-        _show_certificate(content)
+        _show_certificate(result.as_json())
 
 
 def _show_certificate(content: dict[str, Any]) -> None:

@@ -13,7 +13,7 @@ from .adapter_options import one_stated, stated_of
 
 if TYPE_CHECKING:
     from adapter_merge.combine.recipe import Ingredient, Recipe
-    from adapter_merge.formats.detection import ReadOptions
+    from adapter_merge.formats.read_options import ReadOptions
 
 F = TypeVar("F", bound=Callable[..., Any])
 META = "adapter_merge.combination"
@@ -137,7 +137,7 @@ def stated_inputs(inputs: tuple[str, ...]) -> Subject:
 
 
 def _no_options() -> ReadOptions:
-    from adapter_merge.formats.detection import ReadOptions
+    from adapter_merge.formats.read_options import ReadOptions
 
     return ReadOptions()
 

@@ -27,10 +27,11 @@ def inspect(
     verbose: bool,
 ) -> None:
     """Show what ADAPTER is, what it would do, and all that is wrong with it. Reads headers only but for --heat-map."""
-    from adapter_merge.api.inspect import inspect_adapter
+    from adapter_merge.api.inspect import inspect as run
+    from adapter_merge.api.options import InspectOptions
 
     base_kind, options = one_stated()
-    report = inspect_adapter(adapter, base, options, base_kind)
+    report = run(adapter, base, InspectOptions(base_kind=base_kind, reading=options)).as_json()
     if heat_map and not report["problems"]:
         from adapter_merge.reporting.report import changes
 

@@ -35,24 +35,18 @@ def merge(inputs: tuple[str, ...], output: str, as_json: bool, quiet: bool, verb
     started = time.perf_counter()
     with loading():
         from adapter_merge.api.merge import merge as run
+        from adapter_merge.api.options import MergeOptions
         from adapter_merge.storage.checkpoint import resolve
 
     subject = stated_inputs(inputs)
     source = resolve(subject.folder) if subject.folder else Path()
     total = sum(path.stat().st_size for path in source.iterdir() if path.is_file())
     with progress_bar("merging", total, quiet or as_json) as progress:
-        content = run(
-            subject.base,
-            subject.adapter,
-            output,
-            base_kind=subject.base_kind,
-            options=subject.options,
-            progress=progress,
-            **settings,
-        )
+        options = MergeOptions(base_kind=subject.base_kind, reading=subject.options, **settings)
+        result = run(subject.base, subject.adapter, output, options, progress=progress)
     if settings["part"] is not None and not as_json and not settings["dry_run"]:
         seconds = time.perf_counter() - started
-        click.echo(f"{output}: part {content['part']}, {len(content['files'])} files in {seconds:.1f} s")
+        click.echo(f"{output}: part {result.part}, {len(result.files)} files in {seconds:.1f} s")
         say("when all parts are made: the same command with --finish instead of --shards", quiet=quiet)
         return
-    show_result(content, output, started, as_json, quiet)
+    show_result(result, output, started, as_json, quiet)

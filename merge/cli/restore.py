@@ -26,6 +26,7 @@ def restore(
     merged: str, output: str, overwrite: bool, base: str | None, link: str, as_json: bool, quiet: bool, verbose: bool
 ) -> None:
     """Write the base that MERGED was made from, bit for bit, and prove it against the manifest's hashes."""
+    from adapter_merge.api.options import RestoreOptions
     from adapter_merge.api.restore import restore as run
     from adapter_merge.outputs.staging import read_manifest
     from adapter_merge.storage.checkpoint import resolve
@@ -35,9 +36,10 @@ def restore(
     manifest = read_manifest(folder) or {}
     total = sum((folder / name).stat().st_size for name in manifest.get("files", {}) if (folder / name).is_file())
     with progress_bar("restoring", total, quiet or as_json) as progress:
-        files = run(folder, output, resolve(base) if base else None, link=link, overwrite=overwrite, progress=progress)
+        options = RestoreOptions(base=resolve(base) if base else None, link=link, overwrite=overwrite)
+        files = run(folder, output, options, progress=progress).files
     if as_json:
-        emit({"output": output, "files": files})
+        emit({"output": output, "files": dict(files)})
     else:
         seconds = time.perf_counter() - started
         click.echo(f"{output}: the base of {merged}, {len(files)} files proved by their sha256, in {seconds:.1f} s")

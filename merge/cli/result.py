@@ -4,15 +4,19 @@ from __future__ import annotations
 
 import time
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
 import click
 
 from .console import emit, say
 
+if TYPE_CHECKING:
+    from adapter_merge.api.results import Written
 
-def show_result(content: dict[str, Any], output: str, started: float, as_json: bool, quiet: bool) -> None:
+
+def show_result(result: Written, output: str, started: float, as_json: bool, quiet: bool) -> None:
     """The result: JSON, or a few lines for people; warnings on stderr."""
+    content = result.as_json()
     noted = [f"{entry['name']}: {note}" for entry in content["adapters"] for note in entry.get("notes", ())]
     for warning in (*content.get("warnings", ()), *content.get("notes", ()), *noted):
         say(f"warning: {warning}", quiet=quiet)

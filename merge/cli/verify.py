@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
 import sys
 from pathlib import Path
 from typing import Any
@@ -110,7 +109,7 @@ def verify(
     BASE ADAPTER --server URL --model NAME compares a running server: its log-probabilities of prompts and of the
     adapter's own answers, and its greedy tokens. It fails when the server ignores the adapter or serves another one.
     """
-    from adapter_merge.api.verify import artefact_kind
+    from adapter_merge.api.options import VerifyOptions
     from adapter_merge.api.verify import verify as run
     from adapter_merge.outputs.integrity import inputs_of, is_merged
     from adapter_merge.storage.checkpoint import resolve
@@ -146,23 +145,19 @@ def verify(
         return
     else:
         subject = stated_inputs(inputs[:-1])
-    onnx = None
-    if artefact_kind(resolve(artefact)) == "onnx":
-        onnx = importlib.import_module("adapter_merge.export.verification").verify_onnx
     total = sum(file.stat().st_size for file in resolve(artefact).glob("*.safetensors"))
     with progress_bar("comparing weights", total, quiet or as_json) as progress:
+        options = VerifyOptions(
+            base_kind=subject.base_kind, reading=subject.options, prompts=prompts or None, **settings
+        )
         report = run(
             subject.base,
             subject.adapter,
             artefact,
-            base_kind=subject.base_kind,
-            options=subject.options,
-            prompts=prompts or None,
-            onnx=onnx,
+            options,
             progress=progress,
             say=lambda text: say(text, quiet=quiet or as_json),
-            **settings,
-        )
+        ).as_json()
     if as_json:
         emit(report)
     else:

@@ -15,7 +15,8 @@ from adapter_merge.binding.bind import BoundAdapter, BoundModule, bind
 from adapter_merge.binding.embeddings import EMBEDDINGS
 from adapter_merge.binding.positional import check_together
 from adapter_merge.errors import InputError, Problem, UnsupportedError, raise_all
-from adapter_merge.formats.detection import ReadOptions, open_adapter
+from adapter_merge.formats.detection import open_adapter
+from adapter_merge.formats.read_options import ReadOptions
 from adapter_merge.methods.adapter import Adapter, AdapterFormat
 from adapter_merge.methods.lora import ExpertModule, RowSliceModule
 from adapter_merge.methods.tokens import TokenModule

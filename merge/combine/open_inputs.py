@@ -10,7 +10,8 @@ from typing import Any
 
 from adapter_merge.binding.bind import BoundAdapter, bind
 from adapter_merge.errors import InputError
-from adapter_merge.formats.detection import ReadOptions, open_adapter
+from adapter_merge.formats.detection import open_adapter
+from adapter_merge.formats.read_options import ReadOptions
 from adapter_merge.methods.adapter import Adapter
 from adapter_merge.storage.checkpoint import Checkpoint, open_checkpoint
 from adapter_merge.storage.hashing import hash_files
@@ -171,3 +172,8 @@ def is_stale_quantization(base: Checkpoint) -> bool:
     if not base.config.get("quantization_config"):
         return False
     return all(ref.dtype in FLOAT_DTYPES for ref in base.tensors.values() if len(ref.shape) > 1)
+
+
+def combination_of(bound: BoundAdapter) -> dict[str, Any]:
+    """The manifest's option that says how several adapters went together; none for one."""
+    return {"combination": bound.recipe.as_json()} if isinstance(bound, CombinedBound) else {}

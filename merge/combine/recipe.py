@@ -31,7 +31,7 @@ from adapter_merge.errors import FileFormatError, InputError, MissingDependencyE
 from .delta_ops import METHODS, Settings
 
 if TYPE_CHECKING:
-    from adapter_merge.formats.detection import ReadOptions
+    from adapter_merge.formats.read_options import ReadOptions
 
 IN_TURN = "in-turn"
 KEYS = ("method", "density", "gamma", "seed", "base", "adapters")

@@ -7,8 +7,10 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from adapter_merge.api.delta import delta
 from adapter_merge.api.factor import factor
-from adapter_merge.api.merge import delta, merge
+from adapter_merge.api.merge import merge
+from adapter_merge.api.options import DeltaOptions, FactorOptions, MergeOptions, VerifyOptions
 from adapter_merge.api.verify import check, verify
 from adapter_merge.combine.open_inputs import open_pair
 from adapter_merge.outputs.staging import check_output
@@ -72,15 +74,15 @@ def run(output: Path, base: str | None, overwrite: bool, say: Callable[[str], No
         say(f"{name}: as trained, then merge, delta, factor")
         entry: dict[str, Any] = {"adapter": str(adapter)}
         entry["answers"] = answers(trained_model(open_pair(folder, adapter)), tokenizer)
-        for artefact, job in (("merged", merge), ("delta", delta), ("factors", factor)):
-            begun = time.perf_counter()
-            job(folder, adapter, place / artefact, overwrite=overwrite)
-            entry[f"{artefact}_seconds"] = round(time.perf_counter() - begun, 2)
+        merge(folder, adapter, place / "merged", MergeOptions(overwrite=overwrite))
+        delta(folder, adapter, place / "delta", DeltaOptions(overwrite=overwrite))
+        factor(folder, adapter, place / "factors", FactorOptions(overwrite=overwrite))
         entry["merged_answers"] = answers(load_model(place / "merged"), tokenizer)
         for artefact in ("merged", "factors"):
             say(f"{name}: verify {artefact}")
-            outcome = verify(folder, adapter, place / artefact, prompts=QUESTIONS, generated=24)
-            check(outcome)
+            verification = verify(folder, adapter, place / artefact, VerifyOptions(prompts=QUESTIONS, generated=24))
+            check(verification)
+            outcome = verification.as_json()
             exact = outcome.get("logits_float64", {}).get("max_difference")
             entry[artefact] = {"path": str(place / artefact), **outcome["logits"], "float64": exact}
         report["adapters"][name] = entry

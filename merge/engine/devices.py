@@ -114,3 +114,11 @@ def _restore_tf32(before: object) -> None:
     # `before` may have been inherited from the setting of all backends: "none" makes it inherit that again.
     followed = before == getattr(torch.backends, "fp32_precision", None)
     settings.fp32_precision = "none" if followed else str(before)
+
+
+def choose_devices(name: str) -> list[torch.device]:
+    """The devices of a merge: all CUDA devices for "cuda" (and "auto" where there is one), else the one named."""
+    device = choose_device(name)
+    if device.type == "cuda" and name in ("auto", "cuda"):
+        return [torch.device("cuda", index) for index in range(torch.cuda.device_count())]
+    return [device]

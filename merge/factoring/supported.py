@@ -13,7 +13,8 @@ from adapter_merge.combine.combined_weight import CombinedWeight
 from adapter_merge.combine.open_inputs import AdapterInput, open_pair
 from adapter_merge.combine.recipe import Recipe
 from adapter_merge.errors import InputError, Problem, UnsupportedError, raise_all
-from adapter_merge.formats.detection import ReadOptions, open_adapter
+from adapter_merge.formats.detection import open_adapter
+from adapter_merge.formats.read_options import ReadOptions
 from adapter_merge.methods.adapter import AdaptedModule, Adapter, AdapterFormat
 from adapter_merge.methods.lora import BiasModule, ExpertModule, RowSliceModule, StackModule
 from adapter_merge.methods.tokens import TokenModule

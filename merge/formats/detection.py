@@ -25,6 +25,7 @@ from .dcft_checkpoint import holds_dcft, read_dcft_checkpoint
 from .kohya import IMAGE_PREFIXES, PREFIXES, holds_kohya, read_kohya
 from .mytransformers import read_mytransformers
 from .native import NATIVE_TYPES, read_native
+from .read_options import ReadOptions
 
 FILE_SUFFIXES = (".safetensors", ".bin", ".pt", ".pth", ".ckpt")
 
@@ -39,20 +40,6 @@ USED_BY_TYPE = {
     "DCFT": ("alpha", "ranknum"),
     "LYCORIS": ("alpha",),
 }
-
-
-@dataclass(frozen=True)
-class ReadOptions:
-    """Values that a user states where an adapter's files do not hold them."""
-
-    alpha: float | None = None  # lora_alpha, where no config holds it
-    ranknum: float | None = None  # DCFT: ranknum, where loralib's lora_state_dict() dropped it
-    format: str | None = None  # a key of USED_OPTIONS or FILE_FORMATS: the format to read, instead of the detected one
-    magnitudes: Path | None = None  # DoRA, DuDe: a file or PEFT folder with the magnitudes that PEFT dropped
-    init_adapter: Path | None = None  # PiSSA and others: the PEFT folder saved before training
-    residual_dtype: str | None = None  # PiSSA, DuDe: the dtype of the frozen residual, where not the base's
-    prefix: str | None = None  # prefix of the adapter's module names in the base
-    magnitude_axis: str | None = None  # "out" or "in": the dimension of a magnitude of a square weight
 
 
 @dataclass(frozen=True)

@@ -14,7 +14,7 @@ from adapter_merge.combine.delta_ops import Settings
 from adapter_merge.combine.open_inputs import combined_sha256
 from adapter_merge.combine.recipe import PATH_KEYS, Ingredient, Recipe, given_options, make_recipe
 from adapter_merge.errors import FileFormatError, InputError, Problem, raise_all
-from adapter_merge.formats.detection import ReadOptions
+from adapter_merge.formats.read_options import ReadOptions
 from adapter_merge.storage.checkpoint import open_checkpoint
 from adapter_merge.storage.hashing import hash_files
 

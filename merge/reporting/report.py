@@ -24,7 +24,8 @@ from adapter_merge.errors import AdapterMergeError, InputError
 from adapter_merge.factoring.certificate import SPECTRUM_LENGTH, relative
 from adapter_merge.factoring.factor_folder import ROW_SCALES
 from adapter_merge.factoring.weight_factors import Factoriser
-from adapter_merge.formats.detection import ReadOptions, open_adapter
+from adapter_merge.formats.detection import open_adapter
+from adapter_merge.formats.read_options import ReadOptions
 from adapter_merge.methods.adapter import Adapter
 from adapter_merge.outputs.staging import MANIFEST, read_manifest
 from adapter_merge.storage.checkpoint import CANDIDATES, Checkpoint, open_checkpoint, read_json, read_weights, resolve

@@ -41,6 +41,7 @@ class _TorchDtypes(Mapping[str, "torch.dtype"]):
 
 
 TORCH_DTYPES: Mapping[str, torch.dtype] = _TorchDtypes()
+SAFETENSORS_DTYPES = {"float32": "F32", "float16": "F16", "bfloat16": "BF16"}  # as users name dtypes
 
 
 @cache

@@ -19,6 +19,7 @@ from pico_models import save_lora, save_pico
 
 pytest.importorskip("onnxruntime_genai")
 
+from adapter_merge.api.options import MergeOptions
 from adapter_merge.errors import AdapterMergeError, InputError, OutputError
 from adapter_merge.export import batched as batched_export
 from adapter_merge.export.adding import add_adapters
@@ -76,7 +77,9 @@ def test_merged_combines_as_merge_does(pico: Path, adapters: dict[str, Path], tm
     weights = {"ties": (0.7, Settings("ties", 0.5)), "sum": (1.0, Settings())}
     for name, (weight, settings) in weights.items():
         items = [Ingredient("lora", str(adapters["lora"]), weight), Ingredient("dcft", str(adapters["dcft"]))]
-        merge(pico, make_recipe(items, settings), tmp_path / f"{name}-merged", device="cpu", dtype="float32")
+        merge(
+            pico, make_recipe(items, settings), tmp_path / f"{name}-merged", MergeOptions(device="cpu", dtype="float32")
+        )
         model = AutoModelForCausalLM.from_pretrained(tmp_path / f"{name}-merged").double().eval()
         with torch.no_grad():
             expected = model(torch.tensor([ALL])).logits[0]
@@ -220,7 +223,7 @@ def test_merging_comes_before_quantising(pico: Path, adapters: dict[str, Path], 
     from adapter_merge.export.decoder import build_decoder
 
     export_merged(pico, {"dora": adapters["dora"]}, tmp_path / "ours", precision="int4")
-    merge(pico, adapters["dora"], tmp_path / "checkpoint", dtype="float32", device="cpu")
+    merge(pico, adapters["dora"], tmp_path / "checkpoint", MergeOptions(dtype="float32", device="cpu"))
     (tmp_path / "plain").mkdir()
     build_decoder(tmp_path / "checkpoint", tmp_path / "plain", "int4")
     ours = ir.load(tmp_path / "ours" / "model.onnx").graph.initializers

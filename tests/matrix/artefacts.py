@@ -10,8 +10,10 @@ from typing import Any
 from trained_adapters import Trained
 
 from adapter_merge.api.convert import convert
+from adapter_merge.api.delta import delta
 from adapter_merge.api.factor import factor
-from adapter_merge.api.merge import delta, merge
+from adapter_merge.api.merge import merge
+from adapter_merge.api.options import ConvertOptions, DeltaOptions, FactorOptions, MergeOptions, VerifyOptions
 from adapter_merge.api.restore import restore
 from adapter_merge.api.verify import verify
 from adapter_merge.combine.recipe import Recipe
@@ -35,45 +37,57 @@ Make = Callable[[Trained, Path], Path]  # writes below a folder that is there; t
 
 
 def _merged(trained: Trained, place: Path) -> Path:
-    merge(trained.base, trained.adapter, place / "merged", device="cpu", options=trained.options)
+    merge(trained.base, trained.adapter, place / "merged", MergeOptions(device="cpu", reading=trained.options))
     return place / "merged"
 
 
 def _merged_bfloat16(trained: Trained, place: Path) -> Path:
-    merge(trained.base, trained.adapter, place / "merged", device="cpu", options=trained.options, dtype="bfloat16")
+    merge(
+        trained.base,
+        trained.adapter,
+        place / "merged",
+        MergeOptions(device="cpu", reading=trained.options, dtype="bfloat16"),
+    )
     return place / "merged"
 
 
 def _delta(trained: Trained, place: Path) -> Path:
-    delta(trained.base, trained.adapter, place / "delta", device="cpu", options=trained.options)
+    delta(trained.base, trained.adapter, place / "delta", DeltaOptions(device="cpu", reading=trained.options))
     return place / "delta"
 
 
 def _factors(trained: Trained, place: Path) -> Path:
-    factor(trained.base, trained.adapter, place / "factors", device="cpu", options=trained.options)
+    factor(trained.base, trained.adapter, place / "factors", FactorOptions(device="cpu", reading=trained.options))
     return place / "factors"
 
 
 def _truncated(trained: Trained, place: Path) -> Path:
-    factor(trained.base, trained.adapter, place / "truncated", device="cpu", options=trained.options, rank=2)
+    factor(
+        trained.base, trained.adapter, place / "truncated", FactorOptions(device="cpu", reading=trained.options, rank=2)
+    )
     return place / "truncated"
 
 
 def _truncated_scaled(trained: Trained, place: Path) -> Path:
     options: dict[str, Any] = {"rank": 2, "keep_scale": True}
-    factor(trained.base, trained.adapter, place / "truncated", device="cpu", options=trained.options, **options)
+    factor(
+        trained.base,
+        trained.adapter,
+        place / "truncated",
+        FactorOptions(device="cpu", reading=trained.options, **options),
+    )
     return place / "truncated"
 
 
 def _converted(trained: Trained, place: Path) -> Path:
     one = _only(trained)
-    convert(one, place / "converted", base=trained.base, options=trained.options)
+    convert(one, place / "converted", ConvertOptions(base=trained.base, reading=trained.options))
     return place / "converted"
 
 
 def _restored(trained: Trained, place: Path) -> Path:
-    options: dict[str, Any] = {"device": "cpu", "options": trained.options, "keep_preimage": True}
-    merge(trained.base, trained.adapter, place / "of", **options)
+    options: dict[str, Any] = {"device": "cpu", "reading": trained.options, "keep_preimage": True}
+    merge(trained.base, trained.adapter, place / "of", MergeOptions(**options))
     restore(place / "of", place / "restored")
     return place / "restored"
 
@@ -132,13 +146,12 @@ def judge(trained: Trained, artefact: str, folder: Path, made_in: Path, *, weigh
         if artefact == "restored":
             check_restored(made_in / "of", folder)
             return Verdict(True)
-        onnx = None
-        if artefact in ONNX:
-            from adapter_merge.export.verification import verify_onnx as onnx
         report = verify(
-            trained.base, trained.adapter, folder, options=trained.options, generated=4, weights_only=weights_only,
-            onnx=onnx,
-        )  # fmt: skip
+            trained.base,
+            trained.adapter,
+            folder,
+            VerifyOptions(reading=trained.options, generated=4, weights_only=weights_only),
+        ).as_json()
     except AdapterMergeError as refusal:
         return Verdict(False, str(refusal).split("\n")[0])
     except Exception as error:

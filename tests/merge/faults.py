@@ -21,6 +21,7 @@ from typing import Any
 import torch
 
 from adapter_merge.api import merge as merging
+from adapter_merge.api.options import MergeOptions
 from adapter_merge.errors import OutputError
 from adapter_merge.outputs.integrity import check_integrity
 
@@ -97,7 +98,7 @@ def replace(base: Path, adapter: Path, output: Path, old: Path, new: Path, kills
     """Kill merges that replace an output: the old one, or the new one, is always there and whole."""
 
     def run() -> None:
-        merging.merge(base, adapter, output, overwrite=True)
+        merging.merge(base, adapter, output, MergeOptions(overwrite=True))
 
     chance = random.Random(1)
     counted = {"killed": 0, "replaced": 0}
@@ -151,7 +152,7 @@ def race(base: Path, adapter: Path, output: Path, count: int) -> dict[str, int]:
 def parts(base: Path, adapter: Path, output: Path, count: int) -> dict[str, int]:
     """All parts of a split merge at once."""
     pids = [
-        fork(lambda number=number: merging.merge(base, adapter, output, part=(number, count)))  # type: ignore[misc]
+        fork(lambda number=number: merging.merge(base, adapter, output, MergeOptions(part=(number, count))))  # type: ignore[misc]
         for number in range(1, count + 1)
     ]
     return {"done": [wait(pid) for pid in pids].count(0)}

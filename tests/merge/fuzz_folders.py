@@ -33,8 +33,9 @@ from safetensors.torch import load_file, save, save_file
 from adapter_merge.api.convert import convert
 from adapter_merge.api.factor import factor
 from adapter_merge.api.merge import merge
+from adapter_merge.api.options import ConvertOptions, FactorOptions, MergeOptions
 from adapter_merge.errors import AdapterMergeError
-from adapter_merge.formats.detection import ReadOptions
+from adapter_merge.formats.read_options import ReadOptions
 
 SECONDS = 10  # for one case
 OUT, IN, RANK = 12, 8, 2
@@ -410,12 +411,14 @@ def run_case(number: int, seed: int, originals: dict[str, Files], base: Path, wo
     signal.alarm(SECONDS)
     try:
         if command == "merge":
-            merge(base, folder, output, device="cpu", options=options, base_kind=base_kind, workers=1, link="copy",
-                  hashes=False)  # fmt: skip
+            options_of_merge = MergeOptions(
+                device="cpu", reading=options, base_kind=base_kind, workers=1, link="copy", hashes=False
+            )
+            merge(base, folder, output, options_of_merge)
         elif command == "convert":
-            convert(folder, output, base=base, options=options, base_kind=base_kind)
+            convert(folder, output, ConvertOptions(base=base, reading=options, base_kind=base_kind))
         else:
-            factor(base, folder, output, device="cpu", options=options, base_kind=base_kind)
+            factor(base, folder, output, FactorOptions(device="cpu", reading=options, base_kind=base_kind))
     except AdapterMergeError as error:
         outcome, detail = "refused", str(error)
     except Hung:

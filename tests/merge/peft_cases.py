@@ -22,6 +22,7 @@ from pico_bases import (
 )
 
 from adapter_merge.api.merge import merge
+from adapter_merge.api.options import MergeOptions
 
 peft = pytest.importorskip("peft", reason="PEFT is the oracle (extra verify)")
 
@@ -207,7 +208,7 @@ def bases(factory: pytest.TempPathFactory) -> Callable[[str], Path]:
 
 
 def merged_logits(base: Path, adapter: Path, output: Path, **options: Any) -> torch.Tensor:
-    merge(base, adapter, output, device="cpu", **options)
+    merge(base, adapter, output, MergeOptions(device="cpu", **options))
     return logits(load(output))
 
 

@@ -12,8 +12,10 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from adapter_merge.api.convert import convert
+from adapter_merge.api.delta import delta
 from adapter_merge.api.factor import factor
-from adapter_merge.api.merge import delta, merge
+from adapter_merge.api.merge import merge
+from adapter_merge.api.options import ConvertOptions, MergeOptions, VerifyOptions
 from adapter_merge.api.verify import verify
 from adapter_merge.combine.open_inputs import open_pair
 
@@ -59,7 +61,7 @@ def test_the_residual_base_is_found_out(method: str, tmp_path: Path) -> None:
             layer.lora_A.clear(), layer.lora_B.clear()
     residual = live.unload()
     base = pico.save_base(residual, tmp_path / "residual")
-    content = merge(base, tmp_path / "adapter", tmp_path / "merged")
+    content = merge(base, tmp_path / "adapter", tmp_path / "merged").as_json()
     assert content["adapters"][0]["base_kind"] == "residual"
     check(pico.logits(load(tmp_path / "merged", "llama")), want)
 
@@ -169,10 +171,10 @@ def test_verify_passes_what_is_equal_and_fails_what_is_not(method: str, artefact
     out = tmp_path / "out"
     jobs: dict[str, Any] = {"merged": merge, "factors": factor, "delta": delta}
     if artefact == "adapter":
-        convert(adapter, out, base=base)
+        convert(adapter, out, ConvertOptions(base=base))
     else:
         jobs[artefact](base, adapter, out)
-    report = verify(base, adapter, out, generated=8)
+    report = verify(base, adapter, out, VerifyOptions(generated=8)).as_json()
     assert report["passed"], report["problems"]
     assert report["logits"]["max_difference"] <= TOLERANCE
     assert report["logits"]["greedy_equal"] == report["logits"]["greedy_total"]
@@ -181,7 +183,7 @@ def test_verify_passes_what_is_equal_and_fails_what_is_not(method: str, artefact
     data = bytearray(file.read_bytes())
     data[-2:] = b"\x41\x41"  # the last element of the last tensor becomes another number
     file.write_bytes(data)
-    assert not verify(base, adapter, out, generated=8)["passed"]
+    assert not verify(base, adapter, out, VerifyOptions(generated=8)).as_json()["passed"]
 
 
 def test_a_half_precision_dcft_checkpoint_equals_its_formula(tmp_path: Path) -> None:
@@ -197,7 +199,7 @@ def test_a_half_precision_dcft_checkpoint_equals_its_formula(tmp_path: Path) -> 
             wrong = merged[f"{name}.weight"] != exact.to(torch.bfloat16)
             assert float(wrong.float().mean()) < 0.001, name
             torch.testing.assert_close(merged[f"{name}.weight"].double(), exact, rtol=2**-8, atol=1e-6)
-    report = verify(None, checkpoint, tmp_path / "merged", generated=4)
+    report = verify(None, checkpoint, tmp_path / "merged", VerifyOptions(generated=4)).as_json()
     assert report["passed"], report["problems"]
 
 
@@ -213,8 +215,8 @@ def test_verify_does_not_trust_our_own_algebra(tmp_path: Path, monkeypatch: pyte
         return up * 1.001, down
 
     monkeypatch.setattr(dcft, "dcft_factors", shrunk)
-    merge(None, checkpoint, tmp_path / "merged", dtype="bfloat16")
-    report = verify(None, checkpoint, tmp_path / "merged", generated=4)
+    merge(None, checkpoint, tmp_path / "merged", MergeOptions(dtype="bfloat16"))
+    report = verify(None, checkpoint, tmp_path / "merged", VerifyOptions(generated=4)).as_json()
     assert not report["passed"] and "beyond one rounding" in report["problems"][0]
 
 
@@ -223,16 +225,16 @@ def test_dude_on_a_half_precision_base_is_peft_s_to_the_bit(dtype: torch.dtype, 
     base = pico.save_base(pico.pico_model("gpt2", dtype), tmp_path / "base")
     pico.peft_adapter(pico.pico_model("gpt2", dtype), "gpt2", tmp_path / "adapter", **pico.METHODS["dude"])
     merge(base, tmp_path / "adapter", tmp_path / "merged")
-    report = verify(base, tmp_path / "adapter", tmp_path / "merged", generated=4)
+    report = verify(base, tmp_path / "adapter", tmp_path / "merged", VerifyOptions(generated=4)).as_json()
     assert report["passed"], report["problems"]
-    content = factor(base, tmp_path / "adapter", tmp_path / "factors")
+    content = factor(base, tmp_path / "adapter", tmp_path / "factors").as_json()
     assert content["exact"] == (dtype == torch.float32) and bool(content.get("warnings")) == (not content["exact"])
 
 
 def test_a_converted_head_of_several_layers_loads_in_peft(tmp_path: Path) -> None:
     base = pico.save_base(pico.pico_model("roberta"), tmp_path / "base")
     live = pico.peft_adapter(pico.pico_model("roberta"), "roberta", tmp_path / "peft", **pico.METHODS["dude"])
-    convert(tmp_path / "peft", tmp_path / "adapter", base=base)
+    convert(tmp_path / "peft", tmp_path / "adapter", ConvertOptions(base=base))
     factor(base, tmp_path / "adapter", tmp_path / "factors")
     loaded = peft.PeftModel.from_pretrained(load(base, "roberta"), tmp_path / "factors").eval()
     check(pico.logits(loaded), pico.logits(live))
@@ -240,7 +242,9 @@ def test_a_converted_head_of_several_layers_loads_in_peft(tmp_path: Path) -> Non
     name = next(name for name in tensors if name.endswith("out_proj.bias"))
     tensors[name] += 0.5
     save_file(tensors, tmp_path / "factors" / "adapter_model.safetensors", {"format": "pt"})
-    assert not verify(base, tmp_path / "adapter", tmp_path / "factors", weights_only=True)["passed"]
+    assert not verify(base, tmp_path / "adapter", tmp_path / "factors", VerifyOptions(weights_only=True)).as_json()[
+        "passed"
+    ]
 
 
 @pytest.mark.parametrize("method", ["lora", "dude"])
@@ -248,8 +252,8 @@ def test_verify_holds_half_precision_to_one_rounding(method: str, tmp_path: Path
     base = pico.save_base(pico.pico_model("llama"), tmp_path / "base")
     pico.peft_adapter(pico.pico_model("llama"), "llama", tmp_path / "adapter", **pico.METHODS[method])
     out = tmp_path / "out"
-    merge(base, tmp_path / "adapter", out, dtype="bfloat16")
-    assert verify(base, tmp_path / "adapter", out, weights_only=True)["passed"]
+    merge(base, tmp_path / "adapter", out, MergeOptions(dtype="bfloat16"))
+    assert verify(base, tmp_path / "adapter", out, VerifyOptions(weights_only=True)).as_json()["passed"]
 
     file = next(path for path in sorted(out.glob("*.safetensors")) if any("q_proj" in name for name in load_file(path)))
     tensors = load_file(file)
@@ -258,5 +262,5 @@ def test_verify_holds_half_precision_to_one_rounding(method: str, tmp_path: Path
     largest = int(tensors[name].float().abs().argmax())
     flat[largest] += 1  # one ulp
     save_file(tensors, file, {"format": "pt"})
-    report = verify(base, tmp_path / "adapter", out, weights_only=True)
+    report = verify(base, tmp_path / "adapter", out, VerifyOptions(weights_only=True)).as_json()
     assert not report["passed"] and "BF16" in report["problems"][0]

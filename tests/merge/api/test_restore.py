@@ -12,6 +12,7 @@ import torch
 from merge_models import base_tensors, read_model, snapshot, write_base, write_four_shards, write_lora
 
 from adapter_merge.api.merge import merge
+from adapter_merge.api.options import MergeOptions, RestoreOptions
 from adapter_merge.api.restore import restore
 from adapter_merge.errors import FileFormatError, InputError, MismatchError
 from adapter_merge.outputs.integrity import check_integrity
@@ -47,7 +48,7 @@ def test_integrity_names_every_file_that_is_not_what_was_written(tmp_path: Path,
 
 
 def test_integrity_needs_a_manifest_with_hashes(tmp_path: Path, pair: tuple[Path, Path]) -> None:
-    merge(*pair, tmp_path / "out", hashes=False)
+    merge(*pair, tmp_path / "out", MergeOptions(hashes=False))
     for folder in (tmp_path / "out", pair[0]):
         with pytest.raises(InputError, match="nothing to prove"):
             check_integrity(folder)
@@ -65,7 +66,7 @@ def test_restore_from_the_preimage_gives_every_byte_of_the_base(tmp_path: Path, 
         extra={"base_model.model.lm_head.weight": torch.randn(50, 64)},
         config={"modules_to_save": ["lm_head"]},
     )
-    merge(base, adapter, tmp_path / "out", dtype=dtype, keep_preimage=True)
+    merge(base, adapter, tmp_path / "out", MergeOptions(dtype=dtype, keep_preimage=True))
     before = snapshot(base)
     (tmp_path / "base").rename(tmp_path / "gone")
     restore(tmp_path / "out", tmp_path / "back")
@@ -78,17 +79,17 @@ def test_restore_from_the_base_proves_it_first(tmp_path: Path, pair: tuple[Path,
     merge(base, adapter, tmp_path / "out")
     with pytest.raises(InputError, match="no pre-image"):
         restore(tmp_path / "out", tmp_path / "back")
-    restore(tmp_path / "out", tmp_path / "back", base)
+    restore(tmp_path / "out", tmp_path / "back", RestoreOptions(base=base))
     assert snapshot(tmp_path / "back") == snapshot(base)
     (base / "config.json").write_text("{}")
     with pytest.raises(MismatchError, match=r"config\.json"):
-        restore(tmp_path / "out", tmp_path / "other", base)
+        restore(tmp_path / "out", tmp_path / "other", RestoreOptions(base=base))
     assert not (tmp_path / "other").exists()
 
 
 @pytest.mark.parametrize("damage", ["weights", "frames", "missing"])
 def test_restore_refuses_what_is_not_the_base(tmp_path: Path, pair: tuple[Path, Path], damage: str) -> None:
-    merge(*pair, tmp_path / "out", keep_preimage=True)
+    merge(*pair, tmp_path / "out", MergeOptions(keep_preimage=True))
     out = tmp_path / "out"
     file = out / "model-00001-of-00004.safetensors"
     if damage == "frames":
@@ -106,8 +107,8 @@ def test_restore_refuses_what_is_not_the_base(tmp_path: Path, pair: tuple[Path, 
 
 def test_a_preimage_survives_a_killed_and_a_split_run(tmp_path: Path, pair: tuple[Path, Path]) -> None:
     for number in (1, 2):
-        merge(*pair, tmp_path / "out", part=(number, 2), keep_preimage=True)
-    merge(*pair, tmp_path / "out", finish=True, keep_preimage=True)
+        merge(*pair, tmp_path / "out", MergeOptions(part=(number, 2), keep_preimage=True))
+    merge(*pair, tmp_path / "out", MergeOptions(finish=True, keep_preimage=True))
     restore(tmp_path / "out", tmp_path / "back")
     assert snapshot(tmp_path / "back") == snapshot(pair[0])
 
@@ -130,15 +131,15 @@ def test_restore_of_an_untied_model(tmp_path: Path, head: bool) -> None:
         extra["base_model.model.lm_head.lora_B.weight"] = a.T.contiguous() * 2
         targets.append("lm_head")
     adapter = write_lora(tmp_path / "adapter", tensors, extra=extra, config={"target_modules": targets})
-    merge(base, adapter, tmp_path / "out", keep_preimage=True)
+    merge(base, adapter, tmp_path / "out", MergeOptions(keep_preimage=True))
     assert "lm_head.weight" in read_model(tmp_path / "out")
     restore(tmp_path / "out", tmp_path / "back")
     assert snapshot(tmp_path / "back") == snapshot(base)
 
 
 def test_merging_a_merged_model_leaves_the_older_preimage_behind(tmp_path: Path, pair: tuple[Path, Path]) -> None:
-    merge(*pair, tmp_path / "one", keep_preimage=True)
-    merge(tmp_path / "one", pair[1], tmp_path / "two", keep_preimage=True)
+    merge(*pair, tmp_path / "one", MergeOptions(keep_preimage=True))
+    merge(tmp_path / "one", pair[1], tmp_path / "two", MergeOptions(keep_preimage=True))
     restore(tmp_path / "two", tmp_path / "back")
     restored, one = snapshot(tmp_path / "back"), snapshot(tmp_path / "one")
     assert restored == {name: sha for name, sha in one.items() if not name.startswith("preimage/")}

@@ -14,9 +14,11 @@ import transformers
 from safetensors.torch import load_file, save_file
 
 from adapter_merge.api.convert import convert
+from adapter_merge.api.delta import delta
 from adapter_merge.api.factor import factor
-from adapter_merge.api.inspect import inspect_adapter
-from adapter_merge.api.merge import delta, merge
+from adapter_merge.api.inspect import inspect
+from adapter_merge.api.merge import merge
+from adapter_merge.api.options import ConvertOptions, FactorOptions, MergeOptions, VerifyOptions
 from adapter_merge.api.restore import restore
 from adapter_merge.api.verify import verify
 from adapter_merge.combine.delta_ops import Settings
@@ -90,7 +92,7 @@ def test_merged_equals_the_authors_forward(variant: str, tmp_path: Path) -> None
     assert config_of(tmp_path / "merged")[SHARED] is (shared and variant not in APART)
     names = set(load_file(tmp_path / "merged" / "model.safetensors"))
     assert names == set(load(tmp_path / "merged").state_dict())
-    report = verify(None, checkpoint, tmp_path / "merged")
+    report = verify(None, checkpoint, tmp_path / "merged").as_json()
     assert report["passed"] is True, report["problems"]
     assert report["logits"]["effect"] > 0.05
 
@@ -106,15 +108,15 @@ def test_any_choice_of_layers(targets: tuple[str, ...], tmp_path: Path) -> None:
     merge(None, checkpoint, tmp_path / "merged")
     assert differs(load(tmp_path / "merged"), want) < TOLERANCE
     assert config_of(tmp_path / "merged")[SHARED] is ("query_proj" not in targets[0])
-    assert verify(None, checkpoint, tmp_path / "merged")["passed"] is True
+    assert verify(None, checkpoint, tmp_path / "merged").as_json()["passed"] is True
 
 
 def test_converted_and_on_a_base_in_half_precision(dcft: tuple[Path, Path, torch.Tensor], tmp_path: Path) -> None:
     base, checkpoint, want = dcft
-    convert(checkpoint, tmp_path / "adapter", base=base)
-    merge(base, tmp_path / "adapter", tmp_path / "merged", keep_preimage=True)
+    convert(checkpoint, tmp_path / "adapter", ConvertOptions(base=base))
+    merge(base, tmp_path / "adapter", tmp_path / "merged", MergeOptions(keep_preimage=True))
     assert differs(load(tmp_path / "merged"), want) < TOLERANCE
-    assert verify(base, checkpoint, tmp_path / "adapter")["passed"] is True
+    assert verify(base, checkpoint, tmp_path / "adapter").as_json()["passed"] is True
     restore(tmp_path / "merged", tmp_path / "restored")
     assert (tmp_path / "restored" / "model.safetensors").read_bytes() == (base / "model.safetensors").read_bytes()
     assert config_of(tmp_path / "restored") == config_of(base)
@@ -124,7 +126,7 @@ def test_converted_and_on_a_base_in_half_precision(dcft: tuple[Path, Path, torch
     state, before = (load_file(tmp_path / one / "model.safetensors") for one in ("half_merged", "half"))
     assert torch.equal(state[QUERY.replace("query", "pos_query") + ".weight"], before[f"{QUERY}.weight"])
     assert {tensor.dtype for tensor in state.values()} == {torch.bfloat16}
-    assert verify(tmp_path / "half", tmp_path / "adapter", tmp_path / "half_merged")["passed"] is True
+    assert verify(tmp_path / "half", tmp_path / "adapter", tmp_path / "half_merged").as_json()["passed"] is True
 
 
 def test_trained_biases_move_tokens_and_positions(dcft: tuple[Path, Path, torch.Tensor], tmp_path: Path) -> None:
@@ -140,7 +142,7 @@ def test_trained_biases_move_tokens_and_positions(dcft: tuple[Path, Path, torch.
     assert float((want - plain).abs().max()) > 1e-3
     merge(base, checkpoint, tmp_path / "merged")
     assert differs(load(tmp_path / "merged"), want) < TOLERANCE
-    assert verify(base, checkpoint, tmp_path / "merged")["passed"] is True
+    assert verify(base, checkpoint, tmp_path / "merged").as_json()["passed"] is True
 
 
 def test_verify_fails_a_merge_that_adapts_the_positional_queries(
@@ -150,15 +152,15 @@ def test_verify_fails_a_merge_that_adapts_the_positional_queries(
     naive = naive_merge(base, checkpoint, tmp_path / "naive")
     assert differs(load(naive), want) > 0.01
     for weights_only in (False, True):
-        report = verify(base, checkpoint, naive, weights_only=weights_only)
+        report = verify(base, checkpoint, naive, VerifyOptions(weights_only=weights_only)).as_json()
         assert report["passed"] is False
         assert any("share_att_key is True" in problem for problem in report["problems"])
-    assert any("dlogit" in problem for problem in verify(base, checkpoint, naive)["problems"])
+    assert any("dlogit" in problem for problem in verify(base, checkpoint, naive).as_json()["problems"])
     # The same mistake in the code that binds, merges and lists the weights: the live forward alone tells.
     monkeypatch.setattr("adapter_merge.binding.bind.with_positional_projections", lambda bound: bound)
     merge(base, checkpoint, tmp_path / "again")
     assert differs(load(tmp_path / "again"), want) > 0.01
-    report = verify(base, checkpoint, tmp_path / "again")
+    report = verify(base, checkpoint, tmp_path / "again").as_json()
     assert report["passed"] is False
     assert any("dlogit" in problem for problem in report["problems"])
 
@@ -171,13 +173,17 @@ def test_verify_looks_at_the_new_projections(dcft: tuple[Path, Path, torch.Tenso
     for name in ("pos_query_proj.weight", "pos_query_proj.bias", "pos_key_proj.weight", "pos_key_proj.bias"):
         full = f"{QUERY.rpartition('.')[0]}.{name}"
         save_file(state | {full: 1.02 * state[full]}, file, {"format": "pt"})
-        assert verify(base, checkpoint, tmp_path / "merged", weights_only=True)["passed"] is False
+        assert (
+            verify(base, checkpoint, tmp_path / "merged", VerifyOptions(weights_only=True)).as_json()["passed"] is False
+        )
         save_file({key: value for key, value in state.items() if key != full}, file, {"format": "pt"})
-        assert verify(base, checkpoint, tmp_path / "merged", weights_only=True)["passed"] is False
+        assert (
+            verify(base, checkpoint, tmp_path / "merged", VerifyOptions(weights_only=True)).as_json()["passed"] is False
+        )
     save_file(state, file, {"format": "pt"})
-    assert verify(base, checkpoint, tmp_path / "merged", weights_only=True)["passed"] is True
+    assert verify(base, checkpoint, tmp_path / "merged", VerifyOptions(weights_only=True)).as_json()["passed"] is True
     change(tmp_path / "merged" / "config.json", **{SHARED: True})
-    assert verify(base, checkpoint, tmp_path / "merged", weights_only=True)["passed"] is False
+    assert verify(base, checkpoint, tmp_path / "merged", VerifyOptions(weights_only=True)).as_json()["passed"] is False
 
 
 @pytest.mark.parametrize(
@@ -197,12 +203,12 @@ def test_peft_adapts_both_uses(settings: dict[str, Any], dcft: tuple[Path, Path,
     merge(base, tmp_path / "adapter", tmp_path / "merged")
     assert config_of(tmp_path / "merged") == config_of(base)
     assert differs(load(tmp_path / "merged"), want) < 1e-5
-    assert verify(base, tmp_path / "adapter", tmp_path / "merged")["passed"] is True
+    assert verify(base, tmp_path / "adapter", tmp_path / "merged").as_json()["passed"] is True
 
 
 def test_deltas_say_what_base_they_belong_to(dcft: tuple[Path, Path, torch.Tensor], tmp_path: Path) -> None:
     base, checkpoint, want = dcft
-    content = delta(base, checkpoint, tmp_path / "delta")
+    content = delta(base, checkpoint, tmp_path / "delta").as_json()
     changes = content["base_changes"]
     model = transformers.AutoModelForSequenceClassification.from_pretrained(base, **changes["config"])
     state = model.state_dict()
@@ -211,26 +217,26 @@ def test_deltas_say_what_base_they_belong_to(dcft: tuple[Path, Path, torch.Tenso
     for name, tensor in load_file(tmp_path / "delta" / "delta.safetensors").items():
         state[name].add_(tensor)
     assert differs(model, want) < TOLERANCE
-    assert verify(base, checkpoint, tmp_path / "delta")["passed"] is True
+    assert verify(base, checkpoint, tmp_path / "delta").as_json()["passed"] is True
     file = tmp_path / "delta" / "delta.safetensors"
     deltas = load_file(file)
     save_file({name: value for name, value in deltas.items() if "pos_key" not in name}, file)
-    assert verify(base, checkpoint, tmp_path / "delta", weights_only=True)["passed"] is False
+    assert verify(base, checkpoint, tmp_path / "delta", VerifyOptions(weights_only=True)).as_json()["passed"] is False
 
 
 def test_factors_are_refused(dcft: tuple[Path, Path, torch.Tensor], tmp_path: Path) -> None:
     base, checkpoint, _ = dcft
-    convert(checkpoint, tmp_path / "adapter", base=base)
+    convert(checkpoint, tmp_path / "adapter", ConvertOptions(base=base))
     for given in ({}, {"rank": 2}, {"budget": 0.1}):
         with pytest.raises(UnsupportedError, match=r"positions \(share_att_key\)"):
-            factor(base, tmp_path / "adapter", tmp_path / "out", **given)
+            factor(base, tmp_path / "adapter", tmp_path / "out", FactorOptions(**given))
     with pytest.raises(UnsupportedError, match="share_att_key"):
         factor(None, checkpoint, tmp_path / "out")
     with pytest.raises(InputError, match="share_att_key"):
         factor(None, tmp_path / "adapter", tmp_path / "out")
     assert not (tmp_path / "out").exists()
-    assert inspect_adapter(tmp_path / "adapter", base)["would"]["factor"].startswith("refused")
-    assert inspect_adapter(checkpoint)["would"]["factor"].startswith("refused")
+    assert inspect(tmp_path / "adapter", base).as_json()["would"]["factor"].startswith("refused")
+    assert inspect(checkpoint).as_json()["would"]["factor"].startswith("refused")
 
 
 def test_factors_where_positions_have_their_own_projections(tmp_path: Path) -> None:
@@ -241,7 +247,7 @@ def test_factors_where_positions_have_their_own_projections(tmp_path: Path) -> N
     factor(tmp_path / "base", checkpoint, tmp_path / "factors")
     live = peft.PeftModel.from_pretrained(load(tmp_path / "base"), tmp_path / "factors").eval()
     assert differs(live, reference.double_logits(model)) < 1e-5
-    assert verify(tmp_path / "base", checkpoint, tmp_path / "factors")["passed"] is True
+    assert verify(tmp_path / "base", checkpoint, tmp_path / "factors").as_json()["passed"] is True
 
 
 @pytest.mark.parametrize(
@@ -265,9 +271,11 @@ def test_what_the_authors_do_not_define_is_refused(
 
 def test_combinations(dcft: tuple[Path, Path, torch.Tensor], tmp_path: Path) -> None:
     base, checkpoint, _ = dcft
-    convert(checkpoint, tmp_path / "first", base=base)
+    convert(checkpoint, tmp_path / "first", ConvertOptions(base=base))
     second = reference.authors_model(reference.pico_deberta(), ("query_proj", "value_proj"), kernel=4)
-    convert(reference.save_authors_checkpoint(second, tmp_path / "other"), tmp_path / "second", base=base)
+    convert(
+        reference.save_authors_checkpoint(second, tmp_path / "other"), tmp_path / "second", ConvertOptions(base=base)
+    )
     for name, target in (("queries", "query_proj"), ("values", "value_proj")):
         config = peft.LoraConfig(r=2, target_modules=[target], init_lora_weights=False, modules_to_save=[])
         peft.get_peft_model(load(base), config).save_pretrained(tmp_path / name)
@@ -278,7 +286,7 @@ def test_combinations(dcft: tuple[Path, Path, torch.Tensor], tmp_path: Path) -> 
 
     for names in (("first", "second"), ("first", "values")):
         merge(base, together(*names), tmp_path / names[1] / "merged")
-        report = verify(base, together(*names), tmp_path / names[1] / "merged")
+        report = verify(base, together(*names), tmp_path / names[1] / "merged").as_json()
         assert report["passed"] is True, report["problems"]
     live = reference.authors_model(reference.pico_deberta())  # its layers with 0.6 of both deltas
     for name, layer in live.named_modules():

@@ -18,8 +18,9 @@ from model_families import MIXTURES, VISION_MODELS, inputs, mixture, vision
 from pico_bases import quiet, randomise
 from safetensors.torch import load_file, save_file
 
-from adapter_merge.api.inspect import inspect_adapter
+from adapter_merge.api.inspect import inspect
 from adapter_merge.api.merge import merge
+from adapter_merge.api.options import MergeOptions
 from adapter_merge.binding.bind import bind
 from adapter_merge.errors import MismatchError
 from adapter_merge.formats.detection import open_adapter
@@ -122,7 +123,7 @@ def test_all_linear_on_a_mixture_of_experts(name: str, bases: Callable[[str], Pa
     # dt_proj: Jamba reads its weight past the adapter. router: PEFT's wrapper does not pass PhiMoE's tuple through.
     options = {"jamba": {"exclude_modules": ["dt_proj"]}, "phimoe": {"target_modules": ["q_proj"]}}.get(name, {})
     expected = train(base, tmp_path / "a", name, **{"target_modules": "all-linear", **options})
-    merge(base, tmp_path / "a", tmp_path / "out", device="cpu")
+    merge(base, tmp_path / "a", tmp_path / "out", MergeOptions(device="cpu"))
     assert worst(tmp_path / "out", expected, name) < TOLERANCE
 
 
@@ -132,9 +133,9 @@ def test_adapter_on_vision_and_language(name: str, bases: Callable[[str], Path],
     targets = TARGETS.get(name, BOTH_PARTS)
     expected = train(base, tmp_path / "a", name, target_modules=targets, target_parameters=PARAMETERS.get(name),
                      modules_to_save=SAVED[name])  # fmt: skip
-    report = inspect_adapter(tmp_path / "a", base)
+    report = inspect(tmp_path / "a", base).as_json()
     assert not report["problems"], report["problems"]
-    merge(base, tmp_path / "a", tmp_path / "out", device="cpu")
+    merge(base, tmp_path / "a", tmp_path / "out", MergeOptions(device="cpu"))
     assert worst(tmp_path / "out", expected, name) < TOLERANCE
 
 
@@ -160,7 +161,7 @@ def test_adapter_trained_under_old_names(name: str, layout: str, bases: Callable
         with quiet():
             load(base).save_pretrained(tmp_path / "base", save_original_format=False)
         base = tmp_path / "base"
-    merge(base, tmp_path / "a", tmp_path / "out", device="cpu")
+    merge(base, tmp_path / "a", tmp_path / "out", MergeOptions(device="cpu"))
     assert worst(tmp_path / "out", expected, name) < TOLERANCE
 
 
@@ -182,7 +183,7 @@ def test_heads_magnitudes_and_parts(
     name: str, options: dict[str, Any], bases: Callable[[str], Path], tmp_path: Path
 ) -> None:
     expected = train(bases(name), tmp_path / "a", name, **options)
-    merge(bases(name), tmp_path / "a", tmp_path / "out", device="cpu")
+    merge(bases(name), tmp_path / "a", tmp_path / "out", MergeOptions(device="cpu"))
     assert worst(tmp_path / "out", expected, name) < TOLERANCE
 
 
@@ -195,10 +196,10 @@ def test_without_transformers_both_parts_are_refused(
           modules_to_save=["multi_modal_projector"])  # fmt: skip
     monkeypatch.setitem(sys.modules, "transformers.core_model_loading", None)
     for folder in ("both", "saved"):
-        problems = inspect_adapter(tmp_path / folder, bases("llava"))["problems"]
+        problems = inspect(tmp_path / folder, bases("llava")).as_json()["problems"]
         assert any("transformers" in str(problem["hint"]) for problem in problems)
         with pytest.raises(MismatchError):
-            merge(bases("llava"), tmp_path / folder, tmp_path / "out", device="cpu")
+            merge(bases("llava"), tmp_path / folder, tmp_path / "out", MergeOptions(device="cpu"))
 
 
 @pytest.mark.parametrize("name", ["mixtral", "qwen3_moe"])
@@ -207,8 +208,8 @@ def test_inspect_of_literal_names_imports_no_transformers(
 ) -> None:
     train(bases(name), tmp_path / "a", name, target_modules="all-linear")
     code = (
-        "import sys; from adapter_merge.api.inspect import inspect_adapter;"
-        f"report = inspect_adapter({str(tmp_path / 'a')!r}, {str(bases(name))!r});"
+        "import sys; from adapter_merge.api.inspect import inspect;"
+        f"report = inspect({str(tmp_path / 'a')!r}, {str(bases(name))!r}).as_json();"
         "assert not report['problems'], report; assert 'transformers' not in sys.modules"
     )
     subprocess.run([sys.executable, "-c", code], check=True)

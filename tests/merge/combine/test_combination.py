@@ -15,6 +15,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from adapter_merge.api.merge import merge
+from adapter_merge.api.options import MergeOptions
 from adapter_merge.combine.delta_ops import (
     METHODS,
     CombinedEdit,
@@ -49,7 +50,7 @@ def deltas(base: Path, adapters: dict[str, Path]) -> dict[str, dict[str, Tensor]
 
 
 def run(base: Path, made: Recipe, output: Path, **options: Any) -> dict[str, Tensor]:
-    merge(base, made, output, device="cpu", **options)
+    merge(base, made, output, MergeOptions(device="cpu", **options))
     return load_file(output / "model.safetensors")
 
 
@@ -79,8 +80,8 @@ def test_combination_is_its_definition(
 def test_one_adapter_at_weight_one_is_its_merge(
     method: str, name: str, base: Path, adapters: dict[str, Path], tmp_path: Path
 ) -> None:
-    merge(base, adapters[name], tmp_path / "merged", device="cpu")
-    merge(base, recipe(adapters, {name: 1.0}, method=method), tmp_path / "combined", device="cpu")
+    merge(base, adapters[name], tmp_path / "merged", MergeOptions(device="cpu"))
+    merge(base, recipe(adapters, {name: 1.0}, method=method), tmp_path / "combined", MergeOptions(device="cpu"))
     one, two = (tmp_path / folder / "model.safetensors" for folder in ("merged", "combined"))
     assert one.read_bytes() == two.read_bytes()
 
@@ -89,7 +90,9 @@ def test_one_adapter_at_weight_one_is_its_merge(
 def test_weight_zero_gives_the_identical_bytes(
     method: str, base: Path, adapters: dict[str, Path], tmp_path: Path
 ) -> None:
-    merge(base, recipe(adapters, dict.fromkeys(CONFIGS, 0.0), method=method), tmp_path / "out", device="cpu")
+    merge(
+        base, recipe(adapters, dict.fromkeys(CONFIGS, 0.0), method=method), tmp_path / "out", MergeOptions(device="cpu")
+    )
     assert (tmp_path / "out" / "model.safetensors").read_bytes() == (base / "model.safetensors").read_bytes()
 
 
@@ -103,7 +106,7 @@ def test_order_workers_and_blocks_change_nothing(
 
     def run_once(number: int, order: tuple[str, ...], workers: int) -> Path:
         made = recipe(adapters, {name: WEIGHTS[name] for name in order}, method=method, density=density, seed=3)
-        merge(base, made, tmp_path / f"out{number}", device="cpu", workers=workers)
+        merge(base, made, tmp_path / f"out{number}", MergeOptions(device="cpu", workers=workers))
         return tmp_path / f"out{number}" / "model.safetensors"
 
     orders = list(itertools.islice(itertools.permutations(WEIGHTS), 0, 24, 11))
@@ -177,7 +180,7 @@ def test_column_norms_and_conv1d(method: str, tmp_path: Path) -> None:
     before = load_file(base / "model.safetensors")
     merged = {}
     for name in folders:
-        merge(base, folders[name], tmp_path / f"merged-{name}", device="cpu")
+        merge(base, folders[name], tmp_path / f"merged-{name}", MergeOptions(device="cpu"))
         merged[name] = load_file(tmp_path / f"merged-{name}" / "model.safetensors")
     for key in before:
         changes = [(merged[name][key] - before[key]).double() for name in folders]
@@ -317,5 +320,10 @@ def test_adapters_of_other_bases_are_refused(base: Path, adapters: dict[str, Pat
         other = gpt2(tmp_path / "other")
     train(other, peft.LoraConfig(r=2, target_modules=["c_attn"], fan_in_fan_out=True), tmp_path / "a")
     with pytest.raises(MismatchError):
-        merge(base, recipe({**adapters, "a": tmp_path / "a"}, {"lora": 1, "a": 1}), tmp_path / "out", device="cpu")
+        merge(
+            base,
+            recipe({**adapters, "a": tmp_path / "a"}, {"lora": 1, "a": 1}),
+            tmp_path / "out",
+            MergeOptions(device="cpu"),
+        )
     assert not (tmp_path / "out").exists()

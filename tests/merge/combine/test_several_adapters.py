@@ -18,12 +18,14 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from adapter_merge.api.convert import convert
+from adapter_merge.api.delta import delta
 from adapter_merge.api.factor import factor
-from adapter_merge.api.merge import delta, merge
+from adapter_merge.api.merge import merge
+from adapter_merge.api.options import ConvertOptions, DeltaOptions, FactorOptions, MergeOptions
 from adapter_merge.combine.delta_ops import METHODS, Settings
 from adapter_merge.combine.recipe import IN_TURN, Ingredient, Recipe, make_recipe, read_recipe
 from adapter_merge.errors import InputError, OutputError
-from adapter_merge.formats.detection import ReadOptions
+from adapter_merge.formats.read_options import ReadOptions
 
 peft = pytest.importorskip("peft", reason="PEFT is the oracle (extra verify)")
 
@@ -63,7 +65,7 @@ def test_the_delta_of_a_combination_is_its_definition(
 ) -> None:
     density, gamma = (1.0, 0.0) if method == "linear" else (0.4, 0.05 if method == "breadcrumbs" else 0.0)
     made = recipe(adapters, WEIGHTS, method=method, density=density, gamma=gamma)
-    content = delta(base, made, tmp_path / "delta", device="cpu")
+    content = delta(base, made, tmp_path / "delta", DeltaOptions(device="cpu")).as_json()
     assert content["artefact"] == "deltas" and content["options"]["combination"]["weights"] == WEIGHTS
     got = load_file(tmp_path / "delta" / "delta.safetensors")
     assert got.keys() == set().union(*deltas.values())
@@ -80,8 +82,8 @@ def test_base_and_delta_make_the_merged_model(
 ) -> None:
     density = 1.0 if method == "linear" else 0.5
     made = recipe(adapters, WEIGHTS, method=method, density=density, seed=5)
-    delta(base, made, tmp_path / "delta", device="cpu")
-    merge(base, made, tmp_path / "merged", device="cpu")
+    delta(base, made, tmp_path / "delta", DeltaOptions(device="cpu"))
+    merge(base, made, tmp_path / "merged", MergeOptions(device="cpu"))
     found = load_file(tmp_path / "delta" / "delta.safetensors")
     before, after = (load_file(folder / "model.safetensors") for folder in (base, tmp_path / "merged"))
     assert {key for key in before if not torch.equal(before[key], after[key])} == found.keys()
@@ -93,7 +95,7 @@ def test_dare_drops_the_same_elements_in_delta_and_merge(
     base: Path, adapters: dict[str, Path], deltas: dict[str, dict[str, Tensor]], tmp_path: Path
 ) -> None:
     made = recipe(adapters, {"rslora": 0.8}, method="dare", density=0.3, seed=7)
-    delta(base, made, tmp_path / "delta", device="cpu")
+    delta(base, made, tmp_path / "delta", DeltaOptions(device="cpu"))
     for key, value in load_file(tmp_path / "delta" / "delta.safetensors").items():
         kept = value != 0
         assert 0.1 < float(kept.float().mean()) < 0.5
@@ -103,9 +105,11 @@ def test_dare_drops_the_same_elements_in_delta_and_merge(
 def test_nothing_of_a_refused_delta_is_left(base: Path, adapters: dict[str, Path], tmp_path: Path) -> None:
     (tmp_path / "out").mkdir()
     with pytest.raises(OutputError):
-        delta(base, recipe(adapters, {"lora": 1.0}), tmp_path / "out", device="cpu")
+        delta(base, recipe(adapters, {"lora": 1.0}), tmp_path / "out", DeltaOptions(device="cpu"))
     assert not list((tmp_path / "out").iterdir())
-    content = delta(base, recipe(adapters, {"lora": 1.0}), tmp_path / "dry", device="cpu", dry_run=True)
+    content = delta(
+        base, recipe(adapters, {"lora": 1.0}), tmp_path / "dry", DeltaOptions(device="cpu", dry_run=True)
+    ).as_json()
     assert content["dry_run"] and not (tmp_path / "dry").exists()
 
 
@@ -113,7 +117,7 @@ def test_nothing_of_a_refused_delta_is_left(base: Path, adapters: dict[str, Path
 
 
 def check_turns(base: Path, chosen: list[Path], output: Path) -> None:
-    merge(base, in_turn(*chosen), output, device="cpu")
+    merge(base, in_turn(*chosen), output, MergeOptions(device="cpu"))
     wanted = one_after_the_other(base, chosen)
     for key, value in load_file(output / "model.safetensors").items():
         torch.testing.assert_close(value.double(), wanted[key], atol=2e-6, rtol=0, msg=key)
@@ -130,8 +134,8 @@ def test_adapters_in_turn_are_merged_one_after_the_other(
 
 def test_the_order_of_turns_counts(base: Path, adapters: dict[str, Path], tmp_path: Path) -> None:
     one, other = (in_turn(*(adapters[n] for n in names)) for names in (("lora", "dora"), ("dora", "lora")))
-    merge(base, one, tmp_path / "one", device="cpu")
-    merge(base, other, tmp_path / "other", device="cpu")
+    merge(base, one, tmp_path / "one", MergeOptions(device="cpu"))
+    merge(base, other, tmp_path / "other", MergeOptions(device="cpu"))
     a, b = (load_file(tmp_path / name / "model.safetensors") for name in ("one", "other"))
     key = "model.layers.0.self_attn.q_proj.weight"
     assert float((a[key] - b[key]).abs().max()) > 1e-3
@@ -147,7 +151,7 @@ def test_column_norms_in_turn(tmp_path: Path) -> None:
 
 
 def test_a_head_is_adapted_after_it_was_replaced(base: Path, adapters: dict[str, Path], tmp_path: Path) -> None:
-    merge(base, adapters["head"], tmp_path / "first", device="cpu")
+    merge(base, adapters["head"], tmp_path / "first", MergeOptions(device="cpu"))
     train(tmp_path / "first", peft.LoraConfig(r=2, target_modules=["lm_head", "v_proj"]), tmp_path / "late", seed=9)
     check_turns(base, [adapters["head"], tmp_path / "late"], tmp_path / "out")
 
@@ -155,9 +159,9 @@ def test_a_head_is_adapted_after_it_was_replaced(base: Path, adapters: dict[str,
 def test_an_adapter_that_starts_from_the_base_cannot_come_later(
     base: Path, adapters: dict[str, Path], tmp_path: Path
 ) -> None:
-    merge(base, in_turn(adapters["dude"], adapters["lora"]), tmp_path / "first", device="cpu")
+    merge(base, in_turn(adapters["dude"], adapters["lora"]), tmp_path / "first", MergeOptions(device="cpu"))
     with pytest.raises(InputError, match="is initialised from the weight"):
-        merge(base, in_turn(adapters["lora"], adapters["dude"]), tmp_path / "later", device="cpu")
+        merge(base, in_turn(adapters["lora"], adapters["dude"]), tmp_path / "later", MergeOptions(device="cpu"))
     with pytest.raises(InputError, match="weights do not apply to in-turn"):
         make_recipe([Ingredient("a", "a", 0.5)], Settings(IN_TURN))
     with pytest.raises(InputError, match="a density does not apply to in-turn"):
@@ -174,23 +178,30 @@ def dcft(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
     save_base(pico_model("llama"), folder / "base")
     with quiet():
         save_dcft_checkpoint(dcft_model("llama"), folder / "checkpoint", alpha=None)
-    convert(folder / "checkpoint", folder / "one", base=folder / "base", options=ReadOptions(alpha=32.0))
+    convert(
+        folder / "checkpoint", folder / "one", ConvertOptions(base=folder / "base", reading=ReadOptions(alpha=32.0))
+    )
     return folder / "base", folder / "checkpoint"
 
 
 def test_options_belong_to_one_adapter_each(dcft: tuple[Path, Path], tmp_path: Path) -> None:
     base, checkpoint = dcft
     with pytest.raises(InputError, match="alpha"):
-        merge(base, make_recipe([Ingredient("a", str(checkpoint))], Settings()), tmp_path / "no", device="cpu")
+        merge(
+            base,
+            make_recipe([Ingredient("a", str(checkpoint))], Settings()),
+            tmp_path / "no",
+            MergeOptions(device="cpu"),
+        )
     made = {}
     for alpha in (32.0, 8.0):
-        delta(base, checkpoint, tmp_path / f"{alpha}", device="cpu", options=ReadOptions(alpha=alpha))
+        delta(base, checkpoint, tmp_path / f"{alpha}", DeltaOptions(device="cpu", reading=ReadOptions(alpha=alpha)))
         made[alpha] = load_file(tmp_path / f"{alpha}" / "delta.safetensors")
     stated = [
         Ingredient("a", str(checkpoint), 0.5, options={"alpha": 32.0}),
         Ingredient("b", str(checkpoint), 2.0, options={"alpha": 8.0}),
     ]
-    content = delta(base, make_recipe(stated, Settings()), tmp_path / "both", device="cpu")
+    content = delta(base, make_recipe(stated, Settings()), tmp_path / "both", DeltaOptions(device="cpu")).as_json()
     assert [entry["stated"] for entry in content["adapters"]] == [{"alpha": 32.0}, {"alpha": 8.0}]
     for key, value in load_file(tmp_path / "both" / "delta.safetensors").items():
         wanted = 0.5 * made[32.0][key].double() + 2 * made[8.0][key].double()
@@ -203,8 +214,8 @@ def test_a_recipe_states_what_files_do_not_say(dcft: tuple[Path, Path], tmp_path
     file = tmp_path / "recipe.json"
     adapters = [{"name": "a", "path": str(checkpoint), "alpha": 8}]
     file.write_text(json.dumps({"base": str(base), "adapters": adapters}))
-    merge(None, read_recipe(file), tmp_path / "one", device="cpu")
-    merge(base, checkpoint, tmp_path / "two", device="cpu", options=ReadOptions(alpha=8.0))
+    merge(None, read_recipe(file), tmp_path / "one", MergeOptions(device="cpu"))
+    merge(base, checkpoint, tmp_path / "two", MergeOptions(device="cpu", reading=ReadOptions(alpha=8.0)))
     one, two = (sorted((tmp_path / name).glob("*.safetensors")) for name in ("one", "two"))
     assert [file.read_bytes() for file in one] == [file.read_bytes() for file in two]
     wrong = [("alpha", "x"), ("ranknum", True), ("magnitude_axis", "up"), ("residual_dtype", 3), ("init_adapter", 5)]
@@ -223,8 +234,8 @@ def test_lost_magnitudes_are_given_to_their_adapter(base: Path, adapters: dict[s
     file = tmp_path / "recipe.json"
     lost = {"name": "dora", "path": "lost", "weight": 0.4, "magnitudes": "m.safetensors"}
     file.write_text(json.dumps({"adapters": [lost, {"name": "lora", "path": str(adapters["lora"]), "weight": 0.7}]}))
-    merge(base, read_recipe(file), tmp_path / "one", device="cpu")
-    merge(base, recipe(adapters, {"dora": 0.4, "lora": 0.7}), tmp_path / "two", device="cpu")
+    merge(base, read_recipe(file), tmp_path / "one", MergeOptions(device="cpu"))
+    merge(base, recipe(adapters, {"dora": 0.4, "lora": 0.7}), tmp_path / "two", MergeOptions(device="cpu"))
     one, two = ((tmp_path / name / "model.safetensors").read_bytes() for name in ("one", "two"))
     assert one == two
 
@@ -242,11 +253,16 @@ def test_an_interrupted_merge_goes_on_only_with_the_same_options(
 
     monkeypatch.setattr(merging, "write_rest", fails)
     with pytest.raises(OutputError):
-        merge(base, checkpoint, tmp_path / "out", device="cpu", options=ReadOptions(alpha=32.0), keep_partial=True)
+        merge(
+            base,
+            checkpoint,
+            tmp_path / "out",
+            MergeOptions(device="cpu", reading=ReadOptions(alpha=32.0), keep_partial=True),
+        )
     monkeypatch.setattr(merging, "write_rest", original)
     assert list(tmp_path.glob(".out*"))
-    merge(base, checkpoint, tmp_path / "out", device="cpu", options=ReadOptions(alpha=8.0))
-    merge(base, checkpoint, tmp_path / "plain", device="cpu", options=ReadOptions(alpha=8.0))
+    merge(base, checkpoint, tmp_path / "out", MergeOptions(device="cpu", reading=ReadOptions(alpha=8.0)))
+    merge(base, checkpoint, tmp_path / "plain", MergeOptions(device="cpu", reading=ReadOptions(alpha=8.0)))
     one, two = (logits(load(tmp_path / name)) for name in ("out", "plain"))
     assert torch.equal(one, two)
 
@@ -260,11 +276,13 @@ def test_a_head_that_equals_the_bases_is_no_trained_head(dtype: torch.dtype, tmp
     save_base(pico_model("llama", dtype), tmp_path / "base")
     with quiet():
         save_dcft_checkpoint(dcft_model("llama", dtype=dtype).float(), tmp_path / "checkpoint")
-    content = factor(None, tmp_path / "checkpoint", tmp_path / "alone", device="cpu")
+    content = factor(None, tmp_path / "checkpoint", tmp_path / "alone", FactorOptions(device="cpu")).as_json()
     assert len(content["warnings"]) == 1
     assert "lm_head.weight" in content["warnings"][0] and "With BASE" in content["warnings"][0]
     assert load_file(tmp_path / "alone" / "replacements.safetensors").keys() == {"lm_head.weight"}
-    content = factor(tmp_path / "base", tmp_path / "checkpoint", tmp_path / "beside", device="cpu")
+    content = factor(
+        tmp_path / "base", tmp_path / "checkpoint", tmp_path / "beside", FactorOptions(device="cpu")
+    ).as_json()
     assert content["warnings"] == [] and not (tmp_path / "beside" / "replacements.safetensors").exists()
     trained = load_file(tmp_path / "alone" / "adapter_model.safetensors")
     found = load_file(tmp_path / "beside" / "adapter_model.safetensors")

@@ -18,9 +18,11 @@ from merge_models import base_tensors, expected, read_model, write_base, write_l
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from adapter_merge.api.delta import delta
 from adapter_merge.api.extract import extract
 from adapter_merge.api.factor import factor
-from adapter_merge.api.merge import delta, merge
+from adapter_merge.api.merge import merge
+from adapter_merge.api.options import DeltaOptions, ExtractOptions, FactorOptions, MergeOptions
 from adapter_merge.api.restore import restore
 from adapter_merge.engine import cuda_lanes
 from adapter_merge.errors import InputError, NumericsError
@@ -61,11 +63,11 @@ def test_merged_and_factored_logits_equal_the_live_peft_model(kind: str, method:
     base = pico.save_base(model, tmp_path / "base")
     live = pico.peft_adapter(model, kind, tmp_path / "adapter", **pico.METHODS[method])
     want = pico.logits(live)
-    content = merge(base, tmp_path / "adapter", tmp_path / "merged", device="cuda")
+    content = merge(base, tmp_path / "adapter", tmp_path / "merged", MergeOptions(device="cuda")).as_json()
     assert content["options"]["device"].startswith("cuda")
     merged = type(model).from_pretrained(tmp_path / "merged").eval()
     torch.testing.assert_close(pico.logits(merged), want, rtol=0, atol=1e-4)
-    factor(base, tmp_path / "adapter", tmp_path / "factors", device="cuda")
+    factor(base, tmp_path / "adapter", tmp_path / "factors", FactorOptions(device="cuda"))
     plain = type(model).from_pretrained(base).eval()
     loaded = peft.PeftModel.from_pretrained(plain, tmp_path / "factors").eval()
     torch.testing.assert_close(pico.logits(loaded), want, rtol=0, atol=1e-4)
@@ -76,7 +78,7 @@ def test_dcft_equals_its_formula(kind: str, tmp_path: Path) -> None:
     model = pico.dcft_model(kind)
     want = pico.logits(model)
     checkpoint = pico.save_dcft_checkpoint(model, tmp_path / "checkpoint")
-    merge(None, checkpoint, tmp_path / "merged", device="cuda")
+    merge(None, checkpoint, tmp_path / "merged", MergeOptions(device="cuda"))
     merged = type(pico.pico_model(kind)).from_pretrained(tmp_path / "merged").eval()
     torch.testing.assert_close(pico.logits(merged), want, rtol=0, atol=1e-4)
 
@@ -87,7 +89,7 @@ def test_large_weights_are_rounded_once(dora: bool, dtype: torch.dtype, tmp_path
     tensors = base_tensors(layers=2, dtype=dtype, factor=16)
     base = write_base(tmp_path / "base", tensors)
     adapter = write_lora(tmp_path / "adapter", tensors, dora=dora)
-    merge(base, adapter, tmp_path / "out", device="cuda")
+    merge(base, adapter, tmp_path / "out", MergeOptions(device="cuda"))
     found, exact = read_model(tmp_path / "out"), expected(tensors, adapter)
     for name, tensor in tensors.items():
         if name not in exact:
@@ -140,7 +142,7 @@ assert not torch.allclose(rough.double(), one.double() @ one.double(), rtol=1e-6
 @pytest.mark.parametrize("dora", [False, True])
 def test_deltas(base: Path, tensors: dict[str, Tensor], tmp_path: Path, dora: bool) -> None:
     adapter = write_lora(tmp_path / "adapter", tensors, dora=dora)
-    delta(base, adapter, tmp_path / "delta", device="cuda")
+    delta(base, adapter, tmp_path / "delta", DeltaOptions(device="cuda"))
     found = load_file(tmp_path / "delta" / "delta.safetensors")
     exact = expected(tensors, adapter)
     assert found.keys() == exact.keys()
@@ -153,7 +155,7 @@ def test_limited_rank_factors_are_the_best_of_their_rank(
     base: Path, tensors: dict[str, Tensor], tmp_path: Path
 ) -> None:
     adapter = write_lora(tmp_path / "adapter", tensors, dora=True, only="layers.0")
-    factor(base, adapter, tmp_path / "factors", rank=8, device="cuda")
+    factor(base, adapter, tmp_path / "factors", FactorOptions(rank=8, device="cuda"))
     content = load_file(tmp_path / "factors" / "adapter_model.safetensors")
     for name, weight in expected(tensors, adapter).items():
         module = f"base_model.model.{name.removesuffix('.weight')}"
@@ -167,8 +169,8 @@ def test_what_was_extracted_is_what_was_merged(tmp_path: Path) -> None:
     tensors = base_tensors(layers=1, dtype=torch.float32, factor=16)
     base = write_base(tmp_path / "base", tensors)
     adapter = write_lora(tmp_path / "adapter", tensors)
-    merge(base, adapter, tmp_path / "merged", device="cuda")
-    extract(base, tmp_path / "merged", tmp_path / "again", rank=4, device="cuda")
+    merge(base, adapter, tmp_path / "merged", MergeOptions(device="cuda"))
+    extract(base, tmp_path / "merged", tmp_path / "again", ExtractOptions(rank=4, device="cuda"))
     content = load_file(tmp_path / "again" / "adapter_model.safetensors")
     for name, weight in expected(tensors, adapter).items():
         module = f"base_model.model.{name.removesuffix('.weight')}"
@@ -194,7 +196,7 @@ def test_combinations_are_their_definition(method: str, base: Path, tensors: dic
     density, gamma = (1.0, 0.0) if method == "linear" else (0.4, 0.05 if method == "breadcrumbs" else 0.0)
     adapters = three(tensors, tmp_path)
     made = recipe(adapters, COMBINED, method=method, density=density, gamma=gamma)
-    merge(base, made, tmp_path / "out", device="cuda", dtype="float32")
+    merge(base, made, tmp_path / "out", MergeOptions(device="cuda", dtype="float32"))
     found, exact = read_model(tmp_path / "out"), {name: expected(tensors, path) for name, path in adapters.items()}
     for name, tensor in tensors.items():
         parts = [adapter for adapter in COMBINED if name in exact[adapter]]
@@ -215,7 +217,7 @@ def test_the_device_drops_the_elements_that_the_cpu_drops(
     """Random numbers belong to adapter and tensor; what is done with them is tested against PEFT on the CPU."""
     made = recipe(three(tensors, tmp_path), COMBINED, method=method, density=0.4)
     for device in ("cpu", "cuda"):
-        merge(base, made, tmp_path / f"out-{device}", device=device, dtype="float32")
+        merge(base, made, tmp_path / f"out-{device}", MergeOptions(device=device, dtype="float32"))
     one, two = read_model(tmp_path / "out-cpu"), read_model(tmp_path / "out-cuda")
     for name, weight in one.items():
         if weight.is_floating_point():
@@ -231,25 +233,25 @@ def test_the_device_drops_the_elements_that_the_cpu_drops(
 def test_every_run_writes_the_same_bits(base: Path, tensors: dict[str, Tensor], tmp_path: Path, dora: bool) -> None:
     """Copies, kernels and workers that run into each other would show as bits that change."""
     adapter = write_lora(tmp_path / "adapter", tensors, dora=dora)
-    merge(base, adapter, tmp_path / "first", device="cuda", workers=1)
+    merge(base, adapter, tmp_path / "first", MergeOptions(device="cuda", workers=1))
     for number in range(8):
-        merge(base, adapter, tmp_path / "again", device="cuda", workers=1 + number, overwrite=True)
+        merge(base, adapter, tmp_path / "again", MergeOptions(device="cuda", workers=1 + number, overwrite=True))
         assert same_files(tmp_path / "first", tmp_path / "again")
 
 
 def test_the_original_comes_back(base: Path, tensors: dict[str, Tensor], tmp_path: Path) -> None:
     adapter = write_lora(tmp_path / "adapter", tensors, dora=True)
-    merge(base, adapter, tmp_path / "out", device="cuda", keep_preimage=True)
+    merge(base, adapter, tmp_path / "out", MergeOptions(device="cuda", keep_preimage=True))
     restore(tmp_path / "out", tmp_path / "back")
     assert same_files(base, tmp_path / "back")
 
 
 def test_parts_are_put_together(base: Path, tensors: dict[str, Tensor], tmp_path: Path) -> None:
     adapter = write_lora(tmp_path / "adapter", tensors)
-    merge(base, adapter, tmp_path / "whole", device="cuda")
+    merge(base, adapter, tmp_path / "whole", MergeOptions(device="cuda"))
     for number in (1, 2):
-        merge(base, adapter, tmp_path / "parts", device="cuda", part=(number, 2))
-    merge(base, adapter, tmp_path / "parts", device="cuda", finish=True)
+        merge(base, adapter, tmp_path / "parts", MergeOptions(device="cuda", part=(number, 2)))
+    merge(base, adapter, tmp_path / "parts", MergeOptions(device="cuda", finish=True))
     assert same_files(tmp_path / "whole", tmp_path / "parts")
 
 
@@ -268,7 +270,7 @@ def test_device_memory_stays_within_what_is_given(
     cuda_lanes.free_cublas_workspaces()
     held = torch.cuda.memory_allocated()
     torch.cuda.reset_peak_memory_stats()
-    merge(base, adapter, tmp_path / "out", device="cuda:0", vram=vram)
+    merge(base, adapter, tmp_path / "out", MergeOptions(device="cuda:0", vram=vram))
     assert 0 < torch.cuda.max_memory_allocated() - held <= vram
     assert torch.cuda.memory_allocated() == held, "all of it is given back"
 
@@ -276,7 +278,7 @@ def test_device_memory_stays_within_what_is_given(
 def test_too_little_memory_is_said_at_once(base: Path, tensors: dict[str, Tensor], tmp_path: Path) -> None:
     adapter = write_lora(tmp_path / "adapter", tensors)
     with pytest.raises(InputError, match="--vram"):
-        merge(base, adapter, tmp_path / "out", device="cuda", vram=1 << 20)
+        merge(base, adapter, tmp_path / "out", MergeOptions(device="cuda", vram=1 << 20))
     assert not (tmp_path / "out").exists()
 
 
@@ -291,12 +293,12 @@ def test_a_row_without_direction_is_refused(tmp_path: Path) -> None:
     content[f"base_model.model.{name}.lora_B.weight"][3] = 0
     save_file(content, file)
     with pytest.raises(NumericsError, match="q_proj"):
-        merge(base, adapter, tmp_path / "out", device="cuda")
+        merge(base, adapter, tmp_path / "out", MergeOptions(device="cuda"))
     assert not (tmp_path / "out").exists()
 
 
 def test_values_beyond_the_dtype_are_refused(base: Path, tensors: dict[str, Tensor], tmp_path: Path) -> None:
     adapter = write_lora(tmp_path / "adapter", tensors, alpha=1e9)
     with pytest.raises(NumericsError, match="infinity"):
-        merge(base, adapter, tmp_path / "out", device="cuda", dtype="float16")
+        merge(base, adapter, tmp_path / "out", MergeOptions(device="cuda", dtype="float16"))
     assert not (tmp_path / "out").exists()

@@ -15,7 +15,9 @@ import torch
 from merge_models import base_tensors, expected, read_model, sha256_of, write_base, write_lora
 from safetensors.torch import load_file
 
-from adapter_merge.api.merge import delta, merge
+from adapter_merge.api.delta import delta
+from adapter_merge.api.merge import merge
+from adapter_merge.api.options import MergeOptions
 from adapter_merge.combine.open_inputs import open_pair
 from adapter_merge.engine import chunked_file as chunks
 from adapter_merge.engine.chunked_file import BUFFERED_BYTES, CHUNK_BYTES
@@ -78,7 +80,7 @@ def test_the_manifest_holds_the_hash_of_every_input_and_output_file(tmp_path: Pa
     tensors = base_tensors()
     base = write_base(tmp_path / "base", tensors)
     adapter = write_lora(tmp_path / "adapter", tensors)
-    content = merge(base, adapter, tmp_path / "out")
+    content = merge(base, adapter, tmp_path / "out").as_json()
     written = json.loads((tmp_path / "out" / "adapter_merge.json").read_text())
     assert written == json.loads(json.dumps(content)) | {"seal": written["seal"]}
     for folder, files in (
@@ -126,7 +128,7 @@ def test_figures_are_what_they_say(tmp_path: Path) -> None:
     tensors = base_tensors()
     base = write_base(tmp_path / "base", tensors)
     adapter = write_lora(tmp_path / "adapter", tensors, scale=0.02)  # small enough for bf16 to lose some
-    layers = merge(base, adapter, tmp_path / "out")["layers"]
+    layers = merge(base, adapter, tmp_path / "out").as_json()["layers"]
     found, exact = read_model(tmp_path / "out"), expected(tensors, adapter)
     assert set(layers) == set(exact)
     for name, figures in layers.items():
@@ -144,7 +146,7 @@ def test_figures_are_what_they_say(tmp_path: Path) -> None:
 def test_large_weights_are_sampled_and_say_so(tmp_path: Path) -> None:
     tensors = base_tensors(layers=1, factor=11)
     base = write_base(tmp_path / "base", tensors, 1)
-    layers = merge(base, write_lora(tmp_path / "adapter", tensors), tmp_path / "out")["layers"]
+    layers = merge(base, write_lora(tmp_path / "adapter", tensors), tmp_path / "out").as_json()["layers"]
     sampled = {name.split(".")[-2]: figures["sampled"] for name, figures in layers.items()}
     assert {name.split(".")[-2] for name in layers if tensors[name].numel() * 4 <= CPU_BLOCK_BYTES} == {"k_proj"}
     assert sampled.pop("k_proj") == 1.0
@@ -155,17 +157,17 @@ def test_a_delta_that_rounding_swallows_is_reported(tmp_path: Path) -> None:
     tensors = base_tensors()
     base = write_base(tmp_path / "base", tensors)
     adapter = write_lora(tmp_path / "adapter", tensors, scale=1e-3)
-    (warning,) = merge(base, adapter, tmp_path / "out")["warnings"]
+    (warning,) = merge(base, adapter, tmp_path / "out").as_json()["warnings"]
     assert "12 of 12 weights" in warning
     assert "--dtype float32" in warning
-    assert merge(base, adapter, tmp_path / "wide", dtype="float32")["warnings"] == []
+    assert merge(base, adapter, tmp_path / "wide", MergeOptions(dtype="float32")).as_json()["warnings"] == []
 
 
 def test_dtype_is_for_every_float_tensor_and_the_config(tmp_path: Path) -> None:
     tensors = base_tensors()
     base = write_base(tmp_path / "base", tensors)
     adapter = write_lora(tmp_path / "adapter", tensors)
-    merge(base, adapter, tmp_path / "out", dtype="float32")
+    merge(base, adapter, tmp_path / "out", MergeOptions(dtype="float32"))
     found, exact = read_model(tmp_path / "out"), expected(tensors, adapter)
     assert found.pop("model.counter").dtype == torch.int64
     assert {tensor.dtype for tensor in found.values()} == {torch.float32}
@@ -194,7 +196,7 @@ def test_replaced_tensors_are_the_adapters_and_the_base_is_hashed_all_the_same(t
         extra={"base_model.model.lm_head.weight": head},
         config={"modules_to_save": ["lm_head"]},
     )
-    content = merge(base, adapter, tmp_path / "out")
+    content = merge(base, adapter, tmp_path / "out").as_json()
     assert torch.equal(read_model(tmp_path / "out")["lm_head.weight"], head.bfloat16())
     for file in base.glob("*.safetensors"):
         assert content["base"]["files"][file.name] == sha256_of(file)
@@ -217,15 +219,15 @@ def test_a_value_beyond_the_output_dtype_is_an_error_that_names_the_way_out(tmp_
     base = write_base(tmp_path / "base", tensors)
     adapter = write_lora(tmp_path / "adapter", tensors)
     with pytest.raises(NumericsError, match="--dtype bfloat16"):
-        merge(base, adapter, tmp_path / "out", dtype="float16")
-    merge(base, adapter, tmp_path / "wide", dtype="float32")
+        merge(base, adapter, tmp_path / "out", MergeOptions(dtype="float16"))
+    merge(base, adapter, tmp_path / "wide", MergeOptions(dtype="float32"))
 
 
 def test_delta_is_the_difference(tmp_path: Path) -> None:
     tensors = base_tensors()
     base = write_base(tmp_path / "base", tensors)
     adapter = write_lora(tmp_path / "adapter", tensors, dora=True)
-    content = delta(base, adapter, tmp_path / "out")
+    content = delta(base, adapter, tmp_path / "out").as_json()
     found = load_file(tmp_path / "out" / "delta.safetensors")
     exact = expected(tensors, adapter)
     assert set(found) == set(exact)
@@ -238,7 +240,7 @@ def test_without_hashes_the_values_are_the_same(tmp_path: Path) -> None:
     tensors = base_tensors()
     base = write_base(tmp_path / "base", tensors)
     adapter = write_lora(tmp_path / "adapter", tensors)
-    content = merge(base, adapter, tmp_path / "out", hashes=False)
+    content = merge(base, adapter, tmp_path / "out", MergeOptions(hashes=False)).as_json()
     merge(base, adapter, tmp_path / "hashed")
     assert "files" not in content
     for file in (tmp_path / "out").glob("*.safetensors"):
@@ -288,7 +290,8 @@ def test_merging_imports_neither_transformers_nor_peft(tmp_path: Path) -> None:
     adapter = write_lora(tmp_path / "adapter", tensors, dora=True)
     program = f"""
 import sys
-from adapter_merge.api.merge import delta, merge
+from adapter_merge.api.delta import delta
+from adapter_merge.api.merge import merge
 merge({str(base)!r}, {str(adapter)!r}, {str(tmp_path / "out")!r})
 delta({str(base)!r}, {str(adapter)!r}, {str(tmp_path / "delta")!r})
 print(sorted({{"transformers", "peft", "onnx", "vllm", "matplotlib", "scipy"}} & set(sys.modules)))

@@ -24,6 +24,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.overrides import TorchFunctionMode
 
 from adapter_merge.api.merge import merge
+from adapter_merge.api.options import MergeOptions
 from adapter_merge.api.restore import restore
 from adapter_merge.combine.delta_ops import METHODS, CombinedEdit, Settings, WeightedEdit
 from adapter_merge.combine.open_inputs import open_pair
@@ -256,10 +257,10 @@ def test_the_overlapping_path_writes_the_same_bytes(tmp_path: Path, monkeypatch:
     tensors = base_tensors(factor=8)
     base = write_base(tmp_path / "base", tensors)
     adapter = write_lora(tmp_path / "adapter", tensors, dora=True)
-    merge(base, adapter, tmp_path / "plain", workers=2)
+    merge(base, adapter, tmp_path / "plain", MergeOptions(workers=2))
     block_bytes = lanes.cpu_lane().block_bytes
     monkeypatch.setattr(engine, "cpu_lane", lambda: recorded_lane([], block_bytes=block_bytes))
-    merge(base, adapter, tmp_path / "ring", workers=3)
+    merge(base, adapter, tmp_path / "ring", MergeOptions(workers=3))
     for file in (tmp_path / "plain").glob("*.safetensors"):
         assert file.read_bytes() == (tmp_path / "ring" / file.name).read_bytes()
 
@@ -272,9 +273,9 @@ def test_results_at_odd_bytes_come_back(tmp_path: Path, monkeypatch: pytest.Monk
     file.unlink()
     write_safetensors(file, {"model.mask": torch.ones(3, dtype=torch.bool), **tensors})
     adapter = write_lora(tmp_path / "adapter", tensors)
-    merge(base, adapter, tmp_path / "plain", workers=1)
+    merge(base, adapter, tmp_path / "plain", MergeOptions(workers=1))
     monkeypatch.setattr(engine, "cpu_lane", lambda: recorded_lane([], block_bytes=lanes.CPU_BLOCK_BYTES))
-    merge(base, adapter, tmp_path / "ring", keep_preimage=True)
+    merge(base, adapter, tmp_path / "ring", MergeOptions(keep_preimage=True))
     assert (tmp_path / "ring" / file.name).read_bytes() == (tmp_path / "plain" / file.name).read_bytes()
     restore(tmp_path / "ring", tmp_path / "back")
     assert (tmp_path / "back" / file.name).read_bytes() == file.read_bytes()

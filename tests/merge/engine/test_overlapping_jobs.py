@@ -12,6 +12,7 @@ from pico_bases import llama, load, quiet, randomise
 from safetensors.torch import load_file
 
 from adapter_merge.api.merge import merge
+from adapter_merge.api.options import MergeOptions
 from adapter_merge.engine.devices import exact_products, one_thread
 
 peft = pytest.importorskip("peft", reason="PEFT is the oracle (extra verify)")
@@ -90,7 +91,7 @@ def test_two_merges_at_once(tmp_path: Path) -> None:
 
     def job(number: int) -> None:
         name = "ab"[number % 2]
-        merge(base, tmp_path / name, tmp_path / f"out{number}", device="cpu")
+        merge(base, tmp_path / name, tmp_path / f"out{number}", MergeOptions(device="cpu"))
         for key, value in load_file(tmp_path / f"out{number}" / "model.safetensors").items():
             torch.testing.assert_close(value, live[name][key], rtol=1e-5, atol=1e-6)
 

@@ -12,9 +12,11 @@ from combination_oracle import SOME, recipe, train_all
 from pico_bases import error, gpt2, llama, load, logits, mixtral, quiet, train
 from safetensors.torch import load_file, save_file
 
+from adapter_merge.api.delta import delta
 from adapter_merge.api.extract import extract, low_rank, scaled_low_rank
 from adapter_merge.api.factor import factor
-from adapter_merge.api.merge import delta, merge
+from adapter_merge.api.merge import merge
+from adapter_merge.api.options import DeltaOptions, ExtractOptions, FactorOptions, MergeOptions
 from adapter_merge.combine.delta_ops import METHODS
 from adapter_merge.errors import InputError, MismatchError, NumericsError, ParityError, UnsupportedError
 
@@ -47,10 +49,10 @@ def test_linear_factors_are_exact(
     weights: dict[str, float], base: Path, adapters: dict[str, Path], tmp_path: Path
 ) -> None:
     made = recipe(adapters, weights)
-    content = factor(base, made, tmp_path / "factors", device="cpu")
+    content = factor(base, made, tmp_path / "factors", FactorOptions(device="cpu")).as_json()
     assert content["exact"] and all(layer["relative_error"] < 1e-6 for layer in content["layers"].values())
     assert content["form"] == ("lora" if "dora" not in weights else "lora+row_scale")
-    merge(base, made, tmp_path / "merged", device="cpu")
+    merge(base, made, tmp_path / "merged", MergeOptions(device="cpu"))
     with quiet():
         live = peft.PeftModel.from_pretrained(load(base), tmp_path / "factors").eval()
     assert error(logits(live), logits(load(tmp_path / "merged"))) < 2e-5
@@ -58,12 +60,12 @@ def test_linear_factors_are_exact(
 
 def test_truncated_factors_say_their_error(base: Path, adapters: dict[str, Path], tmp_path: Path) -> None:
     made = recipe(adapters, {"rslora": 0.7, "dora": 0.6}, method="ties", density=0.5)
-    merge(base, made, tmp_path / "merged", device="cpu")
+    merge(base, made, tmp_path / "merged", MergeOptions(device="cpu"))
     before, after = (load_file(f / "model.safetensors") for f in (base, tmp_path / "merged"))
     errors = []
     for rank in (4, 16, 0.95):
         folder = tmp_path / f"factors-{rank}"
-        content = factor(base, made, folder, rank=rank, device="cpu")
+        content = factor(base, made, folder, FactorOptions(rank=rank, device="cpu")).as_json()
         tensors = load_file(folder / "adapter_model.safetensors")
         for module, layer in content["layers"].items():
             delta = (after[f"{module}.weight"] - before[f"{module}.weight"]).double()
@@ -74,7 +76,7 @@ def test_truncated_factors_say_their_error(base: Path, adapters: dict[str, Path]
         errors.append(sum(layer["relative_error"] for layer in content["layers"].values()))
     assert errors[1] < errors[0]
     with pytest.raises(InputError, match="full rank"):
-        factor(base, made, tmp_path / "no", device="cpu")
+        factor(base, made, tmp_path / "no", FactorOptions(device="cpu"))
 
 
 @pytest.mark.parametrize("method", METHODS)
@@ -82,11 +84,11 @@ def test_truncated_factors_of_every_method(method: str, base: Path, adapters: di
     settings: dict[str, Any] = {"method": method, "density": 1.0 if method == "linear" else 0.5, "seed": 4}
     settings |= {"gamma": 0.05} if method == "breadcrumbs" else {}
     made = recipe(adapters, {"lora": 0.6, "rslora": 0.3, "dora": 0.5, "dude": -0.4}, **settings)
-    delta(base, made, tmp_path / "delta", device="cpu")
+    delta(base, made, tmp_path / "delta", DeltaOptions(device="cpu"))
     dense = load_file(tmp_path / "delta" / "delta.safetensors")
     for rank in (3, 32):
         folder = tmp_path / f"{rank}"
-        content = factor(base, made, folder, rank=rank, device="cpu")
+        content = factor(base, made, folder, FactorOptions(rank=rank, device="cpu")).as_json()
         assert content["form"] == "lora" and not content["exact"]
         tensors = load_file(folder / "adapter_model.safetensors")
         for key, change in dense.items():
@@ -115,8 +117,8 @@ def test_heads_and_biases_are_combined_beside_the_factors(tmp_path: Path) -> Non
         train(base, peft.LoraConfig(**arguments), tmp_path / name, seed=seed)
     for weights in ({"a": 0.6, "b": 0.5}, {"a": 0.6, "b": -0.5, "c": 0.7}):
         made = recipe({name: tmp_path / name for name in configs}, weights)
-        merge(base, made, tmp_path / f"merged{len(weights)}", device="cpu")
-        content = factor(base, made, tmp_path / f"factors{len(weights)}", device="cpu")
+        merge(base, made, tmp_path / f"merged{len(weights)}", MergeOptions(device="cpu"))
+        content = factor(base, made, tmp_path / f"factors{len(weights)}", FactorOptions(device="cpu")).as_json()
         assert content["exact"] and content["form"] == ("lora" if len(weights) == 2 else "lora+row_scale")
         wanted = load_file(tmp_path / f"merged{len(weights)}" / "model.safetensors")
         before = load_file(base / "model.safetensors")
@@ -139,7 +141,9 @@ def test_the_certificate_runs_combined_heads_end_to_end(tmp_path: Path) -> None:
         )
         train(base, config, tmp_path / name, seed=seed)
     made = recipe({name: tmp_path / name for name in "ab"}, {"a": 0.6, "b": 0.5})
-    found = factor(base, made, tmp_path / "factors", end_to_end=True, device="cpu")["certificate"]["end_to_end"]
+    found = factor(base, made, tmp_path / "factors", FactorOptions(end_to_end=True, device="cpu")).as_json()[
+        "certificate"
+    ]["end_to_end"]
     assert found["max_dlogit"] < 1e-4 and found["effect"] > 0.1
     assert found["greedy_equal"] == found["greedy_total"]
 
@@ -150,13 +154,13 @@ def test_bare_parameters_have_no_factors(tmp_path: Path) -> None:
     config = peft.LoraConfig(r=2, target_modules=["q_proj"], target_parameters=["mlp.experts.down_proj"])
     train(base, config, tmp_path / "a")
     with pytest.raises(UnsupportedError, match="more than low-rank factors"):
-        factor(base, recipe({"a": tmp_path / "a"}, {"a": 0.5}), tmp_path / "no", rank=4, device="cpu")
+        factor(base, recipe({"a": tmp_path / "a"}, {"a": 0.5}), tmp_path / "no", FactorOptions(rank=4, device="cpu"))
 
 
 def test_row_scales_serve_without_the_base(base: Path, adapters: dict[str, Path], tmp_path: Path) -> None:
     made = recipe(adapters, {"rslora": 0.3, "dora": 0.6, "dude": 0.5})
-    merge(base, made, tmp_path / "merged", device="cpu")
-    factor(base, made, tmp_path / "factors", device="cpu")
+    merge(base, made, tmp_path / "merged", MergeOptions(device="cpu"))
+    factor(base, made, tmp_path / "factors", FactorOptions(device="cpu"))
     before, after = (load_file(folder / "model.safetensors") for folder in (base, tmp_path / "merged"))
     tensors = load_file(tmp_path / "factors" / "adapter_model.safetensors")
     scales = load_file(tmp_path / "factors" / "row_scale.safetensors")
@@ -176,15 +180,15 @@ def test_a_budget_and_an_exact_scale_hold_for_combinations(
     base: Path, adapters: dict[str, Path], tmp_path: Path
 ) -> None:
     made = recipe(adapters, {"rslora": 0.3, "dora": 0.6, "dude": 0.5})
-    plain = factor(base, made, tmp_path / "plain", rank=4, device="cpu")["certificate"]
-    exact = factor(base, made, tmp_path / "scaled", rank=4, keep_scale=True, device="cpu")
+    plain = factor(base, made, tmp_path / "plain", FactorOptions(rank=4, device="cpu")).as_json()["certificate"]
+    exact = factor(base, made, tmp_path / "scaled", FactorOptions(rank=4, keep_scale=True, device="cpu")).as_json()
     assert exact["form"] == "lora+row_scale"
     assert exact["certificate"]["mean_relative_error"] < 0.7 * plain["mean_relative_error"]
-    budget = factor(base, made, tmp_path / "budget", budget=0.012, device="cpu")
+    budget = factor(base, made, tmp_path / "budget", FactorOptions(budget=0.012, device="cpu")).as_json()
     size = sum(v.nbytes for v in load_file(tmp_path / "budget" / "adapter_model.safetensors").values())
     assert size <= 12_000 and budget["certificate"]["mean_relative_error"] < 1
     with pytest.raises(ParityError):
-        factor(base, made, tmp_path / "no", rank=1, max_error=1e-3, device="cpu")
+        factor(base, made, tmp_path / "no", FactorOptions(rank=1, max_error=1e-3, device="cpu"))
 
 
 def test_a_rounded_residual_is_owned_up_to(tmp_path: Path) -> None:
@@ -194,9 +198,9 @@ def test_a_rounded_residual_is_owned_up_to(tmp_path: Path) -> None:
     train(base, dude, tmp_path / "dude")
     train(base, peft.LoraConfig(r=2, target_modules=["q_proj"]), tmp_path / "lora")
     made = recipe({name: tmp_path / name for name in ("dude", "lora")}, {"dude": 0.5, "lora": 1.0})
-    content = factor(base, made, tmp_path / "factors", device="cpu")
+    content = factor(base, made, tmp_path / "factors", FactorOptions(device="cpu")).as_json()
     assert not content["exact"] and "rounded to half precision" in content["warnings"][0]
-    delta(base, made, tmp_path / "delta", device="cpu")
+    delta(base, made, tmp_path / "delta", DeltaOptions(device="cpu"))
     before = load_file(base / "model.safetensors")
     tensors = load_file(tmp_path / "factors" / "adapter_model.safetensors")
     scales = load_file(tmp_path / "factors" / "row_scale.safetensors")
@@ -216,8 +220,8 @@ def test_conv1d_factors(tmp_path: Path) -> None:
         config = peft.LoraConfig(r=2, target_modules=["c_attn", "c_proj"], fan_in_fan_out=True, use_dora=name == "a")
         train(base, config, tmp_path / name, seed=seed)
     made = recipe({name: tmp_path / name for name in "ab"}, {"a": 0.5, "b": 0.8})
-    factor(base, made, tmp_path / "factors", device="cpu")
-    merge(base, made, tmp_path / "merged", device="cpu")
+    factor(base, made, tmp_path / "factors", FactorOptions(device="cpu"))
+    merge(base, made, tmp_path / "merged", MergeOptions(device="cpu"))
     with quiet():
         live = peft.PeftModel.from_pretrained(load(base), tmp_path / "factors").eval()
     assert error(logits(live), logits(load(tmp_path / "merged"))) < 2e-5
@@ -231,10 +235,10 @@ def test_column_scales_have_truncated_factors_only(tmp_path: Path) -> None:
     train(base, peft.LoraConfig(r=2, target_modules=["embed_tokens"]), tmp_path / "b")
     made = recipe({name: tmp_path / name for name in "ab"}, {"a": 0.5, "b": 0.5})
     with pytest.raises(InputError, match="scales of input columns"):
-        factor(base, made, tmp_path / "no", device="cpu")
-    content = factor(base, made, tmp_path / "factors", rank=32, device="cpu")
+        factor(base, made, tmp_path / "no", FactorOptions(device="cpu"))
+    content = factor(base, made, tmp_path / "factors", FactorOptions(rank=32, device="cpu")).as_json()
     assert content["certificate"]["max_relative_error"] < 1e-5
-    merge(base, made, tmp_path / "merged", device="cpu")
+    merge(base, made, tmp_path / "merged", MergeOptions(device="cpu"))
     with quiet():
         live = peft.PeftModel.from_pretrained(load(base), tmp_path / "factors").eval()
     assert error(logits(live), logits(load(tmp_path / "merged"))) < 2e-5
@@ -244,7 +248,7 @@ def test_what_has_no_factors_is_refused(base: Path, tmp_path: Path) -> None:
     config = peft.LoraConfig(r=2, target_modules=["q_proj"], trainable_token_indices=[1, 2])
     train(base, config, tmp_path / "a")
     with pytest.raises(UnsupportedError, match="more than low-rank factors"):
-        factor(base, recipe({"a": tmp_path / "a"}, {"a": 1.0}), tmp_path / "no", device="cpu")
+        factor(base, recipe({"a": tmp_path / "a"}, {"a": 1.0}), tmp_path / "no", FactorOptions(device="cpu"))
 
 
 # -- extraction ---------------------------------------------------------------------------------------------
@@ -254,22 +258,28 @@ def test_what_has_no_factors_is_refused(base: Path, tmp_path: Path) -> None:
 def test_extraction_finds_a_merged_lora_again(row_scale: bool, base: Path, tmp_path: Path) -> None:
     config = peft.LoraConfig(r=3, target_modules=[*SOME, "embed_tokens", "lm_head"], bias="none")
     train(base, config, tmp_path / "a")
-    merge(base, tmp_path / "a", tmp_path / "tuned", device="cpu")
-    content = extract(base, tmp_path / "tuned", tmp_path / "found", rank=3, row_scale=row_scale, device="cpu")
+    merge(base, tmp_path / "a", tmp_path / "tuned", MergeOptions(device="cpu"))
+    content = extract(
+        base, tmp_path / "tuned", tmp_path / "found", ExtractOptions(rank=3, row_scale=row_scale, device="cpu")
+    ).as_json()
     assert len(content["layers"]) == 8
     assert all(layer["relative_error"] < 1e-4 for layer in content["layers"].values())
     with quiet():
         live = peft.PeftModel.from_pretrained(load(base), tmp_path / "found").eval()
     assert error(logits(live), logits(load(tmp_path / "tuned"))) < 1e-4
-    merge(base, tmp_path / "found", tmp_path / "again", device="cpu")
+    merge(base, tmp_path / "found", tmp_path / "again", MergeOptions(device="cpu"))
     assert error(logits(load(tmp_path / "again")), logits(load(tmp_path / "tuned"))) < 1e-4
 
 
 def test_row_scales_fit_a_dora_that_a_lora_cannot(base: Path, tmp_path: Path) -> None:
     train(base, peft.LoraConfig(r=2, target_modules=SOME, use_dora=True), tmp_path / "a")
-    merge(base, tmp_path / "a", tmp_path / "tuned", device="cpu")
-    plain = extract(base, tmp_path / "tuned", tmp_path / "plain", rank=2, device="cpu")["layers"]
-    scaled = extract(base, tmp_path / "tuned", tmp_path / "scaled", rank=2, row_scale=True, device="cpu")["layers"]
+    merge(base, tmp_path / "a", tmp_path / "tuned", MergeOptions(device="cpu"))
+    plain = extract(base, tmp_path / "tuned", tmp_path / "plain", ExtractOptions(rank=2, device="cpu")).as_json()[
+        "layers"
+    ]
+    scaled = extract(
+        base, tmp_path / "tuned", tmp_path / "scaled", ExtractOptions(rank=2, row_scale=True, device="cpu")
+    ).as_json()["layers"]
     for name, layer in plain.items():
         assert scaled[name]["relative_error"] < 0.7 * layer["relative_error"]
 
@@ -301,7 +311,7 @@ def test_norms_and_new_heads_are_carried_over(base: Path, tmp_path: Path) -> Non
     state["model.norm.weight"] = state["model.norm.weight"] + 0.1
     state["model.layers.0.mlp.up_proj.weight"] = state["model.layers.0.mlp.up_proj.weight"] + 0.1 * torch.randn(48, 32)
     save_file(state, tmp_path / "tuned" / "model.safetensors", {"format": "pt"})
-    content = extract(base, tmp_path / "tuned", tmp_path / "found", rank=32, device="cpu")
+    content = extract(base, tmp_path / "tuned", tmp_path / "found", ExtractOptions(rank=32, device="cpu")).as_json()
     assert content["carried_over"] == ["model.norm.weight"]
     with quiet():
         live = peft.PeftModel.from_pretrained(load(base), tmp_path / "found").eval()
@@ -310,18 +320,18 @@ def test_norms_and_new_heads_are_carried_over(base: Path, tmp_path: Path) -> Non
 
 def test_extraction_refuses(base: Path, tmp_path: Path) -> None:
     with pytest.raises(InputError, match="the same values"):
-        extract(base, base, tmp_path / "no", device="cpu")
+        extract(base, base, tmp_path / "no", ExtractOptions(device="cpu"))
     with quiet():
         other = gpt2(tmp_path / "other")
     with pytest.raises(MismatchError):
-        extract(base, other, tmp_path / "no", device="cpu")
+        extract(base, other, tmp_path / "no", ExtractOptions(device="cpu"))
     shutil.copytree(base, tmp_path / "nan")
     state = load_file(base / "model.safetensors")
     state["lm_head.weight"][0, 0] = float("nan")
     save_file(state, tmp_path / "nan" / "model.safetensors", {"format": "pt"})
     with pytest.raises(NumericsError):
-        extract(base, tmp_path / "nan", tmp_path / "no", device="cpu")
+        extract(base, tmp_path / "nan", tmp_path / "no", ExtractOptions(device="cpu"))
     for rank in (0, -1, 1.5, True):
         with pytest.raises(InputError):
-            extract(base, tmp_path / "nan", tmp_path / "no", rank=rank, device="cpu")
+            extract(base, tmp_path / "nan", tmp_path / "no", ExtractOptions(rank=rank, device="cpu"))
     assert not (tmp_path / "no").exists()

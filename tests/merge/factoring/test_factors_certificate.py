@@ -24,6 +24,7 @@ from factor_models import (
 
 from adapter_merge.api.factor import factor, read_prompts
 from adapter_merge.api.merge import merge
+from adapter_merge.api.options import FactorOptions
 from adapter_merge.combine.open_inputs import open_pair
 from adapter_merge.errors import InputError
 from adapter_merge.factoring.calibration import LEAST, SHRINKAGE, collect, square_root
@@ -57,7 +58,7 @@ def test_the_figures_are_those_of_peft_on_both_sides(
     settings: dict[str, int], base: Path, dude: Path, tmp_path: Path
 ) -> None:
     folder = tmp_path / "out"
-    content = factor(base, dude, folder, prompts=PROMPTS, **settings)  # type: ignore[arg-type]
+    content = factor(base, dude, folder, FactorOptions(prompts=PROMPTS, **settings)).as_json()  # type: ignore[arg-type]
     found = content["certificate"]["end_to_end"]
     live, loaded = peft_model(base, dude).float(), peft_model(base, folder).float()
     differences, divergences, equal = [], [], 0
@@ -99,7 +100,9 @@ def test_figures_of_a_known_difference() -> None:
 
 def test_a_dcft_adapter_is_certified_against_its_own_formula(base: Path, tmp_path: Path) -> None:
     adapter = dcft_adapter(base, tmp_path / "dcft")
-    found = factor(base, adapter, tmp_path / "out", end_to_end=True)["certificate"]["end_to_end"]
+    found = factor(base, adapter, tmp_path / "out", FactorOptions(end_to_end=True)).as_json()["certificate"][
+        "end_to_end"
+    ]
     assert found["max_dlogit"] < 1e-4 < found["effect"]
     assert found["texts_equal"] == found["texts"] == 4
 
@@ -123,14 +126,16 @@ def test_a_classifier_with_a_trained_head_is_certified(tmp_path: Path) -> None:
             if "lora_" in name or "classifier" in name:
                 parameter.add_(0.3 * torch.randn_like(parameter))
     adapted.save_pretrained(tmp_path / "adapter")
-    found = factor(tmp_path / "base", tmp_path / "adapter", tmp_path / "out", end_to_end=True)
+    found = factor(tmp_path / "base", tmp_path / "adapter", tmp_path / "out", FactorOptions(end_to_end=True)).as_json()
     end = found["certificate"]["end_to_end"]
     assert end["max_dlogit"] < 1e-5 < 0.05 < end["effect"]
     assert end["greedy_equal"] == end["greedy_total"] == end["positions"] == 4
     assert end["perplexity"] is None
     assert "text-classification" in (tmp_path / "out" / "README.md").read_text()
     assert "not as a LoRA, since heads" in (tmp_path / "out" / "README.md").read_text()
-    worse = factor(tmp_path / "base", tmp_path / "adapter", tmp_path / "worse", rank=1, end_to_end=True)
+    worse = factor(
+        tmp_path / "base", tmp_path / "adapter", tmp_path / "worse", FactorOptions(rank=1, end_to_end=True)
+    ).as_json()
     assert worse["certificate"]["end_to_end"]["max_dlogit"] > 1e-3
 
 
@@ -173,8 +178,8 @@ def test_moments_are_those_of_the_inputs(base: Path, dude: Path, text: Path) -> 
 def test_calibration_lowers_the_error_of_the_output(
     settings: dict[str, float], base: Path, dude: Path, text: Path, tmp_path: Path
 ) -> None:
-    factor(base, dude, tmp_path / "plain", **settings)  # type: ignore[arg-type]
-    content = factor(base, dude, tmp_path / "calibrated", calibrate=text, **settings)  # type: ignore[arg-type]
+    factor(base, dude, tmp_path / "plain", FactorOptions(**settings))  # type: ignore[arg-type]
+    content = factor(base, dude, tmp_path / "calibrated", FactorOptions(calibrate=text, **settings)).as_json()  # type: ignore[arg-type]
     assert content["calibration"]["tokens"] == 700
     before, after = base_weights(base), merged_weights(base, dude)
     moments = collect(open_pair(base, dude), text)
@@ -193,7 +198,7 @@ def test_calibration_lowers_the_error_of_the_output(
 
 
 def test_calibrated_factors_are_the_best_for_the_output(base: Path, dude: Path, text: Path, tmp_path: Path) -> None:
-    factor(base, dude, tmp_path / "out", rank=4, calibrate=text)
+    factor(base, dude, tmp_path / "out", FactorOptions(rank=4, calibrate=text))
     before, after = base_weights(base), merged_weights(base, dude)
     moments = collect(open_pair(base, dude), text)
     for name, product in factor_products(tmp_path / "out").items():
@@ -207,11 +212,11 @@ def test_calibrated_factors_are_the_best_for_the_output(base: Path, dude: Path, 
 def test_calibration_text_must_be_text_and_enough(base: Path, dude: Path, tmp_path: Path) -> None:
     (tmp_path / "short.txt").write_text("w1 w2 w3")
     with pytest.raises(InputError, match="too little text") as caught:
-        factor(base, dude, tmp_path / "out", rank=2, calibrate=tmp_path / "short.txt")
+        factor(base, dude, tmp_path / "out", FactorOptions(rank=2, calibrate=tmp_path / "short.txt"))
     assert str(LEAST) in str(caught.value)
     (tmp_path / "binary").write_bytes(b"\xff\xfe\x00\x81" * 100)
     with pytest.raises(InputError, match="not a text file"):
-        factor(base, dude, tmp_path / "out", rank=2, calibrate=tmp_path / "binary")
+        factor(base, dude, tmp_path / "out", FactorOptions(rank=2, calibrate=tmp_path / "binary"))
     assert not (tmp_path / "out").exists()
 
 
@@ -246,7 +251,7 @@ def test_the_card_of_factors(
     adapter.mkdir()
     (adapter / "adapter_model.safetensors").write_bytes((dude / "adapter_model.safetensors").read_bytes())
     (adapter / "adapter_config.json").write_text(json.dumps(config | {"base_model_name_or_path": "org/pico"}))
-    factor(base, adapter, tmp_path / "out", **settings)  # type: ignore[arg-type]
+    factor(base, adapter, tmp_path / "out", FactorOptions(**settings))  # type: ignore[arg-type]
     data = metadata(tmp_path / "out" / "README.md")
     assert data["base_model"] == "org/pico" and data["base_model_relation"] == "adapter"
     assert data["library_name"] == "peft" and data["pipeline_tag"] == "text-generation"

@@ -21,6 +21,7 @@ from factor_models import (
 )
 
 from adapter_merge.api.factor import factor, parse_rank
+from adapter_merge.api.options import FactorOptions
 from adapter_merge.errors import InputError, ParityError
 from adapter_merge.factoring import delta_operator
 
@@ -60,7 +61,7 @@ def test_a_rank_is_within_one_percent_of_the_best(
     kind: str, rank: int, base: Path, tmp_path: Path, request: pytest.FixtureRequest
 ) -> None:
     adapter: Path = request.getfixturevalue(kind)
-    content = factor(base, adapter, tmp_path / "out", rank=rank)
+    content = factor(base, adapter, tmp_path / "out", FactorOptions(rank=rank)).as_json()
     assert content["exact"] is False and content["form"] == "lora"
     exact, products = deltas(base, adapter), factor_products(tmp_path / "out")
     assert set(products) == set(content["layers"])
@@ -81,7 +82,7 @@ def test_a_rank_is_within_one_percent_of_the_best(
 def test_factors_of_dude_beside_a_rounded_residual(dtype: torch.dtype, tmp_path: Path) -> None:
     base = pico_model(tmp_path / "base", dtype=dtype)
     dude = peft_adapter(base, tmp_path / "dude", use_dora=True, init_lora_weights="pissa")
-    content = factor(base, dude, tmp_path / "out", rank=8)
+    content = factor(base, dude, tmp_path / "out", FactorOptions(rank=8)).as_json()
     live = peft_model(base, dude)
     for name, product in factor_products(tmp_path / "out").items():
         layer = live.get_submodule(f"base_model.model.{name}")
@@ -97,7 +98,7 @@ def test_factors_of_dude_beside_a_rounded_residual(dtype: torch.dtype, tmp_path:
 
 @pytest.mark.parametrize("energy", [0.5, 0.9, 0.999])
 def test_an_energy_is_kept_with_the_smallest_rank(energy: float, base: Path, dude: Path, tmp_path: Path) -> None:
-    content = factor(base, dude, tmp_path / "out", rank=energy)
+    content = factor(base, dude, tmp_path / "out", FactorOptions(rank=energy)).as_json()
     exact = deltas(base, dude)
     for name, product in factor_products(tmp_path / "out").items():
         squares = torch.linalg.svdvals(exact[name]).square()
@@ -108,18 +109,18 @@ def test_an_energy_is_kept_with_the_smallest_rank(energy: float, base: Path, dud
 
 @pytest.mark.parametrize("rank", [np.float32(1 - 2**-24), np.float64(1 - 2**-53), np.int64(100)])
 def test_a_rank_at_the_edge_gives_the_whole(rank: Any, base: Path, lora: Path, dude: Path, tmp_path: Path) -> None:
-    plain = factor(base, lora, tmp_path / "plain", rank=rank)
+    plain = factor(base, lora, tmp_path / "plain", FactorOptions(rank=rank)).as_json()
     assert plain["certificate"]["max_relative_error"] < 1e-6
     assert plain["certificate"]["ranks"][1] <= 8
-    scaled = factor(base, dude, tmp_path / "scaled", rank=rank)
+    scaled = factor(base, dude, tmp_path / "scaled", FactorOptions(rank=rank)).as_json()
     assert scaled["certificate"]["max_relative_error"] < 1e-3
     assert scaled["certificate"]["ranks"][1] <= 48
 
 
 def test_plain_factors_are_truncated_without_the_base(base: Path, tmp_path: Path) -> None:
     adapter = dcft_adapter(base, tmp_path / "dcft")
-    with_base = factor(base, adapter, tmp_path / "one", rank=2)
-    without = factor(None, adapter, tmp_path / "two", rank=2)
+    with_base = factor(base, adapter, tmp_path / "one", FactorOptions(rank=2)).as_json()
+    without = factor(None, adapter, tmp_path / "two", FactorOptions(rank=2)).as_json()
     assert with_base["layers"] == without["layers"]
     assert {line["route"] for line in without["layers"].values()} == {"cores"}
     one, two = factor_products(tmp_path / "one"), factor_products(tmp_path / "two")
@@ -129,18 +130,18 @@ def test_plain_factors_are_truncated_without_the_base(base: Path, tmp_path: Path
 def test_a_large_weight_is_read_in_blocks(
     base: Path, dude: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    kept = {key: factor(base, dude, tmp_path / f"kept-{key}", rank=key) for key in (3, 0.6)}
-    whole = factor(base, dude, tmp_path / "whole")
+    kept = {key: factor(base, dude, tmp_path / f"kept-{key}", FactorOptions(rank=key)).as_json() for key in (3, 0.6)}
+    whole = factor(base, dude, tmp_path / "whole").as_json()
     monkeypatch.setattr(delta_operator, "RESIDENT_BYTES", 0)
     monkeypatch.setattr(delta_operator, "BLOCK_BYTES", 4 * 48 * 5)  # five rows
     for key, content in kept.items():
-        streamed = factor(base, dude, tmp_path / f"streamed-{key}", rank=key)
+        streamed = factor(base, dude, tmp_path / f"streamed-{key}", FactorOptions(rank=key)).as_json()
         for name, line in content["layers"].items():
             other = streamed["layers"][name]
             assert other["rank"] == line["rank"]
             for figure in ("relative_error", "spectral_error", "relative_delta", "energy"):
                 assert other[figure] == pytest.approx(line[figure], rel=1e-3)
-    again = factor(base, dude, tmp_path / "again")
+    again = factor(base, dude, tmp_path / "again").as_json()
     assert again["certificate"]["max_relative_error"] == pytest.approx(
         whole["certificate"]["max_relative_error"], rel=0.1
     )
@@ -161,10 +162,10 @@ def test_lokr_goes_through_its_sides(full: bool, base: Path, tmp_path: Path) -> 
             if "lokr_" in name:
                 parameter.copy_(0.2 * torch.randn_like(parameter))
     model.save_pretrained(tmp_path / "lokr")
-    exact = factor(None, tmp_path / "lokr", tmp_path / "exact")
+    exact = factor(None, tmp_path / "lokr", tmp_path / "exact").as_json()
     assert exact["certificate"]["max_relative_error"] < 1e-6
     assert exact["certificate"]["max_spectral_error"] < 1e-6
-    limited = factor(None, tmp_path / "lokr", tmp_path / "limited", rank=3)
+    limited = factor(None, tmp_path / "lokr", tmp_path / "limited", FactorOptions(rank=3)).as_json()
     after, before = merged_weights(base, tmp_path / "lokr"), base_weights(base)
     whole, products = factor_products(tmp_path / "exact"), factor_products(tmp_path / "limited")
     assert len(products) == 4
@@ -180,10 +181,10 @@ def test_lokr_goes_through_its_sides(full: bool, base: Path, tmp_path: Path) -> 
 
 
 def test_a_budget_is_kept_and_beats_one_rank_for_all(base: Path, dude: Path, tmp_path: Path) -> None:
-    uniform = factor(base, dude, tmp_path / "uniform", rank=4)
+    uniform = factor(base, dude, tmp_path / "uniform", FactorOptions(rank=4)).as_json()
     shapes = {name: line["shape"] for name, line in uniform["layers"].items()}
     size = sum(4 * 4 * sum(shape) for shape in shapes.values())
-    content = factor(base, dude, tmp_path / "budget", budget=size / 1e6)
+    content = factor(base, dude, tmp_path / "budget", FactorOptions(budget=size / 1e6)).as_json()
     assert sum(4 * line["rank"] * sum(shapes[name]) for name, line in content["layers"].items()) <= size
     exact = deltas(base, dude)
 
@@ -196,9 +197,9 @@ def test_a_budget_is_kept_and_beats_one_rank_for_all(base: Path, dude: Path, tmp
 
 
 def test_scale_exact_keeps_the_row_scale(base: Path, dude: Path, tmp_path: Path) -> None:
-    whole = factor(base, dude, tmp_path / "whole")
-    content = factor(base, dude, tmp_path / "kept", rank=3, keep_scale=True)
-    plain = factor(base, dude, tmp_path / "plain", rank=3)
+    whole = factor(base, dude, tmp_path / "whole").as_json()
+    content = factor(base, dude, tmp_path / "kept", FactorOptions(rank=3, keep_scale=True)).as_json()
+    plain = factor(base, dude, tmp_path / "plain", FactorOptions(rank=3)).as_json()
     assert content["form"] == whole["form"] == "lora+row_scale"
     from safetensors.torch import load_file
 
@@ -217,8 +218,8 @@ def test_scale_exact_keeps_the_row_scale(base: Path, dude: Path, tmp_path: Path)
 
 
 def test_the_same_input_gives_the_same_bytes(base: Path, dude: Path, tmp_path: Path) -> None:
-    one = factor(base, dude, tmp_path / "one", rank=4)
-    two = factor(base, dude, tmp_path / "two", rank=4)
+    one = factor(base, dude, tmp_path / "one", FactorOptions(rank=4)).as_json()
+    two = factor(base, dude, tmp_path / "two", FactorOptions(rank=4)).as_json()
     file = "adapter_model.safetensors"
     assert one["files"][file] == two["files"][file]
     assert (tmp_path / "one" / file).read_bytes() == (tmp_path / "two" / file).read_bytes()
@@ -226,10 +227,10 @@ def test_the_same_input_gives_the_same_bytes(base: Path, dude: Path, tmp_path: P
 
 def test_max_error_leaves_nothing_behind(base: Path, dude: Path, tmp_path: Path) -> None:
     with pytest.raises(ParityError, match="beyond --max-error") as caught:
-        factor(base, dude, tmp_path / "out", rank=1, max_error=0.01)
+        factor(base, dude, tmp_path / "out", FactorOptions(rank=1, max_error=0.01))
     assert "relative error <= 0.01" in str(caught.value)
     assert list(tmp_path.iterdir()) == []
-    factor(base, dude, tmp_path / "out", rank=48, max_error=0.01)
+    factor(base, dude, tmp_path / "out", FactorOptions(rank=48, max_error=0.01))
     assert json.loads((tmp_path / "out" / "adapter_merge.json").read_text())["options"]["max_error"] == 0.01
 
 
@@ -252,7 +253,7 @@ def test_settings_that_make_no_sense_are_refused(
     settings: dict[str, Any], message: str, base: Path, dude: Path, tmp_path: Path
 ) -> None:
     with pytest.raises(InputError, match=message):
-        factor(base, dude, tmp_path / "out", **settings)
+        factor(base, dude, tmp_path / "out", FactorOptions(**settings))
     assert not (tmp_path / "out").exists()
 
 

@@ -11,6 +11,7 @@ from peft_cases import BASES, CASES, TOLERANCE
 from pico_bases import error, load, logits, quiet, train
 
 from adapter_merge.api.factor import factor
+from adapter_merge.api.options import FactorOptions
 from adapter_merge.combine.open_inputs import open_pair
 from adapter_merge.errors import UnsupportedError
 from adapter_merge.factoring.end_to_end import compare
@@ -57,14 +58,14 @@ def test_factors_compute_what_was_trained(case: str, base: Callable[[str], Path]
             factor(base(name), tmp_path / "adapter", tmp_path / "out")
         assert not (tmp_path / "out").exists()
         return
-    content = factor(base(name), tmp_path / "adapter", tmp_path / "out")
+    content = factor(base(name), tmp_path / "adapter", tmp_path / "out").as_json()
     assert content["certificate"]["max_relative_error"] < 2e-5
     with quiet():
         loaded = peft.PeftModel.from_pretrained(load(base(name)), str(tmp_path / "out")).eval()
     assert error(logits(loaded), expected) < TOLERANCE
     end = compare(open_pair(base(name), tmp_path / "adapter"), tmp_path / "out")
     assert end["max_dlogit"] < 5 * TOLERANCE < end["effect"]
-    limited = factor(base(name), tmp_path / "adapter", tmp_path / "limited", rank=2)
+    limited = factor(base(name), tmp_path / "adapter", tmp_path / "limited", FactorOptions(rank=2)).as_json()
     assert limited["certificate"]["ranks"][1] <= 2
     assert limited["form"] == "lora"
 
@@ -74,5 +75,5 @@ def test_scales_of_columns_are_not_kept_beside_truncated_factors(base: Callable[
     with quiet():
         train(base(name), getattr(peft, kind)(**arguments), tmp_path / "adapter")
     with pytest.raises(UnsupportedError, match="a scale of the input columns cannot be kept"):
-        factor(base(name), tmp_path / "adapter", tmp_path / "factors", rank=2, keep_scale=True)
+        factor(base(name), tmp_path / "adapter", tmp_path / "factors", FactorOptions(rank=2, keep_scale=True))
     assert not (tmp_path / "factors").exists()

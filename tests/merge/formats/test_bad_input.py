@@ -17,9 +17,11 @@ from safetensors.torch import load_file, save_file
 
 from adapter_merge import errors
 from adapter_merge.api.convert import convert
+from adapter_merge.api.delta import delta
 from adapter_merge.api.factor import factor
-from adapter_merge.api.merge import delta, merge
-from adapter_merge.formats.detection import ReadOptions
+from adapter_merge.api.merge import merge
+from adapter_merge.api.options import ConvertOptions, FactorOptions, MergeOptions
+from adapter_merge.formats.read_options import ReadOptions
 
 
 @pytest.fixture
@@ -43,12 +45,17 @@ def snapshot(folder: Path) -> dict[str, bytes]:
 
 
 def refuses(
-    kind: type[errors.AdapterMergeError], text: str, tmp_path: Path, run: Callable[..., Any], *args: Any, **options: Any
+    kind: type[errors.AdapterMergeError],
+    text: str,
+    tmp_path: Path,
+    run: Callable[..., Any],
+    *args: Any,
+    options: object = None,
 ) -> errors.AdapterMergeError:
     """`run` must raise `kind` about `text`, write nothing and leave the inputs alone."""
     before = snapshot(tmp_path)
     with pytest.raises(kind) as caught:
-        run(*args, tmp_path / "out", **options)
+        run(*args, tmp_path / "out", *([] if options is None else [options]))
     assert text in str(caught.value)
     assert all(problem.cause for problem in caught.value.problems)
     assert snapshot(tmp_path) == before
@@ -77,7 +84,7 @@ def test_missing_alpha_is_asked_for_and_can_be_given(tmp_path: Path) -> None:
     model = pico.dcft_model("llama")
     folder = pico.save_dcft_checkpoint(model, tmp_path / "checkpoint", alpha=None)
     assert "--alpha" in str(refuses(errors.AdapterError, "lora_alpha", tmp_path, merge, None, folder))
-    merge(None, folder, tmp_path / "merged", options=ReadOptions(alpha=32.0))
+    merge(None, folder, tmp_path / "merged", MergeOptions(reading=ReadOptions(alpha=32.0)))
     merged = type(pico.pico_model("llama")).from_pretrained(tmp_path / "merged").eval()
     assert float((pico.logits(merged) - pico.logits(model)).abs().max()) <= 1e-4
 
@@ -87,7 +94,7 @@ def test_missing_ranknum_is_asked_for_and_can_be_given(tmp_path: Path) -> None:
     folder = pico.save_dcft_checkpoint(model, tmp_path / "checkpoint", drop=".ranknum")
     error = refuses(errors.AdapterError, "ranknum", tmp_path, merge, None, folder)
     assert len(error.problems) >= 14, "every module's problem is named at once"
-    merge(None, folder, tmp_path / "merged", options=ReadOptions(ranknum=4.0))
+    merge(None, folder, tmp_path / "merged", MergeOptions(reading=ReadOptions(ranknum=4.0)))
     merged = type(pico.pico_model("llama")).from_pretrained(tmp_path / "merged").eval()
     assert float((pico.logits(merged) - pico.logits(model)).abs().max()) <= 1e-4
 
@@ -186,7 +193,15 @@ def test_nan_in_the_base_is_not_written(tmp_path: Path, adapter: Path) -> None:
 
 def test_values_beyond_float16(tmp_path: Path, base: Path) -> None:
     pico.peft_adapter(pico.pico_model("llama"), "llama", tmp_path / "adapter", noise=300.0)
-    refuses(errors.NumericsError, "float", tmp_path, merge, base, tmp_path / "adapter", dtype="float16")
+    refuses(
+        errors.NumericsError,
+        "float",
+        tmp_path,
+        merge,
+        base,
+        tmp_path / "adapter",
+        options=MergeOptions(dtype="float16"),
+    )
 
 
 def truncate(data: bytes) -> bytes:
@@ -322,26 +337,26 @@ def test_an_output_that_exists_is_kept(tmp_path: Path, base: Path, adapter: Path
     (out / "precious.txt").write_text("mine")
     for overwrite in (False, True):
         with pytest.raises(errors.OutputError):
-            merge(base, adapter, out, overwrite=overwrite)
+            merge(base, adapter, out, MergeOptions(overwrite=overwrite))
     assert (out / "precious.txt").read_text() == "mine" and len(list(out.iterdir())) == 1
     merge(base, adapter, tmp_path / "ours")
     with pytest.raises(errors.OutputError):
         merge(base, adapter, tmp_path / "ours")
-    merge(base, adapter, tmp_path / "ours", overwrite=True)
+    merge(base, adapter, tmp_path / "ours", MergeOptions(overwrite=True))
 
 
 def test_an_input_is_never_the_output(tmp_path: Path, base: Path, adapter: Path) -> None:
     before = snapshot(tmp_path)
     for target in (base, adapter, tmp_path):
         with pytest.raises(errors.OutputError):
-            merge(base, adapter, target, overwrite=True)
+            merge(base, adapter, target, MergeOptions(overwrite=True))
     assert snapshot(tmp_path) == before
 
 
 def test_a_file_is_never_overwritten(tmp_path: Path, base: Path, adapter: Path) -> None:
     (tmp_path / "notes.txt").write_text("mine")
     with pytest.raises(errors.OutputError):
-        merge(base, adapter, tmp_path / "notes.txt", overwrite=True)
+        merge(base, adapter, tmp_path / "notes.txt", MergeOptions(overwrite=True))
     assert (tmp_path / "notes.txt").read_text() == "mine"
 
 
@@ -354,14 +369,16 @@ def test_a_dude_folder_of_the_residual_on_the_original(tmp_path: Path, base: Pat
         if isinstance(layer, peft.tuners.lora.LoraLayer):
             layer.lora_A.clear(), layer.lora_B.clear()
     residual = pico.save_base(live.unload(), tmp_path / "residual")
-    convert(tmp_path / "peft", tmp_path / "adapter", base=residual)
+    convert(tmp_path / "peft", tmp_path / "adapter", ConvertOptions(base=residual))
     refuses(errors.MismatchError, "residual", tmp_path, merge, base, tmp_path / "adapter")
-    assert merge(residual, tmp_path / "adapter", tmp_path / "merged")["adapters"][0]["base_kind"] == "residual"
+    assert (
+        merge(residual, tmp_path / "adapter", tmp_path / "merged").as_json()["adapters"][0]["base_kind"] == "residual"
+    )
 
 
 def test_a_dude_folder_of_the_original_on_another_model(tmp_path: Path, base: Path) -> None:
     pico.peft_adapter(pico.pico_model("llama"), "llama", tmp_path / "peft", **pico.METHODS["dude"])
-    convert(tmp_path / "peft", tmp_path / "adapter", base=base)
+    convert(tmp_path / "peft", tmp_path / "adapter", ConvertOptions(base=base))
     other = pico.save_base(pico.pico_model("llama", seed=5), tmp_path / "other")
     refuses(errors.MismatchError, "original", tmp_path, merge, other, tmp_path / "adapter")
 
@@ -373,8 +390,10 @@ def test_a_dcft_checkpoint_on_another_base(tmp_path: Path, checkpoint: Path) -> 
 
 @pytest.mark.parametrize("options", [{"alpha": float("nan")}, {"ranknum": 0.0}, {"ranknum": -1e-5}])
 def test_numbers_that_are_none(options: dict[str, float], tmp_path: Path, checkpoint: Path) -> None:
-    for run, args in ((merge, (None, checkpoint)), (convert, (checkpoint,)), (factor, (None, checkpoint))):
-        refuses(errors.AdapterError, "usable", tmp_path, run, *args, options=ReadOptions(**options))
+    reading = ReadOptions(**options)
+    refuses(errors.AdapterError, "usable", tmp_path, merge, None, checkpoint, options=MergeOptions(reading=reading))
+    refuses(errors.AdapterError, "usable", tmp_path, convert, checkpoint, options=ConvertOptions(reading=reading))
+    refuses(errors.AdapterError, "usable", tmp_path, factor, None, checkpoint, options=FactorOptions(reading=reading))
 
 
 def test_a_cut_factor_is_no_odd_stride(tmp_path: Path, checkpoint: Path) -> None:

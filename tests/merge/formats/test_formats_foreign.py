@@ -14,9 +14,10 @@ from torch import Tensor
 from adapter_merge.api.convert import convert
 from adapter_merge.api.factor import factor
 from adapter_merge.api.merge import merge
+from adapter_merge.api.options import ConvertOptions, FactorOptions, MergeOptions, VerifyOptions
 from adapter_merge.api.verify import verify
 from adapter_merge.errors import AdapterError, InputError, MismatchError, UnsupportedError
-from adapter_merge.formats.detection import ReadOptions, detect
+from adapter_merge.formats.read_options import ReadOptions, detect
 
 peft = pytest.importorskip("peft", reason="PEFT must load what is written for it (extra verify)")
 
@@ -42,11 +43,13 @@ def check(base: Path, adapter: Path, output: Path, expected: dict[str, Tensor], 
 
     The safe folder that `convert` makes of the adapter needs no options and merges to the same bytes.
     """
-    merge(base, adapter, output, device="cpu", options=options)
+    merge(base, adapter, output, MergeOptions(device="cpu", reading=options))
     safe = output.with_name(f"{output.name}-safe")
-    convert(adapter, safe, base=base, options=options)
-    merge(base, safe, output.with_name(f"{output.name}-again"), device="cpu")
-    report = verify(base, adapter, output, options=options, generated=2)  # the live, unmerged adapter
+    convert(adapter, safe, ConvertOptions(base=base, reading=options))
+    merge(base, safe, output.with_name(f"{output.name}-again"), MergeOptions(device="cpu"))
+    report = verify(
+        base, adapter, output, VerifyOptions(reading=options, generated=2)
+    ).as_json()  # the live, unmerged adapter
     assert report["passed"], report["problems"]
     again = load_file(output.with_name(f"{output.name}-again") / "model.safetensors")
     assert all(torch.equal(again[key], value) for key, value in load_file(output / "model.safetensors").items())
@@ -153,11 +156,11 @@ def test_factors_of_mytransformers_with_its_frozen_weights(
     expected = mytransformers(
         base, adapter, generation=generation, trainable=False, wrapped=False, method=method, iterations=iterations
     )
-    convert(adapter, tmp_path / "safe", base=base)
+    convert(adapter, tmp_path / "safe", ConvertOptions(base=base))
     before = load_file(base / "model.safetensors")
     rounded = before[f"{MODULES[0]}.weight"].dtype == torch.bfloat16
     for source, output in ((adapter, tmp_path / "f"), (tmp_path / "safe", tmp_path / "g")):
-        content = factor(base, source, output)
+        content = factor(base, source, output).as_json()
         assert content["exact"] is not rounded
         assert bool(content.get("warnings")) is rounded
         with quiet():
@@ -169,7 +172,7 @@ def test_factors_of_mytransformers_with_its_frozen_weights(
             stated = content["layers"][module]["relative_error"]
             assert stated < (0.2 if rounded else 1e-5)
             assert abs(error - stated) < 0.02 * stated + 3e-6, module
-    limited = factor(base, adapter, tmp_path / "limited", rank=2)
+    limited = factor(base, adapter, tmp_path / "limited", FactorOptions(rank=2)).as_json()
     assert limited["certificate"]["ranks"] == [2, 2]
 
 
@@ -189,10 +192,10 @@ def test_factors_of_mytransformers_on_another_base(base32: Path, tmp_path: Path)
 def test_mytransformers_that_cannot_be_known(base32: Path, tmp_path: Path) -> None:
     mytransformers(base32, tmp_path / "a", generation="trained", trainable=True, wrapped=False, iterations=8)
     with pytest.raises(UnsupportedError, match="randomised"):
-        merge(base32, tmp_path / "a", tmp_path / "no", device="cpu")
+        merge(base32, tmp_path / "a", tmp_path / "no", MergeOptions(device="cpu"))
     (tmp_path / "a" / "config.json").unlink()
     with pytest.raises(AdapterError, match="lora_scaler is missing or wrong") as error:
-        merge(base32, tmp_path / "a", tmp_path / "no", device="cpu")
+        merge(base32, tmp_path / "a", tmp_path / "no", MergeOptions(device="cpu"))
     assert "the variant is named only" in str(error.value) and "has a magnitude" not in str(error.value)
     assert not (tmp_path / "no").exists()
 
@@ -343,13 +346,13 @@ def test_dcft_of_several_channels_and_with_a_bias(
     config = json.loads((base32 / "config.json").read_text())
     (folder / "config.json").write_text(json.dumps({**config, "lora_alpha": 8, "apply_lora": True}))
     check(base32, folder, tmp_path / "out", expected, tolerance=6e-6)
-    convert(folder, tmp_path / "safe", base=base32)
+    convert(folder, tmp_path / "safe", ConvertOptions(base=base32))
     check(base32, tmp_path / "safe", tmp_path / "out2", expected, tolerance=6e-6)
-    content = factor(None, tmp_path / "safe", tmp_path / "factors")
+    content = factor(None, tmp_path / "safe", tmp_path / "factors").as_json()
     assert content["certificate"]["max_relative_error"] < 1e-6
     assert content["certificate"]["ranks"][1] <= channels * 2 * 4 + bias
     check(base32, tmp_path / "factors", tmp_path / "out3", expected, tolerance=6e-6)
-    report = verify(base32, folder, tmp_path / "out", generated=4)
+    report = verify(base32, folder, tmp_path / "out", VerifyOptions(generated=4)).as_json()
     assert report["passed"], report["problems"]
 
 
@@ -380,7 +383,7 @@ def test_dcft_of_channels_that_do_not_fit(base32: Path, tmp_path: Path, shape: t
     torch.save(saved, tmp_path / "pytorch_model.bin")
     (tmp_path / "config.json").write_text(json.dumps({"lora_alpha": 8, "apply_lora": True}))
     with pytest.raises(AdapterError, match="do not fit"):
-        merge(None, tmp_path, tmp_path / "out", device="cpu")
+        merge(None, tmp_path, tmp_path / "out", MergeOptions(device="cpu"))
     assert not (tmp_path / "out").exists()
 
 
@@ -441,11 +444,11 @@ def test_kohya_names_need_a_base(base32: Path, tmp_path: Path) -> None:
     saved, expected = kohya(base32, "lora", None, "lora_te_", True)
     file = tmp_path / "a.safetensors"
     save_file(saved, file)
-    for write in (convert, lambda file, output: factor(None, file, output)):
+    for write in (convert, lambda file, output: factor(None, file, output).as_json()):
         with pytest.raises(InputError, match="underscores"):
             write(file, tmp_path / "no")
         assert not (tmp_path / "no").exists()
-    convert(file, tmp_path / "safe", base=base32)
+    convert(file, tmp_path / "safe", ConvertOptions(base=base32))
     factor(None, tmp_path / "safe", tmp_path / "factors")
     check(base32, tmp_path / "factors", tmp_path / "out", expected, tolerance=3e-6)
 
@@ -455,7 +458,7 @@ def test_kohya_converted_folder_in_peft(base32: Path, tmp_path: Path, kind: str)
     """A LoRA becomes a folder that PEFT itself loads; LyCORIS' methods a folder that PEFT refuses."""
     saved, expected = kohya(base32, kind, None, "lora_te_", True)
     save_file(saved, tmp_path / "a.safetensors")
-    convert(tmp_path / "a.safetensors", tmp_path / "safe", base=base32)
+    convert(tmp_path / "a.safetensors", tmp_path / "safe", ConvertOptions(base=base32))
     with quiet():
         if kind != "lora":
             with pytest.raises((ValueError, KeyError)):
@@ -486,7 +489,7 @@ def test_kohya_of_an_image_model_is_refused(base32: Path, tmp_path: Path) -> Non
     saved, _ = kohya(base32, "lora", None, "lora_unet_", True)
     save_file(saved, tmp_path / "a.safetensors")
     with pytest.raises(UnsupportedError, match="image model"):
-        merge(base32, tmp_path / "a.safetensors", tmp_path / "no", device="cpu")
+        merge(base32, tmp_path / "a.safetensors", tmp_path / "no", MergeOptions(device="cpu"))
 
 
 def test_flat_magnitude_of_a_square_weight_is_not_guessed(base32: Path, tmp_path: Path) -> None:
@@ -495,7 +498,7 @@ def test_flat_magnitude_of_a_square_weight_is_not_guessed(base32: Path, tmp_path
     file = tmp_path / "a.safetensors"
     save_file(flat, file)
     with pytest.raises(AdapterError, match="--magnitude-axis"):
-        merge(base32, file, tmp_path / "no", device="cpu")
+        merge(base32, file, tmp_path / "no", MergeOptions(device="cpu"))
     check(base32, file, tmp_path / "out", expected, ReadOptions(magnitude_axis="in"), tolerance=3e-6)
 
 
@@ -505,6 +508,6 @@ def test_stated_format(base32: Path, tmp_path: Path) -> None:
     save_file(saved, file)
     check(base32, file, tmp_path / "out", expected, ReadOptions(format="kohya"), tolerance=3e-6)
     with pytest.raises(InputError):
-        merge(base32, file, tmp_path / "no", device="cpu", options=ReadOptions(format="gguf"))
+        merge(base32, file, tmp_path / "no", MergeOptions(device="cpu", reading=ReadOptions(format="gguf")))
     with pytest.raises(AdapterError):
-        merge(base32, file, tmp_path / "no", device="cpu", options=ReadOptions(format="mytransformers"))
+        merge(base32, file, tmp_path / "no", MergeOptions(device="cpu", reading=ReadOptions(format="mytransformers")))

@@ -24,11 +24,13 @@ from pico_bases import (
 from safetensors.torch import load_file, save_file
 
 from adapter_merge.api.convert import convert
+from adapter_merge.api.delta import delta
 from adapter_merge.api.factor import factor
-from adapter_merge.api.merge import delta, merge
+from adapter_merge.api.merge import merge
+from adapter_merge.api.options import ConvertOptions, DeltaOptions, MergeOptions, VerifyOptions
 from adapter_merge.api.verify import verify
 from adapter_merge.errors import InputError, MismatchError, NumericsError
-from adapter_merge.formats.detection import ReadOptions, detect
+from adapter_merge.formats.read_options import ReadOptions, detect
 
 peft = pytest.importorskip("peft", reason="PEFT is the oracle (extra verify)")
 
@@ -56,8 +58,8 @@ def test_merged_model_computes_what_peft_computes(case: str, base: Callable[[str
 def test_delta_is_the_difference_of_the_merged_weights(case: str, base: Callable[[str], Path], tmp_path: Path) -> None:
     name, kind, arguments = CASES[case]
     train(base(name), getattr(peft, kind)(**arguments), tmp_path / "adapter")
-    merge(base(name), tmp_path / "adapter", tmp_path / "merged", device="cpu")
-    delta(base(name), tmp_path / "adapter", tmp_path / "delta", device="cpu")
+    merge(base(name), tmp_path / "adapter", tmp_path / "merged", MergeOptions(device="cpu"))
+    delta(base(name), tmp_path / "adapter", tmp_path / "delta", DeltaOptions(device="cpu"))
     before, after = load_file(base(name) / "model.safetensors"), load_file(tmp_path / "merged" / "model.safetensors")
     deltas = load_file(tmp_path / "delta" / "delta.safetensors")
     changed = {key for key in before if not torch.equal(before[key], after[key])}
@@ -91,7 +93,7 @@ def test_resized_vocabulary(
     live = train(base(kind), config, tmp_path / "a", before=resize)
     if kind == "llama" and targets == ["q_proj", "embed_tokens"] and not saved:  # the head is not saved then
         with pytest.raises(MismatchError, match="give the resized model as BASE"):
-            merge(base(kind), tmp_path / "a", tmp_path / "no", device="cpu")
+            merge(base(kind), tmp_path / "a", tmp_path / "no", MergeOptions(device="cpu"))
         with quiet():
             resized = load(base(kind))
             resize(resized)
@@ -137,7 +139,7 @@ def test_experts_as_earlier_versions_of_peft_laid_them(name: str, base: Callable
     folder.mkdir()
     save_file(tensors, folder / "adapter_model.safetensors", {"format": "pt"})
     (folder / "adapter_config.json").write_text(json.dumps(config))
-    merge(base(name), folder, tmp_path / "out", device="cpu")
+    merge(base(name), folder, tmp_path / "out", MergeOptions(device="cpu"))
     got = load_file(tmp_path / "out" / "model.safetensors")
     assert {key for key in state if not torch.equal(got[key], state[key])} == expected.keys()
     for key, value in expected.items():
@@ -146,9 +148,9 @@ def test_experts_as_earlier_versions_of_peft_laid_them(name: str, base: Callable
     (folder / "adapter_config.json").write_text(json.dumps(config))
     if name == "llama4, square":
         with pytest.raises(MismatchError, match="the orientation of their factors"):
-            merge(base(name), folder, tmp_path / "no", device="cpu")
+            merge(base(name), folder, tmp_path / "no", MergeOptions(device="cpu"))
     else:
-        merge(base(name), folder, tmp_path / "out2", device="cpu")
+        merge(base(name), folder, tmp_path / "out2", MergeOptions(device="cpu"))
         assert (tmp_path / "out2" / "model.safetensors").read_bytes() == (
             tmp_path / "out" / "model.safetensors"
         ).read_bytes()
@@ -194,7 +196,7 @@ def test_adapter_of_one_expert_never_lies_across_a_turned_stack(make: Callable[.
     peft.LoraConfig(r=2, target_modules=["gate_proj"]).save_pretrained(tmp_path / "a")
     save_file(tensors, tmp_path / "a" / "adapter_model.safetensors", {"format": "pt"})
     with pytest.raises(MismatchError, match="experts, in, out"):
-        merge(base, tmp_path / "a", tmp_path / "no", device="cpu")
+        merge(base, tmp_path / "a", tmp_path / "no", MergeOptions(device="cpu"))
     assert not (tmp_path / "no").exists()
 
 
@@ -236,8 +238,8 @@ def test_deep_prefix_and_ambiguity(base: Callable[[str], Path], tmp_path: Path) 
     deep.mkdir()
     inner = {f"vlm.language.{key}": value for key, value in state.items()}
     save_file(inner, deep / "model.safetensors", {"format": "pt"})
-    merge(base("llama"), tmp_path / "a", tmp_path / "plain", device="cpu")
-    merge(deep, tmp_path / "a", tmp_path / "out", device="cpu")
+    merge(base("llama"), tmp_path / "a", tmp_path / "plain", MergeOptions(device="cpu"))
+    merge(deep, tmp_path / "a", tmp_path / "out", MergeOptions(device="cpu"))
     plain, got = load_file(tmp_path / "plain" / "model.safetensors"), load_file(tmp_path / "out" / "model.safetensors")
     assert all(torch.equal(got[f"vlm.language.{key}"], value) for key, value in plain.items())
     twice = tmp_path / "twice"
@@ -245,9 +247,9 @@ def test_deep_prefix_and_ambiguity(base: Callable[[str], Path], tmp_path: Path) 
     other = {f"vlm.other.{key}": value.clone() for key, value in state.items()}
     save_file(inner | other, twice / "model.safetensors", {"format": "pt"})
     with pytest.raises(MismatchError, match="several parts of the base"):
-        merge(twice, tmp_path / "a", tmp_path / "no", device="cpu")
+        merge(twice, tmp_path / "a", tmp_path / "no", MergeOptions(device="cpu"))
     options = ReadOptions(prefix="vlm.other")
-    merge(twice, tmp_path / "a", tmp_path / "stated", device="cpu", options=options)
+    merge(twice, tmp_path / "a", tmp_path / "stated", MergeOptions(device="cpu", reading=options))
     got = load_file(tmp_path / "stated" / "model.safetensors")
     assert all(torch.equal(got[f"vlm.other.{key}"], value) for key, value in plain.items())
     assert all(torch.equal(got[f"vlm.language.{key}"], value) for key, value in state.items())
@@ -258,7 +260,7 @@ def test_fused_and_split_projections(fused_base: bool, base: Callable[[str], Pat
     """An adapter of q, k, v, gate and up on a base that keeps them fused, and the other way round."""
     linears = ["q_proj", "k_proj", "v_proj", "gate_proj", "up_proj"]
     train(base("llama"), peft.LoraConfig(r=4, target_modules=linears, use_dora=True), tmp_path / "a")
-    merge(base("llama"), tmp_path / "a", tmp_path / "plain", device="cpu")
+    merge(base("llama"), tmp_path / "a", tmp_path / "plain", MergeOptions(device="cpu"))
     state, expected = (
         load_file(base("llama") / "model.safetensors"),
         load_file(tmp_path / "plain" / "model.safetensors"),
@@ -267,7 +269,7 @@ def test_fused_and_split_projections(fused_base: bool, base: Callable[[str], Pat
         folder = tmp_path / "fused"
         folder.mkdir()
         save_file(fuse(state), folder / "model.safetensors", {"format": "pt"})
-        merge(folder, tmp_path / "a", tmp_path / "out", device="cpu")
+        merge(folder, tmp_path / "a", tmp_path / "out", MergeOptions(device="cpu"))
         got = load_file(tmp_path / "out" / "model.safetensors")
         expected = fuse(expected)
     else:
@@ -282,7 +284,7 @@ def test_fused_and_split_projections(fused_base: bool, base: Callable[[str], Pat
             tensors[f"{module}.gate_up_proj.lora_A.weight"] = torch.cat((one, two))
             tensors[f"{module}.gate_up_proj.lora_B.weight"] = torch.block_diag(b1, b2)
         save_file(tensors, tmp_path / "b" / "adapter_model.safetensors", {"format": "pt"})
-        merge(base("llama"), tmp_path / "b", tmp_path / "out", device="cpu")
+        merge(base("llama"), tmp_path / "b", tmp_path / "out", MergeOptions(device="cpu"))
         got = load_file(tmp_path / "out" / "model.safetensors")
         expected = dict(state)
         for layer in range(2):
@@ -311,7 +313,7 @@ def test_a_dude_of_fused_projections_on_a_split_residual(base: Callable[[str], P
     config = {"peft_type": "DUDE", "format_version": 1, "r": 4, "lora_alpha": 4, "use_rslora": False,
               "base": "residual", "residual_dtype": "float32", "target_modules": ["gate_up_proj"]}  # fmt: skip
     (folder / "adapter_config.json").write_text(json.dumps(config))
-    content = merge(base("llama"), folder, tmp_path / "out", device="cpu")
+    content = merge(base("llama"), folder, tmp_path / "out", MergeOptions(device="cpu")).as_json()
     assert content["adapters"][0]["base_kind"] == "residual"
     before, after = load_file(base("llama") / "model.safetensors"), load_file(tmp_path / "out" / "model.safetensors")
     assert {key for key in before if not torch.equal(before[key], after[key])} == {
@@ -349,10 +351,10 @@ def test_a_converted_folder_is_the_same_adapter(
     if needs_base:
         with pytest.raises(InputError, match="--base"):
             convert(tmp_path / "a", tmp_path / "c")
-    convert(tmp_path / "a", tmp_path / "c", base=base(name) if needs_base else None)
+    convert(tmp_path / "a", tmp_path / "c", ConvertOptions(base=base(name) if needs_base else None))
     assert not list((tmp_path / "c").glob("*.bin"))
-    merge(base(name), tmp_path / "a", tmp_path / "one", device="cpu")
-    merge(base(name), tmp_path / "c", tmp_path / "two", device="cpu")
+    merge(base(name), tmp_path / "a", tmp_path / "one", MergeOptions(device="cpu"))
+    merge(base(name), tmp_path / "c", tmp_path / "two", MergeOptions(device="cpu"))
     one, two = (load_file(tmp_path / folder / "model.safetensors") for folder in ("one", "two"))
     assert one.keys() == two.keys()
     assert [key for key, value in one.items() if not torch.equal(value, two[key])] == []
@@ -378,7 +380,7 @@ def test_a_converted_folder_knows_what_was_given(
         model.peft_config["default"].init_lora_weights = init
         model.save_pretrained(tmp_path / "a")
     options = ReadOptions(init_adapter=tmp_path / "initial")
-    convert(tmp_path / "a", tmp_path / "c", base=base("llama"), options=options)
+    convert(tmp_path / "a", tmp_path / "c", ConvertOptions(base=base("llama"), reading=options))
     assert error(merged_logits(base("llama"), tmp_path / "c", tmp_path / "out"), logits(model)) < TOLERANCE
     factor(base("llama"), tmp_path / "c", tmp_path / "f")
     with quiet():
@@ -389,14 +391,14 @@ def test_a_converted_folder_knows_what_was_given(
     assert [(tmp_path / "c" / name).read_bytes() for name in names] == [
         (tmp_path / "again" / name).read_bytes() for name in names
     ]
-    report = verify(base("llama"), tmp_path / "c", tmp_path / "f", generated=4)
+    report = verify(base("llama"), tmp_path / "c", tmp_path / "f", VerifyOptions(generated=4)).as_json()
     assert report["passed"], report["problems"]
 
 
 def test_a_converted_folder_holds_the_magnitudes_that_were_given(base: Callable[[str], Path], tmp_path: Path) -> None:
     expected = converted_dude(base("llama"), tmp_path)
     options = ReadOptions(magnitudes=tmp_path / "kept")
-    convert(tmp_path / "converted", tmp_path / "c", options=options)
+    convert(tmp_path / "converted", tmp_path / "c", ConvertOptions(reading=options))
     assert error(merged_logits(base("llama"), tmp_path / "c", tmp_path / "out"), expected) < TOLERANCE
     with quiet():
         live = peft.PeftModel.from_pretrained(load(base("llama")), tmp_path / "c").eval()
@@ -409,5 +411,5 @@ def test_a_negative_alpha_of_a_principal_adapter_is_refused(base: Callable[[str]
     file = tmp_path / "a" / "adapter_config.json"
     file.write_text(json.dumps({**json.loads(file.read_text()), "lora_alpha": -8}))
     with pytest.raises(NumericsError, match="lora_alpha"):
-        convert(tmp_path / "a", tmp_path / "c", base=base("llama"), base_kind="original")
+        convert(tmp_path / "a", tmp_path / "c", ConvertOptions(base=base("llama"), base_kind="original"))
     assert not (tmp_path / "c").exists()

@@ -20,8 +20,10 @@ from pico_bases import (
 from safetensors.torch import load_file, save_file
 
 from adapter_merge.api.merge import merge
+from adapter_merge.api.options import MergeOptions
 from adapter_merge.errors import AdapterError, MismatchError, UnsupportedError
-from adapter_merge.formats.detection import ReadOptions, open_adapter
+from adapter_merge.formats.detection import open_adapter
+from adapter_merge.formats.read_options import ReadOptions
 
 peft = pytest.importorskip("peft", reason="PEFT is the oracle (extra verify)")
 
@@ -38,12 +40,12 @@ def test_missing_magnitudes_are_refused_and_can_be_given(base: Callable[[str], P
     expected = converted_dude(base("llama"), tmp_path)
     assert not any("magnitude" in key for key in load_file(tmp_path / "converted" / "adapter_model.safetensors"))
     with pytest.raises(AdapterError, match="--magnitudes"):
-        merge(base("llama"), tmp_path / "converted", tmp_path / "no", device="cpu")
+        merge(base("llama"), tmp_path / "converted", tmp_path / "no", MergeOptions(device="cpu"))
     assert not (tmp_path / "no").exists()
     for source in (tmp_path / "kept", tmp_path / "kept" / "adapter_model.safetensors"):
         options = ReadOptions(magnitudes=source)
         out = tmp_path / f"out-{source.name}"
-        got = merged_logits(base("llama"), tmp_path / "converted", out, options=options)
+        got = merged_logits(base("llama"), tmp_path / "converted", out, reading=options)
         assert error(got, expected) < TOLERANCE
 
 
@@ -53,7 +55,7 @@ def test_what_save_as_lora_left_is_noted(
     arguments: dict[str, Any], rank: float, base: Callable[[str], Path], tmp_path: Path
 ) -> None:
     """It drops a DoRA's magnitudes: the folder looks like one made of a LoHa, but not like one that was trained."""
-    from adapter_merge.api.inspect import inspect_adapter
+    from adapter_merge.api.inspect import inspect
 
     live = train(base("llama"), peft.LoraConfig(r=4, target_modules=SOME, **arguments), tmp_path / "a")
     with quiet():
@@ -63,11 +65,11 @@ def test_what_save_as_lora_left_is_noted(
     lost = error(got, expected)
     assert lost > 0.05 if arguments else rank == 0.9 or lost < 2e-4
     manifest = json.loads((tmp_path / "out" / "adapter_merge.json").read_text())
-    for notes in (inspect_adapter(tmp_path / "c")["notes"], manifest["adapters"][0]["notes"]):
+    for notes in (inspect(tmp_path / "c").as_json()["notes"], manifest["adapters"][0]["notes"]):
         assert len(notes) == 1 and "save_as_lora" in notes[0] and "use the original folder" in notes[0]
-    assert inspect_adapter(tmp_path / "a")["notes"] == []
+    assert inspect(tmp_path / "a").as_json()["notes"] == []
     live.save_pretrained(tmp_path / "again")
-    assert inspect_adapter(tmp_path / "again")["notes"] == []
+    assert inspect(tmp_path / "again").as_json()["notes"] == []
 
 
 @pytest.mark.parametrize("init", ["pissa_niter_4", "corda", "lora_ga"])
@@ -92,9 +94,9 @@ def test_lost_initialisations_need_the_initial_adapter_or_the_residual(
         model.save_pretrained(tmp_path / "a")
         expected = logits(model)
     with pytest.raises(UnsupportedError, match="--init-adapter"):
-        merge(base("llama"), tmp_path / "a", tmp_path / "no", device="cpu")
+        merge(base("llama"), tmp_path / "a", tmp_path / "no", MergeOptions(device="cpu"))
     options = ReadOptions(init_adapter=tmp_path / "initial")
-    got = merged_logits(base("llama"), tmp_path / "a", tmp_path / "out", options=options)
+    got = merged_logits(base("llama"), tmp_path / "a", tmp_path / "out", reading=options)
     assert error(got, expected) < TOLERANCE
     import shutil
 
@@ -150,7 +152,7 @@ def test_strange_configs_get_clear_errors(change: dict[str, Any], base: Callable
     file = tmp_path / "a" / "adapter_config.json"
     file.write_text(json.dumps({**json.loads(file.read_text()), **change}))
     with pytest.raises((AdapterError, UnsupportedError)):
-        merge(base("llama"), tmp_path / "a", tmp_path / "out", device="cpu")
+        merge(base("llama"), tmp_path / "a", tmp_path / "out", MergeOptions(device="cpu"))
     assert not (tmp_path / "out").exists()
 
 
@@ -169,7 +171,7 @@ def test_dora_with_trained_lora_bias_is_refused(base: Callable[[str], Path], tmp
 def test_lora_bias_on_a_layer_without_bias_is_refused(base: Callable[[str], Path], tmp_path: Path) -> None:
     train(base("llama"), peft.LoraConfig(r=4, target_modules=["q_proj"], lora_bias=True), tmp_path / "a")
     with pytest.raises(MismatchError, match="no bias"):
-        merge(base("llama"), tmp_path / "a", tmp_path / "out", device="cpu")
+        merge(base("llama"), tmp_path / "a", tmp_path / "out", MergeOptions(device="cpu"))
 
 
 def test_token_beyond_the_embedding_is_refused(base: Callable[[str], Path], tmp_path: Path) -> None:
@@ -178,4 +180,4 @@ def test_token_beyond_the_embedding_is_refused(base: Callable[[str], Path], tmp_
     for indices, kind in (([1, 64], MismatchError), ([1, 1], AdapterError), ([1], AdapterError), ("x", AdapterError)):
         file.write_text(json.dumps({**json.loads(file.read_text()), "trainable_token_indices": indices}))
         with pytest.raises(kind):
-            merge(base("llama"), tmp_path / "a", tmp_path / "out", device="cpu")
+            merge(base("llama"), tmp_path / "a", tmp_path / "out", MergeOptions(device="cpu"))

@@ -18,9 +18,10 @@ from torch import Tensor
 
 from adapter_merge.api.convert import convert
 from adapter_merge.api.merge import merge
+from adapter_merge.api.options import ConvertOptions, MergeOptions, VerifyOptions
 from adapter_merge.api.verify import verify
 from adapter_merge.errors import AdapterError, AdapterMergeError, MismatchError, UnsupportedError
-from adapter_merge.formats.detection import ReadOptions, open_adapter
+from adapter_merge.formats.read_options import ReadOptions, open_adapter
 
 MODULES = [f"model.layers.{layer}.{kind}" for layer in (0, 1) for kind in ("self_attn.q_proj", "mlp.down_proj")]
 RANK, SCALER = 3, 7.0  # s = 7 / 3: scaling by it rounds
@@ -107,7 +108,7 @@ def test_a_variant_without_its_frozen_weights(
 ) -> None:
     """Every weight is one rounding of what the layers computed; the safe folder merges to the same bytes."""
     expected = trained(base, tmp_path / "a", variant, training, wide, whole=False)
-    merge(base, tmp_path / "a", tmp_path / "out", device="cpu")
+    merge(base, tmp_path / "a", tmp_path / "out", MergeOptions(device="cpu"))
     after, before = load_file(tmp_path / "out" / "model.safetensors"), load_file(base / "model.safetensors")
     plain = variant in ("lora", "rslora", "dora")
     for module, value in expected.items():
@@ -116,8 +117,8 @@ def test_a_variant_without_its_frozen_weights(
             continue  # merged into the base as it is stored, not as it was loaded for training
         assert float((value - before[key].double()).norm()) > 0.1
         assert error_in_ulps(after[key], value) < (64 if after[key].dtype == torch.float32 else 0.51), key
-    convert(tmp_path / "a", tmp_path / "safe", base=base)
-    merge(base, tmp_path / "safe", tmp_path / "again", device="cpu")
+    convert(tmp_path / "a", tmp_path / "safe", ConvertOptions(base=base))
+    merge(base, tmp_path / "safe", tmp_path / "again", MergeOptions(device="cpu"))
     again = load_file(tmp_path / "again" / "model.safetensors")
     assert all(torch.equal(again[key], value) for key, value in after.items())
 
@@ -126,8 +127,8 @@ def test_a_variant_without_its_frozen_weights(
 def test_verify_runs_the_variant(base: Path, tmp_path: Path, variant: str) -> None:
     training = "bf16" if "bf16" in str(base) else "fp32"
     trained(base, tmp_path / "a", variant, training, False, whole=False)
-    merge(base, tmp_path / "a", tmp_path / "out", device="cpu")
-    report = verify(base, tmp_path / "a", tmp_path / "out", generated=2)
+    merge(base, tmp_path / "a", tmp_path / "out", MergeOptions(device="cpu"))
+    report = verify(base, tmp_path / "a", tmp_path / "out", VerifyOptions(generated=2)).as_json()
     assert report["passed"], report["problems"]
 
 
@@ -135,7 +136,7 @@ def test_verify_runs_the_variant(base: Path, tmp_path: Path, variant: str) -> No
 def test_a_variant_with_its_frozen_weights(base: Path, tmp_path: Path, variant: str) -> None:
     training = "bf16" if "bf16" in str(base) else "fp32"
     expected = trained(base, tmp_path / "a", variant, training, False, whole=True)
-    merge(base, tmp_path / "a", tmp_path / "out", device="cpu")
+    merge(base, tmp_path / "a", tmp_path / "out", MergeOptions(device="cpu"))
     after = load_file(tmp_path / "out" / "model.safetensors")
     for module, value in expected.items():
         kept = after[f"{module}.weight"]
@@ -167,7 +168,7 @@ def edited(base: Path, folder: Path, variant: str = "lora", **changes: Any) -> P
 def test_what_is_not_a_plain_lora_is_refused(base: Path, tmp_path: Path, changes: dict[str, Any], names: str) -> None:
     adapter = edited(base, tmp_path / "a", **changes)
     with pytest.raises(UnsupportedError, match=names):
-        merge(base, adapter, tmp_path / "no", device="cpu")
+        merge(base, adapter, tmp_path / "no", MergeOptions(device="cpu"))
     assert not (tmp_path / "no").exists()
 
 
@@ -188,7 +189,7 @@ def test_without_its_training_arguments_the_variant_is_unknown(
     if empty:
         (adapter / "config.json").write_text("{}")
     with pytest.raises(AdapterError, match="the variant is named only"):
-        merge(base, adapter, tmp_path / "no", device="cpu", options=ReadOptions(alpha=SCALER))
+        merge(base, adapter, tmp_path / "no", MergeOptions(device="cpu", reading=ReadOptions(alpha=SCALER)))
     assert not (tmp_path / "no").exists()
 
 
@@ -207,7 +208,7 @@ def test_an_unknown_argument_that_is_off_is_said(base: Path, tmp_path: Path) -> 
 def test_positions_of_another_model(base: Path, tmp_path: Path) -> None:
     adapter = edited(base, tmp_path / "a", rope_theta=123.0)
     with pytest.raises(AdapterMergeError, match="rope_theta is not the base's"):
-        merge(base, adapter, tmp_path / "no", device="cpu")
+        merge(base, adapter, tmp_path / "no", MergeOptions(device="cpu"))
 
 
 def test_a_magnitude_that_the_variant_has_not(base: Path, tmp_path: Path) -> None:
@@ -220,7 +221,7 @@ def test_a_magnitude_that_the_variant_has_not(base: Path, tmp_path: Path) -> Non
 def test_a_randomised_decomposition_is_refused(base: Path, tmp_path: Path, variant: str) -> None:
     adapter = edited(base, tmp_path / "a", variant, pissa_n_iters=8, milora_n_iters=8)
     with pytest.raises((AdapterError, UnsupportedError, MismatchError), match="randomised"):
-        merge(base, adapter, tmp_path / "no", device="cpu")
+        merge(base, adapter, tmp_path / "no", MergeOptions(device="cpu"))
 
 
 def test_the_training_dtype_must_be_known(base: Path, tmp_path: Path) -> None:

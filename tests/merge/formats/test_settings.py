@@ -13,13 +13,14 @@ from pico_bases import llama, load, quiet, randomise
 from safetensors.torch import load_file, save_file
 
 from adapter_merge.api.merge import merge
+from adapter_merge.api.options import MergeOptions
 from adapter_merge.combine.combined_adapter import open_combination
 from adapter_merge.combine.delta_ops import Settings
 from adapter_merge.combine.open_inputs import describe_inputs
 from adapter_merge.combine.recipe import Ingredient, make_recipe
 from adapter_merge.errors import AdapterError, AdapterMergeError, InputError, UnsupportedError
-from adapter_merge.formats.detection import ReadOptions, open_adapter
 from adapter_merge.formats.peft.settings import PEFT_SETTINGS
+from adapter_merge.formats.read_options import ReadOptions, open_adapter
 
 peft = pytest.importorskip("peft", reason="PEFT is the oracle (extra verify)")
 
@@ -87,7 +88,7 @@ def test_fan_in_fan_out_of_a_linear_is_ignored_as_in_peft(base: Path, adapter: P
     edit(adapter, fan_in_fan_out=True)
     with quiet():
         live = peft.PeftModel.from_pretrained(load(base), adapter).merge_and_unload().state_dict()
-    merge(base, adapter, tmp_path / "out", device="cpu")
+    merge(base, adapter, tmp_path / "out", MergeOptions(device="cpu"))
     merged, before = load_file(tmp_path / "out" / "model.safetensors"), load_file(base / "model.safetensors")
     key = f"{QUERY}.weight"
     assert before[key].shape[0] == before[key].shape[1] and not torch.equal(merged[key], before[key])
@@ -102,7 +103,7 @@ def test_fan_in_fan_out_of_an_unknown_class_is_refused(base: Path, adapter: Path
     config = json.loads((base / "config.json").read_text()) | {"auto_map": {"AutoModel": "own.Model"}}
     (own / "config.json").write_text(json.dumps(config))
     with pytest.raises(AdapterMergeError, match="it is unknown whether its square weight"):
-        merge(own, edit(adapter, fan_in_fan_out=True), tmp_path / "no", device="cpu")
+        merge(own, edit(adapter, fan_in_fan_out=True), tmp_path / "no", MergeOptions(device="cpu"))
 
 
 def dcft(base: Path, folder: Path, **config: Any) -> Path:
@@ -124,7 +125,7 @@ def test_dcft_without_alpha_takes_r(base: Path, tmp_path: Path, alpha: int) -> N
     """SVDLinear: scaling = lora_alpha if lora_alpha > 0 else float(r)."""
     checkpoint = dcft(base, tmp_path / "c", lora_alpha=alpha)
     state = torch.load(checkpoint / "pytorch_model.bin", weights_only=True)
-    merge(checkpoint, checkpoint, tmp_path / "out", device="cpu")
+    merge(checkpoint, checkpoint, tmp_path / "out", MergeOptions(device="cpu"))
     image = (state[f"{QUERY}.lora_A"].double().T @ state[f"{QUERY}.lora_B"].double().T)[None, None]
     dense = torch.nn.functional.conv_transpose2d(image, state[f"{QUERY}.lora_C"].double(), stride=4)[0, 0]
     exact = state[f"{QUERY}.weight"].double() + dense.T * (alpha if alpha > 0 else 5.0) / (5 + 1e-5)
@@ -222,7 +223,7 @@ def test_a_new_head_on_a_quantised_base(base: Path, tmp_path: Path) -> None:
         folder / "adapter_model.safetensors",
     )
     with pytest.raises(UnsupportedError, match="a base that is quantised"):
-        merge(quantised, folder, tmp_path / "no", device="cpu")
+        merge(quantised, folder, tmp_path / "no", MergeOptions(device="cpu"))
     assert not (tmp_path / "no").exists()
 
 

@@ -15,8 +15,10 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from adapter_merge.api.delta import delta
 from adapter_merge.api.factor import factor
-from adapter_merge.api.merge import delta, merge
+from adapter_merge.api.merge import merge
+from adapter_merge.api.options import DeltaOptions, FactorOptions, MergeOptions
 from adapter_merge.combine.delta_ops import METHODS, Settings, WeightedEdit, combine_edits, combine_forms
 from adapter_merge.combine.recipe import IN_TURN, Ingredient, make_recipe
 from adapter_merge.formats.peft.patterns import Pattern, pattern_fault
@@ -204,8 +206,8 @@ def test_merge_delta_and_combination_agree(
         work = Path(name)
         base = write_base(work / "base", shapes, dtype)
         adapter = write_adapter(work / "a", base, ranks, trained, dora, rslora, alpha)
-        merge(base, adapter, work / "merged", device="cpu")
-        delta(base, adapter, work / "delta", device="cpu")
+        merge(base, adapter, work / "merged", MergeOptions(device="cpu"))
+        delta(base, adapter, work / "delta", DeltaOptions(device="cpu"))
         before, after = load_file(base / "model.safetensors"), load_file(work / "merged" / "model.safetensors")
         deltas = load_file(work / "delta" / "delta.safetensors")
         assert deltas.keys() == {f"{module}.weight" for module in MODULES}
@@ -218,7 +220,7 @@ def test_merge_delta_and_combination_agree(
         def bytes_of(weights: dict[str, float]) -> bytes:
             made = make_recipe([Ingredient(n, str(adapter), w) for n, w in weights.items()], Settings(method))
             output = work / f"out{len(list(work.iterdir()))}"
-            merge(base, made, output, device="cpu")
+            merge(base, made, output, MergeOptions(device="cpu"))
             return (output / "model.safetensors").read_bytes()
 
         assert bytes_of({"a": 1.0}) == (work / "merged" / "model.safetensors").read_bytes()
@@ -297,11 +299,16 @@ def test_several_adapters_keep_their_promises(
         density = 1.0 if method == "linear" else 0.6
         made = make_recipe(stated, Settings(method, density, 0.0, seed))
         random.shuffle(stated)
-        merge(base, made, work / "merged", device="cpu")
-        merge(base, make_recipe(stated, Settings(method, density, 0.0, seed)), work / "shuffled", device="cpu")
+        merge(base, made, work / "merged", MergeOptions(device="cpu"))
+        merge(
+            base,
+            make_recipe(stated, Settings(method, density, 0.0, seed)),
+            work / "shuffled",
+            MergeOptions(device="cpu"),
+        )
         merged, shuffled = (work / folder / "model.safetensors" for folder in ("merged", "shuffled"))
         assert merged.read_bytes() == shuffled.read_bytes()
-        delta(base, made, work / "delta", device="cpu")
+        delta(base, made, work / "delta", DeltaOptions(device="cpu"))
         before, after = load_file(base / "model.safetensors"), load_file(merged)
         deltas = load_file(work / "delta" / "delta.safetensors")
         for key, weight in before.items():
@@ -310,7 +317,7 @@ def test_several_adapters_keep_their_promises(
             assert bool(((after[key].double() - exact).abs() <= room).all())
         if method != "linear" or all(weight == 0 for *_, weight in adapters):
             return
-        found = factor(base, made, work / "factors", device="cpu")
+        found = factor(base, made, work / "factors", FactorOptions(device="cpu")).as_json()
         tensors = load_file(work / "factors" / "adapter_model.safetensors")
         scales = work / "factors" / "row_scale.safetensors"
         held = load_file(scales) if scales.is_file() else {}
@@ -341,9 +348,9 @@ def test_in_turn_is_one_merge_after_the_other(shapes: list[tuple[int, int]], dor
         for number, dora in enumerate(doras):
             folder = write_adapter(work / f"a{number}", base, [2, 3], torch.float32, dora, False, 4.0)
             stated.append(Ingredient(f"a{number}", str(folder)))
-            merge(last, folder, work / f"m{number}", device="cpu")
+            merge(last, folder, work / f"m{number}", MergeOptions(device="cpu"))
             last = work / f"m{number}"
-        merge(base, make_recipe(stated, Settings(IN_TURN)), work / "merged", device="cpu")
+        merge(base, make_recipe(stated, Settings(IN_TURN)), work / "merged", MergeOptions(device="cpu"))
         one, other = (load_file(folder / "model.safetensors") for folder in (work / "merged", last))
         for key, value in one.items():
             torch.testing.assert_close(value, other[key], atol=1e-5, rtol=1e-5)

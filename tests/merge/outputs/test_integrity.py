@@ -17,6 +17,7 @@ from click.testing import CliRunner
 from merge_models import write_four_shards
 
 from adapter_merge.api.merge import merge
+from adapter_merge.api.options import MergeOptions
 from adapter_merge.cli.main import group
 from adapter_merge.errors import FileFormatError, InputError, MissingDependencyError
 from adapter_merge.outputs.integrity import check_integrity, check_restored
@@ -28,7 +29,7 @@ SHARD = "model-00002-of-00004.safetensors"
 @pytest.fixture(scope="module")
 def written(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("integrity")
-    merge(*write_four_shards(folder), folder / "out", keep_preimage=True)
+    merge(*write_four_shards(folder), folder / "out", MergeOptions(keep_preimage=True))
     return folder / "out"
 
 

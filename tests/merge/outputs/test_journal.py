@@ -15,7 +15,9 @@ from merge_models import base_tensors, sha256_of, write_base, write_lora
 from safetensors.torch import load_file
 
 from adapter_merge.api import merge as merging
-from adapter_merge.api.merge import delta, merge
+from adapter_merge.api.delta import delta
+from adapter_merge.api.merge import merge
+from adapter_merge.api.options import MergeOptions
 from adapter_merge.engine.execute import FinishedShard
 from adapter_merge.errors import OutputError
 from adapter_merge.outputs import resume_journal as journal
@@ -53,17 +55,17 @@ def test_finishing_with_other_options_wipes_nothing(tmp_path: Path, pair: tuple[
     """A forgotten option at --finish must not cost what many machines have made."""
     out = tmp_path / "out"
     for number in (1, 2):
-        merge(*pair, out, part=(number, 2), dtype="float16")
+        merge(*pair, out, MergeOptions(part=(number, 2), dtype="float16"))
     made = weights(tmp_path / ".out.partial")
     assert len(made) == 3
     with pytest.raises(OutputError, match="another merge"):
-        merge(*pair, out, finish=True)
+        merge(*pair, out, MergeOptions(finish=True))
     with pytest.raises(OutputError, match="parts of another merge"):  # --shards and --finish both forgotten
         merge(*pair, out)
     with pytest.raises(OutputError, match="parts of another merge"):
         delta(*pair, out)
     assert weights(tmp_path / ".out.partial") == made
-    merge(*pair, out, finish=True, dtype="float16")
+    merge(*pair, out, MergeOptions(finish=True, dtype="float16"))
     assert weights(out) == made
     assert [path.name for path in tmp_path.iterdir() if path.name.startswith(".")] == []
 
@@ -71,7 +73,7 @@ def test_finishing_with_other_options_wipes_nothing(tmp_path: Path, pair: tuple[
 def test_a_whole_run_that_fails_over_finished_parts_leaves_them(
     tmp_path: Path, pair: tuple[Path, Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    merge(*pair, tmp_path / "out", part=(1, 3))
+    merge(*pair, tmp_path / "out", MergeOptions(part=(1, 3)))
     made = weights(tmp_path / ".out.partial")
     with monkeypatch.context() as patch:
         fails_after(0, patch)
@@ -84,7 +86,7 @@ def test_a_whole_run_that_fails_over_finished_parts_leaves_them(
 
 def test_finishing_without_any_part_leaves_nothing_behind(tmp_path: Path, pair: tuple[Path, Path]) -> None:
     with pytest.raises(OutputError, match="no part"):
-        merge(*pair, tmp_path / "out", finish=True)
+        merge(*pair, tmp_path / "out", MergeOptions(finish=True))
     assert sorted(path.name for path in tmp_path.iterdir()) == ["adapter", "base"]
 
 
@@ -100,8 +102,8 @@ def test_parts_made_on_cuda_are_put_together_where_there_is_none(
             lambda plan, folder, devices, *rest, **options: real(plan, folder, torch.device("cpu"), *rest, **options),
         )
         for number in (1, 2):
-            merge(*pair, tmp_path / "out", part=(number, 2))
-    content = merge(*pair, tmp_path / "out", finish=True)
+            merge(*pair, tmp_path / "out", MergeOptions(part=(number, 2)))
+    content = merge(*pair, tmp_path / "out", MergeOptions(finish=True)).as_json()
     assert content["options"]["device"] == "cuda"
     check_integrity(tmp_path / "out")
 
@@ -111,13 +113,13 @@ def test_parts_made_on_cuda_are_put_together_where_there_is_none(
 
 def test_an_entry_of_another_plan_is_not_believed(tmp_path: Path, pair: tuple[Path, Path]) -> None:
     """Two first parts with other options may both find nothing there; only one plan stays."""
-    merge(*pair, tmp_path / "out", part=(1, 2))
+    merge(*pair, tmp_path / "out", MergeOptions(part=(1, 2)))
     plan = tmp_path / ".out.partial" / "journal" / "plan.json"
     held = plan.read_text()
-    merge(*pair, tmp_path / "else", part=(1, 2), dtype="float16")
+    merge(*pair, tmp_path / "else", MergeOptions(part=(1, 2), dtype="float16"))
     plan.write_bytes((tmp_path / ".else.partial" / "journal" / "plan.json").read_bytes())
     with pytest.raises(OutputError, match="is not finished") as raised:
-        merge(*pair, tmp_path / "out", finish=True, dtype="float16")
+        merge(*pair, tmp_path / "out", MergeOptions(finish=True, dtype="float16"))
     assert len(raised.value.problems) == 3
     plan.write_text(held)
 
@@ -134,7 +136,7 @@ def test_parts_of_another_count_keep_off_each_others_shards(tmp_path: Path, pair
 
     def first() -> None:
         try:
-            merge(*pair, tmp_path / "out", part=(1, 2), progress=progress)
+            merge(*pair, tmp_path / "out", MergeOptions(part=(1, 2)), progress=progress)
         except BaseException as error:
             failures.append(error)
 
@@ -143,13 +145,13 @@ def test_parts_of_another_count_keep_off_each_others_shards(tmp_path: Path, pair
     try:
         assert inside.wait(60)
         with pytest.raises(OutputError, match="another run"):
-            merge(*pair, tmp_path / "out", part=(1, 1))
+            merge(*pair, tmp_path / "out", MergeOptions(part=(1, 1)))
     finally:
         done.set()
         running.join()
     assert failures == []
-    merge(*pair, tmp_path / "out", part=(2, 2))
-    merge(*pair, tmp_path / "out", finish=True)
+    merge(*pair, tmp_path / "out", MergeOptions(part=(2, 2)))
+    merge(*pair, tmp_path / "out", MergeOptions(finish=True))
     check_integrity(tmp_path / "out")
 
 
@@ -212,7 +214,7 @@ def test_a_pickled_base_that_changed_in_the_middle_is_read_again(
     with monkeypatch.context() as patch:
         fails_after(2, patch)
         with pytest.raises(OutputError):
-            merge(base, adapter, tmp_path / "out", keep_partial=True, workers=1)
+            merge(base, adapter, tmp_path / "out", MergeOptions(keep_partial=True, workers=1))
     for file in base.glob("*.bin"):
         content = torch.load(file)
         for tensor in content.values():
@@ -240,7 +242,7 @@ def test_a_head_untied_into_another_shard_follows_the_embedding(
         extra={f"{prefix}.lora_embedding_A": torch.ones(4, 50), f"{prefix}.lora_embedding_B": torch.ones(hidden, 4)},
         config={"target_modules": ["q_proj", "k_proj", "up_proj", "down_proj", "embed_tokens"]},
     )
-    merge(base, adapter, tmp_path / "out", part=(1, 1))
+    merge(base, adapter, tmp_path / "out", MergeOptions(part=(1, 1)))
     embedding = base / "model-00001-of-00002.safetensors"
     assert "model.embed_tokens.weight" in load_file(embedding)
     merged = load_file(tmp_path / ".out.partial" / "model" / "model-00002-of-00002.safetensors")
@@ -251,19 +253,19 @@ def test_a_head_untied_into_another_shard_follows_the_embedding(
         stream.seek(8 + header + start + 10_000)
         stream.write(b"\x00\x3f")
     with pytest.raises(OutputError, match="is not finished") as raised:
-        merge(base, adapter, tmp_path / "out", finish=True)
+        merge(base, adapter, tmp_path / "out", MergeOptions(finish=True))
     assert len(raised.value.problems) == 2
-    merge(base, adapter, tmp_path / "out", part=(1, 1))
-    merge(base, adapter, tmp_path / "out", finish=True)
+    merge(base, adapter, tmp_path / "out", MergeOptions(part=(1, 1)))
+    merge(base, adapter, tmp_path / "out", MergeOptions(finish=True))
     merge(base, adapter, tmp_path / "whole")
     assert weights(tmp_path / "out") == weights(tmp_path / "whole")
 
 
 def test_a_shard_without_its_preimage_is_made_again(tmp_path: Path, pair: tuple[Path, Path]) -> None:
-    merge(*pair, tmp_path / "out", part=(1, 1), keep_preimage=True)
+    merge(*pair, tmp_path / "out", MergeOptions(part=(1, 1), keep_preimage=True))
     (tmp_path / ".out.partial" / "model" / "preimage" / "model-00001-of-00003.safetensors.bin").unlink()
     with pytest.raises(OutputError, match=r"model-00001-of-00003\.safetensors is not finished"):
-        merge(*pair, tmp_path / "out", finish=True, keep_preimage=True)
+        merge(*pair, tmp_path / "out", MergeOptions(finish=True, keep_preimage=True))
 
 
 @pytest.mark.parametrize("link", ["auto", "hardlink"])
@@ -274,16 +276,16 @@ def test_a_killed_run_without_hashes_is_begun_again(tmp_path: Path, monkeypatch:
     with monkeypatch.context() as patch:
         fails_after(2, patch)
         with pytest.raises(OutputError):
-            merge(base, adapter, tmp_path / "out", keep_partial=True, workers=1, hashes=False, link=link)
+            merge(base, adapter, tmp_path / "out", MergeOptions(keep_partial=True, workers=1, hashes=False, link=link))
     assert len(weights(tmp_path / ".out.partial")) > 1
-    merge(base, adapter, tmp_path / "out", hashes=False, link=link)
+    merge(base, adapter, tmp_path / "out", MergeOptions(hashes=False, link=link))
     merge(base, adapter, tmp_path / "whole")
     assert weights(tmp_path / "out") == weights(tmp_path / "whole")
 
 
 def test_the_journal_names_what_a_shard_was_made_from(tmp_path: Path, pair: tuple[Path, Path]) -> None:
     base = pickled(pair[0])
-    merge(base, pair[1], tmp_path / "out", part=(1, 1))
+    merge(base, pair[1], tmp_path / "out", MergeOptions(part=(1, 1)))
     entry = json.loads((tmp_path / ".out.partial/journal/model-00001-of-00003.safetensors.json").read_text())
     assert entry["others"] == {name: sha256_of(base / name) for name in ["pytorch_model-00001-of-00003.bin"]}
     assert journal.FinishedShard(**entry["shard"]) == replace(

@@ -7,7 +7,9 @@ from pathlib import Path
 import pytest
 from merge_models import base_tensors, snapshot, write_base, write_lora
 
-from adapter_merge.api.merge import delta, merge
+from adapter_merge.api.delta import delta
+from adapter_merge.api.merge import merge
+from adapter_merge.api.options import DeltaOptions, MergeOptions
 from adapter_merge.errors import OutputError
 from adapter_merge.outputs import staging as outputs
 from adapter_merge.outputs.integrity import check_integrity
@@ -20,10 +22,10 @@ def pair(tmp_path: Path) -> tuple[Path, Path]:
     return write_base(tmp_path / "base", tensors), write_lora(tmp_path / "adapter", tensors)
 
 
-@pytest.mark.parametrize("job", [merge, delta])
+@pytest.mark.parametrize(("job", "options"), [(merge, MergeOptions), (delta, DeltaOptions)])
 @pytest.mark.parametrize("overwrite", [False, True])
 def test_what_appears_while_a_merge_runs_is_not_replaced(
-    tmp_path: Path, pair: tuple[Path, Path], overwrite: bool, job: object
+    tmp_path: Path, pair: tuple[Path, Path], overwrite: bool, job: object, options: type
 ) -> None:
     """A big merge takes long enough for somebody to put a folder of that name there."""
     out = tmp_path / "out"
@@ -33,7 +35,7 @@ def test_what_appears_while_a_merge_runs_is_not_replaced(
         (out / "precious").write_text("mine")
 
     with pytest.raises(OutputError, match="not written by" if overwrite else "exists already"):
-        job(*pair, out, progress=progress, overwrite=overwrite)  # type: ignore[operator]
+        job(*pair, out, options(overwrite=overwrite), progress=progress)  # type: ignore[operator]
     assert snapshot(out).keys() == {"precious"}
     assert [path.name for path in tmp_path.iterdir() if path.name.startswith(".")] == []
 
@@ -44,7 +46,7 @@ def test_an_output_that_cannot_be_replaced_stays(
 ) -> None:
     """Where two names cannot be exchanged in one step, a failure between the two steps undoes the first."""
     out = tmp_path / "out"
-    merge(*pair, out, dtype="float16")
+    merge(*pair, out, MergeOptions(dtype="float16"))
     before = snapshot(out)
     real = Path.rename
 
@@ -57,18 +59,18 @@ def test_an_output_that_cannot_be_replaced_stays(
     with monkeypatch.context() as patch:
         patch.setattr(Path, "rename", rename)
         with pytest.raises((OutputError, KeyboardInterrupt)):
-            merge(*pair, out, overwrite=True)
+            merge(*pair, out, MergeOptions(overwrite=True))
     assert snapshot(out) == before
     assert [path.name for path in tmp_path.iterdir() if path.name.startswith(".")] == []
-    merge(*pair, out, overwrite=True)
+    merge(*pair, out, MergeOptions(overwrite=True))
     assert snapshot(out) != before
     check_integrity(out)
     assert [path.name for path in tmp_path.iterdir() if path.name.startswith(".")] == []
 
 
-@pytest.mark.parametrize("job", [merge, delta])
+@pytest.mark.parametrize(("job", "options"), [(merge, MergeOptions), (delta, DeltaOptions)])
 def test_a_run_killed_between_the_two_steps_is_mended_by_the_next(
-    tmp_path: Path, pair: tuple[Path, Path], job: object
+    tmp_path: Path, pair: tuple[Path, Path], job: object, options: type
 ) -> None:
     out = tmp_path / "out"
     merge(*pair, out)
@@ -78,7 +80,7 @@ def test_a_run_killed_between_the_two_steps_is_mended_by_the_next(
         job(*pair, out)  # type: ignore[operator]
     assert snapshot(out) == before
     out.rename(tmp_path / ".out.old")
-    job(*pair, out, overwrite=True)  # type: ignore[operator]
+    job(*pair, out, options(overwrite=True))  # type: ignore[operator]
     assert [path.name for path in tmp_path.iterdir() if path.name.startswith(".")] == []
 
 
@@ -92,7 +94,7 @@ def test_a_link_is_replaced_not_what_it_points_to(tmp_path: Path, pair: tuple[Pa
     out.symlink_to(elsewhere / "model")
     assert nearest_folder(out) == tmp_path / "here"  # where the bytes will go, so where they need room
     check_space(out, 1)
-    merge(*pair, out, overwrite=True)
+    merge(*pair, out, MergeOptions(overwrite=True))
     assert not out.is_symlink()
     check_integrity(out)
     assert snapshot(elsewhere) == before

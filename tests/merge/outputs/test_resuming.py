@@ -11,6 +11,7 @@ from merge_models import shard_hashes, snapshot, write_four_shards
 
 from adapter_merge.api import merge as merging
 from adapter_merge.api.merge import merge
+from adapter_merge.api.options import MergeOptions
 from adapter_merge.engine.execute import FinishedShard, execute
 from adapter_merge.errors import InputError, OutputError
 from adapter_merge.outputs.integrity import check_integrity
@@ -55,7 +56,7 @@ def test_a_failed_run_leaves_its_shards_only_when_asked(
         with monkeypatch.context() as patch:
             stopped_after(patch, 2)
             with pytest.raises(OutputError, match="the disk fails"):
-                merge(*pair, tmp_path / "out", keep_partial=keep, workers=1)
+                merge(*pair, tmp_path / "out", MergeOptions(keep_partial=keep, workers=1))
         assert (tmp_path / ".out.partial").exists() is keep
     made = resumed(monkeypatch)
     merge(*pair, tmp_path / "out")
@@ -76,7 +77,7 @@ def test_what_was_finished_is_taken_over_only_when_all_is_the_same(
     with monkeypatch.context() as patch:
         stopped_after(patch, 2)
         with pytest.raises(OutputError):
-            merge(base, adapter, tmp_path / "out", keep_partial=True, workers=1)
+            merge(base, adapter, tmp_path / "out", MergeOptions(keep_partial=True, workers=1))
     finished = sorted(path.stem for path in (tmp_path / ".out.partial" / "journal").glob("model*.json"))
     assert len(finished) == 2
     options: dict[str, str] = {}
@@ -104,18 +105,20 @@ def test_what_was_finished_is_taken_over_only_when_all_is_the_same(
         held["versions"]["torch"] = "0.1"
         plan.write_text(json.dumps(held))
     made = resumed(monkeypatch)
-    merge(base, adapter, tmp_path / "out", **options)
+    merge(base, adapter, tmp_path / "out", MergeOptions(**options))
     assert len(made) == expected
-    merge(base, adapter, tmp_path / "whole", **options)
+    merge(base, adapter, tmp_path / "whole", MergeOptions(**options))
     assert shard_hashes(tmp_path / "out") == shard_hashes(tmp_path / "whole")
 
 
 def test_parts_and_finish_make_what_one_run_makes(tmp_path: Path, pair: tuple[Path, Path]) -> None:
     merge(*pair, tmp_path / "whole")
-    made = [set(merge(*pair, tmp_path / "out", part=(number, 3))["files"]) for number in (3, 1, 2)]
+    made = [
+        set(merge(*pair, tmp_path / "out", MergeOptions(part=(number, 3))).as_json()["files"]) for number in (3, 1, 2)
+    ]
     assert not (tmp_path / "out").exists()
     assert sum(len(files) for files in made) == len(set.union(*made)) == 4
-    merge(*pair, tmp_path / "out", finish=True)
+    merge(*pair, tmp_path / "out", MergeOptions(finish=True))
     assert shard_hashes(tmp_path / "out") == shard_hashes(tmp_path / "whole")
     assert set(snapshot(tmp_path / "out")) == set(snapshot(tmp_path / "whole"))
     check_integrity(tmp_path / "out", inputs=True)
@@ -123,24 +126,24 @@ def test_parts_and_finish_make_what_one_run_makes(tmp_path: Path, pair: tuple[Pa
 
 
 def test_finish_names_what_is_missing_and_keeps_what_is_there(tmp_path: Path, pair: tuple[Path, Path]) -> None:
-    merge(*pair, tmp_path / "out", part=(1, 2))
+    merge(*pair, tmp_path / "out", MergeOptions(part=(1, 2)))
     with pytest.raises(OutputError, match="is not finished") as raised:
-        merge(*pair, tmp_path / "out", finish=True)
+        merge(*pair, tmp_path / "out", MergeOptions(finish=True))
     assert len(raised.value.problems) == 2
     with pytest.raises(OutputError, match="another merge"):
-        merge(*pair, tmp_path / "out", part=(2, 2), dtype="float16")
-    merge(*pair, tmp_path / "out", part=(2, 2))
+        merge(*pair, tmp_path / "out", MergeOptions(part=(2, 2), dtype="float16"))
+    merge(*pair, tmp_path / "out", MergeOptions(part=(2, 2)))
     damaged = next((tmp_path / ".out.partial" / "model").glob("*.safetensors"))
     damaged.write_bytes(damaged.read_bytes()[:-1] + b"\x7f")
     with pytest.raises(OutputError, match=damaged.name):
-        merge(*pair, tmp_path / "out", finish=True)
+        merge(*pair, tmp_path / "out", MergeOptions(finish=True))
     for part in ((1, 2), (2, 2)):
-        merge(*pair, tmp_path / "out", part=part)
-    merge(*pair, tmp_path / "out", finish=True)
+        merge(*pair, tmp_path / "out", MergeOptions(part=part))
+    merge(*pair, tmp_path / "out", MergeOptions(finish=True))
     check_integrity(tmp_path / "out")
 
 
 @pytest.mark.parametrize("part", [(0, 2), (3, 2)])
 def test_a_part_that_does_not_exist(tmp_path: Path, pair: tuple[Path, Path], part: tuple[int, int]) -> None:
     with pytest.raises(InputError, match="no such part"):
-        merge(*pair, tmp_path / "out", part=part)
+        merge(*pair, tmp_path / "out", MergeOptions(part=part))

@@ -19,6 +19,7 @@ from merge_models import base_tensors, shard_hashes, snapshot, write_base, write
 
 from adapter_merge.api import merge as merging
 from adapter_merge.api.merge import merge
+from adapter_merge.api.options import MergeOptions
 from adapter_merge.combine.open_inputs import open_pair
 from adapter_merge.engine.execute import execute
 from adapter_merge.engine.plan import plan_merge
@@ -72,9 +73,9 @@ def test_kill_at_random_moments(tmp_path: Path) -> None:
 def test_kill_while_an_output_is_replaced(tmp_path: Path, pair: tuple[Path, Path]) -> None:
     """With --overwrite the old or the new model stands there at any moment."""
     base, adapter = pair
-    merge(base, adapter, tmp_path / "old", dtype="float32")
+    merge(base, adapter, tmp_path / "old", MergeOptions(dtype="float32"))
     merge(base, adapter, tmp_path / "new")
-    merge(base, adapter, tmp_path / "out", dtype="float32")
+    merge(base, adapter, tmp_path / "out", MergeOptions(dtype="float32"))
     counted = driver("replace", base, adapter, tmp_path / "out", tmp_path / "old", tmp_path / "new", 15)
     assert counted["killed"] >= 15
 
@@ -189,7 +190,7 @@ def test_many_runs_at_once_make_one_output(tmp_path: Path, pair: tuple[Path, Pat
 def test_parts_run_at_the_same_time(tmp_path: Path, pair: tuple[Path, Path]) -> None:
     counted = driver("parts", *pair, tmp_path / "out", 4)
     assert counted == {"done": 4}
-    merge(*pair, tmp_path / "out", finish=True)
+    merge(*pair, tmp_path / "out", MergeOptions(finish=True))
     merge(*pair, tmp_path / "whole")
     assert shard_hashes(tmp_path / "out") == shard_hashes(tmp_path / "whole")
 
@@ -215,11 +216,11 @@ def test_foreign_folders_and_inputs_are_never_replaced(tmp_path: Path, pair: tup
     (tmp_path / "own").mkdir()
     (tmp_path / "own" / "thesis.tex").write_text("years")
     with pytest.raises(OutputError, match="not written by adapter-merge"):
-        merge(base, adapter, tmp_path / "own", overwrite=True)
+        merge(base, adapter, tmp_path / "own", MergeOptions(overwrite=True))
     before = snapshot(base)
     for output in (base, adapter, tmp_path):
         with pytest.raises(OutputError):
-            merge(base, adapter, output, overwrite=True)
+            merge(base, adapter, output, MergeOptions(overwrite=True))
     assert snapshot(base) == before
 
 
@@ -229,7 +230,7 @@ def test_modes_follow_the_umask(
 ) -> None:
     old = os.umask(mask)
     try:
-        merge(*pair, tmp_path / "out", keep_preimage=True)
+        merge(*pair, tmp_path / "out", MergeOptions(keep_preimage=True))
     finally:
         os.umask(old)
     out = tmp_path / "out"

@@ -16,6 +16,7 @@ from factor_models import base_weights, dcft_adapter, merged_weights, peft_adapt
 
 from adapter_merge.api.factor import factor
 from adapter_merge.api.merge import merge
+from adapter_merge.api.options import FactorOptions
 from adapter_merge.cli.main import group
 from adapter_merge.errors import AdapterMergeError, InputError
 from adapter_merge.reporting import pictures
@@ -37,7 +38,7 @@ def dude(base: Path) -> Path:
 
 @pytest.fixture(scope="module")
 def factors(base: Path, dude: Path) -> Path:
-    factor(base, dude, base.parent / "factors", rank=3, end_to_end=True)
+    factor(base, dude, base.parent / "factors", FactorOptions(rank=3, end_to_end=True))
     return base.parent / "factors"
 
 

@@ -15,9 +15,11 @@ import pytest
 import torch
 
 from adapter_merge.api.convert import convert
+from adapter_merge.api.delta import delta
 from adapter_merge.api.extract import extract
 from adapter_merge.api.factor import factor
-from adapter_merge.api.merge import delta, merge
+from adapter_merge.api.merge import merge
+from adapter_merge.api.options import ConvertOptions, DeltaOptions, ExtractOptions, FactorOptions, MergeOptions
 from adapter_merge.errors import FileFormatError
 
 
@@ -55,9 +57,9 @@ def exchange(file: Path) -> None:
 @pytest.mark.parametrize("change", [rewrite, exchange])
 @pytest.mark.parametrize("name", ["base/*.safetensors", "adapter/adapter_model.safetensors",
                                   "adapter/adapter_config.json", "base/config.json"])  # fmt: skip
-@pytest.mark.parametrize("job", [merge, delta])
+@pytest.mark.parametrize(("job", "options"), [(merge, MergeOptions), (delta, DeltaOptions)])
 def test_an_input_that_changes_and_is_put_back(
-    job: object, name: str, change: object, tmp_path: Path, base: Path, adapter: Path
+    job: object, options: type, name: str, change: object, tmp_path: Path, base: Path, adapter: Path
 ) -> None:
     done: list[int] = []
     file = min(tmp_path.glob(name))
@@ -68,7 +70,7 @@ def test_an_input_that_changes_and_is_put_back(
             change(file)  # type: ignore[operator]
 
     with pytest.raises(FileFormatError, match="changed while it was read") as caught:
-        job(base, adapter, tmp_path / "out", device="cpu", progress=progress)  # type: ignore[operator]
+        job(base, adapter, tmp_path / "out", options(device="cpu"), progress=progress)  # type: ignore[operator]
     assert done and str(file) in str(caught.value)
     assert not [path for path in tmp_path.iterdir() if "out" in path.name and path.suffix != ".lock"]
 
@@ -78,7 +80,7 @@ def test_another_name_for_an_input_is_no_change(tmp_path: Path, base: Path, adap
         if not (tmp_path / "link").exists():
             (tmp_path / "link").hardlink_to(min(base.glob("*.safetensors")))
 
-    merge(base, adapter, tmp_path / "out", device="cpu", progress=progress, workers=1)
+    merge(base, adapter, tmp_path / "out", MergeOptions(device="cpu", workers=1), progress=progress)
     assert (tmp_path / "link").exists()
 
 
@@ -147,13 +149,15 @@ def finetuned(base: Path) -> Path:
 
 
 JOBS: dict[str, Callable[[Path, Path, Path], object]] = {
-    "merge": lambda base, adapter, out: merge(base, adapter, out, device="cpu"),
-    "delta": lambda base, adapter, out: delta(base, adapter, out, device="cpu"),
-    "factor": lambda base, adapter, out: factor(base, adapter, out, device="cpu"),
-    "factor without base": lambda base, adapter, out: factor(None, adapter, out, device="cpu"),
-    "convert": lambda base, adapter, out: convert(adapter, out, base=base),
-    "convert without base": lambda base, adapter, out: convert(adapter, out),
-    "extract": lambda base, adapter, out: extract(base, base.parent / "finetuned", out, device="cpu", rank=4),
+    "merge": lambda base, adapter, out: merge(base, adapter, out, MergeOptions(device="cpu")).as_json(),
+    "delta": lambda base, adapter, out: delta(base, adapter, out, DeltaOptions(device="cpu")).as_json(),
+    "factor": lambda base, adapter, out: factor(base, adapter, out, FactorOptions(device="cpu")).as_json(),
+    "factor without base": lambda base, adapter, out: factor(None, adapter, out, FactorOptions(device="cpu")).as_json(),
+    "convert": lambda base, adapter, out: convert(adapter, out, ConvertOptions(base=base)).as_json(),
+    "convert without base": lambda base, adapter, out: convert(adapter, out).as_json(),
+    "extract": lambda base, adapter, out: extract(
+        base, base.parent / "finetuned", out, ExtractOptions(device="cpu", rank=4)
+    ).as_json(),
 }
 READ = [
     (job, name)
@@ -201,7 +205,7 @@ def test_a_changed_file_with_another_name(tmp_path: Path, base: Path, adapter: P
 
     watcher.trigger, watcher.change = lambda event, arguments: event == "os.mkdir", change
     with pytest.raises(FileFormatError, match="changed while it was read"):
-        factor(base, adapter, tmp_path / "out", device="cpu")
+        factor(base, adapter, tmp_path / "out", FactorOptions(device="cpu"))
 
 
 COMMANDS: dict[str, Callable[[Path | str, Path | str, Path | str], list[str]]] = {

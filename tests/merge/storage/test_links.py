@@ -9,6 +9,7 @@ import pytest
 from merge_models import shard_hashes, write_four_shards
 
 from adapter_merge.api.merge import merge
+from adapter_merge.api.options import MergeOptions
 from adapter_merge.errors import OutputError
 from adapter_merge.outputs.integrity import check_integrity
 from adapter_merge.storage.links import LINKS, can_link, link_file
@@ -21,8 +22,8 @@ def pair(tmp_path: Path) -> tuple[Path, Path]:
 
 def test_hard_links_share_untouched_shards_only(tmp_path: Path, pair: tuple[Path, Path]) -> None:
     base, _ = pair
-    merge(*pair, tmp_path / "out", link="hardlink")
-    merge(*pair, tmp_path / "copied", link="copy")
+    merge(*pair, tmp_path / "out", MergeOptions(link="hardlink"))
+    merge(*pair, tmp_path / "copied", MergeOptions(link="copy"))
     shared = [path.name for path in sorted((tmp_path / "out").glob("*.safetensors")) if path.samefile(base / path.name)]
     assert shared == ["model-00004-of-00004.safetensors"]
     assert shard_hashes(tmp_path / "out") == shard_hashes(tmp_path / "copied")
@@ -36,8 +37,8 @@ def test_linked_shards_need_no_space(tmp_path: Path, pair: tuple[Path, Path], mo
     usage = shutil.disk_usage(tmp_path)
     monkeypatch.setattr(shutil, "disk_usage", lambda folder: usage._replace(free=whole - untouched))
     with pytest.raises(OutputError, match="the disk is too small"):
-        merge(*pair, tmp_path / "out", link="copy")
-    merge(*pair, tmp_path / "out", link="hardlink")
+        merge(*pair, tmp_path / "out", MergeOptions(link="copy"))
+    merge(*pair, tmp_path / "out", MergeOptions(link="hardlink"))
     assert (tmp_path / "out" / "model-00004-of-00004.safetensors").samefile(base / "model-00004-of-00004.safetensors")
 
 
@@ -58,10 +59,10 @@ def test_reflinks_where_the_file_system_has_them_and_a_clear_error_elsewhere(
         link_file(pair[0] / "config.json", probe, "reflink")
     except OutputError:
         with pytest.raises(OutputError, match="--link auto"):
-            merge(*pair, tmp_path / "out", link="reflink")
-        merge(*pair, tmp_path / "out", link="auto")
+            merge(*pair, tmp_path / "out", MergeOptions(link="reflink"))
+        merge(*pair, tmp_path / "out", MergeOptions(link="auto"))
     else:
-        merge(*pair, tmp_path / "out", link="reflink")
+        merge(*pair, tmp_path / "out", MergeOptions(link="reflink"))
     assert not (pair[0] / "model-00004-of-00004.safetensors").samefile(
         tmp_path / "out" / "model-00004-of-00004.safetensors"
     )

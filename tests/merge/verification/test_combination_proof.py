@@ -13,8 +13,10 @@ from combination_oracle import SOME, WEIGHTS, effects, expected, one_after_the_o
 from pico_bases import gpt2, llama, load, logits, quiet, train
 from safetensors.torch import load_file, save_file
 
+from adapter_merge.api.delta import delta
 from adapter_merge.api.factor import factor
-from adapter_merge.api.merge import delta, merge
+from adapter_merge.api.merge import merge
+from adapter_merge.api.options import DeltaOptions, FactorOptions, MergeOptions, VerifyOptions
 from adapter_merge.api.restore import restore
 from adapter_merge.api.verify import verify
 from adapter_merge.combine.delta_ops import METHODS, Settings, WeightedEdit
@@ -63,16 +65,18 @@ def test_merged_models_and_deltas_are_proved(
     settings: dict[str, Any] = {"method": method, "density": 1.0 if method == "linear" else 0.5, "seed": 3}
     settings |= {"gamma": 0.02} if method == "breadcrumbs" else {}
     made = recipe(adapters, WEIGHTS, **settings)
-    for job, file in ((merge, "model.safetensors"), (delta, "delta.safetensors")):
-        folder = tmp_path / job.__name__
-        job(base, made, folder, device="cpu")
-        report = verify(base, made, folder, generated=4)
+    merge(base, made, tmp_path / "merge", MergeOptions(device="cpu"))
+    delta(base, made, tmp_path / "delta", DeltaOptions(device="cpu"))
+    for folder, file in ((tmp_path / "merge", "model.safetensors"), (tmp_path / "delta", "delta.safetensors")):
+        report = verify(base, made, folder, VerifyOptions(generated=4)).as_json()
         assert report["passed"], report["problems"]
         assert Q in report["layers"] and report["logits"]["greedy_total"] > 0
-        other = verify(base, recipe(adapters, {**WEIGHTS, "dora": 0.5}, **settings), folder, weights_only=True)
+        other = verify(
+            base, recipe(adapters, {**WEIGHTS, "dora": 0.5}, **settings), folder, VerifyOptions(weights_only=True)
+        ).as_json()
         assert not other["passed"]
         damage(folder, file)
-        broken = verify(base, made, folder, weights_only=True)
+        broken = verify(base, made, folder, VerifyOptions(weights_only=True)).as_json()
         assert not broken["passed"] and Q in broken["problems"][0]
 
 
@@ -84,20 +88,20 @@ def test_adapters_in_turn_are_proved(
         make_recipe([Ingredient(name, str(adapters[name])) for name in order], Settings(IN_TURN))
         for order in (names, names[::-1])
     )
-    merge(base, made, tmp_path / "merged", device="cpu")
-    assert verify(base, made, tmp_path / "merged", generated=4)["passed"]
-    assert not verify(base, other, tmp_path / "merged", weights_only=True)["passed"]
+    merge(base, made, tmp_path / "merged", MergeOptions(device="cpu"))
+    assert verify(base, made, tmp_path / "merged", VerifyOptions(generated=4)).as_json()["passed"]
+    assert not verify(base, other, tmp_path / "merged", VerifyOptions(weights_only=True)).as_json()["passed"]
 
 
 def test_factors_of_a_combination_are_proved(base: Path, adapters: dict[str, Path], tmp_path: Path) -> None:
     made = recipe(adapters, {"lora": 0.7, "rslora": 0.5})
-    factor(base, made, tmp_path / "factors", device="cpu")
-    report = verify(base, made, tmp_path / "factors", generated=4)
+    factor(base, made, tmp_path / "factors", FactorOptions(device="cpu"))
+    report = verify(base, made, tmp_path / "factors", VerifyOptions(generated=4)).as_json()
     assert report["passed"], report["problems"]
     damage(
         tmp_path / "factors", "adapter_model.safetensors", f"base_model.model.{Q.removesuffix('weight')}lora_B.weight"
     )
-    assert not verify(base, made, tmp_path / "factors", weights_only=True)["passed"]
+    assert not verify(base, made, tmp_path / "factors", VerifyOptions(weights_only=True)).as_json()["passed"]
 
 
 # -- the reference itself, against PEFT ------------------------------------------------------------------------------
@@ -139,8 +143,8 @@ def test_conv1d_and_biases_are_read_off_live_layers(tmp_path: Path) -> None:
         )
         train(base, config, tmp_path / name, seed=seed)
     made = recipe({name: tmp_path / name for name in "ab"}, {"a": 0.6, "b": 0.5})
-    merge(base, made, tmp_path / "merged", device="cpu")
-    report = verify(base, made, tmp_path / "merged", generated=4)
+    merge(base, made, tmp_path / "merged", MergeOptions(device="cpu"))
+    report = verify(base, made, tmp_path / "merged", VerifyOptions(generated=4)).as_json()
     assert report["passed"] and any(name.endswith("bias") for name in report["layers"])
     with quiet():
         models = [load(tmp_path / "merged"), combined_model(open_pair(base, made))]  # type: ignore[arg-type]
@@ -166,13 +170,13 @@ def test_a_manifest_leads_back_to_its_inputs(base: Path, adapters: dict[str, Pat
     for name, folder in own.items():
         shutil.copytree(adapters[name], folder)
     made = recipe(own, {"lora": 0.7, "dora": 0.3}, method="ties", density=0.5)
-    merge(base, made, tmp_path / "merged", device="cpu")
-    delta(base, own["dora"], tmp_path / "delta", device="cpu")
+    merge(base, made, tmp_path / "merged", MergeOptions(device="cpu"))
+    delta(base, own["dora"], tmp_path / "delta", DeltaOptions(device="cpu"))
     for artefact in ("merged", "delta"):
         found_base, found, kind, options = inputs_of(tmp_path / artefact)
-        assert verify(found_base, found, tmp_path / artefact, base_kind=kind, options=options, weights_only=True)[
-            "passed"
-        ]
+        assert verify(
+            found_base, found, tmp_path / artefact, VerifyOptions(base_kind=kind, reading=options, weights_only=True)
+        ).as_json()["passed"]
     assert inputs_of(tmp_path / "merged")[1] == make_recipe(
         [Ingredient(n, str(own[n]), w, None, "original", {}) for n, w in (("lora", 0.7), ("dora", 0.3))],
         Settings("ties", 0.5),
@@ -186,7 +190,7 @@ def test_a_manifest_leads_back_to_its_inputs(base: Path, adapters: dict[str, Pat
 
 
 def test_a_restored_base_is_proved(base: Path, adapters: dict[str, Path], tmp_path: Path) -> None:
-    merge(base, recipe(adapters, WEIGHTS), tmp_path / "merged", device="cpu", keep_preimage=True)
+    merge(base, recipe(adapters, WEIGHTS), tmp_path / "merged", MergeOptions(device="cpu", keep_preimage=True))
     restore(tmp_path / "merged", tmp_path / "again")
     count = check_restored(tmp_path / "merged", tmp_path / "again")
     assert count == len(json.loads((tmp_path / "merged" / "adapter_merge.json").read_text())["base"]["files"])
@@ -203,6 +207,6 @@ def test_a_restored_base_is_proved(base: Path, adapters: dict[str, Path], tmp_pa
 def test_half_precision_deltas_are_held_to_one_rounding(
     dtype: str, base: Path, adapters: dict[str, Path], tmp_path: Path
 ) -> None:
-    delta(base, adapters["lora"], tmp_path / "delta", device="cpu", dtype=dtype)
-    report = verify(base, adapters["lora"], tmp_path / "delta", weights_only=True)
+    delta(base, adapters["lora"], tmp_path / "delta", DeltaOptions(device="cpu", dtype=dtype))
+    report = verify(base, adapters["lora"], tmp_path / "delta", VerifyOptions(weights_only=True)).as_json()
     assert report["passed"] and report["half_precision"], report["problems"]

@@ -18,6 +18,7 @@ from safetensors.torch import load_file, save_file
 from adapter_merge.api.convert import convert
 from adapter_merge.api.factor import factor
 from adapter_merge.api.merge import merge
+from adapter_merge.api.options import FactorOptions, MergeOptions, VerifyOptions
 from adapter_merge.api.verify import verify
 from adapter_merge.verification import streamed_model
 
@@ -66,8 +67,8 @@ def test_a_right_merge_passes_one_layer_at_a_time(
     monkeypatch.setattr(streamed_model, "LARGE_LEAF", 1000)
     name, kind, settings = CASES[case]
     adapter = trained(base(name), tmp_path / "adapter", kind, **settings)
-    merge(base(name), adapter, tmp_path / "merged", device="cpu")
-    report = verify(base(name), adapter, tmp_path / "merged", generated=4)
+    merge(base(name), adapter, tmp_path / "merged", MergeOptions(device="cpu"))
+    report = verify(base(name), adapter, tmp_path / "merged", VerifyOptions(generated=4)).as_json()
     assert report["passed"], report["problems"]
     assert report["logits"]["effect"] > 100 * report["logits"]["max_difference"]
 
@@ -75,7 +76,7 @@ def test_a_right_merge_passes_one_layer_at_a_time(
 def test_a_given_residual_dtype_is_that_of_the_live_model(base: Callable[[str], Path], tmp_path: Path) -> None:
     from pico_bases import llama
 
-    from adapter_merge.formats.detection import ReadOptions
+    from adapter_merge.formats.read_options import ReadOptions
 
     with quiet():
         half = llama(tmp_path / "half", dtype=torch.bfloat16)
@@ -86,19 +87,21 @@ def test_a_given_residual_dtype_is_that_of_the_live_model(base: Callable[[str], 
                 parameter.data.mul_(1.1)
         model.save_pretrained(tmp_path / "adapter")
     options = ReadOptions(residual_dtype="float32")
-    merge(half, tmp_path / "adapter", tmp_path / "merged", options=options, device="cpu", dtype="float32")
-    report = verify(half, tmp_path / "adapter", tmp_path / "merged", options=options, generated=4)
+    merge(half, tmp_path / "adapter", tmp_path / "merged", MergeOptions(reading=options, device="cpu", dtype="float32"))
+    report = verify(
+        half, tmp_path / "adapter", tmp_path / "merged", VerifyOptions(reading=options, generated=4)
+    ).as_json()
     assert report["passed"], report["problems"]
-    assert not verify(half, tmp_path / "adapter", tmp_path / "merged", generated=4)["passed"]
+    assert not verify(half, tmp_path / "adapter", tmp_path / "merged", VerifyOptions(generated=4)).as_json()["passed"]
 
 
 def test_a_converted_adapter_of_zeros_fails(base: Callable[[str], Path], tmp_path: Path) -> None:
     adapter = trained(base("llama"), tmp_path / "adapter", r=4, target_modules=SOME, use_dora=True)
     convert(adapter, tmp_path / "converted")
-    assert verify(base("llama"), adapter, tmp_path / "converted", weights_only=True)["passed"]
+    assert verify(base("llama"), adapter, tmp_path / "converted", VerifyOptions(weights_only=True)).as_json()["passed"]
     file = tmp_path / "converted" / "adapter_model.safetensors"
     edit(file, lambda tensors: [tensor.zero_() for tensor in tensors.values()])  # type: ignore[arg-type, func-returns-value]
-    report = verify(base("llama"), adapter, tmp_path / "converted", weights_only=True)
+    report = verify(base("llama"), adapter, tmp_path / "converted", VerifyOptions(weights_only=True)).as_json()
     assert not report["passed"] and len(report["layers"]) == 6
 
 
@@ -106,8 +109,8 @@ def test_truncated_factors_are_compared_with_the_optimum_of_their_rank(
     base: Callable[[str], Path], tmp_path: Path
 ) -> None:
     adapter = trained(base("llama"), tmp_path / "adapter", r=4, target_modules=SOME)
-    factor(base("llama"), adapter, tmp_path / "factors", rank=2)
-    report = verify(base("llama"), adapter, tmp_path / "factors", weights_only=True)
+    factor(base("llama"), adapter, tmp_path / "factors", FactorOptions(rank=2))
+    report = verify(base("llama"), adapter, tmp_path / "factors", VerifyOptions(weights_only=True)).as_json()
     assert report["passed"], report["problems"]
     assert min(layer["relative_error"] for layer in report["layers"].values()) > 0.01
     for scale in (100.0, 0.9):
@@ -116,7 +119,9 @@ def test_truncated_factors_are_compared_with_the_optimum_of_their_rank(
             tmp_path / f"scaled {scale}" / "adapter_model.safetensors",
             lambda tensors: [tensor.mul_(scale) for name, tensor in tensors.items() if "lora_B" in name],  # type: ignore[arg-type, func-returns-value] # noqa: B023
         )
-        assert not verify(base("llama"), adapter, tmp_path / f"scaled {scale}", weights_only=True)["passed"]
+        assert not verify(
+            base("llama"), adapter, tmp_path / f"scaled {scale}", VerifyOptions(weights_only=True)
+        ).as_json()["passed"]
 
 
 @pytest.mark.parametrize("what", ["config", "tensor", "missing", "shape"])
@@ -125,7 +130,7 @@ def test_other_changes_of_a_merged_model_fail_by_verdict(
 ) -> None:
     adapter = trained(base("llama"), tmp_path / "adapter", r=4, target_modules=SOME)
     merged = tmp_path / "merged"
-    merge(base("llama"), adapter, merged, device="cpu")
+    merge(base("llama"), adapter, merged, MergeOptions(device="cpu"))
     name = "model.layers.1.self_attn.q_proj.weight"
 
     def change(tensors: dict[str, torch.Tensor]) -> None:
@@ -142,5 +147,5 @@ def test_other_changes_of_a_merged_model_fail_by_verdict(
         (merged / "config.json").write_text(json.dumps(config))
     else:
         edit(merged / "model.safetensors", change)
-    report = verify(base("llama"), adapter, merged, weights_only=True)
+    report = verify(base("llama"), adapter, merged, VerifyOptions(weights_only=True)).as_json()
     assert not report["passed"]

@@ -1,0 +1,77 @@
+"""Materialise dense deltas: the job behind `adapter-merge delta`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from adapter_merge.binding.bind import BoundAdapter
+from adapter_merge.combine.open_inputs import (
+    AdapterInput,
+    check_values,
+    combination_of,
+    describe_inputs,
+    input_folders,
+    open_pair,
+    snapshot_of,
+)
+from adapter_merge.engine.devices import choose_devices
+from adapter_merge.engine.execute import Progress, execute
+from adapter_merge.engine.plan import plan_delta
+from adapter_merge.outputs.model_folder import output_files
+from adapter_merge.outputs.staging import (
+    check_output,
+    check_space,
+    manifest,
+    staged,
+    write_manifest,
+)
+from adapter_merge.storage.tensor_io import SAFETENSORS_DTYPES as DTYPES
+
+from .options import DeltaOptions
+from .results import DeltaResult
+
+
+def delta(
+    base: str | Path | None,
+    adapter: AdapterInput,
+    output: str | Path,
+    options: DeltaOptions = DeltaOptions(),
+    *,
+    progress: Progress | None = None,
+) -> DeltaResult:
+    """Write dW = W' - W0 of every adapted weight to `output`/delta.safetensors, in the shape that the base stores.
+
+    base, adapter, progress: as for `merge`. Raises AdapterMergeError; nothing is left behind then.
+
+    Example:
+        >>> delta("base", "adapter", "deltas").not_included
+        ()
+    """
+    output = Path(output)
+    bound = open_pair(base, adapter, options.base_kind, options.reading)
+    inputs = snapshot_of(bound)
+    check_output(output, options.overwrite, input_folders(bound))
+    check_values(bound)
+    plan = plan_delta(bound, DTYPES[options.dtype])
+    check_space(output, plan.nbytes)
+    devices = choose_devices(options.device)
+    stated = {"dtype": options.dtype, "device": str(devices[0])}
+    content = manifest("deltas", describe_inputs(bound, options.reading), stated | combination_of(bound))
+    content["not_included"] = sorted(bound.replacements)
+    content["base_changes"] = _base_changes(bound)
+    if options.dry_run:
+        return DeltaResult(output, content | {"dry_run": True, "bytes": plan.nbytes})
+    with staged(output, options.overwrite, inputs) as folder:
+        finished = execute(plan, folder, devices, options.workers, progress, hashing=options.hashes, vram=options.vram)
+        if options.hashes:
+            content["files"] = output_files(folder, finished)
+        write_manifest(folder, content)
+    return DeltaResult(output, content)
+
+
+def _base_changes(bound: BoundAdapter) -> dict[str, Any]:
+    """What must be changed in the base before the deltas are added: config keys, and tensors copied under new names."""
+    new = {item.name: item.weight.name for item in bound.modules if item.name not in bound.base.tensors}
+    copies = {**new, **{name: ref.name for name, ref in bound.copies.items()}}
+    return {"config": dict(bound.config_changes), "copies": dict(sorted(copies.items()))}

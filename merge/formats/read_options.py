@@ -1,0 +1,20 @@
+"""What a user states of an adapter whose files do not hold it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+
+@dataclass(frozen=True)
+class ReadOptions:
+    """Values that a user states where an adapter's files do not hold them."""
+
+    alpha: float | None = None  # lora_alpha, where no config holds it
+    ranknum: float | None = None  # DCFT: ranknum, where loralib's lora_state_dict() dropped it
+    format: str | None = None  # a name of detection.py: the format to read, instead of the detected one
+    magnitudes: Path | None = None  # DoRA, DuDe: a file or PEFT folder with the magnitudes that PEFT dropped
+    init_adapter: Path | None = None  # PiSSA and others: the PEFT folder saved before training
+    residual_dtype: str | None = None  # PiSSA, DuDe: the dtype of the frozen residual, where not the base's
+    prefix: str | None = None  # prefix of the adapter's module names in the base
+    magnitude_axis: str | None = None  # "out" or "in": the dimension of a magnitude of a square weight
