@@ -1,1 +1,1 @@
-"""What is written beside the weights, and how a folder is published, resumed and proved."""
+"""Files that are written beside the weights, and the publishing, resuming and checking of output folders."""

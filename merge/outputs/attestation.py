@@ -1,4 +1,4 @@
-"""An in-toto statement of what an output was made from: SLSA provenance v1, from the manifest's own fields.
+"""In-toto statements of an output's inputs: SLSA provenance v1, from the manifest's own fields.
 
 https://in-toto.io/Statement/v1 and https://slsa.dev/provenance/v1. It repeats what the manifest says, unsigned.
 """
@@ -22,7 +22,7 @@ BUILDER = "urn:adapter-merge:command-line"
 
 
 def attest(folder: str | Path) -> dict[str, Any]:
-    """The statement of `folder`, every file of which is hashed and compared with the manifest first.
+    """Return the statement of `folder`, after comparing the hash of every file with the manifest.
 
     Subjects are the output's files and its manifest, dependencies the files of base and adapters, each with its
     sha256. Raises what check_integrity raises.
@@ -60,7 +60,7 @@ def attest(folder: str | Path) -> dict[str, Any]:
 
 
 def _dependencies(manifest: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
-    """A resource descriptor of every input file whose hash was recorded."""
+    """Yield a resource descriptor of every input file whose hash was recorded."""
     base = manifest.get("base") or {}
     for kind, source in (("base", base), *(("adapter", entry) for entry in adapter_entries(manifest))):
         for name, sha in sorted((source.get("files") or {}).items()):

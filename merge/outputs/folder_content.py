@@ -1,4 +1,4 @@
-"""Every entry of an output folder held against its manifest: what is not listed is refused, and so is every link."""
+"""Comparison of an output folder's entries with its manifest: unlisted entries and links are refused."""
 
 from __future__ import annotations
 
@@ -13,14 +13,14 @@ from adapter_merge.errors import FileFormatError, Problem
 from .staging import MANIFEST
 
 SIGNATURE = "model.sig"
-# Files that come with keeping and signing a folder; no loader reads them. They are named, not hashed.
+# Files that storing and signing add to a folder; no loader reads them. They are reported, not hashed.
 BESIDE = (SIGNATURE, ".gitattributes")
 SHA256 = re.compile(r"[0-9a-f]{64}")
 
 
 @dataclass(frozen=True)
 class FolderContent:
-    """What lies in a folder: the manifest's files that are there, files beside them, and what is wrong."""
+    """The entries of a folder: the manifest's files that exist, permitted other files, and the problems."""
 
     present: frozenset[str]
     beside: tuple[str, ...]
@@ -28,8 +28,8 @@ class FolderContent:
 
 
 def stated_hashes(folder: Path, files: object) -> dict[str, str]:
-    """sha256 by name of a manifest's `files`. Raises FileFormatError for names that could leave the folder."""
-    found: dict[str, str] = {}
+    """Return the sha256 by name of a manifest's `files`. Raises FileFormatError for names outside the folder."""
+    hashes: dict[str, str] = {}
     for name, entry in files.items() if isinstance(files, Mapping) else [("files", None)]:
         sha = entry.get("sha256") if isinstance(entry, Mapping) else entry
         path = PurePosixPath(str(name))
@@ -37,12 +37,12 @@ def stated_hashes(folder: Path, files: object) -> dict[str, str]:
             raise FileFormatError(f"{folder / MANIFEST}: {name!r} has no sha256", got=repr(sha)[:80])
         if path.is_absolute() or ".." in path.parts or path.as_posix() != name or name in (".", MANIFEST):
             raise FileFormatError(f"{folder / MANIFEST}: names {name!r}", expected="files of its own folder")
-        found[str(name)] = sha
-    return found
+        hashes[str(name)] = sha
+    return hashes
 
 
 def list_content(folder: Path, expected: Mapping[str, str]) -> FolderContent:
-    """Everything in `folder`, hidden or not, without following links. Raises FileFormatError when it cannot be read."""
+    """List everything in `folder`, hidden or not, without following links. Raises FileFormatError if unreadable."""
     allowed = {*expected, MANIFEST, *BESIDE}
     parents = {parent.as_posix() for name in expected for parent in PurePosixPath(name).parents}
     present: set[str] = set()
@@ -72,7 +72,7 @@ def list_content(folder: Path, expected: Mapping[str, str]) -> FolderContent:
                 else:
                     problems.append(Problem(f"{path}: a folder that is not in the manifest", hint=ADDED))
             elif not entry.is_file():
-                problems.append(Problem(f"{path}: is no regular file"))
+                problems.append(Problem(f"{path}: is not a regular file"))
             elif name in allowed:
                 present.add(name)
             else:
@@ -89,7 +89,7 @@ ADDED = "it was added after the output was written"
 
 
 def is_hub_blob(folder: Path, link: Path) -> bool:
-    """True for a file of the hub's cache: snapshots/REVISION/NAME -> blobs/SHA, within one repository's folder."""
+    """Return True for a link of the hub's cache: snapshots/REVISION/NAME -> blobs/SHA in the same repository."""
     if folder.parent.name != "snapshots":
         return False
     blobs = (folder.parent.parent / "blobs").resolve()

@@ -1,6 +1,6 @@
-"""The proof that an output is what was written: every file hashed again and held against the manifest.
+"""Check of an output folder: every file is hashed again and compared with the manifest.
 
-And what follows from a manifest: which inputs it names, and whether a folder is the base of a merge.
+Also what a manifest states: the inputs of an output, and whether a folder is the base of a merge.
 """
 
 from __future__ import annotations
@@ -27,16 +27,16 @@ from .staging import MANIFEST, read_manifest
 
 @dataclass(frozen=True)
 class Integrity:
-    """What was proved."""
+    """The result of a check: numbers of files and bytes that match the manifest, and what could not be compared."""
 
     folder: Path
     files: int
     nbytes: int
-    inputs: int  # files of base and adapters that are still where the manifest says, and still the same
-    moved: tuple[str, ...]  # inputs that are no longer there: nothing is known of them
-    changed: tuple[str, ...]  # adapters' files that lie where the manifest says, and are others by now
-    beside: tuple[str, ...]  # files that no manifest lists and no loader reads: a signature, .gitattributes
-    signed: int = 0  # files under the signature that was checked; 0 where none was
+    inputs: int  # files of base and adapters that exist at the recorded path, unchanged
+    moved: tuple[str, ...]  # inputs that no longer exist at the recorded path, and are not checked
+    changed: tuple[str, ...]  # adapters' files that exist at the recorded path, but have changed
+    beside: tuple[str, ...]  # permitted unlisted files, which no loader reads: a signature, .gitattributes
+    signed: int = 0  # files covered by the checked signature; 0 where none was checked
 
 
 def check_integrity(
@@ -47,16 +47,16 @@ def check_integrity(
     workers: int | None = None,
     progress: Callable[[int], None] | None = None,
 ) -> Integrity:
-    """Prove that `folder` holds what its manifest says and nothing else; `inputs` proves base and adapters too.
+    """Check that `folder` holds exactly the files of its manifest; with `inputs`, check base and adapters too.
 
-    Files are hashed; links, folders and files that are not listed are refused, hidden ones as well; the manifest's
-    seal, its adapters' hashes and the card's table of them must agree. None of this tells who wrote the folder:
-    `public_key` checks its signature too (signature.py). Without `inputs` the adapters are hashed where they still
-    lie, and reported when they have changed. progress: called with the bytes of each file.
-    Raises InputError when there is no manifest with hashes, and FileFormatError naming all that is not as written.
+    Files are hashed; unlisted links, folders and files are refused, including hidden ones; the manifest's seal, its
+    adapters' hashes and the card's table of them must agree. None of this shows who wrote the folder: `public_key`
+    also checks its signature (signature.py). Without `inputs`, adapters that still exist are hashed, and reported when
+    they have changed. progress: called with the bytes of each file.
+    Raises InputError when there is no manifest with hashes, FileFormatError with every difference.
     """
     folder = Path(folder)
-    manifest = _sealed_manifest(folder)
+    manifest = _read_own_manifest(folder)
     if manifest is None or not manifest.get("files"):
         raise InputError(
             f"{folder}: nothing to prove",
@@ -69,14 +69,14 @@ def check_integrity(
     edited = check_seal(folder / MANIFEST)
     problems = [*edited, *content.problems]
     claims = {folder / name: sha for name, sha in expected.items() if name in content.present}
-    found = hash_files(claims, workers, progress)
-    wrong = _differences(claims, found)
+    actual = hash_files(claims, workers, progress)
+    wrong = _find_differences(claims, actual)
     problems += wrong
     if not wrong and not edited:
-        problems += _other_adapters(folder, manifest)
+        problems += _check_adapter_entries(folder, manifest)
 
-    checked, moved = ({}, ()) if edited else _named_files(manifest, adapters_only=not inputs)
-    others = _differences(checked, hash_files(checked, workers, progress if inputs else None))
+    checked, moved = ({}, ()) if edited else _list_inputs(manifest, adapters_only=not inputs)
+    others = _find_differences(checked, hash_files(checked, workers, progress if inputs else None))
     problems += others if inputs else []
     raise_all(problems, FileFormatError)
     signed = check_signature(folder, expected, public_key) if public_key is not None else 0
@@ -92,8 +92,8 @@ def check_integrity(
     )
 
 
-def _sealed_manifest(folder: Path) -> dict[str, Any] | None:
-    """The manifest of `folder`, which must be a file of its own: what a link leads to may change."""
+def _read_own_manifest(folder: Path) -> dict[str, Any] | None:
+    """Read the manifest of `folder`, which must not be a link, since a link's target may change."""
     file = folder / MANIFEST
     if file.is_symlink() and not is_hub_blob(folder, file):
         raise FileFormatError(f"{file}: is a symbolic link", hint="its target may change at any time")
@@ -101,31 +101,31 @@ def _sealed_manifest(folder: Path) -> dict[str, Any] | None:
 
 
 def adapter_entries(manifest: Mapping[str, Any]) -> list[dict[str, Any]]:
-    """The manifest's adapters; an export has them by name."""
+    """Return the manifest's adapters as a list; an export lists them by name."""
     entries = manifest.get("adapters") or ()
     return list(entries.values() if isinstance(entries, Mapping) else entries)
 
 
-def _named_files(manifest: Mapping[str, Any], *, adapters_only: bool) -> tuple[dict[Path, str], tuple[str, ...]]:
-    """(sha256 by file of the inputs that still lie where the manifest says, those that do not)."""
+def _list_inputs(manifest: Mapping[str, Any], *, adapters_only: bool) -> tuple[dict[Path, str], tuple[str, ...]]:
+    """Return sha256 by file for the inputs that exist at their recorded path, and the names of the others."""
     base = manifest.get("base") or {}
     entries = [
         entry for entry in adapter_entries(manifest) if not adapters_only or entry.get("path") != base.get("path")
     ]
-    there: dict[Path, str] = {}
-    gone = []
+    present: dict[Path, str] = {}
+    moved = []
     for source in entries if adapters_only else (base, *entries):
         for name, sha in (source.get("files") or {}).items():
             file = Path(source["path"]) / name
             if file.is_file():
-                there[file] = sha
+                present[file] = sha
             else:
-                gone.append(str(file))
-    return there, tuple(gone)
+                moved.append(str(file))
+    return present, tuple(moved)
 
 
-def _other_adapters(folder: Path, manifest: Mapping[str, Any]) -> list[Problem]:
-    """Adapters whose hash is not that of their files, or that the model card tells otherwise."""
+def _check_adapter_entries(folder: Path, manifest: Mapping[str, Any]) -> list[Problem]:
+    """Return a problem for each adapter whose hash does not match its files, and for a model card that differs."""
     entries = adapter_entries(manifest)
     problems = [
         Problem(f"{folder / MANIFEST}: the sha256 of adapter {entry.get('name')} is not that of its files", hint=EDITED)
@@ -143,23 +143,24 @@ def _other_adapters(folder: Path, manifest: Mapping[str, Any]) -> list[Problem]:
 EDITED = "one of the two was edited after it was written"
 
 
-def _differences(claims: dict[Path, str], found: dict[Path, str]) -> list[Problem]:
+def _find_differences(claims: dict[Path, str], actual: dict[Path, str]) -> list[Problem]:
+    """Return a problem for each file whose sha256 differs from the recorded one."""
     return [
-        Problem(f"{path}: is not what was recorded", expected=f"sha256 {sha}", got=f"sha256 {found[path]}")
+        Problem(f"{path}: is not what was recorded", expected=f"sha256 {sha}", got=f"sha256 {actual[path]}")
         for path, sha in claims.items()
-        if found[path] != sha
+        if actual[path] != sha
     ]
 
 
 def is_merged(folder: str | Path) -> bool:
-    """True for a merged model with the hashes of its base in its manifest."""
+    """Return True for a merged model whose manifest holds the hashes of its base."""
     path = Path(folder)
     manifest = read_manifest(path) if path.is_dir() else None
     return manifest is not None and manifest.get("artefact") == "merged model" and bool(_base_files(manifest))
 
 
 def check_restored(merged: str | Path, restored: str | Path) -> int:
-    """Prove that `restored` is the base of `merged`: how many files. Raises FileFormatError naming every other one."""
+    """Check that `restored` is the base of `merged`; return the number of files. Raises FileFormatError."""
     merged, restored = Path(merged), Path(restored)
     expected = _base_files(read_manifest(merged) or {})
     problems = check_seal(merged / MANIFEST)
@@ -168,26 +169,27 @@ def check_restored(merged: str | Path, restored: str | Path) -> int:
     weights = {name for name in present - set(expected) if name.endswith((".safetensors", ".bin", ".index.json"))}
     problems += [Problem(f"{restored}: {name} is not one of the base's weights") for name in sorted(weights)]
     claims = {restored / name: sha for name, sha in expected.items() if name in present}
-    problems += _differences(claims, hash_files(claims))
+    problems += _find_differences(claims, hash_files(claims))
     raise_all(problems, FileFormatError)
     return len(claims)
 
 
 def _base_files(manifest: dict[str, Any]) -> dict[str, str]:
+    """Return the sha256 of the base's files by name, as the manifest states them."""
     files: dict[str, str] = (manifest.get("base") or {}).get("files") or {}
     return files
 
 
 def inputs_of(folder: str | Path) -> tuple[str | None, str | Recipe, str | None, ReadOptions | None]:
-    """Base, adapter or recipe, base_kind and options that `folder` was made from, all proved to be the same still.
+    """Return base, adapter or recipe, base_kind and options that `folder` was made from, checked to be unchanged.
 
-    Raises InputError where the manifest does not lead to them, FileFormatError where they have changed.
+    Raises InputError where the manifest's inputs do not exist, FileFormatError where they have changed.
     """
     folder = Path(folder)
-    found = check_integrity(folder, inputs=True)
+    integrity = check_integrity(folder, inputs=True)
     manifest = read_manifest(folder) or {}
     base, adapters = manifest.get("base") or {}, manifest.get("adapters") or []
-    problems = [Problem(f"{name}: is not there any more") for name in found.moved]
+    problems = [Problem(f"{name}: is not there any more") for name in integrity.moved]
     if not adapters or not base.get("path") or any("stated" not in entry for entry in adapters):
         problems.append(Problem(f"{folder / MANIFEST}: does not say what it was made from", hint="give BASE ADAPTER"))
     raise_all(problems, InputError)
@@ -215,7 +217,7 @@ def inputs_of(folder: str | Path) -> tuple[str | None, str | Recipe, str | None,
 
 
 def _holds_base(base: dict[str, Any], adapters: list[dict[str, Any]]) -> bool:
-    """True for a checkpoint that is base and adapter at once."""
+    """Return True for a checkpoint that holds both base and adapter."""
     return any(entry["path"] == base["path"] for entry in adapters)
 
 

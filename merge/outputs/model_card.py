@@ -1,4 +1,4 @@
-"""The README.md of what is written: model cards with the hub's metadata.
+"""Model cards: the README.md of outputs, with the hub's metadata.
 
 Keys after the hub's model card specification (huggingface_hub, "Model Cards"): base_model (a hub id, never a path),
 base_model_relation (adapter or merge), library_name, pipeline_tag, tags.
@@ -34,7 +34,7 @@ VLLM_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)  # vllm.config.lora.MaxLoRAR
 
 
 def is_hub_name(name: object) -> bool:
-    """True for org/model: what the hub accepts as base_model."""
+    """Return True for org/model, which the hub accepts as base_model."""
     return isinstance(name, str) and HUB_NAME.fullmatch(name) is not None and not Path(name).exists()
 
 
@@ -47,7 +47,7 @@ def card(
     body: str,
     pipeline: str | None = None,
 ) -> str:
-    """A model card with YAML front matter. A base that is no hub id stays out of it: the hub refuses such a card."""
+    """Return a model card with YAML front matter. A base that is not a hub id is left out, since the hub refuses it."""
     from huggingface_hub import ModelCardData
 
     of_hub = is_hub_name(base)
@@ -62,18 +62,18 @@ def card(
 
 
 def plain_text(text: object) -> str:
-    """Text from a file or a name as one line of Markdown that is shown as it is: no markup, HTML or table cells."""
+    """Escape text for one line of Markdown, so that markup, HTML and table cells in it have no effect."""
     line = " ".join("".join(c if c.isprintable() else " " for c in str(text)).split())
     return re.sub(r"([\\`*_{}\[\]<>#|!&~])", r"\\\1", line)
 
 
 def code_fence(*texts: str) -> str:
-    """A Markdown fence for a code block in which `texts` appear: longer than any run of backticks in them."""
+    """Return a Markdown fence for a code block with `texts`: longer than any run of backticks in them."""
     return "`" * max(3, 1 + max(len(run) for text in texts for run in re.findall("`*", text)))
 
 
 def adapter_table(adapters: Iterable[Mapping[str, Any]]) -> str:
-    """A table of the adapters in a manifest's form."""
+    """Return a Markdown table of the adapters in a manifest."""
     lines = ["| adapter | method | weights | sha256 |", "|---|---|---|---|"]
     for entry in adapters:
         name, method = plain_text(entry["name"]), plain_text(entry["method"])
@@ -82,7 +82,7 @@ def adapter_table(adapters: Iterable[Mapping[str, Any]]) -> str:
 
 
 def combination_line(content: Mapping[str, Any]) -> str:
-    """How several adapters went together; empty for one."""
+    """Return a line on the combination of several adapters; empty for one adapter."""
     said = content.get("options", {}).get("combination")
     if said is None:
         return ""
@@ -96,7 +96,7 @@ def combination_line(content: Mapping[str, Any]) -> str:
 
 
 def certificate_table(certificate: Mapping[str, Any]) -> str:
-    """The certificate's figures as a table."""
+    """Return the certificate's figures as a Markdown table."""
     low, high = certificate["ranks"]
     rows = [
         ("weights", str(certificate["weights"])),
@@ -121,15 +121,18 @@ def certificate_table(certificate: Mapping[str, Any]) -> str:
             ("greedy tokens that agree", f"{end['greedy_equal']} of {end['greedy_total']}"),
         ]
         if end.get("perplexity") is not None:
-            found = end["perplexity"]
+            perplexity = end["perplexity"]
             rows.append(
-                ("perplexity as trained / with these factors", f"{found['trained']:.4f} / {found['factors']:.4f}")
+                (
+                    "perplexity as trained / with these factors",
+                    f"{perplexity['trained']:.4f} / {perplexity['factors']:.4f}",
+                )
             )
     return "\n".join(["| figure | value |", "|---|---|", *(f"| {name} | {value} |" for name, value in rows)])
 
 
 def factor_card(content: Mapping[str, Any], opened: Adapter, folder: Path, title: str) -> str:
-    """README.md of a factor folder: what it is, what it cost, how to load it everywhere."""
+    """Return the README.md of a factor folder: its content, its errors, and how each server loads it."""
     base = opened.base_name or content["base"].get("name")
     task = opened.config.get("task_type")
     scaled = content["form"] == "lora+row_scale"
@@ -217,7 +220,7 @@ adapter-merge generate onnx --adapter mine --prompt "Hello"
 
 
 def merged_card(content: Mapping[str, Any], title: str, config: Mapping[str, Any]) -> str:
-    """README.md of a merged model; `config` is its config.json."""
+    """Return the README.md of a merged model; `config` is its config.json."""
     name = str(content["base"]["name"])
     architectures = config.get("architectures") or [""]
     auto, pipeline = "AutoModel", None

@@ -1,4 +1,4 @@
-"""A merged model's folder beside its weights: side files, config, index, card, and the hashes of it all."""
+"""The files of a merged model beside its weights: side files, config, index, card, and the hashes of all files."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from .staging import MANIFEST, copy_synced, remove, write_json, write_text
 
 
 def write_rest(plan: MergePlan, folder: Path, content: Mapping[str, Any], title: str, keep_preimage: bool) -> None:
-    """Everything beside the weights; a finish that was killed here begins again."""
+    """Write everything beside the weights; after a kill, the next run writes it all again."""
     for path in folder.iterdir():
         if path.name != FOLDER and path.name not in {shard.file for shard in plan.shards}:
             remove(path)
@@ -43,24 +43,24 @@ def write_rest(plan: MergePlan, folder: Path, content: Mapping[str, Any], title:
 
 
 def _replaced(plan: MergePlan) -> set[Path]:
-    """Side files of the base that the output holds in another form."""
+    """Return the side files of the base that the output replaces by its own."""
     own = {Path("README.md"), Path(MANIFEST), Path(SIGNATURE)}
     return own | {Path("config.json")} if plan.config is not None else own
 
 
 def _base_side(plan: MergePlan) -> list[Path]:
-    """The base's files beside its weights, its index among them, as they are recorded and restored."""
+    """Return the base's files beside its weights, with its index, which are recorded and restored."""
     first = next((name for name in CANDIDATES if (plan.base.folder / name).is_file()), "")
     return [*_carried(plan), *([Path(first)] if first.endswith(".index.json") else [])]
 
 
 def _carried(plan: MergePlan) -> list[Path]:
-    """The base's side files; not what another merge kept of its own base."""
+    """Return the base's side files, without those that another merge kept of its own base."""
     return [path for path in plan.side_files if path.parts[0] != FOLDER]
 
 
 def base_files(plan: MergePlan, finished: Mapping[str, FinishedShard]) -> dict[str, str]:
-    """sha256 of the base's files: weights as they were read, the rest hashed now."""
+    """Return the sha256 of the base's files: weights as hashed while read, other files hashed now."""
     known = {
         shard.source.name: sha
         for shard in plan.shards
@@ -68,16 +68,16 @@ def base_files(plan: MergePlan, finished: Mapping[str, FinishedShard]) -> dict[s
     }
     folder = plan.base.folder
     weights = [shard.file for shard in plan.base.shards if shard.file.name not in known]
-    found = hash_files([*weights, *(folder / relative for relative in _base_side(plan))])
-    return dict(sorted((known | {relative_name(path, folder): sha for path, sha in found.items()}).items()))
+    hashes = hash_files([*weights, *(folder / relative for relative in _base_side(plan))])
+    return dict(sorted((known | {relative_name(path, folder): sha for path, sha in hashes.items()}).items()))
 
 
 def output_files(folder: Path, finished: Mapping[str, FinishedShard]) -> dict[str, str]:
-    """sha256 of the output's files: weights as they were written, the rest hashed now."""
+    """Return the sha256 of the output's files: weights as hashed while written, other files hashed now."""
     known = {name: shard.sha256 for name, shard in finished.items() if shard.sha256 is not None}
     rest = [path for path in folder.rglob("*") if path.is_file() and path.relative_to(folder).as_posix() not in known]
-    found = {path.relative_to(folder).as_posix(): sha for path, sha in hash_files(rest).items()}
-    return dict(sorted((known | found).items()))
+    hashes = {path.relative_to(folder).as_posix(): sha for path, sha in hash_files(rest).items()}
+    return dict(sorted((known | hashes).items()))
 
 
 def _copy_side_files(plan: MergePlan, folder: Path) -> None:

@@ -1,4 +1,4 @@
-"""What a merge overwrites, kept so that it can be undone to the last bit.
+"""Pre-images: the bytes that a merge overwrites, kept so that `restore` gives the base back bit by bit.
 
     OUT/preimage/<file>.bin      frames: the base's bytes, XORed with the output's where those have the same layout
     OUT/preimage/<file>.json     the base's file name, its header, and for each tensor its frames
@@ -27,24 +27,24 @@ from adapter_merge.storage.safetensors_header import ITEM_BYTES
 from .staging import sync_folder
 
 FOLDER = "preimage"
-SIDE = "side"  # the base's files that the output holds in another form: index, config, README
+SIDE = "side"  # the base's files that the output replaces: index, config, README
 VERSION = 1
 LEVEL = 1
-WORTH = 0.9  # a plane is deflated when a sample shrinks below this
+DEFLATE_BELOW = 0.9  # a plane is deflated when a sample of it shrinks below this share
 
 
 def deflate(
     data: Tensor,  # (n,) uint8
     item: int,
 ) -> tuple[list[int], bytes]:
-    """Byte planes of n / item items: the size of each as kept (negative: as it is), and all of them joined."""
+    """Return the stored size of each byte plane of n / item items (negative: not deflated), and the joined planes."""
     planes = data.view(-1, item).T.contiguous()
     sizes, kept = [], []
     for plane in planes:
         raw = plane.numpy().tobytes()
         sample = raw[:: max(1, len(raw) // 4096)]
         packed = raw
-        if len(zlib.compress(sample, LEVEL)) < WORTH * len(sample):
+        if len(zlib.compress(sample, LEVEL)) < DEFLATE_BELOW * len(sample):
             packed = zlib.compress(raw, LEVEL)
         if len(packed) < len(raw):
             sizes.append(len(packed))
@@ -56,7 +56,7 @@ def deflate(
 
 
 def inflate(sizes: list[int], kept: bytes, nbytes: int) -> Tensor:  # (nbytes,) uint8
-    """The inverse of `deflate`. Raises FileFormatError for anything that is not."""
+    """Return the inverse of `deflate`. Raises FileFormatError for damaged input."""
     item, position = len(sizes), 0
     if item == 0 or nbytes % item:
         raise FileFormatError("a frame of the pre-image is damaged", got=f"{item} planes of {nbytes} bytes")
@@ -95,7 +95,7 @@ class PreimageRecorder:
         self._lock = threading.Lock()
 
     def files(self, file: str) -> list[Path]:
-        """What belongs to the output file `file`."""
+        """Return the pre-image files that belong to the output file `file`."""
         return [self.folder / f"{file}.bin", self.folder / f"{file}.json"]
 
     def record(self, shard: ShardPlan, job: TensorJob, first: int, before: Tensor, after: Tensor | None) -> None:
@@ -135,7 +135,8 @@ class PreimageRecorder:
                 (job.original or job.source).name: job.place.name
                 for job in shard.jobs
                 if (job.original or job.source).file == shard.source
-                and (job.original or job.source).name == job.place.name  # not a tied head made of the embeddings
+                and (job.original or job.source).name
+                == job.place.name  # not a tied head that is a copy of the embeddings
             },
             "frames": {name: sorted(frames) for name, frames in sorted(writer.frames.items())},
         }
@@ -147,7 +148,7 @@ class PreimageRecorder:
         sync_folder(self.folder)
 
     def abandon(self) -> None:
-        """Close what a failed run has open."""
+        """Close the open files of a failed run."""
         with self._lock:
             for writer in self._writers.values():
                 writer.stream.close()

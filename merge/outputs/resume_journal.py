@@ -1,13 +1,13 @@
-"""What a killed or split merge has finished: one small file per output file, believed only after it was proved again.
+"""Journal of a killed or split merge: one small file per finished output file, used after its hash is checked again.
 
     .OUT.partial/
-      model/            the output, growing
-      journal/          plan.json: what is being made; <file>.json: hashes and figures of a finished file
+      model/            the output so far
+      journal/          plan.json: the merge in progress; <file>.json: hashes and figures of a finished file
 
-      split             there while parts are made: nobody wipes what other machines have made
+      split             exists while parts are made, so that no run removes the parts of other machines
 
-An entry is written (and synced) after its file is on the disk. A rerun takes a file over when the plan is the same one
-and when the file, and all of the base's files that it was made from, hash to what the entry says.
+An entry is written (and synced) after its file is on the disk. A rerun keeps a file when the plan is the same and when
+the hashes of the file, and of all base files that it was made from, are those of the entry.
 """
 
 from __future__ import annotations
@@ -43,23 +43,23 @@ class Workplace:
         self.staging, self.plan = staging, plan
         self.folder = staging / "model"
         self.journal = staging / "journal"
-        self.identity: dict[str, Any] = {}  # of what is being made, once that is settled
+        self.identity: dict[str, Any] = {}  # base, adapter and options of the merge, set by `workplace`
         self._hashes: dict[Path, str] = {}
         self._lock = threading.Lock()
 
     @property
     def device(self) -> str:
-        """What kind of device computes this merge, or has computed its parts."""
+        """The kind of device that computes this merge, or has computed its parts."""
         return str(self.identity["device"])
 
     @property
     def _key(self) -> str:
-        """In every entry: of two first parts that meet with other options, each believes its own entries alone."""
+        """The hash of the identity, stored in every entry, so that entries of other options are not used."""
         return hashlib.sha256(json.dumps(self.identity, sort_keys=True).encode()).hexdigest()
 
     def others(self, shard: ShardPlan) -> list[Path]:
-        """The base's files that `shard` is made from beside its source: pickles, and the shards of tied weights."""
-        base = {one.file for one in self.plan.base.shards} - {shard.source}
+        """Return the base files of `shard` beside its source: pickles, and the shards of tied weights."""
+        base = {base_shard.file for base_shard in self.plan.base.shards} - {shard.source}
         read = {ref.file for job in shard.jobs for ref in (job.source, job.original) if ref is not None}
         return sorted(base & read)
 
@@ -70,8 +70,8 @@ class Workplace:
             return self._hashes[file]
 
     def record(self, shard: FinishedShard) -> None:
-        """Note a file that is on the disk."""
-        sync_folder(self.folder)  # its name as well
+        """Write the journal entry of a finished file that is on the disk."""
+        sync_folder(self.folder)  # so that the file's name is on the disk too
         others = {}
         if shard.sha256 is not None:
             plan = next(plan for plan in self.plan.shards if plan.file == shard.file)
@@ -79,8 +79,8 @@ class Workplace:
         write_whole(self.journal / f"{shard.file}.json", {"plan": self._key, "others": others, "shard": asdict(shard)})
 
     def entries(self) -> dict[str, tuple[FinishedShard, dict[str, str]]]:
-        """What the journal says of this very merge, unproved: finished files, and the others they were made from."""
-        found = {}
+        """Read the entries of this merge, unchecked: finished files, and sha256 of the other base files of each."""
+        entries = {}
         for file in sorted(self.journal.glob("*.json")):
             if file.name != PLAN:
                 content = read_json(file)
@@ -89,13 +89,13 @@ class Workplace:
                 fields = content["shard"]
                 figures = {name: TensorFigures(**values) for name, values in fields.pop("figures").items()}
                 shard = FinishedShard(figures=figures, **fields)
-                found[shard.file] = shard, content["others"]
-        return found
+                entries[shard.file] = shard, content["others"]
+        return entries
 
     def proved(self, shards: Iterable[ShardPlan], companions: Callable[[str], list[Path]]) -> dict[str, FinishedShard]:
-        """The finished ones of `shards`, hashed again; what is not finished, or is not what it was, is removed.
+        """Return the finished ones of `shards` after hashing them again; unfinished and changed files are removed.
 
-        companions: other files that belong to an output file, by its name.
+        companions: returns further files that belong to an output file, by its name.
         """
         entries = self.entries()
         claims: dict[str, dict[Path, str | None]] = {}
@@ -104,23 +104,23 @@ class Workplace:
             if file not in entries or not all(path.is_file() for path in (self.folder / file, *companions(file))):
                 continue
             entry, others = entries[file]
-            if entry.sha256 is None:  # made without hashes: nothing can prove it
+            if entry.sha256 is None:  # made without hashes: it cannot be checked
                 continue
             claims[file] = {self.folder / file: entry.sha256}
             if plan.source is not None:
                 claims[file][plan.source] = entry.source_sha256
             claims[file] |= {path: others.get(path.name) for path in self.others(plan)}
         hashes = hash_files(path for claim in claims.values() for path in claim)
-        found = {}
+        finished = {}
         for file in plans:
             if file in claims and all(hashes[path] == sha for path, sha in claims[file].items()):
-                found[file] = entries[file][0]
+                finished[file] = entries[file][0]
                 continue
             remove(self.journal / f"{file}.json")
             remove(self.folder / file)
             for companion in companions(file):
                 remove(companion)
-        return found
+        return finished
 
 
 @contextmanager
@@ -134,12 +134,12 @@ def workplace(
     finishing: bool = False,
     keep: bool = False,
 ) -> Iterator[Workplace]:
-    """The place to build `output` in, with what an earlier run of the same `identity` has left there.
+    """Provide the folder to build `output` in, with the finished files of an earlier run of the same `identity`.
 
-    part: this run makes one part of the output; the place stays for the others. finishing: it puts the parts together,
-    on whatever device. keep: the place stays when this run fails. A killed run leaves it in any case, and so do all
-    once parts of a split merge are there. The caller publishes. A place with other content is wiped, but never one that
-    holds parts, which may be days of other machines' work. Raises OutputError.
+    part: this run makes one part of the output; the folder stays for the others. finishing: this run joins the parts,
+    on any device. keep: the folder stays when this run fails. It also stays after a kill, and once it holds parts of a
+    split merge. The caller publishes. A folder of another merge is removed, unless it holds parts, which may be days of
+    other machines' work. Raises OutputError.
     """
     check_output(output, overwrite)
     place = Workplace(staging_folder(output), plan)
@@ -154,7 +154,9 @@ def workplace(
         try:
             _adopt(place, output, identity, part is not None, finishing)
             for shard in () if part is None else shards_of_part(plan.shards, part):
-                stack.enter_context(locked(place.staging / shard.file))  # 1/2 and 1/3 may want the same one
+                stack.enter_context(
+                    locked(place.staging / shard.file)
+                )  # parts of different splits (1/2 and 1/3) may make the same shard
             yield place
             done = True
         finally:
@@ -163,18 +165,19 @@ def workplace(
 
 
 def finish(place: Workplace, output: Path, overwrite: bool) -> None:
-    """The finished model takes its name; the journal goes."""
+    """Publish the finished model under its name."""
     publish(place.folder, output, overwrite)
 
 
 def _adopt(place: Workplace, output: Path, identity: dict[str, Any], shared: bool, finishing: bool) -> None:
+    """Take over the folder of an earlier run with the same identity, or start a new one. Raises OutputError."""
     file = place.journal / PLAN
     wanted = json.loads(json.dumps(identity))
     held = read_json(file) if file.is_file() else None
     if finishing:
         if held is None:
             raise OutputError(f"{output}: no part of it is there", hint="make every --shards part first")
-        wanted["device"] = held.get("device")  # what put the parts together computes nothing
+        wanted["device"] = held.get("device")  # joining the parts computes nothing
     if held != wanted:
         if held is not None and (shared or finishing):
             differing = sorted(key for key in {*held, *wanted} if held.get(key) != wanted.get(key))
@@ -188,17 +191,17 @@ def _adopt(place: Workplace, output: Path, identity: dict[str, Any], shared: boo
             wipe(place.staging)
         place.journal.mkdir(parents=True, exist_ok=True)
         write_whole(file, wanted)
-        if shared and read_json(file) != wanted:  # two first parts met
+        if shared and read_json(file) != wanted:  # another first part wrote the plan at the same time
             raise OutputError(f"{output}: parts of another merge are there already")
     if shared:
         (place.staging / SPLIT).touch()
     place.identity = wanted
-    # A run killed between its last two steps, the output's name and the journal's end, leaves a journal alone.
+    # A run that was killed after publishing and before removing the journal leaves only the journal.
     place.folder.mkdir(exist_ok=True)
 
 
 def shards_of_part(shards: Sequence[ShardPlan], part: MergePart) -> list[ShardPlan]:
-    """The i-th of n shares of about the same size: largest first, each to the share that has the least."""
+    """Return the shards of part i of n: largest shards first, each assigned to the part with the fewest bytes."""
     number, count = part
     if not 1 <= number <= count:
         raise InputError(f"--shards {number}/{count}: there is no such part", expected="i/n with 1 <= i <= n")
@@ -213,7 +216,7 @@ def shards_of_part(shards: Sequence[ShardPlan], part: MergePart) -> list[ShardPl
 
 
 def check_complete(shards: Sequence[ShardPlan], finished: Iterable[str], output: Path) -> None:
-    """Raise OutputError naming every shard that no part has finished."""
+    """Raise OutputError with every shard that no part has finished."""
     done = set(finished)
     raise_all(
         [
@@ -226,7 +229,7 @@ def check_complete(shards: Sequence[ShardPlan], finished: Iterable[str], output:
 
 
 def write_whole(file: Path, content: dict[str, Any]) -> None:
-    """Write a JSON file that is whole or not there, and sync it."""
+    """Write a JSON file atomically (a temporary file, then a rename), and sync it."""
     partial = file.with_name(f".{file.name}.{os.urandom(8).hex()}")  # pids are the same in every container
     with partial.open("w", encoding="utf-8") as stream:
         json.dump(content, stream, ensure_ascii=False)

@@ -17,20 +17,20 @@ SEAL = "seal"
 
 
 def seal_of(content: Mapping[str, Any]) -> str:
-    """sha256 of `content` without its seal, as JSON with sorted keys and no spaces."""
+    """Return the sha256 of `content` without its seal, as JSON with sorted keys and no spaces."""
     plain = {key: value for key, value in content.items() if key != SEAL}
     text = json.dumps(plain, sort_keys=True, separators=(",", ":"), ensure_ascii=False)
     return hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()
 
 
 def sealed(content: Mapping[str, Any]) -> dict[str, Any]:
-    """`content` as it is read back from JSON, with its seal at the end."""
+    """Return `content` as JSON gives it back, with its seal as the last key."""
     plain: dict[str, Any] = json.loads(json.dumps({key: value for key, value in content.items() if key != SEAL}))
     return {**plain, SEAL: seal_of(plain)}
 
 
 def check_seal(file: Path) -> list[Problem]:
-    """What is wrong with the seal of the manifest `file`; nothing when it holds."""
+    """Return the problem of the manifest's seal; none when it matches the content."""
     repeated: list[str] = []
 
     def pairs(items: list[tuple[str, Any]]) -> dict[str, Any]:
@@ -39,13 +39,13 @@ def check_seal(file: Path) -> list[Problem]:
         return dict(items)
 
     content = json.loads(file.read_text("utf-8"), object_pairs_hook=pairs)
-    if repeated:  # another reader may take the first of two
+    if repeated:  # readers differ in which of two equal keys they use
         return [Problem(f"{file}: holds a key twice: {repeated[0]}", hint="it was edited after it was written")]
     if SEAL not in content:
         hint = "it was edited, or written by an earlier version: write the output again"
         return [Problem(f"{file}: has no seal", hint=hint)]
-    found = seal_of(content)
-    if content[SEAL] != found:
+    computed = seal_of(content)
+    if content[SEAL] != computed:
         hint = "it was edited after it was written"
-        return [Problem(f"{file}: is not what was written", f"seal {content[SEAL]}", f"seal {found}", hint)]
+        return [Problem(f"{file}: is not what was written", f"seal {content[SEAL]}", f"seal {computed}", hint)]
     return []

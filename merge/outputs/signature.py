@@ -22,7 +22,7 @@ SIGN = "model_signing sign key OUT --private_key KEY --signature OUT/model.sig"
 
 
 def check_signature(folder: Path, files: Iterable[str], public_key: Path) -> int:
-    """Prove that `public_key`'s owner signed every one of `files` and the manifest: how many files were signed.
+    """Check that the owner of `public_key` signed all `files` and the manifest; return the number of signed files.
 
     Raises InputError where there is no signature or no key, MissingDependencyError without model-signing, and
     FileFormatError where the signature is another key's, is not of this content, or leaves a file out.
@@ -46,7 +46,7 @@ def check_signature(folder: Path, files: Iterable[str], public_key: Path) -> int
         with contextlib.redirect_stdout(sys.stderr):
             verifier.verify(folder, signature)
         signed = _signed_names(signature)
-    except Exception as error:  # the package names no types: a changed file is a ValueError, a bad bundle anything
+    except Exception as error:  # undocumented types: a changed file is a ValueError, a bad bundle may be anything
         raise FileFormatError(
             f"{folder}: the signature does not hold",
             expected=f"this content, signed by the owner of {public_key}",
@@ -59,7 +59,7 @@ def check_signature(folder: Path, files: Iterable[str], public_key: Path) -> int
 
 
 def _signed_names(signature: Path) -> set[str]:
-    """The files that a signature lists, of which every one was compared. Parts of a file have its name and a range."""
+    """Return the files that a signature lists; parts of a file are listed by its name and a range."""
     bundle = json.loads(signature.read_text("utf-8"))
     predicate: dict[str, Any] = json.loads(base64.b64decode(bundle["dsseEnvelope"]["payload"]))["predicate"]
     names = {str(entry["name"]) for entry in predicate["resources"]}

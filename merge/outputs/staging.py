@@ -1,4 +1,4 @@
-"""Outputs that are either whole or not there: built in a staging folder, synced, renamed last."""
+"""Atomic outputs: built in a staging folder, synced, and renamed last, so that no partial output is visible."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from adapter_merge.storage.locks import locked
 from .seal import sealed
 
 MANIFEST = "adapter_merge.json"
-SPLIT = "split"  # in a staging folder: parts of a split merge are being made here
+SPLIT = "split"  # a file that marks a staging folder with parts of a split merge
 AT_FDCWD = -100
 COPY_BYTES = 1 << 20
 RENAME_EXCHANGE = 2  # linux/fs.h
@@ -30,7 +30,7 @@ RENAME_EXCHANGE = 2  # linux/fs.h
 def check_output(output: Path, overwrite: bool, inputs: tuple[Path, ...] = ()) -> None:
     """Raise OutputError when `output` may not be written: it exists, is or holds an input, or lies in a model's folder.
 
-    A folder inside a model would be taken for one of its side files by whatever copies the model next.
+    A folder inside a model would be copied with the model as one of its side files.
     """
     from adapter_merge.storage.checkpoint import CANDIDATES
 
@@ -67,20 +67,20 @@ def check_space(output: Path, nbytes: int) -> None:
 
 
 def nearest_folder(output: Path) -> Path:
-    """The closest folder above `output` that exists: on the file system that the output will be on."""
-    folder = output.parent.resolve()  # of the name: a link is replaced, not what it points to
+    """Return the closest existing folder above `output`, which is on the output's file system."""
+    folder = output.parent.resolve()  # the parent of the name: a link is replaced, not its target
     while not folder.exists():
         folder = folder.parent
     return folder
 
 
 def staging_folder(output: Path) -> Path:
-    """Where `output` is built: beside it, hidden, of the same name for every run, so that a rerun finds it."""
+    """Return the hidden folder beside `output` that it is built in, the same for every run."""
     return output.parent / f".{output.name}.partial"
 
 
 def wipe(staging: Path) -> None:
-    """Remove what an earlier run has left. Raises OutputError for a split merge's parts: other machines made them."""
+    """Remove the staging folder of an earlier run. Raises OutputError where it holds parts of a split merge."""
     if (staging / SPLIT).exists():
         raise OutputError(
             f"{staging}: holds parts of another merge",
@@ -91,8 +91,8 @@ def wipe(staging: Path) -> None:
 
 
 def recover(output: Path) -> None:
-    """Give an output its name back when a run was killed while it replaced it in two steps (see `publish`)."""
-    old = _aside(output)
+    """Rename an output back when a run was killed while it replaced it in two steps (see `publish`)."""
+    old = _old_name(output)
     if old.is_symlink() or old.exists():
         if output.exists() or output.is_symlink():
             remove(old)
@@ -100,23 +100,23 @@ def recover(output: Path) -> None:
             old.rename(output)
 
 
-def _aside(output: Path) -> Path:
+def _old_name(output: Path) -> Path:
+    """Return the temporary name of an output that is replaced in two steps."""
     return output.parent / f".{output.name}.old"
 
 
 @contextmanager
 def staged(output: Path, overwrite: bool = False, inputs: InputSnapshot | None = None) -> Iterator[Path]:
-    """A folder to build `output` in; it takes the output's name when the block ends well, else it is removed.
+    """Provide a folder to build `output` in; it is renamed to `output` at the end of the block, or removed on an error.
 
-    What was there before stays until the new one is whole, and what a killed run left in the staging folder is
-    removed first. inputs: the files that the output is made from, looked at again before the output takes its name.
-    Raises FileFormatError when one of them has changed, and OutputError when the output exists, another run writes
-    it, or the disk refuses (full).
+    An existing output stays until the new one is complete; the staging folder of a killed run is removed first.
+    inputs: the snapshot of the input files, compared before the rename. Raises FileFormatError when an input has
+    changed, OutputError when the output exists, another run writes it, or the disk fails (full).
     """
     check_output(output, overwrite)
     with locked(output), disk_errors(output):
         recover(output)
-        check_output(output, overwrite)  # another run may just have ended
+        check_output(output, overwrite)  # another run may have ended while this one waited
         staging = staging_folder(output)
         wipe(staging)
         try:
@@ -131,20 +131,20 @@ def staged(output: Path, overwrite: bool = False, inputs: InputSnapshot | None =
 
 @contextmanager
 def disk_errors(output: Path, left: str = "nothing was left behind") -> Iterator[None]:
-    """OSErrors while writing `output` become OutputErrors; `left` says what a rerun will find."""
+    """Turn OSErrors in the block into OutputErrors of `output`; `left` is the hint on what a rerun will find."""
     try:
         yield
     except OSError as error:
-        got = str(error.filename) if error.filename is not None else None  # it may be an input that cannot be read
+        got = str(error.filename) if error.filename is not None else None  # may be an input that cannot be read
         raise OutputError(f"{output}: cannot be written ({error.strerror or error})", got=got, hint=left) from error
 
 
 def publish(folder: Path, output: Path, overwrite: bool) -> None:
-    """Give the finished `folder` its name, in one step where the kernel can exchange two names; sync both.
+    """Sync the finished `folder` and rename it to `output`, atomically where the kernel can exchange two names.
 
-    Where it cannot (some network file systems), what was there steps aside first, and comes back when the second
-    step fails; a run that was killed between the two is mended by the next one (`recover`).
-    Raises OutputError for what has appeared under that name since the run began.
+    Elsewhere (some network file systems) an existing output is renamed first, and renamed back when the second step
+    fails; after a kill between the two steps the next run renames it back (`recover`).
+    Raises OutputError for an output that has appeared since the run began.
     """
     for path in sorted(folder.rglob("*")):
         if path.is_dir():
@@ -154,9 +154,9 @@ def publish(folder: Path, output: Path, overwrite: bool) -> None:
     if output.exists() or output.is_symlink():
         if _exchange(folder, output):
             sync_folder(output.parent)
-            remove(folder)  # what was there before
+            remove(folder)  # now the previous output
             return
-        old = _aside(output)
+        old = _old_name(output)
         remove(old)
         try:
             output.rename(old)
@@ -171,17 +171,17 @@ def publish(folder: Path, output: Path, overwrite: bool) -> None:
     sync_folder(output.parent)
 
 
-def _exchange(one: Path, other: Path) -> bool:
-    """Swap two names atomically (renameat2, Linux). False where the kernel or the file system cannot."""
+def _exchange(first: Path, second: Path) -> bool:
+    """Swap two names atomically (renameat2, Linux); return False where the kernel or the file system cannot."""
     try:
         rename = ctypes.CDLL(None, use_errno=True).renameat2
     except (OSError, AttributeError):
         return False
-    return bool(rename(AT_FDCWD, os.fsencode(one), AT_FDCWD, os.fsencode(other), RENAME_EXCHANGE) == 0)
+    return bool(rename(AT_FDCWD, os.fsencode(first), AT_FDCWD, os.fsencode(second), RENAME_EXCHANGE) == 0)
 
 
 def remove(path: Path) -> None:
-    """Remove a file, a link or a whole folder; nothing when there is none."""
+    """Remove a file, a link or a folder with its content, if it exists."""
     if path.is_dir() and not path.is_symlink():
         shutil.rmtree(path, ignore_errors=True)
     else:
@@ -226,12 +226,12 @@ def write_json(file: Path, content: Mapping[str, Any]) -> None:
 
 
 def sha256(file: Path) -> str:
-    """The file's sha256, in hex."""
+    """Return the file's sha256 in hex."""
     return file_sha256(file)
 
 
 def manifest(artefact: str, inputs: Mapping[str, Any], options: Mapping[str, Any], **content: Any) -> dict[str, Any]:
-    """The common head of every adapter_merge.json: what was made, from what, how, by which versions."""
+    """Return the common keys of every adapter_merge.json: artefact, inputs, options and versions."""
     import platform
     from datetime import datetime
     from importlib.metadata import version
@@ -254,7 +254,7 @@ def write_manifest(folder: Path, content: Mapping[str, Any]) -> None:
 
 
 def read_manifest(folder: Path) -> dict[str, Any] | None:
-    """The manifest of `folder`, None where there is none. Raises AdapterMergeError when it cannot be read."""
+    """Read the manifest of `folder`; None where there is none. Raises AdapterMergeError when it cannot be read."""
     from adapter_merge.storage.checkpoint import read_json
 
     file = folder / MANIFEST
@@ -262,5 +262,5 @@ def read_manifest(folder: Path) -> dict[str, Any] | None:
         return None
     content = read_json(file)
     if content.get("tool") != "adapter-merge":
-        raise AdapterMergeError(f"{file}: not one of ours", expected='"tool": "adapter-merge"')
+        raise AdapterMergeError(f"{file}: was not written by adapter-merge", expected='"tool": "adapter-merge"')
     return content

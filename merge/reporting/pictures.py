@@ -210,9 +210,9 @@ def errors(figure: Figure, content: Mapping[str, Any], inks: Inks) -> None:
 def row_scales(figure: Figure, content: Mapping[str, Any], inks: Inks) -> None:
     """How far the row scales of DoRA or DuDe are from 1."""
     figure.set_size_inches(WIDTH, 2.5)
-    found = content["row_scale"]
+    histogram = content["row_scale"]
     axes = figure.add_subplot()
-    axes.stairs(found["counts"], found["edges"], fill=True, color=inks.first, alpha=0.85)
+    axes.stairs(histogram["counts"], histogram["edges"], fill=True, color=inks.first, alpha=0.85)
     axes.axvline(1, color=inks.second, linewidth=1.2)
     axes.set_xlabel("row scale d = m / |W0 + BA|")
     axes.set_ylabel("rows")
@@ -249,11 +249,11 @@ def parity(figure: Figure, content: Mapping[str, Any], inks: Inks) -> None:
 
 def sizes(figure: Figure, content: Mapping[str, Any], inks: Inks) -> None:
     """Bytes of base, adapter and artefact, on a logarithmic axis."""
-    found = content["sizes"]
-    figure.set_size_inches(WIDTH, 0.9 + 0.3 * len(found))
+    bytes_by_name = content["sizes"]
+    figure.set_size_inches(WIDTH, 0.9 + 0.3 * len(bytes_by_name))
     axes = figure.add_subplot()
-    places = range(len(found))
-    values = [max(1, value) / 1e6 for value in found.values()]
+    places = range(len(bytes_by_name))
+    values = [max(1, value) / 1e6 for value in bytes_by_name.values()]
     low, high = min(values) / 5, max(values) * 12
     axes.hlines(places, low, values, color=inks.first, linewidth=8)
     for place, value in zip(places, values, strict=True):
@@ -261,8 +261,8 @@ def sizes(figure: Figure, content: Mapping[str, Any], inks: Inks) -> None:
     axes.set_xscale("log")
     axes.set_xlim(low, high)
     _plain_ticks(axes.xaxis, low, high)
-    axes.set_yticks(places, list(found))
-    axes.set_ylim(len(found) - 0.4, -0.6)
+    axes.set_yticks(places, list(bytes_by_name))
+    axes.set_ylim(len(bytes_by_name) - 0.4, -0.6)
     axes.set_xlabel("MB")
 
 

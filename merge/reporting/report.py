@@ -72,12 +72,12 @@ def gather(
         opened = open_adapter(folder, options, checkpoint)
         checkpoint = checkpoint or opened.own_base
         figures = measure_adapter(opened, checkpoint, base_kind or _stated_kind(manifest))
-        for name, found in figures.items():
+        for name, figure in figures.items():
             modules[name] = {
-                "shape": list(found.shape),
-                "rank": found.rank,
-                "delta_norm": _short(found.delta_norm),
-                "relative_delta": _short(found.relative_delta),
+                "shape": list(figure.shape),
+                "rank": figure.rank,
+                "delta_norm": _short(figure.delta_norm),
+                "relative_delta": _short(figure.relative_delta),
             }
     for name, line in (manifest or {}).get("layers", {}).items():
         plain = cell_of(name).name
@@ -86,8 +86,8 @@ def gather(
     spectra = {
         name: tuple(line.get("singular_values") or ()) for name, line in (manifest or {}).get("layers", {}).items()
     }
-    spectra |= {name: found.singular_values for name, found in figures.items() if not spectra.get(name)}
-    scales = [found.row_scale for found in figures.values() if found.row_scale is not None]
+    spectra |= {name: figure.singular_values for name, figure in figures.items() if not spectra.get(name)}
+    scales = [figure.row_scale for figure in figures.values() if figure.row_scale is not None]
     if (folder / ROW_SCALES).is_file():
         scales = [read_tensor(ref) for ref in read_weights(folder / ROW_SCALES).tensors]
     content: dict[str, Any] = {
@@ -127,10 +127,10 @@ def changes(
     checkpoint = open_checkpoint(base) if base is not None else None
     opened = open_adapter(adapter, options, checkpoint)
     checkpoint = checkpoint or opened.own_base
-    found = measure_adapter(opened, checkpoint, base_kind)
+    measured = measure_adapter(opened, checkpoint, base_kind)
     if checkpoint is None:
-        return {name: figures.delta_norm for name, figures in found.items()}
-    return {name: figures.relative_delta or 0.0 for name, figures in found.items()}
+        return {name: figures.delta_norm for name, figures in measured.items()}
+    return {name: figures.relative_delta or 0.0 for name, figures in measured.items()}
 
 
 def _stated_kind(manifest: Mapping[str, Any] | None) -> str | None:
@@ -163,11 +163,11 @@ def measure_adapter(
     else:
         pairs = [(module, None) for module in opened.modules if not module.needs_base and module.magnitude is None]
 
-    def one(pair: tuple[Any, BoundModule | None]) -> tuple[str, ModuleFigures | None]:
+    def measure_pair(pair: tuple[Any, BoundModule | None]) -> tuple[str, ModuleFigures | None]:
         return pair[0].name, _measure(*pair)
 
     with weight_pool(torch.device("cpu")) as run:
-        return {name: found for name, found in run(one, pairs) if found is not None}
+        return {name: figure for name, figure in run(measure_pair, pairs) if figure is not None}
 
 
 def _measure(module: Any, weight: BoundModule | None) -> ModuleFigures | None:
@@ -262,14 +262,14 @@ def _parity(manifest: Mapping[str, Any] | None, files: Sequence[Path]) -> list[d
     return lines
 
 
-def _parity_line(found: Mapping[str, Any], file: Path) -> dict[str, Any]:
+def _parity_line(parity: Mapping[str, Any], file: Path) -> dict[str, Any]:
     """One line from what verify printed: of torch artefacts and of ONNX exports, or a line of our own form."""
-    name = found.get("artefact")
-    if "max_dlogit" in found:
+    name = parity.get("artefact")
+    if "max_dlogit" in parity:
         keys = ("max_dlogit", "mean_dlogit", "greedy_equal", "greedy_total", "effect", "bar", "passed")
-        return {"artefact": str(name or file.stem), **{key: found.get(key) for key in keys}}
-    if "logits" in found:
-        logits = found["logits"]
+        return {"artefact": str(name or file.stem), **{key: parity.get(key) for key in keys}}
+    if "logits" in parity:
+        logits = parity["logits"]
         return {
             "artefact": str(name),
             "max_dlogit": logits.get("max_difference"),
@@ -277,21 +277,21 @@ def _parity_line(found: Mapping[str, Any], file: Path) -> dict[str, Any]:
             "greedy_equal": logits.get("greedy_equal"),
             "greedy_total": logits.get("greedy_total"),
             "effect": logits.get("effect"),
-            "bar": found.get("tolerance"),
-            "passed": found.get("passed"),
+            "bar": parity.get("tolerance"),
+            "passed": parity.get("passed"),
         }
-    if "max_abs_difference" in found:
-        total = found.get("tokens")
-        differs = found.get("argmax_differs")
+    if "max_abs_difference" in parity:
+        total = parity.get("tokens")
+        differs = parity.get("argmax_differs")
         return {
-            "artefact": f"ONNX {found.get('mode', '')} {found.get('precision', '')}".strip(),
-            "max_dlogit": found["max_abs_difference"],
-            "mean_dlogit": found.get("mean_abs_difference"),
+            "artefact": f"ONNX {parity.get('mode', '')} {parity.get('precision', '')}".strip(),
+            "max_dlogit": parity["max_abs_difference"],
+            "mean_dlogit": parity.get("mean_abs_difference"),
             "greedy_equal": total - differs if isinstance(total, int) and isinstance(differs, int) else None,
             "greedy_total": total,
-            "effect": found.get("effect"),
-            "bar": found.get("bar"),
-            "passed": found.get("passed"),
+            "effect": parity.get("effect"),
+            "bar": parity.get("bar"),
+            "passed": parity.get("passed"),
         }
     raise InputError(f"{file}: not a verification", expected="what adapter-merge verify --json prints")
 

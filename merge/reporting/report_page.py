@@ -116,25 +116,27 @@ def _lead(content: Mapping[str, Any]) -> str:
 
 def _tiles(content: Mapping[str, Any]) -> str:
     tiles: list[tuple[str, str, str]] = []
-    found = content.get("certificate") or {}
+    certificate = content.get("certificate") or {}
     modules = content["modules"]
     ranks = [entry["rank"] for entry in modules if entry.get("rank") is not None]
     tiles.append(("weights", str(len(modules)), ""))
     if ranks:
         span = str(min(ranks)) if min(ranks) == max(ranks) else f"{min(ranks)}–{max(ranks)}"
         tiles.append(("rank", span, ""))
-    if "max_relative_error" in found:
+    if "max_relative_error" in certificate:
         tiles.append(
             (
                 "largest relative error",
-                f"{found['max_relative_error']:.2g}",
-                f"of ΔW; mean {found['mean_relative_error']:.2g}",
+                f"{certificate['max_relative_error']:.2g}",
+                f"of ΔW; mean {certificate['mean_relative_error']:.2g}",
             )
         )
-        tiles.append(("energy kept", _percent(found["mean_energy"]), "mean over the weights"))
-    if found.get("mean_output_error") is not None:
-        tiles.append(("error at the output", f"{found['mean_output_error']:.2g}", "mean, on the calibration text"))
-    end = found.get("end_to_end")
+        tiles.append(("energy kept", _percent(certificate["mean_energy"]), "mean over the weights"))
+    if certificate.get("mean_output_error") is not None:
+        tiles.append(
+            ("error at the output", f"{certificate['mean_output_error']:.2g}", "mean, on the calibration text")
+        )
+    end = certificate.get("end_to_end")
     if end:
         tiles.append(("largest |Δlogit|", f"{end['max_dlogit']:.2g}", f"mean {end['mean_dlogit']:.2g}"))
         tiles.append(("KL per token", f"{end['mean_kl']:.2g}", "nats, mean"))

@@ -87,7 +87,7 @@ ADDITIONS = (add_folder, add_hidden, add_hidden_folder, add_into_preimage, link_
 def test_everything_in_the_folder_is_accounted_for(out: Path, change: Callable[[Path], None]) -> None:
     check_integrity(out)
     change(out)
-    with pytest.raises(FileFormatError, match=r"not in the manifest|symbolic link|no regular file"):
+    with pytest.raises(FileFormatError, match=r"not in the manifest|symbolic link|not a regular file"):
         check_integrity(out)
 
 
