@@ -1,4 +1,4 @@
-"""NAME.onnx_adapter: one adapter's tensors in ONNX Runtime's own format, for one export.
+"""NAME.onnx_adapter: one adapter's tensors in ONNX Runtime's adapter format, for one export.
 
 Packed targets (q, k, v) get one A with the parts' ranks side by side and one block-diagonal B: the zeros are
 exact, and one thin product replaces three. What an adapter does not touch it does not mention: the graph's
@@ -66,7 +66,7 @@ def match_factors(factors: Factors, layout: Layout) -> None:
 
 
 def _shared_queries(factors: Factors, layout: Layout) -> list[Problem]:
-    """DeBERTa: whether the factors say what the positional queries are, and the export can do it."""
+    """Return the problems of a DeBERTa adapter whose positional queries are not stated or not supported."""
     positions = {part.module for target in layout.targets for part in target.parts if part.module.endswith(POSITIONS)}
     together = {target.name for target in layout.targets if len(target.nodes) > 1}
     adapted = [name for name in factors.linears if f".{name}".endswith(f".{QUERY}")]
@@ -101,12 +101,12 @@ def match_all(factors: Mapping[str, Factors], layout: Layout) -> None:
 
 
 def aligned(factors: Factors, layout: Layout) -> Factors:
-    """The factors under the names of the export's modules and tensors."""
+    """Return the factors under the names of the export's modules and tensors."""
     return factors.aligned((part.module for target in layout.targets for part in target.parts), layout.heads)
 
 
 def packed(target: Target, linears: Mapping[str, LinearFactors]) -> tuple[Any, Any, Any] | None:
-    """(A (k, R), B (R, n), s (n,) or None) float32 of one target, or None when no part of it is adapted."""
+    """Return A (k, R), B (R, n), s (n,) or None, float32, of one target; None when no part of it is adapted."""
     import numpy as np
 
     present = [(part, linears[part.module]) for part in target.parts if part.module in linears]
@@ -129,7 +129,7 @@ def packed(target: Target, linears: Mapping[str, LinearFactors]) -> tuple[Any, A
 
 
 def adapter_tensors(factors: Factors, layout: Layout) -> dict[str, Any]:
-    """Input of the graph -> float32 array: all that differs from the base. Raises MismatchError."""
+    """Return graph input -> float32 array for everything that differs from the base. Raises MismatchError."""
     import numpy as np
 
     match_factors(factors, layout)
@@ -153,7 +153,7 @@ def adapter_tensors(factors: Factors, layout: Layout) -> dict[str, Any]:
 
 
 def write_adapter(factors: Factors, layout: Layout, file: Path) -> int:
-    """Write `factors` for the export with `layout` to `file` (beside it first, then renamed); its bytes.
+    """Write `factors` for the export with `layout` to `file`, atomically; return its size in bytes.
 
     Raises MismatchError, or OutputError when ONNX Runtime's format cannot hold the adapter.
     """
@@ -185,7 +185,7 @@ def write_adapter(factors: Factors, layout: Layout, file: Path) -> int:
 
 
 def ort_value(array: Any, dtype: str) -> Any:
-    """An onnxruntime.OrtValue of a float32 array, in the graph's dtype, rounded once."""
+    """Return an onnxruntime.OrtValue of a float32 array in the graph's dtype, rounded once."""
     import numpy as np
     import onnxruntime
 
@@ -198,7 +198,7 @@ def ort_value(array: Any, dtype: str) -> Any:
 
 
 def check_adapter(file: Path, layout: Layout) -> Any:
-    """The onnxruntime.AdapterFormat in `file`. Raises FileFormatError or MismatchError before it is used."""
+    """Read the onnxruntime.AdapterFormat in `file`. Raises FileFormatError or MismatchError."""
     import onnxruntime
 
     if not file.is_file():
@@ -218,6 +218,6 @@ def check_adapter(file: Path, layout: Layout) -> Any:
 
 
 def load_tensors(file: Path, layout: Layout) -> dict[str, Any]:
-    """Input of the graph -> OrtValue of the adapter in `file`, checked to belong to this export."""
+    """Return graph input -> OrtValue of the adapter in `file`, after checking that it belongs to this export."""
     values: dict[str, Any] = check_adapter(file, layout).get_parameters()
     return values

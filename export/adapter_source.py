@@ -1,4 +1,4 @@
-"""Any adapter as factors: a factor folder is read as it is, any other form is factored first."""
+"""Factors of any adapter: a factor folder is read, any other form is factored first."""
 
 from __future__ import annotations
 
@@ -16,13 +16,13 @@ NAME_CHARACTERS = frozenset("abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXY
 
 
 def is_factor_folder(folder: Path) -> bool:
-    """True when `folder` holds the factors that `adapter-merge factor` wrote."""
+    """Return True when `folder` holds the factors that `adapter-merge factor` wrote."""
     manifest = folder / "adapter_merge.json"
     return manifest.is_file() and read_json(manifest).get("artefact") == "factors"
 
 
 def factors_of(base: Path, adapter: Path) -> Factors:
-    """The factors of `adapter` (any form) on `base`, of which only what they need is read (DuDe: its rows).
+    """Return the factors of `adapter` (any form) on `base`, of which only the needed weights are read.
 
     Nothing is read from `adapter` later. Raises FileFormatError where it changes meanwhile.
     """
@@ -41,7 +41,7 @@ def factors_of(base: Path, adapter: Path) -> Factors:
 
 
 def parse_adapters(entries: tuple[str, ...]) -> dict[str, Path]:
-    """NAME=ADAPTER entries. Raises InputError with every problem (a name becomes a file name)."""
+    """Parse NAME=ADAPTER entries. Raises InputError with every problem (a name becomes a file name)."""
     adapters: dict[str, Path] = {}
     problems = []
     for entry in entries:

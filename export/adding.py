@@ -1,4 +1,4 @@
-"""`export --add`: adapters for an export that is there already. The base's weights file is never touched.
+"""`export --add`: adds adapters to an existing export. The weights file of the base is never changed.
 
 Switchable: one small file is written, the graph stays. Batched: the stacks of factors are written anew with one
 slot more, and the graph that refers to them.
@@ -27,7 +27,7 @@ from .targets import Layout
 def add_adapters(
     folder: Path, adapters: Mapping[str, Path], *, base: str | Path | None = None, overwrite: bool = False
 ) -> dict[str, Any]:
-    """Add `adapters` to the switchable or batched export in `folder`; figures.
+    """Add `adapters` to the switchable or batched export in `folder`; return the report.
 
     The base is needed where an adapter is not in factor form yet (DuDe and DoRA read the rows they scale):
     the folder that the export was made from, or `base`. Raises MismatchError when that is another base, and
@@ -66,7 +66,7 @@ def add_adapters(
 
 
 def base_of(folder: Path, manifest: Manifest, layout: Layout, base: str | Path | None) -> Path:
-    """The base checkpoint of an export, checked by its fingerprint. Raises InputError or MismatchError."""
+    """Open the base checkpoint of an export, checked by its fingerprint. Raises InputError or MismatchError."""
     source = Path(manifest.base) if base is None else base
     try:
         checkpoint = open_checkpoint(source)

@@ -1,4 +1,4 @@
-"""Several adapters in one batch: every sequence says which one it wants, and the graph gathers it.
+"""Several adapters in one batch: each sequence names its adapter by number, and the graph gathers its factors.
 
 The factors of all adapters lie in one stack per target (slot 0 is zeros: the base), the input adapter_ids
 (batch,) picks a slot for every sequence. All slots of a target are as wide as its largest rank, so a batch of
@@ -34,7 +34,7 @@ Values = tuple[Any, Any, Any]  # A (k, R), B (R, n), s (n,) or None: one adapter
 
 
 def export_batched(base: str | Path, adapters: Mapping[str, Path], output: Path, **options: Any) -> dict[str, Any]:
-    """Write an export of `base` that answers every sequence of a batch with its own adapter; figures.
+    """Write an export of `base` that applies one adapter per sequence of a batch; return the report.
 
     Options: see request.open_request. Raises InputError, MismatchError, UnsupportedError, OutputError or
     MissingDependencyError before the build.
@@ -68,7 +68,7 @@ def export_batched(base: str | Path, adapters: Mapping[str, Path], output: Path,
 def restack(
     folder: Path, layout: Layout, factors: Mapping[str, Factors], sources: Mapping[str, Path]
 ) -> dict[str, dict[str, Any]]:
-    """Write the stacks in `folder` again with `factors` in slots of their own; the manifest's new entries.
+    """Write the stacks in `folder` again with `factors` in new slots; return the manifest's new entries.
 
     The new stacks get a new file before the graph that names it takes the old one's place, so that the export is
     whole at every moment.
@@ -88,7 +88,7 @@ def restack(
     remove_stacks(model, layout)
     before = {path.name for path in folder.glob("adapters*.onnx.data")}
     number = 1 + max(
-        (int(found[1]) for name in before if (found := re.fullmatch(r"adapters\.(\d+)\..*", name))), default=0
+        (int(match[1]) for name in before if (match := re.fullmatch(r"adapters\.(\d+)\..*", name))), default=0
     )
     file = folder / f"adapters.{number}.onnx.data"
     try:
@@ -106,7 +106,7 @@ def restack(
 
 
 def _write_stacks(model: ir.Model, layout: Layout, slots: Mapping[str, Sequence[Values | None]], file: Path) -> int:
-    """Insert the stacks, write them to `file` and the graph beside it; how many targets have one."""
+    """Insert the stacks, write them to `file` and the graph beside it; return the number of targets with a stack."""
     stacks = {target.name: stack(target, slots[target.name]) for target in layout.targets}
     present = {name: value for name, value in stacks.items() if value is not None}
     insert_stacks(model, layout, present)
@@ -116,15 +116,15 @@ def _write_stacks(model: ir.Model, layout: Layout, slots: Mapping[str, Sequence[
 
 
 def _slots(graph: ir.Graph, target: Target, count: int) -> list[Values | None]:
-    """What the stacks of `target` hold for each of `count` adapters, in float32."""
+    """Return the stacks' content of `target` for each of `count` adapters, float32."""
     import numpy as np
 
-    found = []
+    arrays = []
     for name in (target.down_name, target.up_name, target.scale_name):
         value = graph.initializers.get(name)
         array = value.const_value.numpy() if value is not None and value.const_value is not None else None
-        found.append(None if array is None else np.array(array, np.float32))
-    down, up, scale = found
+        arrays.append(None if array is None else np.array(array, np.float32))
+    down, up, scale = arrays
     if down is None and scale is None:
         return [None] * count
     if down is None or up is None:
@@ -133,7 +133,7 @@ def _slots(graph: ir.Graph, target: Target, count: int) -> list[Values | None]:
 
 
 def stack(target: Target, values: Sequence[Values | None]) -> Values | None:
-    """A (1 + adapters, k, R), B (1 + adapters, R, n) and s (1 + adapters, 1, n), any of them None where not needed.
+    """Return A (1 + adapters, k, R), B (1 + adapters, R, n) and s (1 + adapters, 1, n), each None where not needed.
 
     None when no adapter touches the target.
     """
@@ -160,7 +160,7 @@ def stack(target: Target, values: Sequence[Values | None]) -> Values | None:
 
 
 def move_out(model: ir.Model, file: Path) -> None:
-    """Write the initialisers that are still in memory to `file`, and refer to it from the graph."""
+    """Write the in-memory initialisers to `file`, and refer to it from the graph."""
     import onnx_ir as ir
 
     with file.open("wb") as stream:

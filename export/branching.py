@@ -1,4 +1,4 @@
-"""A decoder's layers twice: as the builder wrote them, and with adapters; one input says which of the two runs.
+"""A decoder graph with its layers twice, with and without adapters; one input selects the branch that runs.
 
 The four nodes that an adapter needs at every product cost the base 3 to 6 % on a small model, even when they
 add nothing. So the layers lie in the branches of one If: without an adapter the plain ones run, and cost nothing.
@@ -18,7 +18,7 @@ ACTIVE = "adapter_active"  # [0.] by default; every adapter file says [1.]
 
 
 def branch_off(model: ir.Model, targets: Collection[str], dtype: ir.DataType) -> ir.Graph:
-    """Move what lies between the nodes named in `targets` into an If; the branch to put the adapters in.
+    """Move the nodes between those named in `targets` into an If; return the branch for the adapters.
 
     Adds the optional input ACTIVE. Nodes before the first target (embedding, mask) and behind the last one (norm,
     lm_head) stay where they are, once.
@@ -72,7 +72,7 @@ def branch_off(model: ir.Model, targets: Collection[str], dtype: ir.DataType) ->
 
 
 def optional_input(graph: ir.Graph, name: str, shape: list[int | str], default: object, dtype: ir.DataType) -> ir.Value:
-    """A new input of `graph` that is an initialiser as well: nothing given, `default` (an array) is taken."""
+    """Add an optional input to `graph`, with the array `default` as its initialiser."""
     import numpy as np
     import onnx_ir as ir
 
@@ -84,7 +84,7 @@ def optional_input(graph: ir.Graph, name: str, shape: list[int | str], default: 
 
 
 def _between(graph: ir.Graph, targets: Collection[str]) -> list[ir.Node]:
-    """The targets and every node on a way from one target to another, in the graph's order."""
+    """Return the targets and every node on a path from one target to another, in the graph's order."""
     nodes = list(graph)
     behind: set[ir.Node] = set()
     for node in nodes:

@@ -1,4 +1,4 @@
-"""The model builder of onnxruntime-genai in a process of its own: python -m adapter_merge.export.builder_process.
+"""The model builder of onnxruntime-genai in a separate process: python -m adapter_merge.export.builder_process.
 
 It changes sys.path, prints to stdout and keeps the model in memory; a process gives all of that back. Two
 things that it reads wrongly from transformers' configurations (onnxruntime-genai 0.18, transformers 5.23) are
@@ -16,7 +16,7 @@ from typing import Any
 
 
 def repair(config: Any) -> None:
-    """Change a transformers config in place into what the builder reads rightly."""
+    """Change a transformers config in place so that the builder reads it correctly."""
     window = getattr(config, "sliding_window", None)
     if window is not None and getattr(config, "layer_types", None) is None and config.model_type in WINDOWED:
         config.layer_types = ["sliding_attention"] * config.num_hidden_layers
@@ -30,7 +30,7 @@ WINDOWED = ("mistral", "phi3")
 
 
 def main() -> None:
-    """Build what the one argument, a JSON object, describes: checkpoint, output, precision, provider, ..."""
+    """Build the model that the one argument, a JSON object, describes: checkpoint, output, precision, provider, ..."""
     job = json.loads(sys.argv[1])
     from onnxruntime_genai.models import builder
 

@@ -1,4 +1,4 @@
-"""An exported classifier under onnxruntime: logits of texts, with an adapter and its head, or with none."""
+"""An exported classifier under onnxruntime: logits of texts, with an adapter and its head, or without."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 
 class Classifier:
-    """A classifier export, open; an adapter is chosen for every call."""
+    """An open classifier export; an adapter is chosen per call."""
 
     def __init__(self, folder: Path, device: str = "cpu", threads: int | None = None) -> None:
         self.folder = folder
@@ -30,7 +30,7 @@ class Classifier:
 
     @property
     def adapters(self) -> tuple[str, ...]:
-        """The adapters that can be asked for."""
+        """The names of the available adapters."""
         return tuple(sorted(path.name.removesuffix(SUFFIX) for path in self.folder.glob(f"*{SUFFIX}")))
 
     def run(
@@ -40,7 +40,7 @@ class Classifier:
         adapter: str | None = None,
         token_type_ids: NDArray[np.int64] | None = None,  # (batch, sequence); zeros when not given
     ) -> dict[str, NDArray[np.float32]]:
-        """Output name -> logits: (batch, labels), (batch, sequence, labels) or (batch, sequence).
+        """Return output name -> logits: (batch, labels), (batch, sequence, labels) or (batch, sequence).
 
         Raises InputError for an unknown adapter.
         """

@@ -1,4 +1,4 @@
-"""The commands that make and run ONNX models: export and generate."""
+"""The commands export and generate, which write and run ONNX models."""
 
 from __future__ import annotations
 
@@ -109,7 +109,7 @@ def export(
 
 
 def describe(report: dict[str, Any]) -> list[str]:
-    """What was exported, for people."""
+    """Print a summary of an export."""
     if report.get("dry_run"):
         lines = [f"would export {report['base']} ({report['mode']}, {report['precision']})"]
     else:
@@ -209,7 +209,7 @@ def generate(
 
 
 def batched(folder: Path) -> bool:
-    """True for an export whose answers all come at once."""
+    """Return True for an export that gives all answers at once."""
     from .folder import read_export
 
     return read_export(folder).mode == "batched"

@@ -1,4 +1,4 @@
-"""Decoders through onnxruntime-genai's model builder: a checkpoint folder becomes a graph with a KV cache.
+"""Export of decoders by onnxruntime-genai's model builder: from a checkpoint folder to a graph with a KV cache.
 
 The builder runs in a process of its own (builder_process.py). It only ever sees base weights, or weights that
 are merged already: its own adapter option computes DoRA and PiSSA wrongly, without a word.
@@ -70,7 +70,7 @@ def check_decoder(config: Mapping[str, Any], source: Path, precision: str, devic
 
 
 def io_dtype(precision: str, device: str) -> str:
-    """numpy-style name of the graph's activations, KV cache and adapter tensors."""
+    """Return the numpy name of the dtype of activations, KV cache and adapter tensors."""
     if precision == "int4":
         return "float32" if device == "cpu" else "float16"
     return {"fp32": "float32", "fp16": "float16", "bf16": "bfloat16"}[precision]

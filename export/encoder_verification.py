@@ -29,7 +29,7 @@ def verify_encoder(
     base_kind: str | None = None,
     options: ReadOptions | None = None,
 ) -> dict[str, Any]:
-    """See verification.verify_onnx: the same figures, over texts instead of tokens."""
+    """Return the same report as verification.verify_onnx, over texts instead of tokens."""
     import numpy as np
     import torch
 
@@ -74,5 +74,5 @@ def verify_encoder(
 
 
 def _inner(model: Any) -> Any:
-    """The transformers model inside PEFT's wrapper."""
+    """Return the transformers model inside PEFT's wrapper."""
     return model.get_base_model() if hasattr(model, "get_base_model") else model

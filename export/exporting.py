@@ -1,4 +1,4 @@
-"""Which way a model takes to ONNX, by its architecture and by what is wanted."""
+"""Choice of the exporter by the model's architecture and the requested mode."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def export_model(
     dry_run: bool = False,
     recipe: Recipe | None = None,
 ) -> dict[str, Any]:
-    """Export `base` with `adapters` to `output`; figures of what was done (see the three modes' functions).
+    """Export `base` with `adapters` to `output`; return the report (see the functions of the three modes).
 
     recipe: merged only, how the adapters are combined; their plain sum when not given.
 

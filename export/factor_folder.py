@@ -1,4 +1,4 @@
-"""The hand-over from merge/: an adapter as LoRA factors and row scales, read from its folder.
+"""Reader of factor folders: an adapter as LoRA factors and row scales.
 
 y = row_scale * (x W0^T + x A^T B^T) + bias        A (R, in), B (out, R), row_scale (out,) or none
 """
@@ -26,7 +26,7 @@ SCALE = ".row_scale"
 
 @dataclass(frozen=True, eq=False)
 class LinearFactors:
-    """What an adapter adds to one linear, in the orientation of the checkpoint; float32."""
+    """The factors of one linear layer, float32, in the checkpoint's orientation."""
 
     down: NDArray[np.float32]  # (R, in)
     up: NDArray[np.float32]  # (out, R)
@@ -39,7 +39,7 @@ class LinearFactors:
 
 @dataclass(frozen=True, eq=False)
 class Factors:
-    """A whole adapter: module path -> factors, and full tensors that replace the base's."""
+    """The factors of an adapter by module path, and the tensors that replace the base's."""
 
     source: Path
     linears: Mapping[str, LinearFactors]
@@ -50,7 +50,7 @@ class Factors:
     frozen_positions: bool = False  # DeBERTa: the positional queries keep the frozen weight (DCFT with share_att_key)
 
     def aligned(self, modules: Iterable[str], tensors: Iterable[str]) -> Factors:
-        """The same factors under the names of a graph: a leading component more or less is the same module.
+        """Return the factors under a graph's names, which may have one leading component more or less.
 
         PEFT and transformers name an encoder's modules with or without the body's prefix. A positional product (see
         targets.POSITIONS) has the factors of its module, unless they are for tokens alone.
@@ -89,7 +89,7 @@ def _endings(names: set[str]) -> dict[str, list[str]]:
 
 
 def read_factors(folder: Path) -> Factors:
-    """The factors in `folder`. Raises InputError or AdapterError with every problem found."""
+    """Read the factors in `folder`. Raises InputError or AdapterError with every problem found."""
     import numpy as np
 
     weights = folder / "adapter_model.safetensors"
@@ -172,7 +172,7 @@ def read_factors(folder: Path) -> Factors:
 
 
 def _pattern(config: Mapping[str, Any], module: str, kind: str, default: str) -> Any:
-    """PEFT's rank_pattern and alpha_pattern: a key is a module path or its end."""
+    """PEFT's rank_pattern or alpha_pattern, whose keys are module paths or their ends."""
     import re
 
     for pattern, value in (config.get(f"{kind}_pattern") or {}).items():

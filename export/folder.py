@@ -1,4 +1,4 @@
-"""adapter_merge.json and README.md of an export: what it was made from, how, by which versions."""
+"""adapter_merge.json and README.md of an export: inputs, options and versions."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ PACKAGES = (
 
 @dataclass
 class Manifest:
-    """What adapter_merge.json says about an export."""
+    """The content of an export's adapter_merge.json."""
 
     kind: str  # "decoder", "encoder"
     mode: str  # "merged", "switchable", "batched"
@@ -76,7 +76,7 @@ def write_manifest(folder: Path, manifest: Manifest) -> None:
 
 
 def _replace(file: Path, write: Callable[[Path], None]) -> None:
-    """Write a new `file` beside the old one, and give it the name in one step."""
+    """Replace `file` atomically by a new one."""
     temporary = file.with_name(f".{file.name}.new")
     temporary.unlink(missing_ok=True)
     write(temporary)
@@ -84,7 +84,7 @@ def _replace(file: Path, write: Callable[[Path], None]) -> None:
 
 
 def read_export(folder: Path) -> Manifest:
-    """The manifest of the export in `folder`. Raises InputError or FileFormatError when there is none."""
+    """Read the manifest of the export in `folder`. Raises InputError or FileFormatError when there is none."""
     content = output.read_manifest(folder)
     if content is None:
         raise InputError(f"{folder}: not an export of adapter-merge", expected=f"{output.MANIFEST} in it")
@@ -110,7 +110,7 @@ def read_export(folder: Path) -> Manifest:
 
 
 def save_graph(model: ir.Model, file: Path) -> None:
-    """Write the graph alone, in one step; its weights file stays as it is."""
+    """Replace the graph atomically, without its weights file."""
     import onnx_ir as ir
 
     temporary = file.with_name(f".{file.name}.new")
@@ -122,7 +122,7 @@ def save_graph(model: ir.Model, file: Path) -> None:
 
 
 def folder_layout(folder: Path) -> Layout:
-    """The layout of the export in `folder`, from the graph alone. Raises InputError or FileFormatError."""
+    """Read the layout of the export in `folder` from the graph. Raises InputError or FileFormatError."""
     file = folder / "model.onnx"
     check_external_data(file)
     import onnx_ir as ir
@@ -131,13 +131,13 @@ def folder_layout(folder: Path) -> Layout:
 
 
 def _versions() -> dict[str, str]:
-    found = {}
+    versions = {}
     for name in PACKAGES:
         try:
-            found[name] = version(name)
+            versions[name] = version(name)
         except PackageNotFoundError:
             continue
-    return found
+    return versions
 
 
 def _card(manifest: Manifest) -> Any:

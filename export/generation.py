@@ -1,4 +1,4 @@
-"""Text from an export, streamed: onnxruntime-genai where its configuration is there, onnxruntime otherwise.
+"""Streamed text generation from an export: by onnxruntime-genai where its configuration exists, else by onnxruntime.
 
 onnxruntime-genai knows no adapter_ids, so a batched export always runs in onnxruntime, with the answers of all
 adapters in one batch. An adapter is chosen before the first token of an answer: switching in the middle would
@@ -39,7 +39,7 @@ class Answer:
 
     @property
     def tokens_per_second(self) -> float:
-        """Decoded tokens per second, the first one (prefill) not counted."""
+        """Decoded tokens per second, without the first one (prefill)."""
         return (self.tokens - 1) / self.decode_seconds if self.tokens > 1 and self.decode_seconds else 0.0
 
 
@@ -56,7 +56,7 @@ def generate(
     threads: int | None = None,
     show: Callable[[str, str], None] = lambda adapter, text: None,
 ) -> list[Answer]:
-    """One answer per name in `adapters` ("base": none); `show` gets (adapter, text) as the text appears.
+    """Return one answer per name in `adapters` ("base": none); `show` gets (adapter, text) as the text appears.
 
     engine: auto, genai or onnxruntime. Raises InputError for an unknown adapter before the model is loaded, and
     MissingDependencyError when the device's provider does not load.
@@ -88,7 +88,7 @@ def generate(
 
 
 def choose_engine(folder: Path, mode: str, wanted: str) -> str:
-    """genai or onnxruntime. Raises InputError when `wanted` cannot run this export."""
+    """Return "genai" or "onnxruntime". Raises InputError when `wanted` cannot run this export."""
     possible = mode != "batched" and (folder / "genai_config.json").is_file()
     installed = find_spec("onnxruntime_genai") is not None
     if wanted == "auto":
@@ -217,7 +217,7 @@ def _in_one_batch(
     threads: int | None,
     show: Callable[[str, str], None],
 ) -> Iterator[Answer]:
-    """All adapters answer at once, one row each; a row that has ended keeps its place until all have."""
+    """Generate with all adapters at once, one row each; a finished row stays in the batch until all have finished."""
     import numpy as np
 
     decoder = Decoder(folder, device, threads)

@@ -1,4 +1,4 @@
-"""Adapters as optional inputs of a finished graph.
+"""Insertion of adapters into a finished graph, as optional inputs.
 
 Every target y = x W0 becomes y = (x W0 + (x A) B) * s with A (k, 0), B (0, n) and s = [1] as graph inputs
 that are initialisers as well: nothing given, nothing added, and the base is computed bit for bit. The bias stays
@@ -78,7 +78,7 @@ def insert_stacks(
 
 
 def remove_stacks(model: ir.Model, layout: Layout) -> None:
-    """Take out what insert_stacks put in, adapter_ids apart."""
+    """Remove what insert_stacks inserted, except adapter_ids."""
     import onnx_ir as ir
 
     graph = model.graph
@@ -113,7 +113,7 @@ def attach(
     up: ir.Value | None,  # (R, n) or (batch, R, n)
     scale: ir.Value | None,  # (n,) or (batch, 1, n)
 ) -> None:
-    """Put (y + (x down) up) * scale in the place of y, whoever uses it."""
+    """Replace y by (y + (x down) up) * scale in all its uses."""
     import onnx_ir as ir
 
     x, y = product.inputs[0], product.outputs[0]
@@ -172,7 +172,7 @@ def _place(graph: ir.Graph, before: ir.Node, node: ir.Node) -> None:
 
 
 def make_optional(model: ir.Model, name: str) -> None:
-    """Make the initialiser `name` an optional input as well; its first size may differ (another number of labels)."""
+    """Make the initialiser `name` an optional input too; its first size may differ (another number of labels)."""
     import onnx_ir as ir
 
     value = model.graph.initializers[name]
@@ -182,7 +182,7 @@ def make_optional(model: ir.Model, name: str) -> None:
 
 
 def split_gemm(graph: ir.Graph, node: ir.Node) -> ir.Node:
-    """Put MatMul and Add in the place of a Gemm with alpha = beta = 1, and return the MatMul.
+    """Replace a Gemm with alpha = beta = 1 by MatMul and Add; return the MatMul.
 
     An adapter's scale stands between the product and the bias.
     """

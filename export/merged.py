@@ -1,4 +1,4 @@
-"""A model with adapters merged into it (or with none): nothing can be switched, nothing costs anything.
+"""Export of a model with adapters merged into it, or with none: no switching, and no cost at run time.
 
 Adapters are merged before the builder sees the weights, in float32 arithmetic with one rounding, so an int4
 export quantises the merged weights. Several are combined as `adapter-merge merge` combines them.
@@ -30,7 +30,7 @@ DTYPES = {"fp32": "float32", "int4": "float32", "fp16": "float16", "bf16": "bflo
 def export_merged(
     base: str | Path, adapters: Mapping[str, Path], output: Path, *, recipe: Recipe | None = None, **options: Any
 ) -> dict[str, Any]:
-    """Write the export of `base` with `adapters` merged into it to `output`; figures of what was done.
+    """Write the export of `base` with `adapters` merged into it to `output`; return the report.
 
     recipe: how several adapters go together; their plain sum when not given. Other options: see
     request.open_request. Disk: the merged checkpoint lies beside the output while the builder reads it.
@@ -68,7 +68,7 @@ def export_merged(
 def merge_adapters(
     request: Request, recipe: Recipe | None, output: Path, dry_run: bool = False
 ) -> dict[str, dict[str, Any]]:
-    """Write the checkpoint with the request's adapters in it to `output`; name -> source, method, sha256."""
+    """Write the checkpoint with the request's adapters merged to `output`; return name -> source, method, sha256."""
     from adapter_merge.api.merge import merge
     from adapter_merge.api.options import MergeOptions
     from adapter_merge.combine.delta_ops import Settings
@@ -88,14 +88,14 @@ def merge_adapters(
 
 
 def add_merged(manifest: Manifest, entries: Mapping[str, dict[str, Any]], recipe: Recipe | None) -> None:
-    """Say in `manifest` what was merged, and how it was combined."""
+    """Add the merged adapters and their combination to `manifest`."""
     manifest.adapters |= entries
     if recipe is not None:
         manifest.options["combination"] = recipe.as_json()
 
 
 def stamp_merged(model: ir.Model, request: Request, manifest: Manifest) -> None:
-    """Name base and adapters, with their hashes, in the graph's metadata."""
+    """Write the names and hashes of base and adapters into the graph's metadata."""
     from dataclasses import replace
 
     stamp(model, replace(request.layout(), adapters=tuple(manifest.adapters)))

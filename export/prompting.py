@@ -1,4 +1,4 @@
-"""What goes into a generation and how its tokens are chosen: chat template, length, sampling."""
+"""Input and sampling of a generation: chat template, length, choice of tokens."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from .runtime import check_packages
 
 @dataclass(frozen=True)
 class Sampling:
-    """How the next token is chosen; temperature 0 is greedy."""
+    """Settings of the choice of the next token; temperature 0 is greedy."""
 
     max_tokens: int = 128
     temperature: float = 0.0
@@ -24,7 +24,7 @@ class Sampling:
 
 
 class Prompter:
-    """Tokenizer and chat template of an export."""
+    """The tokenizer and chat template of an export."""
 
     def __init__(self, folder: Path) -> None:
         check_packages("transformers")
@@ -41,7 +41,7 @@ class Prompter:
         self.stops = frozenset(stops if isinstance(stops, list) else [stops])
 
     def encode(self, prompt: str, system: str | None = None, raw: bool = False) -> list[int]:
-        """Token ids of `prompt`, in the chat template where there is one and `raw` does not forbid it."""
+        """Return the token ids of `prompt`, in the chat template unless there is none or `raw` is set."""
         if raw or not self.tokenizer.chat_template:
             if system is not None:
                 raise InputError("--system needs a chat template", hint="leave --raw out, or write it into the prompt")
@@ -56,7 +56,7 @@ class Prompter:
         return [int(token) for token in ids]
 
     def stream(self) -> Callable[[int], str]:
-        """A function from the next token to the text that it completes (bytes of a character may come apart)."""
+        """Return a function from the next token to the text that it completes (a character may span tokens)."""
         tokens: list[int] = []
         shown = ""
 
@@ -73,7 +73,7 @@ class Prompter:
 
 
 def within_context(folder: Path, prompt: int, sampling: Sampling) -> Sampling:
-    """`sampling` with no more tokens than the model has positions for. Raises InputError for too long a prompt."""
+    """Return `sampling` limited to the model's positions. Raises InputError for too long a prompt."""
     config_file = folder / "genai_config.json"
     if config_file.is_file():
         limit = int(read_json(config_file)["model"]["context_length"])
@@ -88,7 +88,7 @@ def within_context(folder: Path, prompt: int, sampling: Sampling) -> Sampling:
 
 
 def chooser(sampling: Sampling) -> Callable[[Any], int]:
-    """A function from logits (vocabulary,) to the next token."""
+    """Return a function from logits (vocabulary,) to the next token."""
     import numpy as np
 
     if sampling.temperature <= 0:

@@ -1,4 +1,4 @@
-"""The model builder's quantisation, one weight at a time: by itself it holds every float weight of the graph at once.
+"""Quantisation by the model builder, one weight at a time: the builder itself holds all float weights at once.
 
 Each product is handed to the builder's own code as a model of its own, and what comes back takes its place, so the
 numbers and names are the builder's. Held at any moment: one float weight, and the quantised ones (0.56 bytes a value).
@@ -10,12 +10,12 @@ from typing import Any
 
 
 def quantise_by_weight(decoder: Any) -> None:
-    """Have the builder's classes (bases of `decoder`, one of them) quantise their products one by one.
+    """Change the builder's class (a base of `decoder`) so that it quantises its products one at a time.
 
     Leaves alone what its code decides over the whole graph (overrides by node, embeddings) or says in several nodes.
     A builder that quantises in another method (not onnxruntime-genai 0.18) makes the same graph in more memory.
     """
-    owner = next((one for one in decoder.__mro__ if "to_nbits" in vars(one)), None)
+    owner = next((base for base in decoder.__mro__ if "to_nbits" in vars(base)), None)
     if owner is None:
         return
     whole = owner.to_nbits
@@ -45,7 +45,7 @@ def quantise_by_weight(decoder: Any) -> None:
 
 
 def _alone(model: Any, node: Any, weight: Any) -> Any:
-    """A model of nothing but `node` and its weight."""
+    """Return a model of only `node` and its weight."""
     import onnx_ir as ir
 
     source = ir.Value(name=node.inputs[0].name, shape=node.inputs[0].shape, type=node.inputs[0].type)
@@ -65,7 +65,7 @@ def _alone(model: Any, node: Any, weight: Any) -> Any:
 
 
 def _take_over(graph: Any, node: Any, weight: Any, quantised: Any) -> None:
-    """Make `node` the one node of `quantised`, with its initializers; a float weight that nobody else uses goes."""
+    """Replace `node` by the node of `quantised`, with its initialisers; remove a float weight without other uses."""
     import onnx_ir as ir
 
     (made,) = quantised

@@ -1,4 +1,4 @@
-"""What an export begins with, in every mode: the base opened, everything that can be wrong found before long work."""
+"""Start of an export in every mode: opens the base and reports every problem before any long work."""
 
 from __future__ import annotations
 
@@ -35,16 +35,16 @@ class Request:
     started: float = field(default_factory=time.perf_counter)
 
     def factors(self) -> dict[str, Factors]:
-        """Every adapter as factors on the base."""
+        """Return the factors of every adapter on the base."""
         return {name: factors_of(self.checkpoint.folder, source) for name, source in self.adapters.items()}
 
     def reserve(self, nbytes: int) -> int:
-        """`nbytes`, which the disk of the output has. Raises OutputError when it has not."""
+        """Return `nbytes` if the output's disk has that much space. Raises OutputError otherwise."""
         check_space(self.output, nbytes)
         return nbytes
 
     def plan(self, adapters: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
-        """The head of the report."""
+        """Return the first keys of the report."""
         return {
             "mode": self.mode,
             "base": str(self.checkpoint.folder),
@@ -54,20 +54,20 @@ class Request:
         }
 
     def manifest(self, kind: str = "decoder", **options: Any) -> Manifest:
-        """The manifest of this export, still without adapters."""
+        """Return the manifest of this export, without adapters."""
         checkpoint = self.checkpoint
         return Manifest(
             kind, self.mode, self.precision, self.device, checkpoint.folder, checkpoint.fingerprint, options=options
         )
 
     def layout(self, targets: tuple[Target, ...] = (), heads: Mapping[str, str] | None = None) -> Layout:
-        """The layout of this export's graph. A decoder's layers are branched off, but not on CUDA, whose graphs
-        know no If."""
+        """Return the layout of this export's graph. A decoder's layers get a branch, except on CUDA, whose graphs
+        do not support If."""
         dtype = io_dtype(self.precision, self.device)
         return Layout(self.mode, self.checkpoint.fingerprint, self.precision, dtype, targets, dict(heads or {}))
 
     def done(self) -> dict[str, Any]:
-        """The tail of the report."""
+        """Return the last keys of the report."""
         return {"output": str(self.output), "seconds": round(time.perf_counter() - self.started, 2)}
 
 
@@ -97,7 +97,7 @@ def open_request(
 
 
 def export_bytes(checkpoint: Checkpoint, precision: str) -> int:
-    """Disk that an export needs, generously: every weight once in its precision, and 64 MB."""
+    """Return an upper bound of the disk space of an export in bytes: every weight once in its precision, and 64 MB."""
     elements = sum(math.prod(ref.shape) for ref in checkpoint.tensors.values())
     if not checkpoint.config.get("tie_word_embeddings", False) and precision == "int4":
         return int(elements * 2) + 2**26  # embeddings stay in floating point
@@ -105,7 +105,7 @@ def export_bytes(checkpoint: Checkpoint, precision: str) -> int:
 
 
 def figures(factors: Factors) -> dict[str, Any]:
-    """What an adapter is, for reports: linears, ranks, row scales."""
+    """Describe an adapter for reports: linears, ranks, row scales."""
     return {
         "source": str(factors.source),
         "method": factors.method,

@@ -1,4 +1,4 @@
-"""An exported decoder under onnxruntime: one session, a KV cache in place, adapters switched between runs.
+"""An exported decoder under onnxruntime: one session, a KV cache updated in place, adapters switched between runs.
 
 Inputs and outputs are bound, so that the cache never leaves its device. With bound inputs onnxruntime ignores
 RunOptions.add_active_adapter without a word (the base answers): the adapter's tensors are bound here as what
@@ -43,7 +43,7 @@ class Cache:
 
 
 class Decoder:
-    """A decoder export, open. `use` picks the adapter for the caches that are started afterwards."""
+    """An open decoder export. `use` selects the adapter of the caches that are started afterwards."""
 
     def __init__(self, folder: Path, device: str = "cpu", threads: int | None = None) -> None:
         self.folder = folder
@@ -62,7 +62,7 @@ class Decoder:
 
     @property
     def adapters(self) -> tuple[str, ...]:
-        """The adapters that can be asked for."""
+        """The names of the available adapters."""
         if self.layout.mode == "batched":
             return self.layout.adapters
         if self.layout.mode == "switchable":
@@ -70,7 +70,7 @@ class Decoder:
         return ()
 
     def load(self, name: str) -> dict[str, Any]:
-        """Input -> OrtValue on the session's device of adapter `name`, kept for the next time."""
+        """Return graph input -> OrtValue of adapter `name` on the session's device, cached."""
         if name not in self._loaded:
             if name not in self.adapters:
                 known = ", ".join(self.adapters) or "none"
@@ -84,7 +84,7 @@ class Decoder:
         return self._loaded[name]
 
     def start(self, capacity: int, adapters: str | Sequence[str | None] | None = None) -> Cache:
-        """An empty cache for `capacity` positions: one sequence, or one per entry of `adapters` (None: base).
+        """Return an empty cache for `capacity` positions: one sequence, or one per entry of `adapters` (None: base).
 
         Different adapters in one batch need a batched export. Raises InputError.
         """
@@ -110,7 +110,7 @@ class Decoder:
         cache: Cache,
         tokens: NDArray[np.int64],  # (batch, new)
     ) -> NDArray[np.float32]:
-        """Logits (batch, new, vocabulary) of the next tokens; `cache` moves on by new positions."""
+        """Return logits (batch, new, vocabulary) of the next tokens; `cache` advances by that many positions."""
         import numpy as np
 
         batch, new = tokens.shape
@@ -137,7 +137,7 @@ class Decoder:
         return values
 
     def _binding(self, cache: Cache) -> Any:
-        """The cache and the adapter, bound: once, where every step writes into the same buffers."""
+        """Return the binding of cache and adapter; built once where every step writes into the same buffers."""
         if cache.binding is None:
             cache.binding = self.session.io_binding()
             for name, value in cache.extra.items():
@@ -184,7 +184,7 @@ class Decoder:
 
 
 def in_order(tensors: Mapping[str, Any], layout: Layout) -> dict[str, Any]:
-    """The tensors copied into one block, in the order in which the graph reads them, each at a cache line's start.
+    """Copy the tensors into one block, in the order in which the graph reads them, each aligned to a cache line.
 
     ONNX Runtime's format leaves them in any order and at any multiple of four bytes: 1 % of decode with rank 16.
     """
@@ -220,7 +220,7 @@ def _float32(value: Any) -> Any:
 
 
 def run_all(decoder: Decoder, adapter: str | None, tokens: Mapping[str, Any]) -> Any:
-    """Logits (positions, vocabulary) over prompt and continuation: the prompt at once, the rest token by token."""
+    """Return logits (positions, vocabulary) over prompt and continuation: the prompt at once, the rest by token."""
     import numpy as np
 
     prompt, rest = tokens["prompt"], tokens["rest"]

@@ -1,4 +1,4 @@
-"""onnxruntime as it is installed: which package, which providers, and sessions that run where they should.
+"""The installed onnxruntime: its package, its providers, and sessions on the requested device.
 
 onnxruntime and onnxruntime-gpu write the same folder: the one installed last wins, removing one breaks the
 other, and pip check says nothing. And a session that was asked for CUDA and cannot have it logs a line and
@@ -19,27 +19,27 @@ QUIET = 3  # errors only: onnxruntime warns once for every optional input of a g
 
 
 def installed_packages() -> dict[str, str]:
-    """The installed distributions that provide the module onnxruntime, with their versions."""
-    found = {}
+    """Return the installed distributions that provide the module onnxruntime, with their versions."""
+    versions = {}
     for name in PACKAGES:
         try:
-            found[name] = version(name)
+            versions[name] = version(name)
         except PackageNotFoundError:
             continue
-    return found
+    return versions
 
 
 def check_packages(*modules: str) -> None:
     """Raise MissingDependencyError unless exactly one onnxruntime and all of `modules` are installed."""
     problems = []
-    found = installed_packages()
-    if len(found) > 1:
-        names = " ".join(found)
+    packages = installed_packages()
+    if len(packages) > 1:
+        names = " ".join(packages)
         problems.append(
             Problem(
                 "more than one onnxruntime package is installed: they overwrite each other's files",
                 expected="onnxruntime or onnxruntime-gpu, never both",
-                got=", ".join(f"{name} {number}" for name, number in found.items()),
+                got=", ".join(f"{name} {number}" for name, number in packages.items()),
                 hint=f"pip uninstall -y {names}, then install the one you want again",
             )
         )
@@ -56,7 +56,7 @@ def check_packages(*modules: str) -> None:
 
 
 def parse_device(device: str) -> tuple[str, int]:
-    """("cpu" | "cuda", index) of "cpu", "cuda" or "cuda:N". Raises InputError."""
+    """Return ("cpu" | "cuda", index) of "cpu", "cuda" or "cuda:N". Raises InputError."""
     kind, _, index = device.partition(":")
     if kind not in ("cpu", "cuda") or (index and not index.isdigit()) or (kind == "cpu" and index):
         raise InputError(f"unknown device {device!r}", expected="cpu, cuda or cuda:N")
@@ -64,7 +64,7 @@ def parse_device(device: str) -> tuple[str, int]:
 
 
 def providers(device: str) -> list[tuple[str, dict[str, str]]]:
-    """Execution providers with their options for `device`, the CPU last for the shape arithmetic.
+    """Return execution providers with their options for `device`, the CPU last for the shape arithmetic.
 
     CUDA: no TF32 (float32 means float32), the arena grows by what is asked for (an adapter more must not
     double it), and copies stay on the compute stream, so that a bound output is complete when a run returns.
@@ -122,7 +122,7 @@ def check_external_data(model_file: Path) -> None:
 
 
 def open_session(model_file: Path, device: str = "cpu", threads: int | None = None) -> Any:
-    """An onnxruntime.InferenceSession of `model_file` on `device`.
+    """Return an onnxruntime.InferenceSession of `model_file` on `device`.
 
     Raises MissingDependencyError when the provider that was asked for did not load: never a silent fallback.
     """

@@ -1,4 +1,4 @@
-"""One graph, one weights file, one small file per adapter.
+"""Switchable export: one graph, one weights file, one small file per adapter.
 
 What is exact: fp32 exports compute the adapter as trained. Over an int4 base the factors and scales stay in
 floating point and are added to the quantised product, which is not the same as merging and then quantising.
@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 
 
 def export_switchable(base: str | Path, adapters: Mapping[str, Path], output: Path, **options: Any) -> dict[str, Any]:
-    """Write the switchable export of `base` with `adapters` to `output`; figures. Options: see request.open_request.
+    """Write the switchable export of `base` with `adapters` to `output`; return the report (options: open_request).
 
     Raises InputError, MismatchError, UnsupportedError, OutputError, MissingDependencyError before the build.
     """
@@ -65,7 +65,7 @@ def export_switchable(base: str | Path, adapters: Mapping[str, Path], output: Pa
 def write_adapters(
     factors: Mapping[str, Factors], sources: Mapping[str, Path], layout: Layout, folder: Path
 ) -> dict[str, dict[str, Any]]:
-    """Write NAME.onnx_adapter for each of `factors` into `folder`; the manifest's entries."""
+    """Write NAME.onnx_adapter for each of `factors` into `folder`; return the manifest's entries."""
     entries = {}
     for name, value in factors.items():
         file = folder / f"{name}{SUFFIX}"
@@ -75,7 +75,7 @@ def write_adapters(
 
 
 def adapted_layout(model: ir.Model, request: Request, factors: Mapping[str, Factors]) -> Layout:
-    """All linears of the layers are targets; lm_head only when one of the adapters names it (it is wide)."""
+    """Return the layout: all linears of the layers are targets; lm_head only when an adapter adapts it (it is wide)."""
     shapes = {name: ref.shape for name, ref in request.checkpoint.tensors.items()}
     head = any("lm_head" in value.linears for value in factors.values())
     targets = decoder_targets([node.name or "" for node in model.graph], shapes, head=head)

@@ -1,4 +1,4 @@
-"""Which products of a graph can carry an adapter, and which linears of the checkpoint they compute.
+"""The products of a graph that can carry an adapter, and the linear layers of the checkpoint that they compute.
 
 The model builder packs q, k and v into one product (and gate and up, when asked): one target then has several
 parts, one after the other in its columns. The inputs of a target are named after the module's path, as PEFT
@@ -45,7 +45,7 @@ LINEARS: Mapping[tuple[str, str], tuple[tuple[str, ...], ...]] = {
 
 @dataclass(frozen=True)
 class ModuleSlice:
-    """One linear of the checkpoint: columns start .. start+size of its target's output."""
+    """One linear layer of the checkpoint: columns start .. start+size of its target's output."""
 
     module: str
     start: int
@@ -77,7 +77,7 @@ class Target:
 
 @dataclass(frozen=True)
 class Layout:
-    """What a graph's metadata says about its adapters."""
+    """The adapters' targets and settings, as the graph's metadata holds them."""
 
     mode: str  # "switchable" or "batched" ("merged" has no targets)
     base: str  # fingerprint of the base checkpoint
@@ -90,8 +90,8 @@ class Layout:
 
     @property
     def version(self) -> int:
-        """31 bits of a hash over base and targets: the only field of ONNX Runtime's adapter format that can
-        say which export an adapter file belongs to. ONNX Runtime itself never checks it."""
+        """31 bits of a hash over base and targets, stored in the only field of ONNX Runtime's adapter format that can
+        identify the export of an adapter file. ONNX Runtime does not check it."""
         content = [
             self.base,
             self.dtype,
@@ -103,7 +103,7 @@ class Layout:
         return int.from_bytes(digest[:4], "big") >> 1
 
     def metadata(self) -> dict[str, str]:
-        """The entries for a model's metadata_props."""
+        """Return the entries for a model's metadata_props."""
         values: dict[str, Any] = {
             "mode": self.mode,
             "base": self.base,
@@ -121,7 +121,7 @@ class Layout:
 
 
 def read_layout(metadata: Mapping[str, str], source: str) -> Layout:
-    """The layout in a model's metadata_props. Raises FileFormatError when it is not an export of ours."""
+    """Read the layout in a model's metadata_props. Raises FileFormatError for a graph of another tool."""
     try:
         values = {key: metadata[PREFIX + key] for key in KEYS}
         targets = tuple(_decode(entry) for entry in json.loads(values["targets"]))
@@ -154,11 +154,11 @@ def decoder_targets(
     *,
     head: bool = False,
 ) -> tuple[Target, ...]:
-    """The targets of a graph that the model builder wrote, in the graph's order; with `head`, lm_head too.
+    """Return the targets of a graph of the model builder, in the graph's order; with `head`, lm_head too.
 
     Raises UnsupportedError for a product whose linears the checkpoint does not have.
     """
-    found = []
+    targets = []
     for node in node_names:
         match = NODE.fullmatch(node)
         if match:
@@ -176,13 +176,13 @@ def decoder_targets(
                     hint="export with --mode merged",
                 )
             name = modules[0] if len(modules) == 1 else f"{prefix}{block}.{match['name']}"
-            found.append(_target(name, node, modules, [shapes[f"{module}.weight"] for module in modules]))
+            targets.append(_target(name, node, modules, [shapes[f"{module}.weight"] for module in modules]))
         elif head and HEAD.fullmatch(node):
             shape = shapes.get("lm_head.weight") or shapes["model.embed_tokens.weight"]  # tied
-            found.append(_target("lm_head", node, ["lm_head"], [shape]))
-    if not found:
+            targets.append(_target("lm_head", node, ["lm_head"], [shape]))
+    if not targets:
         raise UnsupportedError("no product of this graph can carry an adapter", hint="export with --mode merged")
-    return tuple(found)
+    return tuple(targets)
 
 
 def _target(name: str, node: str, modules: list[str], shapes: list[tuple[int, ...]]) -> Target:

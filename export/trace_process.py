@@ -1,4 +1,4 @@
-"""torch.onnx for the models that the builder does not know: python -m adapter_merge.export.trace_process.
+"""Tracing by torch.onnx of models that the builder does not support: python -m adapter_merge.export.trace_process.
 
 Exported unoptimised, so that weights keep the checkpoint's names and every product says whose forward it was
 (metadata pkg.torch.onnx.name_scopes, the module path): targets are found by path, never by guessing from shapes.
@@ -18,7 +18,7 @@ ROOT = "model"  # the traced wrapper's only attribute: every name in the graph b
 
 
 def main() -> None:
-    """Trace what the one argument, a JSON object, describes: checkpoint, output, class, labels."""
+    """Trace the model that the one argument, a JSON object, describes: checkpoint, output, class, labels."""
     job = json.loads(sys.argv[1])
     import torch
     import transformers
@@ -83,7 +83,7 @@ def _trace_encoder(model: Any, config: Any) -> Any:
 
 
 def _longest(config: Any) -> int:
-    """Positions that the model has; RoBERTa's begin after its padding index."""
+    """Return the model's number of positions; RoBERTa's begin after its padding index."""
     offset = config.pad_token_id + 1 if config.model_type in ("roberta", "xlm-roberta") else 0
     return int(config.max_position_embeddings) - offset
 
@@ -141,7 +141,7 @@ def _trace_gpt2(model: Any, config: Any) -> Any:
 
 
 def _strip_root(model: Any) -> None:
-    """Give the initialisers the checkpoint's names, and every node its module's path alone."""
+    """Rename initialisers to the checkpoint's names, and nodes to their module's path."""
     for value in list(model.graph.initializers.values()):
         if value.name.startswith(f"{ROOT}."):
             name = value.name.removeprefix(f"{ROOT}.")
@@ -162,7 +162,7 @@ def _same(path: str, name: str) -> bool:
 
 
 def _fold_transposes(model: Any, keep: frozenset[str], heads: tuple[str, ...]) -> None:
-    """Store a weight the way it is multiplied, where every use of it is the same Transpose.
+    """Store a weight transposed where every use of it is the same Transpose.
 
     What an adapter may replace keeps the checkpoint's orientation.
     """

@@ -1,4 +1,4 @@
-"""Models that the builder does not know, through torch.onnx: BERT, RoBERTa and DeBERTa-v2 with their heads, GPT-2.
+"""Export by torch.onnx of models that the builder does not support: BERT, RoBERTa, DeBERTa-v2 (with heads), GPT-2.
 
 A classifier's head is trained with its adapter. In a switchable export it is an adapter tensor like any other:
 an optional input, named as in the checkpoint, with the base's head as its default; its number of labels may
@@ -57,7 +57,7 @@ def export_traced(
     recipe: Recipe | None = None,
     **options: Any,
 ) -> dict[str, Any]:
-    """Write the export of an encoder or GPT-2 to `output`; figures. Options: see request.open_request.
+    """Write the export of an encoder or GPT-2 to `output`; return the report. Options: see request.open_request.
 
     Raises InputError, MismatchError, UnsupportedError, OutputError or MissingDependencyError before the trace.
     """
@@ -87,7 +87,7 @@ def export_traced(
 
 
 def task_class(checkpoint: Checkpoint, factors: Mapping[str, Factors]) -> str:
-    """The transformers class to trace: the checkpoint's own, or the task of the heads that the adapters carry.
+    """Return the transformers class to trace: the checkpoint's own, or the task of the heads that the adapters carry.
 
     Raises UnsupportedError when there is no head to classify with.
     """
@@ -172,7 +172,7 @@ def trace(checkpoint: Path, output: Path, name_of_class: str, labels: int | None
 
 
 def label_count(name_of_class: str, shapes: Mapping[str, tuple[int, ...]]) -> int | None:
-    """How many labels the head in `shapes` has; None for a language model."""
+    """Return the number of labels of the head in `shapes`; None for a language model."""
     for end, names in TASKS.items():
         if name_of_class.endswith(end):
             for name in names:
@@ -182,9 +182,9 @@ def label_count(name_of_class: str, shapes: Mapping[str, tuple[int, ...]]) -> in
 
 
 def traced_targets(model: ir.Model, named: set[str]) -> tuple[Target, ...]:
-    """The linears of the layers, and those outside that an adapter names; their products, by module path."""
+    """Return the products by module path: the layers' linears, and those outside that an adapter names."""
     graph = model.graph
-    found: dict[str, list[Any]] = {}
+    products: dict[str, list[Any]] = {}
     for node in list(graph):
         module = node.metadata_props.get("module")
         if module is None or node.op_type not in ("MatMul", "Gemm"):
@@ -197,9 +197,9 @@ def traced_targets(model: ir.Model, named: set[str]) -> tuple[Target, ...]:
         turned = weight is not None and weight.producer() is not None
         if not own and not (turned and weight.producer().inputs[0].name == f"{module}.weight"):
             continue  # attention scores, computed in the module's own forward
-        found.setdefault(module, []).append(split_gemm(graph, node) if node.op_type == "Gemm" else node)
+        products.setdefault(module, []).append(split_gemm(graph, node) if node.op_type == "Gemm" else node)
     targets = []
-    for path, nodes in _apart(found).items():
+    for path, nodes in _separate_positional(products).items():
         module = path.removesuffix(POSITIONS)
         weight = graph.initializers[f"{module}.weight"]
         assert weight.shape is not None
@@ -211,17 +211,17 @@ def traced_targets(model: ir.Model, named: set[str]) -> tuple[Target, ...]:
     return tuple(targets)
 
 
-def _apart(found: Mapping[str, list[Any]]) -> dict[str, list[Any]]:
-    """The products by module path, those of a DeBERTa's positional queries apart from its tokens'.
+def _separate_positional(products: Mapping[str, list[Any]]) -> dict[str, list[Any]]:
+    """Return the products by module path, with a DeBERTa's positional queries separate from its tokens'.
 
     The product of the tokens has the input that value_proj has; the other one is of the relative embeddings.
     """
     apart: dict[str, list[Any]] = {}
-    for module, nodes in found.items():
+    for module, nodes in products.items():
         if len(nodes) == 1 or not f".{module}".endswith(f".{QUERY}"):
             apart[module] = nodes
             continue
-        tokens = found[module.replace("query_proj", "value_proj")][0].inputs[0]
+        tokens = products[module.replace("query_proj", "value_proj")][0].inputs[0]
         apart[module] = [node for node in nodes if node.inputs[0] is tokens]
         apart[module + POSITIONS] = [node for node in nodes if node.inputs[0] is not tokens]
         if [len(apart[module]), len(apart[module + POSITIONS])] != [1, 1]:
@@ -235,12 +235,12 @@ def _apart(found: Mapping[str, list[Any]]) -> dict[str, list[Any]]:
 
 
 def _same(path: str, name: str) -> bool:
-    """True when a module's path differs from an adapter's name by one leading component."""
+    """Return True when a module's path differs from an adapter's name by one leading component."""
     return path.partition(".")[2] == name or name.partition(".")[2] == path
 
 
 def head_tensors(model: ir.Model, replaced: set[str]) -> list[str]:
-    """The weights outside the layers and embeddings (pooler, classifier), and those that an adapter replaces."""
+    """Return the weights outside layers and embeddings (pooler, classifier), and those that an adapter replaces."""
     names = []
     for name in model.graph.initializers:
         outside = name.startswith(("classifier.", "qa_outputs.", "pooler.")) or ".pooler." in name
@@ -250,7 +250,7 @@ def head_tensors(model: ir.Model, replaced: set[str]) -> list[str]:
 
 
 def _clean(model: ir.Model) -> None:
-    """Forget the shapes between the nodes (onnxruntime infers them; the labels may vary) and the module paths."""
+    """Remove intermediate shapes (onnxruntime infers them; the number of labels may vary) and module paths."""
     import onnx_ir as ir
 
     for node in model.graph:
@@ -264,7 +264,7 @@ def _clean(model: ir.Model) -> None:
 
 
 def copy_side_files(checkpoint: Checkpoint, folder: Path) -> None:
-    """Tokenizer and the like, as the checkpoint has them."""
+    """Copy the checkpoint's tokenizer files."""
     import shutil
 
     for relative in checkpoint.side_files:

@@ -1,4 +1,4 @@
-"""What every verification of an export shares: the live model, the sample tokens, the figures and the verdict."""
+"""Shared parts of the verification of exports: live model, sample tokens, figures and verdict."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ CLOSE = 1e-3  # two best logits nearer than this: float32 itself cannot order th
 
 
 def header(folder: Path, manifest: Manifest, chosen: str | None, adapter: str | Path | None) -> dict[str, Any]:
-    """What was compared with what."""
+    """The inputs of a comparison."""
     return {
         "artefact": "onnx",
         "path": str(folder),
@@ -31,7 +31,7 @@ def header(folder: Path, manifest: Manifest, chosen: str | None, adapter: str | 
 
 
 def verdict(expected: Sequence[Any], got: Sequence[Any], plain: Sequence[Any], bar: float) -> dict[str, Any]:
-    """Figures over pairs of logits (positions, vocabulary), all problems, and whether there are none.
+    """Return figures over pairs of logits (positions, vocabulary), all problems, and the verdict.
 
     A greedy choice counts as different unless the two best expected logits are nearer than CLOSE. `plain` are the
     base's logits: the adapter's own effect is what would be lost without it.
@@ -76,7 +76,7 @@ def check_base(folder: Path, expected: str, got: str, base: str | Path) -> None:
 def find_adapter(
     folder: Path, entries: Mapping[str, Mapping[str, Any]], adapter: str | Path | None, name: str | None, mode: str
 ) -> str | None:
-    """The name under which the export holds `adapter`. Raises InputError when that cannot be told."""
+    """Return the export's name of `adapter`. Raises InputError when it is unknown."""
     if mode == "merged" and len(entries) > 1:
         raise InputError(
             f"{folder}: a combination is merged into it, and it is held against one adapter alone",
@@ -96,20 +96,20 @@ def find_adapter(
     if len(entries) == 1:
         return next(iter(entries))
     wanted = Path(adapter).resolve()
-    found = [key for key, entry in entries.items() if Path(entry["source"]).resolve() == wanted]
-    if len(found) != 1:
+    matching = [key for key, entry in entries.items() if Path(entry["source"]).resolve() == wanted]
+    if len(matching) != 1:
         raise InputError(
             f"{folder}: which of its adapters is {adapter}?",
             expected=", ".join(entries) or "none",
             hint="say it by name",
         )
-    return found[0]
+    return matching[0]
 
 
 def reference_model(
     base: str | Path, adapter: str | Path | None, base_kind: str | None = None, options: ReadOptions | None = None
 ) -> Any:
-    """The torch model in float32 with the adapter live in it."""
+    """Return the torch model in float32 with the adapter live in it."""
     from adapter_merge.verification.live_adapter import load_model
     from adapter_merge.verification.live_model import trained_model
 
@@ -123,5 +123,5 @@ def reference_model(
 
 
 def sample_tokens(vocabulary: int, count: int = TOKENS) -> list[int]:
-    """The same token ids everywhere: a multiplicative walk over the vocabulary."""
+    """Return reproducible token ids: a multiplicative walk over the vocabulary."""
     return [(7919 * (index + 1) + index * index) % vocabulary for index in range(count)]

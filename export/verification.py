@@ -1,4 +1,4 @@
-"""Parity of an ONNX export with the adapters as trained: logits, with the KV cache at work.
+"""Parity of an ONNX export with the adapters as trained: logits computed with the KV cache.
 
 Every text runs through torch at once, with the adapter live and unmerged (PEFT, or the method's own forward),
 and through the export as a server would: the prompt in one step, then token by token. Compared are all logits of
@@ -38,7 +38,7 @@ def verify_onnx(
     base_kind: str | None = None,
     options: ReadOptions | None = None,
 ) -> dict[str, Any]:
-    """Hold the export in `artefact` against `adapter` on `base` as trained (None: against the base alone).
+    """Compare the export in `artefact` with `adapter` on `base` as trained (None: with the base alone).
 
     name: the adapter's name in a switchable or batched export; found by its source path when not given. prompts:
     texts, each followed by the `generated` tokens that torch chooses; tokens: ids to compare over; 256 deterministic
@@ -80,8 +80,8 @@ def verify_onnx(
         plain = [torch_logits(model, ids) for ids, _ in texts]
         del model
     decoder = Decoder(folder, device)
-    found = None if manifest.mode == "merged" else chosen
-    got = [onnx_logits(decoder, found, ids, prompt) for ids, prompt in texts]
+    held_name = None if manifest.mode == "merged" else chosen
+    got = [onnx_logits(decoder, held_name, ids, prompt) for ids, prompt in texts]
     prefill = sum(prompt for _, prompt in texts)
     positions = sum(len(ids) for ids, _ in texts)
     return {
@@ -101,16 +101,16 @@ def token_lists(
     vocabulary: int,
     generated: int = GENERATED,
 ) -> list[tuple[list[int], int]]:
-    """(ids, how many of them are prefill) for every text. Raises InputError."""
+    """Return (ids, number of prefill ids) for every text. Raises InputError."""
     if tokens is None and prompts:
         from .prompting import Prompter
 
         prompter = Prompter(folder)
-        found = []
+        texts = []
         for text in prompts:
             prompt = prompter.encode(text)
-            found.append((prompt + torch_greedy(model, prompt, generated), len(prompt)))
-        return found
+            texts.append((prompt + torch_greedy(model, prompt, generated), len(prompt)))
+        return texts
     ids = list(tokens) if tokens is not None else sample_tokens(vocabulary)
     if len(ids) < 2 or not all(0 <= token < vocabulary for token in ids):
         raise InputError("tokens are wrong", expected=f"at least 2 ids below {vocabulary}", got=str(ids[:8]))
@@ -118,7 +118,7 @@ def token_lists(
 
 
 def torch_greedy(model: Any, prompt: Sequence[int], count: int) -> list[int]:
-    """The next `count` tokens that torch chooses greedily, end tokens or not."""
+    """Return the next `count` greedy tokens of torch, including end tokens."""
     import torch
 
     cache, fed, chosen = None, torch.tensor([list(prompt)]), []
@@ -132,7 +132,7 @@ def torch_greedy(model: Any, prompt: Sequence[int], count: int) -> list[int]:
 
 
 def torch_logits(model: Any, tokens: Sequence[int]) -> Any:
-    """(positions, vocabulary) float32."""
+    """Return logits (positions, vocabulary), float32."""
     import torch
 
     with torch.no_grad():
@@ -140,7 +140,7 @@ def torch_logits(model: Any, tokens: Sequence[int]) -> Any:
 
 
 def onnx_logits(decoder: Decoder, adapter: str | None, tokens: Sequence[int], prompt: int) -> Any:
-    """(positions, vocabulary) float32: `prompt` tokens at once, the rest one by one through the cache."""
+    """Return logits (positions, vocabulary), float32: `prompt` tokens at once, the rest singly through the cache."""
     import numpy as np
 
     ids = np.asarray([list(tokens)], np.int64)

@@ -61,18 +61,18 @@ def stated_of(names: Sequence[str] = ()) -> dict[str, tuple[str | None, ReadOpti
     from adapter_merge.formats.read_options import ReadOptions
 
     said = click.get_current_context().meta.get(META, {})
-    found: dict[str, dict[str, Any]] = {name: {} for name in names or ("",)}
+    stated: dict[str, dict[str, Any]] = {name: {} for name in names or ("",)}
     for option, kind, choices, _ in OPTIONS:
         key = option.removeprefix("--").replace("-", "_")
         for text in said.get(key) or ():
             owner, value = _split(text, names)
             if names and owner is None and kind == PATH and len(names) > 1:
                 raise click.UsageError(f"{option} {text}: whose is it? {option} NAME={text}, with {', '.join(names)}")
-            for name in found if owner is None else (owner,):
-                if key in found[name] and owner is not None and found[name][key] != value:
+            for name in stated if owner is None else (owner,):
+                if key in stated[name] and owner is not None and stated[name][key] != value:
                     raise click.UsageError(f"{option} says two things of {name}")
-                found[name][key] = _value(option, kind, choices, value)
-    return {name: (values.pop("base_kind", None), ReadOptions(**values)) for name, values in found.items()}
+                stated[name][key] = _value(option, kind, choices, value)
+    return {name: (values.pop("base_kind", None), ReadOptions(**values)) for name, values in stated.items()}
 
 
 def one_stated() -> tuple[str | None, ReadOptions]:

@@ -25,8 +25,8 @@ def doctor(as_json: bool, quiet: bool, verbose: bool) -> None:
         click.echo(f"devices: {', '.join(report['devices'])}")
         if report["providers"]:
             click.echo(f"ONNX Runtime providers: {', '.join(report['providers'])}")
-        for name, found in report["versions"].items():
-            click.echo(f"  {name:<24} {found or '-'}")
+        for name, version in report["versions"].items():
+            click.echo(f"  {name:<24} {version or '-'}")
         for name, state in report["works"].items():
             click.echo(f"{name}: {state}")
         for problem in report["problems"]:

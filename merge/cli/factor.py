@@ -81,14 +81,14 @@ def factor(
 
 
 def _show_certificate(content: dict[str, Any]) -> None:
-    found = content["certificate"]
-    low, high = found["ranks"]
+    certificate = content["certificate"]
+    low, high = certificate["ranks"]
     span = str(low) if low == high else f"{low} .. {high}"
     click.echo(
-        f"  {content['form']}, rank {span}; relative error of dW at most {found['max_relative_error']:.2g}, "
-        f"mean {found['mean_relative_error']:.2g}; energy kept {found['mean_energy']:.4%}"
+        f"  {content['form']}, rank {span}; relative error of dW at most {certificate['max_relative_error']:.2g}, "
+        f"mean {certificate['mean_relative_error']:.2g}; energy kept {certificate['mean_energy']:.4%}"
     )
-    end = found.get("end_to_end")
+    end = certificate.get("end_to_end")
     if end is not None:
         click.echo(
             f"  end to end: |dlogit| at most {end['max_dlogit']:.2g}, mean {end['mean_dlogit']:.2g}; "

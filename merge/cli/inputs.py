@@ -144,25 +144,25 @@ def _no_options() -> ReadOptions:
 
 def _called(paths: tuple[str, ...]) -> list[tuple[str, str]]:
     """Adapters without names get their folders', the second of the same name -2."""
-    found: list[tuple[str, str]] = []
+    named: list[tuple[str, str]] = []
     for path in paths:
         stem = Path(path).name or Path(path).resolve().name
-        taken = {name for name, _ in found}
+        taken = {name for name, _ in named}
         others = (f"{stem}-{number}" for number in range(2, len(paths) + 2))
-        found.append((stem if stem not in taken else next(name for name in others if name not in taken), path))
-    return found
+        named.append((stem if stem not in taken else next(name for name in others if name not in taken), path))
+    return named
 
 
 def _numbers(option: str, texts: Sequence[str]) -> dict[str, float]:
     """NAME=NUMBER, by name."""
-    found: dict[str, float] = {}
+    numbers: dict[str, float] = {}
     for text in texts:
         name, _, number = text.partition("=")
         try:
-            found[name] = float(number)
+            numbers[name] = float(number)
         except ValueError as error:
             raise click.UsageError(f"{option} {text}: expected NAME=NUMBER") from error
-    return found
+    return numbers
 
 
 def _ingredients(

@@ -23,24 +23,24 @@ def _prove_hashes(folder: str, inputs: bool, public_key: Path | None, as_json: b
 
     total = sum(path.stat().st_size for path in Path(folder).rglob("*") if path.is_file())
     with progress_bar("hashing", total, quiet or as_json) as progress:
-        found = check_integrity(folder, inputs=inputs, public_key=public_key, progress=progress)
+        integrity = check_integrity(folder, inputs=inputs, public_key=public_key, progress=progress)
     if as_json:
-        emit(asdict(found) | {"folder": folder, "passed": True})
+        emit(asdict(integrity) | {"folder": folder, "passed": True})
         return
-    if found.signed:
+    if integrity.signed:
         who = f"signed by the owner of {public_key}"
-    elif SIGNATURE in found.beside:
+    elif SIGNATURE in integrity.beside:
         who = "its signature was not checked: --signature --public-key FILE"
     else:
         who = "not signed: nothing tells who wrote it"
-    click.echo(f"{folder}: {found.files} files, {found.nbytes / 1e6:.1f} MB, unchanged since written ({who})")
+    click.echo(f"{folder}: {integrity.files} files, {integrity.nbytes / 1e6:.1f} MB, unchanged since written ({who})")
     if inputs:
-        click.echo(f"  {found.inputs} files of base and adapters are still the ones that were merged")
-        for name in found.moved:
+        click.echo(f"  {integrity.inputs} files of base and adapters are still the ones that were merged")
+        for name in integrity.moved:
             click.echo(f"  not there any more: {name}")
-    for name in found.changed:
+    for name in integrity.changed:
         click.echo(f"  not the file that the manifest names any more: {name}")
-    for name in found.beside:
+    for name in integrity.beside:
         if name != SIGNATURE:
             click.echo(f"  not in the manifest, not looked at: {name}")
 

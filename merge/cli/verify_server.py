@@ -49,11 +49,11 @@ def verify_running(subject: Subject, served: Mapping[str, Any], as_json: bool, q
 
 
 def _show(report: Mapping[str, Any]) -> None:
-    found, greedy, bar = report["log_probabilities"], report["greedy"], report["tolerance"]
+    measured, greedy, bar = report["log_probabilities"], report["greedy"], report["tolerance"]
     click.echo(f"server   {report['path']}, model {report['model']}")
-    click.echo(f"compared {found['compared']} log-probabilities of {SAID[report['way']]}")
+    click.echo(f"compared {measured['compared']} log-probabilities of {SAID[report['way']]}")
     for label, key in (("adapter", "difference"), ("base", "from_base"), ("effect", "effect")):
-        click.echo(f"{label:<8} {_pair(found[key])}{MEANING[key]}")
+        click.echo(f"{label:<8} {_pair(measured[key])}{MEANING[key]}")
     click.echo(f"allowed  {_pair(bar)}, for {report['dtype']}")
     click.echo(f"greedy   {greedy['equal']}/{greedy['total']} tokens equal")
     for note in report["notes"]:

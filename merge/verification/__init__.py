@@ -1,1 +1,1 @@
-"""Artefacts compared with the adapter as trained."""
+"""Comparison of artefacts with the adapter as trained: weights, logits and servers."""

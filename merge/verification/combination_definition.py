@@ -1,4 +1,4 @@
-"""What a combination is, straight from its definition: whole tensors in float64, by sorting. For proofs, not for speed.
+"""Combinations by their definition: whole tensors in float64, by sorting. Used by proofs only, since it is slow.
 
 It shares the random numbers with delta_ops.py, and nothing else: no blocks, no histograms, no factors.
 """
@@ -21,7 +21,7 @@ def defined_delta(
     settings: Settings,
     noise: Tensor | float = 0.0,  # of the tensor's shape: what float32 arithmetic may be off by
 ) -> tuple[Tensor, Tensor]:
-    """The combined delta, and the elements that float32 may decide otherwise: beside a threshold or a sign."""
+    """Return the combined delta, and a mask of elements so near a threshold or a sign that float32 may differ."""
     unsure = torch.zeros_like(deltas[0], dtype=torch.bool)
     terms = []
     for delta, part in zip(deltas, parts, strict=True):
@@ -54,7 +54,7 @@ def defined_delta(
 
 
 def _beside(delta: Tensor, edge: int, noise: Tensor | float) -> Tensor:
-    """The elements whose size may fall on the other side of the edge-th largest."""
+    """Return a mask of elements whose magnitude may fall on the other side of the edge-th largest."""
     size = delta.abs()
     if not 0 < edge < delta.numel():
         return torch.zeros_like(size, dtype=torch.bool)

@@ -1,4 +1,4 @@
-"""Logits and greedy tokens of an artefact against the live, unmerged adapter (streamed_adapter.py).
+"""Comparison of an artefact's logits and greedy tokens with the live, unmerged adapter (streamed_adapter.py).
 
 One model runs at a time, one part of it in memory at a time, all prompts together: see streamed_model.py.
 """
@@ -28,37 +28,37 @@ PROMPTS = (
     "Tell me about the sea.",
     "Write one sentence about a small dog.",
 )
-Say = Callable[[str], None]  # what is being done, for a terminal
+Say = Callable[[str], None]  # called with a line on the current step
 
 
 @dataclass(frozen=True)
 class LogitFigures:
-    """The artefact's logits against the live adapter's."""
+    """Differences between the artefact's logits and the live adapter's."""
 
     max_difference: float
     mean_difference: float
     greedy_equal: int  # positions where both would choose the same token
     greedy_total: int
-    effect: float  # max |dlogit| of the adapter itself: what would be lost without it
+    effect: float  # max |dlogit| between base and adapter
 
 
 @dataclass(frozen=True)
 class TokenPath:
-    """Tokens to compare on: a prompt and what the live adapter says to it."""
+    """The tokens of one comparison: a prompt and the live adapter's answer."""
 
     ids: Tensor  # (T,)
     start: int  # the first position whose choice of a token is compared
 
 
 def live_network(bound: BoundAdapter, dtype: torch.dtype) -> nn.Module:
-    """The adapter as trained; of several adapters their combination, which is held whole."""
+    """Return the model with the adapter as trained, or with a combination, which is held in memory."""
     return combined_model(bound, dtype) if isinstance(bound, CombinedBound) else streamed_trained(bound, dtype).model
 
 
 def token_paths(
     bound: BoundAdapter, prompts: Sequence[str] | None, generated: int, say: Say = lambda text: None
 ) -> list[TokenPath]:
-    """Every prompt, followed by the `generated` tokens that the live adapter chooses greedily."""
+    """Return every prompt followed by the `generated` tokens that the live adapter chooses greedily."""
     live: Any = live_network(bound, torch.float32)
     rows = _prompt_ids(bound, prompts, live)
     if not generates(live) or live.config.is_encoder_decoder or not generated:
@@ -69,11 +69,11 @@ def token_paths(
 
 @torch.no_grad()
 def _greedy(model: Any, rows: Sequence[Tensor], count: int, say: Say) -> Tensor:
-    """(B, count): the greedy tokens after each prompt, never an end token; all prompts in one forward per token."""
+    """Return (B, count): the greedy tokens after each prompt, never an end token; one batched forward per token."""
     stated = getattr(model.generation_config, "eos_token_id", None)
     size = int(model.config.get_text_config().vocab_size)
     ends = torch.tensor(
-        [one for one in (stated if isinstance(stated, list) else [stated]) if one is not None and one < size],
+        [token for token in (stated if isinstance(stated, list) else [stated]) if token is not None and token < size],
         dtype=torch.int64,
     )
     ids, mask = _padded(rows, 0, left=True)
@@ -96,7 +96,7 @@ def _greedy(model: Any, rows: Sequence[Tensor], count: int, say: Say) -> Tensor:
 
 
 def _padded(rows: Sequence[Tensor], pad: int, *, left: bool = False) -> tuple[Tensor, Tensor]:
-    """ids and attention mask (B, T)."""
+    """Return ids and attention mask, both (B, T)."""
     length = max(len(row) for row in rows)
     ids, mask = torch.full((len(rows), length), pad), torch.zeros(len(rows), length, dtype=torch.int64)
     for index, row in enumerate(rows):
@@ -108,7 +108,7 @@ def _padded(rows: Sequence[Tensor], pad: int, *, left: bool = False) -> tuple[Te
 def compare_logits(
     bound: BoundAdapter, folder: Path, kind: str, paths: Sequence[TokenPath], dtype: torch.dtype, say: Say
 ) -> LogitFigures:
-    """Base, live adapter and artefact on the same tokens, all computing in `dtype`."""
+    """Compare base, live adapter and artefact on the same tokens, all computing in `dtype`."""
     say(f"logits of the adapter as trained, {dtype}".replace("torch.", ""))
     expected = _all_logits(live_network(bound, dtype), paths)
     say("logits of the base")
@@ -120,9 +120,9 @@ def compare_logits(
             effect = own if math.isnan(effect) else max(effect, own)
     del before
     say("logits of the artefact")
-    found = _all_logits(streamed_artefact(bound, folder, kind, dtype).model, paths)
+    logits = _all_logits(streamed_artefact(bound, folder, kind, dtype).model, paths)
     worst, mean, equal, total = 0.0, 0.0, 0, 0
-    for path, want, got in zip(paths, expected, found, strict=True):
+    for path, want, got in zip(paths, expected, logits, strict=True):
         if want.shape != got.shape:
             return LogitFigures(math.inf, math.inf, 0, want.shape[0], effect)
         difference = (got - want).abs()
@@ -138,7 +138,7 @@ def compare_logits(
 
 
 def _prompt_ids(bound: BoundAdapter, prompts: Sequence[str] | None, model: Any) -> list[Tensor]:
-    """Token ids (T,) per prompt; four seeded random rows of 16 where the base has no tokenizer."""
+    """Return token ids (T,) per prompt; four seeded random rows of 16 where the base has no tokenizer."""
     folder = bound.base.folder
     if any((folder / name).is_file() for name in ("tokenizer.json", "tokenizer_config.json")):
         import transformers
@@ -164,7 +164,7 @@ def _prompt_ids(bound: BoundAdapter, prompts: Sequence[str] | None, model: Any) 
 
 @torch.no_grad()
 def _all_logits(model: Any, paths: Sequence[TokenPath]) -> list[Tensor]:
-    """Per path the logits (T, vocabulary), or (labels,) for a classifier; all paths in one forward."""
+    """Return the logits (T, vocabulary) per path, or (labels,) for a classifier; one forward for all paths."""
     pad = getattr(model.config.get_text_config(), "pad_token_id", None)
     ids, mask = _padded([path.ids for path in paths], pad if isinstance(pad, int) and pad >= 0 else 0)
     inputs = {"input_ids": ids, "attention_mask": mask}

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from .completions_client import CompletionsClient, Continuation
 
-FLOOR = 1e-4  # of the tolerance: what engines differ by in float32
+FLOOR = 1e-4  # of the tolerance: the difference of engines in float32
 # The server's distance from exact arithmetic over that of the same dtype here. vLLM on a CPU in bfloat16: 0.7 to 0.9.
 NOISE_OF_MAX, NOISE_OF_MEAN = 3.0, 2.0
 MARGIN = 4.0  # the adapter's effect over the tolerance
@@ -27,7 +27,7 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch
 
 @dataclass(frozen=True)
 class Transcript:
-    """A prompt with the adapter's own answer: ids (T,), of which the first `start` are the prompt."""
+    """A prompt with the adapter's answer: ids (T,), of which the first `start` are the prompt."""
 
     ids: tuple[int, ...]
     start: int
@@ -35,7 +35,7 @@ class Transcript:
 
 @dataclass(frozen=True)
 class Expectation:
-    """What three models say of one transcript: log-probabilities (T - 1,) of ids[1:], float64."""
+    """The results of three models for one transcript: log-probabilities (T - 1,) of ids[1:], float64."""
 
     base: Tensor
     trained: Tensor
@@ -47,7 +47,7 @@ class Expectation:
 
 @dataclass(frozen=True)
 class Distance:
-    """max and mean |d log-probability| over the compared tokens."""
+    """Max and mean |d log-probability| over the compared tokens."""
 
     max: float
     mean: float
@@ -55,12 +55,12 @@ class Distance:
 
 @dataclass(frozen=True)
 class ServerFigures:
-    """The server against the adapter as trained and against the base, on the same tokens."""
+    """Differences between the server, the adapter as trained and the base, on the same tokens."""
 
     compared: int  # log-probabilities
     difference: Distance  # server to adapter as trained
     from_base: Distance  # server to base
-    effect: Distance  # base to adapter as trained: what would be lost without it
+    effect: Distance  # base to adapter as trained
     noise: Distance  # adapter as trained: the server's dtype to the wider one
     greedy_equal: int
     greedy_total: int  # up to the first token that differs, which ends a prompt's comparison
@@ -74,7 +74,10 @@ def expect(
     live: Callable[[torch.dtype], nn.Module],
     dtype: str,
 ) -> list[Expectation]:
-    """What base and adapter say of each transcript; one model in memory at a time. base, live: make the models."""
+    """Compute the results of base and adapter for each transcript, with one model in memory at a time.
+
+    base, live: return the models.
+    """
     wide = WIDER[dtype]
     narrow = [
         _scores(_logits(model, transcript), transcript)
@@ -84,36 +87,36 @@ def expect(
     before = [
         _scores(_logits(model, transcript), transcript) for model in (base().to(wide),) for transcript in transcripts
     ]
-    found = []
+    expectations = []
     model = live(wide)
     for transcript, rounded, plain in zip(transcripts, narrow, before, strict=True):
         logits = _logits(model, transcript)
         answer = torch.tensor(transcript.ids[transcript.start :])
         best = logits[transcript.start - 1 : -1].argmax(-1)
         followed = int((best == answer).int().cumprod(0).sum())
-        # A generation that was told to avoid a token (an early end of sequence) leaves the greedy path: end there.
+        # Where a token was suppressed (an early end of sequence) the generation is no longer greedy: end there.
         greedy = best[: followed + 1]
         after = logits[transcript.start - 1 : transcript.start - 1 + len(greedy)].log_softmax(-1)
         scores = _scores(logits, transcript)
-        found.append(Expectation(plain, scores, rounded, tuple(greedy.tolist()), followed, after))
-    return found
+        expectations.append(Expectation(plain, scores, rounded, tuple(greedy.tolist()), followed, after))
+    return expectations
 
 
 def _logits(model: nn.Module, transcript: Transcript) -> Tensor:
-    """(T, vocabulary), float64."""
+    """Return the logits (T, vocabulary), float64."""
     ids = torch.tensor([transcript.ids])
     logits: Tensor = model(input_ids=ids, attention_mask=torch.ones_like(ids)).logits
     return logits[0].double()
 
 
 def _scores(logits: Tensor, transcript: Transcript) -> Tensor:
-    """(T - 1,): the log-probability of each token but the first; -inf for one that the model does not have."""
-    found = torch.full((len(transcript.ids) - 1,), -math.inf, dtype=torch.float64)
+    """Return (T - 1,): the log-probability of each token after the first; -inf for tokens outside the vocabulary."""
+    scores = torch.full((len(transcript.ids) - 1,), -math.inf, dtype=torch.float64)
     ids = torch.tensor(transcript.ids[1:])
     known = ids < logits.shape[-1]
     rows = logits[:-1].log_softmax(-1)
-    found[known] = rows[known].gather(1, ids[known, None])[:, 0]
-    return found
+    scores[known] = rows[known].gather(1, ids[known, None])[:, 0]
+    return scores
 
 
 def compare_server(
@@ -124,7 +127,7 @@ def compare_server(
     progress: Callable[[int], None] | None = None,
     ends: frozenset[int] = frozenset(),
 ) -> ServerFigures:
-    """Ask the server for every transcript: its greedy tokens, then its log-probabilities of the whole transcript.
+    """Query the server for every transcript: its greedy tokens, then its log-probabilities of the transcript.
 
     text_of: a token id's text, for servers that tell no ids. ends: the end-of-sequence tokens, which a server may leave
     out of its answer.
@@ -163,17 +166,17 @@ def compare_server(
     )
 
 
-def _distance(one: Tensor, other: Tensor) -> Distance:
-    if not one.numel():
+def _distance(first: Tensor, second: Tensor) -> Distance:
+    if not first.numel():
         return Distance(math.nan, math.nan)
-    apart = (one - other).abs()
+    apart = (first - second).abs()
     return Distance(float(apart.max()), fmean(apart.tolist()))
 
 
 def _compare_greedy(
     made: Continuation, want: Expectation, text_of: Callable[[int], str] | None, ends: frozenset[int]
 ) -> tuple[int, float | None]:
-    """(tokens that are equal, the gap at the first one that is not). inf: a token that cannot be told."""
+    """Return (number of equal tokens, gap at the first different one); the gap is inf for an unknown token."""
     for place, token in enumerate(want.greedy):
         if place >= len(made.ids):
             # Some servers leave the end-of-sequence token out; the adapter must end there with one as well.
@@ -194,11 +197,11 @@ class ServerVerdict:
     tolerance: Distance
     verdict: str
     problems: tuple[str, ...]
-    is_base: bool = False  # the answers are the base's
+    is_base: bool = False  # the answers match the base
 
 
 def judge(figures: ServerFigures, tolerance: float | None = None) -> ServerVerdict:
-    """PASS only where server and adapter agree, and a server without the adapter would not have agreed."""
+    """Return PASS only where server and adapter agree, and a server without the adapter would not."""
     noise = figures.noise
     bar = (
         Distance(tolerance, tolerance)
@@ -208,10 +211,10 @@ def judge(figures: ServerFigures, tolerance: float | None = None) -> ServerVerdi
     if not figures.compared or not figures.greedy_total:
         return ServerVerdict(bar, "FAIL", ("nothing was compared: the server gave no log-probability",))
     problems = []
-    found = figures.difference
-    if not (found.max <= bar.max and found.mean <= bar.mean):
+    difference = figures.difference
+    if not (difference.max <= bar.max and difference.mean <= bar.mean):
         problems.append(
-            f"log-probabilities differ by up to {found.max:.3g} (mean {found.mean:.3g}); "
+            f"log-probabilities differ by up to {difference.max:.3g} (mean {difference.mean:.3g}); "
             f"{bar.max:.3g} (mean {bar.mean:.3g}) is allowed"
         )
     wrong = [gap for gap in figures.greedy_gaps if not gap <= 2 * bar.max]

@@ -1,4 +1,4 @@
-"""A client of an OpenAI-compatible server: the models that it offers, and its log-probabilities of given tokens.
+"""A client of an OpenAI-compatible server: its models, and its log-probabilities of given tokens.
 
 Prompts are sent as token ids, so that the server's tokenizer has no part in the figures. There are three ways to
 log-probabilities:
@@ -50,7 +50,7 @@ class ServedModel:
 
 @dataclass(frozen=True)
 class Continuation:
-    """What a server generated: token ids (None where it tells only their text), and their log-probabilities."""
+    """A server's answer: token ids (None where it gives only their text), and their log-probabilities."""
 
     ids: tuple[int | None, ...]
     texts: tuple[str, ...]
@@ -59,7 +59,7 @@ class Continuation:
 
 
 class _Refused(Exception):
-    """The server understood the request and did not accept it."""
+    """Raised when the server refuses a request with a status of REFUSED."""
 
     def __init__(self, status: int, message: str) -> None:
         super().__init__(message)
@@ -67,14 +67,14 @@ class _Refused(Exception):
 
 
 class _NoRedirects(urllib.request.HTTPRedirectHandler):
-    """A redirect would carry the key to another host."""
+    """Refuses redirects, which would send the key to another host."""
 
     def redirect_request(self, *_: Any) -> None:
         return None
 
 
 class CompletionsClient:
-    """Asks one model of one server. Every method raises InputError for a server that does not answer as expected."""
+    """A client of one model on one server. Every method raises InputError for an unexpected answer."""
 
     def __init__(self, served: ServedModel) -> None:
         self.served = served
@@ -88,11 +88,11 @@ class CompletionsClient:
 
     @property
     def way(self) -> str:
-        """How log-probabilities were got: prompt_logprobs, echo or generated (known after the first `score`)."""
+        """How log-probabilities were obtained: prompt_logprobs, echo or generated (known after the first `score`)."""
         return self._way or "generated"
 
     def models(self) -> tuple[str, ...]:
-        """The names that the server lists; empty where it has no list."""
+        """The model names that the server lists; empty where it has no list."""
         try:
             content = self._request("models", None)
         except _Refused as refused:
@@ -107,38 +107,38 @@ class CompletionsClient:
         return tuple(str(entry["id"]) for entry in listed if isinstance(entry, dict) and "id" in entry)
 
     def score(self, ids: Sequence[int]) -> list[float] | None:
-        """The log-probability of each of ids[1:] after those before it; None where the server tells none.
+        """Return the log-probability of each of ids[1:] given those before it; None where the server gives none.
 
         Raises MismatchError when the server scored other tokens than the ones that were sent.
         """
         if self._way in (None, "prompt_logprobs"):
-            found = self._score_by_extension(ids)
-            if found is not None:
+            values = self._score_by_extension(ids)
+            if values is not None:
                 self._way = "prompt_logprobs"
-                return found
+                return values
         if self._way in (None, "echo"):
-            found = self._score_by_echo(ids)
-            if found is not None:
+            values = self._score_by_echo(ids)
+            if values is not None:
                 self._way = "echo"
-                return found
+                return values
         if self._way not in (None, "generated"):
             raise InputError(f"{self.url}: gave log-probabilities of one prompt and not of another")
         self._way = "generated"
         return None
 
     def generate(self, ids: Sequence[int], count: int) -> Continuation:
-        """`count` greedy tokens after `ids`, or fewer: to the end of the answer."""
+        """Generate `count` greedy tokens after `ids`, or fewer where the answer ends."""
         body = {"prompt": list(ids), "max_tokens": count, "logprobs": 1, **STANDARD}
         choice = self._choice(self._extended(body))
-        found = choice.get("logprobs")
-        if not isinstance(found, dict) or not isinstance(found.get("token_logprobs"), list):
+        logprobs = choice.get("logprobs")
+        if not isinstance(logprobs, dict) or not isinstance(logprobs.get("token_logprobs"), list):
             raise UnsupportedError(
                 f"{self.url}: answers without log-probabilities",
                 expected="logprobs.token_logprobs in every choice of /v1/completions",
                 hint="does the server have to be told to give log-probabilities?",
             )
-        values = [self._finite(value) for value in found["token_logprobs"]]
-        texts = [str(text) for text in found.get("tokens") or ()]
+        values = [self._finite(value) for value in logprobs["token_logprobs"]]
+        texts = [str(text) for text in logprobs.get("tokens") or ()]
         known = choice.get("token_ids")
         if isinstance(known, list) and all(isinstance(token, int) for token in known):
             tokens: list[int | None] = list(known)
@@ -149,7 +149,7 @@ class CompletionsClient:
         return Continuation(tuple(tokens), tuple(texts), tuple(values), choice.get("finish_reason") == "stop")
 
     def count_tokens(self, text: str) -> tuple[int | None, list[int] | None]:
-        """(how many tokens the server makes of `text`, which ones); None for what it does not tell."""
+        """Return (number of tokens of `text` on the server, their ids); None for what it does not give."""
         content = self._extended({"prompt": text, "max_tokens": 1, **STANDARD})
         known = self._choice(content).get("prompt_token_ids")
         usage = content.get("usage")
@@ -164,13 +164,13 @@ class CompletionsClient:
             if refused.status in REFUSED and self._way is None:
                 return None
             raise self._failure("completions", refused) from refused
-        found = self._choice(content).get("prompt_logprobs")
-        if not isinstance(found, list):
+        entries = self._choice(content).get("prompt_logprobs")
+        if not isinstance(entries, list):
             return None
-        if len(found) != len(ids):
-            raise self._other_tokens(f"{len(ids)} tokens", f"log-probabilities of {len(found)}")
+        if len(entries) != len(ids):
+            raise self._other_tokens(f"{len(ids)} tokens", f"log-probabilities of {len(entries)}")
         values = []
-        for token, entry in zip(ids[1:], found[1:], strict=True):
+        for token, entry in zip(ids[1:], entries[1:], strict=True):
             if not isinstance(entry, dict) or not isinstance(entry.get(str(token)), dict):
                 raise self._other_tokens(f"a log-probability of token {token}", f"of {', '.join(entry or ('none',))}")
             values.append(self._finite(entry[str(token)].get("logprob")))
@@ -184,8 +184,8 @@ class CompletionsClient:
             if refused.status in REFUSED and self._way is None:
                 return None
             raise self._failure("completions", refused) from refused
-        found = self._choice(content).get("logprobs")
-        values = found.get("token_logprobs") if isinstance(found, dict) else None
+        logprobs = self._choice(content).get("logprobs")
+        values = logprobs.get("token_logprobs") if isinstance(logprobs, dict) else None
         if not isinstance(values, list) or len(values) <= 1 < len(ids):
             return None
         if len(values) not in (len(ids), len(ids) + 1):  # the prompt alone, or with the token that was generated
@@ -193,7 +193,7 @@ class CompletionsClient:
         return [self._finite(value) for value in values[1 : len(ids)]]
 
     def _extended(self, body: dict[str, Any]) -> dict[str, Any]:
-        """The answer to `body` with the extensions, or without them where the server knows the standard alone."""
+        """Send `body` with the extensions, or without them where the server accepts only the standard."""
         try:
             return self._complete({**body, **self._extensions})
         except _Refused as refused:
@@ -211,7 +211,7 @@ class CompletionsClient:
         return self._request("completions", {"model": self.served.model, **body})
 
     def _request(self, path: str, body: dict[str, Any] | None) -> dict[str, Any]:
-        """The JSON object at `path`: GET, or POST of a body. Raises _Refused and InputError."""
+        """Return the JSON object at `path`: GET, or POST with a body. Raises _Refused and InputError."""
         headers = {"Accept": "application/json"}
         if self.served.api_key is not None:
             headers["Authorization"] = f"Bearer {self.served.api_key}"
@@ -248,7 +248,7 @@ class CompletionsClient:
         return content
 
     def _failure(self, path: str, refused: _Refused) -> AdapterMergeError:
-        """The error for a request that the server refused for good."""
+        """Return the error for a refused request that is not retried."""
         got = f"{refused.status}: {refused.message}"
         if refused.status in (401, 403):
             cause = "refuses this API key" if self.served.api_key else "asks for an API key"
@@ -297,7 +297,7 @@ class CompletionsClient:
 
 
 def _base_url(url: str) -> str:
-    """The address of the server's /v1, from an address with or without it. Raises InputError."""
+    """Return the address of the server's /v1, from an address with or without it. Raises InputError."""
     try:
         parts = urlsplit(url)
         fine = parts.scheme in ("http", "https") and bool(parts.hostname) and parts.port != 0
@@ -312,7 +312,7 @@ def _base_url(url: str) -> str:
 
 
 def _message(raw: bytes) -> str:
-    """A server's own words for an error."""
+    """Return the error message in a server's answer."""
     text = raw.decode(errors="replace")
     try:
         content = json.loads(text)
@@ -325,6 +325,6 @@ def _message(raw: bytes) -> str:
 
 
 def _shown(text: str) -> str:
-    """`text` in one short line without control characters."""
+    """Return `text` as one short line without control characters."""
     plain = "".join(letter if letter.isprintable() else " " for letter in text).strip()
     return plain if len(plain) <= SHOWN else plain[:SHOWN] + "..."

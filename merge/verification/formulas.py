@@ -1,4 +1,4 @@
-"""Forward formulas of the methods that PEFT does not run: the papers' and projects' own, without the canonical form.
+"""Forward formulas of methods that PEFT does not have, from their papers and code, without the canonical form.
 
 DCFT      y = plain(x) + (x Delta) alpha / (ranknum + 1e-5),  Delta = conv_transpose2d(A^T B^T, C)      (in, out)
 reshape   y = plain(x) + x Delta^T,  Delta = (conv_transpose2d(B A, C) + bias).view(out, in)
@@ -30,7 +30,7 @@ Forward = Callable[[nn.Module, Callable[[Tensor], Tensor], Tensor], Tensor]  # (
 
 
 def forward_of(module: AdaptedModule, layer: nn.Module, dtype: torch.dtype) -> Forward:
-    """The adapted layer's forward in `dtype`. `layer` still holds its weight as the base stores it."""
+    """Return the adapted layer's forward in `dtype`; `layer` must hold the weight with the base's values."""
     if isinstance(module, DcftModule):
         return _added(_dcft_delta(module, dtype))
     if isinstance(module, DcftReshapeModule):
@@ -58,7 +58,7 @@ def _dcft_delta(module: DcftModule, dtype: torch.dtype) -> Tensor:  # (in, out)
 
 
 def dcft_scale(module: DcftModule) -> float:
-    """alpha / (ranknum + 1e-5), with r for an alpha of 0 (class SVDLinear of the reference)."""
+    """Return alpha / (ranknum + 1e-5), with r for an alpha of 0 (class SVDLinear of the reference)."""
     number = module.ranknum if isinstance(module.ranknum, float) else float(read_tensor(module.ranknum).reshape(-1)[0])
     scaling = module.alpha if module.alpha > 0 else number  # SVDLinear: lora_alpha if lora_alpha > 0 else float(r)
     return scaling / (number + RANKNUM_EPSILON)
@@ -84,7 +84,7 @@ def _with_bias(layer: nn.Module, y: Tensor) -> Tensor:
 
 
 def _frozen_of(module: LoraModule, weight: Tensor) -> Tensor:
-    """W_f (out, in) in the dtype that it was kept in."""
+    """Return W_f (out, in) in the dtype that it was rounded to."""
     if module.frozen is not None:
         return read_tensor(module.frozen)
     if module.initial is None:
@@ -94,7 +94,7 @@ def _frozen_of(module: LoraModule, weight: Tensor) -> Tensor:
 
 @dataclass(frozen=True, eq=False)
 class Subtracted:
-    """What was cut out of W0 before training: W_f = round(W0 - s B0 A0), in the order of operations of the training."""
+    """The factors subtracted from W0 before training: W_f = round(W0 - s B0 A0), operations ordered as at training."""
 
     b: Tensor  # (out, r)
     a: Tensor  # (r, in)
@@ -103,23 +103,23 @@ class Subtracted:
     product: torch.dtype | None = None  # of the factors and of s B0 A0 where these were rounded (MyTransformers)
 
     def transposed(self) -> Subtracted:
-        """That of W0^T."""
+        """Return the same for W0^T."""
         return replace(self, b=self.a.T.contiguous(), a=self.b.T.contiguous())
 
     def rows(self, weight: Tensor, first: int = 0) -> tuple[Tensor, Tensor]:
-        """Rows first .. first + n of W_f in `kept`, for those of W0, and how far another float32 may take them.
+        """Return rows first .. first + n of W_f in `kept` for those of W0, and the uncertainty of float32 arithmetic.
 
         Two decompositions of one weight differ in their last bits, so that an element beside the middle of two
         neighbours of a half precision may become either.
         """
         b = self.b[first : first + weight.shape[0]].to(torch.float32)
         product = b @ self.a.to(torch.float32)
-        found = self._left(weight, product)
+        residual = self._left(weight, product)
         if self.kept in (torch.float32, torch.float64):
-            return found, torch.zeros((), dtype=torch.float64)
+            return residual, torch.zeros((), dtype=torch.float64)
         noise = (weight.abs().to(torch.float32) / abs(self.scale) + product.abs()) * FLOAT32_NOISE
         low, high = (self._left(weight, product + sign * noise).to(torch.float64) for sign in (1, -1))
-        return found, (high - low).abs()
+        return residual, (high - low).abs()
 
     def _left(self, weight: Tensor, product: Tensor) -> Tensor:
         if self.product is None:
@@ -130,7 +130,7 @@ class Subtracted:
 
 
 def subtracted_from(module: LoraModule, weight: Callable[[], Tensor], stored: torch.dtype) -> Subtracted:
-    """What was cut out of W0 (out, in), which `weight` gives in the dtype `stored` that the base keeps it in."""
+    """Return what was subtracted from W0 (out, in), which `weight` gives in the base's dtype `stored`."""
     initial = module.initial
     assert initial is not None
     kept = TORCH_DTYPES[initial.dtype] if initial.dtype else stored

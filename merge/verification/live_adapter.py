@@ -1,4 +1,4 @@
-"""The adapter as it was trained: a live, unmerged model to hold every artefact against.
+"""The adapter as trained: a live, unmerged model, the reference of every comparison.
 
 PEFT folders run in PEFT itself. What PEFT cannot read runs from its paper's or project's forward formula, written in
 formulas.py without the canonical form that the rest of the project is built on.
@@ -27,7 +27,7 @@ from .formulas import Forward, forward_of
 
 @contextlib.contextmanager
 def quiet_libraries() -> Iterator[None]:
-    """transformers and PEFT without progress bars, log lines and warnings about what we check ourselves."""
+    """Silence progress bars, log lines and warnings of transformers and PEFT about facts that adapter-merge checks."""
     import transformers
 
     level = transformers.logging.get_verbosity()
@@ -56,7 +56,7 @@ def require(*packages: str) -> None:
 
 
 def load_model(folder: Any, config: Any = None) -> nn.Module:
-    """The transformers model in `folder`, of the class that its config names, in its own dtype, in eval mode."""
+    """Load the transformers model in `folder`, of its config's class, in its own dtype, in eval mode."""
     require("transformers")
     import transformers
 
@@ -70,7 +70,7 @@ def load_model(folder: Any, config: Any = None) -> nn.Module:
 
 
 def adapted_model(bound: BoundAdapter, dtype: torch.dtype, model: nn.Module) -> nn.Module:
-    """`model`, which is used up, with the adapter live in it, unmerged, computing in `dtype`."""
+    """Return `model`, which is changed, with the adapter live in it, unmerged, computing in `dtype`."""
     if bound.adapter.format == AdapterFormat.PEFT:
         return with_heads(_in_peft(model, bound).to(dtype), bound.replacements).eval()
     replace_tensors(model, bound.replacements)
@@ -83,7 +83,7 @@ def adapted_model(bound: BoundAdapter, dtype: torch.dtype, model: nn.Module) -> 
 
 
 def model_config(folder: Any) -> Any:
-    """The transformers config in `folder`."""
+    """Return the transformers config in `folder`."""
     require("transformers")
     import transformers
 
@@ -102,7 +102,7 @@ def replace_tensors(model: nn.Module, replacements: dict[str, TensorRef]) -> Non
 
 @torch.no_grad()
 def with_heads(model: nn.Module, heads: Mapping[str, TensorRef]) -> nn.Module:
-    """The model with trained heads and biases in its own precision: a base in half precision has rounded them.
+    """Return the model with trained heads and biases in their stored precision, which a half-precision base rounds.
 
     PEFT keeps them beside the base's.
     """
@@ -114,7 +114,7 @@ def with_heads(model: nn.Module, heads: Mapping[str, TensorRef]) -> nn.Module:
 
 
 def _plain(name: str) -> str:
-    """A parameter's name without what PEFT puts into it; of a head, the copy that is in use."""
+    """Return a parameter's name without PEFT's wrappers; for a head, the name of the trained copy."""
     plain = name.removeprefix("base_model.model.").replace(".base_layer.", ".")
     if ".original_module." in plain:
         return name
@@ -122,7 +122,7 @@ def _plain(name: str) -> str:
 
 
 def module_path(model: nn.Module, name: str) -> str:
-    """The adapter's module path in this model: as it is, or with one leading component more or less."""
+    """Return the adapter's module path in this model: unchanged, or with one leading component more or less."""
     paths: set[str] = {path for path, _ in model.named_modules()}
     if name in paths:
         return name
@@ -137,7 +137,7 @@ def module_path(model: nn.Module, name: str) -> str:
 
 @torch.no_grad()
 def continued(model: nn.Module, ids: Tensor, count: int, *, all_of_it: bool = False) -> Tensor:
-    """ids (B, T) followed by the model's greedy tokens, `count` of them or fewer: to the end of its answer."""
+    """Return ids (B, T) followed by `count` greedy tokens, or fewer where the answer ends."""
     with quiet_libraries():
         made: Tensor = model.generate(  # type: ignore[operator]
             input_ids=ids,
@@ -152,13 +152,13 @@ def continued(model: nn.Module, ids: Tensor, count: int, *, all_of_it: bool = Fa
 
 
 def generates(model: nn.Module) -> bool:
-    """True for a model that writes text."""
+    """Return True for a model that generates text."""
     can = getattr(model, "can_generate", None)
     return bool(can()) if callable(can) else False
 
 
 def live_layer(model: nn.Module, name: str) -> nn.Module:
-    """The adapted layer `name` of a live model (`adapted_model`)."""
+    """Return the adapted layer `name` of a live model (`adapted_model`)."""
     get_base_model = getattr(model, "get_base_model", None)
     inner = get_base_model() if callable(get_base_model) else model
     assert isinstance(inner, nn.Module)
@@ -166,7 +166,7 @@ def live_layer(model: nn.Module, name: str) -> nn.Module:
 
 
 def innermost(layer: nn.Module) -> nn.Module:
-    """The model's own layer inside what PEFT wraps around it."""
+    """Return the model's layer inside PEFT's wrappers."""
     while True:
         inner = getattr(layer, "base_layer", None) or getattr(layer, "token_adapter", None)
         if not isinstance(inner, nn.Module):
@@ -175,7 +175,7 @@ def innermost(layer: nn.Module) -> nn.Module:
 
 
 def is_embedding(layer: nn.Module) -> bool:
-    """True for a layer that takes token ids."""
+    """Return True for a layer that takes token ids."""
     return isinstance(innermost(layer), nn.Embedding)
 
 

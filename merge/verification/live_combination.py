@@ -1,4 +1,4 @@
-"""Several adapters as they were trained: each live and unmerged in a model of its own, then combined by definition.
+"""Combinations from live models: each adapter unmerged in its own model, their deltas combined by definition.
 
 What an adapter does to a weight is read off the live layer (its answers to the unit vectors), so that neither the
 canonical form nor the engine has a part in it. Experts of fused weights have no such layer: the algebra stands in.
@@ -25,27 +25,27 @@ from .streamed_adapter import held_model, streamed_trained
 
 
 def combined_model(bound: CombinedBound, dtype: torch.dtype = torch.float32) -> nn.Module:
-    """The base with the combination in its weights, computing in `dtype`."""
+    """Return the base with the combination in its weights, computing in `dtype`."""
     return _with_weights(bound, live_weights(bound)).to(dtype).eval()
 
 
 def live_weights(bound: CombinedBound) -> dict[str, Tensor]:
-    """W' of every combined tensor, float64, as stored, from live adapters."""
+    """Return W' of every combined tensor, float64, in the stored orientation, from live adapters."""
     return _in_turn(bound) if bound.recipe.in_turn else _side_by_side(bound)
 
 
 def _side_by_side(bound: CombinedBound) -> dict[str, Tensor]:
-    """W' of every combined tensor, float64, as stored: each adapter's own delta on the base, combined."""
-    found: dict[str, dict[str, Tensor]] = {}
+    """Return W' of every combined tensor, float64, as stored: the combination of the deltas on the base."""
+    effects: dict[str, dict[str, Tensor]] = {}
     for item, part in zip(bound.recipe.ingredients, bound.parts, strict=True):
         if item.weight != 0:
             for name, after in _live_tensors(bound, item.name, part, _alone(part)).items():
-                found.setdefault(name, {})[item.name] = after
+                effects.setdefault(name, {})[item.name] = after
     weights = {}
     for module in _modules(bound):
         base = read_tensor(module.weight).to(torch.float64)
         whole = module.combination
-        alone = found.pop(module.name)
+        alone = effects.pop(module.name)
         own = [alone[share.adapter].reshape(base.shape) - base for share in whole.shares]
         parts = whole.parts([share.edit(torch.float64) for share in whole.shares])
         weights[module.name] = base + defined_delta(own, parts, whole.settings)[0]
@@ -53,7 +53,7 @@ def _side_by_side(bound: CombinedBound) -> dict[str, Tensor]:
 
 
 def _in_turn(bound: CombinedBound) -> dict[str, Tensor]:
-    """W' of every tensor, float64: each adapter live on the model that the ones before it have left."""
+    """Return W' of every tensor, float64: each adapter live on the result of those before it."""
     weights: dict[str, Tensor] = {}
     for item, part in zip(bound.recipe.ingredients, bound.parts, strict=True):
         live = adapted_model(part, torch.float64, _with_weights(bound, weights)) if weights else _alone(part)
@@ -73,14 +73,14 @@ def _modules(bound: CombinedBound) -> list[CombinedModule]:
 def _live_tensors(
     bound: CombinedBound, adapter: str, part: BoundAdapter, live: nn.Module, before: dict[str, Tensor] | None = None
 ) -> dict[str, Tensor]:
-    """W' as this adapter alone makes it, float64, as stored, of every tensor that it changes."""
-    found: dict[str, Tensor] = {}
+    """Return W' of this adapter alone, float64, as stored, for every tensor that it changes."""
+    weights: dict[str, Tensor] = {}
     for module in _modules(bound):
         for share in module.combination.shares:
             if share.adapter != adapter:
                 continue
             if share.replacement is not None:
-                found[module.name] = read_tensor(share.replacement).to(torch.float64)
+                weights[module.name] = read_tensor(share.replacement).to(torch.float64)
                 continue
             after = _read_off(live, share.modules[0]) if len(share.modules) == 1 else None
             if after is None:
@@ -88,12 +88,12 @@ def _live_tensors(
                 base = read_tensor(module.weight).to(torch.float64) if held is None else held
                 rows = base.reshape(1, -1) if base.dim() < 2 else base
                 after = applied(share.edit(torch.float64), rows).reshape(base.shape)
-            found[module.name] = after
-    return found
+            weights[module.name] = after
+    return weights
 
 
 def _read_off(live: nn.Module, item: BoundModule) -> Tensor | None:
-    """The weight that a live layer computes with, as the base stores it; None where no layer shows it."""
+    """Return the weight that a live layer computes with, as stored; None where its output does not give it."""
     if item.rows is not None:
         return None
     try:
@@ -117,7 +117,7 @@ def _read_off(live: nn.Module, item: BoundModule) -> Tensor | None:
 
 
 def _inner_size(layer: Any) -> int | None:
-    """How wide the input of a linear layer is."""
+    """Return the input size of a linear layer."""
     get_base_layer = getattr(layer, "get_base_layer", None)
     inner = get_base_layer() if callable(get_base_layer) else layer
     weight = getattr(inner, "weight", None)
@@ -127,7 +127,7 @@ def _inner_size(layer: Any) -> int | None:
 
 
 def _with_weights(bound: CombinedBound, weights: dict[str, Tensor]) -> nn.Module:
-    """The base in float64 with `weights`, trained heads that it had none of, and its ties as the adapters leave it."""
+    """Return the base in float64 with `weights`, new trained heads, and embeddings tied as after the merge."""
     require("transformers")
     import transformers
 
@@ -139,7 +139,7 @@ def _with_weights(bound: CombinedBound, weights: dict[str, Tensor]) -> nn.Module
     own = {name: read_tensor(ref) for name, ref in {**bound.copies, **bound.replacements}.items()}
     state = model.state_dict()
     for name, value in {**own, **weights}.items():
-        target = next((one for one in _names(name, state) if one in state), None)
+        target = next((candidate for candidate in _names(name, state) if candidate in state), None)
         if target is None or state[target].shape != value.shape:
             raise UnsupportedError(f"{name}: the model class {type(model).__name__} has no such tensor")
         state[target].copy_(value)
@@ -147,5 +147,5 @@ def _with_weights(bound: CombinedBound, weights: dict[str, Tensor]) -> nn.Module
 
 
 def _names(name: str, state: dict[str, Tensor]) -> list[str]:
-    """As it is, or with a leading component more or less."""
+    """Return the name, and its forms with one leading component more or less."""
     return [name, name.partition(".")[2], *(key for key in state if key.partition(".")[2] == name)]

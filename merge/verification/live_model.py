@@ -1,4 +1,4 @@
-"""The live, unmerged model of one adapter or of several: what every artefact is compared with."""
+"""The live, unmerged model of one adapter or of a combination, the reference of every comparison."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from .streamed_adapter import held_model, streamed_trained
 
 
 def trained_model(bound: BoundAdapter, dtype: torch.dtype = torch.float32) -> nn.Module:
-    """The base with the adapter live in it, unmerged, computing in `dtype`; of several adapters their combination."""
+    """Return the base with the adapter live in it, or with a combination, computing in `dtype`."""
     if isinstance(bound, CombinedBound):
         return combined_model(bound, dtype)
     wide = torch.float64 if dtype == torch.float64 else torch.float32

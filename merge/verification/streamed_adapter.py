@@ -1,4 +1,4 @@
-"""Base, adapter as trained, and artefact as streamed models: what logits and live layers are taken from.
+"""Streamed models of base, adapter as trained, and artefact, for logits and live layers.
 
 A PEFT folder runs in PEFT, put into a model without weights; each part is adjusted once its weights are there: the
 residual of PiSSA and OLoRA is cut out of it by PEFT's own initialisation, in the dtype that it was trained beside.
@@ -32,14 +32,14 @@ from .streamed_model import PartLoader, Source, StreamedModel, file_sources, ske
 
 
 def streamed_base(folder: Path, dtype: torch.dtype) -> StreamedModel:
-    """The model in `folder`."""
+    """Return the model in `folder`."""
     config = model_config(folder)
     loader = PartLoader(config, file_sources(open_checkpoint(folder).tensors, dtype), dtype)
     return StreamedModel(with_placeholders(skeleton(config, dtype)), loader)
 
 
 def streamed_trained(bound: BoundAdapter, dtype: torch.dtype) -> StreamedModel:
-    """The base with one adapter live in it, unmerged."""
+    """Return the base with one adapter live in it, unmerged."""
     config = model_config(bound.base.folder)
     is_peft = bound.adapter.format == AdapterFormat.PEFT
     tensors: dict[str, TensorRef] = dict(bound.base.tensors)
@@ -60,7 +60,7 @@ def streamed_trained(bound: BoundAdapter, dtype: torch.dtype) -> StreamedModel:
 
 
 def streamed_artefact(bound: BoundAdapter, folder: Path, kind: str, dtype: torch.dtype) -> StreamedModel:
-    """What the artefact computes with, of each kind."""
+    """Return the model of an artefact of any kind."""
     if kind == "merged model":
         return streamed_base(folder, dtype)
     if kind == "adapter":
@@ -81,7 +81,7 @@ def streamed_artefact(bound: BoundAdapter, folder: Path, kind: str, dtype: torch
 
 
 def held_model(streamed: StreamedModel) -> nn.Module:
-    """The model with all of its weights in memory."""
+    """Return the model with all of its weights in memory."""
     streamed.hold_all()
     return streamed.model
 
@@ -112,19 +112,19 @@ def _in_peft(model: nn.Module, folder: Path, base_kind: str) -> nn.Module:
 
 
 def _cuts(init: str) -> bool:
-    """True for initialisations that change the base's weight."""
+    """Return True for initialisations that change the base's weight."""
     return init.startswith(("pissa", "corda")) or init in ("olora", "loftq", "lora_ga")
 
 
 def _residuals(live: nn.Module, bound: BoundAdapter, dtype: torch.dtype) -> dict[str, Callable[[], None]]:
-    """By module path: cut the residual out of the weight that was just loaded."""
-    found: dict[str, Callable[[], None]] = {}
+    """Return, by module path, functions that subtract the initial factors from the loaded weight."""
+    by_path: dict[str, Callable[[], None]] = {}
     for item in bound.modules:
         module = item.module
         if isinstance(module, LoraModule) and module.initial is not None and bound.base_kind != "residual":
             layer = live_layer(live, module.name)
-            found[module.name] = _cutting(layer, item, module, module.initial, dtype)
-    return found
+            by_path[module.name] = _cutting(layer, item, module, module.initial, dtype)
+    return by_path
 
 
 def _cutting(layer: Any, item: BoundModule, module: LoraModule, initial: Initial, dtype: torch.dtype) -> Any:
@@ -151,14 +151,14 @@ def _cutting(layer: Any, item: BoundModule, module: LoraModule, initial: Initial
 
 
 def _installed(model: nn.Module, bound: BoundAdapter, dtype: torch.dtype) -> dict[str, Callable[[], None]]:
-    """Put each module's own forward in; by module path: work it out once the weight is there."""
-    found: dict[str, Callable[[], None]] = {}
+    """Replace the forward of each adapted module; return, by path, functions that prepare it after loading."""
+    by_path: dict[str, Callable[[], None]] = {}
     for item in {item.module.name: item for item in bound.modules}.values():
         path = module_path(model, item.module.name)
-        found[path] = _install(model.get_submodule(path), item, dtype)
+        by_path[path] = _install(model.get_submodule(path), item, dtype)
     if any(isinstance(item.module, DcftModule) for item in bound.modules):
         use_authors_attention(model)
-    return found
+    return by_path
 
 
 def _install(layer: Any, item: BoundModule, dtype: torch.dtype) -> Callable[[], None]:

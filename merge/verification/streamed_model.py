@@ -1,4 +1,4 @@
-"""A transformers model whose weights are read from a checkpoint when a forward needs them, and dropped after.
+"""A transformers model whose weights are read from a checkpoint when a forward needs them, and then dropped.
 
 The model is built without weights. Its parts (one decoder layer, a large embedding or head) are loaded the first time
 that one of their modules runs: tensors through our own readers, names and layouts through transformers' own
@@ -31,18 +31,18 @@ Adjust = Callable[[], None]
 
 
 def plain_path(path: str) -> str:
-    """A module's or parameter's path without what PEFT puts into it."""
+    """Return a module's or parameter's path without PEFT's wrappers."""
     plain = path.removeprefix("base_model.model.")
     return ".".join(part for part in plain.split(".") if part not in WRAPPERS)
 
 
 def file_sources(tensors: Mapping[str, TensorRef], dtype: torch.dtype) -> dict[str, Source]:
-    """A checkpoint's tensors in `dtype`, each read when it is asked for."""
+    """Return a function per tensor that reads it in `dtype`."""
     return {name: lambda ref=ref: read_tensor(ref).to(dtype) for name, ref in tensors.items()}  # type: ignore[misc]
 
 
 def skeleton(config: Any, dtype: torch.dtype) -> nn.Module:
-    """The model class that `config` names, in eval mode: parameters on the meta device, buffers computed."""
+    """Return the model that `config` names, in eval mode: parameters on the meta device, buffers computed."""
     require("transformers")
     import transformers
 
@@ -60,7 +60,7 @@ def skeleton(config: Any, dtype: torch.dtype) -> nn.Module:
 
 
 def with_placeholders(model: nn.Module) -> nn.Module:
-    """The skeleton with parameters on the CPU that have no memory of their own.
+    """Return the skeleton with parameters on the CPU that take no memory.
 
     They are NaN, so that reading one cannot pass for a weight; not on the meta device, since some models send their
     inputs to the device of their embedding, and PEFT its factors to that of the weight.
@@ -75,7 +75,7 @@ def with_placeholders(model: nn.Module) -> nn.Module:
 
 
 class PartLoader:
-    """The parameters of one part of a model at a time, from a checkpoint's tensors."""
+    """Loads the parameters of one part of a model at a time from a checkpoint."""
 
     def __init__(self, config: Any, sources: Mapping[str, Source], dtype: torch.dtype) -> None:
         from transformers.conversion_mapping import get_model_conversion_mapping
@@ -91,19 +91,19 @@ class PartLoader:
         converters = [entry for entry in self._mapping if isinstance(entry, WeightConverter)]
         prefix = self.model.base_model_prefix
         self._keys: dict[str, list[str]] = {}
-        found = set()
+        present = set()
         for key in sources:
             name = rename_source_key(key, renamings, converters, prefix, state)[0]
             if name not in state and key in state:
                 name = rename_source_key(key, [], [], prefix, state)[0]
             if name in state:
                 self._keys.setdefault(self.part_of(name), []).append(key)
-                found.add(name)
+                present.add(name)
         tied: dict[str, str] = self.model.all_tied_weights_keys
-        self._tied = {name: source for name, source in tied.items() if name not in found}
+        self._tied = {name: source for name, source in tied.items() if name not in present}
 
     def part_of(self, path: str) -> str:
-        """The part that a plain path lies in."""
+        """Return the part that holds a plain path."""
         while path:
             if path in self.parts:
                 return path
@@ -112,16 +112,16 @@ class PartLoader:
 
     @torch.no_grad()
     def load(self, part: str) -> dict[str, Tensor]:
-        """Every parameter and saved buffer of the part that the checkpoint has, by its name in the model."""
+        """Read every stored parameter and buffer of the part, by its name in the model."""
         names = [name for name in self.model.state_dict() if self.part_of(name) == part]
         tied = {name: self._tied[name] for name in names if name in self._tied}
-        keys = [key for one in {part, *map(self.part_of, tied.values())} for key in self._keys.get(one, ())]
+        keys = [key for part_name in {part, *map(self.part_of, tied.values())} for key in self._keys.get(part_name, ())]
         if tied:  # of the other parts only what is tied
             wanted = {*names, *tied.values()}
             keys = [key for key in keys if key in self._keys.get(part, ()) or self._target(key) in wanted]
         before = dict(self._slots([*names, *tied.values()]))
-        found = self._convert(keys)
-        result = {name: found[tied.get(name, name)] for name in names if tied.get(name, name) in found}
+        converted = self._convert(keys)
+        result = {name: converted[tied.get(name, name)] for name in names if tied.get(name, name) in converted}
         for owner, name, value in before.values():
             _put(owner, name, value)
         return result
@@ -165,18 +165,18 @@ def _put(owner: nn.Module, name: str, value: Tensor) -> None:
 
 
 def _parts(model: nn.Module) -> set[str]:
-    """Plain paths of what is loaded by itself: elements of outermost lists, large embeddings, heads."""
-    found: set[str] = set()
+    """Return the plain paths of parts: elements of outermost lists, large embeddings, heads."""
+    paths: set[str] = set()
     lists: list[str] = []
     for path, module in model.named_modules():
         if any(path.startswith(f"{outer}.") for outer in lists):
             continue
         if isinstance(module, nn.ModuleList) and any(True for _ in module.parameters()):
             lists.append(path)
-            found |= {f"{path}.{index}" for index in range(len(module))}
+            paths |= {f"{path}.{index}" for index in range(len(module))}
         elif isinstance(module, nn.Linear | nn.Embedding) and module.weight.nbytes >= LARGE_LEAF:
-            found.add(path)
-    return found
+            paths.add(path)
+    return paths
 
 
 class StreamedModel:
@@ -215,7 +215,7 @@ class StreamedModel:
 
     @torch.no_grad()
     def hold(self, part: str) -> None:
-        """Have the part's weights in memory."""
+        """Load the part's weights."""
         if part in self._held or part == self._passing:
             return
         if self._passing is not None:
@@ -240,12 +240,12 @@ class StreamedModel:
             self._passing = part
 
     def hold_module(self, path: str) -> None:
-        """Have the weights of the module at `path` in memory."""
+        """Load the weights of the module at `path`."""
         self.hold(self._loader.part_of(plain_path(path)))
 
     @torch.no_grad()
     def hold_all(self) -> None:
-        """Have every weight in memory, for good."""
+        """Load every weight permanently."""
         for part in self._slots:
             self.hold(part)
             self._held.setdefault(part, 0)
