@@ -17,7 +17,8 @@ from adapter_merge.api.merge import merge
 from adapter_merge.api.options import ConvertOptions, FactorOptions, MergeOptions, VerifyOptions
 from adapter_merge.api.verify import verify
 from adapter_merge.errors import AdapterError, InputError, MismatchError, UnsupportedError
-from adapter_merge.formats.read_options import ReadOptions, detect
+from adapter_merge.formats.detection import detect
+from adapter_merge.formats.read_options import ReadOptions
 
 peft = pytest.importorskip("peft", reason="PEFT must load what is written for it (extra verify)")
 

@@ -30,7 +30,8 @@ from adapter_merge.api.merge import merge
 from adapter_merge.api.options import ConvertOptions, DeltaOptions, MergeOptions, VerifyOptions
 from adapter_merge.api.verify import verify
 from adapter_merge.errors import InputError, MismatchError, NumericsError
-from adapter_merge.formats.read_options import ReadOptions, detect
+from adapter_merge.formats.detection import detect
+from adapter_merge.formats.read_options import ReadOptions
 
 peft = pytest.importorskip("peft", reason="PEFT is the oracle (extra verify)")
 
