@@ -45,13 +45,12 @@ def rewrite(file: Path) -> None:
 
 
 def exchange(file: Path) -> None:
-    """Another file under its name for a while, and the first one back."""
+    """Another file under its name for a while, and the first one back; a file has the name at every moment."""
     aside, other = file.with_name("aside"), file.with_name("other")
     other.write_bytes(file.read_bytes()[:-8] + bytes(8))
-    file.rename(aside)
-    other.rename(file)
-    file.rename(other)
-    aside.rename(file)
+    aside.hardlink_to(file)
+    other.replace(file)
+    aside.replace(file)
 
 
 @pytest.mark.parametrize("change", [rewrite, exchange])
