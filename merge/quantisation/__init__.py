@@ -1,1 +1,1 @@
-"""Quantised checkpoints: weights that are stored as packed numbers and scales, read as dense weights."""
+"""Bases whose weights are stored quantised: their detection, and one file per scheme that reads and writes them."""

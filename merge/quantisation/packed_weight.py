@@ -1,63 +1,102 @@
-"""What a quantisation scheme provides for each weight: the dense weight's name, shape and dtype, and both conversions.
-
-One file per scheme holds a subclass of PackedWeight; detection.py finds the packed weights of a checkpoint.
-"""
+"""A weight that is stored quantised: its dense shape, its stored parts, its rows as the library dequantises them."""
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, TypeAlias
 
+from adapter_merge.errors import UnsupportedError
+from adapter_merge.storage.lazy_torch import torch
 from adapter_merge.storage.safetensors_header import TensorRef
+from adapter_merge.storage.tensor_io import TORCH_DTYPES
 
-if TYPE_CHECKING:  # `inspect` reads headers only and must not import torch
+if TYPE_CHECKING:
     from torch import Tensor
 
-
-class PartReader(Protocol):
-    """Reads stored tensors of a packed weight."""
-
-    def __call__(self, part: TensorRef, first: int = 0, count: int | None = None) -> Tensor:
-        """Return rows first .. first + count of `part`'s first dimension, all of them by default, in its stored dtype.
-
-        A whole part is kept for the next calls, so that it is read from the file once per weight; do not change it.
-        Rows of a part are read again by each call. Raises FileFormatError for a file that ends too early.
-        """
+Read: TypeAlias = "Callable[[TensorRef, int, int], Tensor]"  # the bytes first .. stop of a tensor, uint8 (n,)
 
 
 @dataclass(frozen=True)
 class PackedWeight(ABC):
-    """One quantised weight, described by headers and config; no value is read to build it."""
+    """A weight that a checkpoint stores quantised in one or more tensors. One subclass per scheme."""
 
-    name: str  # as in an unquantised checkpoint of the model: "model.layers.0.self_attn.q_proj.weight"
-    scheme: str  # for people: "fp8-block 128x128", "pack-quantized int4 g128", "gptq int4 g128", "nf4 double"
-    shape: tuple[int, ...]  # as in an unquantised checkpoint of the model: (out, in), or of stacked experts
-    dtype: str  # safetensors name of the dtype that the scheme's library dequantises to; it holds every value exactly
-    parts: Mapping[str, TensorRef]  # role in the scheme -> stored tensor; the first one holds the packed numbers
+    name: str  # of the dense weight, such as "model.layers.0.self_attn.q_proj.weight"
+    scheme: str  # as users name it, such as "fp8 block 128x128" or "gptq int4 g128"
+    shape: tuple[int, ...]  # of the dense weight: (out, in), or (experts, n, m) as transformers stacks experts
+    parts: Mapping[str, TensorRef]  # the stored tensors by their role
+    dtype: str  # safetensors name of the dtype that the library dequantises to
 
-    @abstractmethod
-    def rows(self, read: PartReader, first: int, count: int) -> Tensor:
-        """Return rows first .. first + count of the dense weight, as the scheme's own library dequantises them.
-
-        (count, shape[-1]), in `dtype` or a wider float dtype with the same values. Rows are those of the 2-D view:
-        the product of all leading dimensions. Called by several threads.
-        """
+    @property
+    def row_count(self) -> int:
+        """The number of rows of the 2-D view, all leading dimensions together."""
+        return math.prod(self.shape[:-1])
 
     @abstractmethod
-    def pack(self, weight: Tensor, read: PartReader) -> Mapping[str, Tensor]:
-        """Quantise a whole dense weight again: role -> tensor with the stored dtype and shape of that part.
+    def rows(self, read: Read, first: int, count: int) -> Tensor:
+        """Return rows first .. first + count of the 2-D view, (count, in) of `dtype`, as the library dequantises them.
 
-        weight: of `shape`, float32. read: reads the stored parts, for scales and zero points that may be kept.
-        Raises UnsupportedError for a scheme whose weights cannot be quantised again without data.
+        Raises FileFormatError for stored values that the scheme does not allow.
         """
 
+    def candidates(self, weight: Tensor, read: Read) -> Iterator[Mapping[str, Tensor]]:
+        """Yield ways to quantise the whole dense `weight` (float32, `shape`) anew: role -> tensor as it is stored.
 
-@dataclass(frozen=True)
-class Packed:
-    """All quantised weights of a checkpoint."""
+        Parts that stay as they are stored are left out. Raises UnsupportedError where the scheme is only read.
+        """
+        raise UnsupportedError(
+            f"{self.name}: weights of {self.scheme} cannot be quantised again here",
+            expected="FP8, INT4 pack-quantized, nf4 or fp4, MXFP4 or NVFP4",
+            got=self.scheme,
+            hint="merge into bfloat16 instead",
+        )
 
-    weights: Mapping[str, PackedWeight]  # dense name -> weight
-    removed: frozenset[str]  # stored tensors that an unquantised checkpoint lacks: parts, activation scales
-    notes: tuple[str, ...] = ()  # what a user should know: activations are quantised at run time, ...
+    def uncached(self) -> PackedWeight:
+        """Return this weight without what it keeps of its stored parts."""
+        return self
+
+    def pack(self, weight: Tensor, read: Read) -> Mapping[str, Tensor]:
+        """Return the one of `candidates` that retains most of the difference from the stored weight.
+
+        Retention is <Q(W') - W, W' - W> / |W' - W|^2 in float64; the candidate whose retention is nearest to 1 wins,
+        the first one where nothing changes.
+        """
+        stored = self.rows(read, 0, self.row_count).to(torch.float32).reshape(self.shape)
+        change = weight - stored
+        size = float(change.double().square().sum())
+        best: Mapping[str, Tensor] = {}
+        smallest_loss = math.inf
+        for parts in self.candidates(weight, read):
+            packed = self.uncached().rows(_replaced(self.parts, parts, read), 0, self.row_count).to(torch.float32)
+            kept = float(((packed.reshape(self.shape) - stored).double() * change.double()).sum())
+            loss = abs(1 - kept / size) if size else 0.0
+            if loss < smallest_loss:
+                best, smallest_loss = parts, loss
+        return best
+
+
+def read_part(read: Read, ref: TensorRef) -> Tensor:
+    """Read a stored part whole, in its stored dtype and shape; E8M0 codes as uint8."""
+    return _typed(read(ref, 0, ref.nbytes), ref).reshape(ref.shape)
+
+
+def read_part_rows(read: Read, ref: TensorRef, first: int, count: int) -> Tensor:
+    """Read rows first .. first + count of a part's 2-D view (leading dimensions together), in its stored dtype."""
+    raw = read(ref, first * ref.row_bytes, (first + count) * ref.row_bytes)
+    return _typed(raw, ref).reshape(count, ref.shape[-1])
+
+
+def _typed(raw: Tensor, ref: TensorRef) -> Tensor:
+    return raw if ref.dtype == "F8_E8M0" else raw.view(TORCH_DTYPES[ref.dtype])
+
+
+def _replaced(parts: Mapping[str, TensorRef], tensors: Mapping[str, Tensor], read: Read) -> Read:
+    """Return a reader that finds `tensors` (by role) in the place of their stored parts."""
+    raw = {parts[role].name: tensor.contiguous().view(-1).view(torch.uint8) for role, tensor in tensors.items()}
+
+    def read_replaced(ref: TensorRef, start: int, stop: int) -> Tensor:
+        return raw[ref.name][start:stop] if ref.name in raw else read(ref, start, stop)
+
+    return read_replaced
