@@ -7,6 +7,7 @@ Row-scaled (DoRA, DuDe)              a DoRA of rank <= 2r on the original base, 
                                      use_dora stays true, so that no LoRA server takes it for a LoRA
 rank R | ENERGY, budget MB           a plain LoRA, truncated: its error stands per weight in the manifest
 the same with keep_scale             the row scale stays, the low-rank part is truncated
+format "gguf"                        the plain LoRA as one GGUF file for llama.cpp; a row scale is refused
 A linear combination                 one LoRA, or DoRA, of the sum of its adapters' ranks or less; other combinations
                                      are of full rank: truncated
 """
@@ -31,6 +32,7 @@ from adapter_merge.engine.weight_pool import WeightMap, weight_pool
 from adapter_merge.errors import InputError, Problem, raise_all
 from adapter_merge.factoring.certificate import check_errors, summary
 from adapter_merge.factoring.factor_folder import write_factors
+from adapter_merge.factoring.gguf_adapter import check_gguf, write_gguf_adapter
 from adapter_merge.factoring.rank_budget import allot, bytes_of
 from adapter_merge.factoring.supported import (
     MaybeBoundModule,
@@ -57,6 +59,7 @@ if TYPE_CHECKING:
 
 Progress = Callable[[int], None]
 BUDGET_ROUNDS = 6
+FORMATS = ("peft", "gguf")
 EXACT = 1e-5  # relative error of dW: what float32 factors of a small dW on a large W0 can be off by
 
 
@@ -68,7 +71,7 @@ def factor(
     *,
     progress: Progress | None = None,
 ) -> FactorResult:
-    """Write the adapter's low-rank factors to `output` as a PEFT folder: exact, or truncated with a certificate.
+    """Write the adapter's low-rank factors to `output`, as PEFT folder or GGUF file: exact, or truncated and certified.
 
     base: needed for DoRA and DuDe (row norms) and for PiSSA without stored initial factors; its weights are read only
     then. progress: called with the bytes of each finished module. up (out, R) and down (R, in) are written in float32
@@ -116,7 +119,11 @@ def factor(
         ]
     with staged(output, options.overwrite, inputs) as folder:
         conv1d = opened.fan_in_fan_out or (bound is not None and any(item.transposed for item in bound.modules))
-        write_factors(folder, opened, factored, _whole_tensors(opened, bound), conv1d)
+        if options.format == "gguf":
+            assert bound is not None
+            write_gguf_adapter(folder, bound, pairs, factored)
+        else:
+            write_factors(folder, opened, factored, _whole_tensors(opened, bound), conv1d)
         if options.end_to_end or options.prompts:
             from adapter_merge.factoring.end_to_end import compare
 
@@ -135,6 +142,8 @@ def _check_inputs(opened: Adapter, bound: BoundAdapter | None, options: FactorOp
     check_positional_queries(opened, bound, options.frozen_positions)
     pairs = pairs_of(opened, bound)
     check_supported(pairs, exact=not options.is_truncation)
+    if options.format == "gguf":
+        check_gguf(bound, pairs, options.is_truncation)
     runs_model = options.calibrate is not None or options.end_to_end or bool(options.prompts)
     if bound is None and (runs_model or any(needs_base(module) for module, _ in pairs)):
         raise InputError(
@@ -151,6 +160,7 @@ def _check_inputs(opened: Adapter, bound: BoundAdapter | None, options: FactorOp
 def _stated(options: FactorOptions, bound: BoundAdapter | None) -> dict[str, Any]:
     """The options as the manifest keeps them."""
     stated: dict[str, Any] = {
+        "format": options.format,
         "rank": _plain_rank(options.rank),
         "budget": options.budget,
         "scale": "exact" if options.keep_scale else None,
@@ -227,6 +237,11 @@ def _check_options(options: FactorOptions) -> None:
         problems.append(Problem("--rank is wrong", "a rank >= 1, or an energy between 0 and 1", str(options.rank)))
     if options.budget is not None and not (math.isfinite(options.budget) and options.budget > 0):
         problems.append(Problem("--budget is wrong", "a number of MB above 0", str(options.budget)))
+    if options.format not in FORMATS:
+        problems.append(Problem("the format is wrong", " or ".join(FORMATS), f"{options.format!r:.50}"))
+    if options.format == "gguf" and (options.keep_scale or options.end_to_end or options.prompts):
+        option = "--scale exact" if options.keep_scale else "--end-to-end"
+        problems.append(Problem(f"{option} is about a PEFT folder", "--format peft", "--format gguf"))
     if options.rank is not None and options.budget is not None:
         problems.append(Problem("--rank and --budget exclude each other", hint="give the one that must hold"))
     if options.rank is None and options.budget is None and (options.keep_scale or options.calibrate is not None):

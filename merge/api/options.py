@@ -65,6 +65,7 @@ class FactorOptions(WriteOptions):
     prompts: Sequence[str] | None = None  # texts for end_to_end; built-in ones when None
     end_to_end: bool = False  # compare the folder's logits with the adapter as trained
     max_error: float | None = None  # the largest relative error of a weight that passes
+    format: str = "peft"  # what is written: a PEFT folder, or "gguf", a llama.cpp LoRA adapter
     frozen_positions: bool = False  # whoever reads the folder keeps DeBERTa's positional queries frozen (its manifest)
 
     @property

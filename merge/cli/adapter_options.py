@@ -19,6 +19,7 @@ if TYPE_CHECKING:
 F = TypeVar("F", bound=Callable[..., Any])
 META = "adapter_merge.stated"
 NUMBER, CHOICE, PATH, TEXT = "NUMBER", "CHOICE", "PATH", "TEXT"
+WRITTEN = "gguf"  # --format gguf: what `factor` writes, not what it reads
 FORMATS = ("peft", "native", "dcft", "dcft-reshape", "mytransformers", "kohya")
 # option, kind, choices, help
 OPTIONS: tuple[tuple[str, str, tuple[str, ...], str], ...] = (
@@ -73,6 +74,14 @@ def stated_of(names: Sequence[str] = ()) -> dict[str, tuple[str | None, ReadOpti
                     raise click.UsageError(f"{option} says two things of {name}")
                 stated[name][key] = _value(option, kind, choices, value)
     return {name: (values.pop("base_kind", None), ReadOptions(**values)) for name, values in stated.items()}
+
+
+def take_written_format() -> str:
+    """Remove --format gguf, which names what `factor` writes, from the stated options: "gguf", or "peft" without it."""
+    said = click.get_current_context().meta.get(META, {})
+    stated = said.get("format") or ()
+    said["format"] = tuple(text for text in stated if text != WRITTEN)
+    return WRITTEN if WRITTEN in stated else "peft"
 
 
 def one_stated() -> tuple[str | None, ReadOptions]:

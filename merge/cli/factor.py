@@ -8,7 +8,7 @@ from typing import Any
 
 import click
 
-from .adapter_options import adapter_options
+from .adapter_options import adapter_options, take_written_format
 from .console import loading
 from .inputs import INPUTS, combination_options, stated_inputs
 from .options import device_option, dry_run_option, output_option, report_options
@@ -56,7 +56,8 @@ def factor(
     """Write LoRA-equivalent factors as a PEFT folder, exact unless --rank is given.
 
     DCFT, LoRA and PiSSA become a plain LoRA. DoRA and DuDe become a DoRA on the original base plus its row scales.
-    BASE may be left out where no base weight is needed (DCFT, LoRA). Several named adapters give the factors of their
+    BASE may be left out where no base weight is needed (DCFT, LoRA). --format gguf writes a LoRA adapter for llama.cpp
+    in place of the PEFT folder; DoRA and DuDe then need --rank. Several named adapters give the factors of their
     combination: exact for linear, truncated to --rank for the rest.
     """
     with loading():
@@ -65,8 +66,10 @@ def factor(
         from adapter_merge.api.options import FactorOptions
 
     started = time.perf_counter()
+    written = take_written_format()
     subject = stated_inputs(inputs)
     options = FactorOptions(
+        format=written,
         rank=parse_rank(rank) if rank is not None else None,
         keep_scale=scale == "exact",
         prompts=read_prompts(prompts) if prompts is not None else None,

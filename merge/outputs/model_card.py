@@ -131,12 +131,20 @@ def certificate_table(certificate: Mapping[str, Any]) -> str:
     return "\n".join(["| figure | value |", "|---|---|", *(f"| {name} | {value} |" for name, value in rows)])
 
 
+LLAMA_CPP = """llama.cpp, with a GGUF file of the base model:
+
+```bash
+llama-cli -m BASE.gguf --lora adapter.gguf
+```"""
+
+
 def factor_card(content: Mapping[str, Any], opened: Adapter, folder: Path, title: str) -> str:
     """Return the README.md of a factor folder: its content, its errors, and how each server loads it."""
     base = opened.base_name or content["base"].get("name")
     task = opened.config.get("task_type")
     scaled = content["form"] == "lora+row_scale"
     heads = (folder / "replacements.safetensors").is_file()
+    library = "gguf" if content["options"]["format"] == "gguf" else "peft"
     kind = "Exact factors" if content["exact"] else "Truncated factors"
     what = (
         f"{kind} with one scale per output row (DoRA form). Not a plain LoRA: `use_dora` stays true, so that a server "
@@ -159,9 +167,9 @@ Measured on the numbers in this folder, against the adapter as trained. Every we
 
 ## How to load it
 
-{_loading(base, title, task, scaled, heads, content["certificate"]["ranks"][1])}"""
-    tags = ["adapter-merge", "peft", "dora" if scaled else "lora"]
-    return card(title, base, "adapter", "peft", tags, body, PIPELINES.get(str(task)))
+{_loading(base, title, task, scaled, heads, content["certificate"]["ranks"][1]) if library == "peft" else LLAMA_CPP}"""
+    tags = ["adapter-merge", library, "dora" if scaled else "lora"]
+    return card(title, base, "adapter", library, tags, body, PIPELINES.get(str(task)))
 
 
 def _loading(base: str | None, title: str, task: object, scaled: bool, heads: bool, rank: int) -> str:

