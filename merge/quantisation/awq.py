@@ -1,0 +1,85 @@
+"""AWQ of version "gemm": 4-bit codes packed along out, with a scale and a zero point per group of inputs.
+
+    qweight  I32 (in, out / 8), the nibbles of a word in the order 0 2 4 6 1 3 5 7 of the outputs
+    qzeros   I32 (in / group, out / 8), in the same order
+    scales   F16 (in / group, out)
+
+Arithmetic: AutoAWQ 0.2.9, utils/packing_utils.py, dequantize_gemm: (code - zero) * scale in the scale's dtype, which
+compressed-tensors 0.20, entrypoints/convert/converters/autoawq.py, carries over to its pack-quantized form. GPTQModel
+7.7's utils/model_dequant.py, convert_awq_file, leaves the order of the nibbles out, and its result is another matrix.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+from adapter_merge.storage.lazy_torch import torch
+from adapter_merge.storage.tensor_io import TORCH_DTYPES
+
+from .configuration import Configuration
+from .findings import Findings
+from .packed_weight import PackedWeight, Read, read_part
+from .scale_grid import ScaleGrid
+from .turned_cache import TurnedCache
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+NIBBLES = (0, 4, 1, 5, 2, 6, 3, 7)  # the place, from the low bits, of outputs 0 .. 7 of a word
+
+
+@dataclass(frozen=True)
+class AwqWeight(PackedWeight):
+    """Weight (out, in). Parts: "qweight", "qzeros", "scales".
+
+    The rows of the dense weight are columns of the file: the packed bytes of one weight are read whole and kept.
+    """
+
+    grid: ScaleGrid
+    cache: TurnedCache = field(repr=False, compare=False)
+
+    def rows(self, read: Read, first: int, count: int) -> Tensor:
+        words, zeros, scales = self.cache.get(self.name, lambda: self._turn(read))
+        dtype = TORCH_DTYPES[self.dtype]
+        values = _outputs(words, first, count).to(dtype)
+        self.grid.combine(values, _outputs(zeros, first, count).to(dtype), "sub_")
+        self.grid.combine(values, scales[first : first + count], "mul_")
+        return values
+
+    def _turn(self, read: Read) -> tuple[Tensor, ...]:
+        """Return words (out / 8, in), words of zeros (out / 8, groups) and scales (out, groups)."""
+        turned = [read_part(read, self.parts[role]).T.contiguous() for role in ("qweight", "qzeros", "scales")]
+        return tuple(turned)
+
+
+def _outputs(words: Tensor, first: int, count: int) -> Tensor:
+    """Return the codes of outputs first .. first + count, int32 (count, in), of `words` (out / 8, in)."""
+    output = torch.arange(first, first + count, device=words.device)
+    shifts = torch.tensor(NIBBLES, dtype=torch.int32, device=words.device)[output % 8] * 4
+    return (words[output // 8] >> shifts[:, None]) & 15
+
+
+def find_awq(configuration: Configuration, findings: Findings) -> None:
+    """Add every weight of an AWQ checkpoint."""
+    group, cache = configuration.settings["group_size"], TurnedCache()
+    for name, words in findings.tensors.items():
+        if not name.endswith(".qweight"):
+            continue
+        prefix = name.removesuffix("qweight")
+        if words.dtype != "I32" or len(words.shape) != 2 or not all(words.shape):
+            findings.fault(name, "is no matrix of packed words", "I32 in two dimensions",
+                           f"{words.dtype} {list(words.shape)}")  # fmt: skip
+            continue
+        columns, rows = words.shape[0], words.shape[1] * 8
+        size = columns if group == -1 else group
+        if columns % size:
+            findings.fault(name, "group_size does not divide its inputs", f"a divisor of {columns}", str(size))
+            continue
+        grid = ScaleGrid((rows, columns), (1, size))
+        scales = findings.part(f"{prefix}scales", ("F16", "BF16"), [(grid.cells[1], rows)], owner=f"{prefix}weight")
+        zeros = findings.part(f"{prefix}qzeros", ("I32",), [(grid.cells[1], rows // 8)], owner=f"{prefix}weight")
+        if scales is not None and zeros is not None:
+            parts = {"qweight": words, "qzeros": zeros, "scales": scales}
+            dense, scheme = f"{prefix}weight", f"awq int4 g{size}"
+            findings.add(AwqWeight(dense, scheme, (rows, columns), parts, scales.dtype, grid, cache))

@@ -1,0 +1,280 @@
+"""compressed-tensors checkpoints: the group of each module, and the parts that its format stores.
+
+A module belongs to the first of these that matches it: a target that is its name, a target "re:..." that matches from
+its start (compressed-tensors 0.20, utils/match.py, match_targets: both sorted, patterns last), a class such as
+"Linear". Classes are not in a checkpoint: a module that has quantised parts and matches no name belongs to the group
+of a class. A module that "ignore" names must be dense.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from adapter_merge.errors import Problem, UnsupportedError, raise_all
+from adapter_merge.storage.tensor_io import read_tensor
+
+from .configuration import Configuration
+from .findings import Findings
+from .fp8_layout import SCALE_DTYPES, add_scaled
+from .mxfp4 import GROUP as MXFP4_GROUP
+from .mxfp4 import Mxfp4Weight
+from .nvfp4 import GROUP as NVFP4_GROUP
+from .nvfp4 import Nvfp4Weight
+from .pack_quantized import PackQuantizedWeight
+from .scale_grid import ScaleGrid
+
+CLASSES = ("Linear", "Embedding")
+GROUP_KEYS = {"targets", "weights", "input_activations", "output_activations", "format"}
+ARGUMENT_KEYS = {
+    "num_bits", "type", "symmetric", "group_size", "strategy", "block_structure", "dynamic", "actorder", "scale_dtype",
+    "zp_dtype", "observer", "observer_kwargs",
+}  # fmt: skip
+STRATEGIES = ("tensor", "channel", "group", "block", "tensor_group")
+FORMATS = {  # of (type, bits): the format of a group that states none
+    ("int", 4): ("pack-quantized",),
+    ("int", 8): ("pack-quantized", "int-quantized", "naive-quantized"),
+    ("float", 8): ("float-quantized", "naive-quantized"),
+    ("float", 4): ("nvfp4-pack-quantized", "mxfp4-pack-quantized"),
+}
+PACKED, DENSE = "weight_packed", "weight"
+ACTIVATION_PARTS = ("input_scale", "input_zero_point", "input_global_scale", "output_scale", "output_zero_point")
+
+
+@dataclass(frozen=True)
+class Group:
+    """One of config_groups: its targets, the arguments of its weights, and its format."""
+
+    name: str
+    targets: tuple[str, ...]
+    weights: Mapping[str, Any]
+    format: str
+
+    def block(self, shape: tuple[int, int]) -> tuple[int, int]:
+        """Return how many rows and columns of a weight of `shape` share a scale."""
+        strategy = self.weights["strategy"]
+        if strategy == "block":
+            rows, columns = self.weights["block_structure"]
+            return rows, columns
+        if strategy == "tensor":
+            return shape
+        return 1, shape[1] if strategy == "channel" else self.weights["group_size"]
+
+
+def find_compressed_tensors(configuration: Configuration, findings: Findings) -> None:
+    """Add every quantised weight of a compressed-tensors checkpoint. Raises UnsupportedError for unknown groups."""
+    groups = _read_groups(configuration)
+    ignored = configuration.settings.get("ignore") or []
+    for name, ref in findings.tensors.items():
+        module, _, part = name.rpartition(".")
+        if part == PACKED or (part == DENSE and ref.dtype in ("F8_E4M3", "I8")):
+            if any(matches(module, str(item)) for item in ignored):
+                findings.fault(name, "is quantised, and the config's ignore says that it is dense")
+                continue
+            group = _group_of(module, groups)
+            if group is None:
+                findings.fault(name, "is quantised, and no group of the config has it as a target")
+            else:
+                _add(findings, module, group)
+
+
+def matches(module: str, target: str) -> bool:
+    """Return True where `target`, a name or "re:" and a pattern, means `module` (utils/match.py, match_name)."""
+    if not target.startswith("re:"):
+        return target == module
+    try:
+        return re.match(target.removeprefix("re:"), module) is not None
+    except re.error:
+        return False
+
+
+def _group_of(module: str, groups: list[Group]) -> Group | None:
+    ordered = sorted(((target, group) for group in groups for target in group.targets),
+                     key=lambda item: ("re:" in item[0], item[0]))  # fmt: skip
+    for target, group in ordered:
+        if matches(module, target):
+            return group
+    return next((group for target, group in ordered if target in CLASSES), None)
+
+
+def _read_groups(configuration: Configuration) -> list[Group]:
+    """Return config_groups. Raises UnsupportedError with every key and value that is not known."""
+    problems: list[Problem] = []
+    groups = []
+    for name, stated in configuration.settings["config_groups"].items():
+        where = f"{configuration.where}: config_groups.{name}"
+        if not isinstance(stated, dict):
+            problems.append(Problem(f"{where} is no object", got=repr(stated)[:100]))
+            continue
+        group = _read_group(name, stated, configuration.settings["format"], where, problems)
+        if group is not None:
+            groups.append(group)
+    raise_all(problems, UnsupportedError)
+    return groups
+
+
+def _read_group(
+    name: str, stated: Mapping[str, Any], overall: str, where: str, problems: list[Problem]
+) -> Group | None:
+    weights, targets = stated.get("weights"), stated.get("targets")
+    before = len(problems)
+    _refuse_unknown(stated, GROUP_KEYS, where, problems)
+    if not isinstance(targets, list) or not all(isinstance(target, str) for target in targets):
+        problems.append(Problem(f"{where} has no list of targets", got=repr(targets)[:100]))
+    for target in targets if isinstance(targets, list) else []:
+        try:
+            re.compile(str(target).removeprefix("re:"))
+        except re.error as error:
+            problems.append(Problem(f"{where}: a target that is no pattern", got=f"{target!r} ({error})"[:200]))
+    if weights is None:
+        return None  # a group that quantises activations alone
+    if not isinstance(weights, dict):
+        problems.append(Problem(f"{where}.weights is no object", got=repr(weights)[:100]))
+        return None
+    _refuse_unknown(weights, ARGUMENT_KEYS, f"{where}.weights", problems)
+    arguments = {"num_bits": 8, "type": "int", "symmetric": True, "group_size": None, "strategy": None, **weights}
+    if arguments["strategy"] is None:  # quant_args.py, validate_model_after
+        size = arguments["group_size"]
+        arguments["strategy"] = {None: "tensor", -1: "channel"}.get(size, "group")
+    for key, text in (("type", ("int", "float")), ("strategy", STRATEGIES)):
+        if arguments[key] not in text:
+            problems.append(Problem(f"{where}.weights: another {key} than is known", " or ".join(text),
+                                    repr(arguments[key])[:100]))  # fmt: skip
+    formats = FORMATS.get((arguments["type"], arguments["num_bits"]))
+    if formats is None:
+        problems.append(Problem(f"{where}.weights: a type and num_bits that are not known",
+                                ", ".join(f"{kind} {bits}" for kind, bits in FORMATS),
+                                f"{arguments['type']!r} {arguments['num_bits']!r}"[:100]))  # fmt: skip
+    form = stated.get("format") or overall
+    if formats is not None and form not in formats:
+        problems.append(Problem(f"{where}: another format than its type and bits allow", " or ".join(formats),
+                                repr(form)[:100]))  # fmt: skip
+    _check_sizes(arguments, form, where, problems)
+    if len(problems) > before:
+        return None
+    return Group(name, tuple(targets or ()), arguments, form)
+
+
+def _check_sizes(arguments: Mapping[str, Any], form: str, where: str, problems: list[Problem]) -> None:
+    size, block, strategy = arguments["group_size"], arguments.get("block_structure"), arguments["strategy"]
+    expected_size = {"nvfp4-pack-quantized": NVFP4_GROUP, "mxfp4-pack-quantized": MXFP4_GROUP}.get(form)
+    if strategy in ("group", "tensor_group") and (
+        type(size) is not int or size <= 0 or size != (expected_size or size)
+    ):
+        problems.append(
+            Problem(f"{where}.weights: another group_size", str(expected_size or "a positive size"), repr(size)[:100])
+        )
+    if strategy == "block" and not (
+        isinstance(block, list) and len(block) == 2 and all(type(item) is int and item > 0 for item in block)
+    ):
+        problems.append(Problem(f"{where}.weights: no block_structure", "two positive sizes", repr(block)[:100]))
+    if (expected_size is not None) != (strategy == "tensor_group" or form == "mxfp4-pack-quantized"):
+        problems.append(Problem(f"{where}.weights: strategy and format do not go together", got=f"{strategy}, {form}"))
+    if arguments["symmetric"] not in (True, False) or (not arguments["symmetric"] and arguments["type"] == "float"):
+        problems.append(
+            Problem(f"{where}.weights: another symmetric", "true for float", repr(arguments["symmetric"])[:100])
+        )
+    if arguments.get("dynamic") not in (None, False):
+        problems.append(Problem(f"{where}.weights: weights that are quantised on the fly", "dynamic false"))
+
+
+def _refuse_unknown(stated: Mapping[str, Any], known: set[str], where: str, problems: list[Problem]) -> None:
+    unknown = sorted(str(key) for key in stated if key not in known)
+    if unknown:
+        problems.append(Problem(f"{where}: keys that are not known", ", ".join(sorted(known)), ", ".join(unknown)))
+
+
+def _add(findings: Findings, module: str, group: Group) -> None:
+    """Add the weight of `module`, or note what is wrong with it."""
+    prefix = f"{module}." if module else ""
+    findings.side.update(name for part in ACTIVATION_PARTS if (name := prefix + part) in findings.tensors)
+    packed = findings.tensors.get(prefix + PACKED)
+    if (packed is None) != (group.format in ("float-quantized", "int-quantized", "naive-quantized")):
+        findings.fault(prefix + (DENSE if packed is None else PACKED),
+                       f"is not how the config's group {group.name} stores weights ({group.format})")  # fmt: skip
+    elif group.format == "pack-quantized":
+        _add_packed(findings, prefix, group)
+    elif group.format in ("nvfp4-pack-quantized", "mxfp4-pack-quantized"):
+        _add_fp4(findings, prefix, group)
+    else:
+        _add_scaled(findings, prefix, group)
+
+
+def _add_scaled(findings: Findings, prefix: str, group: Group) -> None:
+    ref = findings.tensors[prefix + DENSE]
+    kind = "F8_E4M3" if group.weights["type"] == "float" else "I8"
+    if ref.dtype != kind or len(ref.shape) != 2 or not all(ref.shape):
+        findings.fault(ref.name, f"is not how the config's group {group.name} stores weights", f"a matrix of {kind}",
+                       f"{ref.dtype} {list(ref.shape)}")  # fmt: skip
+        return
+    words = {"tensor": "tensor", "channel": "row", "group": f"g{group.weights['group_size']}"}
+    if group.weights["strategy"] == "block":
+        words["block"] = "block " + "x".join(map(str, group.weights["block_structure"]))
+    scheme = f"{'fp8' if kind == 'F8_E4M3' else 'int8'} {words[group.weights['strategy']]}"
+    zero_point = None if group.weights["symmetric"] else f"{prefix}weight_zero_point"
+    rows, columns = ref.shape
+    add_scaled(findings, ref, f"{prefix}weight_scale", group.block((rows, columns)), scheme,
+               zero_point=zero_point, dtypes=SCALE_DTYPES)  # fmt: skip
+
+
+def _add_packed(findings: Findings, prefix: str, group: Group) -> None:
+    name, bits = prefix + DENSE, group.weights["num_bits"]
+    stated = findings.part(f"{prefix}weight_shape", ("I64", "I32"), [(2,)], owner=name)
+    if stated is None:
+        return
+    rows, columns = (int(size) for size in read_tensor(stated).tolist())
+    words = -(-columns * bits // 32)
+    packed = findings.part(prefix + PACKED, ("I32",), [(rows, words)], owner=name)
+    block = group.block((rows, columns))
+    if min(rows, columns) < 1 or (block[1] < columns and columns % block[1]):
+        findings.fault(name, "group_size does not divide the columns", f"a divisor of {columns}", str(block[1]))
+        return
+    grid = ScaleGrid((rows, columns), block)
+    shapes = [grid.cells, (1,)] if grid.cells == (1, 1) else [grid.cells]
+    scale = findings.part(f"{prefix}weight_scale", SCALE_DTYPES, shapes, owner=name)
+    if packed is None or scale is None:
+        return
+    parts = {"packed": packed, "scale": scale, "shape": stated}
+    if not group.weights["symmetric"]:
+        if group.weights["strategy"] == "tensor":
+            zero = findings.part(f"{prefix}weight_zero_point", ("I8",), [(1,)], owner=name)
+        else:
+            shape = (-(-rows * bits // 32), grid.cells[1])
+            zero = findings.part(f"{prefix}weight_zero_point", ("I32",), [shape], owner=name)
+        if zero is None:
+            return
+        parts["zero_point"] = zero
+    index = f"{prefix}weight_g_idx"
+    if index in findings.tensors:
+        order = findings.part(index, ("I32", "I64"), [(columns,)], owner=name)
+        if order is None:
+            return
+        parts["group_index"] = order
+    size = {"tensor": "tensor", "channel": "row"}.get(group.weights["strategy"], f"g{group.weights['group_size']}")
+    kind = "" if group.weights["symmetric"] else " asymmetric"
+    findings.add(PackQuantizedWeight(name, f"pack-quantized int{bits}{kind} {size}", (rows, columns), parts,
+                                     scale.dtype, bits, grid))  # fmt: skip
+
+
+def _add_fp4(findings: Findings, prefix: str, group: Group) -> None:
+    name, packed = prefix + DENSE, findings.tensors[prefix + PACKED]
+    size = group.weights["group_size"]
+    if packed.dtype != "U8" or len(packed.shape) != 2 or not all(packed.shape) or 2 * packed.shape[1] % size:
+        findings.fault(packed.name, "is no matrix of packed FP4 codes", f"U8, {size // 2} bytes for a group",
+                       f"{packed.dtype} {list(packed.shape)}")  # fmt: skip
+        return
+    shape = (packed.shape[0], 2 * packed.shape[1])
+    grid = ScaleGrid(shape, (1, size))
+    nvidia = group.format == "nvfp4-pack-quantized"
+    dtypes = ("F8_E4M3",) if nvidia else ("U8", "F8_E8M0")
+    scale = findings.part(f"{prefix}weight_scale", dtypes, [grid.cells], owner=name)
+    overall = findings.part(f"{prefix}weight_global_scale", ("F32",), [(1,), ()], owner=name) if nvidia else None
+    if scale is None or (nvidia and overall is None):
+        return
+    if overall is None:
+        findings.add(Mxfp4Weight(name, "mxfp4", shape, {"packed": packed, "scale": scale}, "BF16", grid))
+    else:
+        parts = {"packed": packed, "scale": scale, "global_scale": overall}
+        findings.add(Nvfp4Weight(name, "nvfp4", shape, parts, "BF16", grid, divides=True))

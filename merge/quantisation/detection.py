@@ -1,0 +1,98 @@
+"""Detection of quantised weights: from a checkpoint's config and headers to one PackedWeight per dense name."""
+
+from __future__ import annotations
+
+import re
+
+from adapter_merge.errors import FileFormatError
+from adapter_merge.storage.checkpoint import Checkpoint
+from adapter_merge.storage.safetensors_header import FLOAT_DTYPES
+
+from .configuration import Configuration, read_configuration
+from .findings import Findings
+from .packed import Packed
+
+# How names end that only quantised checkpoints have.
+QUANTISED_NAMES = re.compile(
+    r"\.(qweight|qzeros|g_idx|weight_packed|weight_scale(_inv|_2)?|weight_global_scale|weight_zero_point|weight_g_idx"
+    r"|weight_shape|SCB|weight_format|weight\.(absmax|quant_map|nested_absmax|nested_quant_map)"
+    r"|weight\.quant_state\.bitsandbytes__\w+)$|_(blocks|scales|scale_inv)$"
+)
+# Scales of activations and of the key-value cache: they vanish with the config that names them.
+ACTIVATION_NAMES = re.compile(
+    r"\.(input_scale|activation_scale|input_scale_ub|input_global_scale|output_scale|[kvq]_scale|kv_scale"
+    r"|[kvq]_zero_point|input_zero_point|output_zero_point)$"
+)
+QUANTISED_DTYPES = ("F8_E4M3", "F8_E5M2", "F8_E8M0")
+
+
+def find_packed(base: Checkpoint) -> Packed:
+    """Return the quantised weights of `base`; none where all its tensors are plain.
+
+    Reads headers, configs and, for schemes that state shapes in tensors, a few bytes per weight. Raises
+    UnsupportedError for a scheme that is not known, and FileFormatError with everything in which the tensors and the
+    config contradict each other.
+    """
+    marked = [name for name, ref in base.tensors.items()
+              if QUANTISED_NAMES.search(name) or ref.dtype in QUANTISED_DTYPES]  # fmt: skip
+    if not marked:
+        return Packed({}, frozenset())
+    configuration = read_configuration(base)
+    if configuration is None:
+        if all(base.tensors[name].dtype in FLOAT_DTYPES for name in marked):
+            return Packed({}, frozenset())  # plain tensors whose names happen to end so
+        raise FileFormatError(
+            f"{base.folder}: quantised weights, and config.json has no quantization_config that says how",
+            expected="quantization_config with quant_method",
+            got=", ".join(marked[:3]),
+            hint="take config.json from where the weights came from",
+        )
+    findings = Findings(base.tensors)
+    _search(configuration, findings)
+    _find_leftovers(findings, marked)
+    findings.require_sound()
+    findings.side.update(name for name in base.tensors if ACTIVATION_NAMES.search(name))
+    return Packed(findings.weights, frozenset(findings.side), configuration.notes())
+
+
+def _search(configuration: Configuration, findings: Findings) -> None:
+    method = configuration.method
+    if method in ("fp8", "fbgemm_fp8"):
+        from .fp8_layout import find_fp8
+
+        find_fp8(configuration, findings)
+    elif method == "compressed-tensors":
+        from .compressed_tensors import find_compressed_tensors
+
+        find_compressed_tensors(configuration, findings)
+    elif method == "bitsandbytes":
+        from .bitsandbytes import find_bitsandbytes
+
+        find_bitsandbytes(findings)
+    elif method == "gptq":
+        from .gptq import find_gptq
+
+        find_gptq(configuration, findings)
+    elif method == "awq":
+        from .awq import find_awq
+
+        find_awq(configuration, findings)
+    elif method == "modelopt":
+        from .modelopt import find_modelopt
+
+        find_modelopt(configuration, findings)
+    else:
+        from .mxfp4 import find_mxfp4
+
+        find_mxfp4(findings)
+
+
+def _find_leftovers(findings: Findings, marked: list[str]) -> None:
+    """Note the quantised tensors that no weight has taken, unless their own weight is at fault already."""
+    faulty = findings.faulty()
+    for name in marked:
+        if name in findings.weights or name in findings.side or ACTIVATION_NAMES.search(name):
+            continue
+        module = QUANTISED_NAMES.sub("", name).removesuffix(".weight")
+        if not any(item in (name, module) or item.startswith(f"{module}.") for item in faulty):
+            findings.fault(name, "belongs to no quantised weight that the config describes")

@@ -1,0 +1,136 @@
+"""MXFP4: E2M1 codes with a power of two (E8M0) per 32 values.
+
+    gpt-oss             *_blocks U8 (experts, out, in / 32, 16), low nibble first; *_scales U8 (experts, out, in / 32).
+                        The dense parameter is (experts, in, out), the transpose.
+    compressed-tensors  weight_packed U8 (out, in / 2); weight_scale U8 or F8_E8M0 (out, in / 32)
+
+Arithmetic: transformers 5.24, integrations/mxfp4.py, _convert_moe_packed_tensors, and compressed-tensors 0.20,
+compressors/mxfp4/base.py, decompress: code times 2^(scale - 127) in bfloat16, which is exact within bfloat16's range.
+The library's dtype is the parameter's; bfloat16 is what gpt-oss is trained in, and float32 gives the same values.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING
+
+from adapter_merge.storage.lazy_torch import torch
+from adapter_merge.storage.safetensors_header import TensorRef
+
+from .findings import Findings
+from .packed_weight import PackedWeight, Read, read_part, read_part_rows
+from .scale_grid import ScaleGrid
+from .stored_codes import (
+    E2M1_SIGNED,
+    E8M0_BIAS,
+    as_bytes,
+    as_e8m0,
+    decode_e8m0,
+    decode_pairs,
+    encode_e2m1,
+    pack_low_first,
+)
+from .turned_cache import TurnedCache
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+GROUP = 32
+LARGEST_EXPONENT = 2  # of E2M1: 6 = 1.5 * 2^2
+LARGEST_MANTISSA = 1.75  # from here on a group takes the next power of two
+
+
+@dataclass(frozen=True)
+class Mxfp4Weight(PackedWeight):
+    """Weight (out, in), or a stack (experts, in, out) whose parts are stored (experts, out, in) where `transposed`.
+
+    Parts: "packed" and "scale". `grid` is that of the stored orientation.
+    """
+
+    grid: ScaleGrid
+    transposed: bool = False
+    cache: TurnedCache = field(default_factory=TurnedCache, repr=False, compare=False)
+
+    def rows(self, read: Read, first: int, count: int) -> Tensor:
+        if not self.transposed:
+            packed = read_part_rows(read, _matrix(self.parts["packed"], self.shape), first, count)
+            scale = read_part_rows(read, _matrix(self.parts["scale"], self.shape), first, count)
+            return self._decoded(packed, scale).to(torch.bfloat16)
+        pieces = []
+        while count:
+            expert, start = divmod(first, self.shape[-2])
+            taken = min(count, self.shape[-2] - start)
+            pieces.append(self._columns(read, expert, start, taken))
+            first, count = first + taken, count - taken
+        return torch.cat(pieces) if pieces else torch.empty(0, self.shape[-1], dtype=torch.bfloat16)
+
+    def candidates(self, weight: Tensor, read: Read) -> Iterator[Mapping[str, Tensor]]:
+        """Yield codes for the stored scales, then for scales of the largest value of each group.
+
+        The latter are 2^(floor(log2(largest / 1.75)) - 1), as compressed-tensors 0.20 rounds them, quantization/utils/
+        mxfp_utils.py, generate_mx_scales: the largest value lies in 3.5 .. 7 steps, and what is above 6 becomes 6.
+        """
+        stored = weight.transpose(-1, -2) if self.transposed else weight
+        kept = as_bytes(read_part(read, self.parts["scale"])).reshape(*stored.shape[:-2], *self.grid.cells)
+        yield {"packed": self._encoded(stored, kept)}
+        largest = self.grid.largest(stored.abs())
+        exponent = torch.frexp(largest / LARGEST_MANTISSA).exponent - 1 - (LARGEST_EXPONENT - 1) + E8M0_BIAS
+        codes = torch.where(largest > 0, exponent.clamp(0, 254), kept.int()).to(torch.uint8)
+        yield {"packed": self._encoded(stored, codes), "scale": as_e8m0(codes, self.parts["scale"])}
+
+    def uncached(self) -> Mxfp4Weight:
+        return replace(self, cache=TurnedCache())
+
+    def _columns(self, read: Read, expert: int, start: int, taken: int) -> Tensor:
+        """Return columns start .. start + taken of a stored expert, transposed: (taken, out)."""
+        outputs, group, stop = self.shape[-1], start // GROUP, -(-(start + taken) // GROUP)
+
+        def turn() -> tuple[Tensor, ...]:
+            shape = (self.shape[0] * outputs, self.shape[-2])
+            packed = read_part_rows(read, _matrix(self.parts["packed"], shape), expert * outputs, outputs)
+            scale = read_part_rows(read, _matrix(self.parts["scale"], shape), expert * outputs, outputs)
+            blocks = packed.view(outputs, -1, GROUP // 2).transpose(0, 1).contiguous()  # (in / 32, out, 16)
+            return blocks, scale.T.contiguous()
+
+        blocks, scales = self.cache.get((self.name, expert), turn)
+        packed, scale = blocks[group:stop].flatten(0, 1), scales[group:stop].reshape(-1, 1)
+        values = decode_pairs(packed, E2M1_SIGNED, torch.float32, high_first=False) * decode_e8m0(scale)
+        columns = values.view(stop - group, outputs, GROUP).transpose(1, 2).flatten(0, 1)
+        offset = start - group * GROUP
+        return columns[offset : offset + taken].to(torch.bfloat16)
+
+    def _decoded(self, packed: Tensor, scale: Tensor) -> Tensor:
+        values = decode_pairs(packed, E2M1_SIGNED, torch.float32, high_first=False)
+        self.grid.combine(values, decode_e8m0(scale), "mul_")
+        return values
+
+    def _encoded(self, stored: Tensor, codes: Tensor) -> Tensor:
+        scaled = stored / self.grid.spread(decode_e8m0(codes))
+        return pack_low_first(encode_e2m1(scaled.nan_to_num_(nan=0.0))).reshape(self.parts["packed"].shape)
+
+
+def _matrix(ref: TensorRef, shape: tuple[int, ...]) -> TensorRef:
+    """Return `ref` with one row for each row of `shape`: blocks of a row lie together."""
+    rows = math.prod(shape[:-1])
+    return replace(ref, shape=(rows, math.prod(ref.shape) // rows if rows else 0))
+
+
+def find_mxfp4(findings: Findings) -> None:
+    """Add every stack of experts of a gpt-oss checkpoint."""
+    cache = TurnedCache()
+    for name, blocks in findings.tensors.items():
+        if not name.endswith("_blocks"):
+            continue
+        dense = name.removesuffix("_blocks")
+        if blocks.dtype != "U8" or len(blocks.shape) != 4 or not all(blocks.shape) or blocks.shape[3] != GROUP // 2:
+            findings.fault(name, "is no stack of MXFP4 blocks", f"U8 [experts, out, groups, {GROUP // 2}]",
+                           f"{blocks.dtype} {list(blocks.shape)}")  # fmt: skip
+            continue
+        experts, rows, groups, _ = blocks.shape
+        scales = findings.part(f"{dense}_scales", ("U8", "F8_E8M0"), [(experts, rows, groups)], owner=dense)
+        if scales is not None:
+            grid = ScaleGrid((experts, rows, groups * GROUP), (1, GROUP))
+            findings.add(Mxfp4Weight(dense, "mxfp4", (experts, groups * GROUP, rows),
+                                     {"packed": blocks, "scale": scales}, "BF16", grid, True, cache))  # fmt: skip
