@@ -158,7 +158,7 @@ def _add_4bit(findings: Findings, name: str, state: TensorRef, kind: str) -> Non
     blocks = -(-elements // block)
     nested = "nested_blocksize" in settings
     packed = findings.tensors.get(name)
-    if packed is None or packed.nbytes != -(-elements // 2) or packed.dtype not in TORCH_DTYPES:
+    if packed is None or packed.nbytes != -(-elements // 2) or packed.dtype not in STORAGE_DTYPES:
         findings.fault(name, "has not the bytes that its quant_state gives", f"{-(-elements // 2)} bytes",
                        "no such tensor" if packed is None else f"{packed.nbytes} bytes of {packed.dtype}")  # fmt: skip
         return
@@ -184,6 +184,7 @@ def _add_4bit(findings: Findings, name: str, state: TensorRef, kind: str) -> Non
     findings.add(Bitsandbytes4Weight(name, words, (rows, columns), parts, dtype, kind, block, inner, offset))
 
 
+STORAGE_DTYPES = ("U8", "I8", "F16", "BF16", "F32", "F64")  # of bnb_4bit_quant_storage
 STATE_DTYPES = {"float16": "F16", "bfloat16": "BF16", "float32": "F32"}
 _PLAIN_KEYS = {"quant_type", "blocksize", "dtype", "shape"}
 _NESTED_KEYS = {"nested_blocksize", "nested_dtype", "nested_offset"}
@@ -194,7 +195,7 @@ def _read_state(state: TensorRef) -> dict[str, Any]:
     if state.dtype != "U8" or not 0 < state.nbytes <= STATE_BYTES:
         return {}
     try:
-        content = json.loads(bytes(read_tensor(state).tolist()))
+        content = json.loads(bytes(read_tensor(state).view(-1).tolist()))
     except (ValueError, RecursionError):
         return {}
     return content if isinstance(content, dict) else {}
@@ -208,9 +209,9 @@ def _state_faults(settings: Mapping[str, Any], kind: str) -> list[str]:
     shape, faults = settings["shape"], []
     if kind not in CODES or settings["quant_type"] != kind:
         faults.append(f"quant_type {settings['quant_type']!r} in a tensor named {kind}")
-    if settings["blocksize"] not in BLOCKS or type(settings["blocksize"]) is not int:
+    if type(settings["blocksize"]) is not int or settings["blocksize"] not in BLOCKS:
         faults.append(f"blocksize {settings['blocksize']!r}")
-    if settings["dtype"] not in STATE_DTYPES:
+    if settings["dtype"] not in tuple(STATE_DTYPES):
         faults.append(f"dtype {settings['dtype']!r}")
     if (
         not isinstance(shape, list)

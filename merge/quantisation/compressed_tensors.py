@@ -137,12 +137,13 @@ def _read_group(
     arguments = {"num_bits": 8, "type": "int", "symmetric": True, "group_size": None, "strategy": None, **weights}
     if arguments["strategy"] is None:  # quant_args.py, validate_model_after
         size = arguments["group_size"]
-        arguments["strategy"] = {None: "tensor", -1: "channel"}.get(size, "group")
+        arguments["strategy"] = "tensor" if size is None else "channel" if size == -1 else "group"
     for key, text in (("type", ("int", "float")), ("strategy", STRATEGIES)):
         if arguments[key] not in text:
             problems.append(Problem(f"{where}.weights: another {key} than is known", " or ".join(text),
                                     repr(arguments[key])[:100]))  # fmt: skip
-    formats = FORMATS.get((arguments["type"], arguments["num_bits"]))
+    kind = [key for key in FORMATS if key == (arguments["type"], arguments["num_bits"])]
+    formats = FORMATS[kind[0]] if kind else None
     if formats is None:
         problems.append(Problem(f"{where}.weights: a type and num_bits that are not known",
                                 ", ".join(f"{kind} {bits}" for kind, bits in FORMATS),
