@@ -41,11 +41,10 @@ class AwqWeight(PackedWeight):
 
     def rows(self, read: Read, first: int, count: int) -> Tensor:
         words, zeros, scales = self.cache.get(self.name, lambda: self._turn(read))
-        dtype = TORCH_DTYPES[self.dtype]
-        values = _outputs(words, first, count).to(dtype)
-        self.grid.combine(values, _outputs(zeros, first, count).to(dtype), "sub_")
-        self.grid.combine(values, scales[first : first + count], "mul_")
-        return values
+        values = _outputs(words, first, count).to(torch.float32)
+        self.grid.combine(values, _outputs(zeros, first, count).to(torch.float32), "sub_")
+        self.grid.combine(values, scales[first : first + count].float(), "mul_")
+        return values.to(TORCH_DTYPES[self.dtype])
 
     def _turn(self, read: Read) -> tuple[Tensor, ...]:
         """Return words (out / 8, in), words of zeros (out / 8, groups) and scales (out, groups)."""

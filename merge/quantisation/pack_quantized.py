@@ -39,19 +39,19 @@ class PackQuantizedWeight(PackedWeight):
     grid: ScaleGrid
 
     def rows(self, read: Read, first: int, count: int) -> Tensor:
-        columns, offset, dtype = self.shape[1], 1 << (self.bits - 1), TORCH_DTYPES[self.dtype]
+        columns, offset = self.shape[1], 1 << (self.bits - 1)
         codes = unpack_words(read_part_rows(read, self.parts["packed"], first, count), self.bits, columns)
-        values = codes.to(dtype)
+        values = codes.to(torch.float32)  # holds the product exactly for 16-bit scales: one rounding, as the library's
         start, cells, index = self.grid.rows_of(first, count)
-        scale = self._scales(read, start, cells)[index]
+        scale = self._scales(read, start, cells).float()[index]
         groups = self._column_groups(read)
         if "zero_point" not in self.parts:
             values -= offset
         else:
-            zero = self._zero_points(read, start, cells).to(dtype)[index] + offset
+            zero = self._zero_points(read, start, cells).float()[index] + offset
             self._combine(values, zero, groups, "sub_")
         self._combine(values, scale, groups, "mul_")
-        return values
+        return values.to(TORCH_DTYPES[self.dtype])
 
     def candidates(self, weight: Tensor, read: Read) -> Iterator[Mapping[str, Tensor]]:
         """Yield codes for the stored scales and zero points; then codes, scales and zero points of the new weight.

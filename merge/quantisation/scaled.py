@@ -53,12 +53,12 @@ class ScaledWeight(PackedWeight):
 
     def rows(self, read: Read, first: int, count: int) -> Tensor:
         stored = read_part_rows(read, self.parts["weight"], first, count)
-        dtype = torch.float32 if self.parts["scale"].dtype in BYTE_SCALES else TORCH_DTYPES[self.dtype]
-        values = decode_e4m3(stored, dtype) if self.parts["weight"].dtype == "F8_E4M3" else stored.to(dtype)
+        fp8 = self.parts["weight"].dtype == "F8_E4M3"
+        values = decode_e4m3(stored, torch.float32) if fp8 else stored.to(torch.float32)
         start, cells, index = self.grid.rows_of(first, count)
         if "zero_point" in self.parts:
-            self.grid.combine(values, self._cells(read, "zero_point", start, cells).to(dtype)[index], "sub_")
-        self.grid.combine(values, self._cells(read, "scale", start, cells).to(dtype)[index], "mul_")
+            self.grid.combine(values, self._cells(read, "zero_point", start, cells).float()[index], "sub_")
+        self.grid.combine(values, self._cells(read, "scale", start, cells).float()[index], "mul_")
         if self.factor != 1.0:
             values *= self.factor
         return values.to(TORCH_DTYPES[self.dtype])
