@@ -93,6 +93,8 @@ def _trace_gpt2(model: Any, config: Any) -> Any:
     import torch
     from transformers import DynamicCache
 
+    from adapter_merge.verification.key_value_cache import cache_argument, cache_of
+
     layers = config.n_layer
 
     class Decoder(torch.nn.Module):
@@ -114,10 +116,10 @@ def _trace_gpt2(model: Any, config: Any) -> Any:
                 input_ids=input_ids,
                 attention_mask=attention_mask,
                 position_ids=positions,
-                past_key_values=cache,
                 use_cache=True,
+                **cache_argument(cache),
             )
-            after = result.past_key_values.layers
+            after = cache_of(result).layers
             return (result.logits, *(tensor for layer in after for tensor in (layer.keys, layer.values)))
 
     heads, size = config.n_head, config.n_embd // config.n_head

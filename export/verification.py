@@ -13,6 +13,7 @@ from typing import Any
 
 from adapter_merge.errors import InputError
 from adapter_merge.formats.read_options import ReadOptions
+from adapter_merge.verification.key_value_cache import cache_argument, cache_of
 
 from .encoder_verification import verify_encoder
 from .folder import folder_layout, read_export
@@ -124,8 +125,8 @@ def torch_greedy(model: Any, prompt: Sequence[int], count: int) -> list[int]:
     cache, fed, chosen = None, torch.tensor([list(prompt)]), []
     with torch.no_grad():
         for _ in range(count):
-            result = model(input_ids=fed, past_key_values=cache, use_cache=True)
-            cache, token = result.past_key_values, int(result.logits[0, -1].argmax())
+            result = model(input_ids=fed, **cache_argument(cache), use_cache=True)
+            cache, token = cache_of(result), int(result.logits[0, -1].argmax())
             chosen.append(token)
             fed = torch.tensor([[token]])
     return chosen

@@ -18,6 +18,7 @@ from adapter_merge.binding.bind import BoundAdapter
 from adapter_merge.combine.combined_adapter import CombinedBound
 from adapter_merge.errors import InputError
 
+from .key_value_cache import cache_argument, cache_of
 from .live_adapter import generates, quiet_libraries
 from .live_combination import combined_model
 from .streamed_adapter import streamed_artefact, streamed_base, streamed_trained
@@ -84,13 +85,11 @@ def _greedy(model: Any, rows: Sequence[Tensor], count: int, say: Say) -> Tensor:
         inputs: dict[str, Any] = {"input_ids": fed, "attention_mask": mask}
         if len({len(row) for row in rows}) > 1:
             inputs["position_ids"] = positions
-        if cache is not None:
-            inputs["past_key_values"] = cache
-        result = model(**inputs, use_cache=True)
+        result = model(**inputs, **cache_argument(cache), use_cache=True)
         token = result.logits[:, -1].index_fill(1, ends, -math.inf).argmax(-1, keepdim=True)
         chosen.append(token)
         ids, mask = torch.cat((ids, token), 1), torch.cat((mask, torch.ones_like(token)), 1)
-        cache = getattr(result, "past_key_values", None)
+        cache = cache_of(result)
         fed = ids if cache is None else token
     return torch.cat(chosen, 1)
 
