@@ -10,6 +10,7 @@ from adapter_merge.methods.adapter import AdaptedModule, Adapter
 from adapter_merge.methods.lora import BiasModule, LoraModule, RowSliceModule, StackModule
 from adapter_merge.methods.tokens import TokenModule
 from adapter_merge.methods.vera import VeraModule
+from adapter_merge.quantisation.detection import CONV1D_MODELS as CONV1D_MODELS
 from adapter_merge.storage.checkpoint import Checkpoint
 from adapter_merge.storage.safetensors_header import FLOAT_DTYPES
 
@@ -17,8 +18,6 @@ from .bound import BoundModule, parameter_of
 from .embeddings import EMBEDDINGS, TIED_HEADS, is_tied, text_config
 from .experts import INPUT_FIRST, bind_stack
 from .weight_names import Place, Renaming, places
-
-CONV1D_MODELS = ("gpt2", "openai-gpt", "imagegpt", "decision_transformer", "clvp")
 
 
 def bind_module(

@@ -14,6 +14,7 @@ from adapter_merge.errors import FileFormatError, Problem, UnsupportedError, rai
 from adapter_merge.storage.checkpoint import Checkpoint, read_json
 
 SIDE_FILE = "hf_quant_config.json"  # where ModelOpt states the config, and for some models only there
+MODELOPT_ALGORITHMS = ("NVFP4", "W4A16_NVFP4", "FP8")
 LOCATIONS = ("quantization_config", "compression_config")
 
 
@@ -53,12 +54,12 @@ _GPTQ_IGNORED = frozenset({
     "model_file_base_name", "meta", "act_group_aware", "tokenizer", "dataset", "backend", "model_seqlen", "batch_size",
     "block_name_to_quantize", "module_name_preceding_first_block", "pad_token_id", "max_input_length", "mse",
     "cache_block_outputs", "modules_in_block_to_quantize", "use_cuda_fp16", "use_exllama", "disable_exllama",
-    "exllama_config", "use_exllama_v2", "mock_quantization", "lm_head", "desc_act", "sym",
+    "exllama_config", "use_exllama_v2", "mock_quantization", "lm_head", "desc_act", "sym", "act_order",
 })  # fmt: skip
 IGNORED: Mapping[str, frozenset[str]] = {
     "fp8": frozenset({
         "activation_scheme", "dequantize", "modules_to_not_convert", "ignored_layers", "modules_to_convert",
-        "scale_fmt", "kv_cache_scheme",
+        "scale_fmt", "kv_cache_scheme", "act_per_tensor",
     }),
     "fbgemm_fp8": frozenset({"activation_scale_ub", "modules_to_not_convert"}),
     "compressed-tensors": frozenset({
@@ -66,7 +67,8 @@ IGNORED: Mapping[str, frozenset[str]] = {
         "use_optimized_inference",
     }),
     "modelopt": frozenset({
-        "producer", "kv_cache_scheme", "kv_cache_quant_algo", "config_groups", "ignore", "exclude_modules",
+        "producer", "kv_cache_scheme", "kv_cache_quant_algo", "config_groups", "ignore", "exclude_modules", "weights",
+        "input_activations",
     }),
     "gptq": _GPTQ_IGNORED,
     "awq": _GPTQ_IGNORED | {"do_fuse", "fuse_max_seq_len", "modules_to_fuse", "modules_to_not_convert"},
@@ -103,6 +105,13 @@ def _dense_sparsity(value: object) -> bool:
     return _empty(value) or (isinstance(value, dict) and value.get("format") == "dense")
 
 
+def _known_layers(value: object) -> bool:
+    return value is None or (
+        isinstance(value, dict)
+        and all(isinstance(layer, dict) and layer.get("quant_algo") in MODELOPT_ALGORITHMS for layer in value.values())
+    )
+
+
 def _lower(check: Check) -> Check:
     return lambda value: check(value.lower() if isinstance(value, str) else value)
 
@@ -110,7 +119,8 @@ def _lower(check: Check) -> Check:
 CHECKED: Mapping[str, Mapping[str, tuple[Check, str]]] = {
     "fp8": {
         "weight_block_size": (_block, "null or two positive sizes"),
-        "fmt": (_one_of("e4m3", None), "e4m3"),
+        "fmt": (_one_of("e4m3", "float8_e4m3fn", None), "e4m3"),
+        "weight_per_tensor": (_one_of(False, None), "false: blocks, or null for one scale"),
         "expert_dtype": (_one_of("fp8", None), "fp8"),
     },
     "fbgemm_fp8": {},
@@ -121,14 +131,16 @@ CHECKED: Mapping[str, Mapping[str, tuple[Check, str]]] = {
                     "mxfp4-pack-quantized", "mixed-precision"),
             "pack-, float-, int-, naive-, nvfp4-pack-, mxfp4-pack-quantized or mixed-precision",
         ),
-        "quantization_status": (_one_of("compressed"), "compressed"),
+        "quantization_status": (_one_of("compressed", "frozen"), "compressed, or frozen as older files state it"),
         "ignore": (lambda value: value is None or isinstance(value, list), "a list of module names and patterns"),
         "sparsity_config": (_dense_sparsity, "no sparsity"),
         "transform_config": (_empty, "no transforms: they rotate weights and activations"),
         "moe_sparsity_config": (_empty, "no sparsity"),
     },
     "modelopt": {
-        "quant_algo": (_one_of("NVFP4", "FP8"), "NVFP4 or FP8"),
+        "quant_algo": (_one_of(*MODELOPT_ALGORITHMS, "MIXED_PRECISION"),
+                       ", ".join((*MODELOPT_ALGORITHMS, "MIXED_PRECISION"))),
+        "quantized_layers": (_known_layers, "layers of " + ", ".join(MODELOPT_ALGORITHMS)),
         "group_size": (_one_of(16, None), "16"),
     },
     "gptq": {
@@ -140,6 +152,9 @@ CHECKED: Mapping[str, Mapping[str, tuple[Check, str]]] = {
         "is_marlin_format": (_one_of(False, None), "false"),
         "dynamic": (lambda value: value is None or isinstance(value, dict), "an object"),
         "adapter": (_empty, "no adapter inside the quantised model"),
+        "method": (_one_of("gptq"), "gptq"),
+        "rotation": (_empty, "no rotation of weights and activations"),
+        "activation": (_empty, "16-bit activations"),
     },
     "awq": {
         "bits": (_one_of(4), "4"),

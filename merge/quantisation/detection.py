@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 
-from adapter_merge.errors import FileFormatError
+from adapter_merge.errors import FileFormatError, UnsupportedError
 from adapter_merge.storage.checkpoint import Checkpoint
 from adapter_merge.storage.safetensors_header import FLOAT_DTYPES
 
@@ -23,6 +23,7 @@ ACTIVATION_NAMES = re.compile(
     r"\.(input_scale|activation_scale|input_scale_ub|input_global_scale|output_scale|[kvq]_scale|kv_scale"
     r"|[kvq]_zero_point|input_zero_point|output_zero_point)$"
 )
+CONV1D_MODELS = ("gpt2", "openai-gpt", "imagegpt", "decision_transformer", "clvp")
 QUANTISED_DTYPES = ("F8_E4M3", "F8_E5M2", "F8_E8M0")
 
 
@@ -47,12 +48,24 @@ def find_packed(base: Checkpoint) -> Packed:
             got=", ".join(marked[:3]),
             hint="take config.json from where the weights came from",
         )
+    _refuse_turned(base, configuration)
     findings = Findings(base.tensors)
     _search(configuration, findings)
     _find_leftovers(findings, marked)
     findings.require_sound()
     findings.side.update(name for name in base.tensors if ACTIVATION_NAMES.search(name))
     return Packed(findings.weights, frozenset(findings.side), configuration.notes())
+
+
+def _refuse_turned(base: Checkpoint, configuration: Configuration) -> None:
+    """Raise UnsupportedError for models of Conv1D layers, whose quantised weights are the dense ones transposed."""
+    if base.config.get("model_type") in CONV1D_MODELS:
+        raise UnsupportedError(
+            f"{configuration.where}: quantised weights of a model whose layers are Conv1D",
+            expected="weights (out, in): quantisers store those of Conv1D, (in, out), transposed",
+            got=f"model_type {base.config['model_type']!r}",
+            hint="use the unquantised model as the base",
+        )
 
 
 def _search(configuration: Configuration, findings: Findings) -> None:

@@ -6,6 +6,8 @@ FP8    weight F8_E4M3, weight_scale F32, one
 
 from __future__ import annotations
 
+from adapter_merge.storage.safetensors_header import TensorRef
+
 from .configuration import Configuration
 from .findings import Findings
 from .fp8_layout import SCALE_DTYPES, add_scaled
@@ -16,19 +18,27 @@ from .scale_grid import ScaleGrid
 def find_modelopt(configuration: Configuration, findings: Findings) -> None:
     """Add every quantised weight of a ModelOpt checkpoint of the algorithm that its config states."""
     algorithm = configuration.settings["quant_algo"]
+    mixed = algorithm == "MIXED_PRECISION"
     for name, ref in findings.tensors.items():
-        if algorithm == "FP8" and ref.dtype == "F8_E4M3" and name.endswith(".weight") and len(ref.shape) == 2:
+        if f"{name}_scale_2" in findings.tensors and (mixed or algorithm.endswith("NVFP4")):
+            _add_nvfp4(findings, name, ref)
+        elif ref.dtype == "F8_E4M3" and name.endswith(".weight") and (mixed or algorithm == "FP8"):
+            if len(ref.shape) != 2 or not all(ref.shape):
+                findings.fault(name, "an FP8 weight that is no matrix", "two dimensions", str(list(ref.shape)))
+                continue
             whole = ref.shape[0], ref.shape[1]
             add_scaled(findings, ref, f"{name}_scale", whole, "fp8 tensor", dtypes=SCALE_DTYPES)
-        elif algorithm == "NVFP4" and f"{name}_scale_2" in findings.tensors:
-            shape = (ref.shape[0], 2 * ref.shape[1]) if len(ref.shape) == 2 else (0, 0)
-            if ref.dtype != "U8" or not all(shape) or shape[1] % GROUP:
-                findings.fault(name, "is no matrix of packed FP4 codes", f"U8, {GROUP // 2} bytes for a group",
-                               f"{ref.dtype} {list(ref.shape)}")  # fmt: skip
-                continue
-            grid = ScaleGrid(shape, (1, GROUP))
-            scale = findings.part(f"{name}_scale", ("F8_E4M3",), [grid.cells], owner=name)
-            overall = findings.part(f"{name}_scale_2", ("F32",), [(), (1,)], owner=name)
-            if scale is not None and overall is not None:
-                parts = {"packed": ref, "scale": scale, "global_scale": overall}
-                findings.add(Nvfp4Weight(name, "nvfp4", shape, parts, "BF16", grid, divides=False))
+
+
+def _add_nvfp4(findings: Findings, name: str, ref: TensorRef) -> None:
+    shape = (ref.shape[0], 2 * ref.shape[1]) if len(ref.shape) == 2 else (0, 0)
+    if ref.dtype != "U8" or not all(shape) or shape[1] % GROUP:
+        findings.fault(name, "is no matrix of packed FP4 codes", f"U8, {GROUP // 2} bytes for a group",
+                       f"{ref.dtype} {list(ref.shape)}")  # fmt: skip
+        return
+    grid = ScaleGrid(shape, (1, GROUP))
+    scale = findings.part(f"{name}_scale", ("F8_E4M3",), [grid.cells], owner=name)
+    overall = findings.part(f"{name}_scale_2", ("F32",), [(), (1,)], owner=name)
+    if scale is not None and overall is not None:
+        parts = {"packed": ref, "scale": scale, "global_scale": overall}
+        findings.add(Nvfp4Weight(name, "nvfp4", shape, parts, "BF16", grid, divides=False))

@@ -88,7 +88,8 @@ def test_unknown_methods(method: Any, tmp_path: Path) -> None:
     ("gptq", {"checkpoint_format": "marlin"}, ["another checkpoint_format", "marlin"]),
     ("gptq", {"is_marlin_format": True}, ["another is_marlin_format"]),
     ("gptq", {"group_size": 0}, ["another group_size", "0"]),
-    ("gptq", {"rotation": "hadamard"}, ["keys that gptq is not known to have", "rotation 'hadamard'"]),
+    ("gptq", {"hyb_act": True}, ["keys that gptq is not known to have", "hyb_act True"]),
+    ("gptq", {"rotation": "hadamard"}, ["another rotation", "hadamard"]),
     ("awq", {"version": "gemv"}, ["another version", "gemv"]),
     ("awq", {"bits": 3}, ["another bits"]),
     ("awq", {"zero_point": False}, ["another zero_point"]),
@@ -98,7 +99,9 @@ def test_unknown_methods(method: Any, tmp_path: Path) -> None:
     ("nf4", {"bnb_5bit": True}, ["keys that bitsandbytes is not known to have", "bnb_5bit"]),
     ("modelopt", {"quant_algo": "W4A8_AWQ"}, ["another quant_algo", "W4A8_AWQ"]),
     ("int4 group", {"format": "marlin-24"}, ["another format", "marlin-24"]),
-    ("int4 group", {"quantization_status": "frozen"}, ["another quantization_status", "frozen"]),
+    ("int4 group", {"quantization_status": "calibration"}, ["another quantization_status", "calibration"]),
+    ("modelopt", {"quant_algo": "MIXED_PRECISION", "quantized_layers": {"a": {"quant_algo": "W4A8_AWQ"}}},
+     ["another quantized_layers", "W4A8_AWQ"]),
     ("int4 group", {"transform_config": {"config_groups": {"u": {}}}}, ["transform_config", "rotate"]),
     ("int4 group", {"sparsity_config": {"format": "sparse-24-bitmask"}}, ["sparsity_config"]),
 ], ids=lambda value: str(value)[:40])  # fmt: skip
@@ -135,6 +138,37 @@ def test_all_problems_at_once(tmp_path: Path) -> None:
     assert "and 3 more" in words(error)
     assert "[4, 3]" in words(error) and "[4, 2]" in words(error)
     assert f"{WEIGHT}: no weight_scale_inv beside the weight" in words(error)
+
+
+def test_conv1d_models(tmp_path: Path) -> None:
+    """Quantisers store the transpose of Conv1D weights, which square ones would hide."""
+    tensors, config, _ = nf4()
+    folder = write_checkpoint(tmp_path, tensors, config)
+    (folder / "config.json").write_text(json.dumps({"model_type": "gpt2", "quantization_config": config}))
+    with pytest.raises(UnsupportedError, match="whose layers are Conv1D"):
+        find(folder)
+
+
+@pytest.mark.parametrize("name", ["fp8 row", "w8a8 row", "int4 group"])
+def test_older_status(name: str, tmp_path: Path) -> None:
+    """Older compressed-tensors files are compressed and state "frozen"; plain weights beside scales stay refused."""
+    tensors = packed_by_library(name, random_weight(torch.bfloat16))
+    config = config_of(name, quantization_status="frozen")
+    assert list(find(write_checkpoint(tmp_path / "stored", tensors, config)).weights) == [WEIGHT]
+    plain = {WEIGHT: random_weight(torch.bfloat16), f"{WEIGHT}_scale": tensors[f"{WEIGHT}_scale"]}
+    with pytest.raises(FileFormatError, match="belongs to no quantised weight"):
+        find(write_checkpoint(tmp_path / "plain", plain, config))
+
+
+def test_mixed_modelopt(tmp_path: Path) -> None:
+    """MIXED_PRECISION: NVFP4 and FP8 layers side by side, told apart by their tensors."""
+    tensors, _, _ = modelopt()
+    other = "model.layers.0.self_attn.o_proj.weight"
+    tensors |= {other: torch.randn(16, 16).to(torch.float8_e4m3fn), f"{other}_scale": torch.tensor(0.1)}
+    config = {"quant_method": "modelopt", "quant_algo": "MIXED_PRECISION",
+              "quantized_layers": {LINEAR: {"quant_algo": "NVFP4"}, "o_proj": {"quant_algo": "FP8"}}}  # fmt: skip
+    found = find(write_checkpoint(tmp_path, tensors, config)).weights
+    assert {name: weight.scheme for name, weight in found.items()} == {WEIGHT: "nvfp4", other: "fp8 tensor"}
 
 
 def test_no_config(tmp_path: Path) -> None:
