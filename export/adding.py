@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from adapter_merge.errors import InputError, MismatchError, OutputError
-from adapter_merge.storage.checkpoint import open_checkpoint
+from adapter_merge.quantisation.dense_view import open_base
 
 from .adapter_file import aligned, match_all
 from .adapter_source import factors_of
@@ -69,7 +69,7 @@ def base_of(folder: Path, manifest: Manifest, layout: Layout, base: str | Path |
     """Open the base checkpoint of an export, checked by its fingerprint. Raises InputError or MismatchError."""
     source = Path(manifest.base) if base is None else base
     try:
-        checkpoint = open_checkpoint(source)
+        checkpoint = open_base(source)
     except InputError as error:
         if base is not None:
             raise

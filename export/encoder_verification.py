@@ -7,7 +7,7 @@ from typing import Any
 
 from adapter_merge.errors import UnsupportedError
 from adapter_merge.formats.read_options import ReadOptions
-from adapter_merge.storage.checkpoint import open_checkpoint
+from adapter_merge.quantisation.dense_view import open_base
 
 from .classifying import Classifier
 from .folder import Manifest
@@ -33,7 +33,7 @@ def verify_encoder(
     import numpy as np
     import torch
 
-    checkpoint = open_checkpoint(base)
+    checkpoint = open_base(base)
     classifier = Classifier(folder, device)
     check_base(folder, classifier.layout.base, checkpoint.fingerprint, base)
     chosen = find_adapter(folder, manifest.adapters, adapter, name, manifest.mode)

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from adapter_merge.errors import InputError
-from adapter_merge.storage.checkpoint import open_checkpoint
+from adapter_merge.quantisation.dense_view import open_base
 
 if TYPE_CHECKING:
     from adapter_merge.combine.recipe import Recipe
@@ -37,7 +37,7 @@ def export_model(
         raise InputError(f"unknown mode {mode!r}", expected=", ".join(MODES))
     if recipe is not None and mode != "merged":
         raise InputError(f"a {mode} export keeps its adapters apart: nothing to combine", expected="--mode merged")
-    architecture = (open_checkpoint(base).config.get("architectures") or ["(none)"])[0]
+    architecture = (open_base(base).config.get("architectures") or ["(none)"])[0]
     from .traced import TRACED, export_traced
 
     options: dict[str, Any] = {

@@ -74,7 +74,9 @@ def merge_adapters(
     from adapter_merge.combine.delta_ops import Settings
     from adapter_merge.combine.recipe import Ingredient, make_recipe
 
-    options = MergeOptions(dtype=DTYPES[request.precision], device="cpu", dry_run=dry_run)
+    dtype = DTYPES[request.precision]
+    quantised = request.checkpoint.stored is not None
+    options = MergeOptions(dtype=dtype, write_as=dtype if quantised else None, device="cpu", dry_run=dry_run)
     adapters, names = request.adapters, list(request.adapters)
     if recipe is None and len(names) > 1:
         recipe = make_recipe([Ingredient(name, str(path)) for name, path in adapters.items()], Settings())

@@ -9,8 +9,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from adapter_merge.errors import UnsupportedError
 from adapter_merge.outputs.staging import check_output, check_space
-from adapter_merge.storage.checkpoint import Checkpoint, open_checkpoint
+from adapter_merge.quantisation.dense_view import open_base
+from adapter_merge.storage.checkpoint import Checkpoint
 
 from .adapter_source import factors_of
 from .decoder import BYTES_PER_WEIGHT, check_decoder, io_dtype
@@ -89,7 +91,13 @@ def open_request(
     """
     check_packages("onnxscript" if traced else "onnxruntime_genai", "onnx_ir", "transformers")
     kind, _ = parse_device(device)
-    checkpoint = open_checkpoint(base)
+    checkpoint = open_base(base)
+    if checkpoint.stored is not None and not (mode == "merged" and adapters):
+        raise UnsupportedError(
+            f"{checkpoint.folder}: is quantised, and an export reads the weights of its base as they are stored",
+            expected="--mode merged with adapters, which merges into the dequantised weights first",
+            hint="export what `adapter-merge merge QBASE ADAPTER --as float32` writes",
+        )
     if not traced:
         check_decoder(checkpoint.config, checkpoint.folder, precision, kind)
     check_output(output, overwrite, (checkpoint.folder, *adapters.values()))

@@ -20,7 +20,8 @@ from typing import TYPE_CHECKING, Any
 from adapter_merge.binding.positional import QUERY
 from adapter_merge.errors import AdapterMergeError, Problem, UnsupportedError, raise_all
 from adapter_merge.outputs.staging import staged
-from adapter_merge.storage.checkpoint import Checkpoint, open_checkpoint
+from adapter_merge.quantisation.dense_view import open_base
+from adapter_merge.storage.checkpoint import Checkpoint
 
 from .adapter_file import match_all
 from .factor_folder import Factors
@@ -117,7 +118,7 @@ def _trace_merged(
         if request.adapters:
             weights = Path(temporary) / "model"
             add_merged(manifest, merge_adapters(request, recipe, weights), recipe)
-        shapes = {name: ref.shape for name, ref in open_checkpoint(weights).tensors.items()}
+        shapes = {name: ref.shape for name, ref in open_base(weights).tensors.items()}
         trace(weights, staging, name_of_class, label_count(name_of_class, shapes), keep=())
     model = ir.load(staging / "model.onnx")
     _clean(model)

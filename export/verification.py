@@ -64,9 +64,9 @@ def verify_onnx(
         return verify_encoder(
             base, adapter, folder, manifest, name=name, device=device, bar=bar, base_kind=base_kind, options=options
         )
-    from adapter_merge.storage.checkpoint import open_checkpoint
+    from adapter_merge.quantisation.dense_view import open_base
 
-    checkpoint = open_checkpoint(base)
+    checkpoint = open_base(base)
     layout = folder_layout(folder)
     check_base(folder, layout.base, checkpoint.fingerprint, base)
     chosen = find_adapter(folder, manifest.adapters, adapter, name, manifest.mode)

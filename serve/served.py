@@ -123,9 +123,9 @@ class Converter:
 
     @cached_property
     def checkpoint(self) -> Any:
-        from adapter_merge.storage.checkpoint import open_checkpoint
+        from adapter_merge.quantisation.dense_view import open_base
 
-        return open_checkpoint(self.base)
+        return open_base(self.base)
 
     def linear_targets(self) -> tuple[str, ...]:
         """Last parts of the names of the base's linear weights inside its layers, without embeddings and heads."""

@@ -34,7 +34,7 @@ from adapter_merge.methods.lokr import LokrModule
 from adapter_merge.methods.lora import LoraModule
 from adapter_merge.outputs.model_card import adapter_table, card
 from adapter_merge.outputs.staging import check_output, manifest, sha256, staged, write_json, write_manifest, write_text
-from adapter_merge.storage.checkpoint import open_checkpoint
+from adapter_merge.quantisation.dense_view import open_base
 from adapter_merge.storage.tensor_io import read_tensor, write_safetensors
 
 from .options import ConvertOptions
@@ -56,7 +56,7 @@ def convert(
         'adapter'
     """
     output = Path(output)
-    checkpoint = open_checkpoint(options.base) if options.base is not None else None
+    checkpoint = open_base(options.base) if options.base is not None else None
     opened = open_adapter(adapter, options.reading, checkpoint)
     require_names(opened, checkpoint)
     bound = bind(opened, checkpoint, options.base_kind) if checkpoint is not None else None

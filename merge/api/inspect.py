@@ -31,10 +31,10 @@ def inspect(
     """
     problems: list[Problem] = []
     report: dict[str, Any] = {"path": str(adapter)}
-    from adapter_merge.storage.checkpoint import open_checkpoint
+    from adapter_merge.quantisation.dense_view import open_base, packed_weights
 
     try:
-        opened = open_adapter(adapter, options.reading, open_checkpoint(base) if base is not None else None)
+        opened = open_adapter(adapter, options.reading, open_base(base) if base is not None else None)
     except AdapterMergeError as error:
         report["problems"] = [vars(problem) for problem in error.problems]
         return Inspection(report)
@@ -64,7 +64,7 @@ def inspect(
     }
     from adapter_merge.binding.positional import adapted_queries, keeps_queries_frozen
 
-    held = open_checkpoint(base) if base is not None else opened.own_base
+    held = open_base(base) if base is not None else opened.own_base
     try:
         if held is not None and keeps_queries_frozen(opened, held):
             report["would"] = FROZEN_QUERIES
@@ -76,13 +76,15 @@ def inspect(
         from adapter_merge.binding.bind import bind
 
         try:
-            bound = bind(opened, open_checkpoint(base), options.base_kind)
+            bound = bind(opened, open_base(base), options.base_kind)
             report["base"] = {
                 "path": str(base),
                 "kind": bound.base_kind,
                 "evidence": bound.evidence,
                 "fingerprint": bound.base.fingerprint,
-                "bytes": bound.base.nbytes,
+                "bytes": (bound.base.stored or bound.base).nbytes,
+                "quantised": dict(Counter(weight.scheme for weight in packed_weights(bound.base).values())),
+                "notes": list(bound.base.notes),
             }
         except AdapterMergeError as error:
             problems += error.problems

@@ -7,7 +7,7 @@ from pathlib import Path
 from adapter_merge.formats.detection import open_adapter
 from adapter_merge.formats.read_options import ReadOptions
 from adapter_merge.methods.adapter import Adapter
-from adapter_merge.storage.checkpoint import open_checkpoint
+from adapter_merge.quantisation.dense_view import open_base
 
 
 def load_adapter(adapter: str | Path, reading: ReadOptions | None = None, *, base: str | Path | None = None) -> Adapter:
@@ -21,4 +21,4 @@ def load_adapter(adapter: str | Path, reading: ReadOptions | None = None, *, bas
         >>> load_adapter("adapter").method
         'LoRA'
     """
-    return open_adapter(adapter, reading, open_checkpoint(base) if base is not None else None)
+    return open_adapter(adapter, reading, open_base(base) if base is not None else None)

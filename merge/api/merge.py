@@ -39,6 +39,7 @@ from adapter_merge.storage.tensor_io import SAFETENSORS_DTYPES as DTYPES
 
 from .options import MergeOptions
 from .results import MergeResult
+from .write_as import computed_dtype
 
 LOST_WARNING = 0.5
 
@@ -58,7 +59,8 @@ def merge(
     written, from any thread.
 
     W' = diag(row_scale) (W0 + up @ down) diag(col_scale), with W0 (out, in), up (out, R) and down (R, in), is computed
-    in float32 (float64 for float64 weights) and rounded once to the output's dtype. Raises AdapterMergeError; nothing
+    in float32 (float64 for float64 weights) and rounded once to the output's dtype. W0 of a quantised base is what the
+    scheme's own library dequantises; `write_as` chooses how such weights are written. Raises AdapterMergeError; nothing
     is left behind then but what `keep_partial` or a part keeps.
 
     Example:
@@ -72,18 +74,21 @@ def merge(
     _check_config(bound)
     check_output(output, options.overwrite, input_folders(bound))
     check_values(bound)
-    plan = plan_merge(bound.base, (bound,), DTYPES[options.dtype] if options.dtype else None)
+    computed = computed_dtype(bound.base, options)
+    plan = plan_merge(bound.base, (bound,), DTYPES[options.dtype] if options.dtype else None, computed)
     _check_options(plan, options.hashes, options.keep_preimage, options.part, options.finish)
     shards = plan.shards if options.part is None else shards_of_part(plan.shards, options.part)
     if not options.finish:
         check_space(output, _space_needed(output, shards, options.link, options.keep_preimage))
     devices = choose_devices(options.device)
-    stated = {
+    stated: dict[str, Any] = {
         "dtype": options.dtype,
         "device": str(devices[0]),
         "link": options.link,
         "keep_preimage": options.keep_preimage,
     }
+    if options.write_as is not None:
+        stated["as"] = options.write_as
     content = manifest("merged model", describe_inputs(bound, options.reading), stated | combination_of(bound))
     if options.dry_run:
         return MergeResult(output, content | {"dry_run": True, "bytes": plan.nbytes})
@@ -179,8 +184,8 @@ def _check_options(plan: MergePlan, hashes: bool, keep_preimage: bool, part: Mer
     if keep_preimage and any(shard.source is None for shard in plan.shards):
         problems.append(
             Problem(
-                "a pre-image gives the base's files back, and only safetensors files can be put together again",
-                got="a base of pickled weights",
+                "a pre-image gives the base's files back, and only plain safetensors files can be put together again",
+                got="a base of pickled or quantised weights",
                 hint="keep the base, or leave --keep-preimage out",
             )
         )

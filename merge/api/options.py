@@ -28,6 +28,7 @@ class MergeOptions(WriteOptions):
     """
 
     dtype: str | None = None  # float32, float16 or bfloat16 for all float tensors; None keeps each tensor's own
+    write_as: str | None = None  # quantised base: float32, float16 or bfloat16 for the weights that it holds packed
     device: str = "auto"  # auto, cpu, cuda or cuda:N
     workers: int | None = None  # threads of each device; None takes what has been measured to be fastest
     link: str = "auto"  # how shards that no adapter touches get into the output: auto, reflink, hardlink or copy

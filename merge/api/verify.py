@@ -24,7 +24,8 @@ from adapter_merge.combine.open_inputs import AdapterInput, open_pair, parts_of
 from adapter_merge.combine.recipe import Recipe
 from adapter_merge.errors import InputError, ParityError
 from adapter_merge.outputs.staging import read_manifest
-from adapter_merge.storage.checkpoint import CANDIDATES, open_checkpoint, read_json, resolve
+from adapter_merge.quantisation.dense_view import open_base
+from adapter_merge.storage.checkpoint import CANDIDATES, read_json, resolve
 from adapter_merge.verification.compare_logits import compare_logits, token_paths
 from adapter_merge.verification.compare_weights import (
     TRUNCATION,
@@ -122,7 +123,7 @@ def verify(
 
 def _prove_weights(bound: BoundAdapter, folder: Path, kind: str, progress: Progress | None) -> WeightProof:
     if kind == "merged model":
-        return merged_weights(bound, open_checkpoint(folder), progress)
+        return merged_weights(bound, open_base(folder), progress)
     if kind == "deltas":
         return delta_weights(bound, folder, progress)
     if kind == "factors":

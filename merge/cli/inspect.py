@@ -84,3 +84,7 @@ def _show(report: dict[str, Any]) -> None:
         kind, evidence = report["base"]["kind"], report["base"]["evidence"]
         console.print(f"fits        {report['base']['path']}, the {kind} base" + (f" ({evidence})" if evidence else ""),
                       soft_wrap=True)  # fmt: skip
+        for scheme, count in report["base"]["quantised"].items():
+            console.print(f"quantised   {count} weights of {scheme}", soft_wrap=True)
+        for note in report["base"]["notes"]:
+            console.print(f"note        {note}", soft_wrap=True)

@@ -19,6 +19,12 @@ from .result import show_result
 @click.argument("inputs", nargs=-1, metavar=INPUTS)
 @output_option
 @click.option("--dtype", type=DTYPES, help="For all float tensors of the output; the base's own when not given.")
+@click.option(
+    "--as",
+    "write_as",
+    type=DTYPES,
+    help="Quantised BASE: the dtype of its quantised weights in the output, dequantised and rounded once.",
+)
 @engine_options
 @combination_options
 @adapter_options

@@ -20,7 +20,8 @@ from adapter_merge.formats.read_options import ReadOptions
 from adapter_merge.methods.adapter import Adapter, AdapterFormat
 from adapter_merge.methods.lora import ExpertModule, RowSliceModule
 from adapter_merge.methods.tokens import TokenModule
-from adapter_merge.storage.checkpoint import Checkpoint, open_checkpoint
+from adapter_merge.quantisation.dense_view import open_base
+from adapter_merge.storage.checkpoint import Checkpoint
 from adapter_merge.storage.safetensors_header import FLOAT_DTYPES, TensorRef
 
 from .combined_weight import CombinedModule, CombinedWeight, Share
@@ -71,7 +72,7 @@ def open_combination(recipe: Recipe, base: str | Path | None = None) -> Combined
     chosen = base if base is not None else recipe.base
     if chosen is None:
         raise InputError("a combination needs its base", expected="BASE NAME=ADAPTER ..., or base in the recipe")
-    checkpoint = open_checkpoint(chosen)
+    checkpoint = open_base(chosen)
     bound: list[BoundAdapter] = []
     for item in recipe.ingredients:
         options = ReadOptions(**(item.options or {}))

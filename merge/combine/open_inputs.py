@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+from collections import Counter
 from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
@@ -13,7 +14,8 @@ from adapter_merge.errors import InputError
 from adapter_merge.formats.detection import open_adapter
 from adapter_merge.formats.read_options import ReadOptions
 from adapter_merge.methods.adapter import Adapter
-from adapter_merge.storage.checkpoint import Checkpoint, open_checkpoint
+from adapter_merge.quantisation.dense_view import open_base, packed_weights
+from adapter_merge.storage.checkpoint import Checkpoint
 from adapter_merge.storage.hashing import hash_files
 from adapter_merge.storage.input_snapshot import InputSnapshot
 from adapter_merge.storage.safetensors_header import FLOAT_DTYPES
@@ -36,7 +38,7 @@ def open_pair(
     """
     if isinstance(adapter, Recipe):
         return open_combination(adapter, base)
-    checkpoint = open_checkpoint(base) if base is not None else None
+    checkpoint = open_base(base) if base is not None else None
     opened = open_adapter(adapter, options, checkpoint)
     if checkpoint is None:
         checkpoint = opened.own_base
@@ -115,9 +117,12 @@ def describe_inputs(bound: BoundAdapter, options: ReadOptions | None = None) -> 
 
 
 def _describe_base(base: Checkpoint, adapter: Adapter) -> dict[str, Any]:
-    """Return the base's name and path."""
+    """Return the base's name, path, and number of weights of each quantisation scheme."""
     name = base.config.get("_name_or_path") or adapter.base_name or base.folder.name
-    return {"name": name, "path": str(base.folder)}
+    schemes = Counter(weight.scheme for weight in packed_weights(base).values())
+    return {"name": name, "path": str(base.folder)} | (
+        {"quantised": dict(schemes), "notes": list(base.notes)} if schemes else {}
+    )
 
 
 def _describe_bound(bound: BoundAdapter, stated: dict[str, Any]) -> dict[str, Any]:

@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 from adapter_merge.binding.bind import BoundAdapter, BoundModule
 from adapter_merge.errors import InputError, Problem, UnsupportedError, raise_all
 from adapter_merge.storage.checkpoint import Checkpoint, Shard, read_json
+from adapter_merge.storage.computed_tensor import ComputedRef
 from adapter_merge.storage.input_errors import reading
 from adapter_merge.storage.safetensors_header import FLOAT_DTYPES, TensorRef, layout
 
@@ -36,7 +37,7 @@ class TensorJob:
     @property
     def is_copy(self) -> bool:
         """True when the tensor's bytes are copied unchanged."""
-        return not self.edits and self.source.dtype == self.place.dtype
+        return not (self.edits or isinstance(self.source, ComputedRef)) and self.source.dtype == self.place.dtype
 
 
 @dataclass(frozen=True)
@@ -44,7 +45,7 @@ class ShardPlan:
     """One output file: the bytes of its header, and its tensors in the order of their offsets.
 
     `source` is the base's safetensors file that the first jobs read from its beginning to its end, in order;
-    `source_header` is its header. None where no input file is read in that order.
+    `source_header` is its header. None where no input file is read in that order: pickles, packed weights.
     """
 
     file: str
@@ -101,10 +102,13 @@ class MergePlan:
         return {"metadata": {"total_size": total}, "weight_map": dict(sorted(placed.items()))}
 
 
-def plan_merge(base: Checkpoint, adapters: tuple[BoundAdapter, ...], dtype: str | None = None) -> MergePlan:
+def plan_merge(
+    base: Checkpoint, adapters: tuple[BoundAdapter, ...], dtype: str | None = None, computed: str | None = None
+) -> MergePlan:
     """Plan the merged checkpoint.
 
-    `dtype` is the safetensors name of the dtype for all float tensors; None keeps the dtype of each tensor.
+    `dtype` is the safetensors name of the dtype for all float tensors; None keeps the dtype of each tensor. `computed`
+    is that of the weights that a quantised base holds packed, and the model's dtype in its config.
     Raises InputError where two adapters replace one tensor or a tensor is both adapted and replaced, UnsupportedError
     where an adapter adds a tensor to a quantised base.
     """
@@ -136,9 +140,9 @@ def plan_merge(base: Checkpoint, adapters: tuple[BoundAdapter, ...], dtype: str 
             _Entry(
                 own.get(ref.name, ref),
                 ref.name,
-                ref.dtype,
+                (computed or ref.dtype) if isinstance(ref, ComputedRef) else ref.dtype,
                 tuple(edits.get(ref.name, ())),
-                ref if ref.name in own else None,
+                ref if ref.name in own and shard.is_whole else None,
             )
             for ref in shard.tensors
         ]
@@ -148,7 +152,7 @@ def plan_merge(base: Checkpoint, adapters: tuple[BoundAdapter, ...], dtype: str 
                     entries.append(_Entry(modules[0].weight, name, modules[0].weight.dtype, tuple(modules)))
             for name, ref in replacements.items():
                 if name not in base.tensors:
-                    main = _main_dtype(base)
+                    main = computed or _main_dtype(base)
                     if main not in FLOAT_DTYPES:
                         problems.append(
                             Problem(
@@ -165,7 +169,7 @@ def plan_merge(base: Checkpoint, adapters: tuple[BoundAdapter, ...], dtype: str 
                     entries.append(_Entry(ref, name, ref.dtype))
         shards.append(_plan_shard(file, entries, dtype, {"format": "pt", **shard.metadata}, shard))
     raise_all(problems, UnsupportedError)
-    return MergePlan(base, adapters, tuple(shards), _merged_config(base, adapters, dtype), base.side_files)
+    return MergePlan(base, adapters, tuple(shards), _merged_config(base, adapters, dtype or computed), base.side_files)
 
 
 def plan_delta(bound: BoundAdapter, dtype: str = "F32") -> MergePlan:
@@ -202,7 +206,7 @@ def _plan_shard(
     ]
     header, places = layout(Path(file), tensors, metadata)
     source, source_header = None, b""
-    if base is not None and base.file.suffix == ".safetensors":
+    if base is not None and base.is_whole and base.file.suffix == ".safetensors":
         source = base.file
         with reading(source), source.open("rb") as stream:
             source_header = stream.read(base.tensors[0].start if base.tensors else source.stat().st_size)

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from adapter_merge.methods.block_edits import BlockEdit
+from adapter_merge.storage.computed_tensor import ComputedRef
 from adapter_merge.storage.hashing import Stopped, file_sha256
 from adapter_merge.storage.input_files import Sources
 from adapter_merge.storage.links import link_file
@@ -176,7 +177,7 @@ class Schedule:
         """Split a job into blocks, and start to prepare its edits on another thread."""
         shape = job.source.shape
         size = math.prod(shape)
-        columns = shape[-1] if job.edits else 1
+        columns = shape[-1] if job.edits or isinstance(job.source, ComputedRef) else 1
         rows = size // columns if columns else 0
         arithmetic = arithmetic_of(job)
         step = max(1, self.settings.block_bytes // (arithmetic.itemsize * max(columns, 1)))

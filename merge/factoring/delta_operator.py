@@ -16,8 +16,7 @@ from torch import Tensor
 
 from adapter_merge.binding.bind import BoundModule
 from adapter_merge.methods.canonical_form import CanonicalForm
-from adapter_merge.storage.input_errors import reading
-from adapter_merge.storage.tensor_io import TORCH_DTYPES, pread_into
+from adapter_merge.storage.tensor_io import TORCH_DTYPES, read_into
 
 RESIDENT_BYTES = 256 << 20  # of float32; smaller weights stay on the device between passes
 BLOCK_BYTES = 8 << 20  # of float32
@@ -60,12 +59,10 @@ class BaseRows:
         stored = TORCH_DTYPES[ref.dtype]
         pin = self.device.type == "cuda"
         buffer = torch.empty(step * inner * stored.itemsize, dtype=torch.uint8, pin_memory=pin)
-        with reading(ref.file), ref.file.open("rb") as stream:
-            for start in range(0, out, step):
-                raw = buffer[: min(step, out - start) * inner * stored.itemsize]
-                offset = ref.start + start * inner * stored.itemsize
-                pread_into(stream.fileno(), raw.numpy().data, offset, str(ref.file))
-                yield start, raw.view(stored).view(-1, inner).to(device=self.device, dtype=dtype)
+        for start in range(0, out, step):
+            raw = buffer[: min(step, out - start) * inner * stored.itemsize]
+            read_into(ref, start * inner * stored.itemsize, raw)
+            yield start, raw.view(stored).view(-1, inner).to(device=self.device, dtype=dtype)
 
 
 class DeltaOperator:

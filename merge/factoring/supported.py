@@ -18,7 +18,8 @@ from adapter_merge.formats.read_options import ReadOptions
 from adapter_merge.methods.adapter import AdaptedModule, Adapter, AdapterFormat
 from adapter_merge.methods.lora import BiasModule, ExpertModule, RowSliceModule, StackModule
 from adapter_merge.methods.tokens import TokenModule
-from adapter_merge.storage.checkpoint import Checkpoint, open_checkpoint
+from adapter_merge.quantisation.dense_view import open_base
+from adapter_merge.storage.checkpoint import Checkpoint
 
 MaybeBoundModule = tuple[AdaptedModule, BoundModule | None]
 
@@ -30,7 +31,7 @@ def open_factored(
     if isinstance(adapter, Recipe):
         bound = open_pair(base, adapter)
         return bound.adapter, bound
-    checkpoint = open_checkpoint(base) if base is not None else None
+    checkpoint = open_base(base) if base is not None else None
     opened = open_adapter(adapter, options, checkpoint)
     require_names(opened, checkpoint)
     held = checkpoint or opened.own_base

@@ -16,10 +16,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Protocol, Self
 
-from adapter_merge.storage.input_errors import reading
 from adapter_merge.storage.lazy_torch import torch
 from adapter_merge.storage.safetensors_header import TensorRef
-from adapter_merge.storage.tensor_io import TORCH_DTYPES, pread_into
+from adapter_merge.storage.tensor_io import TORCH_DTYPES, read_into
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -146,9 +145,7 @@ class Replaced(_OnePass):
     def _read_rows(self, start: int, count: int, columns: int) -> Tensor:
         dtype = TORCH_DTYPES[self.source.dtype]
         raw = torch.empty(count * columns * dtype.itemsize, dtype=torch.uint8)
-        with reading(self.source.file), self.source.file.open("rb") as stream:
-            offset = self.source.start + start * columns * dtype.itemsize
-            pread_into(stream.fileno(), raw.numpy().data, offset, str(self.source.file))
+        read_into(self.source, start * columns * dtype.itemsize, raw)
         return raw.view(dtype).view(count, columns)
 
     def apply_(self, block: Tensor, start: int) -> Tensor | None:

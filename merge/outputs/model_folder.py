@@ -67,7 +67,7 @@ def base_files(plan: MergePlan, finished: Mapping[str, FinishedShard]) -> dict[s
         if shard.source is not None and (sha := finished[shard.file].source_sha256) is not None
     }
     folder = plan.base.folder
-    weights = [shard.file for shard in plan.base.shards if shard.file.name not in known]
+    weights = [file for file in plan.base.files if file.name not in known]
     hashes = hash_files([*weights, *(folder / relative for relative in _base_side(plan))])
     return dict(sorted((known | {relative_name(path, folder): sha for path, sha in hashes.items()}).items()))
 

@@ -59,8 +59,9 @@ class Workplace:
 
     def others(self, shard: ShardPlan) -> list[Path]:
         """Return the base files of `shard` beside its source: pickles, and the shards of tied weights."""
-        base = {base_shard.file for base_shard in self.plan.base.shards} - {shard.source}
-        read = {ref.file for job in shard.jobs for ref in (job.source, job.original) if ref is not None}
+        base = {*self.plan.base.files} - {shard.source}
+        refs = [ref for job in shard.jobs for ref in (job.source, job.original) if ref is not None]
+        read = {file for ref in refs for file in ref.files}
         return sorted(base & read)
 
     def _hash(self, file: Path) -> str:

@@ -28,7 +28,8 @@ from adapter_merge.formats.detection import open_adapter
 from adapter_merge.formats.read_options import ReadOptions
 from adapter_merge.methods.adapter import Adapter
 from adapter_merge.outputs.staging import MANIFEST, read_manifest
-from adapter_merge.storage.checkpoint import CANDIDATES, Checkpoint, open_checkpoint, read_json, read_weights, resolve
+from adapter_merge.quantisation.dense_view import open_base
+from adapter_merge.storage.checkpoint import CANDIDATES, Checkpoint, read_json, read_weights, resolve
 from adapter_merge.storage.tensor_io import read_tensor
 
 from .module_grid import cell_of
@@ -124,7 +125,7 @@ def changes(
     options: ReadOptions | None = None,
 ) -> dict[str, float]:
     """|dW| / |W| by module name, or |dW| without a base: what `inspect --heat-map` draws."""
-    checkpoint = open_checkpoint(base) if base is not None else None
+    checkpoint = open_base(base) if base is not None else None
     opened = open_adapter(adapter, options, checkpoint)
     checkpoint = checkpoint or opened.own_base
     measured = measure_adapter(opened, checkpoint, base_kind)
@@ -140,10 +141,10 @@ def _stated_kind(manifest: Mapping[str, Any] | None) -> str | None:
 
 def _base_of(base: str | Path | None, manifest: Mapping[str, Any] | None) -> Checkpoint | None:
     if base is not None:
-        return open_checkpoint(base)
+        return open_base(base)
     stated = ((manifest or {}).get("base") or {}).get("path")
     if stated and any((Path(stated) / name).is_file() for name in CANDIDATES):
-        checkpoint = open_checkpoint(stated)
+        checkpoint = open_base(stated)
         if checkpoint.fingerprint == (manifest or {})["base"].get("fingerprint"):
             return checkpoint
     return None

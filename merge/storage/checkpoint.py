@@ -47,20 +47,32 @@ class Shard:
     file: Path
     tensors: tuple[TensorRef, ...]
     metadata: Mapping[str, str]
+    is_whole: bool = True  # False: not the tensors that the file holds, as in the dense view of a quantised base
 
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """A base model on disk, described by headers and config; no weight is read to build it."""
+    """A base model on disk, described by headers and config; no weight is read to build it.
+
+    `stored` is the checkpoint as it is on disk where this one is a view of it, with computed tensors.
+    """
 
     folder: Path
     shards: tuple[Shard, ...]
     config: Mapping[str, Any]
     snapshot: InputSnapshot = field(default_factory=InputSnapshot, repr=False, compare=False)  # before they were read
+    stored: Checkpoint | None = None
+    left_out: frozenset[str] = frozenset()  # names of side files that do not belong to this view
+    notes: tuple[str, ...] = ()  # how what is run from the stored checkpoint differs from this view
 
     @cached_property
     def tensors(self) -> Mapping[str, TensorRef]:
         return {ref.name: ref for shard in self.shards for ref in shard.tensors}
+
+    @property
+    def files(self) -> tuple[Path, ...]:
+        """The weights files on disk."""
+        return tuple(shard.file for shard in (self.stored or self).shards)
 
     @property
     def nbytes(self) -> int:
@@ -73,7 +85,8 @@ class Checkpoint:
         for path in sorted(self.folder.rglob("*")):
             relative = path.relative_to(self.folder)
             hidden = any(part.startswith(".") for part in relative.parts)
-            if path.is_file() and not hidden and not path.name.endswith(WEIGHT_SUFFIXES):
+            left_out = path.name in self.left_out
+            if path.is_file() and not hidden and not left_out and not path.name.endswith(WEIGHT_SUFFIXES):
                 require_utf8(path)
                 files.append(relative)
         return tuple(files)
@@ -85,6 +98,8 @@ class Checkpoint:
         It tells one base from another in milliseconds; it is not a proof of integrity (the manifest's
         file hashes are).
         """
+        if self.stored is not None:
+            return self.stored.fingerprint
         digest = hashlib.sha256()
         for name in sorted(self.tensors):
             ref = self.tensors[name]

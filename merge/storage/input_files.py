@@ -6,10 +6,12 @@ import os
 import threading
 from pathlib import Path
 
+import torch
 from torch import Tensor
 
 from adapter_merge.errors import FileFormatError
 
+from .computed_tensor import ComputedRef
 from .safetensors_header import TensorRef
 from .tensor_io import pread_into
 
@@ -28,6 +30,9 @@ class Sources:
         buffer: Tensor,  # (n,) uint8 on the CPU
     ) -> None:
         """Fill `buffer` from byte `first` of the tensor. Raises FileFormatError for a short or unreadable file."""
+        if isinstance(ref, ComputedRef):
+            ref.read_into(self.read_bytes, first, buffer)
+            return
         try:
             with self._lock:
                 fd = self._fds.get(ref.file)
@@ -39,6 +44,12 @@ class Sources:
             raise FileFormatError(
                 f"{ref.file}: cannot be read ({error.strerror or error})", hint="its disk fails, or it was moved"
             ) from error
+
+    def read_bytes(self, ref: TensorRef, first: int, stop: int) -> Tensor:
+        """Return bytes first .. stop of the tensor, uint8 (n,)."""
+        raw = torch.empty(stop - first, dtype=torch.uint8)
+        self.read(ref, first, raw)
+        return raw
 
     def close(self) -> None:
         with self._lock:

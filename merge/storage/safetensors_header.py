@@ -47,6 +47,11 @@ class TensorRef:
         return self.stop - self.start
 
     @property
+    def files(self) -> tuple[Path, ...]:
+        """The files that are read for the tensor."""
+        return (self.file,)
+
+    @property
     def rows(self) -> int:
         """The number of rows of the 2-D view, the product of all leading dimensions; 1 for scalars and vectors."""
         return math.prod(self.shape[:-1]) if len(self.shape) > 1 else 1

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 
 from adapter_merge.errors import FileFormatError
 
+from .computed_tensor import ComputedRef
 from .input_errors import reading
 from .lazy_torch import torch
 from .safetensors_header import TensorRef, layout
@@ -40,6 +41,7 @@ class _TorchDtypes(Mapping[str, "torch.dtype"]):
         return len(TORCH_NAMES)
 
 
+COMPUTED_BYTES = 4 << 20  # of a computed tensor, in one step
 TORCH_DTYPES: Mapping[str, torch.dtype] = _TorchDtypes()
 SAFETENSORS_DTYPES = {"float32": "F32", "float16": "F16", "bfloat16": "BF16"}  # as users name dtypes
 
@@ -65,14 +67,36 @@ def pread_into(fd: int, buffer: memoryview, offset: int, what: str) -> None:
 
 
 def read_tensor(ref: TensorRef) -> Tensor:
-    """Read one tensor whole, on the CPU, in its stored dtype. Raises FileFormatError for a short file."""
+    """Read one tensor whole, on the CPU, in its dtype. Raises FileFormatError for a short file."""
     if ref.dtype not in TORCH_DTYPES:
         raise FileFormatError(f"{ref.file}: torch has no dtype for {ref.dtype} (tensor {ref.name!r})")
     raw = torch.empty(ref.nbytes, dtype=torch.uint8)
-    if ref.nbytes:
-        with reading(ref.file), ref.file.open("rb") as stream:
-            pread_into(stream.fileno(), raw.numpy().data, ref.start, str(ref.file))
+    step = ref.nbytes
+    if isinstance(ref, ComputedRef):  # in blocks, so that what a scheme computes beside the rows stays small
+        step = max(1, COMPUTED_BYTES // max(1, ref.row_bytes)) * ref.row_bytes
+    for first in range(0, ref.nbytes, max(1, step)):
+        read_into(ref, first, raw[first : first + step])
     return raw.view(TORCH_DTYPES[ref.dtype]).reshape(ref.shape)
+
+
+def read_into(
+    ref: TensorRef,
+    first: int,
+    buffer: Tensor,  # (n,) uint8 on the CPU
+) -> None:
+    """Fill `buffer` from byte `first` of the tensor. Raises FileFormatError for a short or unreadable file."""
+    if isinstance(ref, ComputedRef):
+        ref.read_into(read_bytes, first, buffer)
+        return
+    with reading(ref.file), ref.file.open("rb") as stream:
+        pread_into(stream.fileno(), buffer.numpy().data, ref.start + first, str(ref.file))
+
+
+def read_bytes(ref: TensorRef, first: int, stop: int) -> Tensor:
+    """Return bytes first .. stop of the tensor, uint8 (n,)."""
+    raw = torch.empty(stop - first, dtype=torch.uint8)
+    read_into(ref, first, raw)
+    return raw
 
 
 def all_finite(tensor: Tensor) -> bool:

@@ -18,6 +18,7 @@ from adapter_merge.binding.bind import BoundAdapter
 from adapter_merge.errors import MissingDependencyError, UnsupportedError
 from adapter_merge.methods.adapter import AdapterFormat
 from adapter_merge.methods.dcft import DcftModule
+from adapter_merge.quantisation.dense_view import open_base
 from adapter_merge.storage.safetensors_header import TensorRef
 from adapter_merge.storage.tensor_io import read_tensor
 
@@ -56,16 +57,24 @@ def require(*packages: str) -> None:
 
 
 def load_model(folder: Any, config: Any = None) -> nn.Module:
-    """Load the transformers model in `folder`, of its config's class, in its own dtype, in eval mode."""
+    """Load the transformers model in `folder`, of its config's class, in its own dtype, in eval mode.
+
+    A quantised one is loaded from its dequantised weights.
+    """
     require("transformers")
     import transformers
 
+    base = open_base(folder)
     with quiet_libraries():
-        config = config or transformers.AutoConfig.from_pretrained(folder)
+        config = config or model_config(folder)
         names = getattr(config, "architectures", None) or []
         kind = getattr(transformers, names[0], None) if names else None
         loader = kind or transformers.AutoModelForCausalLM
-        model: nn.Module = loader.from_pretrained(folder, config=config, dtype="auto")
+        if base.stored is None:
+            model: nn.Module = loader.from_pretrained(folder, config=config, dtype="auto")
+        else:
+            state = {name: read_tensor(ref) for name, ref in base.tensors.items()}
+            model = loader.from_pretrained(None, config=config, state_dict=state, dtype="auto")
     return model.eval()
 
 
@@ -83,12 +92,16 @@ def adapted_model(bound: BoundAdapter, dtype: torch.dtype, model: nn.Module) -> 
 
 
 def model_config(folder: Any) -> Any:
-    """Return the transformers config in `folder`."""
+    """Return the transformers config in `folder`, without a quantization_config."""
     require("transformers")
     import transformers
 
     with quiet_libraries():
-        return transformers.AutoConfig.from_pretrained(folder)
+        config: Any = transformers.AutoConfig.from_pretrained(folder)
+    for holder in (config, config.get_text_config()):
+        if hasattr(holder, "quantization_config"):
+            del holder.quantization_config
+    return config
 
 
 def replace_tensors(model: nn.Module, replacements: dict[str, TensorRef]) -> None:

@@ -20,7 +20,7 @@ from adapter_merge.methods.lora import BiasModule
 from adapter_merge.storage.tensor_io import read_tensor
 
 from .combination_definition import defined_delta
-from .live_adapter import adapted_model, is_embedding, live_layer, load_model, quiet_libraries, require
+from .live_adapter import adapted_model, is_embedding, live_layer, load_model, model_config
 from .streamed_adapter import held_model, streamed_trained
 
 
@@ -128,11 +128,7 @@ def _inner_size(layer: Any) -> int | None:
 
 def _with_weights(bound: CombinedBound, weights: dict[str, Tensor]) -> nn.Module:
     """Return the base in float64 with `weights`, new trained heads, and embeddings tied as after the merge."""
-    require("transformers")
-    import transformers
-
-    with quiet_libraries():
-        config = transformers.AutoConfig.from_pretrained(bound.base.folder)
+    config = model_config(bound.base.folder)
     for key, value in bound.config_changes.items():
         setattr(config, key, value)
     model = load_model(bound.base.folder, config).to(torch.float64)

@@ -21,7 +21,8 @@ from adapter_merge.methods.adapter import AdapterFormat
 from adapter_merge.methods.dcft import DcftModule
 from adapter_merge.methods.lora import LoraModule
 from adapter_merge.methods.residual import Initial
-from adapter_merge.storage.checkpoint import open_checkpoint, read_weights
+from adapter_merge.quantisation.dense_view import open_base
+from adapter_merge.storage.checkpoint import read_weights
 from adapter_merge.storage.safetensors_header import TensorRef
 from adapter_merge.storage.tensor_io import TORCH_DTYPES, read_tensor
 
@@ -34,7 +35,7 @@ from .streamed_model import PartLoader, Source, StreamedModel, file_sources, ske
 def streamed_base(folder: Path, dtype: torch.dtype) -> StreamedModel:
     """Return the model in `folder`."""
     config = model_config(folder)
-    loader = PartLoader(config, file_sources(open_checkpoint(folder).tensors, dtype), dtype)
+    loader = PartLoader(config, file_sources(open_base(folder).tensors, dtype), dtype)
     return StreamedModel(with_placeholders(skeleton(config, dtype)), loader)
 
 

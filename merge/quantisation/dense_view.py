@@ -1,0 +1,85 @@
+"""The dense view of a quantised base: every packed weight as a computed tensor in the place of its packed numbers."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from adapter_merge.storage.checkpoint import Checkpoint, open_checkpoint
+from adapter_merge.storage.computed_tensor import ComputedRef
+from adapter_merge.storage.safetensors_header import ITEM_BYTES, TensorRef
+
+from .configuration import LOCATIONS, SIDE_FILE
+from .detection import find_packed
+from .packed_weight import PackedWeight
+
+# Files in which quantisation tools repeat the config: loaders would look for quantised weights.
+SETTINGS_FILES = frozenset((SIDE_FILE, "quantize_config.json", "quant_config.json"))
+
+
+def open_base(folder: str | Path) -> Checkpoint:
+    """Open the model in `folder` (a path or hub id); of a quantised one its dense view.
+
+    Raises InputError, FileFormatError or UnsupportedError with every problem.
+    """
+    return dense_view(open_checkpoint(folder))
+
+
+def dense_view(base: Checkpoint) -> Checkpoint:
+    """Return `base` as if it were unquantised; `base` itself where no weight of it is quantised.
+
+    Packed weights become ComputedRefs in the dtype that their library dequantises to, each in the place of its first
+    part. Parts, activation scales, the quantization_config and its copies in side files are gone; everything else is
+    the base's. No weight is read.
+    """
+    packed = find_packed(base)
+    if not packed.weights:
+        return base
+    places = {next(iter(weight.parts.values())).name: weight for weight in packed.weights.values()}
+    shards = []
+    for shard in base.shards:
+        tensors = tuple(
+            _dense(places[ref.name]) if ref.name in places else ref
+            for ref in shard.tensors
+            if ref.name in places or ref.name not in packed.side
+        )
+        if tensors:
+            shards.append(replace(shard, tensors=tensors, is_whole=shard.is_whole and tensors == shard.tensors))
+    return replace(
+        base,
+        shards=tuple(shards),
+        config=_dense_config(base.config),
+        stored=base,
+        left_out=SETTINGS_FILES,
+        notes=packed.notes,
+    )
+
+
+def packed_weight(ref: TensorRef) -> PackedWeight | None:
+    """Return the quantised weight that `ref` is computed from, or None for a stored tensor."""
+    return ref.source if isinstance(ref, ComputedRef) and isinstance(ref.source, PackedWeight) else None
+
+
+def packed_weights(base: Checkpoint) -> dict[str, PackedWeight]:
+    """Return the quantised weights of a dense view by name."""
+    found = {name: packed_weight(ref) for name, ref in base.tensors.items()}
+    return {name: weight for name, weight in found.items() if weight is not None}
+
+
+def _dense(weight: PackedWeight) -> ComputedRef:
+    parts = tuple(weight.parts.values())
+    nbytes = math.prod(weight.shape) * ITEM_BYTES[weight.dtype]
+    files = tuple(dict.fromkeys(part.file for part in parts))
+    return ComputedRef(weight.name, files[0], weight.dtype, weight.shape, 0, nbytes, weight, files)
+
+
+def _dense_config(config: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the config without what says that weights are quantised, also in its text_config."""
+    dense = {key: value for key, value in config.items() if key not in LOCATIONS}
+    text = dense.get("text_config")
+    if isinstance(text, dict):
+        dense["text_config"] = {key: value for key, value in text.items() if key not in LOCATIONS}
+    return dense
