@@ -9,6 +9,9 @@ after the prompt are compared:
     F32 model in GGUF                       with the model in transformers (what the comparison itself is worth)
     F32 model in GGUF + adapter.gguf        with the merged model in transformers
     the same at other ranks                 a LoRA with rank_pattern: one alpha for several ranks
+    Q8_0, Q6_K, Q4_K_M + adapter.gguf       with the model that `merge` makes of that file, which llama.cpp quantised
+
+llama.cpp quantises activations to 8 bits beside quantised weights, so that there the logits differ more and tokens may.
 """
 
 from __future__ import annotations
@@ -35,6 +38,7 @@ from adapter_merge.verification.live_adapter import quiet_libraries
 
 QUESTIONS = ("What is the capital of Italy?", "What is gravity?", "Write a haiku about the sea.")
 TOKENS = 48
+QUANTISED = {"Q8_0": 7, "Q6_K": 18, "Q4_K_M": 15}  # llama_ftype
 RUN = """
 import json, sys
 import numpy as np
@@ -51,6 +55,13 @@ for ids in job["ids"]:
         model.eval(answer["tokens"][-1:])
     answers.append(answer)
 json.dump(answers, sys.stdout)
+"""
+QUANTISE = """
+import sys
+import llama_cpp
+parameters = llama_cpp.llama_model_quantize_default_params()
+parameters.ftype = int(sys.argv[3])
+sys.exit(llama_cpp.llama_model_quantize(sys.argv[1].encode(), sys.argv[2].encode(), parameters))
 """
 Answers = list[dict[str, Any]]
 
@@ -166,6 +177,18 @@ def prove(python: str, work: Path, adapter: Path) -> bool:
         merge(base, source, merged, MergeOptions(overwrite=True))
         told = in_transformers(merged, ids)
         passed &= compare(f"F32 + {name}.gguf", in_llama_cpp(python, plain, ids, factors / "adapter.gguf"), told)
+    for name, kind in QUANTISED.items():
+        file = work / f"{name}.gguf"
+        command = [python, "-c", QUANTISE, str(plain), str(file), str(kind)]
+        subprocess.run(command, check=True, capture_output=True)
+        factors, merged = work / f"{name}-factors", work / f"{name}-merged"
+        factor(file, adapter, factors, FactorOptions(format="gguf", overwrite=True))
+        merge(file, adapter, merged, MergeOptions(write_as="float32", overwrite=True))
+        compare(
+            f"{name} + adapter.gguf",
+            in_llama_cpp(python, file, ids, factors / "adapter.gguf"),
+            in_transformers(merged, ids),
+        )
     return passed
 
 

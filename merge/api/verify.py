@@ -178,6 +178,8 @@ def artefact_kind(folder: Path) -> str:
     if (folder / "adapter_config.json").is_file():
         config = read_json(folder / "adapter_config.json")
         kinds.append("factors" if config.get("peft_type") == "LORA" and _starts_at_zero(config) else "adapter")
+    if (folder / "adapter.gguf").is_file():
+        kinds.append("factors")
     if any((folder / name).is_file() for name in CANDIDATES):
         kinds.append("merged model")
     if len(kinds) > 1:

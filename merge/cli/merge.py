@@ -42,11 +42,12 @@ def merge(inputs: tuple[str, ...], output: str, as_json: bool, quiet: bool, verb
     with loading():
         from adapter_merge.api.merge import merge as run
         from adapter_merge.api.options import MergeOptions
-        from adapter_merge.storage.checkpoint import resolve
+        from adapter_merge.storage.checkpoint import resolve_base
 
     subject = stated_inputs(inputs)
-    source = resolve(subject.folder) if subject.folder else Path()
-    total = sum(path.stat().st_size for path in source.iterdir() if path.is_file())
+    source = resolve_base(subject.folder) if subject.folder else Path()
+    files = source.iterdir() if source.is_dir() else (source,)
+    total = sum(path.stat().st_size for path in files if path.is_file())
     with progress_bar("merging", total, quiet or as_json) as progress:
         options = MergeOptions(base_kind=subject.base_kind, reading=subject.options, **settings)
         result = run(subject.base, subject.adapter, output, options, progress=progress)

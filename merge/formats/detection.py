@@ -22,12 +22,13 @@ from adapter_merge.storage.input_snapshot import InputSnapshot, snapshot_folder
 from adapter_merge.storage.safetensors_header import FLOAT_DTYPES
 
 from .dcft_checkpoint import holds_dcft, read_dcft_checkpoint
+from .gguf_lora import holds_gguf_lora, read_gguf_lora
 from .kohya import IMAGE_PREFIXES, PREFIXES, holds_kohya, read_kohya
 from .mytransformers import read_mytransformers
 from .native import NATIVE_TYPES, read_native
 from .read_options import ReadOptions
 
-FILE_SUFFIXES = (".safetensors", ".bin", ".pt", ".pth", ".ckpt")
+FILE_SUFFIXES = (".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".gguf")
 
 # The options that each format of a folder can use, beside format and prefix. USED_BY_TYPE overrides them by peft_type.
 USED_OPTIONS: dict[str, tuple[str, ...]] = {
@@ -79,6 +80,12 @@ def _recognise_dcft_reshape(names: tuple[str, ...]) -> str | None:
 
 # Formats of one weights file, in the order in which they are tried. A new format of this kind adds one row.
 FILE_FORMATS: dict[str, FileFormat] = {
+    "gguf": FileFormat(
+        lambda names: "certain" if holds_gguf_lora(names) else None,
+        "lora_a and lora_b tensors of llama.cpp",
+        (),
+        lambda file, options, base: read_gguf_lora(file, base),
+    ),
     "kohya": FileFormat(
         _recognise_kohya,
         "lora_down, lokr_ or hada_ tensors",

@@ -39,6 +39,7 @@ class AdapterFormat(StrEnum):
     DCFT_RESHAPE = "DCFT, reshape form"
     MYTRANSFORMERS = "MyTransformers checkpoint"
     KOHYA = "kohya / LyCORIS file"
+    GGUF = "llama.cpp LoRA"
     COMBINATION = "combination"  # several adapters combined by a recipe; no file has this layout
 
 

@@ -2,30 +2,32 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from adapter_merge.storage.checkpoint import Checkpoint, open_checkpoint
+from adapter_merge.storage.checkpoint import Checkpoint, open_checkpoint, resolve_base
 from adapter_merge.storage.computed_tensor import ComputedRef
-from adapter_merge.storage.safetensors_header import ITEM_BYTES, TensorRef
+from adapter_merge.storage.safetensors_header import TensorRef
 
 from .configuration import LOCATIONS, SIDE_FILE
 from .detection import find_packed
-from .packed_weight import PackedWeight
+from .gguf_checkpoint import gguf_file, open_gguf
+from .packed_weight import PackedWeight, dense_ref
 
 # Files in which quantisation tools repeat the config: loaders would look for quantised weights.
 SETTINGS_FILES = frozenset((SIDE_FILE, "quantize_config.json", "quant_config.json"))
 
 
 def open_base(folder: str | Path) -> Checkpoint:
-    """Open the model in `folder` (a path or hub id); of a quantised one its dense view.
+    """Open the model in `folder` (a path or hub id, or a GGUF file); of a quantised one its dense view.
 
     Raises InputError, FileFormatError or UnsupportedError with every problem.
     """
-    return dense_view(open_checkpoint(folder))
+    path = resolve_base(folder)
+    file = gguf_file(path)
+    return dense_view(open_checkpoint(path)) if file is None else open_gguf(file)
 
 
 def dense_view(base: Checkpoint) -> Checkpoint:
@@ -42,7 +44,7 @@ def dense_view(base: Checkpoint) -> Checkpoint:
     shards = []
     for shard in base.shards:
         tensors = tuple(
-            _dense(places[ref.name]) if ref.name in places else ref
+            dense_ref(places[ref.name]) if ref.name in places else ref
             for ref in shard.tensors
             if ref.name in places or ref.name not in packed.side
         )
@@ -67,13 +69,6 @@ def packed_weights(base: Checkpoint) -> dict[str, PackedWeight]:
     """Return the quantised weights of a dense view by name."""
     found = {name: packed_weight(ref) for name, ref in base.tensors.items()}
     return {name: weight for name, weight in found.items() if weight is not None}
-
-
-def _dense(weight: PackedWeight) -> ComputedRef:
-    parts = tuple(weight.parts.values())
-    nbytes = math.prod(weight.shape) * ITEM_BYTES[weight.dtype]
-    files = tuple(dict.fromkeys(part.file for part in parts))
-    return ComputedRef(weight.name, files[0], weight.dtype, weight.shape, 0, nbytes, weight, files)
 
 
 def _dense_config(config: Mapping[str, Any]) -> dict[str, Any]:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import cache
 from importlib import import_module
 from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any
@@ -90,11 +91,16 @@ def require_gguf(what: str) -> Any:
 
 def gguf_name(architecture: Architecture, layers: int, name: str) -> str | None:
     """Return the GGUF name of the Hugging Face tensor `name`, or None where llama.cpp has no such tensor."""
+    found = _names_in(architecture.name, layers).get_name(name, try_suffixes=(".weight", ".bias"))
+    return found if isinstance(found, str) else None
+
+
+@cache
+def _names_in(architecture: str, layers: int) -> Any:
+    """Return the gguf package's TensorNameMap."""
     gguf = require_gguf("a name in llama.cpp")
     kinds = {text: kind for kind, text in gguf.MODEL_ARCH_NAMES.items()}
-    names = gguf.get_tensor_name_map(kinds[architecture.name], layers)
-    found = names.get_name(name, try_suffixes=(".weight", ".bias"))
-    return found if isinstance(found, str) else None
+    return gguf.get_tensor_name_map(kinds[architecture], layers)
 
 
 def rotated_heads(architecture: Architecture, name: str, config: Mapping[str, Any]) -> int | None:

@@ -9,8 +9,9 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, TypeAlias
 
 from adapter_merge.errors import UnsupportedError
+from adapter_merge.storage.computed_tensor import ComputedRef
 from adapter_merge.storage.lazy_torch import torch
-from adapter_merge.storage.safetensors_header import TensorRef
+from adapter_merge.storage.safetensors_header import ITEM_BYTES, TensorRef
 from adapter_merge.storage.tensor_io import TORCH_DTYPES
 
 if TYPE_CHECKING:
@@ -75,6 +76,14 @@ class PackedWeight(ABC):
             if loss < smallest_loss:
                 best, smallest_loss = parts, loss
         return best
+
+
+def dense_ref(weight: PackedWeight) -> ComputedRef:
+    """Return the dense weight as a tensor that is computed when it is read."""
+    parts = tuple(weight.parts.values())
+    nbytes = math.prod(weight.shape) * ITEM_BYTES[weight.dtype]
+    files = tuple(dict.fromkeys(part.file for part in parts))
+    return ComputedRef(weight.name, files[0], weight.dtype, weight.shape, 0, nbytes, weight, files)
 
 
 def read_part(read: Read, ref: TensorRef) -> Tensor:

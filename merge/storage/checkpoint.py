@@ -13,6 +13,7 @@ from typing import Any
 
 from adapter_merge.errors import FileFormatError, InputError, Problem, raise_all
 
+from .gguf_header import read_gguf_header, stored_tensor
 from .input_errors import reading, require_utf8
 from .input_snapshot import InputSnapshot
 from .safetensors_header import TensorRef, read_header
@@ -168,11 +169,19 @@ def resolve(name: str | Path) -> Path:
         ) from error
 
 
+def resolve_base(name: str | Path) -> Path:
+    """Return a local GGUF file as it is, and anything else as `resolve` does."""
+    path = Path(name)
+    return path if path.suffix == ".gguf" and path.is_file() else resolve(name)
+
+
 def read_weights(file: Path) -> Shard:
-    """Read the header of one weights file, safetensors or torch zip pickle."""
+    """Read the header of one weights file: safetensors, GGUF (its blocks as bytes) or a torch zip pickle."""
     if file.suffix == ".safetensors":
         header = read_header(file)
         return Shard(file, header.tensors, header.metadata)
+    if file.suffix == ".gguf":
+        return Shard(file, tuple(stored_tensor(tensor, file) for tensor in read_gguf_header(file).tensors), {})
     from .torch_pickle import read_pickle
 
     refs = sorted(read_pickle(file).values(), key=lambda ref: (ref.start, ref.name))

@@ -68,6 +68,8 @@ def streamed_artefact(bound: BoundAdapter, folder: Path, kind: str, dtype: torch
         return streamed_trained(open_pair(bound.base.folder, folder, bound.base_kind), dtype)
     config = model_config(bound.base.folder)
     sources = file_sources(bound.base.tensors, dtype)
+    if kind == "factors" and not (folder / "adapter_config.json").is_file():  # a llama.cpp adapter
+        return streamed_trained(open_pair(bound.base.folder, folder), dtype)
     if kind == "factors":
         heads = folder / REPLACEMENTS
         own = {ref.name: ref for ref in read_weights(heads).tensors} if heads.is_file() else {}

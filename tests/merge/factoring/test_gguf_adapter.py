@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -12,12 +13,17 @@ import pytest
 import torch
 from click.testing import CliRunner
 from factor_models import base_weights, dcft_adapter, load, merged_weights, peft_adapter, pico_model
+from safetensors.torch import load_file
 from transformers.modeling_gguf_pytorch_utils import LlamaTensorProcessor
 
 from adapter_merge.api.factor import factor
-from adapter_merge.api.options import FactorOptions
+from adapter_merge.api.merge import merge
+from adapter_merge.api.options import FactorOptions, MergeOptions, VerifyOptions
+from adapter_merge.api.verify import verify
 from adapter_merge.cli.main import group
-from adapter_merge.errors import InputError, UnsupportedError
+from adapter_merge.errors import AdapterMergeError, InputError, UnsupportedError
+from adapter_merge.formats.detection import open_adapter
+from adapter_merge.quantisation.dense_view import open_base
 
 GGUF = FactorOptions(format="gguf", device="cpu")
 HEADS, KEY_HEADS = 4, 2  # of the pico model
@@ -126,8 +132,6 @@ def test_pissa_is_exact(base: Path, tmp_path: Path) -> None:
 
 
 def test_a_dcft_is_exact(base: Path, tmp_path: Path) -> None:
-    from safetensors.torch import load_file
-
     adapter = dcft_adapter(base, tmp_path / "dcft")
     factor(base, adapter, tmp_path / "out", GGUF)
     found = deltas(tmp_path / "out" / "adapter.gguf")
@@ -142,6 +146,75 @@ def test_a_dcft_is_exact(base: Path, tmp_path: Path) -> None:
         name = names.get_name(module.removeprefix("base_model.model.")) + ".weight"
         got = in_hugging_face_order(name, found[name])
         assert torch.linalg.vector_norm(got - delta) <= 1e-6 * torch.linalg.vector_norm(delta), name
+
+
+def test_the_file_is_verified_and_merged_like_any_adapter(base: Path, tmp_path: Path) -> None:
+    adapter = lora(base, tmp_path / "lora", target_modules=["q_proj", "k_proj", "o_proj"], rank_pattern={"k_proj": 3})
+    output = tmp_path / "out"
+    factor(base, adapter, output, GGUF)
+    report = verify(base, adapter, output, VerifyOptions(generated=4))
+    assert report.passed, report.problems
+    merge(base, adapter, tmp_path / "merged", MergeOptions(device="cpu"))
+    merge(base, output, tmp_path / "again", MergeOptions(device="cpu"))
+    merge(base, output / "adapter.gguf", tmp_path / "file", MergeOptions(device="cpu"))
+    wanted = load_file(tmp_path / "merged" / "model.safetensors")
+    for folder in ("again", "file"):
+        got = load_file(tmp_path / folder / "model.safetensors")
+        assert all(torch.allclose(got[name], wanted[name], atol=1e-7) for name in wanted)
+    rewrite(
+        output / "adapter.gguf", lambda name, values: values[::-1] if name == "blk.1.attn_k.weight.lora_b" else values
+    )
+    assert not verify(base, adapter, output, VerifyOptions(weights_only=True)).passed
+    truncated = tmp_path / "truncated"
+    factor(base, adapter, truncated, FactorOptions(format="gguf", rank=2, device="cpu"))
+    assert verify(base, adapter, truncated, VerifyOptions(weights_only=True)).passed
+
+
+def rewrite(file: Path, change: Callable[[str, Any], Any], **metadata: Any) -> None:
+    """Write an adapter's file again with changed tensors (None: left out) and metadata."""
+    reader = gguf.GGUFReader(file)
+    keys = {"architecture": "llama", "type": "lora", "alpha": 4.0, **metadata}
+    tensors = {tensor.name: np.array(tensor.data) for tensor in reader.tensors}
+    writer = gguf.GGUFWriter(file, keys["architecture"])
+    writer.add_type(gguf.GGUFType.ADAPTER)
+    writer.add_string("adapter.type", keys["type"])
+    writer.add_float32("adapter.lora.alpha", keys["alpha"])
+    for name, values in tensors.items():
+        changed = change(name, values)
+        if changed is not None:
+            writer.add_tensor(name, np.ascontiguousarray(changed))
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+
+
+@pytest.mark.parametrize(
+    ("change", "metadata", "said"),
+    [
+        (lambda name, values: None if name == "blk.0.attn_q.weight.lora_a" else values, {}, "do not fit"),
+        (lambda name, values: values[:, :-1] if name == "blk.0.attn_q.weight.lora_b" else values, {}, "do not fit"),
+        (lambda name, values: values, {"architecture": "qwen2"}, "another architecture"),
+        (lambda name, values: values, {"alpha": float("nan")}, "alpha is wrong"),
+        (lambda name, values: values, {"type": "control_vector"}, "not a LoRA"),
+    ],
+)
+def test_a_file_that_does_not_fit_is_refused(
+    base: Path, tmp_path: Path, change: Callable[[str, Any], Any], metadata: dict[str, Any], said: str
+) -> None:
+    factor(base, lora(base, tmp_path / "lora", target_modules=["q_proj"]), tmp_path / "out", GGUF)
+    rewrite(tmp_path / "out" / "adapter.gguf", change, **metadata)
+    with pytest.raises(AdapterMergeError, match=said):
+        merge(base, tmp_path / "out", tmp_path / "merged", MergeOptions(device="cpu"))
+
+
+def test_an_alpha_of_zero_is_a_scale_of_one_and_no_base_is_refused(base: Path, tmp_path: Path) -> None:
+    factor(base, lora(base, tmp_path / "lora", target_modules=["q_proj"]), tmp_path / "out", GGUF)
+    rewrite(tmp_path / "out" / "adapter.gguf", lambda name, values: values, alpha=0.0)
+    opened = open_adapter(tmp_path / "out", base=open_base(base))
+    assert {module.scale for module in opened.modules} == {1.0}  # type: ignore[attr-defined]
+    with pytest.raises(InputError, match=r"llama\.cpp's names"):
+        open_adapter(tmp_path / "out")
 
 
 @pytest.mark.parametrize("settings", [{"use_dora": True}, {"use_dora": True, "init_lora_weights": "pissa"}])
