@@ -21,6 +21,7 @@ from adapter_merge.combine.open_inputs import (
 from adapter_merge.engine.devices import choose_devices
 from adapter_merge.engine.execute import FinishedShard, Progress, execute
 from adapter_merge.engine.plan import MergePlan, ShardPlan, plan_merge
+from adapter_merge.engine.requantise import plan_requantised
 from adapter_merge.errors import InputError, Problem, raise_all
 from adapter_merge.outputs.model_folder import base_files, output_files, write_rest
 from adapter_merge.outputs.preimage import PreimageRecorder
@@ -39,7 +40,7 @@ from adapter_merge.storage.tensor_io import SAFETENSORS_DTYPES as DTYPES
 
 from .options import MergeOptions
 from .results import MergeResult
-from .write_as import computed_dtype
+from .write_as import SAME, certify, check_write_as, computed_dtype
 
 LOST_WARNING = 0.5
 
@@ -74,8 +75,12 @@ def merge(
     _check_config(bound)
     check_output(output, options.overwrite, input_folders(bound))
     check_values(bound)
-    computed = computed_dtype(bound.base, options)
-    plan = plan_merge(bound.base, (bound,), DTYPES[options.dtype] if options.dtype else None, computed)
+    check_write_as(bound.base, options)
+    if options.write_as == SAME:
+        plan = plan_requantised(bound)
+    else:
+        dtype = DTYPES[options.dtype] if options.dtype else None
+        plan = plan_merge(bound.base, (bound,), dtype, computed_dtype(bound.base, options))
     _check_options(plan, options.hashes, options.keep_preimage, options.part, options.finish)
     shards = plan.shards if options.part is None else shards_of_part(plan.shards, options.part)
     if not options.finish:
@@ -135,9 +140,13 @@ def merge(
             if recorder is not None:
                 recorder.abandon()
         content["layers"] = {
-            name: asdict(found) for shard in finished.values() for name, found in sorted(shard.figures.items())
+            name: {key: value for key, value in asdict(found).items() if value is not None}
+            for shard in finished.values()
+            for name, found in sorted(shard.figures.items())
         }
-        content["warnings"] = _rounding_warnings(content["layers"])
+        if options.write_as == SAME and options.part is None:
+            content["certificate"] = certify(content["layers"], options.min_retention)
+        content["warnings"] = [] if options.write_as == SAME else _rounding_warnings(content["layers"])
         if options.part is not None:
             done = {name: shard.sha256 for name, shard in sorted(finished.items())}
             return MergeResult(output, content | {"part": f"{options.part[0]}/{options.part[1]}", "files": done})

@@ -28,7 +28,8 @@ class MergeOptions(WriteOptions):
     """
 
     dtype: str | None = None  # float32, float16 or bfloat16 for all float tensors; None keeps each tensor's own
-    write_as: str | None = None  # quantised base: float32, float16 or bfloat16 for the weights that it holds packed
+    write_as: str | None = None  # quantised base: float32, float16 or bfloat16 for its packed weights, or "same"
+    min_retention: float = 0.5  # write_as "same": the least share of the change that must be kept
     device: str = "auto"  # auto, cpu, cuda or cuda:N
     workers: int | None = None  # threads of each device; None takes what has been measured to be fastest
     link: str = "auto"  # how shards that no adapter touches get into the output: auto, reflink, hardlink or copy
@@ -114,6 +115,7 @@ class VerifyOptions:
     generated: int = 32  # greedy tokens per prompt
     tolerance: float | None = None  # for max |dlogit|; None: 1e-4, and one rounding for half precision
     weights_only: bool = False  # compare weights alone, run no model
+    min_retention: float = 0.5  # of a model that was quantised again: the least share of the change that passes
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -30,6 +30,8 @@ class WeightChange:
     changed: float  # fraction of elements whose stored value changed
     lost: float  # sum |dW| over unchanged elements / sum |dW|
     sampled: float  # fraction of the weight's elements that were measured
+    retention: float | None = None  # <Q(W') - W0, dW> / ||dW||^2 of a weight that was quantised again
+    delta_norm: float | None = None  # ||dW|| of a weight that was quantised again
 
 
 @dataclass(frozen=True)

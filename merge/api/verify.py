@@ -38,6 +38,7 @@ from adapter_merge.verification.compare_weights import (
     weight_problems,
 )
 from adapter_merge.verification.live_probes import unlike_live
+from adapter_merge.verification.requantised_weights import requantised_weights
 from adapter_merge.verification.streamed_adapter import streamed_trained
 
 from .options import VerifyOptions
@@ -98,15 +99,16 @@ def verify(
         },
         "base": {"path": str(bound.base.folder), "kind": bound.base_kind, "evidence": bound.evidence},
     }
-    report["notes"] = _other_base(folder, bound)
-    proof = _prove_weights(bound, folder, kind, progress)
+    report["notes"] = [*_other_base(folder, bound), *_quantised(bound)]
+    proof = _prove_weights(bound, folder, kind, options.min_retention, progress)
     report["layers"] = {name: asdict(figures) for name, figures in proof.layers.items()}
     report["half_precision"], report["compared"] = proof.half, proof.compared
     problems = list(proof.problems)
     if not proof.compared:
         problems.append("nothing was compared: the artefact and the adapter have no tensor in common")
     if not options.weights_only:
-        limit = options.tolerance if options.tolerance is not None else (math.inf if proof.half else LOGIT_TOLERANCE)
+        rounded = proof.half is not None or proof.is_requantised
+        limit = options.tolerance if options.tolerance is not None else (math.inf if rounded else LOGIT_TOLERANCE)
         report["tolerance"] = None if math.isinf(limit) else limit
         figures, found = _prove_logits(bound, folder, kind, limit, options.prompts, options.generated, say)
         report |= figures
@@ -114,16 +116,21 @@ def verify(
             problems = [one for one in problems if not one.startswith(TRUNCATION)]
         problems += found
         last = figures.get("logits_float64") or figures["logits"]
-        if last["greedy_equal"] != last["greedy_total"] and not proof.half and limit <= LOGIT_TOLERANCE:
+        if last["greedy_equal"] != last["greedy_total"] and not rounded and limit <= LOGIT_TOLERANCE:
             problems.append(f"{last['greedy_total'] - last['greedy_equal']} greedy tokens differ")
     report["problems"] = problems
     report["passed"] = not problems
     return Verification(report)
 
 
-def _prove_weights(bound: BoundAdapter, folder: Path, kind: str, progress: Progress | None) -> WeightProof:
+def _prove_weights(
+    bound: BoundAdapter, folder: Path, kind: str, least: float, progress: Progress | None
+) -> WeightProof:
     if kind == "merged model":
-        return merged_weights(bound, open_base(folder), progress)
+        merged = open_base(folder)
+        if merged.stored is not None:
+            return requantised_weights(bound, merged, least, progress)
+        return merged_weights(bound, merged, progress)
     if kind == "deltas":
         return delta_weights(bound, folder, progress)
     if kind == "factors":
@@ -192,6 +199,16 @@ def artefact_kind(folder: Path) -> str:
 def _starts_at_zero(config: Mapping[str, Any]) -> bool:
     """False for PiSSA and the like, which act on a residual."""
     return config.get("init_lora_weights", True) in (True, False, "gaussian", None)
+
+
+def _quantised(bound: BoundAdapter) -> list[str]:
+    """Of a quantised base: what is run in its place."""
+    if bound.base.stored is None:
+        return []
+    return [
+        "the base is quantised: models are run from its dequantised weights, as the scheme's library gives them",
+        *bound.base.notes,
+    ]
 
 
 def _other_base(folder: Path, bound: BoundAdapter) -> list[str]:

@@ -22,8 +22,16 @@ from .result import show_result
 @click.option(
     "--as",
     "write_as",
-    type=DTYPES,
-    help="Quantised BASE: the dtype of its quantised weights in the output, dequantised and rounded once.",
+    type=click.Choice(["bfloat16", "float16", "float32", "same"]),
+    help="Quantised BASE: the dtype of its quantised weights in the output, dequantised and rounded once; or same: "
+    "adapted weights quantised again in BASE's own scheme, with the share of the adapter that is kept.",
+)
+@click.option(
+    "--min-retention",
+    type=float,
+    default=0.5,
+    show_default=True,
+    help="--as same: the least share of the adapter's change that must be kept.",
 )
 @engine_options
 @combination_options

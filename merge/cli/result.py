@@ -33,6 +33,14 @@ def show_result(result: Written, output: str, started: float, as_json: bool, qui
     size = sum(path.stat().st_size for path in Path(output).rglob("*") if path.is_file())
     seconds = time.perf_counter() - started
     click.echo(f"{output}: {content['artefact']} from {adapters}; {size / 1e6:.1f} MB in {seconds:.1f} s")
+    kept = content.get("certificate", {}).get("retention")
+    if kept is not None:
+        certificate = content["certificate"]
+        click.echo(
+            f"  quantised again: {certificate['weights']} weights keep {kept:.2f} of the adapter's change (least "
+            f"{certificate['worst_retention']:.2f}, {certificate['worst_weight']}); "
+            f"error {certificate['relative_error']:.2f} of it"
+        )
     for entry in content["adapters"]:
         if entry.get("evidence"):
             click.echo(f"  base taken as the {entry['base_kind']}: {entry['evidence']}")

@@ -69,6 +69,13 @@ def _prove_restored(merged: str, restored: str, as_json: bool) -> None:
 @click.option("--tokens", "generated", default=32, show_default=True, help="Greedy tokens per prompt.")
 @click.option("--tolerance", type=float, help="For max |dlogit|; default 1e-4, and one rounding for half precision.")
 @click.option("--weights-only", is_flag=True, help="Compare weights alone; no model is run.")
+@click.option(
+    "--min-retention",
+    type=float,
+    default=0.5,
+    show_default=True,
+    help="Of a model merged --as same: the least share of the adapter's change.",
+)
 @click.option("--server", metavar="URL", help="Compare a running OpenAI-compatible server, in place of ARTEFACT.")
 @click.option("--model", metavar="NAME", help="--server: the name that the adapter is served under.")
 @click.option("--api-key", envvar="ADAPTER_MERGE_API_KEY", help="--server: its key; or set ADAPTER_MERGE_API_KEY.")
@@ -119,12 +126,14 @@ def verify(
     if signature and (server is not None or len(inputs) != 1 or trained or has_combination()):
         raise click.UsageError("--signature is of an ARTEFACT alone")
     if server is not None:
-        if trained or check_inputs or settings.pop("weights_only"):
+        if trained or check_inputs or settings["weights_only"]:
             raise click.UsageError("--server: no --trained, --inputs or --weights-only, which look at an ARTEFACT")
         if model is None:
             raise click.UsageError("--server: --model NAME says which of its models")
         if not inputs and not has_combination():
             raise click.UsageError(f"expected {INPUTS}")
+        for unused in ("weights_only", "min_retention"):
+            settings.pop(unused)
         served = {"url": server, "model": model, "api_key": api_key}
         verify_running(stated_inputs(inputs), served, as_json, quiet, prompts=prompts or None, dtype=dtype, **settings)
         return
@@ -175,6 +184,11 @@ def _show_verdict(report: dict[str, Any]) -> None:
         if report.get("half_precision"):
             ulp = max(entry["excess_ulp"] for entry in layers.values())
             click.echo(f"         {report['half_precision']}: at most {ulp:.2g} ulp beyond one correct rounding")
+        kept = [entry["retention"] for entry in layers.values() if entry["retention"] is not None]
+        if kept:
+            click.echo(
+                f"         {len(kept)} weights quantised again; retention of dW {min(kept):.2f} .. {max(kept):.2f}"
+            )
     for key in ("logits", "logits_float64"):
         logits = report.get(key)
         if not logits:

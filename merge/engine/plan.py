@@ -9,6 +9,7 @@ import hashlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 from adapter_merge.binding.bind import BoundAdapter, BoundModule
@@ -19,6 +20,7 @@ from adapter_merge.storage.input_errors import reading
 from adapter_merge.storage.safetensors_header import FLOAT_DTYPES, TensorRef, layout
 
 INDEX = "model.safetensors.index.json"
+EMPTY: Mapping[str, TensorRef] = MappingProxyType({})
 
 
 @dataclass(frozen=True)
@@ -37,7 +39,7 @@ class TensorJob:
     @property
     def is_copy(self) -> bool:
         """True when the tensor's bytes are copied unchanged."""
-        return not (self.edits or isinstance(self.source, ComputedRef)) and self.source.dtype == self.place.dtype
+        return not self.edits and self.source.dtype == self.place.dtype
 
 
 @dataclass(frozen=True)
@@ -103,12 +105,17 @@ class MergePlan:
 
 
 def plan_merge(
-    base: Checkpoint, adapters: tuple[BoundAdapter, ...], dtype: str | None = None, computed: str | None = None
+    base: Checkpoint,
+    adapters: tuple[BoundAdapter, ...],
+    dtype: str | None = None,
+    computed: str | None = None,
+    parts: Mapping[str, TensorRef] = EMPTY,
 ) -> MergePlan:
     """Plan the merged checkpoint.
 
     `dtype` is the safetensors name of the dtype for all float tensors; None keeps the dtype of each tensor. `computed`
-    is that of the weights that a quantised base holds packed, and the model's dtype in its config.
+    is that of the weights that a quantised base holds packed, and the model's dtype in its config. `parts` take the
+    place of stored tensors of their names.
     Raises InputError where two adapters replace one tensor or a tensor is both adapted and replaced, UnsupportedError
     where an adapter adds a tensor to a quantised base.
     """
@@ -126,7 +133,7 @@ def plan_merge(
         problems.append(Problem(f"{name} is both adapted and replaced"))
     raise_all(problems, InputError)
     # Tensors read from the adapter instead of the base: replaced ones, and adapted saved ones (resized embedding).
-    own = dict(replacements)
+    own = {**parts, **replacements}
     for name, modules in edits.items():
         if name in base.tensors and modules[0].weight != base.tensors[name]:
             own[name] = modules[0].weight

@@ -28,6 +28,7 @@ from .cuda_lanes import CudaQueue
 from .devices import set_own_threads
 from .lanes import Queue, current_device
 from .plan import ShardPlan, TensorJob
+from .requantise import figures_of
 from .rounding_figures import TensorFigures
 from .run_settings import RunSettings
 from .tasks import ShardWork, Task, TensorWork, arithmetic_of, estimate_edit_bytes
@@ -149,7 +150,7 @@ class Schedule:
 
         def done(sha256: str | None) -> None:
             source_sha256 = shard.digest.hexdigest() if shard.digest is not None else None
-            self._on_finished(FinishedShard(plan.file, sha256, source_sha256, shard.figures))
+            self._on_finished(FinishedShard(plan.file, sha256, source_sha256, shard.figures | figures_of(plan)))
 
         output = ChunkedFile(
             self.settings.folder / plan.file,

@@ -42,6 +42,11 @@ class PackedWeight(ABC):
         Raises FileFormatError for stored values that the scheme does not allow.
         """
 
+    @property
+    def can_pack(self) -> bool:
+        """True where weights of this scheme can be quantised again."""
+        return type(self).candidates is not PackedWeight.candidates
+
     def candidates(self, weight: Tensor, read: Read) -> Iterator[Mapping[str, Tensor]]:
         """Yield ways to quantise the whole dense `weight` (float32, `shape`) anew: role -> tensor as it is stored.
 
@@ -70,7 +75,7 @@ class PackedWeight(ABC):
         best: Mapping[str, Tensor] = {}
         smallest_loss = math.inf
         for parts in self.candidates(weight, read):
-            packed = self.uncached().rows(_replaced(self.parts, parts, read), 0, self.row_count).to(torch.float32)
+            packed = self.uncached().rows(replaced_parts(self.parts, parts, read), 0, self.row_count).to(torch.float32)
             kept = float(((packed.reshape(self.shape) - stored).double() * change.double()).sum())
             loss = abs(1 - kept / size) if size else 0.0
             if loss < smallest_loss:
@@ -101,7 +106,7 @@ def _typed(raw: Tensor, ref: TensorRef) -> Tensor:
     return raw if ref.dtype == "F8_E8M0" else raw.view(TORCH_DTYPES[ref.dtype])
 
 
-def _replaced(parts: Mapping[str, TensorRef], tensors: Mapping[str, Tensor], read: Read) -> Read:
+def replaced_parts(parts: Mapping[str, TensorRef], tensors: Mapping[str, Tensor], read: Read) -> Read:
     """Return a reader that finds `tensors` (by role) in the place of their stored parts."""
     raw = {parts[role].name: tensor.contiguous().view(-1).view(torch.uint8) for role, tensor in tensors.items()}
 

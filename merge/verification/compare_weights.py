@@ -49,7 +49,9 @@ class WeightFigures:
 
     relative_error: float  # ||W' - exact|| / ||dW||
     excess_ulp: float  # worst element beyond float32 arithmetic and one correct rounding, in ulp of the dtype
-    dtype: str  # as the artefact stores it
+    dtype: str  # as the artefact stores it, or its quantisation scheme
+    retention: float | None = None  # <Q(W') - W, dW> / |dW|^2 of a weight that was quantised again
+    size: float = 0.0  # |dW| of such a weight
 
 
 @dataclass(frozen=True)
@@ -59,6 +61,11 @@ class WeightProof:
     layers: dict[str, WeightFigures]
     problems: list[str] = field(default_factory=list)
     compared: int = 0  # tensors, those included that are not adapted but replaced
+
+    @property
+    def is_requantised(self) -> bool:
+        """True where adapted weights are quantised, which no tolerance of logits can be stated for."""
+        return any(one.retention is not None for one in self.layers.values())
 
     @property
     def half(self) -> str | None:
@@ -189,13 +196,16 @@ def stored_weights(
     held: Mapping[str, TensorRef],  # the artefact's tensors by name
     *,
     is_delta: bool = False,
+    skipped: frozenset[str] = frozenset(),
     progress: Progress | None = None,
 ) -> WeightProof:
-    """Every adapted weight as it lies in a merged model, or its delta in a folder of deltas."""
+    """Every adapted weight but those `skipped` as it lies in a merged model, or its delta in a folder of deltas."""
     modules = modules_by_tensor(bound)
     problems, names = [], []
     for name, items in modules.items():
         ref = held.get(name)
+        if name in skipped:
+            continue
         if ref is None:
             problems.append(f"{name} is missing")
         elif ref.shape != items[0].weight.shape:

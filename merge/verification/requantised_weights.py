@@ -1,0 +1,121 @@
+"""A merged model in the base's own quantisation against the methods' formulas, and everything else byte for byte.
+
+Of each adapted weight, W' by the formula in float64 and Q, what the artefact's parts dequantise to:
+
+- every element of Q is the value of its scheme nearest to W', for the scales that the artefact holds;
+- |Q - W'| <= |dW|: the scales are no worse than leaving the weight as it was;
+- the retention <Q - W, dW> / |dW|^2 of all weights together is at least what was asked.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+from adapter_merge.binding.bind import BoundAdapter, BoundModule
+from adapter_merge.quantisation.dense_view import packed_weights
+from adapter_merge.quantisation.packed_weight import PackedWeight, replaced_parts
+from adapter_merge.storage.checkpoint import Checkpoint
+from adapter_merge.storage.tensor_comparison import same_bytes
+from adapter_merge.storage.tensor_io import read_bytes, read_tensor
+
+from .compare_weights import (
+    FLOAT32_ERROR,
+    Progress,
+    WeightFigures,
+    WeightProof,
+    config_problems,
+    modules_by_tensor,
+    stored_weights,
+    weight_problems,
+    whole_weight,
+)
+
+CONFIG_KEYS = ("quantization_config", "compression_config")
+
+
+def requantised_weights(
+    bound: BoundAdapter, merged: Checkpoint, least: float, progress: Progress | None = None
+) -> WeightProof:
+    """Compare a merged model that is quantised; `least` is the retention that passes."""
+    stored, held = bound.base.stored, merged.stored
+    assert held is not None
+    if stored is None:
+        return WeightProof({}, ["the artefact is quantised, and the base is not"], 0)
+    base, made = packed_weights(bound.base), packed_weights(merged)
+    adapted = modules_by_tensor(bound)
+    packed = {name: items for name, items in adapted.items() if name in base}
+    replaced = {name: ref for name, ref in bound.replacements.items() if name in base}
+    problems: list[str] = []
+    layers: dict[str, WeightFigures] = {}
+    for name in (*packed, *replaced):
+        if name not in made or made[name].scheme != base[name].scheme:
+            problems.append(f"{name} is not quantised as the base's is ({base[name].scheme})")
+            continue
+        before = read_tensor(bound.base.tensors[name]).to(torch.float64)
+        after = _wanted(packed[name]) if name in packed else read_tensor(replaced[name]).to(torch.float64)
+        figures, exact = _compare(made[name], before, after.reshape(before.shape))
+        layers[name] = figures
+        if not exact:
+            problems.append(f"{name} does not hold the values of its scheme that are nearest to the exact ones")
+        if progress is not None:
+            progress(bound.base.tensors[name].nbytes)
+    problems += [f"{name}: is further from the exact weight than the base's is" for name, one in layers.items()
+                 if not one.relative_error <= 1 + 1e-3]  # fmt: skip
+    total = sum(one.size**2 for one in layers.values())
+    kept = sum((one.retention or 0.0) * one.size**2 for one in layers.values()) / total if total else 1.0
+    if not kept >= least:
+        problems.append(f"quantised again, the weights keep {kept:.2f} of the adapter's change, below {least:g}")
+    plain = stored_weights(bound, merged.tensors, skipped=frozenset(packed))
+    problems += [*plain.problems, *weight_problems(plain.layers), *config_problems(bound, merged)]
+    for key in CONFIG_KEYS:
+        if stored.config.get(key) != held.config.get(key):
+            problems.append(f"config.json: {key} is not the base's")
+    written = {part.name for name in layers for part in base[name].parts.values()}
+    written |= {*plain.layers, *replaced}
+    compared, carried = _carried(bound, stored, held, written)
+    return WeightProof(layers | plain.layers, [*problems, *carried], len(layers) + plain.compared + compared)
+
+
+def _wanted(items: list[BoundModule]) -> Tensor:
+    return whole_weight(items)[1]
+
+
+def _compare(made: PackedWeight, before: Tensor, after: Tensor) -> tuple[WeightFigures, bool]:
+    """The figures of one weight, and whether its elements are the nearest ones; both tensors float64."""
+    got = made.rows(read_bytes, 0, made.row_count).to(torch.float64).reshape(after.shape)
+    nearest = next(iter(made.candidates(after.to(torch.float32), read_bytes)))
+    read = replaced_parts(made.parts, nearest, read_bytes)
+    best = made.uncached().rows(read, 0, made.row_count).to(torch.float64).reshape(after.shape)
+    noise = FLOAT32_ERROR * (before.abs() + (after - before).abs() + float(after.square().mean().sqrt()))
+    exact = bool(((got - after).abs() <= (best - after).abs() + noise).all())
+    change = after - before
+    size = float(torch.linalg.vector_norm(change))
+    error = float(torch.linalg.vector_norm(got - after))
+    retention = float(((got - before) * change).sum()) / size**2 if size else 1.0
+    relative = error / size if size else error
+    finite = math.isfinite(relative)
+    return WeightFigures(relative if finite else math.inf, 0.0, made.scheme, retention, size), exact and finite
+
+
+def _carried(bound: BoundAdapter, stored: Checkpoint, held: Checkpoint, written: set[str]) -> tuple[int, list[str]]:
+    """Compare every stored tensor that the adapter does not change: its bytes are the base's."""
+    expected = {**stored.tensors, **bound.copies, **bound.replacements}
+    problems, compared = [], 0
+    for name, ref in expected.items():
+        found = held.tensors.get(name)
+        if name in written and name in stored.tensors:
+            if found is None or (found.dtype, found.shape) != (stored.tensors[name].dtype, stored.tensors[name].shape):
+                problems.append(f"{name} is missing or has another dtype or shape")
+            continue
+        if found is None:
+            problems.append(f"{name} is missing")
+            continue
+        compared += 1
+        if not same_bytes(ref, found):
+            problems.append(f"{name} was changed")
+    names = {item.name for item in bound.modules}
+    problems += [f"{name} was added" for name in held.tensors if name not in expected and name not in names]
+    return compared, problems
