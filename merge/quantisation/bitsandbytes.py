@@ -27,6 +27,7 @@ from adapter_merge.storage.tensor_io import TORCH_DTYPES, read_tensor
 
 from .findings import Findings
 from .packed_weight import PackedWeight, Read, read_part
+from .rounding import to_table
 from .scale_grid import ScaleGrid
 from .scaled import BITSANDBYTES_SCALE, ScaledWeight
 from .stored_codes import decode_pairs
@@ -67,7 +68,7 @@ class Bitsandbytes4Weight(PackedWeight):
             values = values * largest.repeat_interleave(self.block)[offset : offset + stop - start]
         return values.to(TORCH_DTYPES[self.dtype]).view(count, columns)
 
-    def candidates(self, weight: Tensor, read: Read) -> Iterator[Mapping[str, Tensor]]:
+    def candidates(self, weight: Tensor, read: Read, draw: Tensor | None = None) -> Iterator[Mapping[str, Tensor]]:
         """Yield codes for the stored absmax, then absmax and codes of the new weight.
 
         With double quantisation the offset stays: it is stored in JSON, whose length may not change. The codes are
@@ -75,10 +76,12 @@ class Bitsandbytes4Weight(PackedWeight):
         """
         flat = torch.nn.functional.pad(weight.reshape(-1), (0, -weight.numel() % self.block)).view(-1, self.block)
         blocks = flat.shape[0]
-        yield {"weight": self._encoded(flat, self._absmax(read, 0, blocks))}
+        if draw is not None:
+            draw = torch.nn.functional.pad(draw.reshape(-1), (0, -weight.numel() % self.block)).view(-1, self.block)
+        yield {"weight": self._encoded(flat, self._absmax(read, 0, blocks), draw)}
         largest = flat.abs().amax(dim=1)
         if "nested_absmax" not in self.parts:
-            yield {"weight": self._encoded(flat, largest), "absmax": largest}
+            yield {"weight": self._encoded(flat, largest, draw), "absmax": largest}
             return
         table = read_part(read, self.parts["nested_map"])
         around = largest - torch.tensor(self.nested_offset, dtype=torch.float32)
@@ -87,7 +90,7 @@ class Bitsandbytes4Weight(PackedWeight):
         scaled = (grouped / nested.clamp(min=SMALLEST)[:, None]).clamp(-1, 1)
         codes = torch.bucketize(scaled, (table[:-1] + table[1:]) / 2).to(torch.uint8).view(-1)[:blocks]
         decoded = self._unnested(codes, nested, table)
-        yield {"weight": self._encoded(flat, decoded), "absmax": codes, "nested_absmax": nested}
+        yield {"weight": self._encoded(flat, decoded, draw), "absmax": codes, "nested_absmax": nested}
 
     def _absmax(self, read: Read, first: int, count: int) -> Tensor:
         """Return the largest values of blocks first .. first + count, float32."""
@@ -102,12 +105,16 @@ class Bitsandbytes4Weight(PackedWeight):
         index = torch.arange(first, first + codes.numel()) // self.nested_block
         return table[codes.int()] * nested[index] + torch.tensor(self.nested_offset, dtype=torch.float32)
 
-    def _encoded(self, flat: Tensor, largest: Tensor) -> Tensor:
+    def _encoded(self, flat: Tensor, largest: Tensor, draw: Tensor | None) -> Tensor:
         """Return the packed nearest codes of `flat` (blocks, block) over `largest`, in the stored dtype and shape."""
         ref = self.parts["weight"]
         table, order = torch.tensor(CODES[self.kind]).sort()
         scaled = (flat * (1.0 / largest.clamp(min=SMALLEST))[:, None]).clamp(-1, 1)
-        codes = order[torch.bucketize(scaled, (table[:-1] + table[1:]) / 2)].to(torch.uint8).view(-1)
+        if draw is None:
+            index = torch.bucketize(scaled, (table[:-1] + table[1:]) / 2)
+        else:
+            index = to_table(scaled, table, draw)
+        codes = order[index].to(torch.uint8).view(-1)
         packed = (codes[0::2] << 4) | codes[1::2]
         return packed[: ref.nbytes].view(TORCH_DTYPES[ref.dtype]).view(ref.shape)
 

@@ -66,19 +66,20 @@ class Mxfp4Weight(PackedWeight):
             first, count = first + taken, count - taken
         return torch.cat(pieces) if pieces else torch.empty(0, self.shape[-1], dtype=torch.bfloat16)
 
-    def candidates(self, weight: Tensor, read: Read) -> Iterator[Mapping[str, Tensor]]:
+    def candidates(self, weight: Tensor, read: Read, draw: Tensor | None = None) -> Iterator[Mapping[str, Tensor]]:
         """Yield codes for the stored scales, then for scales of the largest value of each group.
 
         The latter are 2^(floor(log2(largest / 1.75)) - 1), as compressed-tensors 0.20 rounds them, quantization/utils/
         mxfp_utils.py, generate_mx_scales: the largest value lies in 3.5 .. 7 steps, and what is above 6 becomes 6.
         """
         stored = weight.transpose(-1, -2) if self.transposed else weight
+        draw = draw.transpose(-1, -2) if draw is not None and self.transposed else draw
         kept = as_bytes(read_part(read, self.parts["scale"])).reshape(*stored.shape[:-2], *self.grid.cells)
-        yield {"packed": self._encoded(stored, kept)}
+        yield {"packed": self._encoded(stored, kept, draw)}
         largest = self.grid.largest(stored.abs())
         exponent = torch.frexp(largest / LARGEST_MANTISSA).exponent - 1 - (LARGEST_EXPONENT - 1) + E8M0_BIAS
         codes = torch.where(largest > 0, exponent.clamp(0, 254), kept.int()).to(torch.uint8)
-        yield {"packed": self._encoded(stored, codes), "scale": as_e8m0(codes, self.parts["scale"])}
+        yield {"packed": self._encoded(stored, codes, draw), "scale": as_e8m0(codes, self.parts["scale"])}
 
     def uncached(self) -> Mxfp4Weight:
         return replace(self, cache=TurnedCache())
@@ -106,9 +107,9 @@ class Mxfp4Weight(PackedWeight):
         self.grid.combine(values, decode_e8m0(scale), "mul_")
         return values
 
-    def _encoded(self, stored: Tensor, codes: Tensor) -> Tensor:
+    def _encoded(self, stored: Tensor, codes: Tensor, draw: Tensor | None) -> Tensor:
         scaled = stored / self.grid.spread(decode_e8m0(codes))
-        return pack_low_first(encode_e2m1(scaled.nan_to_num_(nan=0.0))).reshape(self.parts["packed"].shape)
+        return pack_low_first(encode_e2m1(scaled.nan_to_num_(nan=0.0), draw)).reshape(self.parts["packed"].shape)
 
 
 def _matrix(ref: TensorRef, shape: tuple[int, ...]) -> TensorRef:

@@ -51,24 +51,24 @@ class Nvfp4Weight(PackedWeight):
         self.grid.combine(values, self._with_global(scale, read), "mul_")
         return values.to(torch.bfloat16)
 
-    def candidates(self, weight: Tensor, read: Read) -> Iterator[Mapping[str, Tensor]]:
+    def candidates(self, weight: Tensor, read: Read, draw: Tensor | None = None) -> Iterator[Mapping[str, Tensor]]:
         """Yield codes for the stored scales, then for scales of the largest value of each group over 6.
 
         The global scale stays: other weights of a fused layer share it.
         """
         stored = decode_e4m3(read_part(read, self.parts["scale"]), torch.float32)
-        yield {"packed": self._encoded(weight, self._with_global(stored, read))}
+        yield {"packed": self._encoded(weight, self._with_global(stored, read), draw)}
         wanted = self.grid.largest(weight.abs()) / E2M1_LARGEST
         unit = self._with_global(torch.ones(1), read)
         codes = encode_e4m3(wanted / unit)
         scale = decode_e4m3(codes, torch.float32)
-        yield {"packed": self._encoded(weight, self._with_global(scale, read)), "scale": codes}
+        yield {"packed": self._encoded(weight, self._with_global(scale, read), draw), "scale": codes}
 
     def _with_global(self, scale: Tensor, read: Read) -> Tensor:
         overall = read_part(read, self.parts["global_scale"]).reshape(1)
         return scale / overall if self.divides else scale * overall
 
-    def _encoded(self, weight: Tensor, scale: Tensor) -> Tensor:
+    def _encoded(self, weight: Tensor, scale: Tensor, draw: Tensor | None) -> Tensor:
         values = weight.clone()
         self.grid.combine(values, scale, "div_")
-        return pack_low_first(encode_e2m1(values.nan_to_num_(nan=0.0)))
+        return pack_low_first(encode_e2m1(values.nan_to_num_(nan=0.0), draw))

@@ -24,6 +24,7 @@ from adapter_merge.storage.lazy_torch import torch
 from adapter_merge.storage.tensor_io import TORCH_DTYPES
 
 from .packed_weight import PackedWeight, Read, read_part, read_part_rows
+from .rounding import to_integers
 from .scale_grid import ScaleGrid
 from .stored_codes import pack_words, unpack_words
 
@@ -53,7 +54,7 @@ class PackQuantizedWeight(PackedWeight):
         self._combine(values, scale, groups, "mul_")
         return values.to(TORCH_DTYPES[self.dtype])
 
-    def candidates(self, weight: Tensor, read: Read) -> Iterator[Mapping[str, Tensor]]:
+    def candidates(self, weight: Tensor, read: Read, draw: Tensor | None = None) -> Iterator[Mapping[str, Tensor]]:
         """Yield codes for the stored scales and zero points; then codes, scales and zero points of the new weight.
 
         The latter as in compressed-tensors' quantization/utils/helpers.py, calculate_qparams.
@@ -62,7 +63,7 @@ class PackQuantizedWeight(PackedWeight):
         start, cells, index = self.grid.rows_of(0, rows)
         scale = self._scales(read, start, cells)
         zero = self._zero_points(read, start, cells) if "zero_point" in self.parts else None
-        yield {"packed": self._encoded(weight, scale[index], None if zero is None else zero[index], groups)}
+        yield {"packed": self._encoded(weight, scale[index], None if zero is None else zero[index], groups, draw)}
         if zero is None:
             largest = self._reduced(weight.abs(), groups)
             wanted = largest / ((1 << self.bits) - 1) * 2
@@ -78,7 +79,7 @@ class PackQuantizedWeight(PackedWeight):
             tensors["zero_point"] = (
                 pack_words(zero.T.to(torch.int16) + limit, self.bits).T.contiguous() if packed else zero.reshape(1)
             )
-        codes = self._encoded(weight, scale[index], None if zero is None else zero[index], groups)
+        codes = self._encoded(weight, scale[index], None if zero is None else zero[index], groups, draw)
         yield {"packed": codes, **tensors}
 
     def _reduced(self, weight: Tensor, groups: Tensor | None) -> Tensor:
@@ -127,10 +128,12 @@ class PackQuantizedWeight(PackedWeight):
         else:
             getattr(values, operation)(cells[:, groups])
 
-    def _encoded(self, weight: Tensor, scale: Tensor, zero: Tensor | None, groups: Tensor | None) -> Tensor:
+    def _encoded(
+        self, weight: Tensor, scale: Tensor, zero: Tensor | None, groups: Tensor | None, draw: Tensor | None
+    ) -> Tensor:
         values, limit = weight.clone(), 1 << (self.bits - 1)
         self._combine(values, scale.float(), groups, "div_")
         values.nan_to_num_(nan=0.0)  # 0 / 0, where a scale is zero
         if zero is not None:
             self._combine(values, zero.float(), groups, "add_")
-        return pack_words(values.round_().clamp_(-limit, limit - 1).add_(limit), self.bits)
+        return pack_words(to_integers(values, draw).clamp_(-limit, limit - 1).add_(limit), self.bits)

@@ -14,10 +14,16 @@ from adapter_merge.storage.lazy_torch import torch
 from adapter_merge.storage.safetensors_header import ITEM_BYTES, TensorRef
 from adapter_merge.storage.tensor_io import TORCH_DTYPES
 
+from .rounding import draw_for
+
 if TYPE_CHECKING:
     from torch import Tensor
 
 Read: TypeAlias = "Callable[[TensorRef, int, int], Tensor]"  # the bytes first .. stop of a tensor, uint8 (n,)
+
+# What a lost part of a change weighs, over noise of the same norm. Measured on SmolLM2 with the demo's DuDe in INT4:
+# without the change the KL divergence is 2.1; with all of it and noise of three times its norm, 0.11.
+COHERENT = 100.0
 
 
 @dataclass(frozen=True)
@@ -47,9 +53,10 @@ class PackedWeight(ABC):
         """True where weights of this scheme can be quantised again."""
         return type(self).candidates is not PackedWeight.candidates
 
-    def candidates(self, weight: Tensor, read: Read) -> Iterator[Mapping[str, Tensor]]:
+    def candidates(self, weight: Tensor, read: Read, draw: Tensor | None = None) -> Iterator[Mapping[str, Tensor]]:
         """Yield ways to quantise the whole dense `weight` (float32, `shape`) anew: role -> tensor as it is stored.
 
+        First with the stored scales, then with new ones; to the nearest codes, or by `draw` (`shape`, rounding.py).
         Parts that stay as they are stored are left out. Raises UnsupportedError where the scheme is only read.
         """
         raise UnsupportedError(
@@ -64,22 +71,26 @@ class PackedWeight(ABC):
         return self
 
     def pack(self, weight: Tensor, read: Read) -> Mapping[str, Tensor]:
-        """Return the one of `candidates` that retains most of the difference from the stored weight.
+        """Return the best way to quantise the dense `weight` (float32, `shape`): role -> tensor as it is stored.
 
-        Retention is <Q(W') - W, W' - W> / |W' - W|^2 in float64; the candidate whose retention is nearest to 1 wins,
-        the first one where nothing changes.
+        Of the nearest codes and of those that are drawn, with stored and with new scales, the one is taken that has the
+        smallest COHERENT * (1 - retention)^2 + |Q(W') - W'|^2 / |dW|^2, where retention is <Q(W') - W, dW> / |dW|^2 and
+        dW = W' - W the change from the stored weight, in float64. Parts that stay as they are stored are left out.
         """
         stored = self.rows(read, 0, self.row_count).to(torch.float32).reshape(self.shape)
-        change = weight - stored
-        size = float(change.double().square().sum())
+        change = (weight - stored).double()
+        size = float(change.square().sum())
         best: Mapping[str, Tensor] = {}
         smallest_loss = math.inf
-        for parts in self.candidates(weight, read):
-            packed = self.uncached().rows(replaced_parts(self.parts, parts, read), 0, self.row_count).to(torch.float32)
-            kept = float(((packed.reshape(self.shape) - stored).double() * change.double()).sum())
-            loss = abs(1 - kept / size) if size else 0.0
-            if loss < smallest_loss:
-                best, smallest_loss = parts, loss
+        for draw in (None, draw_for(self.name, self.shape)):
+            for parts in self.candidates(weight, read, draw):
+                packed = self.uncached().rows(replaced_parts(self.parts, parts, read), 0, self.row_count)
+                kept = (packed.to(torch.float32).reshape(self.shape) - stored).double()
+                retention = float((kept * change).sum()) / size if size else 1.0
+                error = float((kept - change).square().sum()) / (size or 1.0)
+                loss = COHERENT * (1 - retention) ** 2 + error
+                if loss < smallest_loss:
+                    best, smallest_loss = parts, loss
         return best
 
 

@@ -29,6 +29,7 @@ from adapter_merge.storage.safetensors_header import TensorRef
 from adapter_merge.storage.tensor_io import TORCH_DTYPES
 
 from .packed_weight import PackedWeight, Read, read_part, read_part_rows
+from .rounding import to_integers
 from .scale_grid import ScaleGrid
 from .stored_codes import E4M3_LARGEST, as_e8m0, decode_e4m3, decode_e8m0, encode_e4m3
 
@@ -63,7 +64,7 @@ class ScaledWeight(PackedWeight):
             values *= self.factor
         return values.to(TORCH_DTYPES[self.dtype])
 
-    def candidates(self, weight: Tensor, read: Read) -> Iterator[Mapping[str, Tensor]]:
+    def candidates(self, weight: Tensor, read: Read, draw: Tensor | None = None) -> Iterator[Mapping[str, Tensor]]:
         """Yield codes for the stored scales, then codes and scales for the largest value of each block over 448.
 
         Symmetric INT8 takes 127 in the place of 448; a zero point stays as it is stored.
@@ -74,7 +75,7 @@ class ScaledWeight(PackedWeight):
         zero = None
         if "zero_point" in self.parts:
             zero = self.grid.spread(read_part(read, self.parts["zero_point"]).float().reshape(cells))
-        yield {"weight": self._encoded(weight, kept, zero)}
+        yield {"weight": self._encoded(weight, kept, zero, draw)}
         if zero is not None:
             return
         largest = self.grid.largest(weight.abs())
@@ -82,7 +83,7 @@ class ScaledWeight(PackedWeight):
         wanted = torch.where(largest > 0, largest / (limit * self.factor), kept)
         scale = _stored_scale(wanted, self.parts["scale"])
         yield {
-            "weight": self._encoded(weight, self._decoded("scale", scale).float().reshape(cells), None),
+            "weight": self._encoded(weight, self._decoded("scale", scale).float().reshape(cells), None, draw),
             "scale": scale,
         }
 
@@ -97,12 +98,13 @@ class ScaledWeight(PackedWeight):
     def _decoded(self, role: str, stored: Tensor) -> Tensor:
         return decode_e8m0(stored) if role == "scale" and self.parts[role].dtype in BYTE_SCALES else stored
 
-    def _encoded(self, weight: Tensor, scale: Tensor, zero: Tensor | None) -> Tensor:
+    def _encoded(self, weight: Tensor, scale: Tensor, zero: Tensor | None, draw: Tensor | None) -> Tensor:
         spread = self.grid.spread(scale) * self.factor
         scaled = torch.where(spread == 0, torch.zeros((), dtype=weight.dtype), weight / spread)
         if self.parts["weight"].dtype == "F8_E4M3":
-            return encode_e4m3(scaled)
-        return (scaled if zero is None else scaled + zero).round().clamp(INT8_LOWEST, INT8_HIGHEST).to(torch.int8)
+            return encode_e4m3(scaled, draw)
+        codes = to_integers(scaled if zero is None else scaled + zero, draw)
+        return codes.clamp_(INT8_LOWEST, INT8_HIGHEST).to(torch.int8)
 
 
 def _elements(ref: TensorRef) -> int:

@@ -14,6 +14,8 @@ from adapter_merge.storage.lazy_torch import torch
 from adapter_merge.storage.safetensors_header import TensorRef
 from adapter_merge.storage.tensor_io import TORCH_DTYPES
 
+from .rounding import to_table
+
 if TYPE_CHECKING:
     from torch import Tensor
 
@@ -48,9 +50,20 @@ def decode_e4m3(stored: Tensor, dtype: torch.dtype) -> Tensor:
     return _e4m3_table(dtype).index_select(0, codes).view(stored.shape)
 
 
-def encode_e4m3(values: Tensor) -> Tensor:
-    """Return `values` rounded to float8_e4m3fn, to nearest even; beyond +-448 they saturate."""
-    return values.clamp(-E4M3_LARGEST, E4M3_LARGEST).to(torch.float8_e4m3fn)
+@cache
+def _e4m3_values() -> Tensor:
+    """Return the 253 finite values of E4M3, sorted, float32."""
+    codes = torch.cat((torch.arange(0xFE, 0x80, -1), torch.arange(0x00, 0x7F)))  # -448 .. -2^-9, 0 .. 448
+    return _e4m3_table(torch.float32)[codes]
+
+
+def encode_e4m3(values: Tensor, draw: Tensor | None = None) -> Tensor:
+    """Return `values` in float8_e4m3fn, to nearest even or by `draw` (rounding.py); beyond +-448 they saturate."""
+    values = values.clamp(-E4M3_LARGEST, E4M3_LARGEST)
+    if draw is not None:
+        table = _e4m3_values()
+        values = table[to_table(values, table, draw)]
+    return values.to(torch.float8_e4m3fn)
 
 
 def low_nibbles_first(packed: Tensor) -> Tensor:
@@ -85,12 +98,15 @@ def decode_pairs(packed: Tensor, values: tuple[float, ...], dtype: torch.dtype, 
 E2M1_SIGNED = (*E2M1_VALUES, *(-value for value in E2M1_VALUES))
 
 
-def encode_e2m1(values: Tensor) -> Tensor:
+def encode_e2m1(values: Tensor, draw: Tensor | None = None) -> Tensor:
     """Return the uint8 codes 0 .. 15 of the nearest E2M1 values, ties to the even mantissa; beyond +-6 they saturate.
 
-    The thresholds are those of compressed_tensors/quantization/utils/fp4_utils.py, cast_to_fp4. A value that rounds to
-    zero gets the code 0, whatever its sign.
+    With `draw` the codes are those of rounding.py. The thresholds of the nearest are those of compressed_tensors/
+    quantization/utils/fp4_utils.py, cast_to_fp4. A value that rounds to zero gets the code 0, whatever its sign.
     """
+    if draw is not None:
+        table = torch.tensor(sorted(set(E2M1_SIGNED)))
+        values = table[to_table(values, table, draw)]
     size = values.abs()
     codes = torch.zeros(values.shape, dtype=torch.uint8, device=values.device)
     for threshold, strict in ((0.25, True), (0.75, False), (1.25, True), (1.75, False), (2.5, True), (3.5, False)):

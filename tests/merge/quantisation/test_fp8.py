@@ -119,4 +119,4 @@ def test_requantised(block: list[int] | None, tmp_path: Path) -> None:
     out = load_file(write_packed(folder, tmp_path / "out", WEIGHT, wanted) / "model.safetensors")
     again = Fp8Dequantize(quantizer(block))._dequantize_one(out[WEIGHT], out[SCALE].reshape(-1, 3 if block else 1))
     assert retention(again, stored, wanted) == pytest.approx(1, abs=0.1)
-    assert float((again - wanted).abs().max()) < 0.04 * float(wanted.abs().max())
+    assert float((again - wanted).abs().max()) <= float(wanted.abs().max()) / 8  # one step of E4M3
