@@ -1,13 +1,14 @@
 """Requantised weights: the stored parts of W' in the base's own scheme, computed when the first of them is read.
 
-The scheme's file proposes ways to quantise W' (scales kept, scales computed again). The one nearest to W' is written.
-With dW = W' - W:
+The scheme's file proposes ways to quantise W' (scales kept, scales computed again), each to the nearest codes and,
+where those lose a part of the change, by drawn numbers that keep its mean (quantisation/rounding.py). dW = W' - W:
 
     retention = <Q(W') - W, dW> / |dW|^2        1: nothing of the change is lost on average; 0: all of it
-    rounding  = |Q(W') - W'| / |dW|             the error against W'; kept scales make it 1 at most
+    rounding  = |Q(W') - W'| / |dW|             the error against W'
 
-The nearest, not the one of the largest retention: where a change was far below the steps of an INT4 grid, new scales
-retained 0.10 of it in place of 0.02, and moved the weights by ten times its size in other directions.
+The way with the smallest COHERENT (1 - retention)^2 + rounding^2 is written: noise without direction harms less than
+a lost change of the same norm. The demo's DuDe on SmolLM2 in INT4: nearest codes (rounding 0.99, retention 0.03) have a
+KL divergence of 1.95 to the unquantised merge, nearly that of the base; drawn codes (3.04, 0.96) one of 0.09.
 
 One weight is computed at a time, since it is held whole in float32; its parts are freed as they are written.
 """
@@ -26,7 +27,8 @@ from adapter_merge.binding.bound import BoundAdapter, BoundModule
 from adapter_merge.errors import NumericsError, Problem, UnsupportedError, raise_all
 from adapter_merge.methods.block_edits import BlockEdit, Replaced
 from adapter_merge.quantisation.dense_view import packed_weights
-from adapter_merge.quantisation.packed_weight import PackedWeight, replaced_parts
+from adapter_merge.quantisation.packed_weight import PackedWeight, replaced_parts, requantisation_loss
+from adapter_merge.quantisation.rounding import draw_for
 from adapter_merge.storage.computed_tensor import ComputedRef, ReadBytes
 from adapter_merge.storage.safetensors_header import TensorRef
 
@@ -34,6 +36,7 @@ from .plan import MergePlan, ShardPlan, plan_merge
 from .rounding_figures import TensorFigures
 
 WAY_OUT = "merge with --as bfloat16, or serve the base with the adapter beside it"
+NEARLY_ALL = 0.03  # of the change: where nearest codes lose less, none are drawn
 BLOCK_BYTES = 4 << 20  # of float32 in one step
 _ONE_AT_A_TIME = threading.Lock()
 
@@ -86,10 +89,13 @@ class RequantisedWeight:
             raise NumericsError(f"{self.weight.name}: would hold NaN or infinity")
         best: Mapping[str, Tensor] = {}
         found: TensorFigures | None = None
-        for parts in self.weight.candidates(after.reshape(self.weight.shape), read):
-            figures = self._measure(after, read, parts)
-            if found is None or figures.rounding < found.rounding:
-                best, found = parts, figures
+        for draw in (None, draw_for(self.weight.name, self.weight.shape)):
+            for parts in self.weight.candidates(after.reshape(self.weight.shape), read, draw):
+                figures = self._measure(after, read, parts)
+                if found is None or _loss(figures) < _loss(found):
+                    best, found = parts, figures
+            if found is not None and abs(1 - (found.retention or 0.0)) < NEARLY_ALL:
+                break
         self.figures = found
         return {role: tensor.contiguous().view(-1).view(torch.uint8) for role, tensor in best.items()}
 
@@ -168,6 +174,10 @@ class RequantisedPart(ComputedRef):
     ) -> None:
         if buffer.numel():
             self.owner.read_part(self.role, read, self.start + first, buffer)
+
+
+def _loss(figures: TensorFigures) -> float:
+    return requantisation_loss(figures.retention or 0.0, figures.rounding)
 
 
 def plan_requantised(bound: BoundAdapter) -> MergePlan:

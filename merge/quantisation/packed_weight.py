@@ -73,9 +73,8 @@ class PackedWeight(ABC):
     def pack(self, weight: Tensor, read: Read) -> Mapping[str, Tensor]:
         """Return the best way to quantise the dense `weight` (float32, `shape`): role -> tensor as it is stored.
 
-        Of the nearest codes and of those that are drawn, with stored and with new scales, the one is taken that has the
-        smallest COHERENT * (1 - retention)^2 + |Q(W') - W'|^2 / |dW|^2, where retention is <Q(W') - W, dW> / |dW|^2 and
-        dW = W' - W the change from the stored weight, in float64. Parts that stay as they are stored are left out.
+        Of the nearest codes and of those that are drawn, with stored and with new scales, the one of the smallest
+        `requantisation_loss` is taken. Parts that stay as they are stored are left out.
         """
         stored = self.rows(read, 0, self.row_count).to(torch.float32).reshape(self.shape)
         change = (weight - stored).double()
@@ -88,10 +87,19 @@ class PackedWeight(ABC):
                 kept = (packed.to(torch.float32).reshape(self.shape) - stored).double()
                 retention = float((kept * change).sum()) / size if size else 1.0
                 error = float((kept - change).square().sum()) / (size or 1.0)
-                loss = COHERENT * (1 - retention) ** 2 + error
+                loss = requantisation_loss(retention, math.sqrt(error))
                 if loss < smallest_loss:
                     best, smallest_loss = parts, loss
         return best
+
+
+def requantisation_loss(retention: float, error: float) -> float:
+    """Return what is compared between ways to quantise W' again: COHERENT * (1 - retention)^2 + error^2.
+
+    retention: <Q(W') - W, dW> / |dW|^2; error: |Q(W') - W'| / |dW|; dW = W' - W, the change from the stored weight W.
+    Leaving the weight as it is has the loss COHERENT + 1.
+    """
+    return COHERENT * (1 - retention) ** 2 + error**2
 
 
 def dense_ref(weight: PackedWeight) -> ComputedRef:

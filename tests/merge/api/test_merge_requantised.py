@@ -40,7 +40,7 @@ def bases(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Base]:
 
 @pytest.fixture(scope="module")
 def loras(bases: Callable[[str], Base], tmp_path_factory: pytest.TempPathFactory) -> Callable[[float], Path]:
-    """LoRAs of a given size of the change: 0.1 is above the steps of 4-bit grids, 0.01 is below them."""
+    """LoRAs of a given size of the change: 0.1 is above the steps of 4-bit grids, 0.01 below, 0.0003 far below."""
     made: dict[float, Path] = {}
 
     def make(scale: float) -> Path:
@@ -134,16 +134,42 @@ def test_verify_sees_one_changed_code(
 
 
 @pytest.mark.parametrize("kind", ["nf4", "W4A16"])
-def test_a_change_below_the_grid_is_refused(
+def test_a_change_below_the_grid_is_kept(
+    kind: str, bases: Callable[[str], Base], loras: Callable[[float], Path], tmp_path: Path
+) -> None:
+    """Nearest codes of a 4-bit grid keep next to nothing; drawn codes keep the mean, and verify knows them."""
+    base, dense = bases(kind)
+    content = merge(base, loras(0.01), tmp_path / "out", SAME).as_json()
+    weights = library_weights(tmp_path / "out", kind)
+    total = kept = 0.0
+    for name in content["layers"]:
+        delta = delta_of(loras(0.01), name)
+        total += float(delta.square().sum())
+        kept += float(((weights[name].double() - dense[name].double()) * delta).sum())
+    assert kept / total == pytest.approx(1, abs=0.3)  # of 9,000 elements, whose noise is several times the change
+    only = VerifyOptions(weights_only=True)
+    report = verify(base, loras(0.01), tmp_path / "out", only)
+    assert report.passed, report.problems
+    (file,) = (tmp_path / "out").glob("*.safetensors")
+    spoilt = load_file(file)
+    name = next(name for name in spoilt if "q_proj" in name and name.endswith(("weight", "weight_packed")))
+    spoilt[name].view(torch.uint8).view(-1)[77] ^= 0x01  # a neighbour, and not the one that was drawn
+    save_file(spoilt, file, {"format": "pt"})
+    report = verify(base, loras(0.01), tmp_path / "out", only)
+    assert any("that the exact ones round to" in problem for problem in report.problems)
+
+
+@pytest.mark.parametrize("kind", ["nf4", "W4A16"])
+def test_a_change_far_below_the_grid_is_refused(
     kind: str, bases: Callable[[str], Base], loras: Callable[[float], Path], tmp_path: Path
 ) -> None:
     base, _ = bases(kind)
     with pytest.raises(ParityError, match="quantised again") as raised:
-        merge(base, loras(0.01), tmp_path / "out", SAME)
+        merge(base, loras(0.0003), tmp_path / "out", SAME)
     assert "bfloat16" in str(raised.value)
     assert list(tmp_path.iterdir()) == []
-    merge(base, loras(0.01), tmp_path / "out", MergeOptions(write_as="same", min_retention=0.0))
-    report = verify(base, loras(0.01), tmp_path / "out", VerifyOptions(weights_only=True))
+    merge(base, loras(0.0003), tmp_path / "out", MergeOptions(write_as="same", min_retention=0.0))
+    report = verify(base, loras(0.0003), tmp_path / "out", VerifyOptions(weights_only=True))
     assert [problem for problem in report.problems if "keep" in problem]
     with pytest.raises(InputError, match="contradict"):
         merge(base, loras(0.1), tmp_path / "no", MergeOptions(write_as="same", dtype="bfloat16"))
