@@ -95,6 +95,7 @@ def merge(
     if options.write_as is not None:
         stated["as"] = options.write_as
     content = manifest("merged model", describe_inputs(bound, options.reading), stated | combination_of(bound))
+    content["warnings"] = _missing_config(bound)
     if options.dry_run:
         return MergeResult(output, content | {"dry_run": True, "bytes": plan.nbytes})
     identity = _identity(plan, content)
@@ -146,7 +147,7 @@ def merge(
         }
         if options.write_as == SAME and options.part is None:
             content["certificate"] = certify(content["layers"], options.min_retention)
-        content["warnings"] = [] if options.write_as == SAME else _rounding_warnings(content["layers"])
+        content["warnings"] += [] if options.write_as == SAME else _rounding_warnings(content["layers"])
         if options.part is not None:
             done = {name: shard.sha256 for name, shard in sorted(finished.items())}
             return MergeResult(output, content | {"part": f"{options.part[0]}/{options.part[1]}", "files": done})
@@ -168,6 +169,16 @@ def _check_config(bound: BoundAdapter) -> None:
             expected="a config that its weights bear out: loaders would look for quantised weights",
             hint="remove quantization_config from config.json if the base is not quantised",
         )
+
+
+def _missing_config(bound: BoundAdapter) -> list[str]:
+    """A warning where the merged model will lack config.json, because the base has none."""
+    if (bound.base.folder / "config.json").is_file():
+        return []
+    return [
+        f"{bound.base.folder} has no config.json, so the merged model has none either: no library can load it until "
+        "that of the base's architecture is put beside it"
+    ]
 
 
 def _space_needed(output: Path, shards: Sequence[ShardPlan], link: str, keep_preimage: bool) -> int:

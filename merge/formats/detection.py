@@ -6,6 +6,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -29,6 +30,8 @@ from .native import NATIVE_TYPES, read_native
 from .read_options import ReadOptions
 
 FILE_SUFFIXES = (".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".gguf")
+
+CHECKPOINT = re.compile(r"checkpoint-\d+")  # folders that transformers' Trainer writes beside the final adapter
 
 # The options that each format of a folder can use, beside format and prefix. USED_BY_TYPE overrides them by peft_type.
 USED_OPTIONS: dict[str, tuple[str, ...]] = {
@@ -109,8 +112,11 @@ FILE_FORMATS: dict[str, FileFormat] = {
 }
 
 
-def detect(path: Path, stated: str | None = None) -> Detected:
-    """Return the format of an adapter's folder or file. Raises AdapterError where no known format fits."""
+def detect(path: Path, stated: str | None = None, name: str | Path | None = None) -> Detected:
+    """Return the format of an adapter's folder or file. Raises AdapterError where no known format fits.
+
+    name: what the user calls `path`, such as a hub id.
+    """
     if stated is not None:
         known = (*USED_OPTIONS, *FILE_FORMATS)
         if stated not in known:
@@ -148,6 +154,15 @@ def detect(path: Path, stated: str | None = None) -> Detected:
             if certainty is not None:
                 return Detected(name, certainty, file_format.evidence)
     got = path.name
+    inside = adapters_inside(path)
+    if inside:
+        said, at, revision = str(name or path).partition("@" if name is not None and not Path(name).exists() else "\0")
+        raise AdapterError(
+            f"{name or path}: holds {len(inside)} adapters in folders of their own",
+            expected="one of them as ADAPTER",
+            got=", ".join(inside[:20]),
+            hint=f"{said.rstrip('/')}/{inside[-1]}{at}{revision}",
+        )
     if path.is_dir():
         got = ", ".join(sorted(entry.name for entry in path.iterdir())[:12]) or "an empty folder"
     raise AdapterError(
@@ -155,6 +170,18 @@ def detect(path: Path, stated: str | None = None) -> Detected:
         expected=f"adapter_config.json with {WEIGHT_FILES[0]}, or a DCFT checkpoint",
         got=got,
     )
+
+
+def adapters_inside(path: Path) -> list[str]:
+    """Return the folders of `path` that hold an adapter: PEFT's named adapters, checkpoints of a training."""
+    if not path.is_dir():
+        return []
+    return sorted((file.parent.name for file in path.glob("*/adapter_config.json")), key=_in_order)
+
+
+def _in_order(name: str) -> list[str | int]:
+    """checkpoint-900 comes before checkpoint-1000."""
+    return [int(part) if part.isdigit() else part for part in re.split(r"(\d+)", name)]
 
 
 def _single_file(path: Path) -> Path | None:
@@ -182,7 +209,7 @@ def open_adapter(folder: str | Path, options: ReadOptions | None = None, base: C
     snapshot = snapshot_folder(path)
     stated = _stated_files(options)
     snapshot += InputSnapshot(stated)
-    detected = detect(path, options.format)
+    detected = detect(path, options.format, folder)
     _refuse_unused(path, detected.format, options)
     adapter = _read(path, detected, options, base)
     raise_all(_check_dtypes(adapter), AdapterError)
@@ -190,7 +217,11 @@ def open_adapter(folder: str | Path, options: ReadOptions | None = None, base: C
     snapshot = snapshot.of(files)
     if adapter.own_base is not None:
         snapshot += adapter.own_base.snapshot
-    return replace(adapter, certainty=detected.certainty, prefix=options.prefix, snapshot=snapshot)
+    named = [inner for inner in adapters_inside(path) if not CHECKPOINT.fullmatch(inner)]
+    notes = adapter.notes
+    if named:
+        notes += (f"{path}: the adapter of the folder itself is read; it also holds {', '.join(named[:20])}",)
+    return replace(adapter, certainty=detected.certainty, prefix=options.prefix, snapshot=snapshot, notes=notes)
 
 
 def _stated_files(options: ReadOptions) -> list[Path]:

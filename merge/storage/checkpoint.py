@@ -36,7 +36,9 @@ CANDIDATES = (
     "pytorch_model.bin.index.json",
     "pytorch_model.bin",
 )
-HUB_ID = re.compile(r"(?P<repo>[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*)(@(?P<revision>[\w./-]+))?")
+HUB_ID = re.compile(
+    r"(?P<repo>[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*)(/(?P<inside>[\w-][\w.-]*(/[\w-][\w.-]*)*))?(@(?P<revision>[\w./-]+))?"
+)
 # How the names of output heads end; a tied head is a second name of the embeddings.
 OUTPUT_HEADS = ("lm_head.weight", "embed_out.weight", "predictions.decoder.weight")
 
@@ -142,9 +144,10 @@ def plain_name(name: object, source: Path) -> str:
 
 
 def resolve(name: str | Path) -> Path:
-    """Return a local folder, or download a hub id such as org/model (or org/model@revision) to the hub's cache.
+    """Return a local folder, or download what is read of a hub id to the hub's cache.
 
-    Raises InputError when there is neither.
+    A hub id is org/model, org/model@revision, or org/model/folder for a folder of it. Raises InputError when there is
+    neither.
     """
     path = Path(name)
     require_utf8(path)
@@ -156,17 +159,9 @@ def resolve(name: str | Path) -> Path:
             f"{name}: no such folder" if not path.exists() else f"{name}: not a folder",
             expected="a local folder, or a hub id such as org/model",
         )
-    from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
+    from .hub import download
 
-    try:
-        return Path(snapshot_download(match["repo"], revision=match["revision"]))
-    except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
-        raise InputError(
-            f"{name}: no such folder, and it could not be fetched from the hub",
-            got=str(error).split("\n")[0],
-            hint="check the name and the network (HF_TOKEN for a private model)",
-        ) from error
+    return download(match["repo"], match["revision"], match["inside"] or "")
 
 
 def resolve_base(name: str | Path) -> Path:
