@@ -66,14 +66,19 @@ class Group:
 def find_compressed_tensors(configuration: Configuration, findings: Findings) -> None:
     """Add every quantised weight of a compressed-tensors checkpoint. Raises UnsupportedError for unknown groups."""
     groups = _read_groups(configuration)
-    ignored = configuration.settings.get("ignore") or []
+    ordered = sorted(
+        ((target, group) for group in groups for target in group.targets), key=lambda item: ("re:" in item[0], item[0])
+    )
+    ignored = [str(item) for item in configuration.settings.get("ignore") or []]
+    names = {item for item in ignored if not item.startswith("re:")}
+    patterns = [item for item in ignored if item.startswith("re:")]
     for name, ref in findings.tensors.items():
         module, _, part = name.rpartition(".")
         if part == PACKED or (part == DENSE and ref.dtype in ("F8_E4M3", "I8")):
-            if any(matches(module, str(item)) for item in ignored):
+            if module in names or any(matches(module, item) for item in patterns):
                 findings.fault(name, "is quantised, and the config's ignore says that it is dense")
                 continue
-            group = _group_of(module, groups)
+            group = _group_of(module, ordered)
             if group is None:
                 findings.fault(name, "is quantised, and no group of the config has it as a target")
             else:
@@ -90,9 +95,7 @@ def matches(module: str, target: str) -> bool:
         return False
 
 
-def _group_of(module: str, groups: list[Group]) -> Group | None:
-    ordered = sorted(((target, group) for group in groups for target in group.targets),
-                     key=lambda item: ("re:" in item[0], item[0]))  # fmt: skip
+def _group_of(module: str, ordered: list[tuple[str, Group]]) -> Group | None:
     for target, group in ordered:
         if matches(module, target):
             return group

@@ -102,10 +102,14 @@ def _search(configuration: Configuration, findings: Findings) -> None:
 
 def _find_leftovers(findings: Findings, marked: list[str]) -> None:
     """Note the quantised tensors that no weight has taken, unless their own weight is at fault already."""
-    faulty = findings.faulty()
+    faulty = {_module(name) for name in findings.faulty()}
     for name in marked:
         if name in findings.weights or name in findings.side or ACTIVATION_NAMES.search(name):
             continue
-        module = QUANTISED_NAMES.sub("", name).removesuffix(".weight")
-        if not any(item in (name, module) or item.startswith(f"{module}.") for item in faulty):
+        if _module(name) not in faulty:
             findings.fault(name, "belongs to no quantised weight that the config describes")
+
+
+def _module(name: str) -> str:
+    """Return the name of the module, or of the stacked parameter, that a tensor belongs to."""
+    return QUANTISED_NAMES.sub("", name).removesuffix(".weight")
