@@ -102,15 +102,21 @@ def in_transformers(folder: Path, ids: Sequence[Sequence[int]]) -> Answers:
 
     with quiet_libraries():
         model: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+    model.generation_config.eos_token_id = None  # go on after the end, as llama.cpp is told to
     answers: Answers = []
     for prompt in ids:
-        tokens = list(prompt)
-        logits = model(torch.tensor([tokens]), use_cache=False).logits[0, -1]
-        answer: dict[str, Any] = {"logits": logits.tolist(), "tokens": []}
-        for _ in range(TOKENS):
-            answer["tokens"].append(int(logits.argmax()))
-            logits = model(torch.tensor([tokens + answer["tokens"]]), use_cache=False).logits[0, -1]
-        answers.append(answer)
+        known = torch.tensor([prompt])
+        made = model.generate(
+            known,
+            attention_mask=torch.ones_like(known),
+            do_sample=False,
+            max_new_tokens=TOKENS,
+            pad_token_id=0,
+            output_logits=True,
+            return_dict_in_generate=True,
+        )
+        tokens = made.sequences[0, len(prompt) :].tolist()
+        answers.append({"logits": made.logits[0][0].tolist(), "tokens": tokens})
     return answers
 
 
