@@ -29,10 +29,10 @@ from torch import Tensor
 
 from adapter_merge.methods.block_edits import BlockEdit
 from adapter_merge.methods.canonical_form import CanonicalForm
+from adapter_merge.storage.random_numbers import BITS, random_bits
 
 METHODS = ("linear", "ties", "dare", "dare-ties", "magnitude-prune", "breadcrumbs")
 HIGH_BINS, LOW_BINS = 1 << 16, 1 << 15  # of the 31 bits of a float32's size
-ALL_ONES = (1 << 64) - 1
 
 
 @dataclass(frozen=True)
@@ -231,23 +231,7 @@ def key_of(seed: int, adapter: str, tensor: str) -> int:
 
 def random_keep(key: int, density: float, first: int, count: int, device: torch.device) -> Tensor:
     """Return (count,) bool, True with probability `density`: elements first .. first+count of the tensor of `key`."""
-    value = torch.arange(first, first + count, dtype=torch.int64, device=device)
-    value = value * _signed(0x9E3779B97F4A7C15) + _signed(key)
-    value = (value ^ _shift_right(value, 30)) * _signed(0xBF58476D1CE4E5B9)
-    value = (value ^ _shift_right(value, 27)) * _signed(0x94D049BB133111EB)
-    value = value ^ _shift_right(value, 31)
-    return _shift_right(value, 11) < math.floor(density * (1 << 53))
-
-
-def _signed(value: int) -> int:
-    """Return the int64 with the low 64 bits of `value`."""
-    value &= ALL_ONES
-    return value - (1 << 64) if value >> 63 else value
-
-
-def _shift_right(value: Tensor, bits: int) -> Tensor:
-    """Shift int64 values to the right as if they were unsigned."""
-    return (value >> bits) & ((1 << (64 - bits)) - 1)
+    return random_bits(key, first, count, device) < math.floor(density * (1 << BITS))
 
 
 def combine_forms(forms: Sequence[CanonicalForm], weights: Sequence[float], weight: Tensor) -> CanonicalForm:

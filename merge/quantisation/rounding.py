@@ -9,18 +9,34 @@ noise that it adds has no direction, where what an adapter has learned has few.
 from __future__ import annotations
 
 import hashlib
+import math
 from typing import TYPE_CHECKING
 
 from adapter_merge.storage.lazy_torch import torch
+from adapter_merge.storage.random_numbers import BITS, random_bits
 
 if TYPE_CHECKING:
     from torch import Tensor
 
+BLOCK = 1 << 15  # random numbers that are made in one step, in the processor's cache
+DRAW_BITS = 24
+
 
 def draw_for(name: str, shape: tuple[int, ...]) -> Tensor:
-    """Return uniform numbers of [0, 1), float32, that depend on `name` and `shape` alone: merges can be repeated."""
-    generator = torch.Generator().manual_seed(int.from_bytes(hashlib.sha256(name.encode()).digest()[:8], "little") >> 1)
-    return torch.rand(shape, generator=generator)
+    """Return numbers of [0, 1), float32 of `shape`, that depend on `name` and the place alone.
+
+    Each of 24 bits, two from one random number.
+    """
+    key = int.from_bytes(hashlib.sha256(name.encode()).digest()[:8], "little")
+    count = math.prod(shape)
+    draw = torch.empty(-(-count // 2), 2, dtype=torch.float32)
+    for first in range(0, draw.shape[0], BLOCK):
+        block = draw[first : first + BLOCK]
+        bits = random_bits(key, first, block.shape[0])
+        block[:, 0] = bits >> (BITS - DRAW_BITS)
+        block[:, 1] = bits & ((1 << DRAW_BITS) - 1)
+        block *= 2.0**-DRAW_BITS
+    return draw.view(-1)[:count].view(shape)
 
 
 def to_integers(values: Tensor, draw: Tensor | None) -> Tensor:
