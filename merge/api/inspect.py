@@ -31,10 +31,13 @@ def inspect(
     """
     problems: list[Problem] = []
     report: dict[str, Any] = {"path": str(adapter)}
-    from adapter_merge.quantisation.dense_view import open_base, packed_weights
+    from adapter_merge.binding.trained_base import evidence_of_training, open_trained_base
+    from adapter_merge.quantisation.dense_view import packed_weights
 
     try:
-        opened = open_adapter(adapter, options.reading, open_base(base) if base is not None else None)
+        trained_on = options.reading.trained_on if options.reading is not None else None
+        checkpoint = open_trained_base(base, trained_on) if base is not None else None
+        opened = open_adapter(adapter, options.reading, checkpoint)
     except AdapterMergeError as error:
         report["problems"] = [vars(problem) for problem in error.problems]
         return Inspection(report)
@@ -52,6 +55,7 @@ def inspect(
         "certainty": opened.certainty,
         "method": opened.method,
         "base_model": opened.base_name,
+        "trained_on": evidence_of_training(opened, checkpoint, trained_on),
         "modules": len(opened.modules),
         "targets": kinds,
         "ranks": {str(rank): count for rank, count in sorted(ranks.items())},
@@ -64,7 +68,7 @@ def inspect(
     }
     from adapter_merge.binding.positional import adapted_queries, keeps_queries_frozen
 
-    held = open_base(base) if base is not None else opened.own_base
+    held = checkpoint or opened.own_base
     try:
         if held is not None and keeps_queries_frozen(opened, held):
             report["would"] = FROZEN_QUERIES
@@ -76,7 +80,8 @@ def inspect(
         from adapter_merge.binding.bind import bind
 
         try:
-            bound = bind(opened, open_base(base), options.base_kind)
+            assert checkpoint is not None
+            bound = bind(opened, checkpoint, options.base_kind)
             report["base"] = {
                 "path": str(base),
                 "kind": bound.base_kind,

@@ -17,6 +17,7 @@ from adapter_merge.combine.open_inputs import (
     is_stale_quantization,
     open_pair,
     snapshot_of,
+    training_warnings,
 )
 from adapter_merge.engine.devices import choose_devices
 from adapter_merge.engine.execute import FinishedShard, Progress, execute
@@ -147,6 +148,7 @@ def merge(
         }
         if options.write_as == SAME and options.part is None:
             content["certificate"] = certify(content["layers"], options.min_retention)
+        content["warnings"] += training_warnings(bound, options.reading)
         content["warnings"] += [] if options.write_as == SAME else _rounding_warnings(content["layers"])
         if options.part is not None:
             done = {name: shard.sha256 for name, shard in sorted(finished.items())}

@@ -206,7 +206,7 @@ def _quantised(bound: BoundAdapter) -> list[str]:
     if bound.base.stored is None:
         return []
     return [
-        "the base is quantised: models are run from its dequantised weights, as the scheme's library gives them",
+        "models are run from the base's dequantised weights, as the scheme's library gives them",
         *bound.base.notes,
     ]
 

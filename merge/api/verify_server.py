@@ -63,9 +63,7 @@ def verify_server(
     if offered and served.model not in offered:
         notes.append(f"the server does not list {served.model!r}, but answers to it")
     transcripts = _transcripts(bound, prompts, generated)
-    expected = expect(
-        transcripts, lambda: load_model(bound.base.folder), lambda wanted: trained_model(bound, wanted), chosen
-    )
+    expected = expect(transcripts, lambda: load_model(bound.base), lambda wanted: trained_model(bound, wanted), chosen)
     text_of = None if tokenizer is None else lambda token: str(tokenizer.decode([token]))
     figures = compare_server(client, transcripts, expected, text_of, progress, _end_tokens(bound.base.folder))
     verdict = judge(figures, tolerance)

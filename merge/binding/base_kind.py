@@ -9,6 +9,7 @@ from itertools import pairwise
 from adapter_merge.errors import AdapterError, MismatchError, UnsupportedError
 from adapter_merge.methods.lora import LoraModule
 from adapter_merge.methods.residual import LOST_HINT, LOST_INITS, ORIGINAL_ABOVE, RESIDUAL_BELOW, base_evidence
+from adapter_merge.storage.computed_tensor import ComputedRef
 from adapter_merge.storage.tensor_io import read_tensor
 
 from .bound import BoundAdapter, BoundModule
@@ -54,6 +55,7 @@ def with_base_kind(bound: BoundAdapter, base_kind: str | None) -> BoundAdapter:
                 hint="pass --base-kind original or --base-kind residual",
             )
     if base_kind == "original":
+        _check_not_quantised(bound, [item for item, _ in principal])
         if lost is not None:
             raise _unrepeatable(bound, lost)
         return replace(bound, modules=tuple(_state_dtype(item) for item in bound.modules), evidence=evidence)
@@ -62,6 +64,23 @@ def with_base_kind(bound: BoundAdapter, base_kind: str | None) -> BoundAdapter:
         for item in bound.modules
     )
     return replace(bound, modules=modules, base_kind="residual", evidence=evidence)
+
+
+def _check_not_quantised(bound: BoundAdapter, items: Sequence[BoundModule]) -> None:
+    """Raise UnsupportedError where a residual would have to be cut out of a quantised weight.
+
+    PEFT cuts it out of the unquantised weight (its pissa_init refuses other dtypes) and the residual is quantised
+    after that: q(W - s B0 A0), which q(W) does not give.
+    """
+    quantised = [item.name for item in items if isinstance(item.weight, ComputedRef)]
+    if quantised:
+        config = bound.adapter.config
+        raise UnsupportedError(
+            f"{bound.adapter.folder}: was trained beside a residual, and the base's weights are quantised",
+            expected="the residual, which was quantised after the initial factors were subtracted",
+            got=f"init_lora_weights {config.get('init_lora_weights')!r}; {len(quantised)} weights, as {quantised[0]}",
+            hint="give the residual base (stored quantised, or with --trained-on) and --base-kind residual",
+        )
 
 
 def _select_loras(bound: BoundAdapter) -> list[tuple[BoundModule, LoraModule]]:

@@ -270,6 +270,12 @@ def _names_in(base: Checkpoint, architecture: str) -> TransformersNames | None:
     )
 
 
+def model_of(base: Checkpoint, architecture: str) -> Any:
+    """Build the model of one class without weights; None where the class does not apply. Raises ImportError."""
+    names = _names_in(base, architecture)
+    return None if names is None else names.model
+
+
 @contextlib.contextmanager
 def _silence_transformers() -> Iterator[None]:
     """Suppress warnings of transformers about configs."""

@@ -36,6 +36,13 @@ OPTIONS: tuple[tuple[str, str, tuple[str, ...], str], ...] = (
     ("--init-adapter", PATH, (), "PiSSA, CorDA, LoRA-GA: the PEFT folder saved before training."),
     ("--residual-dtype", CHOICE, ("float32", "bfloat16", "float16"), "PiSSA, DuDe: the residual's dtype."),
     ("--magnitude-axis", CHOICE, ("out", "in"), "What a magnitude belongs to, where a square weight hides it."),
+    (
+        "--trained-on",
+        TEXT,
+        (),
+        "QLoRA: how the unquantised BASE was quantised at training: nf4, nf4-double, fp4, fp4-double; or original. "
+        "Then ,block=64 and ,dtype=bfloat16.",
+    ),
     ("--prefix", TEXT, (), "What stands before the adapter's names in the base, where it fits several parts."),
 )
 

@@ -61,6 +61,7 @@ def _show(report: dict[str, Any]) -> None:
     kind = f"{report['format']} ({report['certainty']})"
     console.print(f"[bold]{report['method']}[/] adapter, {kind}: {report['path']}", soft_wrap=True)
     console.print(f"base        {report['base_model'] or 'not named'}")
+    console.print(f"trained on  {report['trained_on']}", soft_wrap=True)
     human = f"{size / 1e6:.2f} MB" if size >= 1e5 else f"{size / 1e3:.1f} kB"
     console.print(f"trained     {report['parameters']:,} parameters, {human}, {report['modules']} weights")
     table = Table(box=None, pad_edge=False)

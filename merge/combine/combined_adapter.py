@@ -14,13 +14,13 @@ from torch import Tensor
 from adapter_merge.binding.bind import BoundAdapter, BoundModule, bind
 from adapter_merge.binding.embeddings import EMBEDDINGS
 from adapter_merge.binding.positional import check_together
+from adapter_merge.binding.trained_base import open_trained_base
 from adapter_merge.errors import InputError, Problem, UnsupportedError, raise_all
 from adapter_merge.formats.detection import open_adapter
 from adapter_merge.formats.read_options import ReadOptions
 from adapter_merge.methods.adapter import Adapter, AdapterFormat
 from adapter_merge.methods.lora import ExpertModule, RowSliceModule
 from adapter_merge.methods.tokens import TokenModule
-from adapter_merge.quantisation.dense_view import open_base
 from adapter_merge.storage.checkpoint import Checkpoint
 from adapter_merge.storage.safetensors_header import FLOAT_DTYPES, TensorRef
 
@@ -72,7 +72,13 @@ def open_combination(recipe: Recipe, base: str | Path | None = None) -> Combined
     chosen = base if base is not None else recipe.base
     if chosen is None:
         raise InputError("a combination needs its base", expected="BASE NAME=ADAPTER ..., or base in the recipe")
-    checkpoint = open_base(chosen)
+    stated = {(item.options or {}).get("trained_on") for item in recipe.ingredients}
+    if len(stated) > 1:
+        raise InputError(
+            "the adapters were trained on different bases", got=", ".join(sorted(str(text) for text in stated)),
+            hint="their deltas apply to different weights: merge one at a time",
+        )  # fmt: skip
+    checkpoint = open_trained_base(chosen, stated.pop() if stated else None)
     bound: list[BoundAdapter] = []
     for item in recipe.ingredients:
         options = ReadOptions(**(item.options or {}))

@@ -10,11 +10,12 @@ from pathlib import Path
 from typing import Any
 
 from adapter_merge.binding.bind import BoundAdapter, bind
+from adapter_merge.binding.trained_base import evidence_of_training, is_unstated_4bit, open_trained_base
 from adapter_merge.errors import InputError
 from adapter_merge.formats.detection import open_adapter
 from adapter_merge.formats.read_options import ReadOptions
 from adapter_merge.methods.adapter import Adapter
-from adapter_merge.quantisation.dense_view import open_base, packed_weights
+from adapter_merge.quantisation.dense_view import packed_weights
 from adapter_merge.storage.checkpoint import Checkpoint
 from adapter_merge.storage.hashing import hash_files
 from adapter_merge.storage.input_snapshot import InputSnapshot
@@ -38,7 +39,8 @@ def open_pair(
     """
     if isinstance(adapter, Recipe):
         return open_combination(adapter, base)
-    checkpoint = open_base(base) if base is not None else None
+    trained_on = options.trained_on if options is not None else None
+    checkpoint = open_trained_base(base, trained_on) if base is not None else None
     opened = open_adapter(adapter, options, checkpoint)
     if checkpoint is None:
         checkpoint = opened.own_base
@@ -120,9 +122,10 @@ def _describe_base(base: Checkpoint, adapter: Adapter) -> dict[str, Any]:
     """Return the base's name, path, and number of weights of each quantisation scheme."""
     name = base.config.get("_name_or_path") or adapter.base_name or base.folder.name
     schemes = Counter(weight.scheme for weight in packed_weights(base).values())
-    return {"name": name, "path": str((base.stored or base).folder)} | (
-        {"quantised": dict(schemes), "notes": list(base.notes)} if schemes else {}
-    )
+    described: dict[str, Any] = {"name": name, "path": str((base.stored or base).folder)}
+    if schemes:
+        described["quantised"] = dict(schemes)
+    return described | ({"notes": list(base.notes)} if base.notes else {})
 
 
 def _describe_bound(bound: BoundAdapter, stated: dict[str, Any]) -> dict[str, Any]:
@@ -134,6 +137,7 @@ def _describe_bound(bound: BoundAdapter, stated: dict[str, Any]) -> dict[str, An
         "replacements": sorted(bound.replacements),
         "base_kind": bound.base_kind,
         "evidence": bound.evidence,
+        "trained_on": evidence_of_training(bound.adapter, bound.base, stated.get("trained_on")),
         "stated": stated,
         "sha256": combined_sha256(files),
         "files": files,
@@ -170,6 +174,19 @@ def stated_options(options: ReadOptions | None) -> dict[str, Any]:
             files = sorted(path for path in value.rglob("*") if path.is_file()) if value.is_dir() else [value]
             stated[f"{key}_sha256"] = combined_sha256({path.name: sha for path, sha in hash_files(files).items()})
     return stated
+
+
+def training_warnings(bound: BoundAdapter, options: ReadOptions | None) -> list[str]:
+    """Return a warning for each adapter that names a 4-bit base while the given one is not quantised."""
+    stated = options.trained_on if options is not None else None
+    if isinstance(bound, CombinedBound):
+        stated = (bound.recipe.ingredients[0].options or {}).get("trained_on")
+    return [
+        f"{part.adapter.folder}: names {part.adapter.base_name} as its base, and is applied to unquantised weights: "
+        "--trained-on nf4-double takes those that it was trained on, --trained-on original says that these are meant"
+        for part in parts_of(bound)
+        if is_unstated_4bit(part.adapter, bound.base, stated)
+    ]
 
 
 def is_stale_quantization(base: Checkpoint) -> bool:

@@ -37,7 +37,7 @@ IN_TURN = "in-turn"
 KEYS = ("method", "density", "gamma", "seed", "base", "adapters")
 PATH_KEYS = ("init_adapter", "magnitudes")
 NUMBER_KEYS = ("alpha", "ranknum")
-OPTION_KEYS = (*NUMBER_KEYS, "format", "prefix", "magnitude_axis", "residual_dtype", *PATH_KEYS)
+OPTION_KEYS = (*NUMBER_KEYS, "format", "prefix", "magnitude_axis", "residual_dtype", "trained_on", *PATH_KEYS)
 CHOICES = {"magnitude_axis": ("out", "in"), "residual_dtype": ("float32", "bfloat16", "float16")}
 ADAPTER_KEYS = ("name", "path", "weight", "density", "base_kind", *OPTION_KEYS)
 

@@ -166,7 +166,7 @@ def compare(bound: BoundAdapter, folder: Path, prompts: Sequence[str] | None = N
         sequences.append(sequence)
         expected.append(logits(live, sequence))
     del live
-    other = load_model(bound.base.folder).float()
+    other = load_model(bound.base).float()
     before = [logits(other, sequence) for sequence in sequences]
     install_replacements(other, folder)
     install_factors(other, folder)

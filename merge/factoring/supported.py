@@ -8,6 +8,7 @@ from pathlib import Path
 
 from adapter_merge.binding.bind import BoundAdapter, BoundModule, bind
 from adapter_merge.binding.positional import SHARED, adapted_queries, is_positional
+from adapter_merge.binding.trained_base import open_trained_base
 from adapter_merge.combine.combined_adapter import CombinedBound
 from adapter_merge.combine.combined_weight import CombinedWeight
 from adapter_merge.combine.open_inputs import AdapterInput, open_pair
@@ -18,7 +19,6 @@ from adapter_merge.formats.read_options import ReadOptions
 from adapter_merge.methods.adapter import AdaptedModule, Adapter, AdapterFormat
 from adapter_merge.methods.lora import BiasModule, ExpertModule, RowSliceModule, StackModule
 from adapter_merge.methods.tokens import TokenModule
-from adapter_merge.quantisation.dense_view import open_base
 from adapter_merge.storage.checkpoint import Checkpoint
 
 MaybeBoundModule = tuple[AdaptedModule, BoundModule | None]
@@ -31,7 +31,8 @@ def open_factored(
     if isinstance(adapter, Recipe):
         bound = open_pair(base, adapter)
         return bound.adapter, bound
-    checkpoint = open_base(base) if base is not None else None
+    trained_on = options.trained_on if options is not None else None
+    checkpoint = open_trained_base(base, trained_on) if base is not None else None
     opened = open_adapter(adapter, options, checkpoint)
     require_names(opened, checkpoint)
     held = checkpoint or opened.own_base

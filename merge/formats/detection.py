@@ -256,7 +256,7 @@ def _refuse_unused(path: Path, format: str, options: ReadOptions) -> None:
                 "with several adapters, name the one that it belongs to: NAME=VALUE",
             )
             for key, value in vars(options).items()
-            if value is not None and key not in (*wanted, "format", "prefix")
+            if value is not None and key not in (*wanted, "format", "prefix", "trained_on")
         ],
         InputError,
     )

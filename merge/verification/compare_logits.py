@@ -111,7 +111,7 @@ def compare_logits(
     say(f"logits of the adapter as trained, {dtype}".replace("torch.", ""))
     expected = _all_logits(live_network(bound, dtype), paths)
     say("logits of the base")
-    before = _all_logits(streamed_base(bound.base.folder, dtype).model, paths)
+    before = _all_logits(streamed_base(bound.base, dtype).model, paths)
     effect = math.nan
     for base, want in zip(before, expected, strict=True):
         if base.shape == want.shape:

@@ -19,6 +19,7 @@ from adapter_merge.errors import MissingDependencyError, UnsupportedError
 from adapter_merge.methods.adapter import AdapterFormat
 from adapter_merge.methods.dcft import DcftModule
 from adapter_merge.quantisation.dense_view import open_base
+from adapter_merge.storage.checkpoint import Checkpoint
 from adapter_merge.storage.safetensors_header import TensorRef
 from adapter_merge.storage.tensor_io import read_tensor
 
@@ -56,26 +57,27 @@ def require(*packages: str) -> None:
         )
 
 
-def load_model(folder: Any, config: Any = None) -> nn.Module:
-    """Load the transformers model in `folder`, of its config's class, in its own dtype, in eval mode.
+def load_model(model: Any, config: Any = None) -> nn.Module:
+    """Load a transformers model, of its config's class, in its own dtype, in eval mode.
 
-    A quantised one is loaded from its dequantised weights.
+    model: a folder, or a Checkpoint with computed weights. A quantised one is loaded from its dequantised weights.
     """
     require("transformers")
     import transformers
 
-    base = open_base(folder)
+    base = model if isinstance(model, Checkpoint) else open_base(model)
+    folder = base.folder
     with quiet_libraries():
         config = config or model_config(folder)
         names = getattr(config, "architectures", None) or []
         kind = getattr(transformers, names[0], None) if names else None
         loader = kind or transformers.AutoModelForCausalLM
         if base.stored is None:
-            model: nn.Module = loader.from_pretrained(folder, config=config, dtype="auto")
+            loaded: nn.Module = loader.from_pretrained(folder, config=config, dtype="auto")
         else:
             state = {name: read_tensor(ref) for name, ref in base.tensors.items()}
-            model = loader.from_pretrained(None, config=config, state_dict=state, dtype="auto")
-    return model.eval()
+            loaded = loader.from_pretrained(None, config=config, state_dict=state, dtype="auto")
+    return loaded.eval()
 
 
 def adapted_model(bound: BoundAdapter, dtype: torch.dtype, model: nn.Module) -> nn.Module:

@@ -131,7 +131,7 @@ def _with_weights(bound: CombinedBound, weights: dict[str, Tensor]) -> nn.Module
     config = model_config(bound.base.folder)
     for key, value in bound.config_changes.items():
         setattr(config, key, value)
-    model = load_model(bound.base.folder, config).to(torch.float64)
+    model = load_model(bound.base, config).to(torch.float64)
     own = {name: read_tensor(ref) for name, ref in {**bound.copies, **bound.replacements}.items()}
     state = model.state_dict()
     for name, value in {**own, **weights}.items():

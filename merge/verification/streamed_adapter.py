@@ -22,7 +22,7 @@ from adapter_merge.methods.dcft import DcftModule
 from adapter_merge.methods.lora import LoraModule
 from adapter_merge.methods.residual import Initial
 from adapter_merge.quantisation.dense_view import open_base
-from adapter_merge.storage.checkpoint import read_weights
+from adapter_merge.storage.checkpoint import Checkpoint, read_weights
 from adapter_merge.storage.safetensors_header import TensorRef
 from adapter_merge.storage.tensor_io import TORCH_DTYPES, read_tensor
 
@@ -32,10 +32,10 @@ from .live_adapter import live_layer, model_config, module_path, quiet_libraries
 from .streamed_model import PartLoader, Source, StreamedModel, file_sources, skeleton, with_placeholders
 
 
-def streamed_base(folder: Path, dtype: torch.dtype) -> StreamedModel:
-    """Return the model in `folder`."""
-    config = model_config(folder)
-    loader = PartLoader(config, file_sources(open_base(folder).tensors, dtype), dtype)
+def streamed_base(base: Checkpoint, dtype: torch.dtype) -> StreamedModel:
+    """Return the model that `base` holds."""
+    config = model_config(base.folder)
+    loader = PartLoader(config, file_sources(base.tensors, dtype), dtype)
     return StreamedModel(with_placeholders(skeleton(config, dtype)), loader)
 
 
@@ -63,7 +63,7 @@ def streamed_trained(bound: BoundAdapter, dtype: torch.dtype) -> StreamedModel:
 def streamed_artefact(bound: BoundAdapter, folder: Path, kind: str, dtype: torch.dtype) -> StreamedModel:
     """Return the model of an artefact of any kind."""
     if kind == "merged model":
-        return streamed_base(folder, dtype)
+        return streamed_base(open_base(folder), dtype)
     if kind == "adapter":
         return streamed_trained(open_pair(bound.base.folder, folder, bound.base_kind), dtype)
     config = model_config(bound.base.folder)
