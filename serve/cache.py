@@ -27,9 +27,10 @@ from types import TracebackType
 from typing import Any
 
 from adapter_merge.errors import OutputError
+from adapter_merge.storage.hashing import file_sha256
 from adapter_merge.storage.locks import lock_file
 
-LAYOUT = 1  # of a served folder; another number makes other keys
+LAYOUT = 2  # of a served folder; another number makes other keys
 ENTRY = "entry.json"
 DEFAULT_BYTES = 50 * 10**9
 
@@ -86,6 +87,8 @@ class Cache:
     def __init__(self, root: Path | None = None, max_bytes: int = DEFAULT_BYTES) -> None:
         self.root = (root or default_root()).absolute()
         self.max_bytes = max_bytes
+        # Entries whose files had their hashes: key -> (name, inode, size, mtime) of each at that time.
+        self._proved: dict[str, tuple[tuple[str, int, int, int], ...]] = {}
 
     def obtain(self, key: str, make: Callable[[Path], dict[str, Any]]) -> Lease:
         """The entry `key`, made by `make` when it is not there yet, held until its release.
@@ -169,6 +172,11 @@ class Cache:
                 self._try_remove(partial.name.removeprefix(".partial-")[:64])
         return removed, kept
 
+    def verify(self) -> list[tuple[Entry, list[str]]]:
+        """Read every entry: those that are damaged, each with what is wrong. Nothing is changed."""
+        found = [(entry, damage(entry.folder)) for entry in self.entries()]
+        return [(entry, problems) for entry, problems in found if problems]
+
     # -- inside ------------------------------------------------------------------------------------------
 
     def _make(self, key: str, folder: Path, make: Callable[[Path], dict[str, Any]]) -> None:
@@ -181,9 +189,9 @@ class Cache:
             partial.mkdir()
             staged = partial / "folder"
             about = make(staged)
-            sizes = {file.name: file.stat().st_size for file in sorted(staged.iterdir())}
+            hashes = {file.name: file_sha256(file) for file in sorted(staged.iterdir())}
             (staged / ENTRY).write_text(
-                json.dumps({**about, "files": sizes, "made": int(time.time())}, indent=2) + "\n", "utf-8"
+                json.dumps({**about, "files": hashes, "made": int(time.time())}, indent=2) + "\n", "utf-8"
             )
             _sync(staged)
             staged.rename(folder)
@@ -197,11 +205,15 @@ class Cache:
             shutil.rmtree(partial, ignore_errors=True)
 
     def _whole(self, folder: Path) -> bool:
-        """True when the entry is there with every file at its full size."""
+        """True when every file of the entry has its hash; read again only when a file is not what it was."""
         try:
-            sizes = json.loads((folder / ENTRY).read_text("utf-8"))["files"]
-            return all((folder / name).stat().st_size == size for name, size in sizes.items())
-        except (OSError, ValueError, KeyError, AttributeError):
+            seen = _seen(folder)
+            if self._proved.get(folder.name) != seen:
+                if damage(folder):
+                    return False
+                self._proved[folder.name] = seen
+            return True
+        except OSError:
             return False
 
     def _lock_file(self, key: str) -> Path:
@@ -250,6 +262,32 @@ class Cache:
             return True
         finally:
             os.close(fd)
+
+
+def damage(folder: Path) -> list[str]:
+    """What is wrong with the files of one entry, by their sha256 in entry.json; [] for nothing."""
+    try:
+        hashes = json.loads((folder / ENTRY).read_text("utf-8"))["files"]
+        wanted = {str(name): str(sha) for name, sha in hashes.items()}
+        there = {file.name for file in folder.iterdir()} - {ENTRY}
+    except (OSError, ValueError, KeyError, AttributeError, TypeError) as error:
+        return [f"{ENTRY} cannot be read ({type(error).__name__})"]
+    problems = [f"{name} does not belong to it" for name in sorted(there - wanted.keys())]
+    for name, sha in wanted.items():
+        if name not in there:
+            problems.append(f"{name} is missing")
+        elif (got := file_sha256(folder / name)) != sha:
+            problems.append(f"{name}: expected sha256 {sha[:16]}, got {got[:16]}")
+    return problems
+
+
+def _seen(folder: Path) -> tuple[tuple[str, int, int, int], ...]:
+    """(name, inode, size, mtime) of every file."""
+    found = []
+    for file in os.scandir(folder):
+        about = file.stat()
+        found.append((file.name, about.st_ino, about.st_size, about.st_mtime_ns))
+    return tuple(sorted(found))
 
 
 def _sync(folder: Path) -> None:

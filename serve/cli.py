@@ -203,6 +203,26 @@ def list_entries(as_json: bool) -> None:
     click.echo(f"{len(entries)} adapters, {total / 1e6:.1f} MB in {found.root}", err=True)
 
 
+@cache.command("verify")
+@click.option("--json", "as_json", is_flag=True, help="One JSON object on stdout.")
+@click.pass_context
+def verify_entries(ctx: click.Context, as_json: bool) -> None:
+    """Read every converted adapter and compare it with its hashes; exit code 1 when one is damaged."""
+    from .cache import Cache
+
+    found = Cache()
+    damaged = found.verify()
+    count = len(found.entries())
+    if as_json:
+        rows = [{"key": entry.key, "adapter": entry.adapter, "problems": problems} for entry, problems in damaged]
+        click.echo(json.dumps({"root": str(found.root), "entries": count, "damaged": rows}, indent=2))
+    else:
+        for entry, problems in damaged:
+            click.echo(f"{entry.key[:12]}  {entry.adapter}: {'; '.join(problems)}")
+        click.echo(f"{count} adapters, {len(damaged)} damaged (made again when they are next used)", err=True)
+    ctx.exit(1 if damaged else 0)
+
+
 @cache.command("clear")
 @click.option("--json", "as_json", is_flag=True, help="One JSON object on stdout.")
 def clear_entries(as_json: bool) -> None:

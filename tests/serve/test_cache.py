@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import multiprocessing
 import os
 import time
@@ -9,9 +10,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from click.testing import CliRunner
 
 from adapter_merge.errors import InputError, OutputError
 from adapter_merge.serve.cache import Cache, Entry, Lease, key_of
+from adapter_merge.serve.cli import cache as cache_commands
 
 KEYS = [key_of({"number": number}) for number in range(6)]
 
@@ -65,6 +68,58 @@ def test_a_damaged_entry_is_made_again(tmp_path: Path) -> None:
     with cache.obtain(KEYS[0], maker(made=made)) as lease:
         assert (lease.folder / "weights").stat().st_size == 1000
     assert len(made) == 1
+
+
+@pytest.mark.parametrize("fresh", [False, True], ids=["same process", "another process"])
+def test_a_changed_byte_is_found_at_the_next_use(tmp_path: Path, fresh: bool) -> None:
+    """Same size, other bytes: never served; `verify` names the file before."""
+    cache = Cache(tmp_path)
+    with cache.obtain(KEYS[0], maker()) as lease:
+        file = lease.folder / "weights"
+    cache.obtain(KEYS[1], maker()).release()
+    assert cache.verify() == []
+    whole = bytearray(file.read_bytes())
+    whole[500] ^= 1
+    file.write_bytes(whole)
+    ((entry, problems),) = cache.verify()
+    assert entry.key == KEYS[0]
+    assert len(problems) == 1
+    assert "weights: expected sha256" in problems[0]
+    made: list[str] = []
+    user = Cache(tmp_path) if fresh else cache
+    assert user.lease(file.parent) is None
+    with user.obtain(KEYS[0], maker(made=made)):
+        assert file.read_bytes() != bytes(whole)
+    assert len(made) == 1
+    assert cache.verify() == []
+
+
+def test_verify_names_what_is_missing_and_what_is_too_much(tmp_path: Path) -> None:
+    cache = Cache(tmp_path)
+    for key in KEYS[:3]:
+        cache.obtain(key, maker()).release()
+    (tmp_path / KEYS[0] / "weights").unlink()
+    (tmp_path / KEYS[1] / "more").write_bytes(b"1")
+    (tmp_path / KEYS[2] / "entry.json").write_text("{}")
+    told = {entry.key: problems for entry, problems in cache.verify()}
+    assert told[KEYS[0]] == ["weights is missing"]
+    assert told[KEYS[1]] == ["more does not belong to it"]
+    assert "entry.json cannot be read" in told[KEYS[2]][0]
+
+
+def test_the_command_verifies(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """`cache verify`: exit code 0, then 1 with the file's name."""
+    monkeypatch.setenv("ADAPTER_MERGE_CACHE", str(tmp_path))
+    with Cache(tmp_path).obtain(KEYS[0], maker()) as lease:
+        file = lease.folder / "weights"
+    whole = CliRunner().invoke(cache_commands, ["verify"])
+    assert (whole.exit_code, whole.stdout) == (0, "")
+    file.write_bytes(bytes(1000))
+    found = CliRunner().invoke(cache_commands, ["verify", "--json"])
+    assert found.exit_code == 1
+    (row,) = json.loads(found.stdout)["damaged"]
+    assert row["key"] == KEYS[0]
+    assert "weights: expected sha256" in row["problems"][0]
 
 
 def test_what_a_killed_run_left_is_in_nobodys_way(tmp_path: Path) -> None:
