@@ -8,7 +8,7 @@ where those lose a part of the change, by drawn numbers that keep its mean (quan
 
 The way with the smallest COHERENT (1 - retention)^2 + rounding^2 is written: noise without direction harms less than
 a lost change of the same norm. The demo's DuDe on SmolLM2 in INT4: nearest codes (rounding 0.99, retention 0.03) have a
-KL divergence of 1.95 to the unquantised merge, nearly that of the base; drawn codes (3.04, 0.96) one of 0.09.
+KL divergence of 1.95 to the unquantised merge, nearly that of the base; drawn codes (3.04, 0.96) one of 0.10.
 
 One weight is computed at a time, since it is held whole in float32; its parts are freed as they are written.
 """
