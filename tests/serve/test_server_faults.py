@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import math
 import os
 import random
 import shutil
@@ -153,14 +154,19 @@ def test_killed_and_started_again(running: Running, tmp_path: Path) -> None:
         assert any("dude-1: DuDe" in line and "from the cache" in line for line in again.lines())
         assert any("bound to 127.0.0.1: this machine only" in line for line in again.lines())
         assert again.complete("dude-1", prompt, COUNT) == (200, running.tokens("dude-1", prompt))
+        pair = ("dude-1", "lora-1")
+        started = time.monotonic()
         with ThreadPoolExecutor(8) as pool:
-            long = [pool.submit(again.complete, name, prompt, 300) for name in ("dude-1", "lora-1") * 4]
-            time.sleep(1.5)
+            assert {code for code, _ in pool.map(lambda name: again.complete(name, prompt, 300), pair * 4)} == {200}
+        rounds = min(8, math.ceil(6 / (time.monotonic() - started)))  # enough to be under way for some seconds
+        with ThreadPoolExecutor(8 * rounds) as pool:
+            long = [pool.submit(again.complete, name, prompt, 300) for name in pair * 4 * rounds]
+            time.sleep(1)
             os.kill(again.process.pid, signal.SIGTERM)
             time.sleep(0.5)
             assert not all(future.done() for future in long), "too short to be under way still"
             late = again.complete("dude-1", prompt, COUNT)
-            for future, name in zip(long, ("dude-1", "lora-1") * 4, strict=True):
+            for future, name in zip(long, pair * 4 * rounds, strict=True):
                 assert future.result() == (200, running.world.expected(name, prompt, 300)[0])
         assert late[0] == 503, late
         code = again.process.wait(timeout=60)
