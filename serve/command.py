@@ -1,4 +1,4 @@
-"""What `serve` will do: from a base and adapters in any form to the command line of vLLM's OpenAI server.
+"""The plan of `serve`: the adapters to convert, and the command line of vLLM's OpenAI server.
 
 A plan is made from headers alone; it knows the command line, the environment and what would be converted, and
 is all that --dry-run and --emit show. process.py carries it out.
@@ -38,7 +38,7 @@ SMALLEST_RANK_FOR_LOADING = 16
 
 @dataclass
 class Plan:
-    """What `serve` will do."""
+    """The plan of one `serve`: base, adapters, ranks, target modules and vLLM's arguments."""
 
     base: str
     converter: Converter

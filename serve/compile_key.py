@@ -1,4 +1,4 @@
-"""vLLM's key of compiled graphs, with the plugin in it.
+"""The key of vLLM's cache of compiled graphs, extended by the plugin's code.
 
 vLLM keeps compiled graphs on disk, by a hash of environment, configuration and version. None of these tells whether the
 plugin was there: a graph that a stock vLLM compiled would be loaded with the plugin, and the row scales be skipped.

@@ -1,4 +1,4 @@
-"""`serve --emit`: the same service for Kubernetes, or as an application of Ray Serve LLM, as YAML to read and change.
+"""`serve --emit`: the service as YAML for Kubernetes or for Ray Serve LLM.
 
 Nothing is opened here but what Ray needs to know of the adapters: paths are those of the cluster. Kubernetes runs
 adapter-merge itself, with a shared folder of adapters in any form. Ray Serve fetches adapters from object storage and

@@ -1,4 +1,4 @@
-"""vLLM's own flags behind `--`: read as vLLM reads them, so that what the user said is not said again."""
+"""Reader of vLLM's own flags behind `--`, so that a flag that the user gives is not added a second time."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What stands before every route of the API server: the key, and the refusal of new requests while it drains.
+"""Middleware of the API server: it checks the key, and refuses new requests while the server drains.
 
 vLLM's own check of --api-key covers paths under /v1, /v2 and a few more. Its server has others that answer requests or
 change what is served: /invocations, /adapters, /tokenize, /pause. Here every path needs the key, but those that are

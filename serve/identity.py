@@ -1,4 +1,4 @@
-"""Adapters of one name are told apart by what they are, while one takes the other's place in a running server.
+"""Identity of adapters in vLLM: by content, so that a replaced adapter of the same name is another one.
 
 Up to 0.28 vLLM's prefix cache is keyed by the adapter's name alone; later versions add its path. And in every
 version two LoRARequests are equal when their names are, so that of two adapters in one batch, the replaced one of

@@ -1,4 +1,4 @@
-"""The adapters of one API server: settings from the command, where each adapter came from, conversions."""
+"""The adapters of one API server: its settings, the source of each adapter, and their conversion."""
 
 from __future__ import annotations
 

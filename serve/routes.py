@@ -1,4 +1,4 @@
-"""The API server's ways to an adapter, wrapped: loading, unloading, and every request for a name.
+"""Wrappers of the API server's routes that load, unload and look up adapters.
 
 vLLM's own switch for loading at run time (VLLM_ALLOW_RUNTIME_LORA_UPDATING) mounts the routes that load and unload, in
 /v1 and SageMaker's /adapters. It is on with --allow-loading only: names of the adapter folder are found here instead.
@@ -22,7 +22,7 @@ NAMES_SHOWN = 50  # in the answer to a request for a name that is not there
 
 
 def install(loader: Loader) -> None:
-    """Wrap the API server's ways to an adapter."""
+    """Wrap the functions of the API server that load, unload and look up adapters."""
     from vllm.entrypoints.openai.models.serving import OpenAIServingModels
     from vllm.entrypoints.pooling.base.serving import PoolingBaseServing
     from vllm.entrypoints.serve.engine.serving import BaseServing

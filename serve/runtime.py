@@ -1,4 +1,4 @@
-"""Loading at run time, inside vLLM's API server: adapters in any form, by request or by name from a folder.
+"""Loading of adapters while vLLM's API server runs: in any form, by request or by name from a folder.
 
 `adapter-merge serve` describes the base, the cache and the adapter folder in one environment variable, and
 the plugin changes two things in the API server's process:

@@ -1,4 +1,4 @@
-"""Row scales on their way from a served folder into the slots of vLLM's layers.
+"""Loading of row scales from a served folder into the slots of vLLM's layers.
 
 vLLM loads an adapter in three steps, and each is extended by a wrapper of the same signature:
 

@@ -1,4 +1,4 @@
-"""From an adapter in any form to the folder that vLLM loads.
+"""Conversion of an adapter in any form into the folder that vLLM loads.
 
 `Converter.obtain` is the one way in for the command, for loading at run time and for offline use. Everything
 that vLLM could not serve is refused here, from headers, before anything is converted.
@@ -61,7 +61,7 @@ class Served:
 
 @dataclass(frozen=True)
 class Outline:
-    """What headers and config tell of an adapter before it is converted."""
+    """What an adapter's headers and config say before it is converted."""
 
     source: Path
     method: str

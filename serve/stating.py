@@ -1,4 +1,4 @@
-"""What an adapter's files do not say, in the words of `merge` and `factor`: alpha, base_kind, init_adapter, ...
+"""Stated options of served adapters: what an adapter's files do not hold (alpha, base_kind, init_adapter, ...).
 
 For adapters that are named on the command line the options say it. For adapters that are found or loaded at run time
 a file beside theirs does, read_options.json:
@@ -16,7 +16,7 @@ from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
-from adapter_merge.cli.adapter_options import CHOICE, NUMBER, OPTIONS, PATH
+from adapter_merge.cli.adapter_options import CHOICE, FLAG, NUMBER, OPTIONS, PATH
 from adapter_merge.errors import AdapterError, InputError, Problem, raise_all
 
 FILE = "read_options.json"
@@ -72,10 +72,13 @@ def checked(values: Mapping[str, Any], folder: Path | None = None, where: str = 
             problems.append(Problem(f"{where}unknown key {key!r:.60}", ", ".join(KINDS)))
             continue
         kind, choices = KINDS[key]
-        wanted = {NUMBER: "a number", PATH: "a path", CHOICE: ", ".join(choices)}.get(kind, "a text")
+        names = {NUMBER: "a number", FLAG: "true or false", PATH: "a path", CHOICE: ", ".join(choices)}
+        wanted = names.get(kind, "a text")
         is_number = isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
         if kind == NUMBER:
             right = is_number
+        elif kind == FLAG:
+            right = isinstance(value, bool)
         else:
             right = isinstance(value, str | Path if kind == PATH else str) and (kind != CHOICE or value in choices)
         if not right:

@@ -1,4 +1,4 @@
-"""What the plugin touches in vLLM, checked before anything is changed.
+"""The classes and functions of vLLM that the plugin replaces or calls, checked before any of them is replaced.
 
 vLLM promises nothing about these names. `missing()` lists whatever a version lacks; with anything missing the
 plugin changes nothing, and vLLM then refuses folders with row scales by itself (`use_dora` is true in them).
@@ -94,7 +94,7 @@ ATTRIBUTES: dict[str, dict[str, tuple[str, ...]]] = {
 
 
 def missing() -> list[str]:
-    """What this vLLM lacks of the above, in words; empty for a version that the plugin knows."""
+    """Return what this vLLM lacks of the above, in words; empty for a version that the plugin supports."""
     problems: list[str] = []
     for module, functions in FUNCTIONS.items():
         for path, parameters in functions.items():

@@ -9,8 +9,9 @@ from pathlib import Path
 
 import torch
 
-from adapter_merge.binding.bind import BoundAdapter, bind
+from adapter_merge.binding.bind import BoundAdapter
 from adapter_merge.combine.open_inputs import adapter_only, describe_inputs
+from adapter_merge.combine.origin import bind_checked
 from adapter_merge.errors import InputError, NumericsError, Problem, UnsupportedError, raise_all
 from adapter_merge.factoring.factor_folder import saved_modules, stated_modules
 from adapter_merge.factoring.supported import require_names, unproved_heads
@@ -59,7 +60,7 @@ def convert(
     checkpoint = open_base(options.base) if options.base is not None else None
     opened = open_adapter(adapter, options.reading, checkpoint)
     require_names(opened, checkpoint)
-    bound = bind(opened, checkpoint, options.base_kind) if checkpoint is not None else None
+    bound = bind_checked(opened, checkpoint, options.base_kind) if checkpoint is not None else None
     unknown = [
         module.initial
         for module in opened.modules

@@ -1,4 +1,4 @@
-"""What an adapter is and what it would do, from headers alone: no weight is read."""
+"""Description of an adapter, and of its fit to a base: headers, and a few weights of a base as evidence."""
 
 from __future__ import annotations
 
@@ -21,7 +21,9 @@ FROZEN_QUERIES = {
 def inspect(
     adapter: str | Path, base: str | Path | None = None, options: InspectOptions = InspectOptions()
 ) -> Inspection:
-    """Describe `adapter`, and its fit to `base` where one is given, from headers and config; no weight is read.
+    """Describe `adapter` from headers and config, and its fit to `base` where one is given.
+
+    With a base a few small weights are read: evidence of the base that the adapter was trained on (combine/origin.py).
 
     A bad adapter raises nothing: `problems` of the result holds everything that was found.
 
@@ -78,19 +80,23 @@ def inspect(
         problems += error.problems
     if base is not None and not problems:
         from adapter_merge.binding.bind import bind
+        from adapter_merge.combine.origin import find_origin
 
         try:
             assert checkpoint is not None
             bound = bind(opened, checkpoint, options.base_kind)
+            origin = find_origin(bound)
             report["base"] = {
                 "path": str(base),
                 "kind": bound.base_kind,
                 "evidence": bound.evidence,
+                "origin": origin.text,
                 "fingerprint": bound.base.fingerprint,
                 "bytes": (bound.base.stored or bound.base).nbytes,
                 "quantised": dict(Counter(weight.scheme for weight in packed_weights(bound.base).values())),
                 "notes": list(bound.base.notes),
             }
+            problems += [] if opened.forced else origin.contradictions
         except AdapterMergeError as error:
             problems += error.problems
     report["problems"] = [vars(problem) for problem in problems]

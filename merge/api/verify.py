@@ -38,6 +38,7 @@ from adapter_merge.verification.compare_weights import (
     weight_problems,
 )
 from adapter_merge.verification.live_probes import unlike_live
+from adapter_merge.verification.opened_artefact import open_artefact
 from adapter_merge.verification.requantised_weights import requantised_weights
 from adapter_merge.verification.streamed_adapter import streamed_trained
 
@@ -99,11 +100,12 @@ def verify(
         },
         "base": {"path": str(bound.base.folder), "kind": bound.base_kind, "evidence": bound.evidence},
     }
-    report["notes"] = [*_other_base(folder, bound), *_quantised(bound)]
+    bases, notes = _compare_bases(folder, bound)
+    report["notes"] = [*notes, *_quantised(bound)]
     proof = _prove_weights(bound, folder, kind, options.min_retention, progress)
     report["layers"] = {name: asdict(figures) for name, figures in proof.layers.items()}
     report["half_precision"], report["compared"] = proof.half, proof.compared
-    problems = list(proof.problems)
+    problems = [*bases, *proof.problems]
     if not proof.compared:
         problems.append("nothing was compared: the artefact and the adapter have no tensor in common")
     if not options.weights_only:
@@ -135,7 +137,7 @@ def _prove_weights(
         return delta_weights(bound, folder, progress)
     if kind == "factors":
         return factor_weights(bound, folder, progress)
-    proof, _ = adapter_weights(bound, open_pair(bound.base.folder, folder, bound.base_kind), progress)
+    proof, _ = adapter_weights(bound, open_artefact(bound, folder, bound.base_kind), progress)
     return WeightProof(proof.layers, [*proof.problems, *weight_problems(proof.layers)], proof.compared)
 
 
@@ -211,12 +213,21 @@ def _quantised(bound: BoundAdapter) -> list[str]:
     ]
 
 
-def _other_base(folder: Path, bound: BoundAdapter) -> list[str]:
-    """A hint, not a verdict: the weights are compared one by one whatever the fingerprints say."""
+def _compare_bases(folder: Path, bound: BoundAdapter) -> tuple[list[str], list[str]]:
+    """Return problems and notes on the base that the artefact's manifest names.
+
+    A fingerprint of other values in the same layout is a failure: the artefact says itself that it was made for another
+    base. An equal one proves nothing, and the weights are compared one by one in any case.
+    """
     manifest = read_manifest(folder)
-    if manifest is None:
-        return []
-    stated = manifest.get("base", {}).get("fingerprint")
-    if stated and stated != bound.base.fingerprint:
-        return ["its manifest names a base of another fingerprint than this one"]
-    return []
+    stated = (manifest or {}).get("base") or {}
+    notes = [
+        f"forced against evidence: {cause}"
+        for part in parts_of(bound)
+        for cause in (problem.cause for problem in part.origin.contradictions)
+    ]
+    if not stated.get("fingerprint") or stated["fingerprint"] == bound.base.fingerprint:
+        return [], notes
+    if stated.get("layout") == bound.base.layout:
+        return ["its manifest names another base: the same tensors with other values"], notes
+    return [], [*notes, "its manifest names a base of another fingerprint than this one"]

@@ -6,15 +6,16 @@ from collections.abc import Sequence
 from dataclasses import replace
 from itertools import pairwise
 
-from adapter_merge.errors import AdapterError, MismatchError, UnsupportedError
+from adapter_merge.errors import AdapterError, Problem, UnsupportedError
 from adapter_merge.methods.lora import LoraModule
 from adapter_merge.methods.residual import LOST_HINT, LOST_INITS, ORIGINAL_ABOVE, RESIDUAL_BELOW, base_evidence
 from adapter_merge.storage.computed_tensor import ComputedRef
 from adapter_merge.storage.tensor_io import read_tensor
 
-from .bound import BoundAdapter, BoundModule
+from .bound import BoundAdapter, BoundModule, Origin
 
 EVIDENCE_SAMPLES = 6
+HALF = {"BF16": "bfloat16", "F16": "float16"}
 WIDE = 8  # times the rank: in narrower weights random products already have a large cosine
 
 
@@ -22,7 +23,7 @@ def with_base_kind(bound: BoundAdapter, base_kind: str | None) -> BoundAdapter:
     """Decide whether the base is the original or the residual, and drop the residual step in the latter case."""
     principal = [(item, module) for item, module in _select_loras(bound) if module.initial is not None]
     if not principal:
-        return _check_residual(bound) if base_kind is None else bound
+        return _check_residual(bound, base_kind)
     evidence = None
     stated = bound.adapter.config.get("base") if bound.adapter.config.get("peft_type") == "DUDE" else None
     initials = [module.initial for _, module in principal if module.initial]
@@ -34,31 +35,24 @@ def with_base_kind(bound: BoundAdapter, base_kind: str | None) -> BoundAdapter:
             base_kind = "original"  # the initial factors were given: they are to be subtracted
         else:
             raise _unrepeatable(bound, str(lost or "loftq"))
-    if base_kind is None:
+    if measurable:
         cosines, evidence = _measure_cosines(principal)
-        if min(cosines) >= ORIGINAL_ABOVE:
-            base_kind = "original"
-        elif max(cosines) <= RESIDUAL_BELOW and stated == "original":
-            raise MismatchError(
-                "the adapter was trained on the original base, and this is another one",
-                expected=f"cosine >= {ORIGINAL_ABOVE} for every weight",
-                got=evidence,
-                hint="give the original base, or pass --base-kind residual if this is the residual",
-            )
-        elif max(cosines) <= RESIDUAL_BELOW:
-            base_kind = "residual"
-        else:
+        measured = _measured_kind(cosines)
+        if base_kind is None and measured is None:
             raise AdapterError(
                 "cannot tell whether the base is the original or the residual (a wrong guess gives a wrong model)",
                 expected=f"cosine >= {ORIGINAL_ABOVE} (original) or <= {RESIDUAL_BELOW} (residual) for every weight",
                 got=evidence,
                 hint="pass --base-kind original or --base-kind residual",
             )
+        bound = replace(bound, origin=_check_statements(base_kind, stated, measured, evidence))
+        base_kind = base_kind or measured
     if base_kind == "original":
         _check_not_quantised(bound, [item for item, _ in principal])
         if lost is not None:
             raise _unrepeatable(bound, lost)
-        return replace(bound, modules=tuple(_state_dtype(item) for item in bound.modules), evidence=evidence)
+        taken = _check_residual_dtype(principal, evidence, bound.adapter.forced)
+        return replace(bound, modules=tuple(_state_dtype(item) for item in bound.modules), evidence=taken)
     modules = tuple(
         replace(item, module=replace(item.module, initial=None)) if isinstance(item.module, LoraModule) else item
         for item in bound.modules
@@ -100,6 +94,13 @@ def _measure_cosines(modules: Sequence[tuple[BoundModule, LoraModule]]) -> tuple
     return cosines, f"cosine of base and B A: {min(cosines):.3f} .. {max(cosines):.3f} over {len(cosines)} weights"
 
 
+def _measured_kind(cosines: Sequence[float]) -> str | None:
+    """Return the kind of base that the cosines of all looked-at weights show; None where they show neither."""
+    if min(cosines) >= ORIGINAL_ABOVE:
+        return "original"
+    return "residual" if max(cosines) <= RESIDUAL_BELOW else None
+
+
 def _measuring_cost(pair: tuple[BoundModule, LoraModule]) -> tuple[bool, int]:
     """Return a sort key: wide weights before narrow ones, whose cosines mean little; then by their size."""
     shape, rank = pair[1].shape, pair[1].rank
@@ -107,22 +108,77 @@ def _measuring_cost(pair: tuple[BoundModule, LoraModule]) -> tuple[bool, int]:
     return narrow, -min(shape) if narrow else shape[0] * shape[1]
 
 
-def _check_residual(bound: BoundAdapter) -> BoundAdapter:
-    """Raise MismatchError where a DuDe folder states the residual base and this is the original one."""
+def _check_residual(bound: BoundAdapter, base_kind: str | None) -> BoundAdapter:
+    """Hold a DuDe folder that states the residual base against the measured kind of this one."""
     if bound.adapter.config.get("peft_type") != "DUDE" or bound.adapter.config.get("base") != "residual":
         return bound
     loras = _select_loras(bound)
     if not loras:
         return replace(bound, base_kind="residual")
     cosines, evidence = _measure_cosines(loras)
-    if max(cosines) >= ORIGINAL_ABOVE:
-        raise MismatchError(
-            "the adapter was trained on the residual base, and this is the original",
-            expected=f"cosine <= {RESIDUAL_BELOW} for every weight",
-            got=evidence,
-            hint="give the residual base, or pass --base-kind residual if you know that this is it",
+    measured = "original" if min(cosines) >= ORIGINAL_ABOVE else None
+    return replace(
+        bound,
+        base_kind="residual",
+        evidence=evidence,
+        origin=_check_statements(base_kind, "residual", measured, evidence),
+    )
+
+
+def _check_statements(user: str | None, config: str | None, measured: str | None, evidence: str) -> Origin:
+    """Return the contradictions between the user's base kind, the config's, and the measured one."""
+    problems = []
+    if user is not None and config is not None and user != config and measured is None:
+        problems.append(
+            Problem(
+                f"--base-kind {user} contradicts the adapter's config, which says that its base was the {config}",
+                hint=f"leave --base-kind out and give the {config} base; --force takes the statement all the same",
+            )
         )
-    return replace(bound, base_kind="residual", evidence=evidence)
+    claimed = user or config
+    if claimed is not None and measured is not None and measured != claimed:
+        problems.append(
+            Problem(
+                f"the base is not the {claimed} base that "
+                + ("--base-kind states" if user is not None else "the adapter's config states"),
+                expected=f"cosine {'>= ' if claimed == 'original' else '<= '}"
+                f"{ORIGINAL_ABOVE if claimed == 'original' else RESIDUAL_BELOW} for every weight",
+                got=evidence,
+                hint="give the base of the training; --force takes the statement all the same",
+            )
+        )
+    return Origin(contradictions=tuple(problems))
+
+
+def _check_residual_dtype(
+    principal: Sequence[tuple[BoundModule, LoraModule]], evidence: str | None, forced: bool
+) -> str | None:
+    """Return `evidence` with the dtype that the residual is rounded to.
+
+    Raises AdapterError where nothing tells it: a base that is stored in half precision may have been loaded in float32
+    for the training, and the factors of PEFT are float32 either way. Factors in the base's own half precision tell it.
+    """
+    dtypes, unknown = set(), set()
+    for item, module in principal:
+        if module.initial is None or module.frozen is not None:
+            continue
+        stored = item.weight.dtype
+        dtypes.add(module.initial.dtype or stored)
+        if module.initial.dtype is None and stored in HALF and {module.a.dtype, module.b.dtype} != {stored}:
+            unknown.add(stored)
+    if unknown and not forced:
+        name = HALF[min(unknown)]
+        raise AdapterError(
+            f"cannot tell the dtype of the frozen residual: the base is stored in {name}, and may have been loaded in "
+            "float32 for the training (a wrong guess gives a slightly wrong model)",
+            expected=f"--residual-dtype {name} (loaded as stored, the default of transformers 5) or "
+            "--residual-dtype float32 (the default of transformers 4)",
+            hint="what dtype did the training script load the model in?",
+        )
+    if not dtypes:
+        return evidence
+    text = f"residual in {', '.join(sorted(dtypes))}"
+    return f"{evidence}; {text}" if evidence else text
 
 
 def _state_dtype(item: BoundModule) -> BoundModule:

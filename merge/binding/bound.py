@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from adapter_merge.errors import UnsupportedError
+from adapter_merge.errors import Problem, UnsupportedError
 from adapter_merge.methods.adapter import AdaptedModule, Adapter
 from adapter_merge.methods.block_edits import BlockEdit, RowRange
 from adapter_merge.methods.canonical_form import CanonicalForm
@@ -70,6 +70,29 @@ class BoundModule:
 
 
 @dataclass(frozen=True)
+class Origin:
+    """Evidence of the base that an adapter was trained on, held against the base that it is bound to."""
+
+    findings: tuple[str, ...] = ()  # what agrees with the base, as sentences
+    contradictions: tuple[Problem, ...] = ()  # what shows another base, or a false statement about this one
+    doubts: tuple[str, ...] = ()  # what differs, but may differ on the right base too
+
+    def __add__(self, other: Origin) -> Origin:
+        return Origin(
+            self.findings + other.findings, self.contradictions + other.contradictions, self.doubts + other.doubts
+        )
+
+    @property
+    def text(self) -> str:
+        """What is known, in one line."""
+        against = tuple(problem.cause for problem in self.contradictions)
+        return "; ".join((*against, *self.doubts, *self.findings)) or UNKNOWN_ORIGIN
+
+
+UNKNOWN_ORIGIN = "shapes fit; nothing in the files tells which base it was trained on"
+
+
+@dataclass(frozen=True)
 class BoundAdapter:
     """An adapter bound to a base: every name is found in it."""
 
@@ -81,6 +104,7 @@ class BoundAdapter:
     evidence: str | None = None  # the measurement that decided base_kind, as a sentence
     copies: Mapping[str, TensorRef] = field(default_factory=dict)  # new tensor name -> base tensor to copy
     config_changes: Mapping[str, Any] = field(default_factory=dict)  # changed keys of the merged model's config
+    origin: Origin = Origin()  # evidence of the base that the adapter was trained on
 
 
 def parameter_of(module: AdaptedModule) -> str:

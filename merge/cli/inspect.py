@@ -82,10 +82,11 @@ def _show(report: dict[str, Any]) -> None:
     for command, text in report["would"].items():
         console.print(f"{command:<11} {text}", soft_wrap=True)
     if "base" in report:
-        kind, evidence = report["base"]["kind"], report["base"]["evidence"]
-        console.print(f"fits        {report['base']['path']}, the {kind} base" + (f" ({evidence})" if evidence else ""),
-                      soft_wrap=True)  # fmt: skip
-        for scheme, count in report["base"]["quantised"].items():
+        base = report["base"]
+        taken = f", taken as the {base['kind']} base: {base['evidence']}" if base["evidence"] else ""
+        console.print(f"fits        {base['path']}{taken}", soft_wrap=True)
+        console.print(f"origin      {base['origin']}", soft_wrap=True)
+        for scheme, count in base["quantised"].items():
             console.print(f"quantised   {count} weights of {scheme}", soft_wrap=True)
-        for note in report["base"]["notes"]:
+        for note in base["notes"]:
             console.print(f"note        {note}", soft_wrap=True)

@@ -77,7 +77,7 @@ SIZE = Size()
 
 
 def engine_options(function: F) -> F:
-    """How a merge reads and writes: hashes, links, the way back, going on, splitting, device memory."""
+    """Options of the merge engine: hashes, links, pre-images, resuming, splitting, device memory."""
     for option in (
         click.option("--finish", is_flag=True, help="Check that all --shards parts are there and write the rest."),
         click.option(

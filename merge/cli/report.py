@@ -1,4 +1,4 @@
-"""The command that shows: report."""
+"""adapter-merge report: one HTML page about an adapter or an artefact."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The way back: restore."""
+"""adapter-merge restore: the base of a merged model, bit for bit."""
 
 from __future__ import annotations
 

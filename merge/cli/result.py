@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 
 def show_result(result: Written, output: str, started: float, as_json: bool, quiet: bool) -> None:
-    """The result: JSON, or a few lines for people; warnings on stderr."""
+    """Print the result as JSON, or as a few lines for people; warnings go to stderr."""
     content = result.as_json()
     noted = [f"{entry['name']}: {note}" for entry in content["adapters"] for note in entry.get("notes", ())]
     for warning in (*content.get("warnings", ()), *content.get("notes", ()), *noted):
@@ -44,3 +44,7 @@ def show_result(result: Written, output: str, started: float, as_json: bool, qui
     for entry in content["adapters"]:
         if entry.get("evidence"):
             click.echo(f"  base taken as the {entry['base_kind']}: {entry['evidence']}")
+        if entry.get("origin"):
+            click.echo(f"  base: {entry['origin']}")
+        for cause in entry.get("contradictions", ()):
+            say(f"warning: forced: {cause}", quiet=quiet)

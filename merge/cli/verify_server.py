@@ -1,4 +1,4 @@
-"""What `adapter-merge verify --server` does: ask a running server, and print what was found."""
+"""adapter-merge verify --server: compare a running server with the adapter as trained, and print the figures."""
 
 from __future__ import annotations
 

@@ -11,7 +11,7 @@ from typing import Any
 
 from torch import Tensor
 
-from adapter_merge.binding.bind import BoundAdapter, BoundModule, bind
+from adapter_merge.binding.bind import BoundAdapter, BoundModule
 from adapter_merge.binding.embeddings import EMBEDDINGS
 from adapter_merge.binding.positional import check_together
 from adapter_merge.binding.trained_base import open_trained_base
@@ -26,6 +26,7 @@ from adapter_merge.storage.safetensors_header import FLOAT_DTYPES, TensorRef
 
 from .combined_weight import CombinedModule, CombinedWeight, Share
 from .delta_ops import Settings
+from .origin import bind_checked
 from .recipe import Ingredient, Recipe
 
 
@@ -82,7 +83,7 @@ def open_combination(recipe: Recipe, base: str | Path | None = None) -> Combined
     bound: list[BoundAdapter] = []
     for item in recipe.ingredients:
         options = ReadOptions(**(item.options or {}))
-        opened = bind(open_adapter(item.path, options, checkpoint), checkpoint, item.base_kind)
+        opened = bind_checked(open_adapter(item.path, options, checkpoint), checkpoint, item.base_kind)
         if opened.base_kind == "residual" and (bound or not recipe.in_turn):
             raise InputError(
                 f"{item.name!r} was trained on a residual base, and other adapters are combined with it",

@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections import Counter
-from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from adapter_merge.binding.bind import BoundAdapter, bind
+from adapter_merge.binding.bind import BoundAdapter
 from adapter_merge.binding.trained_base import evidence_of_training, is_unstated_4bit, open_trained_base
 from adapter_merge.errors import InputError
 from adapter_merge.formats.detection import open_adapter
@@ -21,7 +19,9 @@ from adapter_merge.storage.hashing import hash_files
 from adapter_merge.storage.input_snapshot import InputSnapshot
 from adapter_merge.storage.safetensors_header import FLOAT_DTYPES
 
+from .adapter_hashes import adapter_files, adapter_sha256, combined_sha256
 from .combined_adapter import CombinedBound, open_combination
+from .origin import bind_checked
 from .recipe import Recipe
 
 AdapterInput = str | Path | Recipe  # a folder, a file or a hub id; or a recipe of several adapters
@@ -50,7 +50,7 @@ def open_pair(
                 expected="BASE and ADAPTER",
                 hint=f"its base seems to be {opened.base_name}" if opened.base_name else None,
             )
-    return bind(opened, checkpoint, base_kind)
+    return bind_checked(opened, checkpoint, base_kind)
 
 
 def parts_of(bound: BoundAdapter) -> tuple[BoundAdapter, ...]:
@@ -77,37 +77,15 @@ def check_values(bound: BoundAdapter) -> None:
         part.adapter.check_values()
 
 
-def adapter_sha256(adapter: Adapter) -> str:
-    """Return the sha256 over the adapter's files, in the order of their names."""
-    return combined_sha256(adapter_files(adapter))
-
-
-def adapter_files(adapter: Adapter) -> dict[str, str]:
-    """Return the sha256 of each of the adapter's files, by its path in the adapter's folder."""
-    return {relative_name(file, adapter.folder): sha for file, sha in hash_files(sorted(adapter.files)).items()}
-
-
-def combined_sha256(files: Mapping[str, str]) -> str:
-    """Return the sha256 over the names and sha256 of `files`, in the order of their names."""
-    digest = hashlib.sha256()
-    for name, sha in sorted(files.items(), key=lambda item: Path(item[0]).name):
-        digest.update(f"{Path(name).name}\0{sha}\0".encode())
-    return digest.hexdigest()
-
-
-def relative_name(file: Path, folder: Path) -> str:
-    """Return the file's path relative to `folder`, or its bare name where it is elsewhere."""
-    try:
-        return file.relative_to(folder).as_posix()
-    except ValueError:
-        return file.name
-
-
 def describe_inputs(bound: BoundAdapter, options: ReadOptions | None = None) -> dict[str, Any]:
     """Describe base and adapters for the manifest, with every stated option, so that they can be opened again."""
     base = bound.base
     content: dict[str, Any] = {
-        "base": {**_describe_base(base, parts_of(bound)[0].adapter), "fingerprint": base.fingerprint}
+        "base": {
+            **_describe_base(base, parts_of(bound)[0].adapter),
+            "fingerprint": base.fingerprint,
+            "layout": base.layout,
+        }
     }
     if not isinstance(bound, CombinedBound):
         return content | {"adapters": [_describe_bound(bound, stated_options(options))]}
@@ -138,6 +116,8 @@ def _describe_bound(bound: BoundAdapter, stated: dict[str, Any]) -> dict[str, An
         "base_kind": bound.base_kind,
         "evidence": bound.evidence,
         "trained_on": evidence_of_training(bound.adapter, bound.base, stated.get("trained_on")),
+        "origin": bound.origin.text,
+        "contradictions": [problem.cause for problem in bound.origin.contradictions],
         "stated": stated,
         "sha256": combined_sha256(files),
         "files": files,

@@ -10,7 +10,7 @@
       - {name: json, path: adapters/json, weight: 0.3, density: 0.8}
 
 An adapter may also state what its files do not hold: alpha, ranknum, base_kind, format, prefix, magnitude_axis,
-residual_dtype, init_adapter, magnitudes. Paths are relative to the file.
+residual_dtype, init_adapter, magnitudes, force. Paths are relative to the file.
 
 in-turn applies each adapter to the result of those before it (an adapter that was trained on a merged model): the order
 matters, and weights and densities are refused.
@@ -37,7 +37,7 @@ IN_TURN = "in-turn"
 KEYS = ("method", "density", "gamma", "seed", "base", "adapters")
 PATH_KEYS = ("init_adapter", "magnitudes")
 NUMBER_KEYS = ("alpha", "ranknum")
-OPTION_KEYS = (*NUMBER_KEYS, "format", "prefix", "magnitude_axis", "residual_dtype", "trained_on", *PATH_KEYS)
+OPTION_KEYS = (*NUMBER_KEYS, "format", "prefix", "magnitude_axis", "residual_dtype", "trained_on", "force", *PATH_KEYS)
 CHOICES = {"magnitude_axis": ("out", "in"), "residual_dtype": ("float32", "bfloat16", "float16")}
 ADAPTER_KEYS = ("name", "path", "weight", "density", "base_kind", *OPTION_KEYS)
 
@@ -208,7 +208,11 @@ def _check_options(entry: Mapping[str, Any], where: str) -> list[Problem]:
             continue
         if key in NUMBER_KEYS and not _is_number(value):
             problems.append(Problem(f"{where}: {key} is wrong", "a number", repr(value)[:100]))
-        elif key not in NUMBER_KEYS and not (isinstance(value, str) and value in CHOICES.get(key, (value,))):
+        elif key == "force" and not isinstance(value, bool):
+            problems.append(Problem(f"{where}: {key} is wrong", "true or false", repr(value)[:100]))
+        elif key in (*NUMBER_KEYS, "force"):
+            continue
+        elif not (isinstance(value, str) and value in CHOICES.get(key, (value,))):
             problems.append(
                 Problem(f"{where}: {key} is wrong", ", ".join(CHOICES.get(key, ("a text",))), repr(value)[:100])
             )

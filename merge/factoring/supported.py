@@ -6,12 +6,13 @@ from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 
-from adapter_merge.binding.bind import BoundAdapter, BoundModule, bind
+from adapter_merge.binding.bind import BoundAdapter, BoundModule
 from adapter_merge.binding.positional import SHARED, adapted_queries, is_positional
 from adapter_merge.binding.trained_base import open_trained_base
 from adapter_merge.combine.combined_adapter import CombinedBound
 from adapter_merge.combine.combined_weight import CombinedWeight
 from adapter_merge.combine.open_inputs import AdapterInput, open_pair
+from adapter_merge.combine.origin import bind_checked
 from adapter_merge.combine.recipe import Recipe
 from adapter_merge.errors import InputError, Problem, UnsupportedError, raise_all
 from adapter_merge.formats.detection import open_adapter
@@ -36,7 +37,7 @@ def open_factored(
     opened = open_adapter(adapter, options, checkpoint)
     require_names(opened, checkpoint)
     held = checkpoint or opened.own_base
-    return opened, None if held is None else bind(opened, held, base_kind)
+    return opened, None if held is None else bind_checked(opened, held, base_kind)
 
 
 def unproved_heads(opened: Adapter, base: str | Path | None) -> list[str]:

@@ -221,7 +221,8 @@ def open_adapter(folder: str | Path, options: ReadOptions | None = None, base: C
     notes = adapter.notes
     if named:
         notes += (f"{path}: the adapter of the folder itself is read; it also holds {', '.join(named[:20])}",)
-    return replace(adapter, certainty=detected.certainty, prefix=options.prefix, snapshot=snapshot, notes=notes)
+    adapter = replace(adapter, prefix=options.prefix, forced=bool(options.force))
+    return replace(adapter, certainty=detected.certainty, snapshot=snapshot, notes=notes)
 
 
 def _stated_files(options: ReadOptions) -> list[Path]:
@@ -256,7 +257,7 @@ def _refuse_unused(path: Path, format: str, options: ReadOptions) -> None:
                 "with several adapters, name the one that it belongs to: NAME=VALUE",
             )
             for key, value in vars(options).items()
-            if value is not None and key not in (*wanted, "format", "prefix", "trained_on")
+            if value is not None and key not in (*wanted, "format", "prefix", "trained_on", "force")
         ],
         InputError,
     )

@@ -20,4 +20,5 @@ class ReadOptions:
     trained_on: str | None = (
         None  # how the base was quantised on loading for training: "nf4-double", ... (simulated.py)
     )
+    force: bool | None = None  # use the adapter where evidence contradicts the base or a statement about it
     magnitude_axis: str | None = None  # "out" or "in": the dimension of a magnitude of a square weight

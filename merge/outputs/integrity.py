@@ -10,8 +10,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from adapter_merge.combine.adapter_hashes import combined_sha256
 from adapter_merge.combine.delta_ops import Settings
-from adapter_merge.combine.open_inputs import combined_sha256
 from adapter_merge.combine.recipe import PATH_KEYS, Ingredient, Recipe, given_options, make_recipe
 from adapter_merge.errors import FileFormatError, InputError, Problem, raise_all
 from adapter_merge.formats.read_options import ReadOptions

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from adapter_merge.combine.open_inputs import relative_name
+from adapter_merge.combine.adapter_hashes import relative_name
 from adapter_merge.engine.execute import FinishedShard
 from adapter_merge.engine.plan import INDEX, MergePlan
 from adapter_merge.storage.checkpoint import CANDIDATES

@@ -95,6 +95,14 @@ class Checkpoint:
         return tuple(files)
 
     @cached_property
+    def layout(self) -> str:
+        """Return the sha256 over every tensor's name, dtype and shape: equal layouts make fingerprints comparable."""
+        digest = hashlib.sha256()
+        for name in sorted(self.tensors):
+            digest.update(f"{name}\0{self.tensors[name].dtype}\0{self.tensors[name].shape}\0".encode())
+        return digest.hexdigest()
+
+    @cached_property
     def fingerprint(self) -> str:
         """Return the sha256 over every tensor's name, dtype, shape and first and last 4 KiB, whatever the sharding.
 

@@ -17,7 +17,7 @@ from torch import Tensor
 from adapter_merge.binding.bind import BoundAdapter, BoundModule
 from adapter_merge.combine.combined_adapter import CombinedBound
 from adapter_merge.combine.combined_weight import CombinedModule
-from adapter_merge.combine.open_inputs import is_stale_quantization, open_pair
+from adapter_merge.combine.open_inputs import is_stale_quantization
 from adapter_merge.engine.weight_pool import weight_pool
 from adapter_merge.formats.peft.tensors import PREFIX, REPLACEMENTS
 from adapter_merge.storage.checkpoint import OUTPUT_HEADS, Checkpoint, read_weights
@@ -27,6 +27,7 @@ from adapter_merge.storage.tensor_comparison import same_bytes
 from adapter_merge.storage.tensor_io import TORCH_DTYPES, read_tensor
 
 from .combination_definition import defined_delta
+from .opened_artefact import open_artefact
 from .weight_formulas import Adapted, Formula, TensorFormula, read_rows, row_blocks, tensor_formula
 
 WEIGHT_TOLERANCE = 1e-5  # relative error of dW, float32
@@ -297,7 +298,7 @@ def adapter_weights(
 def factor_weights(bound: BoundAdapter, folder: Path, progress: Progress | None = None) -> WeightProof:
     """Low-rank factors on the original base: exact, or the best of their rank. What the folder says of itself is not
     looked at: truncated factors are held against the optimum, which is computed from the adapter (`not_optimal`)."""
-    other = open_pair(bound.base.folder, folder, "original")
+    other = open_artefact(bound, folder, "original")
     proof, pairs = adapter_weights(bound, other, progress)
     problems = [*proof.problems, *_beside_factors(bound, other, folder)]
     inexact = [name for name, one in proof.layers.items() if not one.relative_error <= WEIGHT_TOLERANCE]

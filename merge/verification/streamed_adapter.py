@@ -15,7 +15,6 @@ import torch
 from torch import Tensor, nn
 
 from adapter_merge.binding.bind import BoundAdapter, BoundModule
-from adapter_merge.combine.open_inputs import open_pair
 from adapter_merge.formats.peft.tensors import REPLACEMENTS
 from adapter_merge.methods.adapter import AdapterFormat
 from adapter_merge.methods.dcft import DcftModule
@@ -29,6 +28,7 @@ from adapter_merge.storage.tensor_io import TORCH_DTYPES, read_tensor
 from .deberta import use_authors_attention
 from .formulas import Forward, forward_of, subtracted_from
 from .live_adapter import live_layer, model_config, module_path, quiet_libraries, require, with_heads
+from .opened_artefact import open_artefact
 from .streamed_model import PartLoader, Source, StreamedModel, file_sources, skeleton, with_placeholders
 
 
@@ -65,11 +65,11 @@ def streamed_artefact(bound: BoundAdapter, folder: Path, kind: str, dtype: torch
     if kind == "merged model":
         return streamed_base(open_base(folder), dtype)
     if kind == "adapter":
-        return streamed_trained(open_pair(bound.base.folder, folder, bound.base_kind), dtype)
+        return streamed_trained(open_artefact(bound, folder, bound.base_kind), dtype)
     config = model_config(bound.base.folder)
     sources = file_sources(bound.base.tensors, dtype)
     if kind == "factors" and not (folder / "adapter_config.json").is_file():  # a llama.cpp adapter
-        return streamed_trained(open_pair(bound.base.folder, folder), dtype)
+        return streamed_trained(open_artefact(bound, folder, bound.base_kind), dtype)
     if kind == "factors":
         heads = folder / REPLACEMENTS
         own = {ref.name: ref for ref in read_weights(heads).tensors} if heads.is_file() else {}

@@ -1,0 +1,244 @@
+"""Evidence of the base that an adapter was trained on: what agrees with a given base, and what contradicts it.
+
+An adapter fits every base of its shapes, and a merge into the wrong one does not crash. These pieces of evidence exist:
+
+magnitudes       DoRA and DuDe start from the norms of the base's rows, and training moves them little
+residual base    the base of PiSSA, OLoRA and DuDe without its principal part has no energy along the trained factors
+own base         a DCFT checkpoint holds the weights that it was trained on (formats/dcft_checkpoint.py compares them)
+fingerprint      folders that adapter-merge wrote name the fingerprint of their base
+merged before    a merged model's manifest names the adapters in it
+names            base_model_name_or_path against the base's own names: an indication, never a contradiction
+
+A contradiction is an error unless the user states `force`, and then stays in the manifest.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+from itertools import pairwise
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+from adapter_merge.binding.bind import BoundAdapter, BoundModule, bind
+from adapter_merge.binding.bound import Origin
+from adapter_merge.errors import MismatchError, Problem, raise_all
+from adapter_merge.methods.adapter import Adapter
+from adapter_merge.methods.lora import LoraModule
+from adapter_merge.storage.checkpoint import Checkpoint, read_json
+from adapter_merge.storage.input_errors import reading
+from adapter_merge.storage.lazy_torch import torch
+from adapter_merge.storage.safetensors_header import FLOAT_DTYPES
+from adapter_merge.storage.tensor_io import read_tensor
+
+from .adapter_hashes import adapter_sha256
+
+MANIFEST = "adapter_merge.json"
+SAMPLES = 6  # weights that are looked at, spread over the model
+ALIKE = 0.9  # correlation of magnitudes and row norms from which on they agree
+UNLIKE = 0.3  # correlation below which they contradict, where the magnitudes spread by SPREAD
+SPREAD = 0.05  # standard deviation of log m: below it the drift of training may hide the norms
+FAR = 1.1  # median |log(m / row norm)| that contradicts: a factor of 3
+ORTHOGONAL = 0.5  # share of a random matrix's energy along the trained factors that a residual base stays below
+
+
+def bind_checked(adapter: Adapter, base: Checkpoint, base_kind: str | None = None) -> BoundAdapter:
+    """Bind `adapter` to `base` and hold it against all evidence of the base that it was trained on.
+
+    Raises MismatchError where the adapter does not fit, and where evidence contradicts the base or a statement about it
+    and the adapter is not forced.
+    """
+    bound = bind(adapter, base, base_kind)
+    origin = find_origin(bound)
+    if not adapter.forced:
+        raise_all(list(origin.contradictions), MismatchError)
+    return replace(bound, origin=origin)
+
+
+def find_origin(bound: BoundAdapter) -> Origin:
+    """Return what agrees with the base, what contradicts it, and what differs without a contradiction."""
+    found = bound.origin
+    for part in (_magnitudes(bound), _residual(bound), _own_base(bound), _recorded(bound), _merged(bound)):
+        found = found + part
+    return found + _names(bound, bool(found.findings))
+
+
+def _spread(items: Sequence[BoundModule]) -> Iterator[BoundModule]:
+    """Yield up to SAMPLES small modules, one from each of as many stretches of the model."""
+    count = min(SAMPLES, len(items))
+    bounds = [number * len(items) // count for number in range(count + 1)] if count else []
+    for first, stop in pairwise(bounds):
+        yield min(items[first:stop], key=lambda item: item.module.shape[0] * item.module.shape[1])
+
+
+def _magnitudes(bound: BoundAdapter) -> Origin:
+    """Compare the magnitudes of DoRA and DuDe with the norms of the base's rows, or columns (magnitude_dim 1)."""
+    scaled = [
+        item
+        for item in bound.modules
+        if isinstance(item.module, LoraModule)
+        and item.module.magnitude is not None
+        and not item.module.own_magnitude
+        and item.weight.dtype in FLOAT_DTYPES
+    ]
+    levels, likeness, spreads = [], [], []
+    for item in _spread(scaled):
+        module = item.module
+        assert isinstance(module, LoraModule) and module.magnitude is not None
+        weight = item.oriented_weight().to(torch.float32)
+        if bound.base_kind == "residual":  # the factors hold the rest of the weight whose norms the magnitudes were
+            weight = weight + module.scale * (read_tensor(module.b).float() @ read_tensor(module.a).float())
+        norms = torch.linalg.vector_norm(weight, dim=1 - module.magnitude_dim).clamp_min(1e-12).log()
+        trained = read_tensor(module.magnitude).float().reshape(-1).abs().clamp_min(1e-12).log()
+        if norms.shape != trained.shape:
+            continue
+        levels.append(float((trained - norms).abs().median()))
+        spreads.append(float(trained.std(correction=0)))
+        centred, other = trained - trained.mean(), norms - norms.mean()
+        scale = torch.linalg.vector_norm(centred) * torch.linalg.vector_norm(other)
+        likeness.append(float((centred @ other) / scale.clamp_min(1e-20)))
+    if not levels:
+        return Origin()
+    level, alike = median(levels), median(likeness)
+    text = f"correlation {alike:.2f}, median difference {level:.1%} over {len(levels)} weights"
+    if level > FAR or (alike < UNLIKE and median(spreads) >= SPREAD):
+        return Origin(
+            contradictions=(
+                Problem(
+                    "the adapter was not trained on this base: its magnitudes are not the norms of the base's rows",
+                    expected=f"a correlation above {UNLIKE} and a difference below a factor of 3",
+                    got=text,
+                    hint="give the base of the training; --force uses this one all the same",
+                ),
+            )
+        )
+    return Origin((f"magnitudes follow the base's row norms ({text})",)) if alike >= ALIKE else Origin()
+
+
+def _residual(bound: BoundAdapter) -> Origin:
+    """Look for energy of a residual base along the trained factors, from which it was subtracted before training."""
+    if bound.base_kind != "residual" or bound.evidence is None or bound.origin.contradictions:
+        return Origin()
+    loras = [
+        item
+        for item in bound.modules
+        if isinstance(item.module, LoraModule) and not item.module.embedding and item.weight.dtype in FLOAT_DTYPES
+    ]
+    shares = []
+    for item in _spread(loras):
+        module = item.module
+        assert isinstance(module, LoraModule)
+        weight = item.oriented_weight().to(torch.float32)
+        if module.rank >= min(weight.shape):
+            continue
+        columns, _ = torch.linalg.qr(read_tensor(module.b).float())
+        rows, _ = torch.linalg.qr(read_tensor(module.a).float().T)
+        total = torch.linalg.vector_norm(weight).square().clamp_min(1e-30)
+        left = torch.linalg.vector_norm(columns.T @ weight).square() / total * weight.shape[0] / module.rank
+        right = torch.linalg.vector_norm(weight @ rows).square() / total * weight.shape[1] / module.rank
+        shares.append(float(torch.minimum(left, right)))
+    if not shares:
+        return Origin()
+    share = median(shares)
+    text = f"{share:.0%} of a random matrix's energy along the trained factors, over {len(shares)} weights"
+    if share <= ORTHOGONAL:
+        return Origin((f"the base lacks what was subtracted before training ({text})",))
+    return Origin(
+        contradictions=(
+            Problem(
+                "the adapter was trained on another base: this one is neither its original nor its residual",
+                expected=f"at most {ORTHOGONAL:.0%} of a random matrix's energy along the trained factors",
+                got=text,
+                hint="give the base of the training; --force uses this one all the same",
+            ),
+        )
+    )
+
+
+def _own_base(bound: BoundAdapter) -> Origin:
+    """Say that a DCFT checkpoint holds the weights that it was trained on; its reader compares them with the base's."""
+    own = bound.adapter.own_base
+    if own is None:
+        return Origin()
+    if own.folder.resolve() == bound.base.folder.resolve():
+        return Origin(("the checkpoint holds the base that it was trained on",))
+    return Origin(("the checkpoint's frozen weights are this base's",))
+
+
+def _recorded(bound: BoundAdapter) -> Origin:
+    """Compare the base's fingerprint with the one that the adapter's folder recorded, where adapter-merge wrote it."""
+    stated = _manifest(bound.adapter.folder).get("base")
+    if not isinstance(stated, dict) or not isinstance(stated.get("fingerprint"), str):
+        return Origin()
+    if stated["fingerprint"] == bound.base.fingerprint:
+        return Origin(("the adapter's folder names this base's fingerprint",))
+    if stated.get("layout") == bound.base.layout:
+        return Origin(
+            contradictions=(
+                Problem(
+                    f"{bound.adapter.folder / MANIFEST}: names another base: the same tensors with other values",
+                    expected=f"a base of fingerprint {stated['fingerprint'][:16]}",
+                    got=bound.base.fingerprint[:16],
+                    hint="give the base that it names; --force uses this one all the same",
+                ),
+            )
+        )
+    return Origin(doubts=("the adapter's folder names a base of another dtype or other names than this one",))
+
+
+def _merged(bound: BoundAdapter) -> Origin:
+    """Look for this adapter in the manifest of a base that is a merged model."""
+    manifest = _manifest(bound.base.folder)
+    entries = manifest.get("adapters")
+    if manifest.get("artefact") != "merged model" or not isinstance(entries, list):
+        return Origin()
+    hashes = [entry.get("sha256") for entry in entries if isinstance(entry, dict)]
+    if adapter_sha256(bound.adapter) not in hashes:
+        return Origin()
+    return Origin(
+        contradictions=(
+            Problem(
+                f"{bound.base.folder}: the adapter is already merged into this base",
+                got=f"{MANIFEST} lists an adapter with its sha256",
+                hint="give the base before that merge; --force merges it a second time",
+            ),
+        )
+    )
+
+
+def _names(bound: BoundAdapter, known: bool) -> Origin:
+    """Compare the name of the base in the adapter's config with the base's own names."""
+    stated = bound.adapter.base_name
+    if not stated:
+        return Origin()
+    own = _own_names(bound.base)
+    if _plain(stated) in {_plain(name) for name in own}:
+        return Origin((f"the adapter names {stated}, and so does the base",))
+    published = [name for name in own if "/" in name]
+    if not known and published and "/" in stated and not Path(stated).exists():
+        return Origin(doubts=(f"the adapter names {stated}; this base calls itself {published[0]}",))
+    return Origin()
+
+
+def _own_names(base: Checkpoint) -> list[str]:
+    """Return the base's names: by its config, by the hub's cache, and by its folder."""
+    names = []
+    stated = base.config.get("_name_or_path")
+    if isinstance(stated, str) and stated:
+        names.append(stated)
+    names += [
+        part.removeprefix("models--").replace("--", "/") for part in base.folder.parts if part.startswith("models--")
+    ]
+    return [*names, base.folder.resolve().name]
+
+
+def _plain(name: str) -> str:
+    return name.rstrip("/").rpartition("/")[2].partition("@")[0].lower()
+
+
+def _manifest(folder: Path) -> dict[str, Any]:
+    """Read the manifest of a folder that adapter-merge wrote; empty where there is none."""
+    file = folder / MANIFEST
+    with reading(file):
+        return read_json(file) if file.is_file() else {}
