@@ -8,6 +8,8 @@ from typing import Any
 
 from adapter_merge.errors import AdapterMergeError, Problem
 from adapter_merge.formats.detection import open_adapter
+from adapter_merge.methods.adapter import Adapter
+from adapter_merge.methods.peft_layer import PeftLayerModule
 
 from .options import InspectOptions
 from .results import Inspection
@@ -66,7 +68,7 @@ def inspect(
         "replacements": sorted(opened.replacements),
         "notes": list(opened.notes),
         "holds_its_base": opened.own_base is not None,
-        "would": _would(opened.method, any(module.needs_base for module in opened.modules)),
+        "would": _would(opened),
     }
     from adapter_merge.binding.positional import adapted_queries, keeps_queries_frozen
 
@@ -103,12 +105,13 @@ def inspect(
     return Inspection(report)
 
 
-def _would(method: str, needs_base: bool) -> dict[str, str]:
+def _would(opened: Adapter) -> dict[str, str]:
     """What each command would make of it."""
-    scaled = method in ("DoRA", "DuDe")
-    if scaled:
+    if any(isinstance(module, PeftLayerModule) for module in opened.modules):
+        factors = "no exact LoRA; a LoRA of a limited rank with --rank, its error stated"
+    elif opened.method in ("DoRA", "DuDe"):
         factors = "exact factors plus row scales (needs the base's row norms); a plain LoRA only with --rank"
-    elif needs_base:
+    elif any(module.needs_base for module in opened.modules):
         factors = "an exact plain LoRA of twice the rank (needs the base: its SVD is repeated)"
     else:
         factors = "an exact plain LoRA; no base weights are read"

@@ -5,6 +5,7 @@ weight_names.py        names and places of weights in the checkpoint: prefixes, 
 transformers_names.py  the same, by transformers' mapping between hub names and the model's names
 fitting.py             one module and its stored weight: shape, orientation
 replacements.py        tensors that were trained in full, and the stored tensors that they replace
+peft_layers.py         modules that PEFT's own layer computes
 experts.py             experts, stacked in one tensor or stored as one tensor each
 embeddings.py          embeddings and heads: tied or resized, and the config after the merge
 positional.py          DeBERTa: the weights of positional queries and keys after DCFT
@@ -18,6 +19,7 @@ from dataclasses import dataclass, field
 from adapter_merge.errors import MismatchError, Problem, raise_all
 from adapter_merge.methods.adapter import Adapter
 from adapter_merge.methods.lora import BiasModule, StackModule
+from adapter_merge.methods.peft_layer import PeftLayerModule
 from adapter_merge.methods.tokens import TokenModule
 from adapter_merge.methods.vera import VeraModule
 from adapter_merge.storage.checkpoint import Checkpoint
@@ -27,6 +29,7 @@ from .base_kind import with_base_kind
 from .bound import BoundAdapter, BoundModule, parameter_of
 from .embeddings import TIED_HEADS, text_config, with_config
 from .fitting import bind_module, check_overlaps, set_vera_sizes
+from .peft_layers import set_companions
 from .positional import with_positional_projections
 from .replacements import place_replacement
 from .transformers_names import transformers_names
@@ -54,7 +57,9 @@ def bind(adapter: Adapter, base: Checkpoint, base_kind: str | None = None) -> Bo
         )
         raise_all([*problems[:20], *([Problem(f"... and {len(problems) - 20} more")] if len(problems) > 20 else []),
                    Problem("the adapter does not belong to this base", hint=hint)], MismatchError)  # fmt: skip
-    bound = BoundAdapter(adapter, base, tuple(set_vera_sizes(match.modules)), match.replacements, "original")
+    bound = BoundAdapter(
+        adapter, base, tuple(set_companions(set_vera_sizes(match.modules))), match.replacements, "original"
+    )
     return with_base_kind(with_positional_projections(with_config(bound)), base_kind)
 
 
@@ -157,7 +162,7 @@ def _find_renaming(adapter: Adapter, base: Checkpoint) -> tuple[Renaming, tuple[
     for module in adapter.modules:
         if isinstance(module, StackModule):
             wanted.append((f"{module.name}.", None))
-        elif isinstance(module, BiasModule | TokenModule | VeraModule):
+        elif isinstance(module, BiasModule | TokenModule | VeraModule | PeftLayerModule):
             wanted.append((f"{module.name}.{parameter_of(module)}", None))
         else:
             wanted.append((f"{module.name}.{parameter_of(module)}", module.shape))

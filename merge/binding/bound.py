@@ -11,7 +11,7 @@ from torch import Tensor
 
 from adapter_merge.errors import Problem, UnsupportedError
 from adapter_merge.methods.adapter import AdaptedModule, Adapter
-from adapter_merge.methods.block_edits import BlockEdit, RowRange
+from adapter_merge.methods.block_edits import BlockEdit, RowRange, WholeReplaced
 from adapter_merge.methods.canonical_form import CanonicalForm
 from adapter_merge.storage.checkpoint import Checkpoint
 from adapter_merge.storage.safetensors_header import TensorRef
@@ -61,7 +61,7 @@ class BoundModule:
         """Return the change of the weight as stored by the base, in `dtype`."""
         edit = self.module.edit(read_tensor, self.oriented_weight, dtype)
         if self.transposed:
-            if not isinstance(edit, CanonicalForm):
+            if not isinstance(edit, CanonicalForm | WholeReplaced):
                 raise UnsupportedError(
                     f"{self.name}: the residual saved beside the adapter is (out, in), and the base stores (in, out)"
                 )

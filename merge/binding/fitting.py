@@ -8,6 +8,7 @@ from dataclasses import replace
 from adapter_merge.errors import MismatchError, Problem, raise_all
 from adapter_merge.methods.adapter import AdaptedModule, Adapter
 from adapter_merge.methods.lora import BiasModule, LoraModule, RowSliceModule, StackModule
+from adapter_merge.methods.peft_layer import PeftLayerModule
 from adapter_merge.methods.tokens import TokenModule
 from adapter_merge.methods.vera import VeraModule
 from adapter_merge.quantisation.detection import CONV1D_MODELS as CONV1D_MODELS
@@ -17,6 +18,7 @@ from adapter_merge.storage.safetensors_header import FLOAT_DTYPES
 from .bound import BoundModule, parameter_of
 from .embeddings import EMBEDDINGS, TIED_HEADS, is_tied, text_config
 from .experts import INPUT_FIRST, bind_stack
+from .peft_layers import bind_layer
 from .weight_names import Place, Renaming, places
 
 
@@ -26,6 +28,8 @@ def bind_module(
     """Bind one module to the stored weight or weights that hold it, or return the problem."""
     if isinstance(module, StackModule):
         return bind_stack(module, adapter, base, rename)
+    if isinstance(module, PeftLayerModule):
+        return bind_layer(module, adapter, base, rename)
     name = f"{module.name}.{parameter_of(module)}"
     kind = base.config.get("model_type")
     conv1d = adapter.fan_in_fan_out or kind in CONV1D_MODELS

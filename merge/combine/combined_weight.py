@@ -12,6 +12,7 @@ from adapter_merge.methods.adapter import ModuleDefaults, Reader, Weight
 from adapter_merge.methods.block_edits import BlockEdit, Replaced, applied, in_turn
 from adapter_merge.methods.canonical_form import CanonicalForm
 from adapter_merge.methods.lora import BiasModule, ExpertModule, LoraModule, RowSliceModule
+from adapter_merge.methods.peft_layer import PeftLayerModule
 from adapter_merge.methods.tokens import TokenModule
 from adapter_merge.storage.safetensors_header import TensorRef
 from adapter_merge.storage.tensor_io import read_tensor
@@ -39,13 +40,15 @@ class Share:
         """True for one whole adapted weight matrix: not a head, bias, expert or trained token."""
         if self.replacement is not None or len(self.modules) != 1 or self.modules[0].rows is not None:
             return False
+        if self.modules[0].module.parameter == "bias":
+            return False
         return not isinstance(self.modules[0].module, TokenModule | BiasModule | ExpertModule | RowSliceModule)
 
     @property
     def has_form(self) -> bool:
         """True when low-rank factors and a row scale describe the whole change."""
         module = self.modules[0].module if self.is_matrix else None
-        if module is None or module.frozen is not None:
+        if module is None or isinstance(module, PeftLayerModule) or module.frozen is not None:
             return False
         scaled = module.magnitude is not None or module.own_magnitude
         return not (scaled and (module.magnitude_dim == 1 or module.embedding))

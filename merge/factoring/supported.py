@@ -19,6 +19,7 @@ from adapter_merge.formats.detection import open_adapter
 from adapter_merge.formats.read_options import ReadOptions
 from adapter_merge.methods.adapter import AdaptedModule, Adapter, AdapterFormat
 from adapter_merge.methods.lora import BiasModule, ExpertModule, RowSliceModule, StackModule
+from adapter_merge.methods.peft_layer import PeftLayerModule
 from adapter_merge.methods.tokens import TokenModule
 from adapter_merge.storage.checkpoint import Checkpoint
 
@@ -58,6 +59,10 @@ def check_supported(pairs: Sequence[MaybeBoundModule], exact: bool) -> None:
     Raises UnsupportedError for modules that have no low-rank factors (the first ten), InputError for a combination of
     full rank where exact factors are asked for.
     """
+    if not pairs:
+        raise UnsupportedError(
+            "the adapter holds whole trained tensors only, which have no factors", hint="merge this adapter instead"
+        )
     problems = []
     full_rank = [module for module, _ in pairs if isinstance(module, CombinedWeight) and not module.has_form]
     if exact and full_rank:
@@ -66,11 +71,19 @@ def check_supported(pairs: Sequence[MaybeBoundModule], exact: bool) -> None:
         if first.is_linear:
             how = "a combination with scales of input columns is"
         raise InputError(f"{first.name}: {how} of full rank", expected="--rank R or ENERGY, which truncates")
+    layers = [module for module, _ in pairs if isinstance(module, PeftLayerModule)]
+    if exact and layers:
+        raise InputError(
+            f"{layers[0].name}: {layers[0].kind} is merged by PEFT's own layer and has no exact low-rank factors",
+            expected="--rank R or ENERGY, which truncates",
+        )
     counts = Counter(module.name for module, _ in pairs)
     for module, _ in pairs:
         reason = None
         if isinstance(module, BiasModule):
             reason = "a trained bias inside lora_B"
+        elif isinstance(module, PeftLayerModule) and module.parameter == "bias":
+            reason = f"{module.kind} changes the bias as well"
         elif isinstance(module, TokenModule):
             reason = "trained tokens replace rows of an embedding"
         elif isinstance(module, ExpertModule | StackModule):

@@ -22,6 +22,7 @@ from adapter_merge.errors import UnsupportedError
 from adapter_merge.methods.adapter import AdaptedModule
 from adapter_merge.methods.canonical_form import CanonicalForm
 from adapter_merge.methods.lokr import LokrModule
+from adapter_merge.methods.peft_layer import PeftLayerModule
 from adapter_merge.storage.tensor_io import read_tensor
 
 from .certificate import SPECTRUM_LENGTH, LayerFigures, low_rank_errors, measure
@@ -65,9 +66,11 @@ class Factoriser:
         self.module, self.weight, self.device, self.keep_scale = module, weight, device, keep_scale
         self.root = None if root is None else root.to(device)
         self._delta: AnyDelta | None = None
-        self.dense = isinstance(module, CombinedWeight) and not module.has_form
-        self.held = isinstance(module, CombinedWeight) and (self.dense or module.is_rounded)
+        combined = module if isinstance(module, CombinedWeight) else None
+        self.dense = isinstance(module, PeftLayerModule) or (combined is not None and not combined.has_form)
+        self.held = self.dense or (combined is not None and combined.is_rounded)
         if self.dense:  # the delta has no form: use factors of rank 0
+            assert weight is not None, "a module that needs its base is bound to one"
             self.form = CanonicalForm(torch.zeros(module.shape[0], 0), torch.zeros(0, module.shape[1]))
         else:
             self.form = module.form(read_tensor, self._read_weight, torch.float64).to(device)
@@ -84,11 +87,18 @@ class Factoriser:
             assert self.weight is not None
             rows = BaseRows(self.weight, self.device)
             if self.held:
-                assert isinstance(self.weight, CombinedModule)
-                self._delta = HeldDelta(self.weight.dense_delta(self.device), rows, self.form.row_scale)
+                self._delta = HeldDelta(self._dense_delta(), rows, self.form.row_scale)
             else:
                 self._delta = DeltaOperator(self.form, rows)
         return self._delta
+
+    def _dense_delta(self) -> Tensor:
+        """Compute dW (out, in) in float64 on the device, for a change that no factors describe."""
+        if isinstance(self.weight, CombinedModule):
+            return self.weight.dense_delta(self.device)
+        assert self.weight is not None
+        weight = self._read_weight().to(torch.float64)
+        return self.module.edit(read_tensor, self._read_weight, torch.float64).delta_rows(weight, 0).to(self.device)
 
     def close(self) -> None:
         """Free the base's rows and the delta; the form is kept."""

@@ -15,6 +15,7 @@ from adapter_merge.errors import AdapterError, InputError, Problem, raise_all
 from adapter_merge.formats.dcft_reshape_file import read_dcft_reshape
 from adapter_merge.formats.peft.folder import read_peft
 from adapter_merge.formats.peft.initialisation import is_plain_init
+from adapter_merge.formats.peft.layer_types import INDICES, LAYER_TYPES
 from adapter_merge.formats.peft.tensors import WEIGHT_FILES, PeftExtras
 from adapter_merge.methods.adapter import Adapter
 from adapter_merge.storage.checkpoint import CANDIDATES, Checkpoint, open_checkpoint, read_json, read_weights, resolve
@@ -269,7 +270,7 @@ def _check_dtypes(adapter: Adapter) -> list[Problem]:
     return [
         Problem(f"{ref.file}: tensor {name!r} holds no floating-point numbers", "/".join(FLOAT_DTYPES), ref.dtype)
         for name, ref in refs.items()
-        if ref.dtype not in FLOAT_DTYPES
+        if ref.dtype not in FLOAT_DTYPES and not (adapter.method in LAYER_TYPES and name.endswith(INDICES))
     ]
 
 

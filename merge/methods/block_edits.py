@@ -4,6 +4,7 @@
     RowRange         an edit of some rows: one expert of a fused weight, q in a fused qkv
     RowsReplaced     single rows replaced: trained tokens of an embedding
     Replaced         every row replaced: a trained head, the frozen residual that was saved beside an adapter
+    WholeReplaced    a whole weight that was computed for one W0, with its change
     InTurn           several edits of one tensor, applied one after the other
 
 All edits are immutable; any number of threads may apply them to blocks in any order. The engine uses only the six
@@ -16,6 +17,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Protocol, Self
 
+from adapter_merge.errors import UnsupportedError
 from adapter_merge.storage.lazy_torch import torch
 from adapter_merge.storage.safetensors_header import TensorRef
 from adapter_merge.storage.tensor_io import TORCH_DTYPES, read_into
@@ -154,6 +156,42 @@ class Replaced(_OnePass):
 
     def delta_rows(self, block: Tensor, start: int) -> Tensor:
         return self._read_rows(start, *block.shape).to(block).sub_(block)
+
+
+@dataclass(frozen=True, eq=False)
+class WholeReplaced(_OnePass):
+    """The replacement of a weight by one that was computed from it, so that it applies to this W0 only.
+
+    Raises UnsupportedError for a block with other values: an adapter in turn after another one would undo the first.
+    """
+
+    before: Tensor  # (rows, columns) W0, in the base's dtype
+    after: Tensor  # (rows, columns) W'
+    change: Tensor  # (rows, columns) W' - W0, rounded from float64
+
+    def to(self, device: torch.device | str | None = None, dtype: torch.dtype | None = None) -> WholeReplaced:
+        after, change = (part.to(device=device, dtype=dtype) for part in (self.after, self.change))
+        return WholeReplaced(self.before.to(device), after, change)
+
+    def transposed(self) -> WholeReplaced:
+        """Return the edit of W0^T."""
+        return WholeReplaced(*(part.T.contiguous() for part in (self.before, self.after, self.change)))
+
+    def _rows_of(self, block: Tensor, start: int) -> slice:
+        rows = slice(start, start + block.shape[0])
+        if not torch.equal(block, self.before[rows].to(block)):
+            raise UnsupportedError(
+                "a weight that PEFT's layer computed from the base cannot be changed by another adapter before it",
+                hint="merge this adapter first, then the other into the result",
+            )
+        return rows
+
+    def apply_(self, block: Tensor, start: int) -> Tensor | None:
+        block.copy_(self.after[self._rows_of(block, start)])
+        return None
+
+    def delta_rows(self, block: Tensor, start: int) -> Tensor:
+        return self.change[self._rows_of(block, start)].to(block)
 
 
 @dataclass(frozen=True, eq=False)

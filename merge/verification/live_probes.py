@@ -67,7 +67,7 @@ def _alike(layer: Any, items: Sequence[BoundModule], weights: _Weights, source: 
     item = items[0]
     if isinstance(item.module, ExpertModule) or hasattr(layer, "parameter_name"):
         return all(_same_expert(layer, one, weights.base, weights.after) for one in items)
-    if isinstance(item.module, BiasModule):
+    if isinstance(item.module, BiasModule) or item.module.parameter == "bias":
         weight = _inner_weight(layer)
         answer = layer(torch.zeros(1, weight[1] if not weight[2] else weight[0], dtype=torch.float64))
         return _close(answer[0], weights.after, weights.base)

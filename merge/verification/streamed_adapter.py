@@ -27,9 +27,21 @@ from adapter_merge.storage.tensor_io import TORCH_DTYPES, read_tensor
 
 from .deberta import use_authors_attention
 from .formulas import Forward, forward_of, subtracted_from
-from .live_adapter import live_layer, model_config, module_path, quiet_libraries, require, with_heads
+from .live_adapter import (
+    adapted_model,
+    live_layer,
+    load_model,
+    model_config,
+    module_path,
+    quiet_libraries,
+    require,
+    with_heads,
+)
 from .opened_artefact import open_artefact
 from .streamed_model import PartLoader, Source, StreamedModel, file_sources, skeleton, with_placeholders
+
+# Types whose layer PEFT builds from the values of the weight: these models are loaded whole, not part by part.
+BUILT_FROM_WEIGHTS = ("LN_TUNING", "OSF", "PSOFT")
 
 
 def streamed_base(base: Checkpoint, dtype: torch.dtype) -> StreamedModel:
@@ -53,6 +65,8 @@ def streamed_trained(bound: BoundAdapter, dtype: torch.dtype) -> StreamedModel:
     tensors |= {item.weight.name: item.weight for item in bound.modules if item.weight.name in tensors}
     _set(config, changes)
     loader = PartLoader(config, file_sources(tensors, dtype), dtype)
+    if is_peft and bound.adapter.method in BUILT_FROM_WEIGHTS:
+        return StreamedModel(adapted_model(bound, dtype, load_model(bound.base.folder)), loader)
     model = with_placeholders(skeleton(config, dtype))
     if not is_peft:
         return StreamedModel(model, loader, _installed(model, bound, dtype))

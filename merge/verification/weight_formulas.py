@@ -29,6 +29,7 @@ from adapter_merge.methods.dcft_reshape import DcftReshapeModule
 from adapter_merge.methods.loha import LohaModule
 from adapter_merge.methods.lokr import LokrModule
 from adapter_merge.methods.lora import BiasModule, ExpertModule, LoraModule, RowSliceModule
+from adapter_merge.methods.peft_layer import PeftLayerModule
 from adapter_merge.methods.tokens import TokenModule
 from adapter_merge.methods.vera import VeraModule
 from adapter_merge.storage.input_files import Sources
@@ -235,6 +236,10 @@ def _step(item: BoundModule) -> Adapted | Rows:
     module, turned = item.module, item.transposed
     if isinstance(module, TokenModule):
         return Rows(torch.tensor(module.indices, dtype=torch.int64), _read(module.values))
+    if isinstance(module, PeftLayerModule):
+        dense = module.live(read_tensor, item.oriented_weight)
+        dense = dense - item.oriented_weight().to(torch.float64).reshape(dense.shape)
+        return Adapted(lambda first, stop: dense[first:stop], dense.shape[1])
     if isinstance(module, BiasModule):
         vector = _read(module.vector)[None] * module.scale
         return Adapted(lambda first, stop: vector, vector.shape[1])

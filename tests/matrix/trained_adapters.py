@@ -22,6 +22,7 @@ import torch
 from artefact_files import tensors_in, write_tensor
 from factor_models import dcft_adapter
 from peft_cases import BASES, CASES, SOME
+from peft_layer_cases import LAYER_CASES
 from pico_bases import llama, quiet, train
 from pico_models import save_encoder, save_encoder_dcft, save_gpt2, save_pico
 from safetensors.torch import save_file
@@ -128,6 +129,7 @@ def _mytransformers(**arguments: Any) -> Make:
 LORA = {"r": 4, "target_modules": SOME}
 KINDS: dict[str, Kind] = {
     **{f"PEFT {name}": Kind(base, _peft(name, method, arguments)) for name, (base, method, arguments) in CASES.items()},
+    **{f"PEFT {name}": Kind(LAYER_CASES[name][0], _peft(name, *LAYER_CASES[name][1:])) for name in ("HRA", "IA3")},
     "PEFT lora on bfloat16": Kind("bfloat16", _peft("lora", "LoraConfig", LORA)),
     "PEFT DoRA on bfloat16": Kind("bfloat16", _peft("DoRA", "LoraConfig", {**LORA, "use_dora": True})),
     "PEFT DuDe on bfloat16": Kind(

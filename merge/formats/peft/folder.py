@@ -16,6 +16,7 @@ from adapter_merge.formats.settings import KnownSettings, note_of
 from adapter_merge.methods.adapter import AdaptedModule, Adapter, AdapterFormat
 from adapter_merge.storage.checkpoint import read_json, read_weights
 
+from .layer_types import LAYER_TYPES, REFUSED_TYPES, REPLACED_TYPES, read_layer_type
 from .lora import ADALORA_ROLES, LORA_ROLES, TOKEN_ROLES, read_adalora, read_lora, read_tokens
 from .lycoris import LOHA_ROLES, LOKR_ROLES, VERA_ROLES, read_loha, read_lokr, read_vera
 from .settings import BIASES, PEFT_SETTINGS
@@ -56,10 +57,14 @@ def read_peft(folder: Path, extras: PeftExtras | None = None) -> Adapter:
     if weights is None:
         raise AdapterError(f"{folder}: no adapter weights", expected=" or ".join(WEIGHT_FILES))
     kind = config.get("peft_type")
+    if kind in LAYER_TYPES or kind in REPLACED_TYPES:
+        return read_layer_type(folder, config, weights, config_file)
+    if kind in REFUSED_TYPES:
+        raise UnsupportedError(f"{config_file}: peft_type {kind!r} is not supported", got=REFUSED_TYPES[kind])
     if not isinstance(kind, str) or kind not in METHODS:
         raise UnsupportedError(
             f"{config_file}: peft_type {kind!r} is not supported",
-            expected=f"{', '.join(METHODS)}, DCFT, DUDE or LYCORIS",
+            expected=f"{', '.join((*METHODS, *LAYER_TYPES, *REPLACED_TYPES))}, DCFT, DUDE or LYCORIS",
         )
     method_entry = METHODS[kind]
     unsupported, off = method_entry.settings.check(config, str(config_file))

@@ -1,0 +1,203 @@
+"""Methods that PEFT's own layer computes: PEFT builds its layer around one weight, and its own `merge` gives W'.
+
+A method that has no file of its own here needs no second implementation of its formula: the layer holds one weight W0
+(out, in), gets the adapter's tensors, and merges in float64. The result is an edit of the whole weight. One layer is
+built at a time, on the CPU, so that memory holds one weight. Needs peft (the extra `verify`).
+
+Sources: peft.get_peft_model, peft.set_peft_model_state_dict, peft.tuners.*.layer (`merge`).
+"""
+
+from __future__ import annotations
+
+import threading
+import warnings
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from importlib.util import find_spec
+from typing import TYPE_CHECKING, Any
+
+from adapter_merge.errors import AdapterError, MissingDependencyError, UnsupportedError
+from adapter_merge.storage.lazy_torch import torch
+from adapter_merge.storage.safetensors_header import TensorRef
+
+from .adapter import ModuleDefaults, Reader, Weight
+from .block_edits import BlockEdit, WholeReplaced
+from .canonical_form import CanonicalForm
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+PREFIX = "base_model.model."  # of the tensors of single modules in a PEFT folder
+_one_at_a_time = threading.Lock()  # PEFT draws from torch's global generator, and one layer bounds the memory
+# Settings that choose modules of a model: the layer is built for one module, by its name.
+_CHOICE = ("target_modules", "exclude_modules", "layers_to_transform", "layers_pattern", "modules_to_save",
+           "target_parameters", "auto_mapping", "task_type")  # fmt: skip
+
+
+def require_peft(kind: str) -> None:
+    """Raise MissingDependencyError where peft is not installed; `kind` is the adapter's peft_type."""
+    if find_spec("peft") is None:
+        raise MissingDependencyError(
+            f"an adapter of type {kind} is merged by PEFT's own layer, and peft is not installed",
+            hint="pip install 'adapter-merge[verify]'",
+        )
+
+
+@dataclass(frozen=True, eq=False)
+class PeftLayerModule(ModuleDefaults):
+    """The weight or the bias of one layer, adapted by a method that PEFT's layer computes."""
+
+    name: str
+    kind: str  # PEFT's peft_type
+    tensors: Mapping[str, TensorRef]  # by their full names in the folder; those that all modules share included
+    config: Mapping[str, Any]
+    changes: tuple[str, ...] = ("weight",)  # the parameters that a merge changes
+    drawn: tuple[str, ...] = ()  # names of tensors that the folder may leave out, because a seed gives them
+    parameter: str = "weight"
+    shape: tuple[int, int] = (-1, -1)  # (out, in), or (1, out) of a bias, once bound
+    partner: TensorRef | None = None  # the layer's other parameter: the bias of a weight, the weight of a bias
+    companions: tuple[tuple[int, int], ...] = ()  # (out, in) of all adapted weights, for tensors that these share
+
+    @property
+    def rank(self) -> int:
+        return min(self.shape)
+
+    @property
+    def factor_rank(self) -> int:
+        """A rank whose factors take the bytes of three matrices of the weight's size."""
+        rows, columns = self.shape
+        return max(1, -(-3 * rows * columns // max(1, rows + columns)))
+
+    @property
+    def refs(self) -> tuple[TensorRef, ...]:
+        return tuple(self.tensors.values())
+
+    @property
+    def needs_base(self) -> bool:
+        return True
+
+    def form(self, read: Reader, weight: Weight, dtype: torch.dtype) -> CanonicalForm:
+        """Raise UnsupportedError: PEFT's layer gives a dense weight."""
+        raise UnsupportedError(
+            f"{self.name}: {self.kind} changes the weight in a way that has no exact low-rank factors",
+            hint="merge this adapter, or truncate its change with --rank",
+        )
+
+    def edit(self, read: Reader, weight: Weight, dtype: torch.dtype) -> BlockEdit:
+        """Return the whole weight (out, in) or bias (1, out) after PEFT's merge in float64, rounded to `dtype`."""
+        own = weight()
+        with _one_at_a_time, torch.no_grad():
+            layer = self._build(read, own)
+            layer.merge()
+            merged = getattr(layer.get_base_layer(), self.parameter).detach().reshape(self.shape)
+        before = own.reshape(self.shape)
+        change = (merged - before.to(torch.float64)).to(dtype)
+        return WholeReplaced(before, merged.to(dtype), change)
+
+    def live(self, read: Reader, weight: Weight) -> Tensor:
+        """Return W' (out, in), or the bias (1, out), float64, from the unmerged layer's answers to unit vectors."""
+        own = weight()
+        with _one_at_a_time, torch.no_grad():
+            layer = self._build(read, own)
+            inner = layer.get_base_layer().weight.shape[1]
+            offset: Tensor = layer(torch.zeros(1, inner, dtype=torch.float64))  # (1, out)
+            if self.parameter == "bias":
+                return offset
+            return torch.cat(
+                [
+                    layer(torch.eye(inner, dtype=torch.float64)[first : first + 1024]) - offset
+                    for first in range(0, inner, 1024)
+                ]
+            ).T.contiguous()
+
+    def _build(self, read: Reader, own: Tensor) -> Any:
+        """Return PEFT's layer in float64 around W0 and the bias, where there is one."""
+        other = read(self.partner) if self.partner is not None else None
+        matrix, bias = (other, own) if self.parameter == "bias" else (own, other)
+        assert matrix is not None, "binding must set the weight beside a bias"
+        require_peft(self.kind)
+        from peft import get_peft_model, set_peft_model_state_dict
+
+        others = [shape for shape in self.companions if shape != tuple(matrix.shape)]
+        names = [self.name, *(f"adapter_merge_companion.{index}" for index in range(len(others)))]
+        root = torch.nn.Module()
+        _put(root, self.name, _linear(matrix.clone(), bias))
+        for name, shape in zip(names[1:], others, strict=True):
+            _put(root, name, _linear(torch.zeros(1, dtype=matrix.dtype).expand(shape), None))
+        state = {key: read(ref) for key, ref in self.tensors.items()}
+        try:
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")
+                model = get_peft_model(root, layer_config(self.config, names))
+                result = set_peft_model_state_dict(model, state)
+        except (
+            RuntimeError,
+            ValueError,
+            TypeError,
+            KeyError,
+            AttributeError,
+            ImportError,
+            NotImplementedError,
+        ) as error:
+            raise AdapterError(
+                f"{self.name}: PEFT cannot build the layer of this {self.kind} adapter",
+                got=f"{type(error).__name__}: {error}"[:400],
+                hint="is this the base that the adapter was trained on?",
+            ) from error
+        self._check_loaded(result)
+        return model.get_submodule(PREFIX + self.name).eval().to(torch.float64)
+
+    def _check_loaded(self, result: Any) -> None:
+        """Raise AdapterError where a tensor of the folder was not used, or one of the layer is not in the folder."""
+        shared = {key.split(".")[1] for key in self.tensors if not key.startswith(PREFIX)}
+        optional = shared | set(self.drawn)
+        missing = [
+            key
+            for key in result.missing_keys
+            if key.startswith(f"{PREFIX}{self.name}.")
+            and not optional & set(key.split("."))
+            and not key.startswith(f"{PREFIX}{self.name}.base_layer.")
+        ]
+        if missing or result.unexpected_keys:
+            raise AdapterError(
+                f"{self.name}: the folder's tensors are not those of PEFT's {self.kind} layer",
+                expected=f"also {missing[0]}" if missing else None,
+                got=f"also {result.unexpected_keys[0]}" if result.unexpected_keys else None,
+            )
+
+
+def layer_config(config: Mapping[str, Any], names: list[str]) -> Any:
+    """Return PEFT's config object of an adapter_config.json, for the modules `names`, whose weights are (out, in)."""
+    from peft import PeftConfig
+
+    kept = {key: value for key, value in config.items() if key not in _CHOICE}
+    if "fan_in_fan_out" in kept:
+        kept["fan_in_fan_out"] = False
+    made = PeftConfig.from_peft_type(**kept)
+    made.target_modules = set(names)
+    return made
+
+
+def _linear(weight: Tensor, bias: Tensor | None) -> torch.nn.Linear:
+    """Return a linear layer with these parameters, neither copied nor initialised."""
+    out, inner = weight.shape
+    layer = torch.nn.Linear(inner, out, bias=bias is not None, device="meta")
+    layer.weight = torch.nn.Parameter(weight, requires_grad=False)
+    if bias is not None:
+        layer.bias = torch.nn.Parameter(bias.clone(), requires_grad=False)
+    return layer
+
+
+def _put(root: torch.nn.Module, path: str, layer: torch.nn.Module) -> None:
+    """Add `layer` below `root` under a dotted path."""
+    *parents, last = path.split(".")
+    for part in parents:
+        if part not in root._modules:
+            root.add_module(part, torch.nn.Module())
+        root = root.get_submodule(part)
+    root.add_module(last, layer)
+
+
+def with_companions(module: PeftLayerModule, shapes: tuple[tuple[int, int], ...]) -> PeftLayerModule:
+    """Return the module with the sizes of all adapted weights, which shared tensors are as large as."""
+    return replace(module, companions=shapes)
