@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from adapter_merge.cli.adapter_options import META, adapter_options, one_stated, stated_of
+from adapter_merge.cli.adapter_options import adapter_options, as_typed, one_stated, stated_of
 from adapter_merge.cli.options import SIZE
 
 if TYPE_CHECKING:
@@ -130,7 +130,7 @@ def serve(
     if emit is not None:
         if allow_loading or roots:
             raise click.UsageError("--emit prints no service with --allow-loading")
-        stated = [f"--{key.replace('_', '-')}={value}" for key, said in ctx.meta[META].items() for value in said]
+        stated = as_typed()
         service = Service(
             name=name,
             base=base,

@@ -283,7 +283,7 @@ def _factoring(service: Service, where: str) -> Iterator[str]:
             flag, _, value = text.partition("=")
             owner, mark, rest = value.partition("=")
             if not mark or owner == name or owner not in dict(named):
-                command += [flag, rest if mark and owner == name else value]
+                command += [flag, rest if mark and owner == name else value] if "=" in text else [flag]
         yield f"{shlex.join(command)}    # then copy it to {where}/{name}"
 
 

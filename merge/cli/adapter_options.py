@@ -91,6 +91,15 @@ def stated_of(names: Sequence[str] = ()) -> dict[str, tuple[str | None, ReadOpti
     return {name: (values.pop("base_kind", None), ReadOptions(**values)) for name, values in stated.items()}
 
 
+def as_typed() -> list[str]:
+    """Return the stated options of the running command as words of a command line."""
+    words = []
+    for key, said in click.get_current_context().meta.get(META, {}).items():
+        option = f"--{key.replace('_', '-')}"
+        words += ([option] if said else []) if isinstance(said, bool) else [f"{option}={value}" for value in said]
+    return words
+
+
 def take_written_format() -> str:
     """Remove --format gguf, which names what `factor` writes, from the stated options: "gguf", or "peft" without it."""
     said = click.get_current_context().meta.get(META, {})

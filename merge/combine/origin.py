@@ -19,7 +19,7 @@ from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
 from statistics import median
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from adapter_merge.binding.bind import BoundAdapter, BoundModule, bind
 from adapter_merge.binding.bound import Origin
@@ -34,7 +34,11 @@ from adapter_merge.storage.tensor_io import read_tensor
 
 from .adapter_hashes import adapter_sha256
 
+if TYPE_CHECKING:
+    from torch import Tensor
+
 MANIFEST = "adapter_merge.json"
+BLOCK_BYTES = 1 << 20
 SAMPLES = 6  # weights that are looked at, spread over the model
 ALIKE = 0.9  # correlation of magnitudes and row norms from which on they agree
 UNLIKE = 0.3  # correlation below which they contradict, where the magnitudes spread by SPREAD
@@ -58,9 +62,10 @@ def bind_checked(adapter: Adapter, base: Checkpoint, base_kind: str | None = Non
 
 def find_origin(bound: BoundAdapter) -> Origin:
     """Return what agrees with the base, what contradicts it, and what differs without a contradiction."""
-    found = bound.origin
-    for part in (_magnitudes(bound), _residual(bound), _own_base(bound), _recorded(bound), _merged(bound)):
-        found = found + part
+    recorded = _recorded(bound)
+    found = bound.origin + recorded + _own_base(bound) + _merged(bound)
+    if not recorded.findings:  # a fingerprint says more, and factors that adapter-merge wrote have other magnitudes
+        found = found + _magnitudes(bound) + _residual(bound)
     return found + _names(bound, bool(found.findings))
 
 
@@ -86,10 +91,7 @@ def _magnitudes(bound: BoundAdapter) -> Origin:
     for item in _spread(scaled):
         module = item.module
         assert isinstance(module, LoraModule) and module.magnitude is not None
-        weight = item.oriented_weight().to(torch.float32)
-        if bound.base_kind == "residual":  # the factors hold the rest of the weight whose norms the magnitudes were
-            weight = weight + module.scale * (read_tensor(module.b).float() @ read_tensor(module.a).float())
-        norms = torch.linalg.vector_norm(weight, dim=1 - module.magnitude_dim).clamp_min(1e-12).log()
+        norms = _norms(item, module, bound.base_kind == "residual").clamp_min(1e-12).log()
         trained = read_tensor(module.magnitude).float().reshape(-1).abs().clamp_min(1e-12).log()
         if norms.shape != trained.shape:
             continue
@@ -116,6 +118,33 @@ def _magnitudes(bound: BoundAdapter) -> Origin:
     return Origin((f"magnitudes follow the base's row norms ({text})",)) if alike >= ALIKE else Origin()
 
 
+def _norms(item: BoundModule, module: LoraModule, with_factors: bool) -> Tensor:
+    """Return the norms of the rows (magnitude_dim 0) or columns of W0 (out, in), or of W0 + s B A."""
+    by_rows = (module.magnitude_dim == 0) != item.transposed
+    sums = []
+    a, b = read_tensor(module.a).float(), read_tensor(module.b).float()
+    first_factor, second_factor = (a.T, b.T) if item.transposed else (b, a)
+    for first, block in _blocks(item):
+        if with_factors:
+            block += module.scale * (first_factor[first : first + len(block)] @ second_factor)
+        squares = block.square_()
+        sums.append(squares.sum(1) if by_rows else squares.sum(0))
+    return (torch.cat(sums) if by_rows else torch.stack(sums).sum(0)).sqrt()
+
+
+def _blocks(item: BoundModule) -> Iterator[tuple[int, Tensor]]:
+    """Yield (first row, float32 block) of the stored weight, or of its adapted rows, about BLOCK_BYTES each."""
+    ref = item.weight
+    start, stop = item.rows or (0, ref.rows)
+    columns = ref.shape[-1]
+    step = max(1, BLOCK_BYTES // (4 * columns))
+    for first in range(start, stop, step):
+        count = min(step, stop - first)
+        place = ref.start + first * ref.row_bytes
+        part = replace(ref, shape=(count, columns), start=place, stop=place + count * ref.row_bytes)
+        yield first - start, read_tensor(part).float()
+
+
 def _residual(bound: BoundAdapter) -> Origin:
     """Look for energy of a residual base along the trained factors, from which it was subtracted before training."""
     if bound.base_kind != "residual" or bound.evidence is None or bound.origin.contradictions:
@@ -129,15 +158,21 @@ def _residual(bound: BoundAdapter) -> Origin:
     for item in _spread(loras):
         module = item.module
         assert isinstance(module, LoraModule)
-        weight = item.oriented_weight().to(torch.float32)
-        if module.rank >= min(weight.shape):
+        if module.rank >= min(module.shape):
             continue
         columns, _ = torch.linalg.qr(read_tensor(module.b).float())
         rows, _ = torch.linalg.qr(read_tensor(module.a).float().T)
-        total = torch.linalg.vector_norm(weight).square().clamp_min(1e-30)
-        left = torch.linalg.vector_norm(columns.T @ weight).square() / total * weight.shape[0] / module.rank
-        right = torch.linalg.vector_norm(weight @ rows).square() / total * weight.shape[1] / module.rank
-        shares.append(float(torch.minimum(left, right)))
+        if item.transposed:
+            columns, rows = rows, columns
+        left, right, total = torch.zeros(columns.shape[1], rows.shape[0]), torch.zeros(()), torch.zeros(())
+        for first, block in _blocks(item):  # of the stored weight, (rows, columns)
+            left += columns[first : first + len(block)].T @ block
+            right += (block @ rows).square().sum()
+            total += block.square().sum()
+        scale = total.clamp_min(1e-30) * module.rank
+        left_share = left.square().sum() / scale * columns.shape[0]
+        right_share = right / scale * rows.shape[0]
+        shares.append(float(torch.minimum(left_share, right_share)))
     if not shares:
         return Origin()
     share = median(shares)

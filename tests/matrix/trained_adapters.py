@@ -56,11 +56,12 @@ class Kind:
     recipe: Settings | None = None  # a combination of two adapters
 
 
-def _peft(name: str, method: str, arguments: dict[str, Any]) -> Make:
-    def make(base: Path, folder: Path, seed: int) -> None:
+def _peft(name: str, method: str, arguments: dict[str, Any], options: ReadOptions | None = None) -> Make:
+    def make(base: Path, folder: Path, seed: int) -> ReadOptions | None:
         with quiet():
             config = getattr(peft, method)(**arguments)
         train(base, config, folder, seed=seed + 1, scale=0.03 if "OLoRA" in name else 0.1)
+        return options
 
     return make
 
@@ -133,7 +134,13 @@ KINDS: dict[str, Kind] = {
     "PEFT lora on bfloat16": Kind("bfloat16", _peft("lora", "LoraConfig", LORA)),
     "PEFT DoRA on bfloat16": Kind("bfloat16", _peft("DoRA", "LoraConfig", {**LORA, "use_dora": True})),
     "PEFT DuDe on bfloat16": Kind(
-        "bfloat16", _peft("DuDe", "LoraConfig", {**LORA, "use_dora": True, "init_lora_weights": "pissa"})
+        "bfloat16",
+        _peft(
+            "DuDe",
+            "LoraConfig",
+            {**LORA, "use_dora": True, "init_lora_weights": "pissa"},
+            ReadOptions(residual_dtype="bfloat16"),
+        ),
     ),
     "PEFT classifier of BERT": Kind("bert", _classifier("bert")),
     "PEFT DoRA classifier of RoBERTa": Kind("roberta", _classifier("roberta", use_dora=True)),

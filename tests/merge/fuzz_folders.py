@@ -77,6 +77,11 @@ def _pair(module: str, out: int, inner: int = IN) -> dict[str, torch.Tensor]:
     }
 
 
+def _moved(norms: torch.Tensor) -> torch.Tensor:
+    """Magnitudes as after a training that began with `norms`."""
+    return norms * (1 + 0.01 * torch.randn_like(norms))
+
+
 def _pickled(tensors: dict[str, Any]) -> bytes:
     buffer = io.BytesIO()
     torch.save(tensors, buffer)
@@ -89,7 +94,8 @@ def seeds() -> dict[str, Files]:
     torch.manual_seed(1)
     plain: dict[str, Any] = {"peft_type": "LORA", "r": RANK, "lora_alpha": 4, "target_modules": ["q_proj", "v_proj"]}
     two = _pair(Q, OUT) | _pair(V, IN)
-    magnitudes = {f"{PREFIX}{m}.lora_magnitude_vector": torch.rand(n) + 1 for m, n in ((Q, OUT), (V, IN))}
+    rows, columns = (_moved(frozen[f"{Q}.weight"].norm(dim=dim)) for dim in (1, 0))
+    magnitudes = {f"{PREFIX}{m}.lora_magnitude_vector": _moved(frozen[f"{m}.weight"].norm(dim=1)) for m in (Q, V)}
     lokr = {f"{PREFIX}{Q}.lokr_w1": torch.randn(4, 4), f"{PREFIX}{Q}.lokr_w2_a": torch.randn(3, RANK),
             f"{PREFIX}{Q}.lokr_w2_b": torch.randn(RANK, 2)}  # fmt: skip
     loha = {f"{PREFIX}{Q}.hada_w{i}_{s}": torch.randn(*((OUT, RANK) if s == "a" else (RANK, IN))) for i in (1, 2)
@@ -108,9 +114,9 @@ def seeds() -> dict[str, Files]:
     kohya = {f"lora_te_{Q.replace('.', '_')}.lora_down.weight": torch.randn(RANK, IN),
              f"lora_te_{Q.replace('.', '_')}.lora_up.weight": torch.randn(OUT, RANK),
              f"lora_te_{Q.replace('.', '_')}.alpha": torch.tensor(1.0),
-             f"lora_te_{Q.replace('.', '_')}.dora_scale": torch.rand(OUT, 1) + 1}  # fmt: skip
+             f"lora_te_{Q.replace('.', '_')}.dora_scale": rows[:, None]}  # fmt: skip
     mine = {f"{Q}.weight_a": torch.randn(RANK, IN), f"{Q}.weight_b": torch.randn(OUT, RANK),
-            f"{Q}.origin_magnitude": torch.rand(OUT) + 1, f"{Q}.weight": torch.randn(OUT, IN)}  # fmt: skip
+            f"{Q}.origin_magnitude": rows, f"{Q}.weight": torch.randn(OUT, IN)}  # fmt: skip
     reshape = {f"{Q}.B": torch.randn(2, RANK), f"{Q}.A": torch.randn(RANK, 3),
                f"{Q}.deconv.weight": torch.randn(1, 1, 4, 4), f"{Q}.deconv.bias": torch.randn(1)}  # fmt: skip
 
@@ -119,7 +125,7 @@ def seeds() -> dict[str, Files]:
                f"{PREFIX}{Q}.ranknum": torch.tensor([1.0])}  # fmt: skip
     lycoris = {f"{PREFIX}{Q}.lokr_w1": torch.randn(4, 4), f"{PREFIX}{Q}.lokr_w2_a": torch.randn(3, RANK),
                f"{PREFIX}{Q}.lokr_w2_b": torch.randn(RANK, 2), f"{PREFIX}{Q}.alpha": torch.tensor(3.0),
-               f"{PREFIX}{Q}.dora_scale": torch.rand(1, IN) + 1,
+               f"{PREFIX}{Q}.dora_scale": columns[None],
                **{f"{PREFIX}{V}.{key.partition(Q + '.')[2]}": torch.randn(*((IN, RANK) if key.endswith("a") else
                                                                           (RANK, IN))) for key in loha}}  # fmt: skip
     initial = {f"{PREFIX}{Q}.lora_A_init.weight": torch.randn(RANK, IN), f"{PREFIX}{V}.frozen.weight":
@@ -155,7 +161,7 @@ def seeds() -> dict[str, Files]:
                                "residual_dtype": "float32", "magnitude": "none", "initial": "corda"}, two | initial),
         "dude, columns": folder({"peft_type": "DUDE", "format_version": 1, "r": RANK, "lora_alpha": 4,
                                  "initial": "none", "base": "original", "magnitude_axis": "in"},
-                                _pair(Q, OUT) | {f"{PREFIX}{Q}.lora_magnitude_vector": torch.rand(IN) + 1}),
+                                _pair(Q, OUT) | {f"{PREFIX}{Q}.lora_magnitude_vector": columns}),
         "dcft, channels": folder({"peft_type": "DCFT", "format_version": 1, "lora_alpha": 8, "stride": [4, 4]},
                                  several),
         "dcft reshape, safe": folder({"peft_type": "DCFT", "format_version": 1, "form": "reshape"},
@@ -403,7 +409,8 @@ def run_case(number: int, seed: int, originals: dict[str, Files], base: Path, wo
     folder.mkdir(parents=True)
     for file, data in files.items():
         (folder / file).write_bytes(data)
-    options = ReadOptions(magnitude_axis=pick.choice([None, "out", "in"])) if pick.random() < 0.1 else None
+    axis = pick.choice([None, "out", "in"]) if pick.random() < 0.1 else None
+    options = ReadOptions(magnitude_axis=axis, force=True)  # random factors: the base has no evidence for them
     base_kind = pick.choice([None, "original", "residual"]) if "dude" in kind or "pissa" in kind else None
     command = pick.choice(("merge", "merge", "merge", "merge", "merge", "merge", "convert", "factor"))
     name = f"{command}: {name}"

@@ -81,7 +81,9 @@ def write_lora(
         content[f"{key}.lora_A.weight"] = torch.randn(RANK, inner, generator=generator) * scale
         content[f"{key}.lora_B.weight"] = torch.randn(out, RANK, generator=generator) * scale
         if dora:
-            content[f"{key}.lora_magnitude_vector"] = 1 + 0.1 * torch.randn(out, generator=generator)
+            norms = torch.linalg.vector_norm(tensors[name].float(), dim=1)
+            moved = 1 + 0.01 * torch.randn(out, generator=generator)  # as training moves them
+            content[f"{key}.lora_magnitude_vector"] = norms * moved
     folder.mkdir(parents=True)
     save_file({**content, **(extra or {})}, folder / "adapter_model.safetensors")
     targets = sorted({name.split(".")[-2] for name in modules})

@@ -260,7 +260,7 @@ def _scaled(
             direction = weight + s * (b @ a - b0 @ a0)
             raw |= {f"{module}.lora_A_init.weight": a0, f"{module}.lora_B_init.weight": b0}
         norm = direction.norm(dim=1)
-        magnitude = weight.norm(dim=1) * (1 + 0.3 * normal(generator, weight.shape[0]))
+        magnitude = weight.norm(dim=1) * (1 + 0.05 * normal(generator, weight.shape[0]))
         adapter.merged[module + ".weight"] = (magnitude / norm)[:, None] * direction
         factors[module] = (down, up)
         scales[module] = (magnitude, magnitude / norm)

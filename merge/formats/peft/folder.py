@@ -57,11 +57,13 @@ def read_peft(folder: Path, extras: PeftExtras | None = None) -> Adapter:
     if weights is None:
         raise AdapterError(f"{folder}: no adapter weights", expected=" or ".join(WEIGHT_FILES))
     kind = config.get("peft_type")
+    if not isinstance(kind, str):
+        kind = repr(kind)[:100]  # in no table
     if kind in LAYER_TYPES or kind in REPLACED_TYPES:
         return read_layer_type(folder, config, weights, config_file)
     if kind in REFUSED_TYPES:
         raise UnsupportedError(f"{config_file}: peft_type {kind!r} is not supported", got=REFUSED_TYPES[kind])
-    if not isinstance(kind, str) or kind not in METHODS:
+    if kind not in METHODS:
         raise UnsupportedError(
             f"{config_file}: peft_type {kind!r} is not supported",
             expected=f"{', '.join((*METHODS, *LAYER_TYPES, *REPLACED_TYPES))}, DCFT, DUDE or LYCORIS",

@@ -15,9 +15,10 @@ from adapter_merge.api.convert import convert
 from adapter_merge.api.delta import delta
 from adapter_merge.api.factor import factor
 from adapter_merge.api.merge import merge
-from adapter_merge.api.options import ConvertOptions, MergeOptions, VerifyOptions
+from adapter_merge.api.options import ConvertOptions, FactorOptions, MergeOptions, VerifyOptions
 from adapter_merge.api.verify import verify
 from adapter_merge.combine.open_inputs import open_pair
+from adapter_merge.formats.read_options import ReadOptions
 
 TOLERANCE = 1e-4
 
@@ -142,7 +143,8 @@ def test_bf16_merge_is_peft_s_to_the_bit_or_the_correct_rounding(method: str, tm
                 after *= (m / after.norm(dim=1))[:, None]
             exact[name.removeprefix("base_model.model.") + ".weight"] = after
     want = live.merge_and_unload().state_dict()
-    merge(base, tmp_path / "adapter", tmp_path / "merged")
+    reading = ReadOptions(residual_dtype="bfloat16") if method == "dude" else None
+    merge(base, tmp_path / "adapter", tmp_path / "merged", MergeOptions(reading=reading))
     got = load(tmp_path / "merged", "llama").state_dict()
     differing = 0
     for name, tensor in want.items():
@@ -224,10 +226,12 @@ def test_verify_does_not_trust_our_own_algebra(tmp_path: Path, monkeypatch: pyte
 def test_dude_on_a_half_precision_base_is_peft_s_to_the_bit(dtype: torch.dtype, tmp_path: Path) -> None:
     base = pico.save_base(pico.pico_model("gpt2", dtype), tmp_path / "base")
     pico.peft_adapter(pico.pico_model("gpt2", dtype), "gpt2", tmp_path / "adapter", **pico.METHODS["dude"])
-    merge(base, tmp_path / "adapter", tmp_path / "merged")
-    report = verify(base, tmp_path / "adapter", tmp_path / "merged", VerifyOptions(generated=4)).as_json()
+    reading = ReadOptions(residual_dtype=str(dtype).removeprefix("torch."))
+    merge(base, tmp_path / "adapter", tmp_path / "merged", MergeOptions(reading=reading))
+    options = VerifyOptions(generated=4, reading=reading)
+    report = verify(base, tmp_path / "adapter", tmp_path / "merged", options).as_json()
     assert report["passed"], report["problems"]
-    content = factor(base, tmp_path / "adapter", tmp_path / "factors").as_json()
+    content = factor(base, tmp_path / "adapter", tmp_path / "factors", FactorOptions(reading=reading)).as_json()
     assert content["exact"] == (dtype == torch.float32) and bool(content.get("warnings")) == (not content["exact"])
 
 

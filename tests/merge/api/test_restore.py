@@ -15,6 +15,7 @@ from adapter_merge.api.merge import merge
 from adapter_merge.api.options import MergeOptions, RestoreOptions
 from adapter_merge.api.restore import restore
 from adapter_merge.errors import FileFormatError, InputError, MismatchError
+from adapter_merge.formats.read_options import ReadOptions
 from adapter_merge.outputs.integrity import check_integrity
 
 
@@ -139,7 +140,8 @@ def test_restore_of_an_untied_model(tmp_path: Path, head: bool) -> None:
 
 def test_merging_a_merged_model_leaves_the_older_preimage_behind(tmp_path: Path, pair: tuple[Path, Path]) -> None:
     merge(*pair, tmp_path / "one", MergeOptions(keep_preimage=True))
-    merge(tmp_path / "one", pair[1], tmp_path / "two", MergeOptions(keep_preimage=True))
+    again = MergeOptions(keep_preimage=True, reading=ReadOptions(force=True))
+    merge(tmp_path / "one", pair[1], tmp_path / "two", again)
     restore(tmp_path / "two", tmp_path / "back")
     restored, one = snapshot(tmp_path / "back"), snapshot(tmp_path / "one")
     assert restored == {name: sha for name, sha in one.items() if not name.startswith("preimage/")}

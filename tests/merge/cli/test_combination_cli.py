@@ -134,7 +134,8 @@ def test_adapters_without_names_go_in_turn(work: Path) -> None:
     named = [work / "base", f"x={work / 'a'}", f"y={work / 'b'}", "--combine", "in-turn"]
     assert run("merge", *named, "-o", work / "named").returncode == 0
     assert run("merge", work / "base", work / "a", "-o", work / "first").returncode == 0
-    assert run("merge", work / "first", work / "b", "-o", work / "second").returncode == 0
+    # b's magnitudes are the base's, as those of an adapter that was trained on the merged model would not be
+    assert run("merge", work / "first", work / "b", "--force", "-o", work / "second").returncode == 0
     turns, again, apart = (load_file(work / name / "model.safetensors") for name in ("turns", "named", "second"))
     assert all(bool((turns[key] == again[key]).all()) for key in turns)
     assert all(float((turns[key] - apart[key]).abs().max()) < 1e-6 for key in turns)

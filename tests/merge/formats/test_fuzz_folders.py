@@ -9,6 +9,7 @@ from fuzz_folders import base_model, fuzz, seeds
 
 from adapter_merge.api.merge import merge
 from adapter_merge.api.options import MergeOptions
+from adapter_merge.formats.read_options import ReadOptions
 
 
 @pytest.mark.parametrize("kind", sorted(seeds()))
@@ -18,9 +19,9 @@ def test_the_unchanged_adapters_are_well_formed(kind: str, tmp_path: Path) -> No
         (tmp_path / "a" / name).write_bytes(data)
     random = kind in ("pissa", "dude", "pissa, safe")  # random factors are evidence of nothing
     base_kind = "original" if random else None
-    merge(
-        base_model(tmp_path / "base"), tmp_path / "a", tmp_path / "out", MergeOptions(device="cpu", base_kind=base_kind)
-    )
+    reading = ReadOptions(force=True) if random or kind == "mytransformers" else None
+    options = MergeOptions(device="cpu", base_kind=base_kind, reading=reading)
+    merge(base_model(tmp_path / "base"), tmp_path / "a", tmp_path / "out", options)
 
 
 def test_changed_adapters_are_refused_or_merged() -> None:

@@ -11,12 +11,15 @@ from safetensors.torch import load_file, save_file
 
 import adapter_merge as am
 from adapter_merge.combine.open_inputs import open_pair
+from adapter_merge.formats.read_options import ReadOptions
 from adapter_merge.storage.input_files import Sources
 from adapter_merge.storage.tensor_io import read_tensor
 from adapter_merge.verification.compare_weights import modules_by_tensor
 from adapter_merge.verification.live_probes import unlike_live
 from adapter_merge.verification.streamed_adapter import streamed_trained
 from adapter_merge.verification.weight_formulas import Adapted, tensor_formula
+
+HALF = ReadOptions(residual_dtype="bfloat16")
 
 
 def _half_precision_pair(kind: str, method: str, place: Path) -> tuple[Path, Path]:
@@ -30,7 +33,7 @@ def _half_precision_pair(kind: str, method: str, place: Path) -> tuple[Path, Pat
 @pytest.mark.parametrize("method", ["pissa", "dude"])
 def test_a_residual_that_rounds_to_its_other_side_is_no_other_weight(kind: str, method: str, tmp_path: Path) -> None:
     base, adapter = _half_precision_pair(kind, method, tmp_path)
-    bound = open_pair(base, adapter)
+    bound = open_pair(base, adapter, None, HALF)
     assert unlike_live(bound, streamed_trained(bound, torch.float64)) == []
 
     (tmp_path / "wrong").mkdir()  # a live adapter that is off by a thousandth in one weight is seen all the same
@@ -38,7 +41,7 @@ def test_a_residual_that_rounds_to_its_other_side_is_no_other_weight(kind: str, 
     tensors = load_file(adapter / "adapter_model.safetensors")
     name = next(name for name in tensors if "lora_B" in name)
     save_file({**tensors, name: tensors[name] * 1.001}, tmp_path / "wrong" / "adapter_model.safetensors")
-    wrong = unlike_live(bound, streamed_trained(open_pair(base, tmp_path / "wrong"), torch.float64))
+    wrong = unlike_live(bound, streamed_trained(open_pair(base, tmp_path / "wrong", None, HALF), torch.float64))
     assert len(wrong) == 1 and wrong[0].removesuffix(".weight") in name
 
 
@@ -48,7 +51,7 @@ def test_slack_holds_what_rounding_does_to_a_norm(kind: str, tmp_path: Path) -> 
 
     The norm of its row moves as well, and with it elements that are sure of their own rounding.
     """
-    bound = open_pair(*_half_precision_pair(kind, "dude", tmp_path))
+    bound = open_pair(*_half_precision_pair(kind, "dude", tmp_path), None, HALF)
     moved = 0
     for items in modules_by_tensor(bound).values():
         formula = tensor_formula(items, Sources())
@@ -72,6 +75,6 @@ def test_slack_holds_what_rounding_does_to_a_norm(kind: str, tmp_path: Path) -> 
 
 def test_dude_beside_a_bfloat16_base_passes_in_float32_too(tmp_path: Path) -> None:
     base, adapter = _half_precision_pair("llama", "dude", tmp_path)
-    am.merge(base, adapter, tmp_path / "merged", am.MergeOptions(dtype="float32"))
-    report = am.verify(base, adapter, tmp_path / "merged", am.VerifyOptions(generated=4))
+    am.merge(base, adapter, tmp_path / "merged", am.MergeOptions(dtype="float32", reading=HALF))
+    report = am.verify(base, adapter, tmp_path / "merged", am.VerifyOptions(generated=4, reading=HALF))
     assert report.passed, report.problems
