@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -33,7 +34,19 @@ def train_all(base: Path, folder: Path, configs: Mapping[str, Mapping[str, Any]]
 
 
 def recipe(adapters: Mapping[str, Path], weights: Mapping[str, float], **settings: Any) -> Recipe:
-    return make_recipe([Ingredient(n, str(adapters[n]), w) for n, w in weights.items()], Settings(**settings))
+    ingredients = [
+        Ingredient(name, str(adapters[name]), weight, None, None, stated_of(adapters[name], name))
+        for name, weight in weights.items()
+    ]
+    return make_recipe(ingredients, Settings(**settings))
+
+
+def stated_of(adapter: Path, name: str) -> dict[str, str]:
+    """The dtype that the base was loaded in, and with it the residual of a DuDe: the one that it is stored in."""
+    if name != "dude":
+        return {}
+    base = Path(json.loads((adapter / "adapter_config.json").read_text())["base_model_name_or_path"])
+    return {"residual_dtype": json.loads((base / "config.json").read_text())["dtype"]}
 
 
 def own_dtype(base: Path) -> torch.dtype:

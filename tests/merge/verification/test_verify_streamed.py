@@ -92,7 +92,8 @@ def test_a_given_residual_dtype_is_that_of_the_live_model(base: Callable[[str], 
         half, tmp_path / "adapter", tmp_path / "merged", VerifyOptions(reading=options, generated=4)
     ).as_json()
     assert report["passed"], report["problems"]
-    assert not verify(half, tmp_path / "adapter", tmp_path / "merged", VerifyOptions(generated=4)).as_json()["passed"]
+    wrong = VerifyOptions(reading=ReadOptions(residual_dtype="bfloat16"), generated=4)
+    assert not verify(half, tmp_path / "adapter", tmp_path / "merged", wrong).as_json()["passed"]
 
 
 def test_a_converted_adapter_of_zeros_fails(base: Callable[[str], Path], tmp_path: Path) -> None:
