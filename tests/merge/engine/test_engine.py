@@ -263,7 +263,7 @@ def watch():
     global peak
     while not done.wait(0.002):
         peak = max(peak, held())
-watcher = threading.Thread(target=watch)
+watcher = threading.Thread(target=watch, daemon=True)
 watcher.start()
 merge(*sys.argv[1:4])
 done.set()
