@@ -24,6 +24,7 @@ from adapter_merge.api.factor import factor, parse_rank
 from adapter_merge.api.options import FactorOptions
 from adapter_merge.errors import InputError, ParityError
 from adapter_merge.factoring import delta_operator
+from adapter_merge.formats.read_options import ReadOptions
 
 
 @pytest.fixture(scope="module")
@@ -82,7 +83,8 @@ def test_a_rank_is_within_one_percent_of_the_best(
 def test_factors_of_dude_beside_a_rounded_residual(dtype: torch.dtype, tmp_path: Path) -> None:
     base = pico_model(tmp_path / "base", dtype=dtype)
     dude = peft_adapter(base, tmp_path / "dude", use_dora=True, init_lora_weights="pissa")
-    content = factor(base, dude, tmp_path / "out", FactorOptions(rank=8)).as_json()
+    reading = ReadOptions(residual_dtype=str(dtype).removeprefix("torch."))
+    content = factor(base, dude, tmp_path / "out", FactorOptions(rank=8, reading=reading)).as_json()
     live = peft_model(base, dude)
     for name, product in factor_products(tmp_path / "out").items():
         layer = live.get_submodule(f"base_model.model.{name}")
