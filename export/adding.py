@@ -1,37 +1,54 @@
 """`export --add`: adds adapters to an existing export. The weights file of the base is never changed.
 
 Switchable: one small file is written, the graph stays. Batched: the stacks of factors are written anew with one
-slot more, and the graph that refers to them.
+slot more, and the graph that refers to them. One lock, which waits for its turn, and one atomic step (pending.py).
 """
 
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+from adapter_merge.combine.open_inputs import open_pair
 from adapter_merge.errors import InputError, MismatchError, OutputError
+from adapter_merge.outputs.staging import disk_errors
 from adapter_merge.quantisation.dense_view import open_base
+from adapter_merge.storage.locks import locked
 
-from .adapter_file import aligned, match_all
+from .adapter_file import SUFFIX, aligned, match_all
 from .adapter_source import factors_of
 from .batched import restack
-from .folder import Manifest, folder_layout, read_export, write_manifest
-from .request import figures
+from .factor_folder import Factors
+from .folder import Manifest, folder_layout, read_export
+from .parity import compare_all, compare_encoders
+from .pending import commit, hidden, recover
+from .request import figures, silent
+from .running import Decoder
 from .runtime import check_packages
 from .switchable import write_adapters
 from .targets import Layout
 
+PATIENCE = 3600.0  # seconds for the adds before this one
+
 
 def add_adapters(
-    folder: Path, adapters: Mapping[str, Path], *, base: str | Path | None = None, overwrite: bool = False
+    folder: Path,
+    adapters: Mapping[str, Path],
+    *,
+    base: str | Path | None = None,
+    overwrite: bool = False,
+    dry_run: bool = False,
+    check: bool = True,
+    say: Callable[[str], None] = silent,
 ) -> dict[str, Any]:
     """Add `adapters` to the switchable or batched export in `folder`; return the report.
 
-    The base is needed where an adapter is not in factor form yet (DuDe and DoRA read the rows they scale):
-    the folder that the export was made from, or `base`. Raises MismatchError when that is another base, and
-    InputError, OutputError or MismatchError before anything is written.
+    The base is needed where an adapter is not in factor form yet (DuDe and DoRA read the rows they scale), and for
+    the `check` against the live model: the folder that the export was made from, or `base`. Several runs at a time
+    add one after the other. Raises MismatchError when the base is another one or an answer differs from the live
+    model's, InputError or OutputError, with the folder as it was.
     """
     started = time.perf_counter()
     check_packages("onnx_ir")
@@ -42,27 +59,69 @@ def add_adapters(
             expected="an export made with --mode switchable or batched",
         )
     manifest = read_export(folder)
+    _check_names(folder, manifest, adapters, overwrite)
+    checkpoint = base_of(folder, manifest, layout, base)
+    factors = {name: factors_of(checkpoint, source) for name, source in adapters.items()}
+    match_all(factors, layout)
+    report = {
+        "mode": layout.mode,
+        "precision": layout.precision,
+        "base": str(checkpoint),
+        "output": str(folder),
+        "adapters": {name: figures(value) for name, value in factors.items()},
+    }
+    if dry_run:
+        return {**report, "dry_run": True}
+    with locked(folder, patience=PATIENCE), disk_errors(folder, "the export is as it was"):
+        recover(folder)
+        layout, manifest = folder_layout(folder), read_export(folder)  # another run may have added one meanwhile
+        _check_names(folder, manifest, adapters, overwrite)
+        try:
+            entries, files = _write_hidden(folder, layout, factors, adapters)
+            parity = _compare(folder, manifest, checkpoint, adapters, say) if check else {}
+        except BaseException:
+            recover(folder)
+            raise
+        commit(folder, files, entries, parity)
+    return {
+        **report,
+        "adapter_bytes": {name: entry["bytes"] for name, entry in entries.items() if "bytes" in entry},
+        "parity": parity,
+        "seconds": round(time.perf_counter() - started, 2),
+    }
+
+
+def _check_names(folder: Path, manifest: Manifest, adapters: Mapping[str, Path], overwrite: bool) -> None:
     taken = [name for name in adapters if name in manifest.adapters]
     if taken and not overwrite:
         raise OutputError(f"{folder} has adapters of these names: {', '.join(taken)}", hint="--overwrite")
-    checkpoint_folder = base_of(folder, manifest, layout, base)
-    factors = {name: factors_of(checkpoint_folder, source) for name, source in adapters.items()}
-    match_all(factors, layout)
+
+
+def _write_hidden(
+    folder: Path, layout: Layout, factors: Mapping[str, Factors], sources: Mapping[str, Path]
+) -> tuple[dict[str, dict[str, Any]], list[str]]:
+    """Write the new files under hidden names; return the manifest's entries and the files' own names."""
     factors = {name: aligned(value, layout) for name, value in factors.items()}
     if layout.mode == "batched":
-        entries = restack(folder, layout, factors, adapters)
-    else:
-        entries = write_adapters(factors, adapters, layout, folder)
-    for name, entry in entries.items():
-        manifest.adapters[name] = {**manifest.adapters.get(name, {}), **entry}
-    write_manifest(folder, manifest)
-    return {
-        "mode": layout.mode,
-        "output": str(folder),
-        "adapters": {name: figures(value) for name, value in factors.items()},
-        "adapter_bytes": {name: entry["bytes"] for name, entry in entries.items() if "bytes" in entry},
-        "seconds": round(time.perf_counter() - started, 2),
-    }
+        return restack(folder, layout, factors, sources), ["model.onnx"]
+    entries = write_adapters(factors, sources, layout, folder, hide=True)
+    return entries, [entry["file"] for entry in entries.values()]
+
+
+def _compare(
+    folder: Path, manifest: Manifest, checkpoint: Path, adapters: Mapping[str, Path], say: Callable[[str], None]
+) -> dict[str, dict[str, Any]]:
+    """Compare the new adapters, as they lie under hidden names, with the live model."""
+    references = {name: open_pair(checkpoint, source) for name, source in adapters.items()}
+    files = {name: hidden(folder / f"{name}{SUFFIX}") for name in adapters}
+    if manifest.kind != "decoder":
+        return compare_encoders(checkpoint, references, folder, manifest, say, files)
+    graph = hidden(folder / "model.onnx")
+    decoder = Decoder(folder, graph=graph if manifest.mode == "batched" else None)
+    if manifest.mode == "switchable":
+        for name, file in files.items():
+            decoder.load_file(name, file)
+    return compare_all(decoder, checkpoint, references, manifest.precision, say)
 
 
 def base_of(folder: Path, manifest: Manifest, layout: Layout, base: str | Path | None) -> Path:

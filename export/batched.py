@@ -21,6 +21,8 @@ from .decoder import build_decoder
 from .factor_folder import Factors
 from .folder import save_graph, write_manifest
 from .insertion import insert_stacks, remove_stacks
+from .parity import check_decoder_parity
+from .pending import hidden
 from .request import export_bytes, figures, open_request
 from .switchable import adapted_layout, check_modules
 from .targets import Layout, Target
@@ -57,12 +59,13 @@ def export_batched(base: str | Path, adapters: Mapping[str, Path], output: Path,
         slots = {
             target.name: [packed(target, value.linears) for value in factors.values()] for target in layout.targets
         }
-        count = _write_stacks(model, layout, slots, staging / DATA)
+        count = _write_stacks(model, layout, slots, staging / DATA, staging / "model.onnx")
         manifest = request.manifest()
         for slot, name in enumerate(factors, start=1):
             manifest.adapters[name] = {"source": str(adapters[name]), "file": DATA, "id": slot}
+        check_decoder_parity(request, staging, manifest)
         write_manifest(staging, manifest)
-    return {**plan, "targets": count, **request.done()}
+    return {**plan, "targets": count, **request.done(manifest)}
 
 
 def restack(
@@ -70,8 +73,7 @@ def restack(
 ) -> dict[str, dict[str, Any]]:
     """Write the stacks in `folder` again with `factors` in new slots; return the manifest's new entries.
 
-    The new stacks get a new file before the graph that names it takes the old one's place, so that the export is
-    whole at every moment.
+    The stacks get a new file, and the graph that names it the hidden name that pending.commit replaces.
     """
     import onnx_ir as ir
 
@@ -91,27 +93,23 @@ def restack(
         (int(match[1]) for name in before if (match := re.fullmatch(r"adapters\.(\d+)\..*", name))), default=0
     )
     file = folder / f"adapters.{number}.onnx.data"
-    try:
-        _write_stacks(model, replace(layout, adapters=tuple(names)), slots, file)
-    except BaseException:
-        if file.name.encode() not in (folder / "model.onnx").read_bytes():  # an interrupt may come after the graph
-            file.unlink(missing_ok=True)
-        raise
-    for name in before:
-        (folder / name).unlink()
+    graph = hidden(folder / "model.onnx")
+    _write_stacks(model, replace(layout, adapters=tuple(names)), slots, file, graph)
     return {
         name: {**({"source": str(sources[name])} if name in sources else {}), "file": file.name, "id": slot}
         for slot, name in enumerate(names, start=1)
     }
 
 
-def _write_stacks(model: ir.Model, layout: Layout, slots: Mapping[str, Sequence[Values | None]], file: Path) -> int:
-    """Insert the stacks, write them to `file` and the graph beside it; return the number of targets with a stack."""
+def _write_stacks(
+    model: ir.Model, layout: Layout, slots: Mapping[str, Sequence[Values | None]], file: Path, graph: Path
+) -> int:
+    """Insert the stacks, write them to `file` and the graph to `graph`; return the number of targets with a stack."""
     stacks = {target.name: stack(target, slots[target.name]) for target in layout.targets}
     present = {name: value for name, value in stacks.items() if value is not None}
     insert_stacks(model, layout, present)
     move_out(model, file)
-    save_graph(model, file.with_name("model.onnx"))
+    save_graph(model, graph)
     return len(present)
 
 

@@ -5,7 +5,8 @@ things that it reads wrongly from transformers' configurations (onnxruntime-gena
 put right before it sees them:
 
 - a sliding window without layer_types (Mistral, Phi-3): it takes every layer for full attention, silently;
-- rope_parameters by layer type (Gemma 3): it expects them flat and stops with KeyError: 'rope_type'.
+- rope_parameters by layer type (Gemma 3): it expects them flat and stops with KeyError: 'rope_type';
+- scaled rotary positions: see rotary.py.
 """
 
 from __future__ import annotations
@@ -35,12 +36,15 @@ def main() -> None:
     from onnxruntime_genai.models import builder
 
     from .quantising import quantise_by_weight
+    from .rotary import use_transformers_tables
 
     quantise_by_weight(builder.LlamaModel)
     checkpoint, output, cache = job["checkpoint"], job["output"], job["cache"]
     arguments = (checkpoint, checkpoint, output, job["precision"], job["provider"], cache)
     options = builder.parse_extra_options(*arguments, job["options"])
-    repair(options["hf_details"]["hf_config"])
+    config = options["hf_details"]["hf_config"]
+    repair(config)
+    use_transformers_tables(builder.LlamaModel.__mro__[1], config)
     builder.create_model(*arguments, **options)
 
 

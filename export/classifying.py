@@ -58,6 +58,10 @@ class Classifier:
             if name not in self.adapters:
                 expected = ", ".join(self.adapters) or "none"
                 raise InputError(f"{self.folder}: no adapter named {name!r}", expected=expected)
-            self._loaded[name] = load_tensors(self.folder / f"{name}{SUFFIX}", self.layout)
+            self.load_file(name, self.folder / f"{name}{SUFFIX}")
         tensors: dict[str, Any] = self._loaded[name]
         return tensors
+
+    def load_file(self, name: str, file: Path) -> None:
+        """Load the adapter in `file` under `name`."""
+        self._loaded[name] = load_tensors(file, self.layout)

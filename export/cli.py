@@ -39,6 +39,7 @@ from adapter_merge.errors import InputError
 )
 @click.option("--base", "base_folder", help="With --add: the base, where it is not where it was.")
 @click.option("--overwrite", is_flag=True, help="Replace an output (with --add: an adapter) of that name.")
+@click.option("--no-check", is_flag=True, help="Do not compare the export with the live model before it gets its name.")
 @combination_options
 @dry_run_option
 @report_options
@@ -52,6 +53,7 @@ def export(
     add: tuple[str, ...],
     base_folder: str | None,
     overwrite: bool,
+    no_check: bool,
     dry_run: bool,
     as_json: bool,
     quiet: bool,
@@ -71,13 +73,21 @@ def export(
 
     recipe: Any = stated_inputs((base, *adapters)).adapter if has_combination() else None
     if add:
-        if adapters or output is not None or dry_run or recipe is not None:
+        if adapters or output is not None or recipe is not None:
             raise InputError(
                 "--add takes the export's folder and nothing else", hint="export ONNX_DIR --add NAME=ADAPTER"
             )
         from .adding import add_adapters
 
-        report = add_adapters(Path(base), parse_adapters(add), base=base_folder, overwrite=overwrite)
+        report = add_adapters(
+            Path(base),
+            parse_adapters(add),
+            base=base_folder,
+            overwrite=overwrite,
+            dry_run=dry_run,
+            check=not no_check,
+            say=lambda text: say(text, quiet=quiet),
+        )
     else:
         if output is None:
             raise InputError("no output was named", hint="-o FOLDER")
@@ -100,6 +110,8 @@ def export(
             overwrite=overwrite,
             dry_run=dry_run,
             recipe=recipe,
+            check=not no_check,
+            say=lambda text: say(text, quiet=quiet),
         )
     if as_json:
         emit(report)
@@ -111,7 +123,8 @@ def export(
 def describe(report: dict[str, Any]) -> list[str]:
     """Print a summary of an export."""
     if report.get("dry_run"):
-        lines = [f"would export {report['base']} ({report['mode']}, {report['precision']})"]
+        what = f"add to {report['output']}" if "output" in report else f"export {report['base']}"
+        lines = [f"would {what} ({report['mode']}, {report['precision']})"]
     else:
         lines = [f"{report['output']}: {report['mode']}, {report['seconds']} s"]
     for name, entry in report["adapters"].items():
@@ -126,6 +139,11 @@ def describe(report: dict[str, Any]) -> list[str]:
         if size is not None:
             parts.append(f"{size / 1e6:.2f} MB")
         lines.append(f"  {name}: {', '.join(parts) or entry['source']}")
+    for name, entry in report.get("parity", {}).items():
+        lines.append(
+            f"  checked {name}: max |dlogit| {entry['max_difference']:.2g}, "
+            f"{entry['greedy_equal']} of {entry['greedy_total']} greedy tokens equal"
+        )
     return lines
 
 

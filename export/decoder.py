@@ -17,6 +17,7 @@ from typing import Any
 
 from adapter_merge.errors import AdapterMergeError, Problem, UnsupportedError, raise_all
 
+from .rotary import rope_problems
 from .runtime import check_packages
 
 # Built, run and compared with transformers in tests/export/test_decoders.py
@@ -49,16 +50,21 @@ def check_decoder(config: Mapping[str, Any], source: Path, precision: str, devic
                 hint="merge it instead (adapter-merge merge) and export with the tool that knows this model",
             )
         )
-    rope = config.get("rope_scaling") or (config.get("rope_parameters") or {}).get("full_attention") or {}
-    kind = rope.get("rope_type", rope.get("type", "default"))
-    if architecture == "Gemma3ForCausalLM" and kind != "default":
-        problems.append(Problem(f"{source}: Gemma 3 with scaled rotary positions", "rope_type default", kind))
+    else:
+        problems += rope_problems(config, source)
     if config.get("quantization_config"):
         problems.append(
             Problem(f"{source}: is quantized already", "float weights", str(config["quantization_config"])[:100])
         )
     if precision not in PRECISIONS:
         problems.append(Problem(f"unknown precision {precision!r}", ", ".join(PRECISIONS)))
+    if precision == "fp32" and device == "cuda":
+        problems.append(
+            Problem(
+                "the model builder's float32 graph for CUDA computes no KV cache: it could not be run",
+                expected="--precision fp16, bf16 or int4 with --device cuda, or --device cpu",
+            )
+        )
     if precision == "bf16" and device == "cpu":
         problems.append(
             Problem(

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from adapter_merge.errors import InputError
 from adapter_merge.quantisation.dense_view import open_base
+
+from .request import silent
 
 if TYPE_CHECKING:
     from adapter_merge.combine.recipe import Recipe
@@ -26,10 +28,13 @@ def export_model(
     overwrite: bool = False,
     dry_run: bool = False,
     recipe: Recipe | None = None,
+    check: bool = True,
+    say: Callable[[str], None] = silent,
 ) -> dict[str, Any]:
     """Export `base` with `adapters` to `output`; return the report (see the functions of the three modes).
 
-    recipe: merged only, how the adapters are combined; their plain sum when not given.
+    recipe: merged only, how the adapters are combined; their plain sum when not given. check: compare the export with
+    the live model, base and every adapter, before it is published. say: gets a line per step.
 
     Raises InputError, MismatchError, UnsupportedError, OutputError or MissingDependencyError before long work.
     """
@@ -45,6 +50,8 @@ def export_model(
         "device": device,
         "overwrite": overwrite,
         "dry_run": dry_run,
+        "check": check,
+        "say": say,
     }
     if architecture in TRACED:
         return export_traced(base, adapters, output, mode=mode, recipe=recipe, **options)

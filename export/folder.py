@@ -8,7 +8,7 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from adapter_merge.errors import FileFormatError, InputError
+from adapter_merge.errors import FileFormatError, InputError, MismatchError, Problem, raise_all
 from adapter_merge.outputs import staging as output
 from adapter_merge.outputs.folder_content import SIGNATURE
 from adapter_merge.outputs.model_card import card
@@ -40,6 +40,7 @@ class Manifest:
     fingerprint: str
     adapters: dict[str, dict[str, Any]] = field(default_factory=dict)
     options: dict[str, Any] = field(default_factory=dict)
+    parity: dict[str, dict[str, Any]] = field(default_factory=dict)  # figures of the export's own check
 
 
 def write_manifest(folder: Path, manifest: Manifest) -> None:
@@ -69,6 +70,7 @@ def write_manifest(folder: Path, manifest: Manifest) -> None:
         format_version=FORMAT_VERSION,
         kind=manifest.kind,
         adapters=manifest.adapters,
+        parity=manifest.parity,
         files=files,
     )
     content["versions"] |= _versions()
@@ -104,14 +106,29 @@ def read_export(folder: Path) -> Manifest:
             content["base"]["fingerprint"],
             dict(content["adapters"]),
             options,
+            dict(content.get("parity", {})),
         )
     except (KeyError, TypeError) as error:
         raise FileFormatError(f"{folder / output.MANIFEST}: incomplete ({error} is missing)") from error
 
 
+def check_outputs(model: ir.Model, source: Path) -> None:
+    """Raise MismatchError unless every output of the graph is made by a node, or is an input or initialiser."""
+    graph = model.graph
+    known = {id(value) for value in (*graph.inputs, *graph.initializers.values())}
+    problems = [
+        Problem(f"{source.name}: nothing in the graph computes its output {value.name}")
+        for value in graph.outputs
+        if value.producer() is None and id(value) not in known
+    ]
+    raise_all(problems, MismatchError)
+
+
 def save_graph(model: ir.Model, file: Path) -> None:
-    """Replace the graph atomically, without its weights file."""
+    """Replace the graph atomically, without its weights file. Raises MismatchError for an output without a source."""
     import onnx_ir as ir
+
+    check_outputs(model, file)
 
     temporary = file.with_name(f".{file.name}.new")
     try:
@@ -145,7 +162,7 @@ def _card(manifest: Manifest) -> Any:
     lines = [f"{manifest.base.name} for ONNX Runtime: {manifest.mode}, {manifest.precision}.", ""]
     for name, entry in manifest.adapters.items():
         where = entry.get("file") or "inside the graph"
-        lines.append(f"- `{name}`: {where}, from {Path(entry['source']).name}")
+        lines.append(f"- `{name}`: {where}, from {Path(entry.get('source', 'unknown')).name}")
     if manifest.kind == "decoder":
         option = " --adapter NAME" if manifest.adapters and manifest.mode != "merged" else ""
         lines += ["", f"    adapter-merge generate FOLDER{option} --prompt TEXT"]

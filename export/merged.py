@@ -17,6 +17,7 @@ from adapter_merge.outputs.staging import staged
 from .decoder import build_decoder
 from .folder import Manifest, save_graph, write_manifest
 from .insertion import stamp
+from .parity import check_decoder_parity
 from .request import Request, export_bytes, open_request
 
 if TYPE_CHECKING:
@@ -61,8 +62,9 @@ def export_merged(
         model = ir.load(staging / "model.onnx")
         stamp_merged(model, request, manifest)
         save_graph(model, staging / "model.onnx")
+        check_decoder_parity(request, staging, manifest, recipe)
         write_manifest(staging, manifest)
-    return {**plan, "merge_seconds": round(merged_at - request.started, 2), **request.done()}
+    return {**plan, "merge_seconds": round(merged_at - request.started, 2), **request.done(manifest)}
 
 
 def merge_adapters(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -18,8 +18,12 @@ from .adapter_source import factors_of
 from .decoder import BYTES_PER_WEIGHT, check_decoder, io_dtype
 from .factor_folder import Factors
 from .folder import Manifest
-from .runtime import check_packages, parse_device
+from .runtime import check_packages, check_runnable, parse_device
 from .targets import Layout, Target
+
+
+def silent(text: str) -> None:
+    """Show no progress."""
 
 
 @dataclass(frozen=True)
@@ -34,6 +38,8 @@ class Request:
     device: str  # "cpu" or "cuda"
     overwrite: bool
     dry_run: bool
+    check: bool = True  # compare the export with the live model before it is published
+    say: Callable[[str], None] = silent
     started: float = field(default_factory=time.perf_counter)
 
     def factors(self) -> dict[str, Factors]:
@@ -68,9 +74,13 @@ class Request:
         dtype = io_dtype(self.precision, self.device)
         return Layout(self.mode, self.checkpoint.fingerprint, self.precision, dtype, targets, dict(heads or {}))
 
-    def done(self) -> dict[str, Any]:
+    def done(self, manifest: Manifest) -> dict[str, Any]:
         """Return the last keys of the report."""
-        return {"output": str(self.output), "seconds": round(time.perf_counter() - self.started, 2)}
+        return {
+            "parity": dict(manifest.parity),
+            "output": str(self.output),
+            "seconds": round(time.perf_counter() - self.started, 2),
+        }
 
 
 def open_request(
@@ -83,6 +93,8 @@ def open_request(
     device: str = "cpu",
     overwrite: bool = False,
     dry_run: bool = False,
+    check: bool = True,
+    say: Callable[[str], None] = silent,
     traced: bool = False,
 ) -> Request:
     """Open `base` and check packages, device, architecture (of the model builder, unless `traced`) and output.
@@ -100,8 +112,10 @@ def open_request(
         )
     if not traced:
         check_decoder(checkpoint.config, checkpoint.folder, precision, kind)
+    if check and not dry_run:
+        check_runnable(precision)
     check_output(output, overwrite, (checkpoint.folder, *adapters.values()))
-    return Request(mode, checkpoint, adapters, output, precision, kind, overwrite, dry_run)
+    return Request(mode, checkpoint, adapters, output, precision, kind, overwrite, dry_run, check, say)
 
 
 def export_bytes(checkpoint: Checkpoint, precision: str) -> int:

@@ -45,14 +45,18 @@ class Cache:
 class Decoder:
     """An open decoder export. `use` selects the adapter of the caches that are started afterwards."""
 
-    def __init__(self, folder: Path, device: str = "cpu", threads: int | None = None) -> None:
+    def __init__(
+        self, folder: Path, device: str = "cpu", threads: int | None = None, graph: Path | None = None
+    ) -> None:
         self.folder = folder
+        self.graph = graph or folder / "model.onnx"
         self.kind, self.index = parse_device(device)
-        self.session = open_session(folder / "model.onnx", device, threads)
+        self.session = open_session(self.graph, device, threads)
         metadata = self.session.get_modelmeta().custom_metadata_map
-        self.layout: Layout = read_layout(metadata, str(folder / "model.onnx"))
+        self.layout: Layout = read_layout(metadata, str(self.graph))
         config_file = folder / "genai_config.json"
         config = read_json(config_file) if config_file.is_file() else {}
+        self.context_length = int(config.get("model", {}).get("context_length", 0))  # 0: not stated
         self.shares_cache = bool(config.get("search", {}).get("past_present_share_buffer", False))
         self.inputs = {value.name: value for value in self.session.get_inputs()}
         self.past = [name for name in self.inputs if PAST.fullmatch(name)]
@@ -75,17 +79,40 @@ class Decoder:
             if name not in self.adapters:
                 known = ", ".join(self.adapters) or "none"
                 raise InputError(f"{self.folder}: no adapter named {name!r}", expected=known)
-            tensors = load_tensors(self.folder / f"{name}{SUFFIX}", self.layout)
-            if self.kind == "cuda":
-                tensors = {key: self._to_device(value) for key, value in tensors.items()}
-            else:
-                tensors = in_order(tensors, self.layout)
-            self._loaded[name] = tensors
+            self.load_file(name, self.folder / f"{name}{SUFFIX}")
         return self._loaded[name]
 
-    def start(self, capacity: int, adapters: str | Sequence[str | None] | None = None) -> Cache:
-        """Return an empty cache for `capacity` positions: one sequence, or one per entry of `adapters` (None: base).
+    def load_file(self, name: str, file: Path) -> None:
+        """Load the adapter in `file` under `name`."""
+        tensors = load_tensors(file, self.layout)
+        if self.kind == "cuda":
+            tensors = {key: self._to_device(value) for key, value in tensors.items()}
+        else:
+            tensors = in_order(tensors, self.layout)
+        self._loaded[name] = tensors
 
+    @property
+    def bytes_per_position(self) -> int:
+        """Size of all keys and values of one position, float32."""
+        shapes = [self._past_shape(name, 1, 1) for name in self.past]
+        return 4 * sum(shape[1] * shape[3] for shape in shapes)
+
+    def random_past(self, positions: int) -> dict[str, NDArray[np.float32]]:
+        """Return past name -> reproducible random keys or values (1, kv heads, positions, head size)."""
+        import numpy as np
+
+        generator = np.random.default_rng(0)
+        shapes = {name: self._past_shape(name, 1, positions) for name in sorted(self.past)}
+        return {name: 0.5 * generator.standard_normal(shape, np.float32) for name, shape in shapes.items()}
+
+    def _past_shape(self, name: str, batch: int, positions: int) -> list[int]:
+        shape = self.inputs[name].shape
+        return [batch, int(shape[1]), positions, self._head_size(name, shape[3])]
+
+    def start(self, capacity: int, adapters: str | Sequence[str | None] | None = None, past: int = 0) -> Cache:
+        """Return a cache for `capacity` positions: one sequence, or one per entry of `adapters` (None: base).
+
+        It is empty, or holds `past` positions of `random_past`.
         Different adapters in one batch need a batched export. Raises InputError.
         """
         rows = [adapters] if adapters is None or isinstance(adapters, str) else list(adapters)
@@ -98,12 +125,12 @@ class Decoder:
             )
         elif rows[0] is not None:
             extra = self.load(rows[0])
+        random = self.random_past(past) if past else {}
         values = {}
         for name in self.past:
-            heads, size = self.inputs[name].shape[1], self.inputs[name].shape[3]
-            shape = [len(rows), heads, capacity if self.shares_cache else 0, self._head_size(name, size)]
-            values[name] = self._empty(shape, self.inputs[name].type)
-        return Cache(len(rows), capacity, values, extra)
+            shape = self._past_shape(name, len(rows), capacity if self.shares_cache else past)
+            values[name] = self._filled(shape, self.inputs[name].type, random.get(name))
+        return Cache(len(rows), capacity, values, extra, past)
 
     def step(
         self,
@@ -156,13 +183,18 @@ class Decoder:
         config = read_json(self.folder / "genai_config.json")
         return int(config["model"]["decoder"]["head_size"])
 
-    def _empty(self, shape: list[int], kind: str) -> Any:
+    def _filled(self, shape: list[int], kind: str, first: Any) -> Any:
+        """Return an OrtValue of zeros, with `first` (None: nothing) in its first positions."""
         import numpy as np
         import onnxruntime
 
         if kind in NUMPY_TYPES:
             zeros = np.zeros(shape, NUMPY_TYPES[kind])
+            if first is not None:
+                zeros[:, :, : first.shape[2]] = first
             return onnxruntime.OrtValue.ortvalue_from_numpy(zeros, self.kind, self.index)
+        if first is not None:
+            raise InputError(f"{self.folder}: random keys and values need a float32 or float16 cache", got=kind)
         make = onnxruntime.OrtValue.ortvalue_from_shape_and_type
         return make(shape, ONNX_TYPES[kind], self.kind, self.index)
 

@@ -55,6 +55,17 @@ def check_packages(*modules: str) -> None:
     raise_all(problems, MissingDependencyError)
 
 
+def check_runnable(precision: str) -> None:
+    """Raise MissingDependencyError when no provider here runs an export of `precision`, so that it can't be checked."""
+    import onnxruntime
+
+    if precision == "bf16" and "CUDAExecutionProvider" not in onnxruntime.get_available_providers():
+        raise MissingDependencyError(
+            "a bf16 export cannot be checked here: this onnxruntime has no CUDA provider",
+            hint="--no-check, and adapter-merge verify where it runs",
+        )
+
+
 def parse_device(device: str) -> tuple[str, int]:
     """Return ("cpu" | "cuda", index) of "cpu", "cuda" or "cuda:N". Raises InputError."""
     kind, _, index = device.partition(":")

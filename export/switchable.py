@@ -22,6 +22,8 @@ from .decoder import build_decoder
 from .factor_folder import Factors
 from .folder import save_graph, write_manifest
 from .insertion import insert_switches
+from .parity import check_decoder_parity
+from .pending import hidden
 from .request import Request, export_bytes, figures, open_request
 from .targets import Layout, Target, decoder_targets
 
@@ -52,24 +54,26 @@ def export_switchable(base: str | Path, adapters: Mapping[str, Path], output: Pa
         save_graph(model, staging / "model.onnx")
         manifest = request.manifest()
         manifest.adapters |= write_adapters(factors, adapters, layout, staging)
+        check_decoder_parity(request, staging, manifest)
         write_manifest(staging, manifest)
     return {
         **plan,
         "targets": len(layout.targets),
         "adapter_bytes": {name: entry["bytes"] for name, entry in manifest.adapters.items()},
         "build_seconds": round(built - request.started, 2),
-        **request.done(),
+        **request.done(manifest),
     }
 
 
 def write_adapters(
-    factors: Mapping[str, Factors], sources: Mapping[str, Path], layout: Layout, folder: Path
+    factors: Mapping[str, Factors], sources: Mapping[str, Path], layout: Layout, folder: Path, *, hide: bool = False
 ) -> dict[str, dict[str, Any]]:
-    """Write NAME.onnx_adapter for each of `factors` into `folder`; return the manifest's entries."""
+    """Write NAME.onnx_adapter for each of `factors` into `folder`, with `hide` under the name that pending.commit
+    replaces; return the manifest's entries."""
     entries = {}
     for name, value in factors.items():
         file = folder / f"{name}{SUFFIX}"
-        size = write_adapter(value, layout, file)
+        size = write_adapter(value, layout, hidden(file) if hide else file)
         entries[name] = {"source": str(sources[name]), "file": file.name, "bytes": size}
     return entries
 

@@ -28,6 +28,7 @@ from .factor_folder import Factors
 from .folder import Manifest, save_graph, write_manifest
 from .insertion import insert_switches, make_optional, split_gemm
 from .merged import add_merged, merge_adapters, stamp_merged
+from .parity import check_decoder_parity, check_encoder_parity
 from .request import Request, export_bytes, figures, open_request
 from .switchable import write_adapters
 from .targets import POSITIONS, ModuleSlice, Target
@@ -82,9 +83,13 @@ def export_traced(
         else:
             _trace_switchable(request, factors, name_of_class, staging, manifest)
         copy_side_files(request.checkpoint, staging)
+        if manifest.kind == "decoder":
+            check_decoder_parity(request, staging, manifest, recipe)
+        else:
+            check_encoder_parity(request, staging, manifest, recipe)
         write_manifest(staging, manifest)
     sizes = {name: entry["bytes"] for name, entry in manifest.adapters.items() if "bytes" in entry}
-    return {**plan, "adapter_bytes": sizes, **request.done()}
+    return {**plan, "adapter_bytes": sizes, **request.done(manifest)}
 
 
 def task_class(checkpoint: Checkpoint, factors: Mapping[str, Factors]) -> str:

@@ -50,16 +50,16 @@ def lock_file(file: Path, mode: int, patience: float = 0.0) -> int:
 
 
 @contextmanager
-def locked(output: Path, shared: bool = False) -> Iterator[None]:
+def locked(output: Path, shared: bool = False, patience: float = 0.0) -> Iterator[None]:
     """Hold the lock of an output folder; shared by the parts of one split merge, exclusive otherwise.
 
-    Raises OutputError at once when another process holds it.
+    Raises OutputError when another process still holds it after `patience` seconds.
     """
     file = output.parent / f".{output.name}.lock"
     try:
         output.parent.mkdir(parents=True, exist_ok=True)
         mode = fcntl.LOCK_SH if shared else fcntl.LOCK_EX
-        fd = lock_file(file, mode | fcntl.LOCK_NB, PATIENCE if shared else 0.0)
+        fd = lock_file(file, mode | fcntl.LOCK_NB, PATIENCE if shared else patience)
     except BlockingIOError:
         raise OutputError(
             f"{output}: another run is writing it",

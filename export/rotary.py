@@ -1,0 +1,115 @@
+"""Scaled rotary positions: which the export can hold, and tables of cosines and sines from transformers' own formulas.
+
+The model builder (onnxruntime-genai 0.18) knows one scaling for Llama, llama3, and exports the others as if they were
+not scaled, without a word; for yarn it needs betas that most configurations leave out. So its tables are computed here
+from the inverse frequencies that transformers gives the model (modeling_rope_utils.ROPE_INIT_FUNCTIONS).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from adapter_merge.errors import Problem
+
+PLAIN = ("default",)
+FIXED = ("linear", "yarn", "llama3")  # frequencies that do not depend on the length of the text
+TYPES: Mapping[str, tuple[str, ...]] = {
+    "LlamaForCausalLM": (*PLAIN, *FIXED),
+    "MistralForCausalLM": (*PLAIN, *FIXED),
+    "Qwen2ForCausalLM": (*PLAIN, *FIXED),
+    "Qwen3ForCausalLM": (*PLAIN, *FIXED),
+    "Phi3ForCausalLM": (*PLAIN, "longrope"),
+    "GemmaForCausalLM": PLAIN,
+    "Gemma2ForCausalLM": PLAIN,
+    "Gemma3ForCausalLM": PLAIN,
+}
+REASONS: Mapping[str, str] = {
+    "dynamic": "its frequencies change with the length of the text, and a graph's tables are fixed",
+}
+NEEDED: Mapping[str, tuple[str, ...]] = {
+    "linear": ("factor",),
+    "yarn": ("factor",),
+    "llama3": ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"),
+    "longrope": ("short_factor", "long_factor"),
+}
+
+
+def rope_settings(config: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """Return the rotary settings in a config.json, one per kind of layer: rope_scaling, or rope_parameters flat or by
+    layer type."""
+    given = config.get("rope_parameters") or config.get("rope_scaling") or {}
+    nested = [dict(value) for value in given.values() if isinstance(value, dict)]
+    return nested or [dict(given)]
+
+
+def rope_problems(config: Mapping[str, Any], source: Path) -> list[Problem]:
+    """Return why the rotary positions of this decoder cannot be exported exactly; nothing when they can."""
+    architecture = (config.get("architectures") or [""])[0]
+    allowed = TYPES.get(architecture, PLAIN)
+    problems = []
+    for settings in rope_settings(config):
+        kind = settings.get("rope_type", settings.get("type", "default"))
+        if kind not in allowed:
+            reason = REASONS.get(kind, "the export has no tables for it")
+            problems.append(
+                Problem(
+                    f"{source}: {kind} rotary positions of {architecture}: {reason}",
+                    expected=f"rope_type {', '.join(allowed)}",
+                    got=str(kind),
+                    hint="merge it (adapter-merge merge) and serve it with vLLM",
+                )
+            )
+            continue
+        missing = [key for key in NEEDED.get(kind, ()) if settings.get(key, config.get(key)) is None]
+        if missing:
+            problems.append(Problem(f"{source}: {kind} rotary positions without {', '.join(missing)}"))
+    return problems
+
+
+def fixed_frequencies(config: Any) -> tuple[Any, float] | None:
+    """Return inverse frequencies (rotary dims / 2,) float32 and the factor of cosines and sines of a transformers
+    config with FIXED scaling; None for any other."""
+    rope = getattr(config, "rope_parameters", None) or {}
+    if rope.get("rope_type") not in FIXED:
+        return None
+    from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
+
+    frequencies, factor = ROPE_INIT_FUNCTIONS[rope["rope_type"]](config, device="cpu")
+    return frequencies.float(), float(factor)
+
+
+def scaled_context(config: Any) -> int:
+    """Return how many positions a model with FIXED scaling is for: its config's, or the original ones times the factor
+    where the config still states these (Qwen2 with yarn, linear scaling)."""
+    limit, rope = int(config.max_position_embeddings), config.rope_parameters
+    original = int(rope.get("original_max_position_embeddings") or limit)
+    return max(limit, int(original * rope["factor"])) if rope["rope_type"] in ("linear", "yarn") else limit
+
+
+def use_transformers_tables(model_class: Any, config: Any) -> None:
+    """Make the builder's `model_class` take its tables from transformers, and let `config`, which is changed, look
+    unscaled to it. Longrope gets the factor of its cosines that transformers computes."""
+    rope = dict(getattr(config, "rope_parameters", None) or {})
+    if rope.get("rope_type") == "longrope":
+        from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
+
+        factor = float(ROPE_INIT_FUNCTIONS["longrope"](config, device="cpu", seq_len=1)[1])
+        config.rope_parameters = {**rope, "type": "longrope", "short_mscale": factor, "long_mscale": factor}
+        return
+    tables = fixed_frequencies(config)
+    if tables is None:
+        return
+    import torch
+
+    frequencies, factor = tables
+    config.max_position_embeddings = scaled_context(config)
+    config.rope_parameters = {"rope_type": "default", "rope_theta": rope["rope_theta"]}
+
+    def caches(self: Any) -> tuple[Any, Any]:
+        angles = torch.outer(torch.arange(self.rope_attrs["cache_length"], dtype=torch.float32), frequencies)
+        both = torch.cat((angles, angles), dim=-1)  # (positions, rotary dims)
+        return both.cos() * factor, both.sin() * factor
+
+    model_class.make_rotary_embedding_caches_from_scratch = caches
