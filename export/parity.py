@@ -146,6 +146,7 @@ def live_logits(base: Path, bound: Any, texts: list[Text], decoder: Decoder) -> 
     import torch
     from transformers import DynamicCache
 
+    from adapter_merge.quantisation.dense_view import open_base
     from adapter_merge.verification.live_model import trained_model
     from adapter_merge.verification.streamed_adapter import streamed_base, streamed_trained
 
@@ -153,7 +154,7 @@ def live_logits(base: Path, bound: Any, texts: list[Text], decoder: Decoder) -> 
     if isinstance(bound, CombinedBound):
         model: Any = trained_model(bound)
     elif bound is None:
-        model = streamed_base(base, torch.float32).model
+        model = streamed_base(open_base(base), torch.float32).model
     else:
         model = streamed_trained(bound, torch.float32).model
     answers = []
