@@ -4,7 +4,7 @@ An adapter fits every base of its shapes, and a merge into the wrong one does no
 
 magnitudes       DoRA and DuDe start from the norms of the base's rows, and training moves them little
 residual base    the base of PiSSA, OLoRA and DuDe without its principal part has no energy along the trained factors
-own base         a DCFT checkpoint holds the weights that it was trained on (formats/dcft_checkpoint.py compares them)
+own base         a DCFT checkpoint holds the weights that it was trained on; they are compared across dtypes
 fingerprint      folders that adapter-merge wrote name the fingerprint of their base
 merged before    a merged model's manifest names the adapters in it
 names            base_model_name_or_path against the base's own names: an indication, never a contradiction
@@ -30,6 +30,7 @@ from adapter_merge.storage.checkpoint import Checkpoint, read_json
 from adapter_merge.storage.input_errors import reading
 from adapter_merge.storage.lazy_torch import torch
 from adapter_merge.storage.safetensors_header import FLOAT_DTYPES
+from adapter_merge.storage.tensor_comparison import same_but_for_rounding
 from adapter_merge.storage.tensor_io import read_tensor
 
 from .adapter_hashes import adapter_sha256
@@ -192,13 +193,31 @@ def _residual(bound: BoundAdapter) -> Origin:
 
 
 def _own_base(bound: BoundAdapter) -> Origin:
-    """Say that a DCFT checkpoint holds the weights that it was trained on; its reader compares them with the base's."""
+    """Compare the weights that a DCFT checkpoint was trained on with those of the given base, whatever their dtypes."""
     own = bound.adapter.own_base
     if own is None:
         return Origin()
     if own.folder.resolve() == bound.base.folder.resolve():
         return Origin(("the checkpoint holds the base that it was trained on",))
-    return Origin(("the checkpoint's frozen weights are this base's",))
+    pairs = [
+        (own.tensors[name], item.weight)
+        for item in _spread([item for item in bound.modules if item.module.parameter == "weight"])
+        if (name := f"{item.module.name}.weight") in own.tensors and own.tensors[name].shape == item.weight.shape
+    ]
+    if not pairs or bound.base.stored is not None:
+        return Origin(doubts=("the checkpoint's frozen weights could not be compared with this base's",))
+    different = [given.name for held, given in pairs if not same_but_for_rounding(held, given)]
+    if not different:
+        return Origin((f"the checkpoint's frozen weights are this base's ({len(pairs)} compared)",))
+    return Origin(
+        contradictions=(
+            Problem(
+                "the checkpoint was trained on another base: its frozen weights are not this base's",
+                got=f"{len(different)} of {len(pairs)} compared weights differ, for example {different[0]}",
+                hint="leave BASE out, since the checkpoint holds its base; --force uses this one all the same",
+            ),
+        )
+    )
 
 
 def _recorded(bound: BoundAdapter) -> Origin:

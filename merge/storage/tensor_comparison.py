@@ -23,6 +23,23 @@ def same_values(first: TensorRef, second: TensorRef) -> bool:
     return torch.equal(read_tensor(first).to(wide), read_tensor(second).to(wide))
 
 
+def same_but_for_rounding(first: TensorRef, second: TensorRef) -> bool:
+    """Return True for equal bytes, and for two float dtypes of which one holds the rounded values of the other.
+
+    float16 and bfloat16 do not hold each other's values: there both may be roundings of a third tensor.
+    """
+    if first.dtype == second.dtype or first.shape != second.shape:
+        return same_bytes(first, second)
+    if not {first.dtype, second.dtype} <= set(FLOAT_DTYPES):
+        return False
+    one, two = read_tensor(first), read_tensor(second)
+    if {first.dtype, second.dtype} == {"F16", "BF16"}:
+        eps = torch.finfo(one.dtype).eps + torch.finfo(two.dtype).eps
+        return torch.allclose(one.float(), two.float(), rtol=eps, atol=1e-7)
+    wide, narrow = (one, two) if one.dtype.itemsize > two.dtype.itemsize else (two, one)
+    return torch.equal(wide.to(narrow.dtype), narrow)
+
+
 def same_bytes(first: TensorRef, second: TensorRef) -> bool:
     """Return True when both hold the same dtype, shape and bytes; reads pieces of 16 MiB."""
     if (first.dtype, first.shape) != (second.dtype, second.shape):

@@ -126,7 +126,11 @@ def test_a_checkpoint_that_holds_its_base_refuses_another(bases: dict[str, Path]
         merge(bases["other"], checkpoint, tmp_path / "out")
     merge(bases["base"], checkpoint, tmp_path / "out", MergeOptions(device="cpu"))
     (entry,) = json.loads((tmp_path / "out" / "adapter_merge.json").read_text())["adapters"]
-    assert "the checkpoint's frozen weights are this base's" in entry["origin"]
+    assert "the checkpoint's frozen weights are this base's (6 compared)" in entry["origin"]
+    merge(bases["half"], checkpoint, tmp_path / "rounded", MergeOptions(device="cpu"))  # the same base in bfloat16
+    other = pico.save_base(pico.pico_model("llama", torch.bfloat16, seed=5), tmp_path / "other")
+    with pytest.raises(MismatchError, match="frozen weights are not this base's"):
+        merge(other, checkpoint, tmp_path / "no")
 
 
 def test_own_folders_know_their_base(bases: dict[str, Path], tmp_path: Path) -> None:
