@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from adapter_merge.errors import FileFormatError, InputError, MissingDependencyError, Problem, raise_all
+from adapter_merge.storage.installation import install_command
 
 PACKAGES = ("onnxruntime", "onnxruntime-gpu", "onnxruntime-directml", "onnxruntime-openvino")
 QUIET = 3  # errors only: onnxruntime warns once for every optional input of a graph
@@ -49,7 +50,7 @@ def check_packages(*modules: str) -> None:
         problems.append(
             Problem(
                 f"ONNX needs {', '.join(missing)}",
-                hint="pip install 'adapter-merge[onnx]' (or [onnx-gpu] for CUDA)",
+                hint=f"{install_command('onnx')} (or [onnx-gpu] for CUDA)",
             )
         )
     raise_all(problems, MissingDependencyError)
@@ -93,7 +94,7 @@ def providers(device: str) -> list[tuple[str, dict[str, str]]]:
             f"{device} was asked for, but this onnxruntime has no CUDA provider",
             expected="CUDAExecutionProvider",
             got=", ".join(available),
-            hint="pip uninstall -y onnxruntime onnxruntime-genai && pip install 'adapter-merge[onnx-gpu]'",
+            hint=f"pip uninstall -y onnxruntime onnxruntime-genai && {install_command('onnx-gpu')}",
         )
     options = {
         "device_id": str(index),

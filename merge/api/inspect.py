@@ -11,6 +11,7 @@ from adapter_merge.formats.detection import open_adapter
 from adapter_merge.methods.adapter import Adapter
 from adapter_merge.methods.peft_layer import PeftLayerModule
 
+from .inspect_artefact import inspect_artefact
 from .options import InspectOptions
 from .results import Inspection
 
@@ -25,6 +26,8 @@ def inspect(
 ) -> Inspection:
     """Describe `adapter` from headers and config, and its fit to `base` where one is given.
 
+    A merged model, deltas and an ONNX export of this project are described from their manifest (`artefact`).
+
     With a base a few small weights are read: evidence of the base that the adapter was trained on (combine/origin.py).
 
     A bad adapter raises nothing: `problems` of the result holds everything that was found.
@@ -33,6 +36,9 @@ def inspect(
         >>> inspect("adapter", "base").problems
         ()
     """
+    artefact = inspect_artefact(adapter)
+    if artefact is not None:
+        return Inspection(artefact)
     problems: list[Problem] = []
     report: dict[str, Any] = {"path": str(adapter)}
     from adapter_merge.binding.trained_base import evidence_of_training, open_trained_base

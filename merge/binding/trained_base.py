@@ -13,6 +13,7 @@ from adapter_merge.quantisation.simulated import SimulatedWeight, TrainedOn, par
 from adapter_merge.quantisation.turned_cache import TurnedCache
 from adapter_merge.storage.checkpoint import Checkpoint
 from adapter_merge.storage.computed_tensor import ComputedRef
+from adapter_merge.storage.installation import install_command
 from adapter_merge.storage.safetensors_header import FLOAT_DTYPES
 
 from .transformers_names import model_of
@@ -117,9 +118,7 @@ def _model(base: Checkpoint) -> Any:
     try:
         model = model_of(base, str(architectures[0]))
     except ImportError as error:
-        raise MissingDependencyError(
-            "--trained-on needs transformers", hint="pip install 'adapter-merge[verify]'"
-        ) from error
+        raise MissingDependencyError("--trained-on needs transformers", hint=install_command("verify")) from error
     if model is None:
         raise UnsupportedError(f"{base.folder}: transformers has no class {architectures[0]} for --trained-on")
     return model

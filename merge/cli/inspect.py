@@ -26,18 +26,23 @@ def inspect(
     quiet: bool,
     verbose: bool,
 ) -> None:
-    """Show what ADAPTER is, what it would do, and all that is wrong with it. Reads headers only but for --heat-map."""
+    """Show what ADAPTER is, what it would do, and all that is wrong with it. Reads headers only but for --heat-map.
+
+    ADAPTER may be a merged model, deltas or an ONNX export of adapter-merge too: what it was made from is shown.
+    """
     from adapter_merge.api.inspect import inspect as run
     from adapter_merge.api.options import InspectOptions
 
     base_kind, options = one_stated()
     report = run(adapter, base, InspectOptions(base_kind=base_kind, reading=options)).as_json()
-    if heat_map and not report["problems"]:
+    if heat_map and "method" in report and not report["problems"]:
         from adapter_merge.reporting.report import changes
 
         report["change"] = changes(adapter, base, base_kind=base_kind, options=options)
     if as_json:
         emit(report)
+    elif "artefact" in report:
+        _show_artefact(report)
     elif "method" in report:
         _show(report)
     if report["problems"]:
@@ -50,6 +55,22 @@ def _problems(problems: list[dict[str, Any]]) -> None:
     from adapter_merge.errors import AdapterMergeError, Problem
 
     report_error(AdapterMergeError([Problem(**problem) for problem in problems]))
+
+
+def _show_artefact(report: dict[str, Any]) -> None:
+    click.echo(f"{report['artefact']} of adapter-merge {report['versions'].get('adapter-merge', '')}: {report['path']}")
+    click.echo(f"base        {report['base']['name']} ({report['base']['path']})")
+    for entry in report["adapters"]:
+        method = f"{entry['method']}, {entry['modules']} weights, " if entry["method"] else ""
+        click.echo(f"adapter     {entry['name']}: {method}{entry['path']}")
+    options = ", ".join(f"{key} {value}" for key, value in report["options"].items() if value not in (None, False))
+    click.echo(f"options     {options}")
+    kept = f", and a pre-image of {report['preimage_bytes'] / 1e6:.1f} MB" if report["preimage_bytes"] else ""
+    click.echo(f"written     {report['created']}, {report['files']} files, {report['bytes'] / 1e6:.1f} MB{kept}")
+    for warning in report["warnings"]:
+        click.echo(f"warning     {warning}")
+    for command, text in report["would"].items():
+        click.echo(f"{command:<11} {text}")
 
 
 def _show(report: dict[str, Any]) -> None:

@@ -72,4 +72,4 @@ def report(
         if values:
             Console().print(heat_table(values))
         else:
-            say("nothing is known of its weights without the base: pass --base", quiet=quiet)
+            say("its manifest says nothing of single weights", quiet=quiet)

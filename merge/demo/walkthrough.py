@@ -14,6 +14,7 @@ from adapter_merge.api.options import DeltaOptions, FactorOptions, MergeOptions,
 from adapter_merge.api.verify import check, verify
 from adapter_merge.combine.open_inputs import open_pair
 from adapter_merge.outputs.staging import check_output
+from adapter_merge.storage.checkpoint import open_checkpoint
 from adapter_merge.verification.live_adapter import load_model, quiet_libraries, require
 from adapter_merge.verification.live_model import trained_model
 
@@ -55,7 +56,8 @@ def run(output: Path, base: str | None, overwrite: bool, say: Callable[[str], No
 
     Raises ParityError when an artefact does not compute what was trained.
     """
-    require("transformers", "peft", *(() if base else ("gguf",)))
+    require("transformers", "peft", *(() if base else ("gguf",)), extra="demo")
+    given = open_checkpoint(base).folder if base is not None else None  # before a library asks a hub for it
     import transformers
 
     started = time.perf_counter()
@@ -63,7 +65,7 @@ def run(output: Path, base: str | None, overwrite: bool, say: Callable[[str], No
         for artefact in ("merged", "factors", "delta"):
             check_output(output / name / artefact, overwrite)
     say("base: SmolLM2-135M-Instruct" if base is None else f"base: {base}")
-    folder = obtain_base(output / "base") if base is None else Path(base)
+    folder = given or obtain_base(output / "base")
     with quiet_libraries():
         tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
     report: dict[str, Any] = {"base": str(folder), "questions": list(QUESTIONS), "adapters": {}}

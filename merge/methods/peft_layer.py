@@ -17,6 +17,7 @@ from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any
 
 from adapter_merge.errors import AdapterError, MissingDependencyError, UnsupportedError
+from adapter_merge.storage.installation import install_command
 from adapter_merge.storage.lazy_torch import torch
 from adapter_merge.storage.safetensors_header import TensorRef
 
@@ -39,7 +40,7 @@ def require_peft(kind: str) -> None:
     if find_spec("peft") is None:
         raise MissingDependencyError(
             f"an adapter of type {kind} is merged by PEFT's own layer, and peft is not installed",
-            hint="pip install 'adapter-merge[verify]'",
+            hint=install_command("verify"),
         )
 
 

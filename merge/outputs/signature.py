@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from adapter_merge.errors import FileFormatError, InputError, MissingDependencyError
+from adapter_merge.storage.installation import install_command
 
 from .folder_content import SIGNATURE
 from .staging import MANIFEST
@@ -34,7 +35,7 @@ def check_signature(folder: Path, files: Iterable[str], public_key: Path) -> int
         from model_signing import verifying
     except ImportError as error:
         raise MissingDependencyError(
-            "checking a signature needs model-signing", got=str(error), hint="pip install 'adapter-merge[sign]'"
+            "checking a signature needs model-signing", got=str(error), hint=install_command("sign")
         ) from error
     try:
         verifier = verifying.Config().use_elliptic_key_verifier(public_key=public_key)

@@ -21,6 +21,7 @@ from typing import Any
 
 from adapter_merge.errors import FileFormatError, MissingDependencyError, Problem, UnsupportedError, raise_all
 from adapter_merge.storage.gguf_header import GgufHeader
+from adapter_merge.storage.installation import install_command
 
 from .gguf_names import COMMON_KEYS, Architecture, architecture_named
 
@@ -38,7 +39,7 @@ def require_transformers(what: str) -> None:
         name for name in ("transformers", "gguf", "accelerate") if find_spec(name) is None and name != "accelerate"
     ]
     if missing:
-        raise MissingDependencyError(f"{what} needs {' and '.join(missing)}", hint="pip install 'adapter-merge[gguf]'")
+        raise MissingDependencyError(f"{what} needs {' and '.join(missing)}", hint=install_command("gguf"))
 
 
 def make_config(header: GgufHeader) -> dict[str, Any]:

@@ -16,6 +16,7 @@ from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any
 
 from adapter_merge.errors import FileFormatError, MissingDependencyError, UnsupportedError
+from adapter_merge.storage.installation import install_command
 from adapter_merge.storage.lazy_torch import torch
 
 if TYPE_CHECKING:
@@ -85,7 +86,7 @@ def architecture_of(config: Mapping[str, Any], where: object) -> Architecture:
 def require_gguf(what: str) -> Any:
     """Return the gguf package. Raises MissingDependencyError, which says that `what` needs it."""
     if find_spec("gguf") is None:
-        raise MissingDependencyError(f"{what} needs the package gguf", hint="pip install 'adapter-merge[gguf]'")
+        raise MissingDependencyError(f"{what} needs the package gguf", hint=install_command("gguf"))
     return import_module("gguf")
 
 

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from adapter_merge.errors import MissingDependencyError
+from adapter_merge.storage.installation import install_command
 
 from .module_grid import grid_of
 
@@ -47,9 +48,7 @@ def _style(salt: str, inks: Inks) -> Iterator[None]:
     try:
         import matplotlib
     except ImportError:
-        raise MissingDependencyError(
-            "the report's pictures need matplotlib", hint="pip install 'adapter-merge[report]'"
-        ) from None
+        raise MissingDependencyError("the report's pictures need matplotlib", hint=install_command("report")) from None
     settings = {
         "svg.fonttype": "none", "svg.hashsalt": salt, "font.family": "sans-serif", "font.size": 9.5,
         "text.color": inks.ink, "axes.labelcolor": inks.muted, "axes.edgecolor": inks.line, "axes.facecolor": "none",

@@ -18,6 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from adapter_merge.api.inspect_artefact import adapters_of
 from adapter_merge.binding.bind import BoundAdapter, BoundModule, bind
 from adapter_merge.engine.weight_pool import weight_pool
 from adapter_merge.errors import AdapterMergeError, InputError
@@ -27,11 +28,13 @@ from adapter_merge.factoring.weight_factors import Factoriser
 from adapter_merge.formats.detection import open_adapter
 from adapter_merge.formats.read_options import ReadOptions
 from adapter_merge.methods.adapter import Adapter
+from adapter_merge.outputs.preimage import FOLDER
 from adapter_merge.outputs.staging import MANIFEST, read_manifest
 from adapter_merge.quantisation.dense_view import open_base
 from adapter_merge.storage.checkpoint import CANDIDATES, Checkpoint, read_json, read_weights, resolve
 from adapter_merge.storage.tensor_io import read_tensor
 
+from .delta_figures import measure_deltas
 from .module_grid import cell_of
 
 BINS = 61
@@ -80,6 +83,8 @@ def gather(
                 "delta_norm": _short(figure.delta_norm),
                 "relative_delta": _short(figure.relative_delta),
             }
+    elif manifest["artefact"] == "deltas":
+        modules = measure_deltas(folder, checkpoint)
     for name, line in (manifest or {}).get("layers", {}).items():
         plain = cell_of(name).name
         entry = modules.setdefault(plain, {})
@@ -91,13 +96,19 @@ def gather(
     scales = [figure.row_scale for figure in figures.values() if figure.row_scale is not None]
     if (folder / ROW_SCALES).is_file():
         scales = [read_tensor(ref) for ref in read_weights(folder / ROW_SCALES).tensors]
+    if not modules and not parity and opened is not None and checkpoint is None:
+        raise InputError(
+            f"{target}: the change of none of its {len(opened.modules)} weights is known without the base",
+            expected="the base that it was trained on",
+            hint="--base BASE",
+        )
     content: dict[str, Any] = {
         "title": folder.resolve().name,
         "artefact": manifest["artefact"] if manifest else "adapter",
         "form": (manifest or {}).get("form"),
         "exact": (manifest or {}).get("exact"),
         "base": (manifest or {}).get("base") or _describe_base(checkpoint, opened),
-        "adapters": _adapters(manifest or {}) or ([_describe_adapter(opened)] if opened else []),
+        "adapters": adapters_of(manifest or {}) or ([_describe_adapter(opened)] if opened else []),
         "options": (manifest or {}).get("options"),
         "versions": (manifest or {}).get("versions"),
         "created": (manifest or {}).get("created"),
@@ -297,14 +308,6 @@ def _parity_line(parity: Mapping[str, Any], file: Path) -> dict[str, Any]:
     raise InputError(f"{file}: not a verification", expected="what adapter-merge verify --json prints")
 
 
-def _adapters(manifest: Mapping[str, Any]) -> list[dict[str, Any]]:
-    """The manifest's adapters, each with its name and path: a list, or by name as an ONNX export has them."""
-    adapters = manifest.get("adapters") or []
-    if not isinstance(adapters, Mapping):
-        return list(adapters)
-    return [{"name": name, "path": entry.get("source"), **entry} for name, entry in adapters.items()]
-
-
 def _sizes(
     folder: Path, checkpoint: Checkpoint | None, manifest: Mapping[str, Any] | None, opened: Adapter | None
 ) -> dict[str, int]:
@@ -312,14 +315,15 @@ def _sizes(
     if checkpoint is not None:
         sizes["base"] = checkpoint.nbytes
     if manifest is not None:
-        for entry in _adapters(manifest):
+        for entry in adapters_of(manifest):
             source = Path(str(entry.get("path", "")))
             weights = source / "adapter_model.safetensors"
             if weights.is_file():
                 sizes[f"adapter {entry['name']}"] = weights.stat().st_size
-        sizes[str(manifest["artefact"])] = sum(
-            path.stat().st_size for path in folder.rglob("*") if path.is_file() and path.name != MANIFEST
-        )
+        files = [path for path in folder.rglob("*") if path.is_file() and path.name != MANIFEST]
+        kept = sum(path.stat().st_size for path in files if path.relative_to(folder).parts[0] == FOLDER)
+        sizes[str(manifest["artefact"])] = sum(path.stat().st_size for path in files) - kept
+        sizes |= {"pre-image": kept} if kept else {}
     elif opened is not None:
         sizes["adapter"] = opened.nbytes
     return sizes

@@ -20,6 +20,7 @@ from adapter_merge.methods.adapter import AdapterFormat
 from adapter_merge.methods.dcft import DcftModule
 from adapter_merge.quantisation.dense_view import open_base
 from adapter_merge.storage.checkpoint import Checkpoint
+from adapter_merge.storage.installation import install_command
 from adapter_merge.storage.safetensors_header import TensorRef
 from adapter_merge.storage.tensor_io import read_tensor
 
@@ -46,15 +47,13 @@ def quiet_libraries() -> Iterator[None]:
             transformers.logging.enable_progress_bar()
 
 
-def require(*packages: str) -> None:
+def require(*packages: str, extra: str = "verify") -> None:
     """Raise MissingDependencyError for each of `packages` that is not installed."""
     from importlib.util import find_spec
 
     missing = [name for name in packages if find_spec(name) is None]
     if missing:
-        raise MissingDependencyError(
-            f"running a model needs {' and '.join(missing)}", hint="pip install 'adapter-merge[verify]'"
-        )
+        raise MissingDependencyError(f"running a model needs {' and '.join(missing)}", hint=install_command(extra))
 
 
 def load_model(model: Any, config: Any = None) -> nn.Module:
