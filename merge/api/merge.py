@@ -24,6 +24,7 @@ from adapter_merge.engine.execute import FinishedShard, Progress, execute
 from adapter_merge.engine.plan import MergePlan, ShardPlan, plan_merge
 from adapter_merge.engine.requantise import plan_requantised
 from adapter_merge.errors import InputError, Problem, raise_all
+from adapter_merge.outputs.leftovers import staging_folder
 from adapter_merge.outputs.model_folder import base_files, output_files, write_rest
 from adapter_merge.outputs.preimage import PreimageRecorder
 from adapter_merge.outputs.resume_journal import MergePart, check_complete, shards_of_part, workplace
@@ -33,7 +34,6 @@ from adapter_merge.outputs.staging import (
     check_space,
     manifest,
     nearest_folder,
-    staging_folder,
     write_manifest,
 )
 from adapter_merge.storage.links import can_link
@@ -105,6 +105,7 @@ def merge(
         options.overwrite,
         identity,
         plan,
+        inputs.readers,
         part=options.part,
         finishing=options.finish,
         keep=options.keep_partial,

@@ -19,6 +19,7 @@ from adapter_merge.outputs.preimage import FOLDER, SIDE, VERSION, inflate
 from adapter_merge.outputs.staging import MANIFEST, check_output, check_space, nearest_folder, read_manifest, staged
 from adapter_merge.storage.checkpoint import plain_name, read_json
 from adapter_merge.storage.hashing import hash_files
+from adapter_merge.storage.input_snapshot import InputSnapshot
 from adapter_merge.storage.links import can_link, link_file
 from adapter_merge.storage.safetensors_header import TensorRef, read_header
 from adapter_merge.storage.tensor_io import pread_into
@@ -67,7 +68,12 @@ def restore(
             expected="the original base, or a merge made with --keep-preimage",
             hint=f"pass the base: {manifest['base'].get('path')}" if manifest else None,
         )
-    with staged(output, options.overwrite) as folder:
+    sources = [
+        merged / MANIFEST,
+        *(path for name in names if (path := (Path(base) if base is not None else merged) / name).is_file()),
+    ]
+    inputs = InputSnapshot(sources, may_be_linked=True).without_link_times()
+    with staged(output, options.overwrite, inputs) as folder:
         for name in names:
             (folder / name).parent.mkdir(parents=True, exist_ok=True)
         if base is not None:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import sys
+from dataclasses import asdict
+from pathlib import Path
 
 import click
 
@@ -11,10 +13,19 @@ from .options import report_options
 
 
 @click.command()
+@click.option("--clean", type=click.Path(path_type=Path), metavar="DIR", help="Remove what killed runs left in DIR.")
 @report_options
-def doctor(as_json: bool, quiet: bool, verbose: bool) -> None:
-    """Show versions, devices, and what works on this machine; exit code 1 when something is broken."""
+def doctor(clean: Path | None, as_json: bool, quiet: bool, verbose: bool) -> None:
+    """Show versions, devices, and what works on this machine; exit code 1 when something is broken.
+
+    --clean DIR removes, from a folder of outputs or the serving cache, the lock files and staging folders of runs that
+    no longer live, finished shards of killed merges too. Parts of a split merge (--shards) stay.
+    """
     from .environment import examine
+
+    if clean is not None:
+        _clean(clean, as_json)
+        return
 
     report = examine()
     if as_json:
@@ -33,3 +44,19 @@ def doctor(as_json: bool, quiet: bool, verbose: bool) -> None:
             click.echo(f"problem: {problem['cause']}\n  hint: {problem['hint']}")
     if report["problems"]:
         sys.exit(1)
+
+
+def _clean(folder: Path, as_json: bool) -> None:
+    """Print what was removed and what was kept."""
+    from adapter_merge.outputs.leftovers import clear_folder
+
+    found = clear_folder(folder)
+    if as_json:
+        emit({"leftovers": [asdict(item) | {"path": str(item.path)} for item in found]})
+        return
+    for item in found:
+        click.echo(
+            f"kept {item.path}: {item.kept}" if item.kept else f"removed {item.path} ({item.nbytes / 1e6:.1f} MB)"
+        )
+    if not found:
+        click.echo(f"{folder}: nothing was left by a killed run")

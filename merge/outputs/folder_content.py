@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 
 from adapter_merge.errors import FileFormatError, Problem
+from adapter_merge.storage.symlinks import is_hub_blob
 
 from .staging import MANIFEST
 
@@ -86,12 +87,3 @@ def list_content(folder: Path, expected: Mapping[str, str]) -> FolderContent:
 
 
 ADDED = "it was added after the output was written"
-
-
-def is_hub_blob(folder: Path, link: Path) -> bool:
-    """Return True for a link of the hub's cache: snapshots/REVISION/NAME -> blobs/SHA in the same repository."""
-    if folder.parent.name != "snapshots":
-        return False
-    blobs = (folder.parent.parent / "blobs").resolve()
-    target = link.resolve()
-    return target.parent == blobs and target.is_file()

@@ -17,8 +17,9 @@ from adapter_merge.errors import FileFormatError, InputError, Problem, raise_all
 from adapter_merge.formats.read_options import ReadOptions
 from adapter_merge.storage.checkpoint import open_checkpoint
 from adapter_merge.storage.hashing import hash_files
+from adapter_merge.storage.symlinks import is_hub_blob
 
-from .folder_content import is_hub_blob, list_content, stated_hashes
+from .folder_content import list_content, stated_hashes
 from .model_card import adapter_table
 from .seal import check_seal
 from .signature import check_signature

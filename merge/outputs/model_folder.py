@@ -14,9 +14,10 @@ from adapter_merge.storage.checkpoint import CANDIDATES
 from adapter_merge.storage.hashing import hash_files
 
 from .folder_content import SIGNATURE
+from .leftovers import remove
 from .model_card import merged_card
 from .preimage import FOLDER, SIDE
-from .staging import MANIFEST, copy_synced, remove, write_json, write_text
+from .staging import MANIFEST, copy_synced, write_json, write_text
 
 
 def write_rest(plan: MergePlan, folder: Path, content: Mapping[str, Any], title: str, keep_preimage: bool) -> None:

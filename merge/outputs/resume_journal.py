@@ -15,6 +15,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import stat
 import threading
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
@@ -30,7 +31,8 @@ from adapter_merge.storage.checkpoint import read_json
 from adapter_merge.storage.hashing import file_sha256, hash_files
 from adapter_merge.storage.locks import locked
 
-from .staging import SPLIT, check_output, disk_errors, publish, recover, remove, staging_folder, sync_folder, wipe
+from .leftovers import JOURNAL, SPLIT, recover, remove, staging_folder, wipe
+from .staging import check_output, close_to_others, disk_errors, open_to_readers, publish, sync_folder
 
 PLAN = "plan.json"
 MergePart = tuple[int, int]  # i of n, counted from 1
@@ -39,10 +41,10 @@ MergePart = tuple[int, int]  # i of n, counted from 1
 class Workplace:
     """The staging folder of one merge, with its journal."""
 
-    def __init__(self, staging: Path, plan: MergePlan) -> None:
-        self.staging, self.plan = staging, plan
+    def __init__(self, staging: Path, plan: MergePlan, readers: int) -> None:
+        self.staging, self.plan, self.readers = staging, plan, readers
         self.folder = staging / "model"
-        self.journal = staging / "journal"
+        self.journal = staging / JOURNAL
         self.identity: dict[str, Any] = {}  # base, adapter and options of the merge, set by `workplace`
         self._hashes: dict[Path, str] = {}
         self._lock = threading.Lock()
@@ -130,6 +132,7 @@ def workplace(
     overwrite: bool,
     identity: dict[str, Any],
     plan: MergePlan,
+    readers: int,
     *,
     part: MergePart | None = None,
     finishing: bool = False,
@@ -137,13 +140,14 @@ def workplace(
 ) -> Iterator[Workplace]:
     """Provide the folder to build `output` in, with the finished files of an earlier run of the same `identity`.
 
+    readers: the mode bits that the output may have (InputSnapshot.readers).
     part: this run makes one part of the output; the folder stays for the others. finishing: this run joins the parts,
     on any device. keep: the folder stays when this run fails. It also stays after a kill, and once it holds parts of a
     split merge. The caller publishes. A folder of another merge is removed, unless it holds parts, which may be days of
     other machines' work. Raises OutputError.
     """
     check_output(output, overwrite)
-    place = Workplace(staging_folder(output), plan)
+    place = Workplace(staging_folder(output), plan, readers)
     split = place.staging / SPLIT
     stays = keep or finishing or part is not None or split.exists()
     left = "the finished shards stay: run it again to go on" if stays else "nothing was left behind"
@@ -166,12 +170,15 @@ def workplace(
 
 
 def finish(place: Workplace, output: Path, overwrite: bool) -> None:
-    """Publish the finished model under its name."""
+    """Publish the finished model under its name, for those who may read its inputs."""
+    open_to_readers(place.folder, place.readers, stat.S_IMODE(place.folder.stat().st_mode))
     publish(place.folder, output, overwrite)
 
 
 def _adopt(place: Workplace, output: Path, identity: dict[str, Any], shared: bool, finishing: bool) -> None:
     """Take over the folder of an earlier run with the same identity, or start a new one. Raises OutputError."""
+    if place.staging.is_symlink():  # nothing is written through it
+        remove(place.staging)
     file = place.journal / PLAN
     wanted = json.loads(json.dumps(identity))
     held = read_json(file) if file.is_file() else None
@@ -190,7 +197,9 @@ def _adopt(place: Workplace, output: Path, identity: dict[str, Any], shared: boo
             )
         if not shared:
             wipe(place.staging)
-        place.journal.mkdir(parents=True, exist_ok=True)
+        place.staging.mkdir(exist_ok=True)
+        close_to_others(place.staging, place.readers)
+        place.journal.mkdir(exist_ok=True)
         write_whole(file, wanted)
         if shared and read_json(file) != wanted:  # another first part wrote the plan at the same time
             raise OutputError(f"{output}: parts of another merge are there already")

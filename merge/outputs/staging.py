@@ -6,6 +6,7 @@ import ctypes
 import json
 import os
 import shutil
+import stat
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from datetime import UTC
@@ -18,10 +19,10 @@ from adapter_merge.storage.input_errors import reading, require_utf8
 from adapter_merge.storage.input_snapshot import InputSnapshot
 from adapter_merge.storage.locks import locked
 
+from .leftovers import MANIFEST as MANIFEST
+from .leftovers import clear_after, old_name, recover, remove, staging_folder, wipe
 from .seal import sealed
 
-MANIFEST = "adapter_merge.json"
-SPLIT = "split"  # a file that marks a staging folder with parts of a split merge
 AT_FDCWD = -100
 COPY_BYTES = 1 << 20
 RENAME_EXCHANGE = 2  # linux/fs.h
@@ -30,7 +31,8 @@ RENAME_EXCHANGE = 2  # linux/fs.h
 def check_output(output: Path, overwrite: bool, inputs: tuple[Path, ...] = ()) -> None:
     """Raise OutputError when `output` may not be written: it exists, is or holds an input, or lies in a model's folder.
 
-    A folder inside a model would be copied with the model as one of its side files.
+    A folder inside a model would be copied with the model as one of its side files. What a killed run left beside a
+    finished output is removed.
     """
     from adapter_merge.storage.checkpoint import CANDIDATES
 
@@ -43,6 +45,7 @@ def check_output(output: Path, overwrite: bool, inputs: tuple[Path, ...] = ()) -
             raise OutputError(f"{output}: is, or contains, the input {source}", hint="choose another --output")
     if output.exists() or output.is_symlink():
         if not overwrite:
+            clear_after(output)
             raise OutputError(f"{output}: exists already", hint="choose another --output, or pass --overwrite")
         if not output.is_dir():
             raise OutputError(f"{output}: is a file, so it is not replaced", hint="choose another --output")
@@ -74,46 +77,17 @@ def nearest_folder(output: Path) -> Path:
     return folder
 
 
-def staging_folder(output: Path) -> Path:
-    """Return the hidden folder beside `output` that it is built in, the same for every run."""
-    return output.parent / f".{output.name}.partial"
-
-
-def wipe(staging: Path) -> None:
-    """Remove the staging folder of an earlier run. Raises OutputError where it holds parts of a split merge."""
-    if (staging / SPLIT).exists():
-        raise OutputError(
-            f"{staging}: holds parts of another merge",
-            expected="the same base, adapter and options as those parts",
-            hint="finish that merge first, or remove the folder yourself",
-        )
-    remove(staging)
-
-
-def recover(output: Path) -> None:
-    """Rename an output back when a run was killed while it replaced it in two steps (see `publish`)."""
-    old = _old_name(output)
-    if old.is_symlink() or old.exists():
-        if output.exists() or output.is_symlink():
-            remove(old)
-        else:
-            old.rename(output)
-
-
-def _old_name(output: Path) -> Path:
-    """Return the temporary name of an output that is replaced in two steps."""
-    return output.parent / f".{output.name}.old"
-
-
 @contextmanager
 def staged(output: Path, overwrite: bool = False, inputs: InputSnapshot | None = None) -> Iterator[Path]:
     """Provide a folder to build `output` in; it is renamed to `output` at the end of the block, or removed on an error.
 
     An existing output stays until the new one is complete; the staging folder of a killed run is removed first.
-    inputs: the snapshot of the input files, compared before the rename. Raises FileFormatError when an input has
-    changed, OutputError when the output exists, another run writes it, or the disk fails (full).
+    inputs: the snapshot of the input files, compared before the rename; who may not read them may not read its files.
+    Raises FileFormatError when an input has changed, OutputError when the output exists, another run writes it, or the
+    disk fails (full).
     """
     check_output(output, overwrite)
+    readers = inputs.readers if inputs is not None else 0o777
     with locked(output), disk_errors(output):
         recover(output)
         check_output(output, overwrite)  # another run may have ended while this one waited
@@ -121,9 +95,11 @@ def staged(output: Path, overwrite: bool = False, inputs: InputSnapshot | None =
         wipe(staging)
         try:
             staging.mkdir()
+            mode = close_to_others(staging, readers)
             yield staging
             if inputs is not None:
                 inputs.check()
+            open_to_readers(staging, readers, mode)
             publish(staging, output, overwrite)
         finally:
             remove(staging)
@@ -137,6 +113,22 @@ def disk_errors(output: Path, left: str = "nothing was left behind") -> Iterator
     except OSError as error:
         got = str(error.filename) if error.filename is not None else None  # may be an input that cannot be read
         raise OutputError(f"{output}: cannot be written ({error.strerror or error})", got=got, hint=left) from error
+
+
+def close_to_others(folder: Path, readers: int) -> int:
+    """Take the mode bits that are not in `readers` from `folder` while it is built; return its mode as it was."""
+    mode = stat.S_IMODE(folder.stat().st_mode)
+    folder.chmod(mode & readers)
+    return mode
+
+
+def open_to_readers(folder: Path, readers: int, mode: int) -> None:
+    """Take them from every file instead, but not from hard links of inputs, and give `folder` its mode again."""
+    for path in folder.rglob("*"):
+        about = path.lstat()
+        if stat.S_ISREG(about.st_mode) and about.st_nlink == 1 and about.st_mode & 0o777 & ~readers:
+            path.chmod(stat.S_IMODE(about.st_mode) & readers)
+    folder.chmod(mode)
 
 
 def publish(folder: Path, output: Path, overwrite: bool) -> None:
@@ -156,7 +148,7 @@ def publish(folder: Path, output: Path, overwrite: bool) -> None:
             sync_folder(output.parent)
             remove(folder)  # now the previous output
             return
-        old = _old_name(output)
+        old = old_name(output)
         remove(old)
         try:
             output.rename(old)
@@ -180,14 +172,6 @@ def _exchange(first: Path, second: Path) -> bool:
     return bool(rename(AT_FDCWD, os.fsencode(first), AT_FDCWD, os.fsencode(second), RENAME_EXCHANGE) == 0)
 
 
-def remove(path: Path) -> None:
-    """Remove a file, a link or a folder with its content, if it exists."""
-    if path.is_dir() and not path.is_symlink():
-        shutil.rmtree(path, ignore_errors=True)
-    else:
-        path.unlink(missing_ok=True)
-
-
 def sync_folder(folder: Path) -> None:
     """fsync a directory, so that the names in it survive a crash."""
     fd = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
@@ -201,7 +185,9 @@ def copy_synced(source: Path, target: Path) -> None:
     """Copy a file's bytes to a new file and fsync it. Raises FileFormatError where `source` cannot be read."""
     with reading(source):
         stream = source.open("rb")
+        readers = InputSnapshot([source]).readers
     with stream, target.open("wb") as copy:
+        os.fchmod(copy.fileno(), os.fstat(copy.fileno()).st_mode & readers & 0o777)
         while True:
             with reading(source):
                 piece = stream.read(COPY_BYTES)

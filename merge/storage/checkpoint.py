@@ -17,6 +17,7 @@ from .gguf_header import read_gguf_header, stored_tensor
 from .input_errors import reading, require_utf8
 from .input_snapshot import InputSnapshot
 from .safetensors_header import TensorRef, read_header
+from .symlinks import leads_outside
 
 WEIGHT_SUFFIXES = (
     ".safetensors",
@@ -83,15 +84,22 @@ class Checkpoint:
 
     @property
     def side_files(self) -> tuple[Path, ...]:
-        """Everything beside the weights, relative to the folder: config, tokenizer, templates, remote code."""
-        files = []
+        """Everything beside the weights, relative to the folder: config, tokenizer, templates, remote code.
+
+        Raises InputError with every link that leads out of the folder: an output would hold a copy of its target.
+        """
+        files, problems = [], []
         for path in sorted(self.folder.rglob("*")):
             relative = path.relative_to(self.folder)
             hidden = any(part.startswith(".") for part in relative.parts)
             left_out = path.name in self.left_out
             if path.is_file() and not hidden and not left_out and not path.name.endswith(WEIGHT_SUFFIXES):
                 require_utf8(path)
+                if leads_outside(self.folder, path):
+                    hint = "put the file itself there, or remove the link: outputs hold copies of these files"
+                    problems.append(Problem(f"{path}: is a link out of its folder", got=str(path.resolve()), hint=hint))
                 files.append(relative)
+        raise_all(problems)
         return tuple(files)
 
     @cached_property

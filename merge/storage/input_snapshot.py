@@ -54,6 +54,12 @@ class InputSnapshot:
         copy._files, copy._link_times = dict(self._files), False
         return copy
 
+    @property
+    def readers(self) -> int:
+        """Return the mode bits that files made of these may have: 0o700, and a class's where it may read them all."""
+        modes = [stat.st_mode for stat, _ in self._files.values()]
+        return 0o700 | sum(bits for bits in (0o070, 0o007) if all(mode & bits & 0o444 for mode in modes))
+
     def check(self) -> None:
         """Raise FileFormatError with every file that has changed."""
         changed = [

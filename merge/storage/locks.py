@@ -1,9 +1,10 @@
-"""Locks on files (flock): the kernel releases the lock of a killed process; its empty lock file is reused."""
+"""Locks on files (flock): the kernel releases the lock of a killed process; its lock file is reused."""
 
 from __future__ import annotations
 
 import fcntl
 import os
+import stat
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -11,6 +12,7 @@ from pathlib import Path
 
 from adapter_merge.errors import OutputError
 
+MARK = b"adapter-merge\n"  # the content of an output's lock file: it tells that the file is ours
 PATIENCE = 2.0  # seconds that a shared lock waits: the last holder locks exclusively for a moment to remove the file
 
 
@@ -49,17 +51,42 @@ def lock_file(file: Path, mode: int, patience: float = 0.0) -> int:
         os.close(fd)
 
 
+def lock_name(output: Path) -> Path:
+    """Return the lock file of an output folder."""
+    return output.parent / f".{output.name}.lock"
+
+
+def is_own_lock(file: Path, content: bytes = MARK) -> bool:
+    """Return True for a file with the content of a lock file that `locked` made; a link is none."""
+    try:
+        fd = os.open(file, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
+    except OSError:
+        return False
+    try:
+        return stat.S_ISREG(os.fstat(fd).st_mode) and os.pread(fd, len(MARK) + 1, 0) == content
+    except OSError:
+        return False
+    finally:
+        os.close(fd)
+
+
 @contextmanager
 def locked(output: Path, shared: bool = False, patience: float = 0.0) -> Iterator[None]:
     """Hold the lock of an output folder; shared by the parts of one split merge, exclusive otherwise.
 
     Raises OutputError when another process still holds it after `patience` seconds.
     """
-    file = output.parent / f".{output.name}.lock"
+    file = lock_name(output)
     try:
         output.parent.mkdir(parents=True, exist_ok=True)
         mode = fcntl.LOCK_SH if shared else fcntl.LOCK_EX
         fd = lock_file(file, mode | fcntl.LOCK_NB, PATIENCE if shared else patience)
+        try:
+            if os.fstat(fd).st_size == 0:
+                os.pwrite(fd, MARK, 0)
+        except BaseException:
+            os.close(fd)
+            raise
     except BlockingIOError:
         raise OutputError(
             f"{output}: another run is writing it",

@@ -1,0 +1,182 @@
+"""What a killed run leaves beside an output, how it is recognised as ours, and its removal.
+
+    .OUT.lock       the lock file, which holds locks.MARK
+    .OUT.partial    the staging folder
+    .OUT.old        an output that was being replaced in two steps
+    .partial-KEY    the staging folder of an entry of the serving cache, with KEY.lock; KEY is a sha256
+
+Nothing is removed while a run holds the lock (the kernel frees that of a killed process), and nothing that could be
+another program's: a staging folder has our lock file beside it, or our manifest or journal inside, and it is no link.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import os
+import re
+import shutil
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from adapter_merge.errors import InputError, OutputError
+from adapter_merge.storage.input_errors import reading
+from adapter_merge.storage.locks import is_own_lock, lock_file, lock_name
+
+MANIFEST = "adapter_merge.json"
+SPLIT = "split"  # a file that marks a staging folder with parts of a split merge
+JOURNAL = "journal"  # a folder of a merge's staging folder: the finished files (resume_journal.py)
+HIDDEN = re.compile(r"\.(?P<name>.+)\.(lock|partial|old)")
+CACHED = re.compile(r"\.partial-(?P<key>[0-9a-f]{64})")  # a lock alone could be one of the hub's cache
+
+
+@dataclass(frozen=True)
+class Leftover:
+    """One file or folder of a dead run: its size, and why it was kept; "" where it was removed."""
+
+    path: Path
+    nbytes: int
+    kept: str = ""
+
+
+def staging_folder(output: Path) -> Path:
+    """Return the hidden folder beside `output` that it is built in, the same for every run."""
+    return output.parent / f".{output.name}.partial"
+
+
+def old_name(output: Path) -> Path:
+    """Return the temporary name of an output that is replaced in two steps."""
+    return output.parent / f".{output.name}.old"
+
+
+def remove(path: Path) -> None:
+    """Remove a file, a link or a folder with its content, if it exists."""
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path, ignore_errors=True)
+    else:
+        path.unlink(missing_ok=True)
+
+
+def wipe(staging: Path) -> None:
+    """Remove the staging folder of an earlier run. Raises OutputError where it holds parts of a split merge."""
+    if not staging.is_symlink() and (staging / SPLIT).exists():
+        raise OutputError(
+            f"{staging}: holds parts of another merge",
+            expected="the same base, adapter and options as those parts",
+            hint="finish that merge first, or remove the folder yourself",
+        )
+    remove(staging)
+
+
+def recover(output: Path) -> None:
+    """Rename an output back when a run was killed while it replaced it in two steps (see staging.publish)."""
+    old = old_name(output)
+    if old.is_symlink() or old.exists():
+        if output.exists() or output.is_symlink():
+            remove(old)
+        else:
+            old.rename(output)
+
+
+def clear_after(output: Path) -> list[Leftover]:
+    """Remove what a run that had finished `output` left beside it, but not what a next run can go on with."""
+    return _clear(output, resumable=False)
+
+
+def clear_folder(folder: Path) -> list[Leftover]:
+    """Remove all that dead runs left in `folder`, finished shards of killed merges too; parts of split merges stay.
+
+    Raises InputError when `folder` is none or cannot be read.
+    """
+    if not folder.is_dir():
+        raise InputError(f"{folder}: no such folder", expected="the folder that holds outputs, or the serving cache")
+    with reading(folder):
+        names = sorted(path.name for path in folder.iterdir())
+    found: list[Leftover] = []
+    for name in sorted({match["name"] for match in map(HIDDEN.fullmatch, names) if match}):
+        found += _clear(folder / name, resumable=True)
+    for match in map(CACHED.fullmatch, names):
+        found += _clear_entry(folder, match["key"]) if match else []
+    return found
+
+
+def _clear(output: Path, *, resumable: bool) -> list[Leftover]:
+    lock, staging, old = lock_name(output), staging_folder(output), old_name(output)
+    # After a loss of power the lock file may have lost its mark.
+    ours = is_own_lock(lock) or (is_own_lock(lock, b"") and (output / MANIFEST).is_file())
+    old_is_ours = _is_folder(old) and (ours or (old / MANIFEST).is_file())
+    staging_is_ours = _is_folder(staging) and (ours or _is_own_staging(staging))
+    if not (ours or old_is_ours or staging_is_ours):
+        return []
+    try:
+        fd = lock_file(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:  # a run holds it, or the folder cannot be written
+        return []
+    found = []
+    try:
+        if old_is_ours:
+            found.append(Leftover(old, _size(old)))
+            recover(output)
+        if staging_is_ours:
+            nbytes, kept = _size(staging), ""
+            if (staging / SPLIT).exists():
+                kept = "parts of a split merge: merge --finish joins them"
+            elif not resumable and any((staging / JOURNAL).glob("*.json")) and (staging / "model").is_dir():
+                kept = "finished shards, with which the same merge goes on"
+            else:
+                kept = _removed(staging)
+            found.append(Leftover(staging, nbytes, kept))
+        if ours:
+            found.append(Leftover(lock, 0))
+    finally:
+        if ours or os.fstat(fd).st_size == 0:
+            lock.unlink(missing_ok=True)
+        os.close(fd)
+    return found
+
+
+def _clear_entry(cache: Path, key: str) -> list[Leftover]:
+    """Remove the staging folder of a cache entry, and the entry's lock where the entry is not there."""
+    lock, staging = cache / f"{key}.lock", cache / f".partial-{key}"
+    if not _is_folder(staging) or not lock.is_file() or lock.is_symlink():
+        return []
+    try:
+        fd = lock_file(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        return []
+    try:
+        found = [Leftover(staging, _size(staging), _removed(staging))]
+        if not (cache / key).exists():
+            found.append(Leftover(lock, 0))
+            lock.unlink(missing_ok=True)
+    finally:
+        os.close(fd)
+    return found
+
+
+def _removed(path: Path) -> str:
+    """Remove `path`; return "", or why it is still there."""
+    remove(path)
+    return "it could not be removed" if path.exists() else ""
+
+
+def _is_folder(path: Path) -> bool:
+    """True for a folder of this user that is no link."""
+    return path.is_dir() and not path.is_symlink() and path.stat().st_uid == os.geteuid()
+
+
+def _is_own_staging(staging: Path) -> bool:
+    return (staging / MANIFEST).is_file() or (staging / JOURNAL / "plan.json").is_file()
+
+
+def _size(folder: Path) -> int:
+    return sum(about.st_blocks * 512 for about in _states(folder))
+
+
+def _states(folder: Path) -> Iterator[os.stat_result]:
+    for path in folder.rglob("*"):
+        try:
+            about = path.lstat()
+        except OSError:
+            continue
+        yield about
