@@ -20,6 +20,7 @@ from adapter_merge.outputs.staging import MANIFEST, check_output, check_space, n
 from adapter_merge.storage.checkpoint import plain_name, read_json
 from adapter_merge.storage.hashing import hash_files
 from adapter_merge.storage.input_snapshot import InputSnapshot
+from adapter_merge.storage.json_types import TEXT, Each, Kind, Schema, Stated, check_types
 from adapter_merge.storage.links import can_link, link_file
 from adapter_merge.storage.safetensors_header import TensorRef, read_header
 from adapter_merge.storage.tensor_io import pread_into
@@ -28,6 +29,26 @@ from .options import RestoreOptions
 from .results import RestoreResult
 
 COPY_BYTES = 1 << 20
+# Of a frame: byte of the tensor, bytes, place in the .bin file, stored sizes of its planes, whether it is a difference.
+FRAME = (int, int, int, list, bool)
+
+
+def _are_frames(value: object) -> bool:
+    return isinstance(value, list) and all(
+        isinstance(frame, list)
+        and tuple(map(type, frame)) == FRAME
+        and min(frame[:3]) >= 0
+        and all(type(size) is int for size in frame[3])
+        for frame in value
+    )
+
+
+PREIMAGE: Schema = {
+    "source": Stated(TEXT),
+    "header": Stated(TEXT),
+    "places": Stated(Each(TEXT)),
+    "frames": Stated(Each(Kind("a list of frames", _are_frames))),
+}
 Progress = Callable[[int], None]
 
 
@@ -49,7 +70,7 @@ def restore(
     """
     merged, output, base = Path(merged), Path(output), options.base
     manifest = read_manifest(merged)
-    expected: dict[str, str] = (manifest or {}).get("base", {}).get("files", {})
+    expected: dict[str, str] = ((manifest or {}).get("base") or {}).get("files") or {}
     if not expected:
         raise InputError(
             f"{merged}: does not say what its base was",
@@ -130,6 +151,7 @@ def _rebuild(merged: Path, folder: Path, names: list[str], progress: Progress | 
     weights = {}
     for path in indices:
         content = read_json(path)
+        check_types(content, PREIMAGE, path)
         if content.get("version") != VERSION:
             raise FileFormatError(f"{path}: another version", expected=str(VERSION), got=str(content.get("version")))
         weights[plain_name(content["source"], path)] = (path, content)
@@ -150,7 +172,10 @@ def _rebuild(merged: Path, folder: Path, names: list[str], progress: Progress | 
 
 def _rebuild_file(merged: Path, folder: Path, index: Path, content: dict[str, Any]) -> int:
     """One weights file of the base; its size."""
-    header_bytes = zlib.decompress(base64.b64decode(content["header"]))
+    try:
+        header_bytes = zlib.decompress(base64.b64decode(content["header"]))
+    except (ValueError, zlib.error) as error:
+        raise FileFormatError(f"{index}: the header in the pre-image is damaged ({error})") from error
     target = folder / content["source"]
     refs = _refs(header_bytes, target)
     places: dict[str, str] = content["places"]

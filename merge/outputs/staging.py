@@ -17,6 +17,18 @@ from adapter_merge.errors import AdapterMergeError, OutputError
 from adapter_merge.storage.hashing import file_sha256
 from adapter_merge.storage.input_errors import reading, require_utf8
 from adapter_merge.storage.input_snapshot import InputSnapshot
+from adapter_merge.storage.json_types import (
+    NUMBER,
+    OBJECT,
+    PATH,
+    TEXT,
+    TEXTS,
+    Each,
+    Kind,
+    Schema,
+    Stated,
+    check_types,
+)
 from adapter_merge.storage.locks import locked
 
 from .leftovers import MANIFEST as MANIFEST
@@ -234,13 +246,42 @@ def manifest(artefact: str, inputs: Mapping[str, Any], options: Mapping[str, Any
     }
 
 
+_HASH = Kind("a sha256, or an object with one", lambda value: isinstance(value, str | dict))
+_HASHES = Each(TEXT, keys=PATH)
+_INPUT: Schema = {"name": TEXT, "path": PATH, "fingerprint": TEXT, "layout": TEXT, "files": _HASHES, "notes": TEXTS}
+_ADAPTER: Schema = {
+    **_INPUT,
+    **dict.fromkeys(("format", "base_kind", "evidence", "trained_on", "origin", "sha256", "source"), TEXT),
+    "contradictions": TEXTS,
+    "replacements": TEXTS,
+    "modules": NUMBER,
+    "stated": OBJECT,
+}
+_MANIFEST: Schema = {
+    "artefact": Stated(TEXT),
+    "created": Stated(TEXT),
+    "versions": Stated(Each(TEXT)),
+    "options": Stated({"combination": OBJECT}),
+    "base": _INPUT,
+    "files": Each(_HASH, keys=PATH),
+    "warnings": TEXTS,
+    "notes": TEXTS,
+    "layers": Each(OBJECT),
+    "certificate": OBJECT,
+}
+_LISTED: Schema = {**_ADAPTER, "name": Stated(TEXT), "path": Stated(PATH), "method": Stated(TEXT)}
+
+
 def write_manifest(folder: Path, content: Mapping[str, Any]) -> None:
     """Write and fsync the manifest of `folder`, sealed (seal.py)."""
     write_json(folder / MANIFEST, sealed(content))
 
 
 def read_manifest(folder: Path) -> dict[str, Any] | None:
-    """Read the manifest of `folder`; None where there is none. Raises AdapterMergeError when it cannot be read."""
+    """Read the manifest of `folder`; None where there is none. Raises AdapterMergeError when it cannot be read.
+
+    Its values have their types; an export's `adapters` are an object by name, those of other outputs a list.
+    """
     from adapter_merge.storage.checkpoint import read_json
 
     file = folder / MANIFEST
@@ -249,4 +290,7 @@ def read_manifest(folder: Path) -> dict[str, Any] | None:
     content = read_json(file)
     if content.get("tool") != "adapter-merge":
         raise AdapterMergeError(f"{file}: was not written by adapter-merge", expected='"tool": "adapter-merge"')
-    return content
+    listed = isinstance(content.get("adapters"), list)
+    adapters = Each(_LISTED, listed=True) if listed else Each(_ADAPTER)
+    check_types(content, {**_MANIFEST, "adapters": adapters}, file)
+    return {key: value for key, value in content.items() if value is not None}

@@ -16,6 +16,7 @@ from adapter_merge.errors import FileFormatError, InputError, Problem, raise_all
 from .gguf_header import read_gguf_header, stored_tensor
 from .input_errors import reading, require_utf8
 from .input_snapshot import InputSnapshot
+from .json_types import INDEX, MODEL_CONFIG, check_types
 from .safetensors_header import TensorRef, read_header
 from .symlinks import leads_outside
 
@@ -215,13 +216,16 @@ def open_checkpoint(folder: str | Path) -> Checkpoint:
     has_config = config_file.is_symlink() or config_file.exists()
     snapshot = InputSnapshot([config_file] if has_config else [])
     config = read_json(config_file) if has_config else {}
+    check_types(config, MODEL_CONFIG, config_file)
     if not candidate.endswith(".index.json"):
         snapshot += InputSnapshot([index_file], may_be_linked=True)
         return Checkpoint(folder, (read_weights(index_file),), config, snapshot)
 
     snapshot += InputSnapshot([index_file])
-    weight_map = read_json(index_file).get("weight_map")
-    if not isinstance(weight_map, dict) or not weight_map:
+    index = read_json(index_file)
+    check_types(index, INDEX, index_file)
+    weight_map = index.get("weight_map")
+    if not weight_map:
         raise FileFormatError(f"{index_file}: has no weight_map")
     names = list(dict.fromkeys(plain_name(name, index_file) for name in weight_map.values()))
     problems = [
