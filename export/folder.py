@@ -13,6 +13,7 @@ from adapter_merge.outputs import staging as output
 from adapter_merge.outputs.folder_content import SIGNATURE
 from adapter_merge.outputs.model_card import card
 from adapter_merge.outputs.seal import sealed
+from adapter_merge.storage.escaping import plain_text
 
 from .runtime import check_external_data
 from .targets import Layout, read_layout
@@ -159,10 +160,10 @@ def _versions() -> dict[str, str]:
 
 def _card(manifest: Manifest) -> Any:
     relation = "quantized" if manifest.precision == "int4" else "adapter" if manifest.adapters else "finetune"
-    lines = [f"{manifest.base.name} for ONNX Runtime: {manifest.mode}, {manifest.precision}.", ""]
+    lines = [f"{plain_text(manifest.base.name)} for ONNX Runtime: {manifest.mode}, {manifest.precision}.", ""]
     for name, entry in manifest.adapters.items():
         where = entry.get("file") or "inside the graph"
-        lines.append(f"- `{name}`: {where}, from {Path(entry.get('source', 'unknown')).name}")
+        lines.append(f"- `{name}`: {where}, from {plain_text(Path(entry.get('source', 'unknown')).name)}")
     if manifest.kind == "decoder":
         option = " --adapter NAME" if manifest.adapters and manifest.mode != "merged" else ""
         lines += ["", f"    adapter-merge generate FOLDER{option} --prompt TEXT"]

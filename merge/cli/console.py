@@ -14,12 +14,13 @@ from typing import Any
 import click
 
 from adapter_merge.errors import AdapterMergeError
+from adapter_merge.storage.escaping import terminal_text
 
 
 def say(text: str, *, quiet: bool = False) -> None:
     """Print one line for people on stderr."""
     if not quiet:
-        click.echo(text, err=True)
+        click.echo(terminal_text(text), err=True)
 
 
 def emit(content: Mapping[str, Any]) -> None:
@@ -58,7 +59,7 @@ def report_error(error: AdapterMergeError) -> None:
     """Every problem on stderr: `error:` in red where colour is wanted, then expected, got and hint; JSON on stdout."""
     emit_error([asdict(problem) for problem in error.problems], type(error).__name__)
     for problem in error.problems:
-        first, *rest = str(problem).split("\n")
+        first, *rest = terminal_text(str(problem)).split("\n")
         red = "NO_COLOR" not in os.environ
         click.echo((click.style("error: ", fg="red", bold=True) if red else "error: ") + first, err=True)
         for line in rest:

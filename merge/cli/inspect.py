@@ -77,10 +77,11 @@ def _show(report: dict[str, Any]) -> None:
     from rich.console import Console
     from rich.table import Table
 
-    console = Console(highlight=False)
+    console = Console(highlight=False, markup=False)  # names are no markup
     size = report["bytes"]
     kind = f"{report['format']} ({report['certainty']})"
-    console.print(f"[bold]{report['method']}[/] adapter, {kind}: {report['path']}", soft_wrap=True)
+    console.print(report["method"], style="bold", end="")
+    console.print(f" adapter, {kind}: {report['path']}", soft_wrap=True)
     console.print(f"base        {report['base_model'] or 'not named'}")
     console.print(f"trained on  {report['trained_on']}", soft_wrap=True)
     human = f"{size / 1e6:.2f} MB" if size >= 1e5 else f"{size / 1e3:.1f} kB"

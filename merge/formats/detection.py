@@ -19,6 +19,7 @@ from adapter_merge.formats.peft.layer_types import INDICES, LAYER_TYPES
 from adapter_merge.formats.peft.tensors import WEIGHT_FILES, PeftExtras
 from adapter_merge.methods.adapter import Adapter
 from adapter_merge.storage.checkpoint import CANDIDATES, Checkpoint, open_checkpoint, read_json, read_weights, resolve
+from adapter_merge.storage.escaping import control_problems
 from adapter_merge.storage.input_errors import require_utf8
 from adapter_merge.storage.input_snapshot import InputSnapshot, snapshot_folder
 from adapter_merge.storage.safetensors_header import FLOAT_DTYPES
@@ -213,7 +214,7 @@ def open_adapter(folder: str | Path, options: ReadOptions | None = None, base: C
     detected = detect(path, options.format, folder)
     _refuse_unused(path, detected.format, options)
     adapter = _read(path, detected, options, base)
-    raise_all(_check_dtypes(adapter), AdapterError)
+    raise_all([*_check_names(path, adapter), *_check_dtypes(adapter)], AdapterError)
     files = dict.fromkeys([*adapter.files, *stated, *(ref.file for ref in adapter.refs)])
     snapshot = snapshot.of(files)
     if adapter.own_base is not None:
@@ -262,6 +263,17 @@ def _refuse_unused(path: Path, format: str, options: ReadOptions) -> None:
         ],
         InputError,
     )
+
+
+def _check_names(path: Path, adapter: Adapter) -> list[Problem]:
+    """Return a problem for each name that holds a control character: of the base, a module, a replaced tensor."""
+    names = {module.name: f"{path}: the module's name" for module in adapter.modules}
+    names |= dict.fromkeys(adapter.replacements, f"{path}: the tensor's name")
+    if isinstance(adapter.base_name, str):
+        names[adapter.base_name] = f"{path}: the name of its base"
+    if isinstance(adapter.config.get("task_type"), str):
+        names[adapter.config["task_type"]] = f"{path}: task_type"
+    return control_problems(names)
 
 
 def _check_dtypes(adapter: Adapter) -> list[Problem]:

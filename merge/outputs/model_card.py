@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from adapter_merge.methods.adapter import Adapter
+from adapter_merge.storage.escaping import code_fence, plain_text
 
 PIPELINES = {
     "CAUSAL_LM": "text-generation",
@@ -59,17 +60,6 @@ def card(
         tags=[*tags, f"base_model:{relation}:{base}"] if of_hub else list(tags),
     )
     return f"---\n{data.to_yaml()}\n---\n# {plain_text(title)}\n\n{body.rstrip()}\n"
-
-
-def plain_text(text: object) -> str:
-    """Escape text for one line of Markdown, so that markup, HTML and table cells in it have no effect."""
-    line = " ".join("".join(c if c.isprintable() else " " for c in str(text)).split())
-    return re.sub(r"([\\`*_{}\[\]<>#|!&~])", r"\\\1", line)
-
-
-def code_fence(*texts: str) -> str:
-    """Return a Markdown fence for a code block with `texts`: longer than any run of backticks in them."""
-    return "`" * max(3, 1 + max(len(run) for text in texts for run in re.findall("`*", text)))
 
 
 def adapter_table(adapters: Iterable[Mapping[str, Any]]) -> str:
@@ -183,16 +173,16 @@ def _loading(base: str | None, title: str, task: object, scaled: bool, heads: bo
 from peft import PeftModel
 from transformers import {auto}
 
-base = {auto}.from_pretrained({json.dumps(model)})
-model = PeftModel.from_pretrained(base, {json.dumps(title)})
+base = {auto}.from_pretrained({json.dumps(model, ensure_ascii=False)})
+model = PeftModel.from_pretrained(base, {json.dumps(title, ensure_ascii=False)})
 {fence}""",
         f"""transformers (with peft installed):
 
 {fence}python
 from transformers import {auto}
 
-model = {auto}.from_pretrained({json.dumps(model)})
-model.load_adapter({json.dumps(title)})
+model = {auto}.from_pretrained({json.dumps(model, ensure_ascii=False)})
+model.load_adapter({json.dumps(title, ensure_ascii=False)})
 {fence}""",
     ]
     if scaled:
@@ -254,7 +244,7 @@ adapter-merge export {shlex.quote(title)} -o onnx --mode merged   # ONNX Runtime
 {fence}python
 from transformers import {auto}
 
-model = {auto}.from_pretrained({json.dumps(title)})
+model = {auto}.from_pretrained({json.dumps(title, ensure_ascii=False)})
 {fence}
 {servers}"""
     return card(title, name, "merge", "transformers", ["adapter-merge", "merge"], body, pipeline)

@@ -18,6 +18,7 @@ from adapter_merge.storage.hashing import file_sha256
 from adapter_merge.storage.input_errors import reading, require_utf8
 from adapter_merge.storage.input_snapshot import InputSnapshot
 from adapter_merge.storage.json_types import (
+    NAME,
     NUMBER,
     OBJECT,
     PATH,
@@ -248,7 +249,7 @@ def manifest(artefact: str, inputs: Mapping[str, Any], options: Mapping[str, Any
 
 _HASH = Kind("a sha256, or an object with one", lambda value: isinstance(value, str | dict))
 _HASHES = Each(TEXT, keys=PATH)
-_INPUT: Schema = {"name": TEXT, "path": PATH, "fingerprint": TEXT, "layout": TEXT, "files": _HASHES, "notes": TEXTS}
+_INPUT: Schema = {"name": NAME, "path": PATH, "fingerprint": TEXT, "layout": TEXT, "files": _HASHES, "notes": TEXTS}
 _ADAPTER: Schema = {
     **_INPUT,
     **dict.fromkeys(("format", "base_kind", "evidence", "trained_on", "origin", "sha256", "source"), TEXT),
@@ -269,7 +270,7 @@ _MANIFEST: Schema = {
     "layers": Each(OBJECT),
     "certificate": OBJECT,
 }
-_LISTED: Schema = {**_ADAPTER, "name": Stated(TEXT), "path": Stated(PATH), "method": Stated(TEXT)}
+_LISTED: Schema = {**_ADAPTER, "name": Stated(NAME), "path": Stated(PATH), "method": Stated(NAME)}
 
 
 def write_manifest(folder: Path, content: Mapping[str, Any]) -> None:

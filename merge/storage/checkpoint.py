@@ -13,6 +13,7 @@ from typing import Any
 
 from adapter_merge.errors import FileFormatError, InputError, Problem, raise_all
 
+from .escaping import control_problems
 from .gguf_header import read_gguf_header, stored_tensor
 from .input_errors import reading, require_utf8
 from .input_snapshot import InputSnapshot
@@ -219,7 +220,9 @@ def open_checkpoint(folder: str | Path) -> Checkpoint:
     check_types(config, MODEL_CONFIG, config_file)
     if not candidate.endswith(".index.json"):
         snapshot += InputSnapshot([index_file], may_be_linked=True)
-        return Checkpoint(folder, (read_weights(index_file),), config, snapshot)
+        shard = read_weights(index_file)
+        raise_all(_unprintable((shard,)), FileFormatError)
+        return Checkpoint(folder, (shard,), config, snapshot)
 
     snapshot += InputSnapshot([index_file])
     index = read_json(index_file)
@@ -236,6 +239,7 @@ def open_checkpoint(folder: str | Path) -> Checkpoint:
     raise_all(problems, FileFormatError)
     snapshot += InputSnapshot([folder / name for name in names], may_be_linked=True)
     shards = tuple(read_weights(folder / name) for name in names)
+    problems += _unprintable(shards)
     placed = {ref.name: shard.file.name for shard in shards for ref in shard.tensors}
     for name, shard_name in weight_map.items():
         if placed.get(name) != shard_name:
@@ -249,3 +253,8 @@ def open_checkpoint(folder: str | Path) -> Checkpoint:
         problems.append(Problem(f"{index_file}: tensors that the index does not name", got=", ".join(extra[:5])))
     raise_all(problems, FileFormatError)
     return Checkpoint(folder, shards, config, snapshot)
+
+
+def _unprintable(shards: tuple[Shard, ...]) -> list[Problem]:
+    """Return a problem for each tensor whose name holds a control character."""
+    return control_problems({ref.name: f"{shard.file}: the tensor's name" for shard in shards for ref in shard.tensors})

@@ -9,6 +9,8 @@ from pathlib import Path
 
 from adapter_merge.errors import AdapterMergeError, FileFormatError, InputError
 
+from .escaping import require_printable
+
 
 @contextmanager
 def reading(file: Path) -> Iterator[None]:
@@ -23,7 +25,8 @@ def reading(file: Path) -> Iterator[None]:
 
 
 def require_utf8(path: Path, kind: type[AdapterMergeError] = InputError) -> None:
-    """Raise `kind` for a path that is not UTF-8, which manifests and model cards could not state."""
+    """Raise `kind` for a path that manifests and model cards could not state: not UTF-8, or with control characters."""
+    require_printable(path, kind)
     for text in (str(path.absolute()), str(path.resolve())):
         try:
             text.encode("utf-8")

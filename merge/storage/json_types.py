@@ -14,6 +14,8 @@ from typing import Any, TypeAlias
 
 from adapter_merge.errors import FileFormatError, Problem, raise_all
 
+from .escaping import has_controls
+
 MAX_PROBLEMS = 20
 
 
@@ -44,6 +46,7 @@ class Stated:
 Schema: TypeAlias = Mapping[str, "Kind | Each | Stated | Schema"]
 
 TEXT = Kind("a string", lambda value: isinstance(value, str))
+NAME = Kind("one line of printable text", lambda value: isinstance(value, str) and not has_controls(value))
 FLAG = Kind("true or false", lambda value: isinstance(value, bool))
 COUNT = Kind("a positive integer", lambda value: type(value) is int and 0 < value < 2**63)
 NUMBER = Kind("a finite number", lambda value: type(value) in (int, float) and -1e308 < value < 1e308)
@@ -54,8 +57,7 @@ TEXTS = Kind(
 PATH = Kind(
     "a path that the system can open",
     lambda value: (
-        isinstance(value, str)
-        and "\0" not in value
+        NAME.holds(value)
         and len(value.encode("utf-8", "replace")) < 4096
         and all(len(part.encode("utf-8", "replace")) < 256 for part in value.split("/"))
     ),
@@ -100,7 +102,7 @@ def _wrong_value(value: Any, kind: Kind | Each | Schema, key: str) -> Iterator[t
 # -- config.json of a model: the keys that are read here -----------------------------------------------------
 
 _LANGUAGE_MODEL: Schema = {
-    "model_type": TEXT,
+    "model_type": NAME,
     "architectures": TEXTS,
     "tie_word_embeddings": FLAG,
     "dtype": TEXT,
@@ -118,5 +120,5 @@ _LANGUAGE_MODEL: Schema = {
     "rope_scaling": OBJECT,
     "rope_parameters": OBJECT,
 }
-MODEL_CONFIG: Schema = {**_LANGUAGE_MODEL, "_name_or_path": TEXT, "auto_map": OBJECT, "text_config": _LANGUAGE_MODEL}
+MODEL_CONFIG: Schema = {**_LANGUAGE_MODEL, "_name_or_path": NAME, "auto_map": OBJECT, "text_config": _LANGUAGE_MODEL}
 INDEX: Schema = {"weight_map": Each(PATH), "metadata": OBJECT}

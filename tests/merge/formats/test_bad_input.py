@@ -280,7 +280,8 @@ def test_an_index_that_leaves_its_folder(name: Any, tmp_path: Path, base: Path, 
     content = json.loads(index.read_text())
     content["weight_map"][next(iter(content["weight_map"]))] = name
     index.write_text(json.dumps(content))
-    refuses(errors.FileFormatError, "outside its folder", tmp_path, merge, base, adapter)
+    text = "outside its folder" if isinstance(name, str) else "weight_map"
+    refuses(errors.FileFormatError, text, tmp_path, merge, base, adapter)
 
 
 def test_an_index_that_misplaces_a_tensor_or_names_no_file(tmp_path: Path, base: Path, adapter: Path) -> None:
