@@ -65,8 +65,8 @@ def report(
     elif output is None and pictures is None:
         from rich.console import Console
 
+        from adapter_merge.reporting.drawings import delta_values
         from adapter_merge.reporting.heatmap import heat_table
-        from adapter_merge.reporting.pictures import delta_values
 
         values = delta_values(content)
         if values:

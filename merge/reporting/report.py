@@ -3,7 +3,8 @@
 modules         per weight: layer, kind, shape, rank, |dW| / |W|, errors
 energy_curve    cumulative energy of dW against the rank: median and the middle 80 % of the weights
 row_scale       histogram of the row scales of DoRA and DuDe
-parity          logits against the adapter as trained, wherever that was verified
+parity          weights and logits against the adapter as trained, wherever that was verified
+verdict         what is known of the artefact, in one sentence
 sizes           bytes of base, adapter and artefact
 """
 
@@ -31,11 +32,13 @@ from adapter_merge.methods.adapter import Adapter
 from adapter_merge.outputs.preimage import FOLDER
 from adapter_merge.outputs.staging import MANIFEST, read_manifest
 from adapter_merge.quantisation.dense_view import open_base
-from adapter_merge.storage.checkpoint import CANDIDATES, Checkpoint, read_json, read_weights, resolve
+from adapter_merge.storage.checkpoint import CANDIDATES, Checkpoint, read_weights, resolve
 from adapter_merge.storage.tensor_io import read_tensor
 
 from .delta_figures import measure_deltas
 from .module_grid import cell_of
+from .parity_lines import parity_lines
+from .verdict import verdict
 
 BINS = 61
 CURVE_RANK = 32  # how far the spectrum of a row-scaled delta is followed
@@ -121,10 +124,11 @@ def gather(
         ],
         "energy_curve": energy_curve(list(spectra.values()), [entry.get("rank") for entry in modules.values()]),
         "row_scale": histogram(scales),
-        "parity": _parity(manifest, parity),
+        "parity": parity_lines(folder, manifest, parity),
         "sizes": _sizes(folder, checkpoint, manifest, opened),
     }
     content["worst"] = worst(content["modules"])
+    content["verdict"] = verdict(content)
     return content
 
 
@@ -253,73 +257,18 @@ def worst(modules: Sequence[Mapping[str, Any]]) -> list[str]:
     return [entry["name"] for entry in sorted(known, key=lambda entry: -entry["relative_error"])[:WORST]]
 
 
-def _parity(manifest: Mapping[str, Any] | None, files: Sequence[Path]) -> list[dict[str, Any]]:
-    lines = []
-    end = ((manifest or {}).get("certificate") or {}).get("end_to_end")
-    if end:
-        lines.append(
-            {
-                "artefact": "factors",
-                "max_dlogit": end["max_dlogit"],
-                "mean_dlogit": end["mean_dlogit"],
-                "greedy_equal": end["greedy_equal"],
-                "greedy_total": end["greedy_total"],
-                "effect": end.get("effect"),
-                "bar": None,
-                "passed": None,
-            }
-        )
-    for file in files:
-        lines.append(_parity_line(read_json(file), file))
-    return lines
-
-
-def _parity_line(parity: Mapping[str, Any], file: Path) -> dict[str, Any]:
-    """One line from what verify printed: of torch artefacts and of ONNX exports, or a line of our own form."""
-    name = parity.get("artefact")
-    if "max_dlogit" in parity:
-        keys = ("max_dlogit", "mean_dlogit", "greedy_equal", "greedy_total", "effect", "bar", "passed")
-        return {"artefact": str(name or file.stem), **{key: parity.get(key) for key in keys}}
-    if "logits" in parity:
-        logits = parity["logits"]
-        return {
-            "artefact": str(name),
-            "max_dlogit": logits.get("max_difference"),
-            "mean_dlogit": logits.get("mean_difference"),
-            "greedy_equal": logits.get("greedy_equal"),
-            "greedy_total": logits.get("greedy_total"),
-            "effect": logits.get("effect"),
-            "bar": parity.get("tolerance"),
-            "passed": parity.get("passed"),
-        }
-    if "max_abs_difference" in parity:
-        total = parity.get("tokens")
-        differs = parity.get("argmax_differs")
-        return {
-            "artefact": f"ONNX {parity.get('mode', '')} {parity.get('precision', '')}".strip(),
-            "max_dlogit": parity["max_abs_difference"],
-            "mean_dlogit": parity.get("mean_abs_difference"),
-            "greedy_equal": total - differs if isinstance(total, int) and isinstance(differs, int) else None,
-            "greedy_total": total,
-            "effect": parity.get("effect"),
-            "bar": parity.get("bar"),
-            "passed": parity.get("passed"),
-        }
-    raise InputError(f"{file}: not a verification", expected="what adapter-merge verify --json prints")
-
-
 def _sizes(
     folder: Path, checkpoint: Checkpoint | None, manifest: Mapping[str, Any] | None, opened: Adapter | None
 ) -> dict[str, int]:
     sizes = {}
     if checkpoint is not None:
-        sizes["base"] = checkpoint.nbytes
+        sizes["base"] = (checkpoint.stored or checkpoint).nbytes  # as it lies on disk, quantised or not
     if manifest is not None:
         for entry in adapters_of(manifest):
             source = Path(str(entry.get("path", "")))
             weights = source / "adapter_model.safetensors"
             if weights.is_file():
-                sizes[f"adapter {entry['name']}"] = weights.stat().st_size
+                sizes[f"adapter {entry['name']}"] = sum(ref.nbytes for ref in read_weights(weights).tensors)
         files = [path for path in folder.rglob("*") if path.is_file() and path.name != MANIFEST]
         kept = sum(path.stat().st_size for path in files if path.relative_to(folder).parts[0] == FOLDER)
         sizes[str(manifest["artefact"])] = sum(path.stat().st_size for path in files) - kept

@@ -5,32 +5,46 @@ from __future__ import annotations
 import html
 from collections.abc import Mapping
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 from adapter_merge.outputs.staging import disk_errors
 
-from .pictures import available, caption, svg, write_png
+from .drawings import LABELLED, size_text
+from .pictures import PICTURES, available, caption, svg, write_png
+from .verdict import percent
 
 STYLE = """
 :root { color-scheme: light dark; --font: system-ui, -apple-system, "Segoe UI", Roboto, sans-serif;
   --page: #ffffff; --card: #f7f8fa; --ink: #1b1f24; --muted: #5f6873; --line: #d9dee4; --first: #1f6fb4;
-  --second: #c9540a; --empty: #eef0f3; --good: #1a7f37; --bad: #c9302c; }
+  --second: #c9540a; --empty: #eef0f3; --good: #1a7f37; --bad: #c9302c; --loss: #9a6700; --none: #5f6873; }
 @media (prefers-color-scheme: dark) { :root { --page: #12161b; --card: #1a2027; --ink: #e8ebef; --muted: #9aa5b1;
-  --line: #333c47; --first: #5aa9e6; --second: #f0883e; --empty: #222932; --good: #4ac26b; --bad: #ff7b72; } }
+  --line: #333c47; --first: #5aa9e6; --second: #f0883e; --empty: #222932; --good: #4ac26b; --bad: #ff7b72;
+  --loss: #e3b341; --none: #9aa5b1; } }
 * { box-sizing: border-box; }
 body { margin: 0 auto; padding: clamp(1rem, 3vw, 2.5rem); max-width: 84rem; background: var(--page);
   color: var(--ink); font: 1rem/1.5 var(--font); }
 h1 { font-size: clamp(1.5rem, 4vw, 2.2rem); line-height: 1.15; margin: 0 0 .3rem; overflow-wrap: anywhere; }
 h2 { font-size: 1.1rem; margin: 2.2rem 0 .7rem; }
 p.lead { margin: 0 0 1.2rem; color: var(--muted); max-width: 60rem; overflow-wrap: anywhere; }
+.verdict { border-left: .4rem solid var(--none); background: var(--card); border-radius: .5rem; padding: .9rem 1.1rem;
+  margin: 0 0 1.2rem; overflow-wrap: anywhere; }
+.verdict strong { display: block; font-size: clamp(1.15rem, 3vw, 1.5rem); line-height: 1.25; }
+.verdict.good, .verdict.bad { color: var(--ink); }
+.verdict.good { border-color: var(--good); } .verdict.bad { border-color: var(--bad); }
+.verdict.loss { border-color: var(--loss); }
+.verdict.good strong { color: var(--good); } .verdict.bad strong { color: var(--bad); }
+.verdict.loss strong { color: var(--loss); }
 .tiles { display: grid; gap: .7rem; grid-template-columns: repeat(auto-fill, minmax(9.5rem, 1fr)); margin: 0; }
 .tiles div { background: var(--card); border-radius: .5rem; padding: .7rem .9rem; }
 .tiles dt { color: var(--muted); font-size: .82rem; }
 .tiles dd { margin: 0; font-size: 1.25rem; font-variant-numeric: tabular-nums; overflow-wrap: anywhere; }
 .tiles small { display: block; font-size: .75rem; color: var(--muted); line-height: 1.3; }
-.pictures { columns: 2 30rem; column-gap: 1rem; margin-top: 1.6rem; }
-figure { display: inline-block; width: 100%; margin: 0 0 1rem; background: var(--card); border-radius: .5rem;
-  padding: .9rem; break-inside: avoid; }
+.pictures { display: grid; gap: 1rem; align-items: start;
+  grid-template-columns: repeat(auto-fit, minmax(min(100%, 26rem), 1fr)); }
+figure { margin: 0; max-width: 38rem; background: var(--card); border-radius: .5rem;
+  padding: .9rem; break-inside: avoid; min-width: 0; }
+figure ol { margin: .6rem 0 0; padding-left: 1.4rem; font-size: .82rem; color: var(--second); overflow-wrap: anywhere; }
 figure svg { width: 100%; height: auto; display: block; }
 figcaption { font-weight: 600; margin-bottom: .6rem; }
 .scroll { overflow-x: auto; }
@@ -44,16 +58,19 @@ code { font-size: .85em; overflow-wrap: anywhere; white-space: normal; }
 footer { margin-top: 2.5rem; color: var(--muted); font-size: .82rem; }
 @media print { details { display: none; } }
 """
-METHODS = {"factors": "Factors", "merged model": "Merged model", "deltas": "Dense deltas", "adapter": "Adapter"}
+METHODS = {
+    "factors": "Factors",
+    "merged model": "Merged model",
+    "deltas": "Dense deltas",
+    "adapter": "Adapter",
+    "ONNX model": "ONNX export",
+}
+PARTS = {"acts": "Where the adapter acts", "lost": "What was lost", "costs": "What it costs"}
 
 
 def page(content: Mapping[str, Any]) -> str:
-    """The whole page, from the report's JSON alone."""
+    """The whole page, from the report's JSON alone: the verdict, then where it acts, what was lost, what it costs."""
     title = html.escape(str(content["title"]))
-    figures = "\n".join(
-        f"<figure><figcaption>{html.escape(caption(name))}</figcaption>{svg(name, content)}</figure>"
-        for name in available(content)
-    )
     return f"""<!DOCTYPE html>
 <html lang="en">
 <head>
@@ -66,12 +83,11 @@ def page(content: Mapping[str, Any]) -> str:
 <header>
 <h1>{title}</h1>
 <p class="lead">{_lead(content)}</p>
+{_verdict(content["verdict"])}
 <dl class="tiles">{_tiles(content)}</dl>
 </header>
 <main>
-<div class="pictures">
-{figures}
-</div>
+{"".join(_part(part, content) for part in PARTS)}
 {_parity(content)}
 {_weights(content)}
 {_provenance(content)}
@@ -80,6 +96,34 @@ def page(content: Mapping[str, Any]) -> str:
 </body>
 </html>
 """
+
+
+def _verdict(verdict: Mapping[str, str]) -> str:
+    level = verdict["level"] if verdict["level"] in ("good", "bad", "loss") else "none"
+    title, detail = html.escape(verdict["title"]), html.escape(verdict["detail"])
+    return f'<div class="verdict {level}"><strong>{title}</strong>{detail}</div>'
+
+
+def _part(part: str, content: Mapping[str, Any]) -> str:
+    """A heading and its pictures; nothing where there is no picture."""
+    names = [name for name in available(content) if PICTURES[name].part == part]
+    title = PARTS[part]
+    if part == "lost" and content["artefact"] == "adapter" and not content["parity"]:
+        title = "What a plain LoRA would keep"
+    figures = "\n".join(
+        f"<figure><figcaption>{html.escape(caption(name))}</figcaption>{svg(name, content)}"
+        f"{_worst(content) if name == 'error' else ''}</figure>"
+        for name in names
+    )
+    return f'<h2>{title}</h2>\n<div class="pictures">\n{figures}\n</div>\n' if names else ""
+
+
+def _worst(content: Mapping[str, Any]) -> str:
+    """The weights with the largest errors, numbered as in the picture."""
+    known = [entry for entry in content["modules"] if entry.get("relative_error")]
+    worst = sorted(known, key=lambda entry: -entry["relative_error"])[:LABELLED]
+    lines = "".join(f"<li>{html.escape(entry['name'])} {_number(entry['relative_error'])}</li>" for entry in worst)
+    return f"<ol>{lines}</ol>"
 
 
 def write_page(content: Mapping[str, Any], file: Path) -> None:
@@ -108,7 +152,10 @@ def _lead(content: Mapping[str, Any]) -> str:
     if content["artefact"] == "factors":
         kind = "Exact factors" if content.get("exact") else "Truncated factors"
         kind += " with row scales" if content.get("form") == "lora+row_scale" else ""
-    methods = ", ".join(f"{entry['method']} adapter {entry['name']}" for entry in content["adapters"])
+    methods = ", ".join(
+        f"{entry['method']} adapter {entry['name']}" if entry.get("method") else f"adapter {entry['name']}"
+        for entry in content["adapters"]
+    )
     base = (content.get("base") or {}).get("name")
     text = f"{kind} of the {methods}" if content["artefact"] != "adapter" else f"The {methods}"
     return html.escape(f"{text}, on {base}." if base else f"{text}.")
@@ -119,10 +166,24 @@ def _tiles(content: Mapping[str, Any]) -> str:
     certificate = content.get("certificate") or {}
     modules = content["modules"]
     ranks = [entry["rank"] for entry in modules if entry.get("rank") is not None]
-    tiles.append(("weights", str(len(modules)), ""))
+    if modules:
+        tiles.append(("weights", str(len(modules)), "adapted"))
     if ranks:
         span = str(min(ranks)) if min(ranks) == max(ranks) else f"{min(ranks)}–{max(ranks)}"
         tiles.append(("rank", span, ""))
+    for entry in content["adapters"]:
+        if entry.get("parameters") is not None:
+            tiles.append(("trained parameters", f"{entry['parameters']:,}", size_text(content["sizes"]["adapter"])))
+    for key, name, note in (
+        ("changed", "elements changed", "median of the weights"),
+        ("lost", "lost to rounding", "of the change; median of the weights"),
+    ):
+        shares = [entry[key] for entry in modules if entry.get(key) is not None]
+        if shares and "retention" not in certificate:
+            tiles.append((name, percent(median(shares)), note))
+    if certificate.get("retention") is not None:
+        least = f"least {certificate['worst_retention']:.2f}"
+        tiles.append(("change kept", percent(certificate["retention"]), f"quantised again; {least}"))
     if "max_relative_error" in certificate:
         tiles.append(
             (
@@ -131,7 +192,7 @@ def _tiles(content: Mapping[str, Any]) -> str:
                 f"of ΔW; mean {certificate['mean_relative_error']:.2g}",
             )
         )
-        tiles.append(("energy kept", _percent(certificate["mean_energy"]), "mean over the weights"))
+        tiles.append(("energy kept", percent(certificate["mean_energy"]), "mean over the weights"))
     if certificate.get("mean_output_error") is not None:
         tiles.append(
             ("error at the output", f"{certificate['mean_output_error']:.2g}", "mean, on the calibration text")
@@ -148,20 +209,13 @@ def _tiles(content: Mapping[str, Any]) -> str:
     if scale:
         tiles.append(("row scales", f"±{scale['deviation']:.2g}", f"{scale['least']:.3g} to {scale['largest']:.3g}"))
     if content.get("seconds") is not None:
-        tiles.append(("time", f"{content['seconds']:.1f} s", "to find the factors"))
+        tiles.append(("time", f"{content['seconds']:.1f} s", "to make it"))
     return "".join(
         f"<div><dt>{html.escape(name)}</dt><dd>{html.escape(value)}"
         + (f"<small>{html.escape(note)}</small>" if note else "")
         + "</dd></div>"
         for name, value, note in tiles
     )
-
-
-def _percent(value: float) -> str:
-    """0.87919 -> 87.9 %; never 100 % for less than all."""
-    if value >= 1 - 1e-9:
-        return "100 %"
-    return f"{100 * value:.1f} %" if value < 0.9995 else f"{100 * value:.6f}".rstrip("0") + " %"
 
 
 def _parity(content: Mapping[str, Any]) -> str:
@@ -175,16 +229,23 @@ def _parity(content: Mapping[str, Any]) -> str:
         )
         total = line.get("greedy_total")
         greedy = "–" if total is None or line.get("greedy_equal") is None else f"{line['greedy_equal']} / {total}"
+        weight_error = _number(line.get("weight_error"))
         rows.append(
-            f"<tr><td>{html.escape(str(line['artefact']))}</td><td class=n>{_number(line.get('max_dlogit'))}</td>"
-            f"<td class=n>{_number(line.get('mean_dlogit'))}</td><td class=n>{greedy}</td>"
-            f"<td class=n>{_number(line.get('bar'))}</td><td>{mark}</td></tr>"
+            f"<tr><td>{html.escape(str(line['label']))}{'' if line['about'] else ' (another folder)'}</td>"
+            f"<td>{mark}</td><td class=n>{_number(line.get('max_dlogit'))}</td>"
+            f"<td class=n>{_number(line.get('bar'))}</td><td class=n>{greedy}</td><td class=n>{weight_error}</td>"
+            f"<td class=n>{_number(line.get('effect'))}</td></tr>"
         )
     head = (
-        "<tr><th>artefact</th><th class=n>max |Δlogit|</th><th class=n>mean |Δlogit|</th>"
-        "<th class=n>greedy tokens equal</th><th class=n>bar</th><th>passed</th></tr>"
+        "<tr><th>compared</th><th>passed</th><th class=n>max |Δlogit|</th><th class=n>passes up to</th>"
+        "<th class=n>greedy tokens equal</th><th class=n>worst weight</th><th class=n>effect</th></tr>"
     )
-    return f"<h2>Parity with the adapter as trained</h2><div class=scroll><table>{head}{''.join(rows)}</table></div>"
+    note = (
+        "<p>max |Δlogit| and worst weight (relative error of ΔW): the artefact against the adapter as trained; "
+        "effect: max |Δlogit| between the adapter as trained and its base.</p>"
+    )
+    table = f"<div class=scroll><table>{head}{''.join(rows)}</table></div>"
+    return f"<h2>Compared with the adapter as trained</h2>{table}{note}"
 
 
 def _weights(content: Mapping[str, Any]) -> str:
@@ -198,6 +259,7 @@ def _weights(content: Mapping[str, Any]) -> str:
             ("energy", "energy"),
             ("output_error", "output error"),
             ("rounding", "rounding"),
+            ("retention", "retention"),
         )
         if any(entry.get(key) is not None for entry in content["modules"])
     ]

@@ -13,10 +13,17 @@ import pytest
 import torch
 from click.testing import CliRunner
 from factor_models import base_weights, dcft_adapter, merged_weights, peft_adapter, pico_model
+from matplotlib import rc_context
+from matplotlib.figure import Figure
+from pico_bases import quiet
+from quantised_bases import quantised
+from safetensors.torch import save_file
 
 from adapter_merge.api.factor import factor
+from adapter_merge.api.inspect import inspect
 from adapter_merge.api.merge import merge
-from adapter_merge.api.options import FactorOptions
+from adapter_merge.api.options import FactorOptions, MergeOptions, VerifyOptions
+from adapter_merge.api.verify import verify
 from adapter_merge.cli.main import group
 from adapter_merge.errors import AdapterMergeError, InputError
 from adapter_merge.reporting import pictures
@@ -24,6 +31,7 @@ from adapter_merge.reporting.heatmap import BLOCKS, heat_table, level, strips
 from adapter_merge.reporting.module_grid import cell_of, grid_of
 from adapter_merge.reporting.report import energy_curve, gather, histogram
 from adapter_merge.reporting.report_page import page, write_page, write_pictures
+from adapter_merge.storage.checkpoint import read_weights
 
 
 @pytest.fixture(scope="module")
@@ -43,10 +51,20 @@ def factors(base: Path, dude: Path) -> Path:
 
 
 def verification(folder: Path, **changes: Any) -> Path:
+    """A file with what verify prints of the merged model in folder/merged."""
     figures = {"max_difference": 3e-6, "mean_difference": 1e-7, "greedy_equal": 9, "greedy_total": 9, "effect": 2.0}
     file = folder / "verified.json"
     file.write_text(
-        json.dumps({"artefact": "merged model", "logits": figures, "tolerance": 1e-4, "passed": True} | changes)
+        json.dumps(
+            {
+                "artefact": "merged model",
+                "path": str(folder / "merged"),
+                "logits": figures,
+                "tolerance": 1e-4,
+                "passed": True,
+            }
+            | changes
+        )
     )
     return file
 
@@ -67,7 +85,7 @@ def test_the_content_is_right(base: Path, dude: Path, factors: Path) -> None:
     errors = {entry["name"]: entry["relative_error"] for entry in found["modules"]}
     assert found["worst"] == sorted(errors, key=lambda name: -errors[name])[:5]
     assert found["energy_curve"]["chosen"] == [3, 3]
-    assert [line["artefact"] for line in found["parity"]] == ["factors"]
+    assert [line["label"] for line in found["parity"]] == ["factors, end to end"]
     json.dumps(found, allow_nan=False)
 
 
@@ -99,17 +117,114 @@ def test_a_merged_model_has_a_report(base: Path, dude: Path, tmp_path: Path) -> 
     assert "merged model" in page(found)
 
 
-def test_verifications_of_onnx_are_read_and_others_refused(dude: Path, tmp_path: Path) -> None:
-    file = tmp_path / "onnx.json"
-    file.write_text(json.dumps(
-        {"mode": "merged", "precision": "fp32", "max_abs_difference": 2e-5, "argmax_differs": 1, "tokens": 8,
-         "bar": 1e-3, "passed": False}
-    ))  # fmt: skip
-    line = gather(dude, parity=[file])["parity"][0]
-    assert line["artefact"] == "ONNX merged fp32" and (line["greedy_equal"], line["greedy_total"]) == (7, 8)
-    file.write_text("{}")
-    with pytest.raises(InputError, match="not a verification"):
-        gather(dude, parity=[file])
+def test_what_is_no_verification_is_refused(dude: Path, tmp_path: Path) -> None:
+    file = tmp_path / "other.json"
+    for text in ("{}", "[1]", '{"artefact": "factors", "passed": "yes"}'):
+        file.write_text(text)
+        with pytest.raises(InputError, match=r"not a (verification|JSON object)"):
+            gather(dude, parity=[file])
+
+
+def test_the_verdict_is_what_verify_says(base: Path, dude: Path, factors: Path, tmp_path: Path) -> None:
+    """Real verifications, right and wrong, of the merged model, of another folder, and of the truncated factors."""
+    merge(base, dude, tmp_path / "merged")
+    unknown = gather(tmp_path / "merged")["verdict"]
+    assert (unknown["level"], unknown["title"]) == ("none", "Not verified")
+    right, wrong = tmp_path / "right.json", tmp_path / "wrong.json"
+    right.write_text(json.dumps(verify(base, dude, tmp_path / "merged", VerifyOptions(weights_only=True)).as_json()))
+    wrong.write_text(json.dumps(verify(base, dude, factors, VerifyOptions(prompts=["w1 w2"], generated=2)).as_json()))
+    found = gather(tmp_path / "merged", parity=[right])
+    assert (found["verdict"]["level"], found["verdict"]["title"]) == ("good", "Computes what was trained")
+    assert found["parity"][0]["weight_error"] < 1e-5 and found["parity"][0]["weights"] == 8
+    assert gather(tmp_path / "merged", parity=[wrong])["verdict"] == unknown  # says nothing of this folder
+    failed = gather(factors, parity=[wrong])
+    assert failed["verdict"]["level"] == "bad" and failed["parity"][1]["passed"] is False
+    lost = gather(factors)["verdict"]
+    assert lost["level"] == "loss" and "Keeps" in lost["title"] and "Truncated" in lost["detail"]
+    both = gather(dude, base, parity=[right, wrong])  # an adapter's report counts all of its artefacts
+    assert both["verdict"]["level"] == "bad" and [line["about"] for line in both["parity"]] == [True, True]
+    text = page(both)
+    assert (
+        text.index("Differs from the adapter as trained") < text.index("Where the adapter acts") < text.index("<table")
+    )
+
+
+def test_forced_contradictions_come_first(base: Path, dude: Path, tmp_path: Path) -> None:
+    merge(base, dude, tmp_path / "merged")
+    manifest = json.loads((tmp_path / "merged" / "adapter_merge.json").read_text())
+    manifest["adapters"][0]["contradictions"] = ["the magnitudes are another base's"]
+    (tmp_path / "merged" / "adapter_merge.json").write_text(json.dumps(manifest))
+    found = gather(tmp_path / "merged", parity=[verification(tmp_path)])["verdict"]
+    assert (found["level"], found["detail"]) == ("bad", "the magnitudes are another base's")
+
+
+def test_numbers_agree_with_inspect(base: Path, dude: Path, tmp_path: Path) -> None:
+    for adapter in (dude, dcft_adapter(base, tmp_path / "dcft")):
+        seen, found = inspect(adapter, base).as_json(), gather(adapter, base)
+        assert found["adapters"][0]["parameters"] == seen["parameters"]
+        assert len(found["modules"]) == seen["modules"]
+        assert found["sizes"]["adapter"] == seen["bytes"]
+        assert {entry["rank"] for entry in found["modules"]} == {
+            rank for kind in seen["targets"].values() for rank in kind["ranks"]
+        }
+        merge(base, adapter, tmp_path / f"merged-{adapter.name}")
+        assert gather(tmp_path / f"merged-{adapter.name}")["sizes"][f"adapter {adapter.name}"] == seen["bytes"]
+        assert f"{seen['parameters']:,}" in page(found)
+
+
+def test_what_quantising_again_keeps_is_shown(tmp_path: Path) -> None:
+    with quiet():
+        quantised("nf4", tmp_path / "base", 256)
+    torch.manual_seed(0)
+    name = "base_model.model.model.layers.0.mlp.up_proj"
+    save_adapter(tmp_path / "lora", {
+        f"{name}.lora_A.weight": 0.1 * torch.randn(2, 256), f"{name}.lora_B.weight": 0.1 * torch.randn(512, 2)
+    })  # fmt: skip
+    merge(tmp_path / "base", tmp_path / "lora", tmp_path / "merged", MergeOptions(write_as="same"))
+    found = gather(tmp_path / "merged")
+    kept = json.loads((tmp_path / "merged" / "adapter_merge.json").read_text())["certificate"]["retention"]
+    assert found["verdict"]["level"] == "loss" and f"{100 * kept:.1f} %" in found["verdict"]["title"]
+    assert "retention" in pictures.available(found) and "change kept" in page(found)
+    stored = sum(ref.nbytes for ref in read_weights(tmp_path / "base" / "model.safetensors").tensors)
+    assert found["sizes"]["base"] == stored
+
+
+def save_adapter(folder: Path, tensors: dict[str, torch.Tensor]) -> None:
+    folder.mkdir()
+    save_file(tensors, folder / "adapter_model.safetensors")
+    config = {"peft_type": "LORA", "r": 2, "lora_alpha": 2, "target_modules": ["up_proj"], "bias": "none"}
+    (folder / "adapter_config.json").write_text(json.dumps(config))
+
+
+def test_an_exports_own_check_is_its_verdict(base: Path, dude: Path, tmp_path: Path) -> None:
+    """The manifest of an export as export writes it: figures by adapter, all within their tolerance."""
+    merge(base, dude, tmp_path / "merged")
+    figures = {"max_difference": 2e-6, "mean_difference": 1e-7, "greedy_equal": 9, "greedy_total": 9, "effect": 2.0}
+    manifest = json.loads((tmp_path / "merged" / "adapter_merge.json").read_text())
+    manifest |= {
+        "artefact": "ONNX model",
+        "layers": {},
+        "adapters": {"dude": {"source": str(dude)}},
+        "parity": {"dude": figures | {"tolerance": 1e-3}},
+    }
+    (tmp_path / "merged" / "adapter_merge.json").write_text(json.dumps(manifest))
+    found = gather(tmp_path / "merged")
+    assert found["verdict"]["level"] == "good" and "2e-06" in found["verdict"]["detail"]
+    assert "parity" in pictures.available(found) and "ONNX export of the adapter dude" in page(found)
+
+
+def test_bars_start_at_zero_on_a_linear_axis(factors: Path) -> None:
+    content = gather(factors)
+    with rc_context():
+        for name in ("size", "parity", "error"):
+            figure = Figure()
+            pictures.PICTURES[name].draw(figure, content, pictures.PAPER)
+            axes = figure.axes[0]
+            bars = [patch for patch in axes.patches if patch.get_width()]
+            assert bool(bars) is (name == "size")
+            if bars:
+                assert axes.get_xscale() == "linear" and axes.get_xlim()[0] == 0
+                assert [bar.get_width() * 1e6 for bar in bars] == pytest.approx(list(content["sizes"].values()))
 
 
 def test_the_energy_curve_and_the_histogram() -> None:
@@ -169,6 +284,7 @@ def test_the_page_stands_alone(factors: Path, tmp_path: Path) -> None:
     assert parser.loads == [] and parser.open == []
     assert len(parser.ids) == len(set(parser.ids))
     assert text.count("<svg ") == len(pictures.available(content)) == 5
+    assert text.index('class="verdict') < text.index("<svg ")
     assert "prefers-color-scheme: dark" in text
     for picture in re.findall(r"<svg .*?</svg>", text, re.DOTALL):
         ElementTree.fromstring(picture)
@@ -201,7 +317,7 @@ def test_the_page_replaces_nothing_halfway(factors: Path, tmp_path: Path) -> Non
 
 def test_pictures_are_drawn_for_a_card(factors: Path, tmp_path: Path) -> None:
     files = write_pictures(gather(factors), tmp_path / "png")
-    assert [file.stem for file in files] == ["change", "energy", "error", "parity", "size"]
+    assert [file.stem for file in files] == ["change", "error", "energy", "parity", "size"]
     for file in files:
         data = file.read_bytes()
         assert data.startswith(b"\x89PNG") and 3_000 < len(data) < 300_000
