@@ -7,6 +7,8 @@ import json
 import os
 import subprocess
 import sys
+import tarfile
+import tomllib
 import zipfile
 from pathlib import Path
 
@@ -20,28 +22,87 @@ def run(*args: str, **options: object) -> subprocess.CompletedProcess[str]:
     return subprocess.run([sys.executable, *args], capture_output=True, text=True, **options)  # type: ignore[call-overload]
 
 
-def test_a_built_wheel_holds_everything(tmp_path: Path) -> None:
-    source = tmp_path / "source"
+def tracked() -> list[str]:
+    """The files of the repository that are here."""
     listed = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True, check=True).stdout.split()
-    for name in listed:
-        if (ROOT / name).is_file():
-            (source / name).parent.mkdir(parents=True, exist_ok=True)
-            (source / name).write_bytes((ROOT / name).read_bytes())
-    built = run("-m", "build", "--wheel", "--outdir", str(tmp_path / "dist"), str(source))
-    assert built.returncode == 0, built.stderr[-2000:]
-    (wheel,) = (tmp_path / "dist").glob("*.whl")
+    return [name for name in listed if (ROOT / name).is_file()]
+
+
+@pytest.fixture(scope="module")
+def built(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with the sdist of a fresh clone and the wheel that was built from that sdist."""
+    folder = tmp_path_factory.mktemp("built")
+    for name in tracked():
+        (folder / "source" / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / "source" / name).write_bytes((ROOT / name).read_bytes())
+    done = run("-m", "build", "--outdir", str(folder / "dist"), str(folder / "source"))
+    assert done.returncode == 0, done.stderr[-2000:]
+    return folder / "dist"
+
+
+def test_a_built_wheel_holds_everything(built: Path) -> None:
+    (wheel,) = built.glob("*.whl")
     with zipfile.ZipFile(wheel) as archive:
         names = set(archive.namelist())
         entry_points = next(archive.read(n).decode() for n in names if n.endswith("entry_points.txt"))
     wanted = {
         f"adapter_merge/{name.removeprefix('merge/')}"
-        for name in listed
+        for name in tracked()
         if name.split("/")[0] in FOLDERS and (name.endswith((".py", "py.typed")) or "/adapters/" in name)
     }
     assert wanted and wanted <= names, sorted(wanted - names)[:5]
     assert not [name for name in names if name.startswith(("tests", "merge/", "export/", "serve/"))]
     assert "adapter-merge = adapter_merge.cli.main:main" in entry_points
     assert "adapter_merge = adapter_merge.serve.plugin:register" in entry_points
+
+
+def test_the_sdist_holds_what_the_wheel_is_built_from(built: Path) -> None:
+    (sdist,) = built.glob("*.tar.gz")
+    with tarfile.open(sdist) as archive:
+        names = {name.partition("/")[2] for name in archive.getnames()}
+    sources = {name for name in tracked() if name.split("/")[0] in FOLDERS}
+    assert {"LICENSE", "README.md", "pyproject.toml"} | sources <= names, sorted(sources - names)[:5]
+
+
+def test_the_wheel_runs_where_nothing_else_of_the_repository_is(built: Path, tmp_path: Path) -> None:
+    """A fresh environment with the wheel; its dependencies are those of this one (tests/run installs them as well)."""
+    (wheel,) = built.glob("*.whl")
+    assert run("-m", "venv", "--without-pip", str(tmp_path / "venv")).returncode == 0
+    python = tmp_path / "venv" / "bin" / "python"
+    done = run("-m", "pip", "--python", str(python), "install", "-q", "--no-deps", "--no-index", str(wheel))
+    assert done.returncode == 0, done.stderr
+    (packages,) = (tmp_path / "venv").glob("lib/python*/site-packages")
+    others = [path for path in sys.path if path.endswith("-packages") or (Path(path) / "torch").is_dir()]
+    (packages / "others.pth").write_text("\n".join(others))
+    environment = {"PATH": "/usr/bin:/bin", "HOME": str(tmp_path)}
+    code = (
+        "import adapter_merge, adapter_merge.cli.main as main\n"
+        "from importlib.metadata import entry_points\n"
+        "entry_points(group='vllm.general_plugins')['adapter_merge'].load()\n"
+        "import adapter_merge.export.cli, adapter_merge.serve.cli\n"
+        "print(adapter_merge.__file__, adapter_merge.__version__)\n"
+    )
+    loaded = subprocess.run([python, "-c", code], cwd=tmp_path, env=environment, capture_output=True, text=True)
+    assert loaded.returncode == 0, loaded.stderr
+    place, version = loaded.stdout.split()
+    assert Path(place).is_relative_to(packages)
+    command = tmp_path / "venv" / "bin" / "adapter-merge"
+    shown = subprocess.run([command, "--version"], cwd=tmp_path, env=environment, capture_output=True, text=True)
+    assert version in shown.stdout
+    adapter = packages / "adapter_merge" / "demo" / "adapters" / "dcft-pirate"
+    seen = subprocess.run([command, "inspect", adapter], cwd=tmp_path, env=environment, capture_output=True, text=True)
+    assert seen.returncode == 0 and seen.stdout.startswith("DCFT adapter"), seen.stderr
+
+
+def test_the_version_is_stated_in_one_place() -> None:
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    for name in tracked():
+        if name.split("/")[0] in FOLDERS and name.endswith(".py"):
+            assert "__version__ =" not in (ROOT / name).read_text(), name
+    assert "\nversion:" not in (ROOT / "CITATION.cff").read_text()
+    assert all("=" not in line.partition("[")[0] for line in project["optional-dependencies"]["demo"])
+    released = [line for line in (ROOT / "CHANGELOG.md").read_text().splitlines() if line.startswith("## [")]
+    assert released[0] == "## [Unreleased]"
 
 
 def test_imports_point_one_way() -> None:
