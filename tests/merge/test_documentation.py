@@ -13,6 +13,7 @@ from pathlib import Path
 
 import click
 import pytest
+import yaml
 from factor_models import dcft_adapter, peft_adapter, pico_model
 
 import adapter_merge as am
@@ -77,6 +78,17 @@ def test_links_lead_to_files(name: str) -> None:
 def test_the_figure_is_an_image() -> None:
     figure = ElementTree.parse(DOCS / "figures" / "adapter-to-server.svg").getroot()
     assert figure.tag.endswith("svg") and figure.get("role") == "img"
+
+
+def test_citation_and_issue_forms_are_well_formed() -> None:
+    citation = yaml.safe_load((ROOT / "CITATION.cff").read_text())
+    assert citation["cff-version"] == "1.2.0" and citation["license"] == "Apache-2.0"
+    assert all(reference["authors"] and reference["title"] for reference in citation["references"])
+    forms = [file for file in (ROOT / ".github" / "ISSUE_TEMPLATE").glob("*.yml") if file.name != "config.yml"]
+    assert len(forms) == 3
+    for file in forms:
+        form = yaml.safe_load(file.read_text())
+        assert form["name"] and form["description"] and all(field["attributes"]["label"] for field in form["body"])
 
 
 def commands_in(text: str) -> list[tuple[str, list[str]]]:
