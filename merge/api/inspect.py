@@ -89,6 +89,7 @@ def inspect(
     if base is not None and not problems:
         from adapter_merge.binding.bind import bind
         from adapter_merge.combine.origin import find_origin
+        from adapter_merge.combine.plausibility import large_changes, missing_layers, sampled_changes
 
         try:
             assert checkpoint is not None
@@ -104,6 +105,7 @@ def inspect(
                 "quantised": dict(Counter(weight.scheme for weight in packed_weights(bound.base).values())),
                 "notes": list(bound.base.notes),
             }
+            report["warnings"] = missing_layers(bound) + large_changes(sampled_changes(bound))
             problems += [] if opened.forced else origin.contradictions
         except AdapterMergeError as error:
             problems += error.problems

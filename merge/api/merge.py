@@ -16,9 +16,11 @@ from adapter_merge.combine.open_inputs import (
     input_folders,
     is_stale_quantization,
     open_pair,
+    parts_of,
     snapshot_of,
     training_warnings,
 )
+from adapter_merge.combine.plausibility import large_changes, missing_layers, not_finite, sampled_changes
 from adapter_merge.engine.devices import choose_devices
 from adapter_merge.engine.execute import FinishedShard, Progress, execute
 from adapter_merge.engine.plan import MergePlan, ShardPlan, plan_merge
@@ -96,8 +98,12 @@ def merge(
     if options.write_as is not None:
         stated["as"] = options.write_as
     content = manifest("merged model", describe_inputs(bound, options.reading), stated | combination_of(bound))
-    content["warnings"] = _missing_config(bound)
+    content["warnings"] = [
+        *_missing_config(bound),
+        *(text for part in parts_of(bound) for text in missing_layers(part)),
+    ]
     if options.dry_run:
+        content["warnings"] += [text for part in parts_of(bound) for text in large_changes(sampled_changes(part))]
         return MergeResult(output, content | {"dry_run": True, "bytes": plan.nbytes})
     identity = _identity(plan, content)
     with workplace(
@@ -150,6 +156,10 @@ def merge(
         if options.write_as == SAME and options.part is None:
             content["certificate"] = certify(content["layers"], options.min_retention)
         content["warnings"] += training_warnings(bound, options.reading)
+        content["warnings"] += large_changes(
+            {name: found["relative_delta"] for name, found in content["layers"].items()}
+        )
+        content["warnings"] += not_finite(name for shard in finished.values() for name in shard.not_finite)
         content["warnings"] += [] if options.write_as == SAME else _rounding_warnings(content["layers"])
         if options.part is not None:
             done = {name: shard.sha256 for name, shard in sorted(finished.items())}

@@ -209,6 +209,11 @@ class Inspection:
         return tuple(str(problem["cause"]) for problem in self._report["problems"])
 
     @property
+    def warnings(self) -> tuple[str, ...]:
+        """What is possible, but seldom meant: layers left out, changes larger than the weights."""
+        return tuple(self._report.get("warnings", ()))
+
+    @property
     def fits(self) -> bool | None:
         """True or False where a base was given, else None."""
         return None if "base" not in self._report and not self.problems else not self.problems

@@ -112,3 +112,5 @@ def _show(report: dict[str, Any]) -> None:
             console.print(f"quantised   {count} weights of {scheme}", soft_wrap=True)
         for note in base["notes"]:
             console.print(f"note        {note}", soft_wrap=True)
+    for warning in report.get("warnings", ()):
+        console.print(f"warning     {warning}", soft_wrap=True)

@@ -70,7 +70,7 @@ def find_origin(bound: BoundAdapter) -> Origin:
     return found + _names(bound, bool(found.findings))
 
 
-def _spread(items: Sequence[BoundModule]) -> Iterator[BoundModule]:
+def spread(items: Sequence[BoundModule]) -> Iterator[BoundModule]:
     """Yield up to SAMPLES small modules, one from each of as many stretches of the model."""
     count = min(SAMPLES, len(items))
     bounds = [number * len(items) // count for number in range(count + 1)] if count else []
@@ -89,7 +89,7 @@ def _magnitudes(bound: BoundAdapter) -> Origin:
         and item.weight.dtype in FLOAT_DTYPES
     ]
     levels, likeness, spreads = [], [], []
-    for item in _spread(scaled):
+    for item in spread(scaled):
         module = item.module
         assert isinstance(module, LoraModule) and module.magnitude is not None
         norms = _norms(item, module, bound.base_kind == "residual").clamp_min(1e-12).log()
@@ -156,7 +156,7 @@ def _residual(bound: BoundAdapter) -> Origin:
         if isinstance(item.module, LoraModule) and not item.module.embedding and item.weight.dtype in FLOAT_DTYPES
     ]
     shares = []
-    for item in _spread(loras):
+    for item in spread(loras):
         module = item.module
         assert isinstance(module, LoraModule)
         if module.rank >= min(module.shape):
@@ -201,7 +201,7 @@ def _own_base(bound: BoundAdapter) -> Origin:
         return Origin(("the checkpoint holds the base that it was trained on",))
     pairs = [
         (own.tensors[name], item.weight)
-        for item in _spread([item for item in bound.modules if item.module.parameter == "weight"])
+        for item in spread([item for item in bound.modules if item.module.parameter == "weight"])
         if (name := f"{item.module.name}.weight") in own.tensors and own.tensors[name].shape == item.weight.shape
     ]
     if not pairs or bound.base.stored is not None:

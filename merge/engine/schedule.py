@@ -11,7 +11,7 @@ import threading
 from collections import deque
 from collections.abc import Callable, Sequence
 from concurrent.futures import CancelledError, ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
@@ -21,7 +21,7 @@ from adapter_merge.storage.computed_tensor import ComputedRef
 from adapter_merge.storage.hashing import Stopped, file_sha256
 from adapter_merge.storage.input_files import Sources
 from adapter_merge.storage.links import link_file
-from adapter_merge.storage.tensor_io import TORCH_DTYPES
+from adapter_merge.storage.tensor_io import TORCH_DTYPES, holds_finite
 
 from .chunked_file import ChunkedFile, ChunkPool
 from .cuda_lanes import CudaQueue
@@ -45,6 +45,7 @@ class FinishedShard:
     sha256: str | None  # of the output; None without hashing
     source_sha256: str | None  # of the base's file, where it was read from end to end
     figures: dict[str, TensorFigures]
+    not_finite: list[str] = field(default_factory=list)  # copied tensors that hold NaN or infinity
 
 
 class Schedule:
@@ -140,7 +141,8 @@ class Schedule:
             sha256 = file_sha256(source) if self.settings.hashing else None
             if self.settings.progress is not None:
                 self.settings.progress(plan.nbytes)
-            self._on_finished(FinishedShard(plan.file, sha256, sha256, {}))
+            not_finite = [] if sha256 is None else [job.place.name for job in plan.jobs if not holds_finite(job.source)]
+            self._on_finished(FinishedShard(plan.file, sha256, sha256, {}, sorted(not_finite)))
 
         self._submit(hash_and_finish)
         return True
@@ -150,7 +152,8 @@ class Schedule:
 
         def done(sha256: str | None) -> None:
             source_sha256 = shard.digest.hexdigest() if shard.digest is not None else None
-            self._on_finished(FinishedShard(plan.file, sha256, source_sha256, shard.figures | figures_of(plan)))
+            figures = shard.figures | figures_of(plan)
+            self._on_finished(FinishedShard(plan.file, sha256, source_sha256, figures, sorted(shard.not_finite)))
 
         output = ChunkedFile(
             self.settings.folder / plan.file,

@@ -89,6 +89,7 @@ class ShardWork:
         self.tasks: Iterator[Task] = iter(())
         self.workers = 0
         self.figures: dict[str, TensorFigures] = {}
+        self.not_finite: set[str] = set()  # copied tensors that hold NaN or infinity
         turn = self.next_turn()
         if self.digest is not None and turn is not None:
             self.digest.update(turn, plan.source_header)

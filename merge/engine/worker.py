@@ -12,6 +12,8 @@ from torch import Tensor
 from adapter_merge.errors import NumericsError
 from adapter_merge.methods.block_edits import BlockEdit
 from adapter_merge.storage.input_files import Sources
+from adapter_merge.storage.safetensors_header import FLOAT_DTYPES, ITEM_BYTES
+from adapter_merge.storage.tensor_io import TORCH_DTYPES, all_finite, holds_finite
 
 from .chunked_file import ChunkPool
 from .devices import set_own_threads
@@ -133,9 +135,28 @@ class Worker:
         assert window is not None, "a copy never crosses a chunk's end"
         window = window.view(-1)
         self._read(task, window)
+        if not self._is_finite(task, window):
+            task.shard.not_finite.add(task.job.place.name)
         task.shard.output.mark_filled(offset, task.count)
         if self.settings.progress is not None:
             self.settings.progress(task.count)
+
+    def _is_finite(self, task: Task, window: Tensor) -> bool:
+        """Return False for copied bytes that hold NaN or infinity; one pass over (n,) uint8 in the core's cache."""
+        source = task.job.source
+        if source.dtype not in FLOAT_DTYPES or self.settings.is_delta:
+            return True
+        size = ITEM_BYTES[source.dtype]
+        cut = task.first % size
+        head = min(-task.first % size, len(window))
+        whole = window[head : head + (len(window) - head) // size * size]
+        if cut:  # a number that began in the bytes before these
+            first = torch.empty(size, dtype=torch.uint8)
+            self.sources.read(source, task.first - cut, first)
+            whole = torch.cat((first, whole))
+        elif whole.storage_offset() % size:
+            whole = whole.clone()
+        return all_finite(whole.view(TORCH_DTYPES[source.dtype]))
 
     def _move_edits(self, tensor: TensorWork, lane: Lane) -> list[BlockEdit]:
         """Wait until the tensor's edits are prepared, and return them on the lane's device."""
@@ -182,6 +203,8 @@ class Worker:
         slot.mark.synchronize()
         if not is_finite(slot.result_norm, block.target, pending.result):
             hint = "the values may exceed the range of the output dtype: try --dtype bfloat16 or float32"
+            if not holds_finite(task.job.source):
+                hint = f"the base's own {task.job.source.name} holds NaN or infinity: {task.job.source.file}"
             if not slot.on_host:  # on the CPU the edit itself raises this error
                 hint += "; or a row is zero and has a magnitude: is this the base that the adapter was trained on?"
             raise NumericsError(

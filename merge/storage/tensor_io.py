@@ -14,7 +14,7 @@ from adapter_merge.errors import FileFormatError
 from .computed_tensor import ComputedRef
 from .input_errors import reading
 from .lazy_torch import torch
-from .safetensors_header import TensorRef, layout
+from .safetensors_header import FLOAT_DTYPES, TensorRef, layout
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -97,6 +97,18 @@ def read_bytes(ref: TensorRef, first: int, stop: int) -> Tensor:
     raw = torch.empty(stop - first, dtype=torch.uint8)
     read_into(ref, first, raw)
     return raw
+
+
+def holds_finite(ref: TensorRef) -> bool:
+    """Return False for a stored tensor of floats with NaN or infinity; read in blocks."""
+    if ref.dtype not in FLOAT_DTYPES:
+        return True
+    for first in range(0, ref.nbytes, COMPUTED_BYTES):
+        piece = torch.empty(min(COMPUTED_BYTES, ref.nbytes - first), dtype=torch.uint8)
+        read_into(ref, first, piece)
+        if not all_finite(piece.view(TORCH_DTYPES[ref.dtype])):
+            return False
+    return True
 
 
 def all_finite(tensor: Tensor) -> bool:
