@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
 
@@ -55,7 +55,13 @@ def _part(ctx: click.Context, param: click.Parameter, value: str | None) -> tupl
     return int(match[1]), int(match[2])
 
 
-class Size(click.ParamType[int]):
+if TYPE_CHECKING:
+    SizeType = click.ParamType[int]
+else:
+    SizeType = click.ParamType  # no generic before click 8.4
+
+
+class Size(SizeType):
     """Bytes of a size with its unit: 512MB are 512,000,000, 4GiB are 4 x 1024^3, 4096B are 4096.
 
     A number without a unit is refused: one reader takes 5 for bytes, the next for gigabytes.
