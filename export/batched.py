@@ -18,9 +18,11 @@ from adapter_merge.outputs.staging import staged
 
 from .adapter_file import packed
 from .decoder import build_decoder
+from .decoder_settings import hide_from_genai
 from .factor_folder import Factors
 from .folder import save_graph, write_manifest
 from .insertion import insert_stacks, remove_stacks
+from .interface import prepare_graph
 from .parity import check_decoder_parity
 from .pending import hidden
 from .request import export_bytes, figures, open_request
@@ -55,6 +57,7 @@ def export_batched(base: str | Path, adapters: Mapping[str, Path], output: Path,
         import onnx_ir as ir
 
         model = ir.load(staging / "model.onnx")
+        prepare_graph(model, hide_from_genai(staging), whole_cache=True)
         layout = replace(adapted_layout(model, request, factors), adapters=tuple(factors))
         slots = {
             target.name: [packed(target, value.linears) for value in factors.values()] for target in layout.targets

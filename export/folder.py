@@ -11,10 +11,9 @@ from typing import TYPE_CHECKING, Any
 from adapter_merge.errors import FileFormatError, InputError, MismatchError, Problem, raise_all
 from adapter_merge.outputs import staging as output
 from adapter_merge.outputs.folder_content import SIGNATURE
-from adapter_merge.outputs.model_card import card
 from adapter_merge.outputs.seal import sealed
-from adapter_merge.storage.escaping import plain_text
 
+from .card import export_card
 from .runtime import check_external_data
 from .targets import Layout, read_layout
 
@@ -42,6 +41,25 @@ class Manifest:
     adapters: dict[str, dict[str, Any]] = field(default_factory=dict)
     options: dict[str, Any] = field(default_factory=dict)
     parity: dict[str, dict[str, Any]] = field(default_factory=dict)  # figures of the export's own check
+    license: dict[str, str] = field(default_factory=dict)  # license, license_name, license_link of the base's card
+
+    @property
+    def base_name(self) -> str:
+        """The base's name on the hub where its folder says so (the hub's cache), else its folder's name."""
+        repositories = [part for part in self.base.parts if part.startswith("models--")]
+        return repositories[-1].removeprefix("models--").replace("--", "/") if repositories else self.base.name
+
+
+def base_license(base: Path) -> dict[str, str]:
+    """Return what the model card in `base` says about its licence; empty where it says nothing."""
+    from huggingface_hub.repocard import metadata_load
+
+    try:
+        said = metadata_load(base / "README.md") or {}
+    except Exception:  # no card, or one whose front matter the hub's reader refuses (yaml raises its own kinds)
+        return {}
+    keys = ("license", "license_name", "license_link")
+    return {key: said[key] for key in keys if isinstance(said.get(key), str)}
 
 
 def write_manifest(folder: Path, manifest: Manifest) -> None:
@@ -54,7 +72,8 @@ def write_manifest(folder: Path, manifest: Manifest) -> None:
     before: dict[str, Any] = {}
     if file.is_file():
         before = (output.read_manifest(folder) or {}).get("files", {})
-    _replace(folder / "README.md", _card(manifest))
+    text = export_card(manifest, folder_layout(folder), folder)
+    _replace(folder / "README.md", lambda path: output.write_text(path, text))
     files = {}
     for path in sorted(folder.iterdir()):
         if not path.is_file() or path.name.startswith(".") or path.name in (file.name, SIGNATURE):
@@ -66,7 +85,14 @@ def write_manifest(folder: Path, manifest: Manifest) -> None:
         files[path.name] = {**entry, "sha256": old["sha256"] if same else output.sha256(path)}
     content = output.manifest(
         ARTEFACT,
-        {"base": {"name": manifest.base.name, "path": str(manifest.base), "fingerprint": manifest.fingerprint}},
+        {
+            "base": {
+                "name": manifest.base_name,
+                "path": str(manifest.base),
+                "fingerprint": manifest.fingerprint,
+                **manifest.license,
+            }
+        },
         {"mode": manifest.mode, "precision": manifest.precision, "device": manifest.device, **manifest.options},
         format_version=FORMAT_VERSION,
         kind=manifest.kind,
@@ -108,6 +134,7 @@ def read_export(folder: Path) -> Manifest:
             dict(content["adapters"]),
             options,
             dict(content.get("parity", {})),
+            {key: value for key, value in content["base"].items() if key.startswith("license")},
         )
     except (KeyError, TypeError) as error:
         raise FileFormatError(f"{folder / output.MANIFEST}: incomplete ({error} is missing)") from error
@@ -156,17 +183,3 @@ def _versions() -> dict[str, str]:
         except PackageNotFoundError:
             continue
     return versions
-
-
-def _card(manifest: Manifest) -> Any:
-    relation = "quantized" if manifest.precision == "int4" else "adapter" if manifest.adapters else "finetune"
-    lines = [f"{plain_text(manifest.base.name)} for ONNX Runtime: {manifest.mode}, {manifest.precision}.", ""]
-    for name, entry in manifest.adapters.items():
-        where = entry.get("file") or "inside the graph"
-        lines.append(f"- `{name}`: {where}, from {plain_text(Path(entry.get('source', 'unknown')).name)}")
-    if manifest.kind == "decoder":
-        option = " --adapter NAME" if manifest.adapters and manifest.mode != "merged" else ""
-        lines += ["", f"    adapter-merge generate FOLDER{option} --prompt TEXT"]
-    title = f"{manifest.base.name} ({manifest.mode} ONNX)"
-    text = card(title, manifest.base.name, relation, "onnx", ("adapter-merge", "onnx"), "\n".join(lines))
-    return lambda path: output.write_text(path, text)

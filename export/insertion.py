@@ -51,6 +51,7 @@ def insert_stacks(
     ids = graph.initializers.get(IDS)
     if ids is None:
         ids = optional_input(graph, IDS, ["adapter_batch_size"], np.zeros(1), ir.DataType.INT64)
+    ids = check_ids(graph, ids, len(layout.adapters))
     nodes = {node.name: node for node in graph}
     for target in layout.targets:
         if target.name not in stacks:
@@ -77,12 +78,54 @@ def insert_stacks(
     stamp(model, layout)
 
 
+def check_ids(graph: ir.Graph, ids: ir.Value, count: int) -> ir.Value:
+    """Add nodes that end a run whose adapter_ids are not all in 0 .. count; return the checked ids.
+
+    Gather alone counts a negative number from the end, and on CUDA answers zeros (the base) for a number too large. A
+    Reshape to a size that cannot be, in a node whose name says why, fails on every provider.
+    """
+    import numpy as np
+    import onnx_ir as ir
+
+    def constant(name: str, value: list[int]) -> ir.Value:
+        full = f"{CHECK}{name}"
+        tensor = ir.Tensor(np.asarray(value, np.int64), name=full)
+        made = ir.Value(name=full, shape=tensor.shape, type=ir.TensorType(tensor.dtype), const_value=tensor)
+        graph.register_initializer(made)
+        return made
+
+    outside = [
+        ir.node("Less", [ids, constant("lowest", [0])], name=f"{CHECK}Less"),
+        ir.node("Greater", [ids, constant("highest", [count])], name=f"{CHECK}Greater"),
+    ]
+    wrong = ir.node("Or", [node.outputs[0] for node in outside], name=f"{CHECK}Or")
+    number = ir.node("Cast", wrong.outputs, {"to": ir.DataType.INT64}, name=f"{CHECK}Cast")
+    most = ir.node("ReduceMax", number.outputs, {"keepdims": 0}, name=f"{CHECK}ReduceMax")
+    any_wrong = ir.node("Cast", most.outputs, {"to": ir.DataType.BOOL}, name=f"{CHECK}AnyWrong")
+    sizes = [any_wrong.outputs[0], constant("impossible", [IMPOSSIBLE]), constant("as_given", [-1])]
+    shape = ir.node("Where", sizes, name=f"{CHECK}Where")
+    checked = ir.node("Reshape", [ids, shape.outputs[0]], name=f"{CHECK}must lie between 0 and {count}")
+    made = [*outside, wrong, number, most, any_wrong, shape, checked]
+    for node in made:
+        node.outputs[0].name = f"{node.name}/output_0"
+    graph.insert_before(graph[0], made)
+    return checked.outputs[0]
+
+
 def remove_stacks(model: ir.Model, layout: Layout) -> None:
     """Remove what insert_stacks inserted, except adapter_ids."""
     import onnx_ir as ir
 
     graph = model.graph
     nodes = {node.name: node for node in graph}
+    checks = [node for node in graph if (node.name or "").startswith(CHECK)]
+    for node in checks:
+        for gather, index in list(node.outputs[0].uses()):
+            if gather not in checks:
+                gather.replace_input_with(index, graph.initializers[IDS])
+    graph.remove(reversed(checks), safe=True)
+    for name in [name for name in graph.initializers if name.startswith(CHECK)]:
+        del graph.initializers[name]
     for target in layout.targets:
         for number, product in enumerate(target.nodes):
             name = target.name + (f"_{number}" if number else "")
@@ -149,6 +192,8 @@ def stamp(model: ir.Model, layout: Layout) -> None:
 
 
 IDS = "adapter_ids"
+CHECK = f"/{IDS} "  # beginning of the names of the nodes that check it
+IMPOSSIBLE = 2**31 - 1  # sequences of a batch
 _ADDED = ("lora_A/MatMul", "lora_B/MatMul", "lora/Add", "out_scale/Mul")  # as attach names them, in its order
 _IR_NAMES = {"float32": "FLOAT", "float16": "FLOAT16", "bfloat16": "BFLOAT16"}
 

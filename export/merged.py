@@ -15,8 +15,10 @@ from typing import TYPE_CHECKING, Any
 from adapter_merge.outputs.staging import staged
 
 from .decoder import build_decoder
+from .decoder_settings import decoder_settings
 from .folder import Manifest, save_graph, write_manifest
 from .insertion import stamp
+from .interface import prepare_graph
 from .parity import check_decoder_parity
 from .request import Request, export_bytes, open_request
 
@@ -60,6 +62,7 @@ def export_merged(
         import onnx_ir as ir
 
         model = ir.load(staging / "model.onnx")
+        prepare_graph(model, decoder_settings(staging))
         stamp_merged(model, request, manifest)
         save_graph(model, staging / "model.onnx")
         check_decoder_parity(request, staging, manifest, recipe)

@@ -10,6 +10,7 @@ from typing import Any
 from adapter_merge.errors import InputError
 from adapter_merge.storage.checkpoint import read_json
 
+from .decoder_settings import decoder_settings
 from .runtime import check_packages
 
 
@@ -34,8 +35,8 @@ class Prompter:
 
         with quiet_libraries():
             self.tokenizer: Any = AutoTokenizer.from_pretrained(folder)
-        config_file = folder / "genai_config.json"
-        stops = read_json(config_file)["model"]["eos_token_id"] if config_file.is_file() else None
+        settings = decoder_settings(folder)
+        stops = settings["model"]["eos_token_id"] if settings else None
         if stops is None:
             stops = self.tokenizer.eos_token_id
         self.stops = frozenset(stops if isinstance(stops, list) else [stops])
@@ -74,9 +75,9 @@ class Prompter:
 
 def within_context(folder: Path, prompt: int, sampling: Sampling) -> Sampling:
     """Return `sampling` limited to the model's positions. Raises InputError for too long a prompt."""
-    config_file = folder / "genai_config.json"
-    if config_file.is_file():
-        limit = int(read_json(config_file)["model"]["context_length"])
+    settings = decoder_settings(folder)
+    if settings:
+        limit = int(settings["model"]["context_length"])
     else:
         config = read_json(folder / "config.json")
         limit = int(config.get("n_positions") or config["max_position_embeddings"])

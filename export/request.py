@@ -17,7 +17,7 @@ from adapter_merge.storage.checkpoint import Checkpoint
 from .adapter_source import factors_of
 from .decoder import BYTES_PER_WEIGHT, check_decoder, io_dtype
 from .factor_folder import Factors
-from .folder import Manifest
+from .folder import Manifest, base_license
 from .runtime import check_packages, check_runnable, parse_device
 from .targets import Layout, Target
 
@@ -65,8 +65,9 @@ class Request:
         """Return the manifest of this export, without adapters."""
         checkpoint = self.checkpoint
         return Manifest(
-            kind, self.mode, self.precision, self.device, checkpoint.folder, checkpoint.fingerprint, options=options
-        )
+            kind, self.mode, self.precision, self.device, checkpoint.folder, checkpoint.fingerprint,
+            options=options, license=base_license(checkpoint.folder),
+        )  # fmt: skip
 
     def layout(self, targets: tuple[Target, ...] = (), heads: Mapping[str, str] | None = None) -> Layout:
         """Return the layout of this export's graph. A decoder's layers get a branch, except on CUDA, whose graphs

@@ -14,9 +14,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from adapter_merge.errors import InputError
-from adapter_merge.storage.checkpoint import read_json
 
 from .adapter_file import SUFFIX, load_tensors
+from .decoder_settings import decoder_settings
 from .runtime import open_session, parse_device
 from .targets import Layout, read_layout
 
@@ -54,9 +54,10 @@ class Decoder:
         self.session = open_session(self.graph, device, threads)
         metadata = self.session.get_modelmeta().custom_metadata_map
         self.layout: Layout = read_layout(metadata, str(self.graph))
-        config_file = folder / "genai_config.json"
-        config = read_json(config_file) if config_file.is_file() else {}
+        config = decoder_settings(folder)
         self.context_length = int(config.get("model", {}).get("context_length", 0))  # 0: not stated
+        window = config.get("model", {}).get("decoder", {}).get("sliding_window", {})
+        self.window = 0 if self.layout.mode == "batched" else int(window.get("window_size", 0))
         self.shares_cache = bool(config.get("search", {}).get("past_present_share_buffer", False))
         self.inputs = {value.name: value for value in self.session.get_inputs()}
         self.past = [name for name in self.inputs if PAST.fullmatch(name)]
@@ -128,7 +129,8 @@ class Decoder:
         random = self.random_past(past) if past else {}
         values = {}
         for name in self.past:
-            shape = self._past_shape(name, len(rows), capacity if self.shares_cache else past)
+            positions = max(capacity, self.window) if self.shares_cache else past
+            shape = self._past_shape(name, len(rows), positions)
             values[name] = self._filled(shape, self.inputs[name].type, random.get(name))
         return Cache(len(rows), capacity, values, extra, past)
 
@@ -180,7 +182,7 @@ class Decoder:
     def _head_size(self, name: str, size: Any) -> int:
         if isinstance(size, int):
             return size
-        config = read_json(self.folder / "genai_config.json")
+        config = decoder_settings(self.folder)
         return int(config["model"]["decoder"]["head_size"])
 
     def _filled(self, shape: list[int], kind: str, first: Any) -> Any:

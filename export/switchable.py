@@ -19,9 +19,11 @@ from adapter_merge.storage.checkpoint import Checkpoint
 
 from .adapter_file import SUFFIX, write_adapter
 from .decoder import build_decoder
+from .decoder_settings import decoder_settings
 from .factor_folder import Factors
 from .folder import save_graph, write_manifest
 from .insertion import insert_switches
+from .interface import prepare_graph
 from .parity import check_decoder_parity
 from .pending import hidden
 from .request import Request, export_bytes, figures, open_request
@@ -49,6 +51,7 @@ def export_switchable(base: str | Path, adapters: Mapping[str, Path], output: Pa
         import onnx_ir as ir
 
         model = ir.load(staging / "model.onnx")
+        prepare_graph(model, decoder_settings(staging))
         layout = replace(adapted_layout(model, request, factors), branched=request.device == "cpu")
         insert_switches(model, layout)
         save_graph(model, staging / "model.onnx")

@@ -47,6 +47,7 @@ def card(
     tags: Iterable[str],
     body: str,
     pipeline: str | None = None,
+    extra: Mapping[str, Any] | None = None,  # further keys of the front matter
 ) -> str:
     """Return a model card with YAML front matter. A base that is not a hub id is left out, since the hub refuses it."""
     from huggingface_hub import ModelCardData
@@ -58,6 +59,7 @@ def card(
         base_model_relation=relation if of_hub else None,
         pipeline_tag=pipeline,
         tags=[*tags, f"base_model:{relation}:{base}"] if of_hub else list(tags),
+        **(extra or {}),
     )
     return f"---\n{data.to_yaml()}\n---\n# {plain_text(title)}\n\n{body.rstrip()}\n"
 

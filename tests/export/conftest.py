@@ -57,6 +57,17 @@ def switchable(pico: Path, adapters: dict[str, Path], tmp_path_factory: pytest.T
 
 
 @pytest.fixture(scope="session")
+def batched(pico: Path, adapters: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A batched export of `pico` with lora and dcft."""
+    pytest.importorskip("onnxruntime_genai")
+    from adapter_merge.export.batched import export_batched
+
+    output = tmp_path_factory.mktemp("batched") / "export"
+    export_batched(pico, {name: adapters[name] for name in ("lora", "dcft")}, output)
+    return output
+
+
+@pytest.fixture(scope="session")
 def reference() -> Callable[[Path, Path | None, list[int]], torch.Tensor]:
     """Logits (positions, vocabulary) in float64 of a base, or of a base with an adapter, without our code.
 

@@ -1,0 +1,112 @@
+"""The graph as a plain onnxruntime loop meets it: padded batches, sizes of the KV cache, sliding windows.
+
+GroupQueryAttention counts a row's tokens (the sum of its attention mask) and takes them from the left: padding on the
+right is right, padding on the left answers with other tokens, without a word. So the tokens of a step move to the left
+of their row, in their order, before the embedding, and their hidden states move back before lm_head. Where nothing is
+padded both are the identity. Positions follow: the operator counts them from the same sum.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+from adapter_merge.errors import MismatchError
+
+from .targets import HEAD
+
+if TYPE_CHECKING:
+    import onnx_ir as ir
+
+ROOM = "/padding"
+WINDOW = "sliding_window_cache"  # a KV cache of the window's length, which onnxruntime refuses for padded rows
+
+
+def prepare_graph(model: ir.Model, settings: Mapping[str, Any], *, whole_cache: bool = False) -> None:
+    """Accept padding, state the head size in the shapes of the KV cache, and with `whole_cache` keep all positions of
+    layers with a sliding window in it; in place. settings: genai_config.json. Raises MismatchError."""
+    import onnx_ir as ir
+
+    accept_padding(model)
+    size = int(settings["model"]["decoder"]["head_size"])
+    for value in (*model.graph.inputs, *model.graph.outputs):
+        if (value.name or "").startswith(("past_key_values.", "present.")) and value.shape is not None:
+            value.shape = ir.Shape([*value.shape[:3], size])
+    if whole_cache:
+        for node in model.graph:
+            node.attributes.pop(WINDOW, None)
+
+
+def accept_padding(model: ir.Model) -> None:
+    """Make the decoder `model` right for any padding of a prompt, in place.
+
+    Valid tokens (mask 1) of a step's columns go to the left, the others behind them: with m the mask's last S columns,
+    new place = cumsum(m) - 1 where m is 1, else sum(m) + column - cumsum(m). Raises MismatchError for a graph without
+    input_ids, attention_mask or lm_head.
+    """
+    graph = model.graph
+    inputs = {value.name: value for value in graph.inputs}
+    heads = [node for node in graph if HEAD.fullmatch(node.name or "")]
+    if "input_ids" not in inputs or "attention_mask" not in inputs or len(heads) != 1:
+        raise MismatchError(
+            "the builder's graph is not as expected",
+            expected="inputs input_ids and attention_mask, and one lm_head",
+            got=f"inputs {', '.join(map(str, inputs))}, and {len(heads)} products named lm_head",
+        )
+    ids, mask = inputs["input_ids"], inputs["attention_mask"]
+    readers = list(ids.uses())
+    make = _Maker(graph)
+    zero, one = make.constant("0", [0]), make.constant("1", [1])
+    scalars = make.constant("zero", 0), make.constant("one", 1)
+    size = make.node("Size", "Gather", [make.node("Shape", "Shape", [ids]), one], axis=0)  # [S]
+    total = make.node("Total", "Gather", [make.node("MaskShape", "Shape", [mask]), one], axis=0)
+    start = make.node("Start", "Sub", [total, size])
+    valid = make.node("Valid", "Slice", [mask, start, total, one])  # (batch, S)
+    before = make.node("CumSum", "CumSum", [valid, scalars[1]])
+    count = make.node("Count", "ReduceSum", [valid, one], keepdims=1)  # (batch, 1)
+    length = make.node("Length", "Squeeze", [size, zero])
+    columns = make.node("Columns", "Range", [scalars[0], length, scalars[1]])  # (S,)
+    kept = make.node("Kept", "Sub", [before, one])
+    behind = make.node("Behind", "Add", [make.node("Padding", "Sub", [columns, before]), count])
+    place = make.node("Place", "Where", [make.node("IsValid", "Greater", [valid, zero]), kept, behind])
+    moved = make.node("Tokens", "ScatterElements", [ids, place, ids], axis=1)
+    index = make.node("Index", "Unsqueeze", [place, make.constant("2", [2])])  # (batch, S, 1)
+    for user, position in readers:
+        if user.op_type != "Shape":
+            user.replace_input_with(position, moved)
+    make.before(graph[0])
+    hidden = heads[0].inputs[0]
+    back = _Maker(graph)
+    restored = back.node("Restored", "GatherND", [hidden, index], batch_dims=1)
+    restored.type = hidden.type if hidden is not None else None
+    back.before(heads[0])
+    heads[0].replace_input_with(0, restored)
+
+
+class _Maker:
+    """Nodes under ROOM, put into the graph together."""
+
+    def __init__(self, graph: ir.Graph) -> None:
+        self.graph = graph
+        self.nodes: list[ir.Node] = []
+
+    def constant(self, name: str, value: Any) -> ir.Value:
+        import numpy as np
+        import onnx_ir as ir
+
+        full = f"{ROOM}/constant_{name}"
+        tensor = ir.Tensor(np.asarray(value, np.int64), name=full)
+        made = ir.Value(name=full, shape=tensor.shape, type=ir.TensorType(tensor.dtype), const_value=tensor)
+        self.graph.register_initializer(made)
+        return made
+
+    def node(self, name: str, kind: str, inputs: list[Any], **attributes: Any) -> ir.Value:
+        import onnx_ir as ir
+
+        made = ir.node(kind, inputs, attributes, name=f"{ROOM}/{name}")
+        made.outputs[0].name = f"{ROOM}/{name}/output_0"
+        self.nodes.append(made)
+        return made.outputs[0]
+
+    def before(self, node: ir.Node) -> None:
+        self.graph.insert_before(node, self.nodes)
