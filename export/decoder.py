@@ -7,16 +7,14 @@ are merged already: its own adapter option computes DoRA and PiSSA wrongly, with
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
 import tempfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from adapter_merge.errors import AdapterMergeError, Problem, UnsupportedError, raise_all
+from adapter_merge.errors import Problem, UnsupportedError, raise_all
 
+from .child_process import first_cause, run_module
 from .rotary import rope_problems
 from .runtime import check_packages
 
@@ -33,6 +31,10 @@ ARCHITECTURES = (
 )
 PRECISIONS = ("fp32", "fp16", "bf16", "int4")
 BYTES_PER_WEIGHT = {"fp32": 4.0, "fp16": 2.0, "bf16": 2.0, "int4": 0.7}
+TOKENIZERS = (
+    "tokenizer.json", "tokenizer.model", "spiece.model", "sentencepiece.bpe.model", "vocab.json", "vocab.txt",
+    "tekken.json", "tiktoken.model",
+)  # fmt: skip
 BLOCK_SIZE = 32
 ACCURACY_LEVEL = 4
 
@@ -72,7 +74,27 @@ def check_decoder(config: Mapping[str, Any], source: Path, precision: str, devic
                 expected="--device cuda, or --precision fp32, fp16 or int4",
             )
         )
+    problems += tokenizer_problems(source, opened=not problems)  # transformers reads the configuration for it
     raise_all(problems, UnsupportedError)
+
+
+def tokenizer_problems(source: Path, opened: bool = True) -> list[Problem]:
+    """Return why the tokenizer in `source`, which the builder writes into the export, is not there, or not `opened`."""
+    hint = "copy the tokenizer's files from where the model came from"
+    if not any(file.name in TOKENIZERS for file in source.iterdir()):
+        return [Problem(f"{source}: no tokenizer", "one of " + ", ".join(TOKENIZERS), hint=hint)]
+    if not opened:
+        return []
+    from transformers import AutoTokenizer
+
+    from adapter_merge.verification.live_adapter import quiet_libraries
+
+    try:
+        with quiet_libraries():
+            AutoTokenizer.from_pretrained(source)
+    except Exception as error:  # of every tokenizer library
+        return [Problem(f"{source}: transformers cannot open its tokenizer", got=first_cause(error), hint=hint)]
+    return []
 
 
 def io_dtype(precision: str, device: str) -> str:
@@ -83,7 +105,12 @@ def io_dtype(precision: str, device: str) -> str:
 
 
 def build_decoder(
-    checkpoint: Path, output: Path, precision: str = "fp32", device: str = "cpu", pack: bool = True
+    checkpoint: Path,
+    output: Path,
+    precision: str = "fp32",
+    device: str = "cpu",
+    pack: bool = True,
+    source: Path | None = None,  # what errors call the checkpoint
 ) -> None:
     """Write model.onnx, model.onnx.data, genai_config.json and the tokenizer of `checkpoint` into `output`.
 
@@ -99,7 +126,7 @@ def build_decoder(
     if provider != device:
         options.append("fuse_qk_norm_gqa=false")
     with tempfile.TemporaryDirectory(prefix=".build-", dir=output.parent) as temporary:
-        job = {
+        job: dict[str, Any] = {
             "checkpoint": str(checkpoint.resolve()),
             "output": str(output.resolve()),
             "precision": precision,
@@ -107,16 +134,17 @@ def build_decoder(
             "cache": f"{temporary}/cache",
             "options": options,
         }
-        command = [sys.executable, "-m", "adapter_merge.export.builder_process", json.dumps(job)]
-        environment = {**os.environ, "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
-        environment.pop("PYTHONWARNINGS", None)
-        done = subprocess.run(command, cwd=temporary, env=environment, capture_output=True, text=True, check=False)
-    if done.returncode != 0 or not (output / "model.onnx").is_file():
-        said = [line for line in done.stderr.splitlines() if line.strip()]
-        raise AdapterMergeError(
-            f"{checkpoint}: the model builder of onnxruntime-genai failed",
-            got=said[-1].strip() if said else f"exit code {done.returncode}",
-            hint="a SIGKILL means too little memory" if done.returncode < 0 else None,
+        run_module(
+            "adapter_merge.export.builder_process",
+            job,
+            Path(temporary),
+            f"the model builder of onnxruntime-genai failed on {source or checkpoint}",
+            output / "model.onnx",
+            {
+                job["checkpoint"]: str(source or checkpoint),
+                job["output"]: "the export",
+                temporary: "a temporary folder",
+            },
         )
     if provider != device:
         _run_on_cpu(output / "genai_config.json")

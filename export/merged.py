@@ -56,7 +56,7 @@ def export_merged(
             weights = staging / "merged"
             add_merged(manifest, merge_adapters(request, recipe, weights), recipe)
         merged_at = time.perf_counter()
-        build_decoder(weights, staging, request.precision, request.device)
+        build_decoder(weights, staging, request.precision, request.device, source=checkpoint.folder)
         if adapters:
             shutil.rmtree(weights)
         import onnx_ir as ir

@@ -7,6 +7,7 @@ from the inverse frequencies that transformers gives the model (modeling_rope_ut
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -28,6 +29,7 @@ TYPES: Mapping[str, tuple[str, ...]] = {
 REASONS: Mapping[str, str] = {
     "dynamic": "its frequencies change with the length of the text, and a graph's tables are fixed",
 }
+POSITIVE = ("factor", "rope_theta", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")
 NEEDED: Mapping[str, tuple[str, ...]] = {
     "linear": ("factor",),
     "yarn": ("factor",),
@@ -65,7 +67,38 @@ def rope_problems(config: Mapping[str, Any], source: Path) -> list[Problem]:
         missing = [key for key in NEEDED.get(kind, ()) if settings.get(key, config.get(key)) is None]
         if missing:
             problems.append(Problem(f"{source}: {kind} rotary positions without {', '.join(missing)}"))
+        problems += [
+            Problem(f"{source}: {kind} rotary positions", f"{key}: {what}", f"{given!r}"[:80])
+            for key, what, given in _wrong_numbers(settings, config)
+        ]
     return problems
+
+
+def _wrong_numbers(settings: Mapping[str, Any], config: Mapping[str, Any]) -> list[tuple[str, str, Any]]:
+    """Return (setting, what it must be, what it is) of settings that no formula can take."""
+    wrong: list[tuple[str, str, Any]] = []
+    for key in POSITIVE:
+        given = settings.get(key)
+        if given is not None and not _is_positive(given):
+            wrong.append((key, "a number above 0", given))
+    heads = int(config.get("num_attention_heads") or 1)
+    size = int(config.get("head_dim") or int(config.get("hidden_size") or 0) // heads)
+    count = int(size * float(settings.get("partial_rotary_factor", config.get("partial_rotary_factor", 1.0)))) // 2
+    for key in ("short_factor", "long_factor"):
+        given = settings.get(key)
+        if given is not None and not (
+            isinstance(given, list) and len(given) == count and all(map(_is_positive, given))
+        ):
+            wrong.append((key, f"{count} numbers above 0", given))
+    key = "original_max_position_embeddings"
+    inner, outer = settings.get(key), config.get(key)
+    if None not in (inner, outer) and inner != outer:  # the builder reads one, transformers the other
+        wrong.append((key, f"{outer}, as outside of the rotary settings", inner))
+    return wrong
+
+
+def _is_positive(value: object) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value) and value > 0
 
 
 def fixed_frequencies(config: Any) -> tuple[Any, float] | None:

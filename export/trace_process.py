@@ -197,4 +197,6 @@ def _fold_transposes(model: Any, keep: frozenset[str], heads: tuple[str, ...]) -
 
 
 if __name__ == "__main__":
-    main()
+    from .child_process import reporting
+
+    reporting(main)

@@ -7,23 +7,20 @@ differ from adapter to adapter.
 
 from __future__ import annotations
 
-import json
-import os
 import re
-import subprocess
-import sys
 import tempfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from adapter_merge.binding.positional import QUERY
-from adapter_merge.errors import AdapterMergeError, Problem, UnsupportedError, raise_all
+from adapter_merge.errors import Problem, UnsupportedError, raise_all
 from adapter_merge.outputs.staging import staged
 from adapter_merge.quantisation.dense_view import open_base
 from adapter_merge.storage.checkpoint import Checkpoint
 
 from .adapter_file import match_all
+from .child_process import run_module
 from .factor_folder import Factors
 from .folder import Manifest, save_graph, write_manifest
 from .insertion import insert_switches, make_optional, split_gemm
@@ -73,6 +70,7 @@ def export_traced(
     needed = request.reserve(export_bytes(request.checkpoint, "fp32") * (2 if mode == "merged" and adapters else 1))
     factors = request.factors()
     name_of_class = task_class(request.checkpoint, factors)
+    check_labels(request.checkpoint, factors, name_of_class)
     plan = request.plan({name: figures(value) for name, value in factors.items()}) | {"class": name_of_class}
     if request.dry_run:
         return {**plan, "dry_run": True, "bytes_needed": needed}
@@ -113,6 +111,25 @@ def task_class(checkpoint: Checkpoint, factors: Mapping[str, Factors]) -> str:
     )
 
 
+def check_labels(checkpoint: Checkpoint, factors: Mapping[str, Factors], name_of_class: str) -> None:
+    """Raise UnsupportedError for a question-answering head of another size than transformers' own: start and end."""
+    if not name_of_class.endswith("ForQuestionAnswering"):
+        return
+    heads = {str(checkpoint.folder): {name: ref.shape for name, ref in checkpoint.tensors.items()}}
+    heads |= {
+        str(value.source): {key: head.shape for key, head in value.replacements.items()} for value in factors.values()
+    }
+    problems = [
+        Problem(
+            f"{source}: its head answers questions with {shapes['qa_outputs.weight'][0]} numbers a token",
+            "2: start and end",
+        )
+        for source, shapes in heads.items()
+        if "qa_outputs.weight" in shapes and shapes["qa_outputs.weight"][0] != 2
+    ]
+    raise_all(problems, UnsupportedError)
+
+
 def _trace_merged(
     request: Request, recipe: Recipe | None, name_of_class: str, staging: Path, manifest: Manifest
 ) -> None:
@@ -124,7 +141,7 @@ def _trace_merged(
             weights = Path(temporary) / "model"
             add_merged(manifest, merge_adapters(request, recipe, weights), recipe)
         shapes = {name: ref.shape for name, ref in open_base(weights).tensors.items()}
-        trace(weights, staging, name_of_class, label_count(name_of_class, shapes), keep=())
+        trace(weights, staging, name_of_class, label_count(name_of_class, shapes), (), request.checkpoint.folder)
     model = ir.load(staging / "model.onnx")
     _clean(model)
     stamp_merged(model, request, manifest)
@@ -155,7 +172,14 @@ def _trace_switchable(
     manifest.adapters |= write_adapters(factors, request.adapters, layout, staging)
 
 
-def trace(checkpoint: Path, output: Path, name_of_class: str, labels: int | None, keep: tuple[str, ...]) -> None:
+def trace(
+    checkpoint: Path,
+    output: Path,
+    name_of_class: str,
+    labels: int | None,
+    keep: tuple[str, ...],
+    source: Path | None = None,  # what errors call the checkpoint
+) -> None:
     """Run trace_process: model.onnx and model.onnx.data in `output`; weights in `keep` keep their orientation."""
     job = {
         "checkpoint": str(checkpoint.resolve()),
@@ -164,17 +188,14 @@ def trace(checkpoint: Path, output: Path, name_of_class: str, labels: int | None
         "labels": labels,
         "keep": list(keep),
     }
-    command = [sys.executable, "-m", "adapter_merge.export.trace_process", json.dumps(job)]
-    environment = {**os.environ, "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
-    environment.pop("PYTHONWARNINGS", None)
-    done = subprocess.run(command, cwd=output, env=environment, capture_output=True, text=True, check=False)
-    if done.returncode != 0 or not (output / "model.onnx").is_file():
-        said = [line for line in done.stderr.splitlines() if line.strip()]
-        raise AdapterMergeError(
-            f"{checkpoint}: torch.onnx could not export {name_of_class}",
-            got=said[-1].strip() if said else f"exit code {done.returncode}",
-            hint="a SIGKILL means too little memory" if done.returncode < 0 else None,
-        )
+    run_module(
+        "adapter_merge.export.trace_process",
+        job,
+        output,
+        f"torch.onnx could not export {name_of_class} of {source or checkpoint}",
+        output / "model.onnx",
+        {str(job["checkpoint"]): str(source or checkpoint), str(job["output"]): "the export"},
+    )
 
 
 def label_count(name_of_class: str, shapes: Mapping[str, tuple[int, ...]]) -> int | None:
