@@ -21,7 +21,8 @@ from .adapter_file import SUFFIX, aligned, match_all
 from .adapter_source import factors_of
 from .batched import restack
 from .factor_folder import Factors
-from .folder import Manifest, folder_layout, read_export
+from .folder import folder_layout, read_export
+from .manifest import Manifest
 from .parity import compare_all, compare_encoders
 from .pending import commit, hidden, recover
 from .request import figures, silent

@@ -19,7 +19,7 @@ from .decoder_settings import decoder_settings
 from .targets import Layout
 
 if TYPE_CHECKING:
-    from .folder import Manifest
+    from .manifest import Manifest
 
 TASKS = {
     "ForSequenceClassification": "text-classification",

@@ -14,7 +14,7 @@ from adapter_merge.formats.read_options import ReadOptions
 from adapter_merge.quantisation.dense_view import open_base
 
 from .classifying import Classifier
-from .folder import Manifest
+from .manifest import Manifest
 from .verdict import check_base, find_adapter, header, reference_model, sample_tokens, verdict
 
 BAR = 1e-3

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -14,6 +13,7 @@ from adapter_merge.outputs.folder_content import SIGNATURE
 from adapter_merge.outputs.seal import sealed
 
 from .card import export_card
+from .manifest import Manifest
 from .runtime import check_external_data
 from .targets import Layout, read_layout
 
@@ -26,40 +26,6 @@ PACKAGES = (
     "onnxruntime", "onnxruntime-gpu", "onnxruntime-genai", "onnxruntime-genai-cuda", "onnx_ir", "onnxscript",
     "transformers",
 )  # fmt: skip
-
-
-@dataclass
-class Manifest:
-    """The content of an export's adapter_merge.json."""
-
-    kind: str  # "decoder", "encoder"
-    mode: str  # "merged", "switchable", "batched"
-    precision: str
-    device: str
-    base: Path
-    fingerprint: str
-    adapters: dict[str, dict[str, Any]] = field(default_factory=dict)
-    options: dict[str, Any] = field(default_factory=dict)
-    parity: dict[str, dict[str, Any]] = field(default_factory=dict)  # figures of the export's own check
-    license: dict[str, str] = field(default_factory=dict)  # license, license_name, license_link of the base's card
-
-    @property
-    def base_name(self) -> str:
-        """The base's name on the hub where its folder says so (the hub's cache), else its folder's name."""
-        repositories = [part for part in self.base.parts if part.startswith("models--")]
-        return repositories[-1].removeprefix("models--").replace("--", "/") if repositories else self.base.name
-
-
-def base_license(base: Path) -> dict[str, str]:
-    """Return what the model card in `base` says about its licence; empty where it says nothing."""
-    from huggingface_hub.repocard import metadata_load
-
-    try:
-        said = metadata_load(base / "README.md") or {}
-    except Exception:  # no card, or one whose front matter the hub's reader refuses (yaml raises its own kinds)
-        return {}
-    keys = ("license", "license_name", "license_link")
-    return {key: said[key] for key in keys if isinstance(said.get(key), str)}
 
 
 def write_manifest(folder: Path, manifest: Manifest) -> None:

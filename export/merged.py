@@ -16,9 +16,10 @@ from adapter_merge.outputs.staging import staged
 
 from .decoder import build_decoder
 from .decoder_settings import decoder_settings
-from .folder import Manifest, save_graph, write_manifest
+from .folder import save_graph, write_manifest
 from .insertion import stamp
 from .interface import prepare_graph
+from .manifest import Manifest
 from .parity import check_decoder_parity
 from .request import Request, export_bytes, open_request
 

@@ -19,7 +19,7 @@ from adapter_merge.combine.open_inputs import open_pair
 from adapter_merge.errors import MismatchError, Problem, raise_all
 from adapter_merge.verification.key_value_cache import cache_argument
 
-from .folder import Manifest
+from .manifest import Manifest
 from .running import Decoder
 from .verdict import BARS, sample_tokens, verdict
 

@@ -17,7 +17,7 @@ from adapter_merge.storage.checkpoint import Checkpoint
 from .adapter_source import factors_of
 from .decoder import BYTES_PER_WEIGHT, check_decoder, io_dtype
 from .factor_folder import Factors
-from .folder import Manifest, base_license
+from .manifest import Manifest, base_license
 from .runtime import check_packages, check_runnable, parse_device
 from .targets import Layout, Target
 

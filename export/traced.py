@@ -22,8 +22,9 @@ from adapter_merge.storage.checkpoint import Checkpoint
 from .adapter_file import match_all
 from .child_process import run_module
 from .factor_folder import Factors
-from .folder import Manifest, save_graph, write_manifest
+from .folder import save_graph, write_manifest
 from .insertion import insert_switches, make_optional, split_gemm
+from .manifest import Manifest
 from .merged import add_merged, merge_adapters, stamp_merged
 from .parity import check_decoder_parity, check_encoder_parity
 from .request import Request, export_bytes, figures, open_request

@@ -9,7 +9,7 @@ from typing import Any
 from adapter_merge.errors import InputError, MismatchError
 from adapter_merge.formats.read_options import ReadOptions
 
-from .folder import Manifest
+from .manifest import Manifest
 
 TOKENS = 256  # positions compared when no prompt is given
 BARS: Mapping[str, float] = {"fp32": 1e-3, "fp16": 0.25, "bf16": 2.0}
