@@ -27,6 +27,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from adapter_merge.errors import FileFormatError, InputError, MissingDependencyError, Problem, raise_all
+from adapter_merge.storage.json_types import NAME, PATH
 
 from .delta_ops import METHODS, Settings
 
@@ -164,11 +165,11 @@ def read_recipe(file: str | Path) -> Recipe:
             if key not in ADAPTER_KEYS
         ]
         where = entry.get("path")
-        if not isinstance(where, str) or not where:
+        if not PATH.holds(where) or not where:
             problems.append(Problem(f"{path}: adapter {number}: path is missing or wrong", "a folder, file or hub id"))
             continue
         name = entry.get("name", Path(where).name)
-        if not isinstance(name, str) or not name:
+        if not NAME.holds(name) or not name:
             problems.append(Problem(f"{path}: adapter {number}: name is wrong", "a text", repr(name)[:100]))
             continue
         problems += _check_options(entry, f"{path}: adapter {number}")
@@ -188,7 +189,7 @@ def read_recipe(file: str | Path) -> Recipe:
             )
         )
     base = content.get("base")
-    if base is not None and not isinstance(base, str):
+    if base is not None and not PATH.holds(base):
         problems.append(Problem(f"{path}: base is wrong", "a folder or hub id", repr(base)[:100]))
     raise_all(problems, InputError)
     if isinstance(base, str) and (path.parent / base).exists():
@@ -232,13 +233,14 @@ def _read_content(path: Path) -> dict[str, Any]:
             content = tomllib.loads(text)
         else:
             content = _parse_yaml(text)
+        json.dumps(content, ensure_ascii=False, default=str).encode("utf-8")  # half a character could not be written
     except MissingDependencyError:
         raise
     except (ValueError, RecursionError) as error:
         raise FileFormatError(f"{path}: not a recipe ({str(error)[:300]})") from error
     if not isinstance(content, dict) or not all(isinstance(key, str) for key in content):
         raise FileFormatError(f"{path}: not a recipe", expected=f"a map with {', '.join(KEYS)}")
-    return content
+    return {key: value for key, value in content.items() if value is not None}
 
 
 def _parse_yaml(text: str) -> Any:

@@ -205,8 +205,8 @@ def open_adapter(folder: str | Path, options: ReadOptions | None = None, base: C
 
     Example: `open_adapter("adapter").method` is "LoRA".
     """
+    require_utf8(Path(folder))
     path = Path(folder) if Path(folder).is_file() else resolve(folder)
-    require_utf8(path)
     options = options or ReadOptions()
     snapshot = snapshot_folder(path)
     stated = _stated_files(options)

@@ -185,6 +185,7 @@ def resolve(name: str | Path) -> Path:
 def resolve_base(name: str | Path) -> Path:
     """Return a local GGUF file as it is, and anything else as `resolve` does."""
     path = Path(name)
+    require_utf8(path)
     return path if path.suffix == ".gguf" and path.is_file() else resolve(name)
 
 

@@ -11,6 +11,8 @@ from adapter_merge.errors import AdapterMergeError, FileFormatError, InputError
 
 from .escaping import require_printable
 
+MAX_NAME_BYTES, MAX_PATH_BYTES = 255, 4096  # Linux, limits.h: NAME_MAX, PATH_MAX
+
 
 @contextmanager
 def reading(file: Path) -> Iterator[None]:
@@ -25,15 +27,28 @@ def reading(file: Path) -> Iterator[None]:
 
 
 def require_utf8(path: Path, kind: type[AdapterMergeError] = InputError) -> None:
-    """Raise `kind` for a path that manifests and model cards could not state: not UTF-8, or with control characters."""
+    """Raise `kind` for a path that manifests and model cards could not state, or that no file system has.
+
+    It is not UTF-8, holds control characters, or is too long.
+    """
     require_printable(path, kind)
-    for text in (str(path.absolute()), str(path.resolve())):
+    if len(_bytes(str(path))) >= MAX_PATH_BYTES or any(len(_bytes(part)) > MAX_NAME_BYTES for part in path.parts):
+        raise kind(f"{str(path)[:200]} ...: too long for a file's name", expected=f"at most {MAX_NAME_BYTES} bytes")
+    for real in (False, True):
         try:
+            text = str(path.resolve() if real else path.absolute())
             text.encode("utf-8")
         except UnicodeEncodeError as error:
             raise kind(
-                f"{os.fsencode(path)!r}: its name is not UTF-8",
+                f"{_bytes(str(path))!r}: its name is not UTF-8",
                 expected="names in UTF-8, which manifests are written in",
-                got=repr(os.fsencode(text)),
+                got=repr(_bytes(str(path.absolute()))),
                 hint="rename it, or choose a UTF-8 locale such as LC_ALL=C.UTF-8 if the name is right",
             ) from error
+
+
+def _bytes(text: str) -> bytes:
+    try:
+        return os.fsencode(text)
+    except UnicodeEncodeError:  # half a character, from JSON
+        return text.encode("utf-8", "backslashreplace")

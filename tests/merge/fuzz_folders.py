@@ -191,7 +191,7 @@ def seeds() -> dict[str, Files]:
 
 
 def _weights_file(files: Files) -> str:
-    return next(name for name in files if not name.endswith(".json"))
+    return next((name for name in files if not name.endswith(".json")), min(files))
 
 
 def _header_of(data: bytes) -> tuple[Header, bytes]:
@@ -322,7 +322,7 @@ def change_tensors(files: Files, pick: random.Random) -> bool:
         tensors[key] = value.T if value.ndim == 2 else value[None]
     elif kind == 5:
         tensors[key] = value[:0] if value.ndim else value.reshape(0) if value.numel() == 0 else value
-    elif kind == 6:
+    elif kind == 6 and value.is_floating_point():
         wild = value.clone()
         wild.view(-1)[pick.randrange(wild.numel())] = pick.choice([math.nan, math.inf, -math.inf])
         tensors[key] = wild
