@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from adapter_merge.errors import AdapterMergeError
-from adapter_merge.outputs.preimage import FOLDER
+from adapter_merge.outputs.leftovers import PREIMAGE_FOLDER
 from adapter_merge.outputs.staging import MANIFEST, read_manifest
 from adapter_merge.storage.checkpoint import resolve
 
@@ -35,7 +35,7 @@ def inspect_artefact(name: str | Path) -> dict[str, Any] | None:
     if folder is None or manifest is None or manifest["artefact"] in ADAPTERS:
         return None
     files = [path for path in folder.rglob("*") if path.is_file()]
-    preimage = sum(path.stat().st_size for path in files if FOLDER in path.relative_to(folder).parts[:1])
+    preimage = sum(path.stat().st_size for path in files if PREIMAGE_FOLDER in path.relative_to(folder).parts[:1])
     restored = "from its pre-image" if preimage else "from --base"
     would = NEXT.get(manifest["artefact"], {})
     return {

@@ -15,7 +15,8 @@ from typing import Any
 import torch
 
 from adapter_merge.errors import FileFormatError, InputError, MismatchError, Problem, raise_all
-from adapter_merge.outputs.preimage import FOLDER, SIDE, VERSION, inflate
+from adapter_merge.outputs.leftovers import PREIMAGE_FOLDER
+from adapter_merge.outputs.preimage import SIDE, VERSION, inflate
 from adapter_merge.outputs.staging import MANIFEST, check_output, check_space, nearest_folder, read_manifest, staged
 from adapter_merge.storage.checkpoint import plain_name, read_json
 from adapter_merge.storage.hashing import hash_files
@@ -83,7 +84,7 @@ def restore(
         _check_base(Path(base), expected)
         files, beside = [Path(base) / name for name in names], nearest_folder(output)
         check_space(output, sum(file.stat().st_size for file in files if not can_link(file, beside, options.link)))
-    elif not (merged / FOLDER).is_dir():
+    elif not (merged / PREIMAGE_FOLDER).is_dir():
         raise InputError(
             f"{merged}: holds no pre-image of its base",
             expected="the original base, or a merge made with --keep-preimage",
@@ -147,7 +148,7 @@ def _copy(source: Path, target: Path, link: str) -> None:
 
 def _rebuild(merged: Path, folder: Path, names: list[str], progress: Progress | None) -> None:
     """Weights from the pre-image, what the merge replaced from its side folder, the rest from the merged model."""
-    indices = sorted((merged / FOLDER).glob("*.json"))
+    indices = sorted((merged / PREIMAGE_FOLDER).glob("*.json"))
     weights = {}
     for path in indices:
         content = read_json(path)
@@ -155,7 +156,7 @@ def _rebuild(merged: Path, folder: Path, names: list[str], progress: Progress | 
         if content.get("version") != VERSION:
             raise FileFormatError(f"{path}: another version", expected=str(VERSION), got=str(content.get("version")))
         weights[plain_name(content["source"], path)] = (path, content)
-    side = merged / FOLDER / SIDE
+    side = merged / PREIMAGE_FOLDER / SIDE
     for name in names:
         if name not in weights:
             kept = side / name

@@ -24,6 +24,7 @@ from adapter_merge.storage.input_errors import reading
 from adapter_merge.storage.locks import is_own_lock, lock_file, lock_name
 
 MANIFEST = "adapter_merge.json"
+PREIMAGE_FOLDER = "preimage"  # of a merged model: what the merge has overwritten
 SPLIT = "split"  # a file that marks a staging folder with parts of a split merge
 JOURNAL = "journal"  # a folder of a merge's staging folder: the finished files (resume_journal.py)
 HIDDEN = re.compile(r"\.(?P<name>.+)\.(lock|partial|old)")

@@ -14,16 +14,16 @@ from adapter_merge.storage.checkpoint import CANDIDATES
 from adapter_merge.storage.hashing import hash_files
 
 from .folder_content import SIGNATURE
-from .leftovers import remove
+from .leftovers import PREIMAGE_FOLDER, remove
 from .model_card import merged_card
-from .preimage import FOLDER, SIDE
+from .preimage import SIDE
 from .staging import MANIFEST, copy_synced, write_json, write_text
 
 
 def write_rest(plan: MergePlan, folder: Path, content: Mapping[str, Any], title: str, keep_preimage: bool) -> None:
     """Write everything beside the weights; after a kill, the next run writes it all again."""
     for path in folder.iterdir():
-        if path.name != FOLDER and path.name not in {shard.file for shard in plan.shards}:
+        if path.name != PREIMAGE_FOLDER and path.name not in {shard.file for shard in plan.shards}:
             remove(path)
     _copy_side_files(plan, folder)
     if plan.config is not None:
@@ -33,7 +33,7 @@ def write_rest(plan: MergePlan, folder: Path, content: Mapping[str, Any], title:
         write_json(folder / INDEX, index)
     write_text(folder / "README.md", merged_card(content, title, plan.config or plan.base.config))
     if keep_preimage:
-        side = folder / FOLDER / SIDE
+        side = folder / PREIMAGE_FOLDER / SIDE
         remove(side)
         side.mkdir()
         for relative in _base_side(plan):
@@ -57,7 +57,7 @@ def _base_side(plan: MergePlan) -> list[Path]:
 
 def _carried(plan: MergePlan) -> list[Path]:
     """Return the base's side files, without those that another merge kept of its own base."""
-    return [path for path in plan.side_files if path.parts[0] != FOLDER]
+    return [path for path in plan.side_files if path.parts[0] != PREIMAGE_FOLDER]
 
 
 def base_files(plan: MergePlan, finished: Mapping[str, FinishedShard]) -> dict[str, str]:

@@ -24,9 +24,9 @@ from adapter_merge.engine.plan import ShardPlan, TensorJob
 from adapter_merge.errors import FileFormatError
 from adapter_merge.storage.safetensors_header import ITEM_BYTES
 
+from .leftovers import PREIMAGE_FOLDER
 from .staging import sync_folder
 
-FOLDER = "preimage"
 SIDE = "side"  # the base's files that the output replaces: index, config, README
 VERSION = 1
 LEVEL = 1
@@ -89,7 +89,7 @@ class PreimageRecorder:
     """Collects the frames of a run, one file per output file. Called by the engine, from any thread."""
 
     def __init__(self, folder: Path) -> None:
-        self.folder = folder / FOLDER
+        self.folder = folder / PREIMAGE_FOLDER
         self.folder.mkdir(exist_ok=True)
         self._writers: dict[str, _Writer] = {}
         self._lock = threading.Lock()

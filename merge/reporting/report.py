@@ -29,7 +29,7 @@ from adapter_merge.factoring.weight_factors import Factoriser
 from adapter_merge.formats.detection import open_adapter
 from adapter_merge.formats.read_options import ReadOptions
 from adapter_merge.methods.adapter import Adapter
-from adapter_merge.outputs.preimage import FOLDER
+from adapter_merge.outputs.leftovers import PREIMAGE_FOLDER
 from adapter_merge.outputs.staging import MANIFEST, read_manifest
 from adapter_merge.quantisation.dense_view import open_base
 from adapter_merge.storage.checkpoint import CANDIDATES, Checkpoint, read_weights, resolve
@@ -270,7 +270,7 @@ def _sizes(
             if weights.is_file():
                 sizes[f"adapter {entry['name']}"] = sum(ref.nbytes for ref in read_weights(weights).tensors)
         files = [path for path in folder.rglob("*") if path.is_file() and path.name != MANIFEST]
-        kept = sum(path.stat().st_size for path in files if path.relative_to(folder).parts[0] == FOLDER)
+        kept = sum(path.stat().st_size for path in files if path.relative_to(folder).parts[0] == PREIMAGE_FOLDER)
         sizes[str(manifest["artefact"])] = sum(path.stat().st_size for path in files) - kept
         sizes |= {"pre-image": kept} if kept else {}
     elif opened is not None:
