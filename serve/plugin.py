@@ -81,12 +81,13 @@ def patch() -> None:
     from vllm.lora.request import LoRARequest
     from vllm.platforms import current_platform
 
-    from . import compile_key, identity, scale_loading, stages
+    from . import compile_key, grouped, identity, scale_loading, stages
     from .row_scale import LINEAR_CLASSES, with_row_scale
 
     spare_slot = not current_platform.is_cuda_alike()
     if current_platform.is_cpu():
         stages.install()
+        grouped.install()
     LoRAConfig.compute_hash = compile_key.wrap_compute_hash(LoRAConfig.compute_hash)
     stock = {getattr(layers, name) for name in LINEAR_CLASSES}
     utils._all_lora_classes = tuple(

@@ -117,8 +117,12 @@ def with_row_scale(stock: Any, spare_slot: bool) -> Any:
         for start, values in local_scale(self, scales):
             row[start : start + values.shape[0]].copy_(values, non_blocking=True)
 
+    def unscaled_apply(self: Any, x: Tensor, bias: Tensor | None = None) -> Tensor:
+        output: Tensor = stock.apply(self, x, bias)
+        return output
+
     def apply(self: Any, x: Tensor, bias: Tensor | None = None) -> Tensor:
-        output = stock.apply(self, x, bias)
+        output = unscaled_apply(self, x, bias)
         return scale_rows(output, bias, self.row_scale, self.punica_wrapper._token_lora_indices)
 
     return type(
@@ -131,6 +135,7 @@ def with_row_scale(stock: Any, spare_slot: bool) -> Any:
             "set_mapping": set_mapping,
             "reset_lora": reset_lora,
             "set_row_scale": set_row_scale,
+            "unscaled_apply": unscaled_apply,
             "apply": apply,
         },
     )

@@ -5,7 +5,7 @@ vLLM loads an adapter in three steps, and each is extended by a wrapper of the s
     PEFTHelper.from_local_dir        adapter_config.json: a folder with row_scale.safetensors may say use_dora
     LoRAModel.from_local_checkpoint  tensors: the magnitudes are skipped, the row scales read
     LoRAModelManager._add_adapter    everything is checked before the adapter is registered
-    LoRAModelManager.activate_adapter  the scales of the adapter go to its slot
+    LoRAModelManager.activate_adapter  the scales of the adapter go to its slot, which is then tested
 
 Every check stands before the registration, for an adapter that is registered is never checked again: whatever
 is refused later would be served without its scales.
@@ -17,6 +17,8 @@ import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+
+from . import slot_check
 
 SCALE_FILE = "row_scale.safetensors"
 SCALE_SUFFIX = ".row_scale"
@@ -90,6 +92,7 @@ def wrap_activate_adapter(original: Callable[..., Any]) -> Callable[..., Any]:
             try:
                 for name, members in scales.items():
                     self.modules[name].set_row_scale(slot, members)
+                slot_check.check_slot(self, lora_id, scales)
             except BaseException:
                 self.remove_adapter(lora_id)
                 raise

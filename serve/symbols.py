@@ -27,6 +27,7 @@ FUNCTIONS: dict[str, dict[str, tuple[str, ...]]] = {
         "BaseLayerWithLoRA.slice_lora_b": ("self", "lora_b"),
         "MergedColumnParallelLinearWithLoRA.expand_packed_lora": ("self", "lora_a", "lora_b"),
     },
+    "vllm.lora.layers.utils": {"LoRAMapping": ("index_mapping", "prompt_mapping", "is_prefill")},
     "vllm.lora.lora_model": {
         "LoRAModel.from_local_checkpoint": (
             "lora_dir",
@@ -46,6 +47,7 @@ FUNCTIONS: dict[str, dict[str, tuple[str, ...]]] = {
         "LoRAModelManager._add_adapter": ("self", "lora"),
         "LoRAModelManager.activate_adapter": ("self", "lora_id"),
         "LoRAModelManager.remove_adapter": ("self", "adapter_id"),
+        "LoRAModelManager.set_adapter_mapping": ("self", "mapping"),
     },
     "vllm.config.lora": {"LoRAConfig.compute_hash": ("self",)},
     "vllm.distributed.parallel_state": {"get_pp_group": ()},
