@@ -29,9 +29,12 @@ def register() -> None:
         state = "unknown"
         logger.exception("adapter-merge could not look into this vLLM and changed nothing in it.")
     if state in ("installed", "native"):
-        from . import runtime
+        try:
+            from . import runtime
 
-        runtime.register()
+            runtime.register()
+        except Exception:
+            logger.exception("adapter-merge could not extend this vLLM's API server.")
 
 
 def install() -> State:

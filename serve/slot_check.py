@@ -10,12 +10,18 @@ scales, the part of the change that arrived is
 
 and the base's row must not change. The layer is the one whose scales differ most from one. The layer runs eagerly:
 whole graphs that vLLM compiled are told apart by their key (compile_key.py), not here.
+
+A model that fails serves no adapter with row scales right, so the server ends: `fail` leaves the engine's process, and
+vLLM's API server goes with its engine. In a process that vLLM did not start (LLM without a process of its own, Ray's
+actors) it is an error of the load, and the adapter is not served.
 """
 
 from __future__ import annotations
 
+import logging
+import multiprocessing
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor
@@ -23,13 +29,16 @@ from torch import Tensor
 # c of a working layer is 1 within the rounding of y and u; of a layer without its scales it is 0.
 TOLERANCE = 0.25
 
+# A child of vLLM's own logger, so that the messages appear in its log.
+logger = logging.getLogger("vllm.adapter_merge")
+
 
 def check_slot(
     manager: Any,  # vLLM's LoRAModelManager, the adapter in its slot
     lora_id: int,
     scales: Mapping[str, Sequence[Tensor | None]],  # by layer, one (out_i,) per packed weight
 ) -> None:
-    """RuntimeError when the adapter's most scaled layer does not scale the adapter's rows, or scales the base's."""
+    """Return when the adapter's most scaled layer scales the adapter's rows and not the base's; `fail` otherwise."""
     from vllm.lora.layers.utils import LoRAMapping
 
     slot = manager.lora_index_to_id.index(lora_id)
@@ -40,17 +49,23 @@ def check_slot(
         name for name in scales if manager.modules[name].punica_wrapper._token_lora_indices[:2].tolist() == [slot, -1]
     ]
     if not names:
-        raise RuntimeError(
-            f"vLLM put no token into slot {slot}, which was just filled; none of its layers can be checked."
-        )
+        fail(f"vLLM put no token into slot {slot}, which was just filled; none of its layers can be checked.")
     name = max(names, key=lambda name: _strength(scales[name]))
     problem = probe(manager.modules[name], slot, scales[name])
     if problem:
-        raise RuntimeError(
+        fail(
             f"{name} of the running model does not apply the row scales of the adapter that was just loaded: "
-            f"{problem}. Expected all of it, and nothing for the base model. The adapter was unloaded. "
+            f"{problem}. Expected all of it, and nothing for the base model. The adapter is not served. "
             "hint: this vLLM or another plugin has changed how LoRA layers work; serve the merged model."
         )
+
+
+def fail(message: str) -> NoReturn:
+    """End the engine's process with `message`; RuntimeError in a process that belongs to somebody else."""
+    if multiprocessing.parent_process() is None:
+        raise RuntimeError(message)
+    logger.critical("%s", message)
+    raise SystemExit(f"adapter-merge: {message}")  # vLLM answers an Exception and goes on
 
 
 def probe(layer: Any, slot: int, scales: Sequence[Tensor | None]) -> str:
