@@ -30,7 +30,7 @@ from adapter_merge.errors import OutputError
 from adapter_merge.storage.hashing import file_sha256
 from adapter_merge.storage.locks import lock_file
 
-LAYOUT = 2  # of a served folder; another number makes other keys
+LAYOUT = 3  # of a served folder; another number makes other keys
 ENTRY = "entry.json"
 DEFAULT_BYTES = 50 * 10**9
 

@@ -40,6 +40,7 @@ class WithRest(click.Command):
     "--adapter-dir",
     help="Serve any adapter in this folder by its folder's name, from the first request for it on.",
 )
+@click.option("--preload", is_flag=True, help="Convert all adapters of --adapter-dir before the server starts.")
 @click.option(
     "--allow-loading",
     is_flag=True,
@@ -94,6 +95,7 @@ def serve(
     base: str,
     adapters: tuple[str, ...],
     adapter_dir: str | None,
+    preload: bool,
     allow_loading: bool,
     roots: tuple[str, ...],
     host: str | None,
@@ -128,8 +130,8 @@ def serve(
     direct = {"--host": host, "--port": port, "--api-key": api_key, "--shutdown-timeout": shutdown_timeout}
     rest = _joined(direct, ctx.meta["rest"])
     if emit is not None:
-        if allow_loading or roots:
-            raise click.UsageError("--emit prints no service with --allow-loading")
+        if allow_loading or roots or preload:
+            raise click.UsageError("--emit prints no service with --allow-loading or --preload")
         stated = as_typed()
         service = Service(
             name=name,
@@ -154,6 +156,7 @@ def serve(
         max_active=max_active,
         loading=allow_loading,
         roots=[Path(root) for root in roots],
+        preload=preload,
         cache=Cache(max_bytes=cache_size),
         rest=rest,
         stated=_stated(adapters),
@@ -201,6 +204,53 @@ def list_entries(as_json: bool) -> None:
         size = f"{entry.nbytes / 1e6:9.1f} MB"
         click.echo(f"{entry.key[:12]}  {size}  {used:>16}  {entry.adapter} on {entry.base}")
     click.echo(f"{len(entries)} adapters, {total / 1e6:.1f} MB in {found.root}", err=True)
+
+
+@cache.command("add")
+@click.argument("base")
+@click.argument("adapters", nargs=-1, required=True, metavar="ADAPTER...")
+@click.option(
+    "--cache-size",
+    type=SIZE,
+    default=CACHE_SIZE,
+    show_default="50GB",
+    metavar="SIZE",
+    help="Bound of the cache of adapters.",
+)
+@adapter_options
+@click.option("--json", "as_json", is_flag=True, help="One JSON object on stdout.")
+def add_entries(base: str, adapters: tuple[str, ...], cache_size: int, as_json: bool) -> None:
+    """Convert adapters for BASE now, so that a server finds them in the cache.
+
+    The options say the same of every ADAPTER.
+    """
+    from adapter_merge.errors import AdapterMergeError, Problem, raise_all
+
+    from .cache import Cache
+    from .process import described
+    from .served import Converter, allowed_rank
+    from .stating import Stated
+
+    stated = Stated.of(*one_stated())
+    converter = Converter(base, Cache(max_bytes=cache_size))
+    problems: list[Problem] = []
+    rows = []
+    for adapter in adapters:
+        try:
+            outline = converter.outline(adapter, stated)
+            allowed_rank(outline.rank)
+            served = converter.obtain(adapter, stated)
+        except AdapterMergeError as error:
+            problems += error.problems
+            continue
+        served.release()
+        key, cached = served.folder.name, served.seconds is None
+        rows.append({"key": key, "adapter": adapter, "rank": served.rank, "cached": cached, "origin": served.origin})
+        if not as_json:
+            click.echo(f"{key[:12]}  {described(adapter, outline.method, served)}")
+    if as_json:
+        click.echo(json.dumps({"root": str(converter.cache.root), "entries": rows}, indent=2))
+    raise_all(problems)
 
 
 @cache.command("verify")

@@ -52,6 +52,7 @@ class Plan:
     found: dict[str, Outline] = field(default_factory=dict)  # in the adapter folder, not loaded yet
     ranks: dict[str, int] = field(default_factory=dict)  # of the adapters that are converted
     roots: tuple[Path, ...] = ()  # what clients may load from, besides adapter_dir
+    preload: bool = False  # convert what the adapter folder holds before the server starts
 
     @property
     def loading(self) -> bool:
@@ -199,14 +200,15 @@ def make_plan(
     max_active: int | None = None,
     loading: bool = False,
     roots: Sequence[Path] = (),
+    preload: bool = False,
     cache: Cache | None = None,
     rest: Sequence[str] = (),
     stated: Mapping[str, Stated] | None = None,
 ) -> Plan:
     """Check everything from headers. Raises AdapterMergeError with every problem found.
 
-    adapters: NAME=ADAPTER texts. loading: clients may load adapters from `roots` and `adapter_dir`. stated: by name,
-    what an adapter's files do not say. rest: vLLM's own flags.
+    adapters: NAME=ADAPTER texts. loading: clients may load adapters from `roots` and `adapter_dir`. preload: convert
+    those of `adapter_dir` before the start. stated: by name, what the files do not say. rest: vLLM's own flags.
     """
     import importlib.util
 
@@ -233,6 +235,8 @@ def make_plan(
         problems.append(Problem("--adapter-root is for --allow-loading, which is not given"))
     if loading and not roots and adapter_dir is None:
         problems.append(Problem("--allow-loading has nothing to load from", "--adapter-root or --adapter-dir"))
+    if preload and adapter_dir is None:
+        problems.append(Problem("--preload is for --adapter-dir, which is not given"))
     if not adapters and adapter_dir is None and not loading:
         problems.append(Problem("no adapters", "NAME=ADAPTER, --adapter-dir DIR or --allow-loading"))
     raise_all(problems)
@@ -268,6 +272,7 @@ def make_plan(
         allow_loading=loading,
         rest=list(rest),
         roots=tuple(root.absolute() for root in roots),
+        preload=preload,
         notes=notes,
         found=found,
     )

@@ -6,16 +6,21 @@ import asyncio
 import json
 import os
 from collections import deque
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from typing import TypeVar
 
 from adapter_merge.errors import AdapterMergeError, InputError
 
 from .cache import Cache
-from .served import Converter, Served, Signature, allowed_rank, inside, refuse_links_out, signature
+from .metrics import Metrics
+from .served import Converter, Served, Signature, allowed_rank, folders, inside, refuse_links_out, signature
 from .stating import beside
 
 VARIABLE = "ADAPTER_MERGE_SERVE"
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -54,11 +59,19 @@ class Source:
         return cls(folder, paths, signature(folder, *paths))
 
     def same(self) -> bool:
-        return signature(self.folder, *self.paths) == self.seen
+        """False also when it cannot be read any more."""
+        try:
+            return signature(self.folder, *self.paths) == self.seen
+        except OSError:
+            return False
 
 
 class Loader:
-    """The adapters of one API server: where each came from, and a hold on the folder of each."""
+    """The adapters of one API server: where each came from, and a hold on the folder of each.
+
+    What reads a disk runs in threads: looks at folders in their own, so that no request waits for the conversion of
+    another one's adapter.
+    """
 
     def __init__(self, settings: Settings) -> None:
         self.settings = settings
@@ -69,12 +82,20 @@ class Loader:
         # Requests that still run may make vLLM read a replaced adapter's folder again: hold a while longer.
         self.retired: deque[Served] = deque()
         self.sources: dict[str, Source] = {}
+        self.metrics = Metrics()
+        self.looking = ThreadPoolExecutor(4, "adapter-merge-look")
+        self.converting = ThreadPoolExecutor(2, "adapter-merge-convert")
+        self.converting.submit(self.metrics.measure, self.converter.cache)
+
+    async def look(self, function: Callable[..., T], *arguments: object) -> T:
+        """`function` in a thread for short work on a disk."""
+        return await asyncio.get_running_loop().run_in_executor(self.looking, function, *arguments)
 
     async def convert(self, adapter: str | Path) -> Served:
         """The served folder of `adapter`, held. Raises AdapterMergeError when this server cannot serve it."""
         from adapter_merge.errors import UnsupportedError
 
-        served = await asyncio.to_thread(self.converter.obtain, adapter)
+        served = await asyncio.get_running_loop().run_in_executor(self.converting, self._obtain, adapter)
         try:
             if allowed_rank(served.rank) > self.settings.max_rank:
                 raise UnsupportedError(
@@ -82,6 +103,20 @@ class Loader:
                     expected=f"at most {self.settings.max_rank}",
                     hint=f"start the server with -- --max-lora-rank {allowed_rank(served.rank)}",
                 )
+        except BaseException:
+            served.release()
+            raise
+        return served
+
+    def _obtain(self, adapter: str | Path) -> Served:
+        try:
+            served = self.converter.obtain(adapter)
+        except Exception:
+            self.metrics.failures.inc()
+            raise
+        try:
+            if served.seconds is not None:
+                self.metrics.converted(served.seconds, self.converter.cache)
         except BaseException:
             served.release()
             raise
@@ -147,12 +182,14 @@ class Loader:
                 text = text.replace(spelling, label)
         return f"the adapter {name} cannot be served: {text}"
 
-    def changed(self, name: str) -> bool:
+    async def changed(self, name: str) -> bool:
         """True when the folder behind `name` is not what it was when it was loaded."""
         source = self.sources.get(name)
-        if source is None:
-            return False
-        try:
-            return not source.same()
-        except OSError:
-            return True
+        return False if source is None else not await self.look(source.same)
+
+    def offered(self) -> list[str]:
+        """Names of the adapter folder that hold a file, loaded or not."""
+        if self.directory is None:
+            return []
+        directory = self.directory
+        return [name for name in folders(directory) if any(entry.is_file() for entry in os.scandir(directory / name))]

@@ -1,7 +1,8 @@
 """vLLM's server as a child process: adapters converted before it, signals handed on, a line when it is ready.
 
 After SIGTERM the server finishes the requests that it has, for --shutdown-timeout seconds. One that has not gone GRACE
-seconds later is killed with all of its processes.
+seconds later is killed with all of its processes. A server that ends without a signal has failed, whatever its exit
+code: vLLM's is 0 when its engine has died.
 """
 
 from __future__ import annotations
@@ -37,7 +38,8 @@ def run(plan: Plan, say: Callable[[str], None]) -> int:
         stdout=sys.stderr.fileno(),  # vLLM logs to stdout; ours holds data only
         start_new_session=True,  # Ctrl-C reaches the server through us, once
     )
-    stop_passing = pass_signals(child, plan.drain_seconds + GRACE)
+    passed: list[int] = []
+    stop_passing = pass_signals(child, plan.drain_seconds + GRACE, passed)
     try:
         code = _wait(child, plan, say, started)
     finally:
@@ -45,35 +47,59 @@ def run(plan: Plan, say: Callable[[str], None]) -> int:
         kill_group(child)  # an engine that has outlived its server
         for served in held.values():
             served.release()
+    if code == 0 and not passed:
+        say("error: the server ended by itself; its log has the cause")
+        return 1
     return code if code >= 0 else 128 - code
 
 
 def convert(plan: Plan, say: Callable[[str], None]) -> dict[str, Served]:
-    """Every named adapter as a served folder, held until its release. Raises AdapterMergeError with all problems."""
+    """Every named adapter as a served folder, held until its release, and with --preload those of the adapter folder.
+
+    Raises AdapterMergeError with all problems of named adapters; what is wrong with another one is said.
+    """
     held: dict[str, Served] = {}
     problems: list[Problem] = []
     for name, outline in plan.adapters.items():
-        began = time.monotonic()
-        cached = plan.folder(name).is_dir()
         try:
             held[name] = plan.converter.obtain(outline.source, outline.stated)
         except AdapterMergeError as error:
             problems += error.problems
             continue
         plan.ranks[name] = held[name].rank
-        scales = " with row scales" if held[name].form != "lora" else ""
-        how = "from the cache" if cached else f"converted in {time.monotonic() - began:.1f} s"
-        say(f"{name}: {outline.method}, rank {held[name].rank}{scales}, {how}")
+        say(described(name, outline.method, held[name]))
     raise_all(problems)
+    for name, outline in plan.found.items() if plan.preload else ():
+        try:
+            served = plan.converter.obtain(outline.source, outline.stated)
+        except AdapterMergeError as error:
+            say(f"{name} cannot be served: {error.problems[0].cause}")
+            continue
+        if name in held:
+            served.release()
+        else:
+            held[name] = served
+            say(described(name, outline.method, served))
     return held
 
 
-def pass_signals(child: subprocess.Popen[bytes], limit: float) -> Callable[[], None]:
-    """Hand INT, TERM, HUP and QUIT to the server, and kill it `limit` seconds later; returns what undoes it."""
+def described(name: str, method: str, served: Served) -> str:
+    """One line on a converted adapter, with the evidence of its base."""
+    scales = " with row scales" if served.form != "lora" else ""
+    how = "from the cache" if served.seconds is None else f"converted in {served.seconds:.1f} s"
+    return f"{name}: {method}, rank {served.rank}{scales}, {how}; base: {served.origin}"
+
+
+def pass_signals(child: subprocess.Popen[bytes], limit: float, passed: list[int]) -> Callable[[], None]:
+    """Hand INT, TERM, HUP and QUIT to the server, and kill it `limit` seconds later; returns what undoes it.
+
+    `passed` gets the number of each signal that came.
+    """
     killing = threading.Timer(limit, kill_group, [child])
     killing.daemon = True
 
     def forward(number: int, frame: object) -> None:
+        passed.append(number)
         with suppress(ProcessLookupError):
             child.send_signal(number)
         with suppress(RuntimeError):  # the second signal: the time runs already

@@ -6,7 +6,6 @@ vLLM's own switch for loading at run time (VLLM_ALLOW_RUNTIME_LORA_UPDATING) mou
 
 from __future__ import annotations
 
-import asyncio
 import copy
 import logging
 from collections.abc import Callable
@@ -15,7 +14,8 @@ from pathlib import Path
 from typing import Any
 
 from .loader import Loader, Source
-from .served import check_name, folders
+from .metrics import UNKNOWN, UNSERVABLE
+from .served import check_name
 
 logger = logging.getLogger("vllm.adapter_merge")
 NAMES_SHOWN = 50  # in the answer to a request for a name that is not there
@@ -29,6 +29,7 @@ def install(loader: Loader) -> None:
 
     OpenAIServingModels.load_lora_adapter = wrap_load(OpenAIServingModels.load_lora_adapter, loader)
     OpenAIServingModels.unload_lora_adapter = wrap_unload(OpenAIServingModels.unload_lora_adapter, loader)
+    OpenAIServingModels.show_available_models = wrap_models(OpenAIServingModels.show_available_models, loader)
     for serving in (BaseServing, PoolingBaseServing):
         if "_check_model" in vars(serving):
             serving._check_model = wrap_check(serving._check_model, loader, raises=serving is PoolingBaseServing)
@@ -47,7 +48,7 @@ def wrap_load(original: Callable[..., Any], loader: Loader) -> Callable[..., Any
         folder = None
         try:
             check_name(name)
-            source = await asyncio.to_thread(loader.permitted, path)
+            source = await loader.look(loader.permitted, path)
             folder = source.folder
             # vLLM would put new weights under the old id, below requests that are still running with it.
             async with self.lora_resolver_lock[name]:
@@ -100,6 +101,8 @@ async def admit(loader: Loader, models: Any, name: str, source: Source) -> None:
     except BaseException:
         served.release()
         raise
+    if name in models.lora_requests and models.lora_requests[name] is not present:
+        loader.metrics.refreshes.labels(name).inc()
     models.lora_requests[name] = present
     loader.keep(name, served, source)
 
@@ -116,6 +119,22 @@ def wrap_unload(original: Callable[..., Any], loader: Loader) -> Callable[..., A
     return unload_lora_adapter
 
 
+def wrap_models(original: Callable[..., Any], loader: Loader) -> Callable[..., Any]:
+    """/v1/models: what the adapter folder offers too, before its first use."""
+
+    async def show_available_models(self: Any) -> Any:
+        found = await original(self)
+        base = found.data[0]
+        there = {card.id for card in found.data}
+        for name in await loader.look(loader.offered):
+            if name not in there:
+                about = {"id": name, "root": None, "parent": base.id, "max_model_len": None}
+                found.data.append(base.model_copy(update={**about, "permission": [type(base.permission[0])()]}))
+        return found
+
+    return show_available_models
+
+
 def wrap_check(original: Callable[..., Any], loader: Loader, raises: bool = False) -> Callable[..., Any]:
     """Before any request: its adapter is loaded, as its folder is now, or the request is refused.
 
@@ -125,29 +144,35 @@ def wrap_check(original: Callable[..., Any], loader: Loader, raises: bool = Fals
     async def _check_model(self: Any, request: Any) -> Any:
         if not self._is_model_supported(request.model):
             refused = await provide(loader, self.models, request.model)
+            if refused is not None:
+                known = refused.error.code != HTTPStatus.NOT_FOUND
+                loader.metrics.refused.labels(UNSERVABLE if known else UNKNOWN).inc()
             if refused is not None and raises:
                 raise ValueError(refused.error.message)
             if refused is not None:
                 return refused
-        return await original(self, request)
+        answer = await original(self, request)
+        if answer is None:
+            loader.metrics.requests.labels(request.model or self.models.model_name()).inc()
+        return answer
 
     return _check_model
 
 
 async def provide(loader: Loader, models: Any, name: str) -> Any:
     """Make `name` ready as it is on disk now; an error response when it is not there or cannot be served."""
-    if name in models.lora_requests and not loader.changed(name):
+    if name in models.lora_requests and not await loader.changed(name):
         return None
     source = None
     try:
-        source = await asyncio.to_thread(loader.current, name)
+        source = await loader.look(loader.current, name)
         if source is not None:
             async with models.lora_resolver_lock[name]:
-                if name not in models.lora_requests or loader.changed(name):
+                if name not in models.lora_requests or await loader.changed(name):
                     await admit(loader, models, name, source)
             return None
         forget(loader, models, name)
-        return unknown(loader, models, name)
+        return unknown(models, name, await loader.look(loader.offered))
     except Exception as error:
         forget(loader, models, name)
         return refusal(loader, error, name, source.folder if source is not None else None)
@@ -167,12 +192,11 @@ def refusal(loader: Loader, error: Exception, name: str, folder: Path | None = N
     return create_error_response(message=message, err_type="BadRequestError", status_code=HTTPStatus.BAD_REQUEST)
 
 
-def unknown(loader: Loader, models: Any, name: str) -> Any:
+def unknown(models: Any, name: str, offered: list[str]) -> Any:
     """vLLM's answer to a name that is not there, with the names that are."""
     from vllm.entrypoints.serve import create_error_response
 
     bases = [base.name for base in models.base_model_paths]
-    offered = folders(loader.directory) if loader.directory is not None else []
     names = list(dict.fromkeys([*bases, *models.lora_requests, *offered]))
     more = f" and {len(names) - NAMES_SHOWN} more" if len(names) > NAMES_SHOWN else ""
     return create_error_response(

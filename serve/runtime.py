@@ -63,6 +63,7 @@ def missing() -> list[str]:
     wanted: dict[tuple[str, str], tuple[str, ...]] = {
         (MODELS, "OpenAIServingModels.load_lora_adapter"): ("self", "request", "base_model_name"),
         (MODELS, "OpenAIServingModels.unload_lora_adapter"): ("self", "request"),
+        (MODELS, "OpenAIServingModels.show_available_models"): ("self",),
         (MODELS, "OpenAIServingModels._check_load_lora_adapter_request"): ("self", "request"),
         (SERVING, "BaseServing._check_model"): ("self", "request"),
         (SERVING, "BaseServing._is_model_supported"): ("self", "model_name"),

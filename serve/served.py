@@ -9,7 +9,8 @@ from __future__ import annotations
 import json
 import os
 import re
-from dataclasses import dataclass, field
+import time
+from dataclasses import dataclass, field, replace
 from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
@@ -17,13 +18,12 @@ from typing import Any
 from adapter_merge.errors import (
     AdapterError,
     InputError,
-    MismatchError,
     Problem,
     UnsupportedError,
     raise_all,
 )
 
-from .cache import Cache, Lease, key_of
+from .cache import ENTRY, Cache, Lease, key_of
 from .stating import Stated, beside
 
 # The ranks that vLLM's --max-lora-rank takes (vllm/config/lora.py, 0.28 to 0.32).
@@ -51,7 +51,9 @@ class Served:
     rank: int
     targets: tuple[str, ...]  # last parts of the adapted modules' names
     form: str  # "lora" or "lora+row_scale"
+    origin: str  # evidence of the base that the adapter was trained on
     lease: Lease | None = None
+    seconds: float | None = None  # that the conversion took; None when the cache had it
 
     def release(self) -> None:
         """Give up the hold on the folder."""
@@ -206,19 +208,29 @@ class Converter:
             before = signature(source)
             outline = self.outline(source, stated)
             watched = signature(*outline.stated.paths)
+            spent: list[float] = []
             try:
-                lease = self.cache.obtain(outline.key, partial(self._make, outline, (before, watched)))
+                lease = self.cache.obtain(outline.key, partial(self._make, outline, (before, watched), spent))
             except _ChangedError:
                 continue
-            return self._describe(lease)
+            return replace(self._describe(lease), seconds=sum(spent) if spent else None)
         raise InputError(f"{adapter}: changed while it was read", hint="try again when it is complete")
 
-    def _make(self, outline: Outline, before: tuple[Signature, Signature], folder: Path) -> dict[str, Any]:
-        """Build the served folder; _ChangedError when the adapter is not the one that was hashed any more."""
+    def _make(
+        self, outline: Outline, before: tuple[Signature, Signature], spent: list[float], folder: Path
+    ) -> dict[str, Any]:
+        """Build the served folder; _ChangedError when the adapter is not the one that was hashed any more.
+
+        The seconds that it took are appended to `spent`.
+        """
+        began = time.monotonic()
         if outline.ready:
-            _check_base(outline.source, self.checkpoint)
+            from adapter_merge.combine.origin import bind_checked
+            from adapter_merge.formats.detection import open_adapter
             from adapter_merge.outputs.staging import copy_synced
 
+            bound = bind_checked(open_adapter(outline.source, outline.stated.options, self.checkpoint), self.checkpoint)
+            origin = bound.origin.text
             folder.mkdir()
             for name in ("adapter_config.json", "adapter_model.safetensors", "row_scale.safetensors", MANIFEST):
                 if (outline.source / name).is_file():
@@ -228,10 +240,17 @@ class Converter:
             from adapter_merge.api.options import FactorOptions
 
             options = FactorOptions(base_kind=outline.stated.base_kind, reading=outline.stated.options)
-            factor(self.base, outline.source, folder, options)
+            made = factor(self.base, outline.source, folder, options)
+            origin = made.as_json()["adapters"][0]["origin"]
         if (signature(outline.source), signature(*outline.stated.paths)) != before:
             raise _ChangedError
-        return {"adapter": str(outline.source.absolute()), "base": self.name, "method": outline.method}
+        spent.append(time.monotonic() - began)
+        return {
+            "adapter": str(outline.source.absolute()),
+            "base": self.name,
+            "method": outline.method,
+            "origin": origin,
+        }
 
     def _describe(self, lease: Lease) -> Served:
         try:
@@ -253,7 +272,8 @@ def _describe(lease: Lease) -> Served:
                 rank = max(rank, file.get_slice(key).get_shape()[0])
                 targets.add(key.split(".")[-3])
     form = "lora+row_scale" if config.get("use_dora") else "lora"
-    return Served(lease.folder, rank, tuple(sorted(targets)), form, lease)
+    origin = str(json.loads((lease.folder / ENTRY).read_text("utf-8"))["origin"])
+    return Served(lease.folder, rank, tuple(sorted(targets)), form, origin, lease)
 
 
 def inside(directory: Path, name: str) -> Path | None:
@@ -295,17 +315,3 @@ def _factor_manifest(folder: Path) -> dict[str, Any] | None:
         return None
     about = read_json(file)
     return about if about.get("artefact") == "factors" else None
-
-
-def _check_base(folder: Path, checkpoint: Any) -> None:
-    """Raises MismatchError when a factor folder with row scales was made for another base."""
-    about = _factor_manifest(folder) or {}
-    base = about.get("base")
-    made_for = base.get("fingerprint") if isinstance(base, dict) else None
-    if made_for is not None and made_for != checkpoint.fingerprint:
-        raise MismatchError(
-            f"{folder}: was factored for another base",
-            expected=f"base fingerprint {made_for[:16]}",
-            got=f"{checkpoint.fingerprint[:16]} ({checkpoint.folder})",
-            hint="factor the trained adapter again for this base",
-        )

@@ -29,7 +29,14 @@ def free_port() -> int:
 class Server:
     """`adapter-merge serve`, started in a process and waited for."""
 
-    def __init__(self, cache: Path, log: Path, *arguments: str, vllm: tuple[str, ...] = ()) -> None:
+    def __init__(
+        self,
+        cache: Path,
+        log: Path,
+        *arguments: str,
+        vllm: tuple[str, ...] = (),
+        env: dict[str, str] | None = None,
+    ) -> None:
         self.port = free_port()
         self.log = log
         self.url = f"http://127.0.0.1:{self.port}/v1"
@@ -48,7 +55,12 @@ class Server:
                     *("--dtype", "float32", "--enforce-eager", "--max-model-len", "512"),
                     *("--max-num-seqs", "16", "--max-num-batched-tokens", "512", *vllm),
                 ],
-                env=vllm_environment(ADAPTER_MERGE_CACHE=str(cache), VLLM_ENABLE_V1_MULTIPROCESSING="1", NO_COLOR="1"),
+                env={
+                    **vllm_environment(
+                        ADAPTER_MERGE_CACHE=str(cache), VLLM_ENABLE_V1_MULTIPROCESSING="1", NO_COLOR="1"
+                    ),
+                    **(env or {}),
+                },
                 stdout=stdout,
                 stderr=stream,
                 text=True,

@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 from click.testing import CliRunner
 from conftest import World
+from safetensors.torch import load_file, save_file
 
 from adapter_merge.errors import InputError, MissingDependencyError
 from adapter_merge.serve.cache import Cache
@@ -20,6 +21,7 @@ from adapter_merge.serve.cli import serve
 from adapter_merge.serve.command import Plan, make_plan
 from adapter_merge.serve.flags import option
 from adapter_merge.serve.loader import VARIABLE, Settings
+from adapter_merge.serve.process import convert
 
 pytestmark = pytest.mark.vllm
 
@@ -82,6 +84,31 @@ def test_an_adapter_folder(qwen2: World, tmp_path: Path, monkeypatch: pytest.Mon
     assert any(note.startswith("empty in") for note in plan.notes)
     assert len(value(plan.command(), "--lora-target-modules")) == 7
     assert "--lora-modules" not in plan.command()
+
+
+def test_preload_converts_what_the_folder_holds(qwen2: World, tmp_path: Path) -> None:
+    """Before the start; an adapter that cannot be converted is said, and does not keep the server from starting."""
+    directory = tmp_path / "adapters"
+    shutil.copytree(qwen2.adapters["dude-2"].raw, directory / "good")
+    shutil.copytree(qwen2.adapters["lora-2"].raw, directory / "bad")
+    tensors = load_file(directory / "bad" / "adapter_model.safetensors")
+    next(iter(tensors.values())).view(-1)[0] = float("nan")
+    save_file(tensors, directory / "bad" / "adapter_model.safetensors")
+    cache = Cache(tmp_path / "cache")
+    plan = plan_of(qwen2, f"a={qwen2.adapters['lora-1'].raw}", adapter_dir=directory, preload=True, cache=cache)
+    said: list[str] = []
+    held = convert(plan, said.append)
+    assert set(held) == {"a", "good"}
+    assert sum(entry.in_use for entry in cache.entries()) == 2
+    assert any(line.startswith("bad cannot be served") for line in said)
+    (line,) = [line for line in said if line.startswith("good: DuDe, rank ")]
+    assert "converted in" in line
+    assert "; base: shapes fit" in line
+    for served in held.values():
+        served.release()
+    assert not any(entry.in_use for entry in cache.entries())
+    with pytest.raises(InputError, match="--preload is for --adapter-dir"):
+        plan_of(qwen2, f"a={qwen2.adapters['lora-1'].raw}", preload=True, cache=cache)
 
 
 def test_clients_may_load_from_what_is_named(qwen2: World, tmp_path: Path) -> None:
@@ -239,6 +266,18 @@ def test_dry_run_and_cache_commands(qwen2: World, tmp_path: Path, monkeypatch: p
 
     served = Converter(qwen2.base).obtain(raw)
     assert str(served.folder) == about["adapters"]["a"]["folder"]
+    for command in (serve, cache_command):
+        given = [str(qwen2.base), f"a={raw}"] if command is serve else ["add", str(qwen2.base), str(raw)]
+        refused = CliRunner().invoke(command, [*given, "--cache-size", "5"])
+        assert refused.exit_code == 2
+        assert "4GiB" in refused.output
+    added = CliRunner().invoke(
+        cache_command, ["add", str(qwen2.base), str(raw), "--cache-size", "4GiB", "--json"], catch_exceptions=False
+    )
+    (row,) = json.loads(added.stdout)["entries"]
+    assert row["key"] == served.folder.name
+    assert row["cached"] is True
+    assert row["origin"] == served.origin
     listed = json.loads(CliRunner().invoke(cache_command, ["list", "--json"]).stdout)
     assert [entry["in_use"] for entry in listed["entries"]] == [True]
     assert "in use" in CliRunner().invoke(cache_command, ["list"]).stdout

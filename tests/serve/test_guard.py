@@ -186,6 +186,48 @@ def test_an_unknown_name_is_answered_with_those_that_are(steps: Steps, directory
     assert locks == 1  # of lora-1: none for each name that somebody tries
 
 
+def test_models_lists_what_the_folder_offers(steps: Steps, directory: Path) -> None:
+    """Before and after the first use of a name, and no folder without a file."""
+    (directory / "empty").mkdir()
+    listing = request("GET", "/v1/models")
+    before, _, after = steps(listing, ("ask", "dude-2"), listing, adapters=("lora-1",), adapter_dir=directory)
+    for status, text in (before, after):
+        assert status == 200
+        cards = {card["id"]: card for card in json.loads(text)["data"]}
+        assert sorted(cards) == ["base", "dude-2", "lora-1", "lora-2"]
+        assert cards["lora-2"]["parent"] == "base"
+        assert cards["lora-2"]["root"] is None
+        assert str(directory) not in text
+
+
+def test_figures_by_adapter(steps: Steps, qwen2: World, directory: Path) -> None:
+    """/metrics after requests, a conversion, a refresh and refusals, in vLLM's own registry."""
+    (directory / "broken").mkdir()
+    (directory / "broken" / "adapter_config.json").write_text("{")
+    other = str(qwen2.adapters["lora-1"].raw)
+    *_, (status, text) = steps(
+        *(("ask", name) for name in ("base", "dude-2", "dude-2", "lora-2", "nobody", "broken")),
+        ("copy", other, str(directory / "lora-2")),
+        ("ask", "lora-2"),
+        request("GET", "/metrics"),
+        adapter_dir=directory,
+    )
+    assert status == 200
+    figures = dict(line.rsplit(" ", 1) for line in text.splitlines() if line.startswith("adapter_merge_"))
+    requests = {name: float(figures[f'adapter_merge_requests_total{{adapter="{name}"}}']) for name in
+                ("base", "dude-2", "lora-2")}  # fmt: skip
+    assert requests == {"base": 1, "dude-2": 2, "lora-2": 2}
+    assert not [name for name in figures if "nobody" in name], "a name that somebody tries is no label"
+    assert float(figures['adapter_merge_refused_total{reason="unknown"}']) == 1
+    assert float(figures['adapter_merge_refused_total{reason="unservable"}']) == 1
+    assert float(figures["adapter_merge_conversion_seconds_count"]) == 3
+    assert float(figures["adapter_merge_conversion_seconds_sum"]) > 0
+    assert float(figures["adapter_merge_conversion_failures_total"]) == 1
+    assert float(figures['adapter_merge_refreshes_total{adapter="lora-2"}']) == 1
+    assert float(figures["adapter_merge_cache_entries"]) == 3
+    assert float(figures["adapter_merge_cache_bytes"]) > 10_000
+
+
 REPEATS = int(os.environ.get("ADAPTER_MERGE_LEAK_REQUESTS", "120"))
 
 

@@ -154,41 +154,6 @@ def test_bad_folders_are_refused_and_the_engine_lives(qwen2: World, run_engine: 
     check(qwen2, batch, result["answers"][-1])
 
 
-SABOTAGE = """
-import sys
-from adapter_merge.serve import row_scale
-{change}
-from engine import answer
-batch = [{{"adapter": "lora-1", "prompt": [5, 6, 7], "count": 2}}]
-answer({{"engine": {engine!r}, "adapters": {adapters!r}, "offline": False,
-        "batches": [[{{"load": "dude-1"}}], [{{"load": "dora-1"}}], batch]}}, {out!r})
-"""
-
-
-@pytest.mark.parametrize(
-    "change",
-    [
-        "row_scale.scale_rows = lambda output, bias, scale, slots: output",
-        "whole = row_scale.scale_rows\n"
-        "row_scale.scale_rows = lambda o, b, scale, slots: whole(o, b, scale, slots.clamp(min=0))",
-    ],
-    ids=["scales lost", "base scaled"],
-)
-def test_a_model_that_loses_the_scales_is_found_at_the_load(
-    qwen2: World, run_python: Callable[[str], str], tmp_path: Path, change: str
-) -> None:
-    """The known input through the running layer: without it the adapter would be served, and wrong."""
-    engine = {"model": str(qwen2.base), "max_loras": 2, "max_lora_rank": 16}
-    adapters = {name: str(folder) for name, folder in qwen2.folders("dude-1", "dora-1", "lora-1").items()}
-    out = tmp_path / "answers.json"
-    run_python(SABOTAGE.format(change=change, engine=engine, adapters=adapters, out=str(out)))
-    dude, dora, plain = json.loads(out.read_text())["answers"]
-    for answer in (dude, dora):
-        assert isinstance(answer, dict), "loaded"
-        assert "does not apply the row scales" in answer["error"]
-    assert len(plain[0]["tokens"]) == 2
-
-
 def test_weights_that_no_layer_takes_are_refused(qwen2: World, run_engine: RunEngine) -> None:
     """A narrow --lora-target-modules would silently drop a part of the adapter: refused instead."""
     batch = requests_of([None])

@@ -51,6 +51,38 @@ def test_a_factor_folder_is_taken_as_it_is(qwen2: World, converter: Converter, t
         assert (served.folder / name).read_bytes() == (made / name).read_bytes()
 
 
+def test_the_evidence_of_the_base_stays_with_the_entry(qwen2: World, converter: Converter, tmp_path: Path) -> None:
+    """Found when it is converted, and told again by each later start; of a factor folder too."""
+    raw = tmp_path / "adapter"
+    shutil.copytree(qwen2.adapters["dora-1"].raw, raw)
+    config = json.loads((raw / "adapter_config.json").read_text())
+    name = f"org/{qwen2.base.name}"
+    (raw / "adapter_config.json").write_text(json.dumps({**config, "base_model_name_or_path": name}))
+    first = converter.obtain(raw)
+    assert first.origin == f"the adapter names {name}, and so does the base"
+    assert first.seconds is not None
+    again = converter.obtain(raw)
+    assert (again.origin, again.seconds) == (first.origin, None)
+    copy = tmp_path / "factors"
+    shutil.copytree(first.folder, copy)
+    assert "this base's fingerprint" in converter.obtain(copy).origin
+
+
+def test_a_base_that_the_adapter_contradicts_is_refused(qwen2: World, converter: Converter, tmp_path: Path) -> None:
+    """The same shapes with other values: a DoRA's magnitudes are not its row norms."""
+    other = tmp_path / "other"
+    shutil.copytree(qwen2.base, other)
+    weights = load_file(other / "model.safetensors")
+    generator = torch.Generator().manual_seed(5)
+    for name, weight in weights.items():
+        if weight.dim() == 2:
+            rows = torch.rand(weight.shape[0], 1, generator=generator)
+            weights[name] = (torch.randn(weight.shape, generator=generator) * 9 * (0.1 + rows)).to(weight.dtype)
+    save_file(weights, other / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(MismatchError, match="not trained on this base"):
+        Converter(other, converter.cache).obtain(qwen2.adapters["dora-1"].raw)
+
+
 def test_factors_for_another_base_are_refused(qwen2: World, converter: Converter, tmp_path: Path) -> None:
     copy = tmp_path / "factors"
     shutil.copytree(converter.obtain(qwen2.adapters["dude-1"].raw).folder, copy)
@@ -93,12 +125,12 @@ def test_an_adapter_that_changes_meanwhile(
     original = converter._make
     swapped = []
 
-    def swap_first(outline, before, folder):  # type: ignore[no-untyped-def]
+    def swap_first(outline, before, spent, folder):  # type: ignore[no-untyped-def]
         if not swapped:
             swapped.append(True)
             shutil.rmtree(raw)
             shutil.copytree(qwen2.adapters["dude-1"].raw, raw)
-        return original(outline, before, folder)
+        return original(outline, before, spent, folder)
 
     monkeypatch.setattr(converter, "_make", swap_first)
     served = converter.obtain(raw)

@@ -1,0 +1,48 @@
+"""Figures of the adapters at /metrics, beside vLLM's own, in its registry of the API server's process.
+
+adapter_merge_requests_total{adapter}        requests that were let in; the base under its own name
+adapter_merge_refused_total{reason}          unknown: no such name; unservable: an adapter that cannot be served
+adapter_merge_conversion_seconds             count and sum over conversions; what the cache had is none
+adapter_merge_conversion_failures_total
+adapter_merge_refreshes_total{adapter}       an adapter that was replaced on disk was loaded again
+adapter_merge_cache_bytes, adapter_merge_cache_entries
+                                             all of the cache, as of the last conversion
+"""
+
+from __future__ import annotations
+
+from .cache import Cache
+
+UNKNOWN, UNSERVABLE = "unknown", "unservable"
+
+
+class Metrics:
+    """The collectors of one process; a second instance in it is refused by prometheus_client."""
+
+    def __init__(self) -> None:
+        from prometheus_client import Counter, Gauge, Summary  # vLLM depends on it
+
+        self.requests = Counter("adapter_merge_requests", "Requests that were let in.", ["adapter"])
+        self.refused = Counter("adapter_merge_refused", "Requests for a name that was not served.", ["reason"])
+        self.conversions = Summary("adapter_merge_conversion_seconds", "Conversions of adapters.")
+        self.failures = Counter("adapter_merge_conversion_failures", "Adapters that could not be converted.")
+        self.refreshes = Counter("adapter_merge_refreshes", "Replaced adapters that were loaded again.", ["adapter"])
+        self.cache_bytes = Gauge(
+            "adapter_merge_cache_bytes", "Size of the cache of adapters.", multiprocess_mode="mostrecent"
+        )
+        self.cache_entries = Gauge(
+            "adapter_merge_cache_entries", "Adapters in the cache.", multiprocess_mode="mostrecent"
+        )
+        for reason in (UNKNOWN, UNSERVABLE):
+            self.refused.labels(reason)  # shown as 0 before the first
+
+    def converted(self, seconds: float, cache: Cache) -> None:
+        """An adapter was converted in `seconds`."""
+        self.conversions.observe(seconds)
+        self.measure(cache)
+
+    def measure(self, cache: Cache) -> None:
+        """Look at the size of the cache."""
+        entries = cache.entries()
+        self.cache_bytes.set(sum(entry.nbytes for entry in entries))
+        self.cache_entries.set(len(entries))

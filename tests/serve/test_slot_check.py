@@ -1,0 +1,80 @@
+"""The known input after each load: models that lose the scales, or scale the base, are found before they answer."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import signal
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from conftest import World
+from server import Server
+
+pytestmark = pytest.mark.vllm
+
+SABOTAGE = """
+import sys
+from adapter_merge.serve import row_scale
+{change}
+from engine import answer
+batch = [{{"adapter": "lora-1", "prompt": [5, 6, 7], "count": 2}}]
+answer({{"engine": {engine!r}, "adapters": {adapters!r}, "offline": False,
+        "batches": [[{{"load": "dude-1"}}], [{{"load": "dora-1"}}], batch]}}, {out!r})
+"""
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        "row_scale.scale_rows = lambda output, bias, scale, slots: output",
+        "whole = row_scale.scale_rows\n"
+        "row_scale.scale_rows = lambda o, b, scale, slots: whole(o, b, scale, slots.clamp(min=0))",
+    ],
+    ids=["scales lost", "base scaled"],
+)
+def test_a_model_that_loses_the_scales_is_found_at_the_load(
+    qwen2: World, run_python: Callable[[str], str], tmp_path: Path, change: str
+) -> None:
+    """The known input through the running layer: without it the adapter would be served, and wrong."""
+    engine = {"model": str(qwen2.base), "max_loras": 2, "max_lora_rank": 16}
+    adapters = {name: str(folder) for name, folder in qwen2.folders("dude-1", "dora-1", "lora-1").items()}
+    out = tmp_path / "answers.json"
+    run_python(SABOTAGE.format(change=change, engine=engine, adapters=adapters, out=str(out)))
+    dude, dora, plain = json.loads(out.read_text())["answers"]
+    for answer in (dude, dora):
+        assert isinstance(answer, dict), "loaded"
+        assert "does not apply the row scales" in answer["error"]
+    assert len(plain[0]["tokens"]) == 2
+
+
+LOST = """
+import adapter_merge.serve.row_scale as row_scale
+row_scale.scale_rows = lambda output, bias, scale, slots: output
+"""
+
+
+def test_a_server_whose_model_loses_the_scales_ends(qwen2: World, tmp_path: Path) -> None:
+    """The engine in a process of its own: the request that would load the first scaled adapter ends all of it."""
+    (tmp_path / "sitecustomize.py").write_text(LOST)
+    directory = tmp_path / "adapters"
+    shutil.copytree(qwen2.adapters["dude-1"].raw, directory / "dude-1")
+    server = Server(
+        tmp_path / "cache",
+        tmp_path / "log",
+        str(qwen2.base),
+        f"lora-1={qwen2.adapters['lora-1'].raw}",
+        *("--adapter-dir", str(directory)),
+        env={"PYTHONPATH": str(tmp_path)},
+    ).wait()
+    prompt = [5, 6, 7]
+    try:
+        assert server.complete("lora-1", prompt, 8) == (200, qwen2.expected("lora-1", prompt, 8)[0])
+        assert server.complete("dude-1", prompt, 8)[0] != 200
+        code = server.process.wait(timeout=60)
+    finally:
+        server.stop(signal.SIGKILL)
+    assert code == 1
+    assert any("does not apply the row scales of the adapter" in line for line in server.lines())
+    assert "error: the server ended by itself" in server.lines()[-1]
