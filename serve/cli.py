@@ -53,6 +53,7 @@ class WithRest(click.Command):
     metavar="DIR",
     help="With --allow-loading: a folder that clients may load from, besides --adapter-dir. Repeatable.",
 )
+@click.option("--page", is_flag=True, help="Add a page at /page to try the base and the adapters side by side.")
 @click.option("--host", help="What to listen on; 0.0.0.0 opens the server to the network.  [default: 127.0.0.1]")
 @click.option("--port", type=click.IntRange(0, 65535), help="[default: 8000]")
 @click.option(
@@ -98,6 +99,7 @@ def serve(
     preload: bool,
     allow_loading: bool,
     roots: tuple[str, ...],
+    page: bool,
     host: str | None,
     port: int | None,
     api_key: str | None,
@@ -130,8 +132,8 @@ def serve(
     direct = {"--host": host, "--port": port, "--api-key": api_key, "--shutdown-timeout": shutdown_timeout}
     rest = _joined(direct, ctx.meta["rest"])
     if emit is not None:
-        if allow_loading or roots or preload:
-            raise click.UsageError("--emit prints no service with --allow-loading or --preload")
+        if allow_loading or roots or preload or page:
+            raise click.UsageError("--emit prints no service with --allow-loading, --preload or --page")
         stated = as_typed()
         service = Service(
             name=name,
@@ -156,6 +158,7 @@ def serve(
         max_active=max_active,
         loading=allow_loading,
         roots=[Path(root) for root in roots],
+        page=page,
         preload=preload,
         cache=Cache(max_bytes=cache_size),
         rest=rest,

@@ -30,6 +30,7 @@ from .served import Converter, Outline, allowed_rank, check_name, folders, insid
 from .stating import Stated
 
 MODULE = "vllm.entrypoints.openai.api_server"
+PAGE = "adapter_merge.serve.page.Page"
 GUARDS = ("adapter_merge.serve.guard.Drain", "adapter_merge.serve.guard.RequireKey")  # the last one is asked first
 # On a CPU vLLM asks for nine tenths of the machine's memory unless the size of its KV cache is stated.
 CPU_CACHE, CPU_CACHE_GIB = "VLLM_CPU_KVCACHE_SPACE", "2"
@@ -52,6 +53,7 @@ class Plan:
     found: dict[str, Outline] = field(default_factory=dict)  # in the adapter folder, not loaded yet
     ranks: dict[str, int] = field(default_factory=dict)  # of the adapters that are converted
     roots: tuple[Path, ...] = ()  # what clients may load from, besides adapter_dir
+    page: bool = False  # a page to try the adapters, at /page
     preload: bool = False  # convert what the adapter folder holds before the server starts
 
     @property
@@ -110,8 +112,8 @@ class Plan:
         for flag, values in ours.items():
             if flag in OURS or not has_option(self.rest, flag):
                 command += [flag, *values]
-        for guard in GUARDS:
-            command += ["--middleware", guard]
+        for middleware in (*([PAGE] if self.page else []), *GUARDS):
+            command += ["--middleware", middleware]
         return command + self.rest
 
     def environment(self) -> dict[str, str]:
@@ -200,6 +202,7 @@ def make_plan(
     max_active: int | None = None,
     loading: bool = False,
     roots: Sequence[Path] = (),
+    page: bool = False,
     preload: bool = False,
     cache: Cache | None = None,
     rest: Sequence[str] = (),
@@ -272,6 +275,7 @@ def make_plan(
         allow_loading=loading,
         rest=list(rest),
         roots=tuple(root.absolute() for root in roots),
+        page=page,
         preload=preload,
         notes=notes,
         found=found,

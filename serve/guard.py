@@ -17,7 +17,8 @@ from starlette.responses import JSONResponse
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 # Health checks and metrics: what probes and scrapers read without a key. They tell nothing of requests' contents.
-OPEN = frozenset({"/health", "/ping", "/metrics", "/metrics/"})
+# /page is the same static file for everyone; what it asks needs the key.
+OPEN = frozenset({"/health", "/ping", "/metrics", "/metrics/", "/page"})
 HEALTH = frozenset({"/health", "/ping"})
 
 

@@ -175,12 +175,16 @@ class Loader:
             text = "; ".join(problem.cause for problem in error.problems)
         else:
             text = "its files cannot be read" if isinstance(error, OSError) else str(error)
+        return f"the adapter {name} cannot be served: {self.without_paths(text, folder, name)}"
+
+    def without_paths(self, text: str, folder: Path | None = None, name: str = "adapter") -> str:
+        """`text` with names in place of this server's paths; `folder` becomes `name`."""
         shown = [(root, "adapters") for root in self.roots]
         shown += [(self.converter.cache.root, "cache"), (Path(self.converter.base), "base")]
         for path, label in shown if folder is None else [(folder, name), *shown]:
             for spelling in (str(path.resolve()), str(path)):
                 text = text.replace(spelling, label)
-        return f"the adapter {name} cannot be served: {text}"
+        return text
 
     async def changed(self, name: str) -> bool:
         """True when the folder behind `name` is not what it was when it was loaded."""

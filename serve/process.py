@@ -131,7 +131,8 @@ def _wait(child: subprocess.Popen[bytes], plan: Plan, say: Callable[[str], None]
         if healthy(url):
             names = ", ".join([plan.served_name, *plan.adapters])
             more = f", and any of {plan.adapter_dir} by name" if plan.adapter_dir is not None else ""
-            say(f"ready after {time.monotonic() - started:.0f} s at {url}/v1 ({plan.bound()}) with {names}{more}")
+            page = f"; a page to try them: {url}/page" if plan.page else ""
+            say(f"ready after {time.monotonic() - started:.0f} s at {url}/v1 ({plan.bound()}) with {names}{more}{page}")
             break
     return child.wait()
 

@@ -26,6 +26,7 @@ from .symbols import find
 MODELS = "vllm.entrypoints.openai.models.serving"
 SERVING = "vllm.entrypoints.serve.engine.serving"
 logger = logging.getLogger("vllm.adapter_merge")
+loader: Loader | None = None  # of this process, once it is an API server that `adapter-merge serve` started
 
 
 def register() -> None:
@@ -45,7 +46,9 @@ def register() -> None:
             "; ".join(problems),
         )
         return
-    install(Loader(settings))
+    global loader
+    loader = Loader(settings)
+    install(loader)
 
 
 def end_with(parent: int) -> None:

@@ -250,6 +250,10 @@ class Converter:
             "base": self.name,
             "method": outline.method,
             "origin": origin,
+            "stated": {
+                key: str(value.absolute()) if isinstance(value, Path) else value
+                for key, value in outline.stated.values.items()
+            },
         }
 
     def _describe(self, lease: Lease) -> Served:

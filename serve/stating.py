@@ -61,6 +61,15 @@ class Stated:
         return {key: _content(value) if KINDS[key][0] == PATH else value for key, value in self.values.items()}
 
 
+def flags_of(stated: Mapping[str, Any]) -> list[str]:
+    """Stated options as words of a command line, from JSON: paths are texts there."""
+    words = []
+    for key, value in stated.items():
+        flag = f"--{key.replace('_', '-')}"
+        words += ([flag] if value else []) if KINDS[key][0] == FLAG else [f"{flag}={value}"]
+    return words
+
+
 def checked(values: Mapping[str, Any], folder: Path | None = None, where: str = "") -> Stated:
     """`values` as Stated. Raises InputError with every unknown key and wrong value.
 

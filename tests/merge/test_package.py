@@ -48,7 +48,7 @@ def test_a_built_wheel_holds_everything(built: Path) -> None:
     wanted = {
         f"adapter_merge/{name.removeprefix('merge/')}"
         for name in tracked()
-        if name.split("/")[0] in FOLDERS and (name.endswith((".py", "py.typed")) or "/adapters/" in name)
+        if name.split("/")[0] in FOLDERS and (name.endswith((".py", "py.typed", ".html")) or "/adapters/" in name)
     }
     assert wanted and wanted <= names, sorted(wanted - names)[:5]
     assert not [name for name in names if name.startswith(("tests", "merge/", "export/", "serve/"))]

@@ -27,6 +27,10 @@ from oracle import Oracle  # noqa: E402
 from server import Server  # noqa: E402
 from trained import MAKERS, Adapter, base_weights, make_base  # noqa: E402
 
+from adapter_merge.serve.cache import Cache  # noqa: E402
+from adapter_merge.serve.command import make_plan  # noqa: E402
+from adapter_merge.serve.process import convert  # noqa: E402
+
 REQUIRED = "ADAPTER_MERGE_REQUIRE_VLLM"
 
 
@@ -219,9 +223,54 @@ def running(qwen2: World, tmp_path_factory: pytest.TempPathFactory) -> Iterator[
         *("--allow-loading", "--adapter-root", str(tmp_path_factory.getbasetemp())),
         "--max-active",
         "3",
+        "--page",
         vllm=("--served-model-name", "base"),
     )
     try:
         yield Running(qwen2, server.wait(), directory, folder / "cache")
     finally:
         server.stop(signal.SIGKILL)
+
+
+Steps = Callable[..., list[Any]]
+
+
+@pytest.fixture
+def steps(qwen2: World, run_python: Callable[[str], str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Steps:
+    """steps(*steps, adapters, rest, shell, **plan options): the steps' results, see app.py."""
+    monkeypatch.delenv("VLLM_API_KEY", raising=False)
+
+    def run(
+        *steps: Any,
+        adapters: tuple[str, ...] = (),
+        rest: tuple[str, ...] = (),
+        shell: dict[str, str] | None = None,
+        **options: Any,
+    ) -> list[Any]:
+        for name, value in (shell or {}).items():
+            monkeypatch.setenv(name, value)
+        named = [f"{name}={qwen2.adapters[name].raw}" for name in adapters]
+        flags = ["--served-model-name=base", "--dtype=float32", *rest]
+        cache = Cache(tmp_path / "cache")
+        plan = make_plan(str(qwen2.base), named, cache=cache, rest=flags, **options)
+        held = convert(plan, lambda line: None)
+        environment = {**(shell or {}), **plan.environment()}
+        log = run_python(f"import app\napp.run({plan.command()!r}, {environment!r}, {list(steps)!r})")
+        for served in held.values():
+            served.release()
+        results: list[Any] = json.loads(log.rsplit("RESULTS ", 1)[1].splitlines()[0])
+        return results
+
+    return run
+
+
+@pytest.fixture
+def directory(qwen2: World, tmp_path: Path) -> Path:
+    folder = tmp_path / "adapters"
+    for name in ("lora-2", "dude-2"):
+        shutil.copytree(qwen2.adapters[name].raw, folder / name)
+    return folder
+
+
+def request(method: str, path: str, content: Any = None, key: str | None = None) -> tuple[Any, ...]:
+    return ("request", method, path, content, key)

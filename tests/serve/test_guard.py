@@ -5,63 +5,15 @@ from __future__ import annotations
 import json
 import os
 import shutil
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import World
-
-from adapter_merge.serve.cache import Cache
-from adapter_merge.serve.command import make_plan
-from adapter_merge.serve.process import convert
+from conftest import Steps, World, request
 
 pytestmark = pytest.mark.vllm
 
 KEY = "a-secret"
-Steps = Callable[..., list[Any]]
-
-
-@pytest.fixture
-def steps(qwen2: World, run_python: Callable[[str], str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Steps:
-    """steps(*steps, adapters, rest, shell, **plan options): the steps' results, see app.py."""
-    monkeypatch.delenv("VLLM_API_KEY", raising=False)
-
-    def run(
-        *steps: Any,
-        adapters: tuple[str, ...] = (),
-        rest: tuple[str, ...] = (),
-        shell: dict[str, str] | None = None,
-        **options: Any,
-    ) -> list[Any]:
-        for name, value in (shell or {}).items():
-            monkeypatch.setenv(name, value)
-        named = [f"{name}={qwen2.adapters[name].raw}" for name in adapters]
-        flags = ["--served-model-name=base", "--dtype=float32", *rest]
-        cache = Cache(tmp_path / "cache")
-        plan = make_plan(str(qwen2.base), named, cache=cache, rest=flags, **options)
-        held = convert(plan, lambda line: None)
-        environment = {**(shell or {}), **plan.environment()}
-        log = run_python(f"import app\napp.run({plan.command()!r}, {environment!r}, {list(steps)!r})")
-        for served in held.values():
-            served.release()
-        results: list[Any] = json.loads(log.rsplit("RESULTS ", 1)[1].splitlines()[0])
-        return results
-
-    return run
-
-
-@pytest.fixture
-def directory(qwen2: World, tmp_path: Path) -> Path:
-    folder = tmp_path / "adapters"
-    for name in ("lora-2", "dude-2"):
-        shutil.copytree(qwen2.adapters[name].raw, folder / name)
-    return folder
-
-
-def request(method: str, path: str, content: Any = None, key: str | None = None) -> tuple[Any, ...]:
-    return ("request", method, path, content, key)
-
 
 LOADING = (
     ("POST", "/v1/load_lora_adapter", {"lora_name": "x", "lora_path": "/root"}),

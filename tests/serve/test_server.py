@@ -23,7 +23,8 @@ COUNT = 8
 
 def test_chat_with_three_adapters_and_the_base(running: Running) -> None:
     with client_of(running.server) as client:
-        assert [model.id for model in client.models.list()] == ["base", "lora-1", "dcft-1", "dude-1"]
+        listed = [model.id for model in client.models.list()]
+        assert listed == ["base", "lora-1", "dcft-1", "dude-1", "dora-2", "dude-2", "lora-2"]
         for name in ("lora-1", "dcft-1", "dude-1", "base"):
             answer = client.chat.completions.create(
                 model=name,
