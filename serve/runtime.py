@@ -26,6 +26,17 @@ from .symbols import find
 MODELS = "vllm.entrypoints.openai.models.serving"
 SERVING = "vllm.entrypoints.serve.engine.serving"
 logger = logging.getLogger("vllm.adapter_merge")
+FUNCTIONS: dict[tuple[str, str], tuple[str, ...]] = {
+    (MODELS, "OpenAIServingModels.load_lora_adapter"): ("self", "request", "base_model_name"),
+    (MODELS, "OpenAIServingModels.unload_lora_adapter"): ("self", "request"),
+    (MODELS, "OpenAIServingModels.show_available_models"): ("self",),
+    (MODELS, "OpenAIServingModels._check_load_lora_adapter_request"): ("self", "request"),
+    (SERVING, "BaseServing._check_model"): ("self", "request"),
+    (SERVING, "BaseServing._is_model_supported"): ("self", "model_name"),
+    ("vllm.entrypoints.serve", "create_error_response"): ("message", "err_type", "status_code"),
+}
+ATTRIBUTES = ("lora_requests", "lora_id_counter", "lora_resolver_lock", "engine_client")  # that __init__ sets
+
 loader: Loader | None = None  # of this process, once it is an API server that `adapter-merge serve` started
 
 
@@ -63,16 +74,7 @@ def end_with(parent: int) -> None:
 def missing() -> list[str]:
     """What this vLLM's API server lacks of what is wrapped here, in words."""
     problems: list[str] = []
-    wanted: dict[tuple[str, str], tuple[str, ...]] = {
-        (MODELS, "OpenAIServingModels.load_lora_adapter"): ("self", "request", "base_model_name"),
-        (MODELS, "OpenAIServingModels.unload_lora_adapter"): ("self", "request"),
-        (MODELS, "OpenAIServingModels.show_available_models"): ("self",),
-        (MODELS, "OpenAIServingModels._check_load_lora_adapter_request"): ("self", "request"),
-        (SERVING, "BaseServing._check_model"): ("self", "request"),
-        (SERVING, "BaseServing._is_model_supported"): ("self", "model_name"),
-        ("vllm.entrypoints.serve", "create_error_response"): ("message", "err_type", "status_code"),
-    }
-    for (module, path), parameters in wanted.items():
+    for (module, path), parameters in FUNCTIONS.items():
         found = find(module, path, problems)
         if found is not None:
             lost = [name for name in parameters if name not in inspect.signature(found).parameters]
@@ -80,7 +82,7 @@ def missing() -> list[str]:
                 problems.append(f"{module}.{path} has no parameter {', '.join(lost)}")
     models = find(MODELS, "OpenAIServingModels.__init__", problems)
     names = models.__code__.co_names if models is not None else ()
-    for name in ("lora_requests", "lora_id_counter", "lora_resolver_lock", "engine_client"):
+    for name in ATTRIBUTES:
         if models is not None and name not in names:
             problems.append(f"OpenAIServingModels has no {name}")
     return problems

@@ -142,9 +142,8 @@ def _read_scales(folder: Path, lora: Any, mapper: Any) -> dict[str, Any]:
 
 def _refuse_unused(manager: Any, lora: Any) -> None:
     """ValueError when a weight of the adapter would reach no layer: vLLM ignores such weights silently."""
-    known = set(manager.modules) | {member for group in manager.packed_modules.values() for member in group}
-    if getattr(manager, "is_pooling_model", False):
-        known |= {name.removeprefix("model.") for name in known}
+    names = set(manager.modules) | {member for group in manager.packed_modules.values() for member in group}
+    known = {spelling for name in names for spelling in _spellings(manager, name)}
     unused = sorted(set(lora.loras) - known)
     if unused and _pipeline_size() > 1:
         # Layers of the other stages: the same weight in some layer of this stage must be known.
@@ -164,10 +163,10 @@ def _per_layer(manager: Any, scales: dict[str, Any]) -> dict[str, list[Any]]:
     left = dict(scales)
     for name in manager.modules:
         members = manager.packed_modules.get(name, [name])
-        if getattr(manager, "is_pooling_model", False):
-            members = [member if member in left else member.removeprefix("model.") for member in members]
-        if not any(member in left for member in members) and name in left:
-            members = [name]  # one tensor for a layer that vLLM could also load in parts
+        members = [_spelling_in(left, manager, member) for member in members]
+        whole = _spelling_in(left, manager, name)
+        if not any(member in left for member in members) and whole in left:
+            members = [whole]  # one tensor for a layer that vLLM could also load in parts
         values = [left.pop(member, None) for member in members]
         if any(value is not None for value in values):
             layers[name] = values
@@ -180,6 +179,21 @@ def _per_layer(manager: Any, scales: dict[str, Any]) -> dict[str, list[Any]]:
     if left and _pipeline_size() == 1:
         raise ValueError(f"no layer takes the row scales of {', '.join(sorted(left))}")
     return layers
+
+
+def _spellings(manager: Any, name: str) -> list[str]:
+    """What an adapter may call vLLM's layer `name`, in the order in which vLLM tries it.
+
+    LoRAModelManager._get_lora_layer_weights: without `model.` in pooling models, and from 0.33 on the text model's own
+    names in a multimodal one.
+    """
+    pooling = [name.removeprefix("model.")] if getattr(manager, "is_pooling_model", False) else []
+    text_names = getattr(manager, "_get_text_lora_names", None)
+    return [name, *pooling, *(text_names(name) if text_names is not None else [])]
+
+
+def _spelling_in(left: dict[str, Any], manager: Any, name: str) -> str:
+    return next((spelling for spelling in _spellings(manager, name) if spelling in left), name)
 
 
 def _any_layer(name: str) -> str:
