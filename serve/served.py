@@ -276,7 +276,7 @@ def _describe(lease: Lease) -> Served:
                 rank = max(rank, file.get_slice(key).get_shape()[0])
                 targets.add(key.split(".")[-3])
     form = "lora+row_scale" if config.get("use_dora") else "lora"
-    origin = str(json.loads((lease.folder / ENTRY).read_text("utf-8"))["origin"])
+    origin = str(json.loads((lease.folder / ENTRY).read_text("utf-8")).get("origin", "not recorded"))
     return Served(lease.folder, rank, tuple(sorted(targets)), form, origin, lease)
 
 

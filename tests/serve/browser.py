@@ -8,6 +8,7 @@ import shutil
 import subprocess
 import time
 import urllib.request
+from contextlib import ExitStack
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -27,26 +28,32 @@ class Browser:
             stdout=subprocess.DEVNULL,
             stderr=subprocess.DEVNULL,
         )
+        self.profile = profile
         self.count = 0
         self.events: list[dict[str, Any]] = []
-        port = self._port(profile / "DevToolsActivePort")
-        with urllib.request.urlopen(f"http://127.0.0.1:{port}/json", timeout=30) as answer:
-            pages = [page for page in json.load(answer) if page["type"] == "page"]
-        from websockets.sync.client import connect  # uvicorn, which vLLM depends on, brings it
-
-        self.socket = connect(pages[0]["webSocketDebuggerUrl"], max_size=2**26)
-        for domain in ("Page", "Runtime", "Log", "Network"):
-            self.call(f"{domain}.enable")
+        self.closing = ExitStack()
+        self.closing.callback(self.process.wait, timeout=30)
+        self.closing.callback(self.process.terminate)
 
     def __enter__(self) -> Browser:
+        from websockets.sync.client import connect  # uvicorn, which vLLM depends on, brings it
+
+        try:
+            port = self._port(self.profile / "DevToolsActivePort")
+            with urllib.request.urlopen(f"http://127.0.0.1:{port}/json", timeout=30) as answer:
+                pages = [page for page in json.load(answer) if page["type"] == "page"]
+            self.socket = self.closing.enter_context(connect(pages[0]["webSocketDebuggerUrl"], max_size=2**26))
+            for domain in ("Page", "Runtime", "Log", "Network"):
+                self.call(f"{domain}.enable")
+        except BaseException:
+            self.closing.close()
+            raise
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self.socket.close()
-        self.process.terminate()
-        self.process.wait(timeout=30)
+        self.closing.close()
 
     def _port(self, file: Path) -> int:
         deadline = time.monotonic() + 60
