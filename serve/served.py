@@ -186,6 +186,7 @@ class Converter:
         parts: dict[str, Any] = {
             "package": version("adapter-merge"),
             "base": self.checkpoint.fingerprint,
+            "base files": self.checkpoint.state,  # row scales depend on every element
             "files": {file.name: sha256(file) for file in files},
         }
         if stated.values:

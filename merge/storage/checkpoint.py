@@ -46,6 +46,9 @@ HUB_ID = re.compile(
 OUTPUT_HEADS = ("lm_head.weight", "embed_out.weight", "predictions.decoder.weight")
 
 
+HUB_HASH = re.compile(r"[0-9a-f]{64}|[0-9a-f]{40}")  # names of the hub's blobs: sha256 of large files, git's of others
+
+
 @dataclass(frozen=True)
 class Shard:
     """One weights file: its tensors in the order of their bytes, and its metadata."""
@@ -112,6 +115,15 @@ class Checkpoint:
             digest.update(f"{name}\0{self.tensors[name].dtype}\0{self.tensors[name].shape}\0".encode())
         return digest.hexdigest()
 
+    @property
+    def state(self) -> str:
+        """Return the sha256 over the states of the weights files (`file_state`): it changes with every write to them.
+
+        The fingerprint is the same wherever a base lies, and does not see an edit in the middle of a tensor; this
+        is another one for every copy, but in the hub's cache.
+        """
+        return hashlib.sha256("\0".join(f"{file.name}\0{file_state(file)}" for file in self.files).encode()).hexdigest()
+
     @cached_property
     def fingerprint(self) -> str:
         """Return the sha256 over every tensor's name, dtype, shape and first and last 4 KiB, whatever the sharding.
@@ -131,6 +143,19 @@ class Checkpoint:
                 stream.seek(max(ref.start, ref.stop - 4096))
                 digest.update(stream.read(min(4096, ref.nbytes)))
         return digest.hexdigest()
+
+
+def file_state(file: Path) -> str:
+    """Return what changes with every write to `file`: its hash in the hub's cache, else inode, size and times.
+
+    A program can set the time of the last write back, but not that of the last change (ctime).
+    """
+    target = file.resolve()
+    if target.parent.name == "blobs" and HUB_HASH.fullmatch(target.name):
+        return target.name
+    with reading(file):
+        about = file.stat()
+    return f"{about.st_ino} {about.st_size} {about.st_mtime_ns} {about.st_ctime_ns}"
 
 
 def read_json(file: Path) -> dict[str, Any]:

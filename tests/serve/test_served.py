@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 from pathlib import Path
 
@@ -113,6 +114,26 @@ def test_any_change_is_another_folder(qwen2: World, converter: Converter, tmp_pa
     weights["model.norm.weight"][0] += 1
     save_file(weights, other / "model.safetensors", metadata={"format": "pt"})
     assert Converter(other, converter.cache).obtain(raw).folder not in (before, after)
+
+
+def test_an_edit_in_the_middle_of_a_weight_is_another_base(qwen2: World, converter: Converter, tmp_path: Path) -> None:
+    """The fingerprint looks at both ends of each tensor; row scales depend on all of it."""
+    raw, base = qwen2.adapters["dude-1"].raw, tmp_path / "edited"
+    shutil.copytree(qwen2.base, base)
+    before = Converter(base, converter.cache)
+    made = before.obtain(raw).folder
+    assert Converter(base, converter.cache).obtain(raw).folder == made
+    name = "model.layers.0.self_attn.q_proj.weight"
+    ref = before.checkpoint.tensors[name]
+    assert ref.nbytes > 8192
+    about = ref.file.stat()
+    with ref.file.open("r+b") as stream:
+        stream.seek((ref.start + ref.stop) // 2 // 4 * 4)
+        stream.write(b"\0\0\0\x3f")
+    os.utime(ref.file, ns=(about.st_atime_ns, about.st_mtime_ns))
+    after = Converter(base, converter.cache)
+    assert after.checkpoint.fingerprint == before.checkpoint.fingerprint
+    assert after.obtain(raw).folder != made
 
 
 def test_an_adapter_that_changes_meanwhile(
