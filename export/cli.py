@@ -2,23 +2,45 @@
 
 from __future__ import annotations
 
-import sys
 from pathlib import Path
 from typing import Any
 
 import click
 
+from adapter_merge.cli.adapter_options import adapter_options, as_typed, has_stated
+from adapter_merge.cli.command import ENGINE, OUTPUT, OutputOption, command, option
 from adapter_merge.cli.console import emit, say
-from adapter_merge.cli.inputs import combination_options, has_combination, stated_inputs
+from adapter_merge.cli.hub import push_options, revised
+from adapter_merge.cli.input_paths import check_paths
+from adapter_merge.cli.inputs import combination_options, has_combination, named_inputs, stated_inputs
 from adapter_merge.cli.options import dry_run_option, report_options
-from adapter_merge.errors import InputError
+from adapter_merge.cli.progress import working
+from adapter_merge.cli.values import DEVICE, SOURCE, Dtype, stated_prompts
+
+PRECISIONS = {"float32": "fp32", "float16": "fp16", "bfloat16": "bf16", "int4": "int4"}
 
 
-@click.command()
-@click.argument("base", metavar="BASE | ONNX_DIR")
-@click.argument("adapters", nargs=-1, metavar="[NAME=ADAPTER]...")
-@click.option("-o", "--output", type=click.Path(path_type=Path), help="The folder to write; must not exist.")
-@click.option(
+@command(
+    examples=[
+        "BASE ./german -o out",
+        "BASE de=./german fr=./french -o out --mode switchable",
+        "BASE de=./german fr=./french --weight de=0.7 --combine ties -o out",
+        "out --add it=./italian",
+    ]
+)
+@click.argument("base", type=SOURCE, metavar="BASE | ONNX_DIR")
+@click.argument("adapters", type=SOURCE, nargs=-1, metavar="[[NAME=]ADAPTER]...")
+@option(
+    "-o",
+    "--output",
+    cls=OutputOption,
+    needed=False,
+    section=OUTPUT,
+    metavar="OUT",
+    type=click.Path(path_type=Path),
+    help="The folder to write; must not exist. May be the last argument, without -o.",
+)
+@option(
     "--mode",
     type=click.Choice(["merged", "switchable", "batched"]),
     default="merged",
@@ -26,29 +48,38 @@ from adapter_merge.errors import InputError
     help="merged: adapters, or none, in the weights. switchable: one graph, adapters chosen at run time. "
     "batched: another adapter for every sequence of a batch.",
 )
-@click.option(
-    "--precision",
-    type=click.Choice(["fp32", "fp16", "bf16", "int4"]),
-    default="fp32",
+@option(
+    "--dtype",
+    old=("--precision",),
+    type=Dtype(list(PRECISIONS)),
+    default="float32",
     show_default=True,
     help="Of the weights. int4: blocks of 32, after merging; factors of switchable adapters stay in float.",
 )
-@click.option("--device", default="cpu", show_default=True, help="What the model is built for: cpu or cuda.")
-@click.option(
-    "--add", multiple=True, metavar="NAME=ADAPTER", help="Add an adapter to the switchable or batched ONNX_DIR."
+@option(
+    "--device",
+    type=DEVICE,
+    metavar="DEVICE",
+    default="cpu",
+    show_default=True,
+    section=ENGINE,
+    help="What the model is built for: cpu or cuda.",
 )
-@click.option("--base", "base_folder", help="With --add: the base, where it is not where it was.")
-@click.option("--overwrite", is_flag=True, help="Replace an output (with --add: an adapter) of that name.")
-@click.option("--no-check", is_flag=True, help="Do not compare the export with the live model before it gets its name.")
+@option("--add", multiple=True, metavar="NAME=ADAPTER", help="Add an adapter to the switchable or batched ONNX_DIR.")
+@option("--base", "base_folder", type=SOURCE, help="With --add: the base, where it is not where it was.")
+@option("--overwrite", is_flag=True, section=OUTPUT, help="Replace an output (with --add: an adapter) of that name.")
+@option("--no-check", is_flag=True, help="Do not compare the export with the live model before it gets its name.")
 @combination_options
+@adapter_options
 @dry_run_option
+@push_options
 @report_options
 def export(
     base: str,
     adapters: tuple[str, ...],
     output: Path | None,
     mode: str,
-    precision: str,
+    dtype: str,
     device: str,
     add: tuple[str, ...],
     base_folder: str | None,
@@ -57,62 +88,73 @@ def export(
     dry_run: bool,
     as_json: bool,
     quiet: bool,
-    verbose: bool,
 ) -> None:
     """Export BASE with its adapters to ONNX, for onnxruntime and onnxruntime-genai.
 
     Decoders: Llama, Mistral, Qwen2, Qwen3, Phi-3, Gemma 1 to 3, GPT-2. Classifiers: BERT, RoBERTa, DeBERTa-v2.
-
-    \b
-    adapter-merge export BASE de=./german -o out
-    adapter-merge export BASE de=./german fr=./french -o out --mode switchable
-    adapter-merge export BASE de=./german fr=./french --weight de=0.7 --combine ties -o out
-    adapter-merge export out --add it=./italian
+    An adapter without a name gets its folder's.
     """
     from .adapter_source import parse_adapters
 
-    recipe: Any = stated_inputs((base, *adapters)).adapter if has_combination() else None
-    if add:
-        if adapters or output is not None or recipe is not None:
-            raise InputError(
-                "--add takes the export's folder and nothing else", hint="export ONNX_DIR --add NAME=ADAPTER"
+    precision = PRECISIONS[dtype]
+    if add and (adapters or output is not None or has_combination() or has_stated()):
+        raise click.UsageError("--add takes the export's folder and nothing else: export ONNX_DIR --add NAME=ADAPTER")
+    if not add and output is None:
+        raise click.UsageError("Missing option '-o' / '--output'.")
+    if not add and base_folder is not None:
+        raise click.UsageError("--base belongs to --add: BASE is the first argument")
+    if has_stated() and mode != "merged":
+        words = " ".join(as_typed())
+        raise click.UsageError(
+            f"--mode {mode} takes no {words}: write ADAPTER with adapter-merge convert {words} first"
+        )
+    texts = named_inputs(adapters)
+    base = base if add else str(revised(base))
+    recipe: Any = None
+    if has_combination() or has_stated():
+        recipe = stated_inputs((base, *texts)).adapter
+    elif not add:
+        check_paths(base, *(text.partition("=")[2] for text in texts))
+    with working(f"exporting {base}", quiet) as progress:
+
+        def show(text: str) -> None:
+            progress.begin(text)
+            say(text, quiet=quiet)
+
+        if add:
+            from .adding import add_adapters
+
+            report = add_adapters(
+                Path(base),
+                parse_adapters(named_inputs(add)),
+                base=base_folder,
+                overwrite=overwrite,
+                dry_run=dry_run,
+                check=not no_check,
+                say=show,
             )
-        from .adding import add_adapters
+        else:
+            from .exporting import export_model
 
-        report = add_adapters(
-            Path(base),
-            parse_adapters(add),
-            base=base_folder,
-            overwrite=overwrite,
-            dry_run=dry_run,
-            check=not no_check,
-            say=lambda text: say(text, quiet=quiet),
-        )
-    else:
-        if output is None:
-            raise InputError("no output was named", hint="-o FOLDER")
-        if base_folder is not None:
-            raise InputError("--base belongs to --add", hint="BASE is the first argument")
-        from .exporting import export_model
-
-        named = parse_adapters(adapters)
-        if recipe is not None and not named:  # a recipe's file names them
-            named = parse_adapters(tuple(f"{item.name}={item.path}" for item in recipe.ingredients))
-        if not dry_run:
-            say(f"exporting {base} ({mode}, {precision})", quiet=quiet)
-        report = export_model(
-            base,
-            named,
-            output,
-            mode=mode,
-            precision=precision,
-            device=device,
-            overwrite=overwrite,
-            dry_run=dry_run,
-            recipe=recipe,
-            check=not no_check,
-            say=lambda text: say(text, quiet=quiet),
-        )
+            named = parse_adapters(texts)
+            if recipe is not None and not named:  # a recipe's file names them
+                named = parse_adapters(tuple(f"{item.name}={item.path}" for item in recipe.ingredients))
+            if not dry_run:
+                show(f"exporting {base} ({mode}, {precision})")
+            assert output is not None
+            report = export_model(
+                base,
+                named,
+                output,
+                mode=mode,
+                precision=precision,
+                device=device,
+                overwrite=overwrite,
+                dry_run=dry_run,
+                recipe=recipe,
+                check=not no_check,
+                say=show,
+            )
     if as_json:
         emit(report)
         return
@@ -147,19 +189,27 @@ def describe(report: dict[str, Any]) -> list[str]:
     return lines
 
 
-@click.command()
+@command(examples=["./out --prompt 'What is gravity?'", "./out --adapter de --adapter fr --prompt @questions.txt"])
 @click.argument("folder", metavar="ONNX_DIR", type=click.Path(path_type=Path))
-@click.option("--prompt", required=True, help="What to answer; - reads standard input.")
-@click.option("--system", help="A system message.")
-@click.option("--adapter", "adapters", multiple=True, help="Repeat it to compare; 'base' is the model without any.")
-@click.option("--device", default="cpu", show_default=True, help="cpu, cuda or cuda:N.")
-@click.option("--max-tokens", default=128, show_default=True, type=click.IntRange(min=1))
-@click.option("--temperature", default=0.0, show_default=True, type=click.FloatRange(min=0), help="0 is greedy.")
-@click.option("--top-p", default=1.0, show_default=True, type=click.FloatRange(min=0, max=1, min_open=True))
-@click.option("--seed", type=int)
-@click.option("--raw", is_flag=True, help="Without the chat template.")
-@click.option("--engine", type=click.Choice(["auto", "genai", "onnxruntime"]), default="auto", show_default=True)
-@click.option("--threads", type=click.IntRange(min=1), help="Of onnxruntime on the CPU.")
+@option("--prompt", required=True, metavar="TEXT|@FILE", help="What to answer; @FILE reads a file, - standard input.")
+@option("--system", help="A system message.")
+@option("--adapter", "adapters", multiple=True, help="Repeat it to compare; 'base' is the model without any.")
+@option(
+    "--device",
+    type=DEVICE,
+    metavar="DEVICE",
+    default="cpu",
+    show_default=True,
+    section=ENGINE,
+    help="cpu, cuda or cuda:N.",
+)
+@option("--max-tokens", old=("--tokens",), default=128, show_default=True, type=click.IntRange(min=1))
+@option("--temperature", default=0.0, show_default=True, type=click.FloatRange(min=0), help="0 is greedy.")
+@option("--top-p", default=1.0, show_default=True, type=click.FloatRange(min=0, max=1, min_open=True))
+@option("--seed", type=int)
+@option("--raw", is_flag=True, help="Without the chat template.")
+@option("--engine", type=click.Choice(["auto", "genai", "onnxruntime"]), default="auto", show_default=True)
+@option("--threads", type=click.IntRange(min=1), help="Of onnxruntime on the CPU.")
 @report_options
 def generate(
     folder: Path,
@@ -176,7 +226,6 @@ def generate(
     threads: int | None,
     as_json: bool,
     quiet: bool,
-    verbose: bool,
 ) -> None:
     """Answer PROMPT with the export in ONNX_DIR, streaming; with several --adapter, once for each."""
     from dataclasses import asdict
@@ -184,8 +233,7 @@ def generate(
     from . import generation
     from .prompting import Sampling
 
-    if prompt == "-":
-        prompt = sys.stdin.read()
+    prompt = "\n".join(stated_prompts((prompt,)) or [""])
     together = len(adapters) > 1
     at_once = together and batched(folder)  # streams of one batch would interleave
     last: list[str] = []

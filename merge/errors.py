@@ -20,6 +20,8 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass
 
+SHOWN = 20  # problems in the text of an error
+
 
 @dataclass(frozen=True)
 class Problem:
@@ -39,7 +41,10 @@ class Problem:
 
 
 class AdapterMergeError(Exception):
-    """Base of the tree: `problems` holds all that was found."""
+    """Base of the tree: `problems` holds all that was found, `conclusion` what follows from many of one kind.
+
+    The text of the error shows the conclusion and the first 20 problems.
+    """
 
     def __init__(
         self,
@@ -48,12 +53,19 @@ class AdapterMergeError(Exception):
         expected: str | None = None,
         got: str | None = None,
         hint: str | None = None,
+        conclusion: Problem | None = None,
     ) -> None:
+        self.conclusion = conclusion
         if isinstance(cause, str):
             self.problems: tuple[Problem, ...] = (Problem(cause, expected, got, hint),)
         else:
             self.problems = tuple(cause)
-        super().__init__("\n".join(str(problem) for problem in self.problems))
+        shown = [str(problem) for problem in self.problems[:SHOWN]]
+        if conclusion is not None:
+            shown.insert(0, str(conclusion))
+        if len(self.problems) > SHOWN:
+            shown.append(f"... and {len(self.problems) - SHOWN} more")
+        super().__init__("\n".join(shown))
 
 
 class InputError(AdapterMergeError):
@@ -92,7 +104,9 @@ class ParityError(AdapterMergeError):
     """An artefact does not compute what the adapter was trained to compute."""
 
 
-def raise_all(problems: list[Problem], kind: type[AdapterMergeError] = InputError) -> None:
-    """Raise `kind` with all `problems`, or return when there are none."""
+def raise_all(
+    problems: list[Problem], kind: type[AdapterMergeError] = InputError, conclusion: Problem | None = None
+) -> None:
+    """Raise `kind` with all `problems` and what follows from them, or return when there are none."""
     if problems:
-        raise kind(problems)
+        raise kind(problems, conclusion=conclusion)

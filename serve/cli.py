@@ -10,7 +10,9 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from adapter_merge.cli.adapter_options import adapter_options, as_typed, one_stated, stated_of
-from adapter_merge.cli.options import SIZE
+from adapter_merge.cli.command import Command, command, option
+from adapter_merge.cli.options import dry_run_option, report_options
+from adapter_merge.cli.values import SIZE, SOURCE
 
 if TYPE_CHECKING:
     from .stating import Stated
@@ -18,7 +20,7 @@ if TYPE_CHECKING:
 CACHE_SIZE = 50 * 10**9  # bytes
 
 
-class WithRest(click.Command):
+class WithRest(Command):
     """A command that keeps what stands behind `--` for another program."""
 
     def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
@@ -33,45 +35,51 @@ class WithRest(click.Command):
         return [*super().collect_usage_pieces(ctx), "[-- VLLM FLAGS]"]
 
 
-@click.command(cls=WithRest)
-@click.argument("base")
-@click.argument("adapters", nargs=-1, metavar="[NAME=ADAPTER]...")
-@click.option(
+@command(
+    cls=WithRest,
+    examples=[
+        "Qwen/Qwen2.5-0.5B support=./dude sql=./dcft",
+        "./base --adapter-dir ./adapters --port 9000 -- --dtype bfloat16",
+    ],
+)
+@click.argument("base", type=SOURCE)
+@click.argument("adapters", type=SOURCE, nargs=-1, metavar="[NAME=ADAPTER]...")
+@option(
     "--adapter-dir",
     help="Serve any adapter in this folder by its folder's name, from the first request for it on.",
 )
-@click.option("--preload", is_flag=True, help="Convert all adapters of --adapter-dir before the server starts.")
-@click.option(
+@option("--preload", is_flag=True, help="Convert all adapters of --adapter-dir before the server starts.")
+@option(
     "--allow-loading",
     is_flag=True,
     help="Let clients load and unload adapters: /v1/load_lora_adapter, /v1/unload_lora_adapter, /adapters.",
 )
-@click.option(
+@option(
     "--adapter-root",
     "roots",
     multiple=True,
     metavar="DIR",
     help="With --allow-loading: a folder that clients may load from, besides --adapter-dir. Repeatable.",
 )
-@click.option("--page", is_flag=True, help="Add a page at /page to try the base and the adapters side by side.")
-@click.option("--host", help="What to listen on; 0.0.0.0 opens the server to the network.  [default: 127.0.0.1]")
-@click.option("--port", type=click.IntRange(0, 65535), help="[default: 8000]")
-@click.option(
+@option("--page", is_flag=True, help="Add a page at /page to try the base and the adapters side by side.")
+@option("--host", help="What to listen on; 0.0.0.0 opens the server to the network.  [default: 127.0.0.1]")
+@option("--port", type=click.IntRange(0, 65535), help="[default: 8000]")
+@option(
     "--api-key",
     help="A key that every request must carry; VLLM_API_KEY keeps it out of the list of processes.",
 )
-@click.option(
+@option(
     "--shutdown-timeout",
     type=click.IntRange(min=0),
     metavar="SECONDS",
     help="After SIGTERM: how long requests under way get to finish.  [default: 30]",
 )
-@click.option(
+@option(
     "--max-active",
     type=click.IntRange(min=1),
     help="Adapters in one batch (default: all that are named, at most 16).",
 )
-@click.option(
+@option(
     "--cache-size",
     type=SIZE,
     default=CACHE_SIZE,
@@ -80,16 +88,15 @@ class WithRest(click.Command):
     help="Bound of the cache of adapters.",
 )
 @adapter_options
-@click.option("--dry-run", is_flag=True, help="Check everything, print the command and the files, no more.")
-@click.option(
+@dry_run_option
+@option(
     "--emit",
     type=click.Choice(["k8s", "ray"]),
     help="Print this service as a Kubernetes manifest or as a Ray Serve configuration, no more.",
 )
-@click.option("--name", default="adapter-merge", show_default=True, help="With --emit: of the service.")
-@click.option("--image", default="adapter-merge-vllm", show_default=True, help="With --emit k8s.")
-@click.option("--json", "as_json", is_flag=True, help="With --dry-run: one JSON object on stdout.")
-@click.option("-q", "--quiet", is_flag=True, help="Say only what vLLM says.")
+@option("--name", default="adapter-merge", show_default=True, help="With --emit: of the service.")
+@option("--image", default="adapter-merge-vllm", show_default=True, help="With --emit k8s.")
+@report_options
 @click.pass_context
 def serve(
     ctx: click.Context,
@@ -118,10 +125,6 @@ def serve(
     BASE and ADAPTER are folders or hub ids. An adapter may be a DCFT, DuDe, LoRA, rsLoRA, PiSSA or DoRA
     adapter in any form that `inspect` knows; it is converted once and kept in a cache. A request chooses its
     adapter by the model's name. Flags behind -- go to vLLM as they are.
-
-    \b
-        adapter-merge serve Qwen/Qwen2.5-0.5B support=./dude sql=./dcft
-        adapter-merge serve ./base --adapter-dir ./adapters --port 9000 -- --dtype bfloat16
     """
     from .cache import Cache
     from .command import make_plan
@@ -176,9 +179,9 @@ def cache() -> None:
     """The cache of converted adapters that `serve` keeps."""
 
 
-@cache.command("list")
-@click.option("--json", "as_json", is_flag=True, help="One JSON object on stdout.")
-def list_entries(as_json: bool) -> None:
+@cache.command("list", cls=Command)
+@report_options
+def list_entries(as_json: bool, quiet: bool) -> None:
     """Show every converted adapter, the least recently used first."""
     from datetime import datetime
 
@@ -209,10 +212,10 @@ def list_entries(as_json: bool) -> None:
     click.echo(f"{len(entries)} adapters, {total / 1e6:.1f} MB in {found.root}", err=True)
 
 
-@cache.command("add")
-@click.argument("base")
-@click.argument("adapters", nargs=-1, required=True, metavar="ADAPTER...")
-@click.option(
+@cache.command("add", cls=Command)
+@click.argument("base", type=SOURCE)
+@click.argument("adapters", type=SOURCE, nargs=-1, required=True, metavar="ADAPTER...")
+@option(
     "--cache-size",
     type=SIZE,
     default=CACHE_SIZE,
@@ -221,8 +224,8 @@ def list_entries(as_json: bool) -> None:
     help="Bound of the cache of adapters.",
 )
 @adapter_options
-@click.option("--json", "as_json", is_flag=True, help="One JSON object on stdout.")
-def add_entries(base: str, adapters: tuple[str, ...], cache_size: int, as_json: bool) -> None:
+@report_options
+def add_entries(base: str, adapters: tuple[str, ...], cache_size: int, as_json: bool, quiet: bool) -> None:
     """Convert adapters for BASE now, so that a server finds them in the cache.
 
     The options say the same of every ADAPTER.
@@ -256,10 +259,10 @@ def add_entries(base: str, adapters: tuple[str, ...], cache_size: int, as_json: 
     raise_all(problems)
 
 
-@cache.command("verify")
-@click.option("--json", "as_json", is_flag=True, help="One JSON object on stdout.")
+@cache.command("verify", cls=Command)
+@report_options
 @click.pass_context
-def verify_entries(ctx: click.Context, as_json: bool) -> None:
+def verify_entries(ctx: click.Context, as_json: bool, quiet: bool) -> None:
     """Read every converted adapter and compare it with its hashes; exit code 1 when one is damaged."""
     from .cache import Cache
 
@@ -276,9 +279,9 @@ def verify_entries(ctx: click.Context, as_json: bool) -> None:
     ctx.exit(1 if damaged else 0)
 
 
-@cache.command("clear")
-@click.option("--json", "as_json", is_flag=True, help="One JSON object on stdout.")
-def clear_entries(as_json: bool) -> None:
+@cache.command("clear", cls=Command)
+@report_options
+def clear_entries(as_json: bool, quiet: bool) -> None:
     """Remove every converted adapter that no server is using."""
     from .cache import Cache
 

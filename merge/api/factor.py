@@ -300,25 +300,3 @@ def _budgeted(
             break
     results = run(lambda index: works[index].truncated(spectra[index], ranks[index]), range(len(pairs)))
     return list(results)
-
-
-def read_prompts(file: Path) -> list[str]:
-    """The lines of a text file that are not empty. Raises InputError."""
-    try:
-        lines = [line.strip() for line in file.read_text("utf-8").splitlines() if line.strip()]
-    except (OSError, UnicodeDecodeError) as error:
-        raise InputError(f"{file}: cannot be read as text", got=str(error)) from error
-    if not lines:
-        raise InputError(f"{file}: holds no prompts", expected="one prompt a line")
-    return lines
-
-
-def parse_rank(text: str) -> int | float:
-    """16 is a rank, 0.99 an energy. Raises InputError."""
-    try:
-        value = int(text) if text.isdigit() else float(text)
-    except ValueError:
-        value = math.nan
-    if not (isinstance(value, int) and value >= 1) and not 0 < value < 1:
-        raise InputError(f"--rank {text}: neither a rank nor an energy", expected="16, or 0.99")
-    return value

@@ -27,7 +27,7 @@ from adapter_merge.engine.plan import MergePlan, ShardPlan, plan_merge
 from adapter_merge.engine.requantise import plan_requantised
 from adapter_merge.errors import InputError, Problem, raise_all
 from adapter_merge.outputs.leftovers import staging_folder
-from adapter_merge.outputs.model_folder import base_files, output_files, write_rest
+from adapter_merge.outputs.model_folder import base_files, output_files, planned_files, write_rest
 from adapter_merge.outputs.preimage import PreimageRecorder
 from adapter_merge.outputs.resume_journal import MergePart, check_complete, shards_of_part, workplace
 from adapter_merge.outputs.resume_journal import finish as publish_place
@@ -104,7 +104,7 @@ def merge(
     ]
     if options.dry_run:
         content["warnings"] += [text for part in parts_of(bound) for text in large_changes(sampled_changes(part))]
-        return MergeResult(output, content | {"dry_run": True, "bytes": plan.nbytes})
+        return MergeResult(output, content | {"dry_run": True, "bytes": plan.nbytes, "planned": planned_files(plan)})
     identity = _identity(plan, content)
     with workplace(
         output,

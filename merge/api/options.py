@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from adapter_merge.errors import InputError
 from adapter_merge.formats.read_options import ReadOptions
 
 
@@ -103,6 +105,7 @@ class RestoreOptions:
     base: str | Path | None = None  # the original base; None takes the pre-image
     link: str = "auto"
     overwrite: bool = False
+    dry_run: bool = False  # check everything, write nothing
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -124,3 +127,25 @@ class InspectOptions:
 
     base_kind: str | None = None
     reading: ReadOptions | None = None  # what the adapter's files do not say
+
+
+def parse_rank(text: str) -> int | float:
+    """16 is a rank, 0.99 an energy. Raises InputError."""
+    try:
+        value = int(text) if text.isdigit() else float(text)
+    except ValueError:
+        value = math.nan
+    if not (isinstance(value, int) and value >= 1) and not 0 < value < 1:
+        raise InputError(f"--rank {text}: neither a rank nor an energy", expected="16, or 0.99")
+    return value
+
+
+def read_prompts(file: Path) -> list[str]:
+    """The lines of a text file that are not empty. Raises InputError."""
+    try:
+        lines = [line.strip() for line in file.read_text("utf-8").splitlines() if line.strip()]
+    except (OSError, UnicodeDecodeError) as error:
+        raise InputError(f"{file}: cannot be read as text", got=str(error)) from error
+    if not lines:
+        raise InputError(f"{file}: holds no prompts", expected="one prompt a line")
+    return lines

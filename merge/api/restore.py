@@ -88,8 +88,10 @@ def restore(
         raise InputError(
             f"{merged}: holds no pre-image of its base",
             expected="the original base, or a merge made with --keep-preimage",
-            hint=f"pass the base: {manifest['base'].get('path')}" if manifest else None,
+            hint=f"--base {manifest['base'].get('path')}" if manifest else None,
         )
+    if options.dry_run:
+        return RestoreResult(output, dict(expected))
     sources = [
         merged / MANIFEST,
         *(path for name in names if (path := (Path(base) if base is not None else merged) / name).is_file()),

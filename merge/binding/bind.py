@@ -14,6 +14,7 @@ base_kind.py           PiSSA, OLoRA, DuDe: the original base or the residual
 
 from __future__ import annotations
 
+import logging
 from dataclasses import dataclass, field
 
 from adapter_merge.errors import MismatchError, Problem, raise_all
@@ -35,6 +36,8 @@ from .replacements import place_replacement
 from .transformers_names import transformers_names
 from .weight_names import Renaming, find_renaming
 
+log = logging.getLogger(__name__)
+
 __all__ = ["BoundAdapter", "BoundModule", "bind"]
 
 # Models whose checkpoints hold stacked experts transposed under the same name (transformers' mapping, Transpose).
@@ -43,7 +46,7 @@ NAMES_HINT = "where the base's names differ from the model's, transformers' mapp
 
 
 def bind(adapter: Adapter, base: Checkpoint, base_kind: str | None = None) -> BoundAdapter:
-    """Bind `adapter` to `base`. Raises MismatchError with every module or tensor that does not fit (the first 20).
+    """Bind `adapter` to `base`. Raises MismatchError with every module or tensor that does not fit.
 
     Names are used unchanged where the base has them all, else by transformers' mapping, else with one prefix.
     `base_kind` is "original" or "residual" for PiSSA and DuDe, None to decide by measurement (base_kind.py).
@@ -55,12 +58,16 @@ def bind(adapter: Adapter, base: Checkpoint, base_kind: str | None = None) -> Bo
         hint = (
             f"is {adapter.base_name or 'another model'} the base it was trained on? The base's names look like {first}"
         )
-        raise_all([*problems[:20], *([Problem(f"... and {len(problems) - 20} more")] if len(problems) > 20 else []),
-                   Problem("the adapter does not belong to this base", hint=hint)], MismatchError)  # fmt: skip
+        count = len(adapter.modules) + len(adapter.replacements)
+        share = f"{min(len(problems), count)} of its {count} tensors do not fit"
+        cause = f"{adapter.folder}: the adapter does not belong to this base, {base.folder}: {share}"
+        raise_all(problems, MismatchError, Problem(cause, hint=hint))
     bound = BoundAdapter(
         adapter, base, tuple(set_companions(set_vera_sizes(match.modules))), match.replacements, "original"
     )
-    return with_base_kind(with_positional_projections(with_config(bound)), base_kind)
+    bound = with_base_kind(with_positional_projections(with_config(bound)), base_kind)
+    log.info("%s: fits %s, taken as the %s base", adapter.folder, base.folder, bound.base_kind)
+    return bound
 
 
 @dataclass

@@ -8,10 +8,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
+
+from .command import ADAPTER, option
+from .values import SOURCE
 
 if TYPE_CHECKING:
     from adapter_merge.formats.read_options import ReadOptions
@@ -52,13 +56,29 @@ def adapter_options(function: F) -> F:
     """What a user may state of an adapter whose files do not say everything. Read with `stated_of`."""
     for name, kind, choices, text in reversed(OPTIONS):
         if kind == FLAG:
-            function = click.option(name, is_flag=True, help=text, expose_value=False, callback=_keep)(function)
+            function = option(name, is_flag=True, help=text, section=ADAPTER, expose_value=False, callback=_keep)(
+                function
+            )
             continue
         shown = "|".join(choices) if kind == CHOICE else kind
-        function = click.option(
-            name, multiple=True, metavar=f"[NAME=]{shown}", help=text, expose_value=False, callback=_keep
+        of_kind: dict[str, Any] = {"type": SOURCE} if kind == PATH else {}
+        if kind == CHOICE:
+            of_kind["shell_complete"] = partial(_complete_choice, choices)
+        function = option(
+            name,
+            multiple=True,
+            section=ADAPTER,
+            **of_kind,
+            metavar=f"[NAME=]{shown}",
+            help=text,
+            expose_value=False,
+            callback=_keep,
         )(function)
     return function
+
+
+def _complete_choice(choices: Sequence[str], ctx: click.Context, param: click.Parameter, incomplete: str) -> list[str]:
+    return [choice for choice in choices if choice.startswith(incomplete)]
 
 
 def _keep(context: click.Context, parameter: click.Parameter, value: tuple[str, ...] | bool) -> None:
@@ -74,8 +94,8 @@ def stated_of(names: Sequence[str] = ()) -> dict[str, tuple[str | None, ReadOpti
 
     said = click.get_current_context().meta.get(META, {})
     stated: dict[str, dict[str, Any]] = {name: {} for name in names or ("",)}
-    for option, kind, choices, _ in OPTIONS:
-        key = option.removeprefix("--").replace("-", "_")
+    for flag, kind, choices, _ in OPTIONS:
+        key = flag.removeprefix("--").replace("-", "_")
         if kind == FLAG:
             for values in stated.values():
                 values.update({key: True} if said.get(key) else {})
@@ -83,20 +103,25 @@ def stated_of(names: Sequence[str] = ()) -> dict[str, tuple[str | None, ReadOpti
         for text in said.get(key) or ():
             owner, value = _split(text, names)
             if names and owner is None and kind == PATH and len(names) > 1:
-                raise click.UsageError(f"{option} {text}: whose is it? {option} NAME={text}, with {', '.join(names)}")
+                raise click.UsageError(f"{flag} {text}: whose is it? {flag} NAME={text}, with {', '.join(names)}")
             for name in stated if owner is None else (owner,):
                 if key in stated[name] and owner is not None and stated[name][key] != value:
-                    raise click.UsageError(f"{option} says two things of {name}")
-                stated[name][key] = _value(option, kind, choices, value)
+                    raise click.UsageError(f"{flag} says two things of {name}")
+                stated[name][key] = _value(flag, kind, choices, value)
     return {name: (values.pop("base_kind", None), ReadOptions(**values)) for name, values in stated.items()}
+
+
+def has_stated() -> bool:
+    """Return True when the running command was told anything of an adapter."""
+    return any(click.get_current_context().meta.get(META, {}).values())
 
 
 def as_typed() -> list[str]:
     """Return the stated options of the running command as words of a command line."""
     words = []
     for key, said in click.get_current_context().meta.get(META, {}).items():
-        option = f"--{key.replace('_', '-')}"
-        words += ([option] if said else []) if isinstance(said, bool) else [f"{option}={value}" for value in said]
+        flag = f"--{key.replace('_', '-')}"
+        words += ([flag] if said else []) if isinstance(said, bool) else [f"{flag}={value}" for value in said]
     return words
 
 
@@ -123,17 +148,17 @@ def _split(text: str, names: Sequence[str]) -> tuple[str | None, str]:
     return name, value
 
 
-def _value(option: str, kind: str, choices: tuple[str, ...], text: str) -> Any:
+def _value(flag: str, kind: str, choices: tuple[str, ...], text: str) -> Any:
     if kind == PATH:
         return Path(text)
     if kind == CHOICE and text not in choices:
-        raise click.UsageError(f"{option} {text}: expected {', '.join(choices)}")
+        raise click.UsageError(f"{flag} {text}: expected {', '.join(choices)}")
     if kind == NUMBER:
         try:
             number = float(text)
         except ValueError:
             number = math.nan
         if not math.isfinite(number):
-            raise click.UsageError(f"{option} {text}: expected a number")
+            raise click.UsageError(f"{flag} {text}: expected a number")
         return number
     return text

@@ -6,15 +6,17 @@ from pathlib import Path
 
 import click
 
+from .command import command, option
 from .console import emit, say
 from .options import report_options
+from .values import SOURCE
 
 
-@click.command()
-@click.argument("artefact")
-@click.option("-o", "--output", type=click.Path(path_type=Path), help="A new file for it; stdout when not given.")
+@command(examples=["./merged", "./merged -o provenance.json"])
+@click.argument("artefact", type=SOURCE)
+@option("-o", "--output", type=click.Path(path_type=Path), help="A new file for it; stdout when not given.")
 @report_options
-def attest(artefact: str, output: Path | None, as_json: bool, quiet: bool, verbose: bool) -> None:
+def attest(artefact: str, output: Path | None, as_json: bool, quiet: bool) -> None:
     """Print the provenance of ARTEFACT (SLSA v1, an in-toto statement) from its manifest, after hashing every file.
 
     The statement is not signed: sign it with a tool of your choice, or ARTEFACT itself (verify --signature).

@@ -1,4 +1,4 @@
-"""What the commands print: lines for people, one JSON object, progress, errors."""
+"""What the commands print: lines for people, one JSON object, log lines, errors."""
 
 from __future__ import annotations
 
@@ -6,21 +6,28 @@ import gc
 import json
 import os
 import sys
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict
 from typing import Any
 
 import click
 
-from adapter_merge.errors import AdapterMergeError
+from adapter_merge.errors import AdapterMergeError, Problem
 from adapter_merge.storage.escaping import terminal_text
+
+from .problem_groups import grouped
+from .progress import printing
+
+LEVELS = ("debug", "info", "warning", "error")
+LOGGER = "adapter_merge"
 
 
 def say(text: str, *, quiet: bool = False) -> None:
     """Print one line for people on stderr."""
     if not quiet:
-        click.echo(terminal_text(text), err=True)
+        with printing():
+            click.echo(terminal_text(text), err=True)
 
 
 def emit(content: Mapping[str, Any]) -> None:
@@ -28,19 +35,33 @@ def emit(content: Mapping[str, Any]) -> None:
     click.echo(json.dumps(content, indent=2, ensure_ascii=False, default=str))
 
 
-@contextmanager
-def progress_bar(label: str, total: int, quiet: bool) -> Iterator[Callable[[int], None] | None]:
-    """Return a progress bar of bytes on stderr; None where stderr is no terminal."""
-    if quiet or not sys.stderr.isatty():
-        yield None
-        return
-    from rich.console import Console
-    from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TransferSpeedColumn
+def set_log_level(level: str | None) -> None:
+    """Send the library's log lines of this level and above to stderr; None shows warnings alone."""
+    import logging
 
-    columns = (TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TransferSpeedColumn())
-    with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
-        task = bar.add_task(label, total=total)
-        yield lambda nbytes: bar.advance(task, nbytes)
+    class Lines(logging.Handler):
+        def emit(self, record: logging.LogRecord) -> None:
+            say(f"{record.levelname.lower()}: {record.getMessage()}")
+
+    logger = logging.getLogger(LOGGER)
+    logger.handlers = [Lines()]
+    logger.propagate = False
+    logger.setLevel((level or "warning").upper())
+
+
+def is_verbose() -> bool:
+    """Return True when -v or a log level below warning was asked for."""
+    import logging
+
+    return logging.getLogger(LOGGER).isEnabledFor(logging.INFO)
+
+
+def set_color(choice: str) -> None:
+    """Say for this process, and libraries that print, whether there is colour: the environment's own two variables."""
+    for name in ("NO_COLOR", "FORCE_COLOR") if choice != "auto" else ():
+        os.environ.pop(name, None)
+    if choice != "auto":
+        os.environ["FORCE_COLOR" if choice == "always" else "NO_COLOR"] = "1"
 
 
 def wants_json() -> bool:
@@ -49,21 +70,33 @@ def wants_json() -> bool:
     return "--json" in (arguments[: arguments.index("--")] if "--" in arguments else arguments)
 
 
-def emit_error(problems: Sequence[Mapping[str, str | None]], kind: str) -> None:
-    """With --json: {"error": {cause, expected, got, hint, kind, problems}}, the first problem and all of them."""
+def report_error(error: AdapterMergeError, kind: str | None = None) -> None:
+    """Print an error: with --json an object on stdout, always lines for people on stderr.
+
+    {"error": {cause, expected, got, hint, kind, problems}}: the conclusion (else the first problem), and all problems.
+    On stderr: the conclusion first, then problems of one kind as one; all of them with -v.
+    """
     if wants_json():
-        emit({"error": {**problems[0], "kind": kind, "problems": list(problems)}})
+        first = error.conclusion or error.problems[0]
+        problems = [asdict(problem) for problem in error.problems]
+        emit({"error": {**asdict(first), "kind": kind or type(error).__name__, "problems": problems}})
+    whole = is_verbose()
+    shown = list(error.problems) if whole else grouped(error.problems)
+    if error.conclusion is not None:
+        shown.insert(0, error.conclusion)
+    for problem in shown:
+        _show_problem(problem)
+    if not whole and len(error.problems) > len(shown):
+        click.echo(f"  all {len(error.problems)} problems: -v, or --json", err=True)
 
 
-def report_error(error: AdapterMergeError) -> None:
-    """Every problem on stderr: `error:` in red where colour is wanted, then expected, got and hint; JSON on stdout."""
-    emit_error([asdict(problem) for problem in error.problems], type(error).__name__)
-    for problem in error.problems:
-        first, *rest = terminal_text(str(problem)).split("\n")
-        red = "NO_COLOR" not in os.environ
-        click.echo((click.style("error: ", fg="red", bold=True) if red else "error: ") + first, err=True)
-        for line in rest:
-            click.echo(line, err=True)
+def _show_problem(problem: Problem) -> None:
+    first, *rest = terminal_text(str(problem)).split("\n")
+    forced = "FORCE_COLOR" in os.environ
+    label = "error: " if "NO_COLOR" in os.environ else click.style("error: ", fg="red", bold=True)
+    click.echo(label + first, err=True, color=True if forced else None)
+    for line in rest:
+        click.echo(line, err=True)
 
 
 @contextmanager

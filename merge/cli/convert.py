@@ -8,23 +8,30 @@ from typing import Any
 import click
 
 from .adapter_options import adapter_options, one_stated
-from .options import dry_run_option, output_option, report_options
+from .command import command, option
+from .hub import push_options, revised
+from .options import dry_run_option, output_argument, report_options
+from .progress import working
 from .result import show_result
+from .values import SOURCE
 
 
-@click.command()
-@click.argument("checkpoint")
-@output_option
-@click.option("--base", help="The base, where the adapter needs it (DuDe of PEFT; heads of a DCFT checkpoint).")
+@command(examples=["./pickled-lora -o ./lora", "run/final.ckpt --alpha 16 -o ./adapter"])
+@click.argument("checkpoint", type=SOURCE)
+@output_argument
+@option("--base", type=SOURCE, help="The base, where the adapter needs it (DuDe of PEFT; heads of a DCFT checkpoint).")
 @adapter_options
 @dry_run_option
+@push_options
 @report_options
-def convert(checkpoint: str, output: str, as_json: bool, quiet: bool, verbose: bool, **settings: Any) -> None:
+def convert(checkpoint: str, output: str, as_json: bool, quiet: bool, **settings: Any) -> None:
     """Write any adapter file (pickled ones included, without running their code) as a safe adapter folder."""
     from adapter_merge.api.convert import convert as run
     from adapter_merge.api.options import ConvertOptions
 
     started = time.perf_counter()
+    settings["base"] = revised(settings["base"])
     base_kind, options = one_stated()
-    result = run(checkpoint, output, ConvertOptions(base_kind=base_kind, reading=options, **settings))
+    with working(f"converting {checkpoint}", quiet):
+        result = run(checkpoint, output, ConvertOptions(base_kind=base_kind, reading=options, **settings))
     show_result(result, output, started, as_json, quiet)

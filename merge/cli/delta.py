@@ -8,35 +8,41 @@ from typing import Any
 import click
 
 from .adapter_options import adapter_options
+from .command import command, option
 from .console import loading, say
+from .hub import hub_options
 from .inputs import INPUTS, combination_options, stated_inputs
-from .options import DTYPES, device_option, dry_run_option, output_option, report_options
+from .options import device_option, dry_run_option, output_option, report_options
+from .progress import working
 from .result import show_result
+from .values import DTYPES, SOURCE
 
 
-@click.command()
-@click.argument("inputs", nargs=-1, metavar=INPUTS)
+@command(examples=["./base ./adapter -o ./delta", "./base a=./one b=./two --combine ties --density 0.5 -o ./delta"])
+@click.argument("inputs", type=SOURCE, nargs=-1, metavar=INPUTS)
 @output_option
-@click.option("--dtype", type=DTYPES, default="float32", show_default=True, help="Of the deltas.")
+@option("--dtype", type=DTYPES, default="float32", show_default=True, help="Of the deltas.")
 @combination_options
 @adapter_options
 @device_option
 @dry_run_option
+@hub_options
 @report_options
-def delta(inputs: tuple[str, ...], output: str, as_json: bool, quiet: bool, verbose: bool, **settings: Any) -> None:
+def delta(inputs: tuple[str, ...], output: str, as_json: bool, quiet: bool, **settings: Any) -> None:
     """Write the dense delta of every adapted weight, W' - W0, to OUTPUT/delta.safetensors.
 
     Of several adapters the delta of their combination, stated as for merge.
     """
-    with loading():
-        from adapter_merge.api.delta import delta as run
-        from adapter_merge.api.options import DeltaOptions
-        from adapter_merge.outputs.staging import MANIFEST
-
     started = time.perf_counter()
     subject = stated_inputs(inputs)
-    options = DeltaOptions(base_kind=subject.base_kind, reading=subject.options, **settings)
-    result = run(subject.base, subject.adapter, output, options)
+    with working("deltas", quiet):
+        with loading():
+            from adapter_merge.api.delta import delta as run
+            from adapter_merge.api.options import DeltaOptions
+            from adapter_merge.outputs.staging import MANIFEST
+
+        options = DeltaOptions(base_kind=subject.base_kind, reading=subject.options, **settings)
+        result = run(subject.base, subject.adapter, output, options)
     show_result(result, output, started, as_json, quiet)
     changes = result.as_json()["base_changes"]
     if changes["copies"]:

@@ -6,20 +6,33 @@ from pathlib import Path
 
 import click
 
+from .command import command, option
 from .console import emit, say
+from .input_paths import check_paths
 from .options import report_options
+from .progress import working
+from .values import SOURCE
 
 
-@click.command()
-@click.option("-o", "--output", default="demo-output", show_default=True, type=click.Path(path_type=Path))
-@click.option("--base", help="A SmolLM2-135M-Instruct folder of yours; made from the package index when not given.")
-@click.option("--overwrite/--keep", default=True, show_default=True, help="Replace an earlier demo's artefacts.")
+@command(examples=["", "--base ./SmolLM2-135M-Instruct -o ./out"])
+@option("-o", "--output", default="demo-output", show_default=True, type=click.Path(path_type=Path))
+@option(
+    "--base", type=SOURCE, help="A SmolLM2-135M-Instruct folder of yours; made from the package index when not given."
+)
+@option("--overwrite/--keep", default=True, show_default=True, help="Replace an earlier demo's artefacts.")
 @report_options
-def demo(output: Path, base: str | None, overwrite: bool, as_json: bool, quiet: bool, verbose: bool) -> None:
+def demo(output: Path, base: str | None, overwrite: bool, as_json: bool, quiet: bool) -> None:
     """Run the whole way on a real small model: two trained adapters, answers, merge, delta, factor, verify."""
-    from adapter_merge.demo.walkthrough import run
+    if base is not None:
+        check_paths(base)
+    with working("demo", quiet) as progress:
+        from adapter_merge.demo.walkthrough import run
 
-    report = run(output, base, overwrite, lambda text: say(text, quiet=quiet))
+        def show(text: str) -> None:
+            progress.begin(text)
+            say(text, quiet=quiet)
+
+        report = run(output, base, overwrite, show)
     if as_json:
         emit(report)
         return

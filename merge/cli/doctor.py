@@ -8,14 +8,15 @@ from pathlib import Path
 
 import click
 
+from .command import command, option
 from .console import emit
 from .options import report_options
 
 
-@click.command()
-@click.option("--clean", type=click.Path(path_type=Path), metavar="DIR", help="Remove what killed runs left in DIR.")
+@command()
+@option("--clean", type=click.Path(path_type=Path), metavar="DIR", help="Remove what killed runs left in DIR.")
 @report_options
-def doctor(clean: Path | None, as_json: bool, quiet: bool, verbose: bool) -> None:
+def doctor(clean: Path | None, as_json: bool, quiet: bool) -> None:
     """Show versions, devices, and what works on this machine; exit code 1 when something is broken.
 
     --clean DIR removes, from a folder of outputs or the serving cache, the lock files and staging folders of runs that

@@ -6,16 +6,27 @@ import time
 
 import click
 
-from .console import emit, progress_bar
-from .options import device_option, dry_run_option, output_option, report_options
+from .command import command, option
+from .console import emit
+from .input_paths import check_paths
+from .options import device_option, dry_run_option, output_argument, report_options
+from .progress import working
+from .values import RANK, SOURCE
 
 
-@click.command()
-@click.argument("base")
-@click.argument("finetuned")
-@output_option
-@click.option("--rank", default="16", show_default=True, help="A rank (16), or each weight's energy to keep (0.99).")
-@click.option("--row-scale", is_flag=True, help="A DoRA: row scales as well, which fit changed magnitudes far better.")
+@command(examples=["./base ./finetuned --rank 32 -o ./lora", "./base ./finetuned --rank 0.99 --row-scale -o ./dora"])
+@click.argument("base", type=SOURCE)
+@click.argument("finetuned", type=SOURCE)
+@output_argument
+@option(
+    "--rank",
+    type=RANK,
+    metavar="RANK|ENERGY",
+    default="16",
+    show_default=True,
+    help="A rank (16), or each weight's energy to keep (0.99).",
+)
+@option("--row-scale", is_flag=True, help="A DoRA: row scales as well, which fit changed magnitudes far better.")
 @device_option
 @dry_run_option
 @report_options
@@ -24,28 +35,25 @@ def extract(
     finetuned: str,
     output: str,
     overwrite: bool,
-    rank: str,
+    rank: int | float,
     row_scale: bool,
     device: str,
     dry_run: bool,
     as_json: bool,
     quiet: bool,
-    verbose: bool,
 ) -> None:
     """Write the LoRA that turns BASE into FINETUNED, as well as its rank allows, with its error per weight."""
-    from adapter_merge.api.extract import extract as run
-    from adapter_merge.api.extract import worst_error
-    from adapter_merge.api.factor import parse_rank
-    from adapter_merge.api.options import ExtractOptions
-    from adapter_merge.storage.checkpoint import open_checkpoint
-
     started = time.perf_counter()
-    total = open_checkpoint(finetuned).nbytes
-    with progress_bar("extracting", total, quiet or as_json) as progress:
-        options = ExtractOptions(
-            rank=parse_rank(rank), row_scale=row_scale, device=device, overwrite=overwrite, dry_run=dry_run
-        )
-        result = run(base, finetuned, output, options, progress=progress)
+    check_paths(base, finetuned)
+    with working(f"extracting from {finetuned}", quiet) as progress:
+        from adapter_merge.api.extract import extract as run
+        from adapter_merge.api.extract import worst_error
+        from adapter_merge.api.options import ExtractOptions
+        from adapter_merge.storage.checkpoint import open_checkpoint
+
+        progress.begin("extracting", open_checkpoint(finetuned).nbytes)
+        options = ExtractOptions(rank=rank, row_scale=row_scale, device=device, overwrite=overwrite, dry_run=dry_run)
+        result = run(base, finetuned, output, options, progress=progress.advance)
     content = result.as_json()
     if as_json:
         emit(content)

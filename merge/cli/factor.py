@@ -9,48 +9,68 @@ from typing import Any
 import click
 
 from .adapter_options import adapter_options, take_written_format
+from .command import command, option
 from .console import loading
-from .inputs import INPUTS, combination_options, stated_inputs
+from .hub import push_options
+from .inputs import INPUTS, adapter_bytes, combination_options, stated_inputs
 from .options import device_option, dry_run_option, output_option, report_options
+from .progress import working
 from .result import show_result
+from .values import RANK, SOURCE, stated_prompts
 
 
-@click.command()
-@click.argument("inputs", nargs=-1, metavar=f"[BASE] ADAPTER | {INPUTS}")
-@output_option
-@click.option(
-    "--rank", help="A plain LoRA of this rank (16), or that keeps this energy (0.99); truncated, with its error."
+@command(
+    examples=[
+        "./base ./dude -o ./factors",
+        "./base ./dude --rank 16 -o ./lora",
+        "./dcft -o ./lora.gguf-folder --format gguf",
+    ]
 )
-@click.option("--budget", type=float, help="MB for all factors together; ranks go where they buy most error.")
-@click.option(
+@click.argument("inputs", type=SOURCE, nargs=-1, metavar=f"[BASE] ADAPTER | {INPUTS}")
+@output_option
+@option(
+    "--rank",
+    type=RANK,
+    metavar="RANK|ENERGY",
+    help="A plain LoRA of this rank (16), or that keeps this energy (0.99); truncated, with its error.",
+)
+@option("--budget", type=float, help="MB for all factors together; ranks go where they buy most error.")
+@option(
     "--scale",
     type=click.Choice(["fold", "exact"]),
     default="fold",
     show_default=True,
     help="With --rank or --budget: fold DoRA's row scale into the plain LoRA, or keep it exact beside the factors.",
 )
-@click.option(
+@option(
     "--calibrate",
     type=click.Path(path_type=Path, dir_okay=False),
     help="A text file: minimise the error of the layers' outputs on it instead of the weights'.",
 )
-@click.option("--end-to-end", is_flag=True, help="Compare the logits with the adapter as trained, on built-in prompts.")
-@click.option("--prompts", type=click.Path(path_type=Path, dir_okay=False), help="Prompts for it: a file, one a line.")
-@click.option("--max-error", type=float, help="Fail when a weight's relative error is above this.")
+@option("--end-to-end", is_flag=True, help="Compare the logits with the adapter as trained, on built-in prompts.")
+@option(
+    "--prompt",
+    "prompts",
+    multiple=True,
+    metavar="TEXT|@FILE",
+    help="--end-to-end: a prompt, or a file with one a line.",
+)
+@option("--prompts", "prompt_file", type=click.Path(path_type=Path, dir_okay=False), hidden=True)
+@option("--max-error", type=float, help="Fail when a weight's relative error is above this.")
 @combination_options
 @adapter_options
 @device_option
 @dry_run_option
+@push_options
 @report_options
 def factor(
     inputs: tuple[str, ...],
     output: str,
-    rank: str | None,
     scale: str,
-    prompts: Path | None,
+    prompts: tuple[str, ...],
+    prompt_file: Path | None,
     as_json: bool,
     quiet: bool,
-    verbose: bool,
     **settings: Any,
 ) -> None:
     """Write LoRA-equivalent factors as a PEFT folder, exact unless --rank is given.
@@ -60,24 +80,25 @@ def factor(
     in place of the PEFT folder; DoRA and DuDe then need --rank. Several named adapters give the factors of their
     combination: exact for linear, truncated to --rank for the rest.
     """
-    with loading():
-        from adapter_merge.api.factor import factor as run
-        from adapter_merge.api.factor import parse_rank, read_prompts
-        from adapter_merge.api.options import FactorOptions
-
     started = time.perf_counter()
     written = take_written_format()
+    texts = stated_prompts((*prompts, f"@{prompt_file}") if prompt_file is not None else prompts)
     subject = stated_inputs(inputs)
-    options = FactorOptions(
-        format=written,
-        rank=parse_rank(rank) if rank is not None else None,
-        keep_scale=scale == "exact",
-        prompts=read_prompts(prompts) if prompts is not None else None,
-        base_kind=subject.base_kind,
-        reading=subject.options,
-        **settings,
-    )
-    result = run(subject.base, subject.adapter, output, options)
+    with working("factors", quiet) as progress:
+        with loading():
+            from adapter_merge.api.factor import factor as run
+            from adapter_merge.api.options import FactorOptions
+
+        options = FactorOptions(
+            format=written,
+            keep_scale=scale == "exact",
+            prompts=texts,
+            base_kind=subject.base_kind,
+            reading=subject.options,
+            **settings,
+        )
+        progress.begin("factors", adapter_bytes(subject))
+        result = run(subject.base, subject.adapter, output, options, progress=progress.advance)
     show_result(result, output, started, as_json, quiet)
     if not as_json and not settings["dry_run"]:
         _show_certificate(result.as_json())

@@ -10,6 +10,9 @@ from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 import click
 
 from .adapter_options import one_stated, stated_of
+from .command import COMBINATION, option
+from .hub import revised
+from .input_paths import check_paths
 
 if TYPE_CHECKING:
     from adapter_merge.combine.recipe import Ingredient, Recipe
@@ -20,6 +23,8 @@ META = "adapter_merge.combination"
 NAMED = re.compile(r"(?P<name>[A-Za-z0-9_.-]+)=(?P<value>.+)")
 METHODS = ("linear", "ties", "dare", "dare-ties", "magnitude-prune", "breadcrumbs")  # delta_ops.py needs torch
 IN_TURN = "in-turn"
+RECIPES = (".yaml", ".yml", ".json", ".toml")
+WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".gguf")
 INPUTS = "BASE ADAPTER | BASE NAME=ADAPTER... | BASE FIRST SECOND..."
 
 
@@ -45,35 +50,37 @@ def _keep(context: click.Context, parameter: click.Parameter, value: Any) -> Non
 
 def combination_options(function: F) -> F:
     """How several adapters go together. The values are kept for `stated_inputs`."""
-    for option in (
-        click.option(
+    for decorate in (
+        option(
             "--recipe",
             type=click.Path(path_type=Path, dir_okay=False),
-            help="The combination as YAML, JSON or TOML, in place of NAME=ADAPTER and these options.",
+            help="The combination as YAML, JSON or TOML, or mergekit's YAML where it means the same (linear, "
+            "task_arithmetic); in place of NAME=ADAPTER and these options.",
         ),
-        click.option("--seed", type=int, help="dare: of the random numbers; 0 when not given."),
-        click.option("--gamma", type=float, help="breadcrumbs: share of the largest elements dropped."),
-        click.option(
+        option("--seed", type=int, help="dare: of the random numbers; 0 when not given."),
+        option("--gamma", type=float, help="breadcrumbs: share of the largest elements dropped."),
+        option(
             "--density",
             multiple=True,
             metavar="[NAME=]NUMBER",
             help="Share of each delta's elements kept; 1 when not given. May differ from adapter to adapter.",
         ),
-        click.option(
+        option(
             "--combine",
             type=click.Choice((*METHODS, IN_TURN)),
             help="How; linear when not given. in-turn: each on what the ones before it have left.",
         ),
-        click.option("--weight", multiple=True, metavar="NAME=NUMBER", help="An adapter's weight; 1 when not given."),
+        option("--weight", multiple=True, metavar="NAME=NUMBER", help="An adapter's weight; 1 when not given."),
     ):
-        function = _hidden(option, function)
+        function = _hidden(decorate, function)
     return function
 
 
-def _hidden(option: Callable[[F], F], function: F) -> F:
-    """Apply `option` so that its value goes to the context, not to the function."""
-    function = option(function)
+def _hidden(decorate: Callable[[F], F], function: F) -> F:
+    """Apply `decorate` so that its value goes to the context, not to the function."""
+    function = decorate(function)
     parameter = function.__click_params__[-1]  # type: ignore[attr-defined]
+    parameter.section = COMBINATION
     parameter.expose_value = False
     parameter.callback = _keep
     return function
@@ -90,21 +97,41 @@ def _named(text: str) -> tuple[str, str] | None:
 
 
 def stated_inputs(inputs: tuple[str, ...]) -> Subject:
-    """What the arguments and options of a command say. Raises UsageError for half of it.
+    """What the arguments and options of a command say, checked without torch.
 
     CHECKPOINT                 a DCFT checkpoint, which holds its own base
-    BASE ADAPTER               one adapter
+    BASE ADAPTER               one adapter, with or without a NAME=
     BASE NAME=ADAPTER ...      combined in delta space, or as --combine says
     BASE FIRST SECOND ...      in turn: each on what the ones before it have left
-    --recipe FILE [BASE]       what the file says
+    --recipe FILE [BASE]       what the file says; a recipe of this project, or mergekit's YAML
+    FILE.yaml                  the same
+
+    Raises UsageError for half of it, InputError for inputs that are not there or are swapped.
     """
-    from adapter_merge.combine.delta_ops import Settings
+    subject = _subject(inputs)
+    subject = subject._replace(base=revised(subject.base))
+    adapters = [subject.adapter] if isinstance(subject.adapter, str) else [i.path for i in subject.adapter.ingredients]
+    check_paths(subject.base, *adapters)
+    return subject
+
+
+def adapter_bytes(subject: Subject) -> int:
+    """Return the size of the adapters' weights files, the measure of a command's progress over them."""
+    adapters = [subject.adapter] if isinstance(subject.adapter, str) else [i.path for i in subject.adapter.ingredients]
+    files = [file for path in map(Path, adapters) for file in (path.iterdir() if path.is_dir() else [path])]
+    return sum(file.stat().st_size for file in files if file.suffix in WEIGHTS and file.is_file())
+
+
+def _subject(inputs: tuple[str, ...]) -> Subject:
     from adapter_merge.combine.recipe import make_recipe, read_recipe
+    from adapter_merge.combine.settings import Settings
 
     said = click.get_current_context().meta.get(META, {})
     file, weights, densities = said.get("recipe"), said.get("weight") or (), said.get("density") or ()
     given = {key: said[key] for key in ("combine", "gamma", "seed") if said.get(key) is not None}
     named = [pair for text in inputs[1:] if (pair := _named(text)) is not None]
+    if file is None and inputs and Path(inputs[0]).suffix in RECIPES and Path(inputs[0]).is_file():
+        file, inputs = Path(inputs[0]), inputs[1:]
     if file is not None:
         if named or weights or densities or given or len(inputs) > 1:
             raise click.UsageError("--recipe says it all: leave out adapters, weights and the other options")
@@ -142,18 +169,34 @@ def _no_options() -> ReadOptions:
     return ReadOptions()
 
 
+def named_inputs(texts: Sequence[str]) -> tuple[str, ...]:
+    """Return every text as NAME=ADAPTER: an adapter without a name gets its folder's, the second of it -2."""
+    taken = {pair[0] for text in texts if (pair := _named(text)) is not None}
+    named = []
+    for text in texts:
+        if _named(text) is not None:
+            named.append(text)
+            continue
+        stem = _stem(text)
+        others = (f"{stem}-{number}" for number in range(2, len(texts) + 2))
+        name = stem if stem not in taken else next(other for other in others if other not in taken)
+        taken.add(name)
+        named.append(f"{name}={text}")
+    return tuple(named)
+
+
+def _stem(path: str) -> str:
+    """Return the name of an adapter's folder or hub id, without what a name may not hold."""
+    stem = Path(path).name or Path(path).resolve().name
+    return re.sub(r"[^A-Za-z0-9_.-]", "-", stem).lstrip(".-") or "adapter"
+
+
 def _called(paths: tuple[str, ...]) -> list[tuple[str, str]]:
-    """Adapters without names get their folders', the second of the same name -2."""
-    named: list[tuple[str, str]] = []
-    for path in paths:
-        stem = Path(path).name or Path(path).resolve().name
-        taken = {name for name, _ in named}
-        others = (f"{stem}-{number}" for number in range(2, len(paths) + 2))
-        named.append((stem if stem not in taken else next(name for name in others if name not in taken), path))
-    return named
+    """Return (name, path) of adapters without names."""
+    return [(name, path) for name, _, path in (text.partition("=") for text in named_inputs(paths))]
 
 
-def _numbers(option: str, texts: Sequence[str]) -> dict[str, float]:
+def _numbers(flag: str, texts: Sequence[str]) -> dict[str, float]:
     """NAME=NUMBER, by name."""
     numbers: dict[str, float] = {}
     for text in texts:
@@ -161,7 +204,7 @@ def _numbers(option: str, texts: Sequence[str]) -> dict[str, float]:
         try:
             numbers[name] = float(number)
         except ValueError as error:
-            raise click.UsageError(f"{option} {text}: expected NAME=NUMBER") from error
+            raise click.UsageError(f"{flag} {text}: expected NAME=NUMBER") from error
     return numbers
 
 
@@ -169,14 +212,13 @@ def _ingredients(
     named: list[tuple[str, str]], weights: tuple[str, ...], densities: tuple[str, ...]
 ) -> list[Ingredient]:
     from adapter_merge.combine.recipe import Ingredient, given_options
-    from adapter_merge.errors import InputError
 
     names = [name for name, _ in named]
     factors, shares = _numbers("--weight", weights), _numbers("--density", densities)
-    for option, said in (("--weight", factors), ("--density", shares)):
+    for flag, said in (("--weight", factors), ("--density", shares)):
         unknown = sorted(said.keys() - set(names))
         if unknown:
-            raise InputError(f"{option} names no adapter: {', '.join(unknown)}", expected=", ".join(names))
+            raise click.UsageError(f"{flag} names no adapter: {', '.join(unknown)}; there are {', '.join(names)}")
     stated = stated_of(names)
     return [
         Ingredient(

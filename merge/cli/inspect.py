@@ -8,15 +8,19 @@ from typing import Any
 import click
 
 from .adapter_options import adapter_options, one_stated
+from .command import command, option
 from .console import emit, report_error
+from .hub import hub_options, revised
 from .options import report_options
+from .values import SOURCE
 
 
-@click.command()
-@click.argument("adapter")
-@click.option("--base", help="Check the fit to this base as well.")
+@command(examples=["./adapter", "./adapter --base ./base", "./merged"])
+@click.argument("adapter", type=SOURCE)
+@option("--base", type=SOURCE, help="Check the fit to this base as well.")
 @adapter_options
-@click.option("--heat-map", is_flag=True, help="Read the weights too: how much each is changed, layer by layer.")
+@option("--heat-map", is_flag=True, help="Read the weights too: how much each is changed, layer by layer.")
+@hub_options
 @report_options
 def inspect(
     adapter: str,
@@ -24,7 +28,6 @@ def inspect(
     heat_map: bool,
     as_json: bool,
     quiet: bool,
-    verbose: bool,
 ) -> None:
     """Show what ADAPTER is, what it would do, and all that is wrong with it. Reads headers only but for --heat-map.
 
@@ -33,6 +36,7 @@ def inspect(
     from adapter_merge.api.inspect import inspect as run
     from adapter_merge.api.options import InspectOptions
 
+    base = revised(base)
     base_kind, options = one_stated()
     report = run(adapter, base, InspectOptions(base_kind=base_kind, reading=options)).as_json()
     if heat_map and "method" in report and not report["problems"]:
@@ -69,8 +73,8 @@ def _show_artefact(report: dict[str, Any]) -> None:
     click.echo(f"written     {report['created']}, {report['files']} files, {report['bytes'] / 1e6:.1f} MB{kept}")
     for warning in report["warnings"]:
         click.echo(f"warning     {warning}")
-    for command, text in report["would"].items():
-        click.echo(f"{command:<11} {text}")
+    for name, text in report["would"].items():
+        click.echo(f"{name:<11} {text}")
 
 
 def _show(report: dict[str, Any]) -> None:
@@ -101,8 +105,8 @@ def _show(report: dict[str, Any]) -> None:
         console.print(f"replaced    {', '.join(report['replacements'][:8])}", soft_wrap=True)
     for note in report["notes"]:
         console.print(f"note        {note}", soft_wrap=True)
-    for command, text in report["would"].items():
-        console.print(f"{command:<11} {text}", soft_wrap=True)
+    for name, text in report["would"].items():
+        console.print(f"{name:<11} {text}", soft_wrap=True)
     if "base" in report:
         base = report["base"]
         taken = f", taken as the {base['kind']} base: {base['evidence']}" if base["evidence"] else ""

@@ -11,43 +11,37 @@ import gc
 import importlib
 import os
 import sys
-from collections.abc import Callable, Mapping
-from dataclasses import asdict
-from typing import Any, TypeVar
+from collections.abc import Mapping
+from pathlib import Path
 
 import click
 
-from adapter_merge.errors import AdapterMergeError, Problem
+from adapter_merge.errors import AdapterMergeError
 
-from .console import emit_error, report_error
+from .configuration import META, check_names, read_configuration
+from .console import report_error
 
-# name -> module:attribute, and the line that --help shows without loading the module
-COMMANDS: Mapping[str, tuple[str, str]] = {
-    "inspect": (
-        "adapter_merge.cli.inspect:inspect",
-        "What an adapter is, what it would do, and what is wrong.",
-    ),
-    "convert": ("adapter_merge.cli.convert:convert", "Any adapter file -> a safe adapter folder."),
-    "merge": ("adapter_merge.cli.merge:merge", "Base + adapter -> a merged model."),
-    "delta": ("adapter_merge.cli.delta:delta", "Base + adapter -> dense weight deltas."),
-    "restore": ("adapter_merge.cli.restore:restore", "A merged model -> its base, to the last bit."),
-    "factor": ("adapter_merge.cli.factor:factor", "Base + adapter -> a LoRA-equivalent PEFT folder."),
-    "extract": (
-        "adapter_merge.cli.extract:extract",
-        "Base + fine-tuned model -> the adapter between them.",
-    ),
-    "export": ("adapter_merge.export.cli:export", "Base + adapters -> ONNX, merged or switchable."),
-    "generate": ("adapter_merge.export.cli:generate", "Run an ONNX export."),
-    "serve": ("adapter_merge.serve.cli:serve", "Serve a base and many adapters in vLLM."),
-    "cache": ("adapter_merge.serve.cli:cache", "List or clear the serving cache."),
-    "verify": ("adapter_merge.cli.verify:verify", "Prove an artefact equal to the adapter as trained."),
-    "attest": ("adapter_merge.cli.attest:attest", "Provenance of an output, as an in-toto statement."),
-    "report": ("adapter_merge.cli.report:report", "What it changes and what was lost: a page of pictures."),
-    "demo": ("adapter_merge.cli.demo:demo", "The whole way on a real small model."),
-    "doctor": ("adapter_merge.cli.doctor:doctor", "Versions, devices, and what works here."),
+# name -> section of --help, module:attribute, and the line that --help shows without loading the module
+MAKE, LOOK, DEPLOY, BEGIN = "Make", "Look and prove", "Deploy", "Begin"
+COMMANDS: Mapping[str, tuple[str, str, str]] = {
+    "merge": (MAKE, "adapter_merge.cli.merge:merge", "Base + adapter -> a merged model."),
+    "factor": (MAKE, "adapter_merge.cli.factor:factor", "Base + adapter -> a LoRA-equivalent PEFT folder."),
+    "delta": (MAKE, "adapter_merge.cli.delta:delta", "Base + adapter -> dense weight deltas."),
+    "convert": (MAKE, "adapter_merge.cli.convert:convert", "Any adapter file -> a safe adapter folder."),
+    "extract": (MAKE, "adapter_merge.cli.extract:extract", "Base + fine-tuned model -> the adapter between them."),
+    "restore": (MAKE, "adapter_merge.cli.restore:restore", "A merged model -> its base, to the last bit."),
+    "inspect": (LOOK, "adapter_merge.cli.inspect:inspect", "What an adapter or artefact is, and what is wrong."),
+    "verify": (LOOK, "adapter_merge.cli.verify:verify", "Prove an artefact equal to the adapter as trained."),
+    "attest": (LOOK, "adapter_merge.cli.attest:attest", "Provenance of an output, as an in-toto statement."),
+    "report": (LOOK, "adapter_merge.cli.report:report", "What it changes and what was lost: a page of pictures."),
+    "export": (DEPLOY, "adapter_merge.export.cli:export", "Base + adapters -> ONNX, merged or switchable."),
+    "generate": (DEPLOY, "adapter_merge.export.cli:generate", "Run an ONNX export."),
+    "serve": (DEPLOY, "adapter_merge.serve.cli:serve", "Serve a base and many adapters in vLLM."),
+    "cache": (DEPLOY, "adapter_merge.serve.cli:cache", "List or clear the serving cache."),
+    "demo": (BEGIN, "adapter_merge.cli.demo:demo", "The whole way on a real small model."),
+    "doctor": (BEGIN, "adapter_merge.cli.doctor:doctor", "Versions, devices, and what works here."),
+    "completion": (BEGIN, "adapter_merge.cli.completion:completion", "Completion of commands, options and paths."),
 }
-
-F = TypeVar("F", bound=Callable[..., Any])
 
 
 class LazyGroup(click.Group):
@@ -59,14 +53,17 @@ class LazyGroup(click.Group):
     def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
         if cmd_name not in COMMANDS:
             return None
-        module, attribute = COMMANDS[cmd_name][0].split(":")
+        module, attribute = COMMANDS[cmd_name][1].split(":")
         command = getattr(importlib.import_module(module), attribute)
         assert isinstance(command, click.Command)
         return command
 
     def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
-        with formatter.section("Commands"):
-            formatter.write_dl([(name, line) for name, (_, line) in COMMANDS.items()])
+        width = max(map(len, COMMANDS))
+        for section in dict.fromkeys(section for section, _, _ in COMMANDS.values()):
+            lines = [(f"{name:<{width}}", line) for name, (own, _, line) in COMMANDS.items() if own == section]
+            with formatter.section(section):
+                formatter.write_dl(lines)
 
     def resolve_command(
         self, ctx: click.Context, args: list[str]
@@ -80,13 +77,30 @@ class LazyGroup(click.Group):
         return super().resolve_command(ctx, args)
 
 
-@click.command(cls=LazyGroup, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
+@click.command(
+    cls=LazyGroup,
+    context_settings={
+        "help_option_names": ["-h", "--help"],
+        "max_content_width": 100,
+        "auto_envvar_prefix": "ADAPTER_MERGE",
+    },
+)
 @click.version_option(package_name="adapter-merge")
-def group() -> None:
+@click.option(
+    "--config",
+    type=click.Path(path_type=Path, exists=True, dir_okay=False),
+    help="Defaults of options, in TOML.  [default: ~/.config/adapter-merge/config.toml]",
+)
+@click.pass_context
+def group(ctx: click.Context, config: Path | None) -> None:
     """Put trained DCFT, DuDe, LoRA and DoRA adapters into production, and prove that what is deployed was trained.
 
-    BASE and ADAPTER are local folders or hub ids (org/model, org/model@revision).
+    BASE and ADAPTER are local folders or hub ids (org/model, org/model@revision). Every option may also be an
+    environment variable: --device of merge is ADAPTER_MERGE_MERGE_DEVICE.
     """
+    content = read_configuration(config)
+    check_names(content, COMMANDS)
+    ctx.meta[META] = content
 
 
 def main() -> None:
@@ -102,17 +116,17 @@ def _main() -> None:
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     debug = os.environ.get("ADAPTER_MERGE_DEBUG") == "1"
     try:
-        code = group.main(standalone_mode=False)
+        code = group.main(prog_name="adapter-merge", standalone_mode=False)
         sys.exit(code if isinstance(code, int) else 0)
     except click.exceptions.Exit as leave:
         sys.exit(leave.exit_code)
     except (click.Abort, KeyboardInterrupt):
-        click.echo("interrupted", err=True)
-        emit_error([asdict(Problem("interrupted"))], "Interrupted")
+        report_error(AdapterMergeError("interrupted"), "Interrupted")
         sys.exit(130)
     except click.ClickException as error:
-        error.show()
-        emit_error([asdict(Problem(error.format_message()))], "UsageError")
+        context = getattr(error, "ctx", None)
+        hint = f"{context.command_path} --help" if context is not None else None
+        report_error(AdapterMergeError(error.format_message(), hint=hint), "UsageError")
         sys.exit(error.exit_code)
     except AdapterMergeError as error:
         if debug:
@@ -136,8 +150,6 @@ def _main() -> None:
     except Exception as error:
         if debug:
             raise
-        click.echo(f"error: a bug of adapter-merge: {type(error).__name__}: {error}", err=True)
-        click.echo("  hint: ADAPTER_MERGE_DEBUG=1 shows where; please report it", err=True)
         cause = f"a bug of adapter-merge: {type(error).__name__}: {error}"
-        emit_error([asdict(Problem(cause, hint="ADAPTER_MERGE_DEBUG=1 shows where; please report it"))], "Bug")
+        report_error(AdapterMergeError(cause, hint="ADAPTER_MERGE_DEBUG=1 shows where; please report it"), "Bug")
         sys.exit(1)

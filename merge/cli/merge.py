@@ -9,26 +9,36 @@ from typing import Any
 import click
 
 from .adapter_options import adapter_options
-from .console import loading, progress_bar, say
+from .command import command, option
+from .console import loading, say
+from .hub import plan_files, push_options
 from .inputs import INPUTS, combination_options, stated_inputs
-from .options import DTYPES, device_option, dry_run_option, engine_options, output_option, report_options
+from .options import device_option, dry_run_option, engine_options, output_option, report_options
+from .progress import working
 from .result import show_result
+from .values import DTYPES, SHARE, SOURCE
 
 
-@click.command()
-@click.argument("inputs", nargs=-1, metavar=INPUTS)
+@command(
+    examples=[
+        "./base ./adapter -o ./merged",
+        "org/model org/adapter@v1 ./merged",
+        "./base a=./one b=./two --weight a=0.7 --combine ties --density 0.5 -o ./merged",
+    ]
+)
+@click.argument("inputs", type=SOURCE, nargs=-1, metavar=INPUTS)
 @output_option
-@click.option("--dtype", type=DTYPES, help="For all float tensors of the output; the base's own when not given.")
-@click.option(
+@option("--dtype", type=DTYPES, help="For all float tensors of the output; the base's own when not given.")
+@option(
     "--as",
     "write_as",
     type=click.Choice(["bfloat16", "float16", "float32", "same"]),
     help="Quantised BASE: the dtype of its quantised weights in the output, dequantised and rounded once; or same: "
     "adapted weights quantised again in BASE's own scheme, with the share of the adapter that is kept.",
 )
-@click.option(
+@option(
     "--min-retention",
-    type=float,
+    type=SHARE,
     default=0.5,
     show_default=True,
     help="--as same: the least share of the adapter's change that must be kept.",
@@ -38,8 +48,9 @@ from .result import show_result
 @adapter_options
 @device_option
 @dry_run_option
+@push_options
 @report_options
-def merge(inputs: tuple[str, ...], output: str, as_json: bool, quiet: bool, verbose: bool, **settings: Any) -> None:
+def merge(inputs: tuple[str, ...], output: str, as_json: bool, quiet: bool, **settings: Any) -> None:
     """Write the merged model: every adapted weight changed exactly, everything else carried over byte for byte.
 
     One argument is enough for a DCFT checkpoint, which holds its own base. Several adapters, each with a name, are
@@ -47,21 +58,26 @@ def merge(inputs: tuple[str, ...], output: str, as_json: bool, quiet: bool, verb
     names they are applied in turn: merge BASE FIRST SECOND, where SECOND was trained on BASE with FIRST merged.
     """
     started = time.perf_counter()
-    with loading():
-        from adapter_merge.api.merge import merge as run
-        from adapter_merge.api.options import MergeOptions
-        from adapter_merge.storage.checkpoint import resolve_base
-
     subject = stated_inputs(inputs)
+    if not isinstance(subject.adapter, str) and settings["dtype"] is None:
+        settings["dtype"] = subject.adapter.dtype
+    from adapter_merge.storage.checkpoint import resolve_base
+
     source = resolve_base(subject.folder) if subject.folder else Path()
     files = source.iterdir() if source.is_dir() else (source,)
     total = sum(path.stat().st_size for path in files if path.is_file())
-    with progress_bar("merging", total, quiet or as_json) as progress:
+    with working("merging", quiet) as progress:
+        with loading():
+            from adapter_merge.api.merge import merge as run
+            from adapter_merge.api.options import MergeOptions
+
+        progress.begin("merging", total)
         options = MergeOptions(base_kind=subject.base_kind, reading=subject.options, **settings)
-        result = run(subject.base, subject.adapter, output, options, progress=progress)
+        result = run(subject.base, subject.adapter, output, options, progress=progress.advance)
     if settings["part"] is not None and not as_json and not settings["dry_run"]:
         seconds = time.perf_counter() - started
         click.echo(f"{output}: part {result.part}, {len(result.files)} files in {seconds:.1f} s")
         say("when all parts are made: the same command with --finish instead of --shards", quiet=quiet)
         return
+    plan_files(result.as_json().get("planned", []))
     show_result(result, output, started, as_json, quiet)

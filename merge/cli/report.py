@@ -9,22 +9,25 @@ import click
 from adapter_merge.errors import OutputError
 
 from .adapter_options import adapter_options, one_stated
+from .command import command, option
 from .console import emit, say
 from .options import report_options
+from .progress import working
+from .values import SOURCE
 
 
-@click.command()
-@click.argument("target", metavar="ARTEFACT_OR_ADAPTER")
-@click.option("-o", "--output", type=click.Path(path_type=Path), help="The HTML file to write: report.html.")
-@click.option("--pictures", type=click.Path(path_type=Path), help="A folder for the pictures as PNG (model cards).")
-@click.option("--base", help="The base, where the manifest does not lead to it: for |dW| / |W| and row scales.")
-@click.option(
+@command(examples=["./merged -o report.html", "./adapter --base ./base -o report.html"])
+@click.argument("target", type=SOURCE, metavar="ARTEFACT_OR_ADAPTER")
+@option("-o", "--output", type=click.Path(path_type=Path), help="The HTML file to write: report.html.")
+@option("--pictures", type=click.Path(path_type=Path), help="A folder for the pictures as PNG (model cards).")
+@option("--base", type=SOURCE, help="The base, where the manifest does not lead to it: for |dW| / |W| and row scales.")
+@option(
     "--parity",
     multiple=True,
     type=click.Path(path_type=Path, exists=True, dir_okay=False),
     help="A file with what `verify --json` printed; may be given several times.",
 )
-@click.option("--overwrite", is_flag=True, help="Replace an HTML file that is there.")
+@option("--overwrite", is_flag=True, help="Replace an HTML file that is there.")
 @adapter_options
 @report_options
 def report(
@@ -36,20 +39,20 @@ def report(
     overwrite: bool,
     as_json: bool,
     quiet: bool,
-    verbose: bool,
 ) -> None:
     """Show what an artefact or an adapter does to its base, and what was lost: one HTML file, readable offline.
 
     Without --output a heat map is printed. With --json the data of every picture goes to stdout.
     """
-    from adapter_merge.reporting.report import gather
-
     if output is not None and output.is_dir():
         raise OutputError(f"{output}: is a folder", expected="a file, such as report.html")
     if output is not None and output.exists() and not overwrite:
         raise OutputError(f"{output}: exists already", hint="choose another --output, or pass --overwrite")
     base_kind, options = one_stated()
-    content = gather(target, base, base_kind=base_kind, options=options, parity=parity)
+    with working(f"measuring {target}", quiet):
+        from adapter_merge.reporting.report import gather
+
+        content = gather(target, base, base_kind=base_kind, options=options, parity=parity)
     if output is not None:
         from adapter_merge.reporting.report_page import write_page
 

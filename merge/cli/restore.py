@@ -6,24 +6,22 @@ import time
 
 import click
 
-from .console import emit, progress_bar
-from .options import output_option, report_options
+from .command import command, option
+from .console import emit
+from .options import dry_run_option, link_option, output_argument, report_options
+from .progress import working
+from .values import SOURCE
 
 
-@click.command()
-@click.argument("merged")
-@output_option
-@click.option("--base", help="The original base; not needed when MERGED was made with --keep-preimage.")
-@click.option(
-    "--link",
-    type=click.Choice(["auto", "reflink", "hardlink", "copy"]),
-    default="auto",
-    show_default=True,
-    help="How files of --base get into the output; auto: reflink where the file system can, else copy.",
-)
+@command(examples=["./merged -o ./base", "./merged --base ./the-base -o ./again"])
+@click.argument("merged", type=SOURCE)
+@output_argument
+@option("--base", type=SOURCE, help="The original base; not needed when MERGED was made with --keep-preimage.")
+@link_option("How files of --base get into the output; auto: reflink where the file system can, else copy.")
+@dry_run_option
 @report_options
 def restore(
-    merged: str, output: str, overwrite: bool, base: str | None, link: str, as_json: bool, quiet: bool, verbose: bool
+    merged: str, output: str, overwrite: bool, base: str | None, link: str, dry_run: bool, as_json: bool, quiet: bool
 ) -> None:
     """Write the base that MERGED was made from, bit for bit, and prove it against the manifest's hashes."""
     from adapter_merge.api.options import RestoreOptions
@@ -35,11 +33,14 @@ def restore(
     folder = resolve(merged)
     manifest = read_manifest(folder) or {}
     total = sum((folder / name).stat().st_size for name in manifest.get("files", {}) if (folder / name).is_file())
-    with progress_bar("restoring", total, quiet or as_json) as progress:
-        options = RestoreOptions(base=resolve(base) if base else None, link=link, overwrite=overwrite)
-        files = run(folder, output, options, progress=progress).files
+    with working("restoring", quiet) as progress:
+        progress.begin("restoring", total)
+        options = RestoreOptions(base=resolve(base) if base else None, link=link, overwrite=overwrite, dry_run=dry_run)
+        files = run(folder, output, options, progress=progress.advance).files
     if as_json:
-        emit({"output": output, "files": dict(files)})
+        emit({"output": output, "files": dict(files)} | ({"dry_run": True} if dry_run else {}))
+    elif dry_run:
+        click.echo(f"would write {output}: the base of {merged}, {len(files)} files")
     else:
         seconds = time.perf_counter() - started
         click.echo(f"{output}: the base of {merged}, {len(files)} files proved by their sha256, in {seconds:.1f} s")

@@ -9,9 +9,13 @@ from typing import Any
 import click
 
 from .adapter_options import adapter_options
-from .console import emit, progress_bar, say
+from .command import command, option
+from .console import emit, say
+from .hub import hub_options
 from .inputs import INPUTS, Subject, combination_options, has_combination, stated_inputs
 from .options import report_options
+from .progress import working
+from .values import DTYPES, SHARE, SOURCE, stated_prompts
 from .verify_server import verify_running
 
 
@@ -22,8 +26,9 @@ def _prove_hashes(folder: str, inputs: bool, public_key: Path | None, as_json: b
     from adapter_merge.outputs.integrity import check_integrity
 
     total = sum(path.stat().st_size for path in Path(folder).rglob("*") if path.is_file())
-    with progress_bar("hashing", total, quiet or as_json) as progress:
-        integrity = check_integrity(folder, inputs=inputs, public_key=public_key, progress=progress)
+    with working("hashing", quiet) as progress:
+        progress.begin("hashing", total)
+        integrity = check_integrity(folder, inputs=inputs, public_key=public_key, progress=progress.advance)
     if as_json:
         emit(asdict(integrity) | {"folder": folder, "passed": True})
         return
@@ -55,35 +60,54 @@ def _prove_restored(merged: str, restored: str, as_json: bool) -> None:
         click.echo(f"{restored}: {count} files are, to the last bit, the base that {merged} was made from")
 
 
-@click.command()
-@click.argument("inputs", nargs=-1, metavar=f"[{INPUTS}] ARTEFACT")
+@command(
+    examples=[
+        "./merged                          # unchanged since it was written",
+        "./base ./adapter ./merged         # computes what the adapter was trained to compute",
+        "./base ./adapter --server http://localhost:8000 --model german",
+    ]
+)
+@click.argument("inputs", type=SOURCE, nargs=-1, metavar=f"[{INPUTS}] ARTEFACT")
 @combination_options
 @adapter_options
-@click.option("--inputs", "check_inputs", is_flag=True, help="ARTEFACT alone: hash base and adapters again as well.")
-@click.option("--signature", is_flag=True, help="ARTEFACT alone: check its signature, model.sig, with --public-key.")
-@click.option(
-    "--public-key", type=click.Path(path_type=Path), metavar="FILE", help="--signature: whose it must be; PEM."
+@option("--inputs", "check_inputs", is_flag=True, help="ARTEFACT alone: hash base and adapters again as well.")
+@option("--signature", is_flag=True, help="ARTEFACT alone: check its signature, model.sig, with --public-key.")
+@option("--public-key", type=click.Path(path_type=Path), metavar="FILE", help="--signature: whose it must be; PEM.")
+@option("--trained", is_flag=True, help="ARTEFACT alone: compare with the base and adapters of its manifest.")
+@option(
+    "--prompt",
+    "prompts",
+    multiple=True,
+    metavar="TEXT|@FILE",
+    help="A prompt to compare on, or a file with one a line.",
 )
-@click.option("--trained", is_flag=True, help="ARTEFACT alone: compare with the base and adapters of its manifest.")
-@click.option("--prompt", "prompts", multiple=True, help="A prompt to compare on; may be given again.")
-@click.option("--tokens", "generated", default=32, show_default=True, help="Greedy tokens per prompt.")
-@click.option("--tolerance", type=float, help="For max |dlogit|; default 1e-4, and one rounding for half precision.")
-@click.option("--weights-only", is_flag=True, help="Compare weights alone; no model is run.")
-@click.option(
+@option(
+    "--max-tokens",
+    "generated",
+    old=("--tokens",),
+    default=32,
+    show_default=True,
+    type=click.IntRange(min=1),
+    help="Greedy tokens per prompt.",
+)
+@option("--tolerance", type=float, help="For max |dlogit|; default 1e-4, and one rounding for half precision.")
+@option("--weights-only", is_flag=True, help="Compare weights alone; no model is run.")
+@option(
     "--min-retention",
-    type=float,
+    type=SHARE,
     default=0.5,
     show_default=True,
     help="Of a model merged --as same: the least share of the adapter's change.",
 )
-@click.option("--server", metavar="URL", help="Compare a running OpenAI-compatible server, in place of ARTEFACT.")
-@click.option("--model", metavar="NAME", help="--server: the name that the adapter is served under.")
-@click.option("--api-key", envvar="ADAPTER_MERGE_API_KEY", help="--server: its key; or set ADAPTER_MERGE_API_KEY.")
-@click.option(
+@option("--server", metavar="URL", help="Compare a running OpenAI-compatible server, in place of ARTEFACT.")
+@option("--model", metavar="NAME", help="--server: the name that the adapter is served under.")
+@option("--api-key", envvar="ADAPTER_MERGE_API_KEY", help="--server: its key; or set ADAPTER_MERGE_API_KEY.")
+@option(
     "--dtype",
-    type=click.Choice(("float32", "bfloat16", "float16")),
+    type=DTYPES,
     help="--server: what it computes in; BASE's own dtype when not given.",
 )
+@hub_options
 @report_options
 def verify(
     inputs: tuple[str, ...],
@@ -98,7 +122,6 @@ def verify(
     dtype: str | None,
     as_json: bool,
     quiet: bool,
-    verbose: bool,
     **settings: Any,
 ) -> None:
     """Prove that ARTEFACT (merged model, factors, deltas, ONNX export) computes what ADAPTER was trained to compute.
@@ -116,11 +139,10 @@ def verify(
     BASE ADAPTER --server URL --model NAME compares a running server: its log-probabilities of prompts and of the
     adapter's own answers, and its greedy tokens. It fails when the server ignores the adapter or serves another one.
     """
-    from adapter_merge.api.options import VerifyOptions
-    from adapter_merge.api.verify import verify as run
     from adapter_merge.outputs.integrity import inputs_of, is_merged
     from adapter_merge.storage.checkpoint import resolve
 
+    texts = stated_prompts(prompts)
     if signature != (public_key is not None):
         raise click.UsageError("--signature and --public-key FILE go together")
     if signature and (server is not None or len(inputs) != 1 or trained or has_combination()):
@@ -135,7 +157,7 @@ def verify(
         for unused in ("weights_only", "min_retention"):
             settings.pop(unused)
         served = {"url": server, "model": model, "api_key": api_key}
-        verify_running(stated_inputs(inputs), served, as_json, quiet, prompts=prompts or None, dtype=dtype, **settings)
+        verify_running(stated_inputs(inputs), served, as_json, quiet, prompts=texts, dtype=dtype, **settings)
         return
     if model is not None or dtype is not None:
         raise click.UsageError("--model and --dtype are said of a --server")
@@ -155,17 +177,23 @@ def verify(
     else:
         subject = stated_inputs(inputs[:-1])
     total = sum(file.stat().st_size for file in resolve(artefact).glob("*.safetensors"))
-    with progress_bar("comparing weights", total, quiet or as_json) as progress:
-        options = VerifyOptions(
-            base_kind=subject.base_kind, reading=subject.options, prompts=prompts or None, **settings
-        )
+    with working("verifying", quiet) as progress:
+        from adapter_merge.api.options import VerifyOptions
+        from adapter_merge.api.verify import verify as run
+
+        def show(text: str) -> None:
+            progress.begin(text)
+            say(text, quiet=quiet or as_json)
+
+        progress.begin("comparing weights", total)
+        options = VerifyOptions(base_kind=subject.base_kind, reading=subject.options, prompts=texts, **settings)
         report = run(
             subject.base,
             subject.adapter,
             artefact,
             options,
-            progress=progress,
-            say=lambda text: say(text, quiet=quiet or as_json),
+            progress=progress.advance,
+            say=show,
         ).as_json()
     if as_json:
         emit(report)

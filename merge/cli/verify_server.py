@@ -8,8 +8,9 @@ from typing import Any
 
 import click
 
-from .console import emit, say
+from .console import emit
 from .inputs import Subject
+from .progress import working
 
 SAID = {
     "prompt_logprobs": "prompts and answers, by the server's prompt_logprobs",
@@ -21,25 +22,20 @@ SAID = {
 def verify_running(subject: Subject, served: Mapping[str, Any], as_json: bool, quiet: bool, **settings: Any) -> None:
     """Compare a server with the adapter as trained; exit code 1 unless it passes."""
     from adapter_merge.api.verify_server import verify_server
+    from adapter_merge.verification.compare_logits import PROMPTS
     from adapter_merge.verification.completions_client import ServedModel
 
-    done = 0
-
-    def progress(count: int) -> None:
-        nonlocal done
-        done += count
-        if sys.stderr.isatty():
-            say(f"{done} prompts compared", quiet=quiet or as_json)
-
-    report = verify_server(
-        subject.base,
-        subject.adapter,
-        ServedModel(**served),
-        base_kind=subject.base_kind,
-        options=subject.options,
-        progress=progress,
-        **settings,
-    )
+    with working(f"verifying {served['url']}", quiet) as progress:
+        progress.begin("comparing prompts", len(settings["prompts"] or PROMPTS), "prompts")
+        report = verify_server(
+            subject.base,
+            subject.adapter,
+            ServedModel(**served),
+            base_kind=subject.base_kind,
+            options=subject.options,
+            progress=progress.advance,
+            **settings,
+        )
     if as_json:
         emit(report)
     else:

@@ -31,33 +31,10 @@ from adapter_merge.methods.block_edits import BlockEdit
 from adapter_merge.methods.canonical_form import CanonicalForm
 from adapter_merge.storage.random_numbers import BITS, random_bits
 
-METHODS = ("linear", "ties", "dare", "dare-ties", "magnitude-prune", "breadcrumbs")
+from .settings import METHODS as METHODS
+from .settings import Settings as Settings
+
 HIGH_BINS, LOW_BINS = 1 << 16, 1 << 15  # of the 31 bits of a float32's size
-
-
-@dataclass(frozen=True)
-class Settings:
-    """The method of a combination; `density` is the share of elements kept, `gamma` that of largest ones dropped."""
-
-    method: str = "linear"
-    density: float = 1.0
-    gamma: float = 0.0
-    seed: int = 0
-
-    @property
-    def by_size(self) -> bool:
-        """True when elements are kept by their magnitude."""
-        return self.method in ("ties", "magnitude-prune", "breadcrumbs")
-
-    @property
-    def random(self) -> bool:
-        """True when elements are dropped at random."""
-        return self.method in ("dare", "dare-ties")
-
-    @property
-    def elects(self) -> bool:
-        """True when a sign is elected per element."""
-        return self.method in ("ties", "dare-ties")
 
 
 @dataclass(frozen=True, eq=False)

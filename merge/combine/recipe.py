@@ -22,14 +22,15 @@ import json
 import math
 import tomllib
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from adapter_merge.errors import FileFormatError, InputError, MissingDependencyError, Problem, raise_all
 from adapter_merge.storage.json_types import NAME, PATH
 
-from .delta_ops import METHODS, Settings
+from .mergekit import from_mergekit, is_mergekit, output_dtype
+from .settings import METHODS, Settings
 
 if TYPE_CHECKING:
     from adapter_merge.formats.read_options import ReadOptions
@@ -65,6 +66,7 @@ class Recipe:
     ingredients: tuple[Ingredient, ...]
     settings: Settings
     base: str | None = None
+    dtype: str | None = None  # of the merged model, where a mergekit file says it
 
     @property
     def in_turn(self) -> bool:
@@ -152,6 +154,12 @@ def read_recipe(file: str | Path) -> Recipe:
     """Read the recipe in `file`. Raises FileFormatError or InputError with every problem."""
     path = Path(file)
     content = _read_content(path)
+    dtype = None
+    if is_mergekit(content):
+        dtype = output_dtype(content)
+        if dtype not in (None, *CHOICES["residual_dtype"]):
+            raise InputError(f"{path}: dtype is wrong", expected=", ".join(CHOICES["residual_dtype"]), got=dtype)
+        content = from_mergekit(content, path)
     problems = [Problem(f"{path}: unknown key {key!r}", ", ".join(KEYS)) for key in content if key not in KEYS]
     entries = content.get("adapters")
     if not isinstance(entries, list) or not entries or not all(isinstance(entry, dict) for entry in entries):
@@ -197,7 +205,7 @@ def read_recipe(file: str | Path) -> Recipe:
     settings = Settings(
         content.get("method", "linear"), content.get("density", 1.0), content.get("gamma", 0.0), content.get("seed", 0)
     )
-    return make_recipe(ingredients, settings, base)
+    return replace(make_recipe(ingredients, settings, base), dtype=dtype)
 
 
 def _check_options(entry: Mapping[str, Any], where: str) -> list[Problem]:

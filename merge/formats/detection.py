@@ -6,6 +6,7 @@
 
 from __future__ import annotations
 
+import logging
 import re
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -30,6 +31,8 @@ from .kohya import IMAGE_PREFIXES, PREFIXES, holds_kohya, read_kohya
 from .mytransformers import read_mytransformers
 from .native import NATIVE_TYPES, read_native
 from .read_options import ReadOptions
+
+log = logging.getLogger(__name__)
 
 FILE_SUFFIXES = (".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".gguf")
 
@@ -224,6 +227,10 @@ def open_adapter(folder: str | Path, options: ReadOptions | None = None, base: C
     if named:
         notes += (f"{path}: the adapter of the folder itself is read; it also holds {', '.join(named[:20])}",)
     adapter = replace(adapter, prefix=options.prefix, forced=bool(options.force))
+    log.info(
+        "%s: %s, %d modules, read as %s (%s: %s)",
+        path, adapter.method, len(adapter.modules), adapter.format, detected.certainty, detected.reason,
+    )  # fmt: skip
     return replace(adapter, certainty=detected.certainty, snapshot=snapshot, notes=notes)
 
 

@@ -60,6 +60,13 @@ def _carried(plan: MergePlan) -> list[Path]:
     return [path for path in plan.side_files if path.parts[0] != PREIMAGE_FOLDER]
 
 
+def planned_files(plan: MergePlan) -> list[str]:
+    """Return the names of all files that a merge writes, without those of a pre-image."""
+    names = {path.as_posix() for path in _carried(plan)} | {shard.file for shard in plan.shards}
+    names |= {"README.md", MANIFEST} | ({"config.json"} if plan.config is not None else set())
+    return sorted(names | ({INDEX} if len(plan.shards) > 1 else set()))
+
+
 def base_files(plan: MergePlan, finished: Mapping[str, FinishedShard]) -> dict[str, str]:
     """Return the sha256 of the base's files: weights as hashed while read, other files hashed now."""
     known = {

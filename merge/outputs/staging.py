@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import json
+import logging
 import os
 import shutil
 import stat
@@ -36,6 +37,8 @@ from .leftovers import MANIFEST as MANIFEST
 from .leftovers import clear_after, old_name, recover, remove, staging_folder, wipe
 from .seal import sealed
 
+log = logging.getLogger(__name__)
+
 AT_FDCWD = -100
 COPY_BYTES = 1 << 20
 RENAME_EXCHANGE = 2  # linux/fs.h
@@ -56,6 +59,7 @@ def check_output(output: Path, overwrite: bool, inputs: tuple[Path, ...] = ()) -
             raise OutputError(f"{output}: is inside the model {source}", hint="choose an --output beside it")
         if resolved == source.resolve() or resolved in source.resolve().parents:
             raise OutputError(f"{output}: is, or contains, the input {source}", hint="choose another --output")
+    _check_writable(output)
     if output.exists() or output.is_symlink():
         if not overwrite:
             clear_after(output)
@@ -68,6 +72,18 @@ def check_output(output: Path, overwrite: bool, inputs: tuple[Path, ...] = ()) -
                 expected=f"a folder that holds {MANIFEST}",
                 hint="choose another --output, or remove the folder yourself",
             )
+
+
+def _check_writable(output: Path) -> None:
+    """Raise OutputError when no folder can be made where `output` is to be; nothing is written to find out."""
+    folder = nearest_folder(output)
+    if not folder.is_dir():
+        raise OutputError(f"{output}: {folder} is not a folder", hint="choose another --output")
+    if not os.access(folder, os.W_OK | os.X_OK):
+        raise OutputError(
+            f"{output}: cannot be written, {folder} is not writable",
+            hint="choose another --output, or change the folder's permissions",
+        )
 
 
 def check_space(output: Path, nbytes: int) -> None:
@@ -151,6 +167,7 @@ def publish(folder: Path, output: Path, overwrite: bool) -> None:
     fails; after a kill between the two steps the next run renames it back (`recover`).
     Raises OutputError for an output that has appeared since the run began.
     """
+    log.info("%s: all files written, renaming", output)
     for path in sorted(folder.rglob("*")):
         if path.is_dir():
             sync_folder(path)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import logging
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -18,8 +19,11 @@ from .gguf_header import read_gguf_header, stored_tensor
 from .input_errors import reading, require_utf8
 from .input_snapshot import InputSnapshot
 from .json_types import INDEX, MODEL_CONFIG, check_types
+from .nearest_path import nearest_path
 from .safetensors_header import TensorRef, read_header
 from .symlinks import leads_outside
+
+log = logging.getLogger(__name__)
 
 WEIGHT_SUFFIXES = (
     ".safetensors",
@@ -40,7 +44,8 @@ CANDIDATES = (
     "pytorch_model.bin",
 )
 HUB_ID = re.compile(
-    r"(?P<repo>[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*)(/(?P<inside>[\w-][\w.-]*(/[\w-][\w.-]*)*))?(@(?P<revision>[\w./-]+))?"
+    r"(?P<repo>[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*|[A-Za-z0-9][\w-]*)"  # org/model, or one of the old single names
+    r"(/(?P<inside>[\w-][\w.-]*(/[\w-][\w.-]*)*))?(@(?P<revision>[\w./-]+))?"
 )
 # How the names of output heads end; a tied head is a second name of the embeddings.
 OUTPUT_HEADS = ("lm_head.weight", "embed_out.weight", "predictions.decoder.weight")
@@ -189,22 +194,23 @@ def plain_name(name: object, source: Path) -> str:
 def resolve(name: str | Path) -> Path:
     """Return a local folder, or download what is read of a hub id to the hub's cache.
 
-    A hub id is org/model, org/model@revision, or org/model/folder for a folder of it. Raises InputError when there is
-    neither.
+    A hub id is org/model, org/model@revision, org/model/folder for a folder of it, or a single name such as gpt2.
+    Raises InputError when there is neither, with the nearest path where there is one.
     """
     path = Path(name)
     require_utf8(path)
     if path.is_dir():
         return path
     match = HUB_ID.fullmatch(str(name))
-    if path.exists() or match is None:
-        raise InputError(
-            f"{name}: no such folder" if not path.exists() else f"{name}: not a folder",
-            expected="a local folder, or a hub id such as org/model",
-        )
+    if path.exists():
+        raise InputError(f"{name}: not a folder", expected="a local folder, or a hub id such as org/model")
+    near = nearest_path(path)
+    hint = f"did you mean {near}?" if near is not None else None
+    if match is None:
+        raise InputError(f"{name}: no such folder", expected="a local folder, or a hub id such as org/model", hint=hint)
     from .hub import download
 
-    return download(match["repo"], match["revision"], match["inside"] or "")
+    return download(match["repo"], match["revision"], match["inside"] or "", hint)
 
 
 def resolve_base(name: str | Path) -> Path:
@@ -229,7 +235,15 @@ def read_weights(file: Path) -> Shard:
 
 def open_checkpoint(folder: str | Path) -> Checkpoint:
     """Open the model in `folder` (a path or hub id). Raises InputError or FileFormatError with every problem."""
-    folder = resolve(folder)
+    checkpoint = _read_headers(resolve(folder))
+    log.info(
+        "%s: %d tensors, %.2f GB in %d files",
+        checkpoint.folder, len(checkpoint.tensors), checkpoint.nbytes / 1e9, len(checkpoint.shards),
+    )  # fmt: skip
+    return checkpoint
+
+
+def _read_headers(folder: Path) -> Checkpoint:
     for candidate in CANDIDATES:
         if (folder / candidate).is_file():
             break

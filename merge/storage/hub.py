@@ -62,10 +62,11 @@ def _is_hidden(name: str) -> bool:
     return any(part.startswith(".") for part in PurePosixPath(name).parts)
 
 
-def download(repository: str, revision: str | None = None, inside: str = "") -> Path:
+def download(repository: str, revision: str | None = None, inside: str = "", hint: str | None = None) -> Path:
     """Return the folder of the hub's cache with the files of `repository` that are read.
 
-    Without a connection, the files that the cache holds. Raises InputError where there are none.
+    Without a connection, or with HF_HUB_OFFLINE=1, the files that the cache holds. Raises InputError where there are
+    none, with `hint`.
     """
     from huggingface_hub import HfApi, snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
@@ -92,7 +93,7 @@ def download(repository: str, revision: str | None = None, inside: str = "") -> 
         raise InputError(
             f"{repository}: no such folder, and it could not be fetched from the hub",
             got=str(error).split("\n")[0],
-            hint="check the name and the network (HF_TOKEN for a private model)",
+            hint=hint or "check the name and the network (--token or HF_TOKEN for a private model)",
         ) from error
 
 

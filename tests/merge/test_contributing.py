@@ -175,7 +175,7 @@ def test_a_command_is_added(base: Path, outer_folder: Path, monkeypatch: pytest.
     missing = CliRunner().invoke(main.group, ["size", str(outer_folder)])
     assert missing.exit_code != 0 and "No such command" in missing.output
     load_file_block(monkeypatch, "cli/size.py")
-    add_row(monkeypatch, "a row of COMMANDS in cli/main.py", main.COMMANDS, {})
+    add_row(monkeypatch, "a row of COMMANDS in cli/main.py", main.COMMANDS, {"LOOK": main.LOOK})
     lora = outer_folder.parent / "kohya.safetensors"
     save_file({"lora_te_q.lora_down.weight": torch.ones(2, 3), "lora_te_q.lora_up.weight": torch.ones(5, 2)}, lora)
     shown = CliRunner().invoke(main.group, ["size", str(lora)], catch_exceptions=False)

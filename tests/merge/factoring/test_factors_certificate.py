@@ -22,9 +22,9 @@ from factor_models import (
     pico_model,
 )
 
-from adapter_merge.api.factor import factor, read_prompts
+from adapter_merge.api.factor import factor
 from adapter_merge.api.merge import merge
-from adapter_merge.api.options import FactorOptions
+from adapter_merge.api.options import FactorOptions, read_prompts
 from adapter_merge.combine.open_inputs import open_pair
 from adapter_merge.errors import InputError
 from adapter_merge.factoring.calibration import LEAST, SHRINKAGE, collect, square_root

@@ -20,8 +20,8 @@ from factor_models import (
     pico_model,
 )
 
-from adapter_merge.api.factor import factor, parse_rank
-from adapter_merge.api.options import FactorOptions
+from adapter_merge.api.factor import factor
+from adapter_merge.api.options import FactorOptions, parse_rank
 from adapter_merge.errors import InputError, ParityError
 from adapter_merge.factoring import delta_operator
 from adapter_merge.formats.read_options import ReadOptions

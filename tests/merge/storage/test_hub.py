@@ -94,6 +94,8 @@ def test_several_gguf_files_are_listed() -> None:
     ("text", "parts"),
     [
         ("org/name", ("org/name", None, None)),
+        ("gpt2", ("gpt2", None, None)),
+        ("gpt2@main", ("gpt2", None, "main")),
         ("org/name@v1/x", ("org/name", None, "v1/x")),
         ("org/name/checkpoint-500@main", ("org/name", "checkpoint-500", "main")),
         ("org/name/a/b_c", ("org/name", "a/b_c", None)),
@@ -105,7 +107,9 @@ def test_a_hub_id_has_a_folder_and_a_revision(text: str, parts: tuple[str | None
     assert (match["repo"], match["inside"], match["revision"]) == parts
 
 
-@pytest.mark.parametrize("text", ["name", "../x/y", "org/name/../x", "org//name", "/org/name", "org/name/.git"])
+@pytest.mark.parametrize(
+    "text", ["./name", "name.safetensors", "../x/y", "org/name/../x", "org//name", "/org/name", "org/name/.git"]
+)
 def test_what_is_no_hub_id_is_not_asked_for(text: str) -> None:
     assert HUB_ID.fullmatch(text) is None
 

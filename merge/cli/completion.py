@@ -1,0 +1,54 @@
+"""adapter-merge completion: the shell's completion of commands, options and paths."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import click
+
+from .command import command, option
+from .console import emit, say
+from .options import report_options
+
+SHELLS = ("bash", "zsh", "fish")
+VARIABLE, PROGRAM = "_ADAPTER_MERGE_COMPLETE", "adapter-merge"
+
+
+@command(examples=["bash --install", "zsh > ~/.zfunc/_adapter-merge"])
+@click.argument("shell", type=click.Choice(SHELLS))
+@option("--install", is_flag=True, help="Write it where the shell looks for it, for this user, and say where.")
+@report_options
+def completion(shell: str, install: bool, as_json: bool, quiet: bool) -> None:
+    """Print the completion script of SHELL, or install it.
+
+    bash needs the package bash-completion 2; zsh needs ~/.zfunc in fpath before compinit; fish needs nothing.
+    """
+    from click.shell_completion import get_completion_class
+
+    from .main import group
+
+    kind = get_completion_class(shell)
+    assert kind is not None
+    script = kind(group, {}, PROGRAM, VARIABLE).source()
+    if not install:
+        if as_json:
+            emit({"shell": shell, "script": script})
+        else:
+            click.echo(script)
+        return
+    file = place(shell)
+    file.parent.mkdir(parents=True, exist_ok=True)
+    file.write_text(script, encoding="utf-8")
+    if as_json:
+        emit({"shell": shell, "file": str(file)})
+    say(f"{file}: open a new {shell}", quiet=quiet)
+
+
+def place(shell: str) -> Path:
+    """Return where `shell` looks for a user's own completions."""
+    home = Path.home()
+    return {
+        "bash": home / ".local/share/bash-completion/completions" / PROGRAM,
+        "zsh": home / ".zfunc" / f"_{PROGRAM}",
+        "fish": home / ".config/fish/completions" / f"{PROGRAM}.fish",
+    }[shell]
