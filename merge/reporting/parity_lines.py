@@ -58,10 +58,10 @@ def _file_line(content: Any, file: Path, folder: Path) -> dict[str, Any]:
     adapter = content.get("adapter")
     stated = [content.get("path"), adapter.get("path") if isinstance(adapter, dict) else None]
     about = any(isinstance(path, str) and Path(path).resolve() == folder for path in stated)
-    label = str(content["artefact"])
-    if label == "onnx":
+    label = f"{content['artefact']} {Path(str(content.get('path', ''))).name}".strip()
+    if content["artefact"] == "onnx":
         label = " ".join(str(content[key]) for key in ("mode", "precision") if content.get(key)) + " ONNX"
         label += f", {adapter}" if isinstance(adapter, str) else ""
-    elif label == "server":
+    elif content["artefact"] == "server":
         label = f"server, model {content.get('model')}"
     return _line(label, _figures(content), about, content["passed"])

@@ -20,7 +20,8 @@ def verdict(content: Mapping[str, Any]) -> dict[str, str]:
     if contradictions:
         return _verdict("bad", "The files contradict this base", "; ".join(map(str, contradictions)))
     if failed:
-        return _verdict("bad", "Differs from the adapter as trained", "; ".join(map(describe, failed)))
+        some = f"{len(failed)} of {len(lines)} comparisons differ" if len(lines) > 1 else "Differs"
+        return _verdict("bad", f"{some} from the adapter as trained", "; ".join(map(describe, failed)))
     certificate = content.get("certificate") or {}
     if certificate.get("retention") is not None:
         detail = f"Quantised again; the least is {certificate['worst_retention']:.2f} ({certificate['worst_weight']})."

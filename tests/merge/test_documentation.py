@@ -61,6 +61,12 @@ def test_the_site_builds_without_a_warning(tmp_path: Path) -> None:
     assert not re.search(r'<(script|link|img)[^>]+(src|href)="https?:', page)  # nothing from another host
 
 
+def test_the_generated_reference_is_current() -> None:
+    """`python docs/generate.py` writes both pages anew."""
+    for file, text in runpy.run_path(str(DOCS / "generate.py"))["pages"]().items():
+        assert file.read_text() == text, f"{file}: run python docs/generate.py"
+
+
 def test_the_readme_is_short_and_names_the_two_commands() -> None:
     text = (ROOT / "README.md").read_text()
     assert len(text.splitlines()) < 150
@@ -140,6 +146,22 @@ def test_pages_show_the_examples_as_they_are(example: Path) -> None:
     body = re.sub(r'^""".*?"""\n\n', "", example.read_text(), flags=re.DOTALL)
     shown = [file for file in DOCS.rglob("*.md") if f"\n{body}```\n" in file.read_text()]
     assert DOCS / "reference" / "examples.md" in shown
+
+
+def test_the_manifests_keys_are_explained(models: Path, tmp_path: Path) -> None:
+    base, adapter = models / "base", models / "adapter"
+    made = [
+        am.merge(base, adapter, tmp_path / "merged").as_json(),
+        am.delta(base, adapter, tmp_path / "deltas").as_json(),
+        am.factor(base, adapter, tmp_path / "factors", am.FactorOptions(rank=2)).as_json(),
+        am.convert(adapter, tmp_path / "safe", am.ConvertOptions(base=base)).as_json(),
+        am.extract(base, tmp_path / "merged", tmp_path / "extracted").as_json(),
+    ]
+    explained = set(re.findall(r"`(\w+)`", (DOCS / "reference" / "manifest.md").read_text()))
+    for content in made:
+        layer = next(iter(content.get("layers", {}).values()), {})
+        keys = {*content, *(key for key, value in layer.items() if value is not None), *content.get("certificate", {})}
+        assert keys <= explained, (content["artefact"], keys - explained)
 
 
 PRINTED = {

@@ -144,9 +144,9 @@ def test_the_verdict_is_what_verify_says(base: Path, dude: Path, factors: Path, 
     both = gather(dude, base, parity=[right, wrong])  # an adapter's report counts all of its artefacts
     assert both["verdict"]["level"] == "bad" and [line["about"] for line in both["parity"]] == [True, True]
     text = page(both)
-    assert (
-        text.index("Differs from the adapter as trained") < text.index("Where the adapter acts") < text.index("<table")
-    )
+    assert both["verdict"]["title"] == "1 of 2 comparisons differ from the adapter as trained"
+    assert [line["label"] for line in both["parity"]] == ["merged model merged", "factors factors"]
+    assert text.index("1 of 2 comparisons differ") < text.index("Where the adapter acts") < text.index("<table")
 
 
 def test_forced_contradictions_come_first(base: Path, dude: Path, tmp_path: Path) -> None:
