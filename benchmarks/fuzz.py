@@ -52,6 +52,9 @@ Case = Callable[[int, int, Path], tuple[str, str]]
 
 
 def adapters(work: Path) -> Case:
+    import peft  # type: ignore[import-not-found]  # noqa: F401  # some cases use it, and its import takes seconds
+    import torch.distributed.tensor  # noqa: F401
+
     base, originals = fuzz_folders.base_model(work / "base"), fuzz_folders.seeds()
 
     def case(number: int, seed: int, place: Path) -> tuple[str, str]:

@@ -273,14 +273,20 @@ def _refuse_unused(path: Path, format: str, options: ReadOptions) -> None:
 
 
 def _check_names(path: Path, adapter: Adapter) -> list[Problem]:
-    """Return a problem for each name that holds a control character: of the base, a module, a replaced tensor."""
+    """Return a problem for each name that is no text or holds a control character: of the base, modules, tensors."""
+    stated = {key: adapter.config.get(key) for key in ("base_model_name_or_path", "task_type")}
+    problems = [
+        Problem(f"{path}: {key} is not a string", got=repr(value)[:100])
+        for key, value in stated.items()
+        if value is not None and not isinstance(value, str)
+    ]
     names = {module.name: f"{path}: the module's name" for module in adapter.modules}
     names |= dict.fromkeys(adapter.replacements, f"{path}: the tensor's name")
     if isinstance(adapter.base_name, str):
         names[adapter.base_name] = f"{path}: the name of its base"
-    if isinstance(adapter.config.get("task_type"), str):
-        names[adapter.config["task_type"]] = f"{path}: task_type"
-    return control_problems(names)
+    if isinstance(stated["task_type"], str):
+        names[stated["task_type"]] = f"{path}: task_type"
+    return problems + control_problems(names)
 
 
 def _check_dtypes(adapter: Adapter) -> list[Problem]:

@@ -106,7 +106,7 @@ def _clear(output: Path, *, resumable: bool) -> list[Leftover]:
     # After a loss of power the lock file may have lost its mark.
     ours = is_own_lock(lock) or (is_own_lock(lock, b"") and (output / MANIFEST).is_file())
     old_is_ours = _is_folder(old) and (ours or (old / MANIFEST).is_file())
-    staging_is_ours = _is_folder(staging) and (ours or _is_own_staging(staging))
+    staging_is_ours = _is_folder(staging) and (ours or _is_own_staging(staging, output))
     if not (ours or old_is_ours or staging_is_ours):
         return []
     try:
@@ -166,8 +166,13 @@ def _is_folder(path: Path) -> bool:
     return path.is_dir() and not path.is_symlink() and path.stat().st_uid == os.geteuid()
 
 
-def _is_own_staging(staging: Path) -> bool:
-    return (staging / MANIFEST).is_file() or (staging / JOURNAL / "plan.json").is_file()
+def _is_own_staging(staging: Path, output: Path) -> bool:
+    """True for a folder with our manifest or journal, and for one without a file beside a finished output."""
+    if (staging / MANIFEST).is_file() or (staging / JOURNAL / "plan.json").is_file():
+        return True
+    files = [path for path in staging.rglob("*") if not path.is_dir() or path.is_symlink()]
+    in_journal = all(path.parent == staging / JOURNAL and path.name.endswith(".safetensors.json") for path in files)
+    return in_journal and (bool(files) or (output / MANIFEST).is_file())
 
 
 def _size(folder: Path) -> int:

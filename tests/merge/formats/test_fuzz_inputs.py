@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from fuzz_folders import fuzz
 
 from adapter_merge.combine.recipe import read_recipe
 from adapter_merge.errors import AdapterMergeError
@@ -21,6 +22,14 @@ def test_fresh_cases_of_everything_that_is_read() -> None:
     assert done.returncode == 0, done.stdout[-6000:] + done.stderr[-3000:]
     lines = [line for line in done.stdout.splitlines() if " cases of seed " in line]
     assert len(lines) == 7 and all("refused" in line or "cache" in line or "headers" in line for line in lines)
+
+
+@pytest.mark.parametrize("number", [1882, 2275, 2951])
+def test_adapters_that_fuzzing_found(number: int) -> None:
+    """A base's name that is a number or a list, in folders of our own formats."""
+    found: list[str] = []
+    fuzz(1, seed=7, start=number, report=found.append)
+    assert not found
 
 
 @pytest.mark.parametrize(

@@ -62,6 +62,17 @@ def test_finished_shards_stay_for_the_next_run_of_that_merge(tmp_path: Path, pai
     assert hidden(tmp_path) == set()
 
 
+@pytest.mark.parametrize("names", [(), ("journal/model.safetensors.json",)])
+def test_a_removal_that_failed_half_way(names: tuple[str, ...], tmp_path: Path, pair: tuple[Path, Path]) -> None:
+    """The lock is gone, and part of the staging folder."""
+    merge(*pair, tmp_path / "out")
+    dead_run(tmp_path, "out", *names)
+    (tmp_path / ".out.lock").unlink()
+    with pytest.raises(OutputError, match="exists already"):
+        merge(*pair, tmp_path / "out")
+    assert hidden(tmp_path) == set()
+
+
 def test_doctor_removes_what_is_dead_and_ours(tmp_path: Path, pair: tuple[Path, Path]) -> None:
     merge(*pair, tmp_path / "old")
     (tmp_path / "old").rename(tmp_path / ".old.old")  # killed between the two steps of a replacement
