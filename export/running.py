@@ -138,6 +138,7 @@ class Decoder:
         self,
         cache: Cache,
         tokens: NDArray[np.int64],  # (batch, new)
+        mask: NDArray[np.int64] | None = None,  # (batch, positions so far + new): 0 for padding; all valid when None
     ) -> NDArray[np.float32]:
         """Return logits (batch, new, vocabulary) of the next tokens; `cache` advances by that many positions."""
         import numpy as np
@@ -150,7 +151,8 @@ class Decoder:
         binding = self._binding(cache)
         binding.bind_cpu_input("input_ids", np.ascontiguousarray(tokens))
         if "attention_mask" in self.inputs:
-            binding.bind_cpu_input("attention_mask", np.ones((batch, total), np.int64))
+            mask = np.ones((batch, total), np.int64) if mask is None else np.ascontiguousarray(mask)
+            binding.bind_cpu_input("attention_mask", mask)
         if "position_ids" in self.inputs:
             positions = np.tile(np.arange(cache.length, total), (batch, 1))
             binding.bind_cpu_input("position_ids", positions)

@@ -122,10 +122,15 @@ def serve(
 ) -> None:
     """Serve BASE with many adapters at once: vLLM's OpenAI server.
 
+    BASE may be a folder that `export` wrote: onnxruntime serves it and its adapters, without vLLM.
+
     BASE and ADAPTER are folders or hub ids. An adapter may be a DCFT, DuDe, LoRA, rsLoRA, PiSSA or DoRA
     adapter in any form that `inspect` knows; it is converted once and kept in a cache. A request chooses its
     adapter by the model's name. Flags behind -- go to vLLM as they are.
     """
+    if (Path(base) / "model.onnx").is_file():
+        _serve_export(ctx, Path(base), quiet)
+        return
     from .cache import Cache
     from .command import make_plan
     from .emit import Service, kubernetes, ray
@@ -172,6 +177,24 @@ def serve(
         click.echo(json.dumps(about, indent=2) if as_json else _readable(about, shell_line))
         return
     ctx.exit(run(plan, (lambda line: None) if quiet else (lambda line: click.echo(line, err=True))))
+
+
+OF_EXPORTS = ("base", "host", "port", "api_key", "shutdown_timeout", "quiet")
+
+
+def _serve_export(ctx: click.Context, folder: Path, quiet: bool) -> None:
+    """Serve an ONNX export. Raises UsageError for what belongs to vLLM alone."""
+    from importlib import import_module
+
+    given = [name for name in ctx.params if ctx.get_parameter_source(name) != click.core.ParameterSource.DEFAULT]
+    wrong = [name.replace("_", "-") for name in given if name not in OF_EXPORTS]
+    if wrong or ctx.meta["rest"]:
+        raise click.UsageError(
+            f"{folder} is an ONNX export, which vLLM does not serve: without {', '.join(wrong) or '--'}"
+        )
+    options = {name: ctx.params[name] for name in OF_EXPORTS[1:-1] if ctx.params[name] is not None}
+    served = import_module("adapter_merge.export.serving.command")
+    served.serve_export(folder, **options, say=lambda line: None if quiet else click.echo(line, err=True))
 
 
 @click.group()

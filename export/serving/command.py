@@ -1,0 +1,59 @@
+"""`adapter-merge serve ONNX_DIR`: opens an export and serves it until it is stopped."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from pathlib import Path
+
+from adapter_merge.errors import InputError, MissingDependencyError
+
+from ..decoder_settings import GENAI
+from ..folder import read_export
+from ..prompting import Prompter
+from ..runtime import check_packages
+
+KEYS = ("ADAPTER_MERGE_API_KEY", "VLLM_API_KEY")
+LOOPBACK = ("127.0.0.1", "localhost", "::1")
+
+
+def serve_export(
+    folder: Path,
+    *,
+    host: str = "127.0.0.1",
+    port: int = 8000,
+    api_key: str | None = None,
+    shutdown_timeout: int = 30,
+    say: Callable[[str], None] = print,
+) -> None:
+    """Serve the decoder export in `folder` on host:port; return when the process is told to stop.
+
+    Raises InputError for an export that generates no text, and MissingDependencyError.
+    """
+    try:
+        import fastapi  # noqa: F401
+        import uvicorn
+    except ImportError as error:
+        raise MissingDependencyError(
+            f"serving an export needs {error.name}", hint="pip install 'adapter-merge[onnx,onnx-server]'"
+        ) from error
+    from .application import LOCAL, Service, make_application
+    from .engines import DecoderEngine, Engine, GenaiEngine, Worker
+
+    check_packages("onnx_ir", "transformers")
+    manifest = read_export(folder)
+    if manifest.kind != "decoder":
+        raise InputError(f"{folder}: generates no text", expected="an exported decoder")
+    key = api_key or next((os.environ[name] for name in KEYS if os.environ.get(name)), None)
+    stops = Prompter(folder).stops
+    with_genai = manifest.mode != "batched" and (folder / GENAI).is_file()
+    engine: Engine = (GenaiEngine if with_genai else DecoderEngine)(folder, manifest.device, stops)
+    service = Service(folder, manifest, Worker(engine))
+    local = host in LOOPBACK
+    app = make_application(service, key, LOCAL if local else None)
+    names = ", ".join((service.name, *service.adapters))
+    say(f"{folder}: {manifest.mode}, {'onnxruntime-genai' if with_genai else 'onnxruntime'}; models: {names}")
+    reach = "this machine only" if local else "every network of this machine"
+    open_to_all = "" if key or local else "; WITHOUT A KEY: anyone who reaches it can use it"
+    say(f"http://{host}:{port}/v1 ({reach}{open_to_all})")
+    uvicorn.run(app, host=host, port=port, log_level="warning", timeout_graceful_shutdown=shutdown_timeout)

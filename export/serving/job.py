@@ -1,0 +1,54 @@
+"""One answer under way: what was asked, and the tokens as an engine's thread makes them."""
+
+from __future__ import annotations
+
+import queue
+import threading
+from collections.abc import Generator
+from dataclasses import dataclass, field
+
+from ..prompting import Sampling
+
+
+@dataclass(frozen=True)
+class Token:
+    """A generated token; its log-probability is of the model's distribution at temperature 1."""
+
+    id: int
+    logprob: float
+
+
+@dataclass(eq=False)
+class Job:
+    """A request to an engine. `tokens` is read by the thread that asked, everything else is called by the engine's."""
+
+    ids: list[int]  # the prompt
+    adapter: str | None
+    sampling: Sampling
+    scored: bool = False  # log-probabilities of the prompt are wanted
+    prompt_logprobs: list[float] = field(default_factory=list)  # of ids[1:], known before the first token
+    _made: queue.SimpleQueue[Token | Exception | None] = field(default_factory=queue.SimpleQueue)
+    _given_up: threading.Event = field(default_factory=threading.Event)
+
+    def put(self, token: Token) -> None:
+        """Hand over the next token."""
+        self._made.put(token)
+
+    def end(self, error: Exception | None = None) -> None:
+        """End the answer, or fail it."""
+        self._made.put(error)
+
+    @property
+    def given_up(self) -> bool:
+        """True when nobody reads any more."""
+        return self._given_up.is_set()
+
+    def tokens(self) -> Generator[Token, None, None]:
+        """Yield the tokens; when the reader leaves early, the engine stops. Raises what failed in the engine."""
+        try:
+            while (made := self._made.get()) is not None:
+                if isinstance(made, Exception):
+                    raise made
+                yield made
+        finally:
+            self._given_up.set()
