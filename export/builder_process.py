@@ -30,6 +30,22 @@ def repair(config: Any) -> None:
 WINDOWED = ("mistral", "phi3")
 
 
+def leave_positions_out(model_class: Any) -> None:
+    """Make the builder's SmolLM3 leave rotary positions out of the layers that its config says have none.
+
+    It turns them off in the attention operator alone, and would then compute them in nodes of their own.
+    """
+    computed = model_class.make_attention_qk_rope
+
+    def make_attention_qk_rope(self: Any, layer_id: int, **options: Any) -> tuple[str, str]:
+        if not self.no_rope_layers[layer_id]:
+            return "", ""
+        names: tuple[str, str] = computed(self, layer_id, **options)
+        return names
+
+    model_class.make_attention_qk_rope = make_attention_qk_rope
+
+
 def main() -> None:
     """Build the model that the one argument, a JSON object, describes: checkpoint, output, precision, provider, ..."""
     job = json.loads(sys.argv[1])
@@ -39,6 +55,7 @@ def main() -> None:
     from .rotary import use_transformers_tables
 
     quantise_by_weight(builder.LlamaModel)
+    leave_positions_out(builder.SmolLM3Model)
     checkpoint, output, cache = job["checkpoint"], job["output"], job["cache"]
     arguments = (checkpoint, checkpoint, output, job["precision"], job["provider"], cache)
     options = builder.parse_extra_options(*arguments, job["options"])

@@ -91,7 +91,8 @@ def export(
 ) -> None:
     """Export BASE with its adapters to ONNX, for onnxruntime and onnxruntime-genai.
 
-    Decoders: Llama, Mistral, Qwen2, Qwen3, Phi-3, Gemma 1 to 3, GPT-2. Classifiers: BERT, RoBERTa, DeBERTa-v2.
+    Decoders: Llama, Mistral, Qwen2, Qwen3, Phi-3, Gemma 1 to 3, Granite, SmolLM3, GPT-2.
+    Classifiers: BERT, RoBERTa, DeBERTa-v2.
     An adapter without a name gets its folder's.
     """
     from .adapter_source import parse_adapters

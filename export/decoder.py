@@ -28,6 +28,8 @@ ARCHITECTURES = (
     "GemmaForCausalLM",
     "Gemma2ForCausalLM",
     "Gemma3ForCausalLM",
+    "GraniteForCausalLM",
+    "SmolLM3ForCausalLM",
 )
 PRECISIONS = ("fp32", "fp16", "bf16", "int4")
 BYTES_PER_WEIGHT = {"fp32": 4.0, "fp16": 2.0, "bf16": 2.0, "int4": 0.7}

@@ -25,6 +25,8 @@ TYPES: Mapping[str, tuple[str, ...]] = {
     "GemmaForCausalLM": PLAIN,
     "Gemma2ForCausalLM": PLAIN,
     "Gemma3ForCausalLM": PLAIN,
+    "GraniteForCausalLM": PLAIN,
+    "SmolLM3ForCausalLM": PLAIN,
 }
 REASONS: Mapping[str, str] = {
     "dynamic": "its frequencies change with the length of the text, and a graph's tables are fixed",

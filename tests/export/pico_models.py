@@ -36,6 +36,16 @@ def pico_config(kind: str, **changes: Any) -> Any:
         "qwen2": (t.Qwen2Config, {"tie_word_embeddings": True}),
         "qwen3": (t.Qwen3Config, {}),
         "phi3": (t.Phi3Config, {"original_max_position_embeddings": 512}),
+        "granite": (
+            t.GraniteConfig,
+            {
+                "embedding_multiplier": 3.0,
+                "logits_scaling": 0.5,
+                "residual_multiplier": 0.5,
+                "attention_multiplier": 0.2,
+            },
+        ),
+        "smollm3": (t.SmolLM3Config, {"no_rope_layers": [1, 0]}),
         "gemma": (t.GemmaConfig, {"tie_word_embeddings": True}),
         "gemma2": (t.Gemma2Config, {"tie_word_embeddings": True, "query_pre_attn_scalar": 16, "sliding_window": 32}),
         "gemma3": (

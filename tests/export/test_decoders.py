@@ -17,7 +17,7 @@ from adapter_merge.export.running import Decoder, run_all
 from adapter_merge.export.switchable import export_switchable
 
 pytestmark = pytest.mark.onnx
-FAMILIES = ("mistral", "mistral-window", "qwen2", "qwen3", "phi3", "gemma", "gemma2", "gemma3")
+FAMILIES = ("mistral", "mistral-window", "qwen2", "qwen3", "phi3", "gemma", "gemma2", "gemma3", "granite", "smollm3")
 TOKENS = {"prompt": [(37 * i + 11) % 250 for i in range(40)], "rest": [7 * i % 250 for i in range(20)]}
 
 
