@@ -79,11 +79,17 @@ def merge(
     check_output(output, options.overwrite, input_folders(bound))
     check_values(bound)
     check_write_as(bound.base, options)
+    limit = options.max_shard_bytes
+    if limit is not None and (limit < 1 or options.write_as == SAME or options.keep_preimage):
+        raise InputError(
+            f"files of at most {limit} bytes cannot be laid out",
+            expected="1 byte or more, and neither write_as same nor a pre-image, which keep the base's files",
+        )
     if options.write_as == SAME:
         plan = plan_requantised(bound)
     else:
         dtype = DTYPES[options.dtype] if options.dtype else None
-        plan = plan_merge(bound.base, (bound,), dtype, computed_dtype(bound.base, options))
+        plan = plan_merge(bound.base, (bound,), dtype, computed_dtype(bound.base, options), max_shard_bytes=limit)
     _check_options(plan, options.hashes, options.keep_preimage, options.part, options.finish)
     shards = plan.shards if options.part is None else shards_of_part(plan.shards, options.part)
     if not options.finish:
@@ -95,6 +101,8 @@ def merge(
         "link": options.link,
         "keep_preimage": options.keep_preimage,
     }
+    if limit is not None:
+        stated["max_shard_bytes"] = limit
     if options.write_as is not None:
         stated["as"] = options.write_as
     content = manifest("merged model", describe_inputs(bound, options.reading), stated | combination_of(bound))

@@ -41,6 +41,7 @@ class MergeOptions(WriteOptions):
     part: tuple[int, int] | None = None  # (i, n): make only the i-th of n shares of the shards
     finish: bool = False  # check that all parts are there and write the rest
     vram: int | None = None  # bytes of tensors on each CUDA device; None takes a quarter of what is free
+    max_shard_bytes: int | None = None  # bytes of tensors in one file of the output; None keeps the base's files
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -9,14 +9,14 @@ from typing import Any
 import click
 
 from .adapter_options import adapter_options
-from .command import command, option
+from .command import OUTPUT, command, option
 from .console import loading, say
 from .hub import plan_files, push_options
 from .inputs import INPUTS, combination_options, stated_inputs
 from .options import device_option, dry_run_option, engine_options, output_option, report_options
 from .progress import working
 from .result import show_result
-from .values import DTYPES, SHARE, SOURCE
+from .values import DTYPES, SHARE, SIZE, SOURCE
 
 
 @command(
@@ -42,6 +42,14 @@ from .values import DTYPES, SHARE, SOURCE
     default=0.5,
     show_default=True,
     help="--as same: the least share of the adapter's change that must be kept.",
+)
+@option(
+    "--max-shard-size",
+    "max_shard_bytes",
+    type=SIZE,
+    metavar="SIZE",
+    section=OUTPUT,
+    help="Lay the weights out anew, in files of at most so much; the base's own files when not given.",
 )
 @engine_options
 @combination_options

@@ -1,11 +1,13 @@
 """Plan of a merge: every output file and the offset of every tensor, made from headers before a weight is read.
 
-An output shard has the layout of the base's shard, so all offsets are known in advance.
+An output shard has the layout of the base's shard, or of a new division into files, so all offsets are known in
+advance.
 """
 
 from __future__ import annotations
 
 import hashlib
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -17,7 +19,7 @@ from adapter_merge.errors import InputError, Problem, UnsupportedError, raise_al
 from adapter_merge.storage.checkpoint import Checkpoint, Shard, read_json
 from adapter_merge.storage.computed_tensor import ComputedRef
 from adapter_merge.storage.input_errors import reading
-from adapter_merge.storage.safetensors_header import FLOAT_DTYPES, TensorRef, layout
+from adapter_merge.storage.safetensors_header import FLOAT_DTYPES, ITEM_BYTES, TensorRef, layout
 
 INDEX = "model.safetensors.index.json"
 EMPTY: Mapping[str, TensorRef] = MappingProxyType({})
@@ -110,12 +112,14 @@ def plan_merge(
     dtype: str | None = None,
     computed: str | None = None,
     parts: Mapping[str, TensorRef] = EMPTY,
+    max_shard_bytes: int | None = None,
 ) -> MergePlan:
     """Plan the merged checkpoint.
 
     `dtype` is the safetensors name of the dtype for all float tensors; None keeps the dtype of each tensor. `computed`
     is that of the weights that a quantised base holds packed, and the model's dtype in its config. `parts` take the
-    place of stored tensors of their names.
+    place of stored tensors of their names. `max_shard_bytes` lays the tensors out anew, in files of at most so many
+    bytes of tensors of the base (a larger tensor gets a file of its own); None keeps the base's files.
     Raises InputError where two adapters replace one tensor or a tensor is both adapted and replaced, UnsupportedError
     where an adapter adds a tensor to a quantised base.
     """
@@ -139,9 +143,10 @@ def plan_merge(
             own[name] = modules[0].weight
     copies = {name: ref for bound in adapters for name, ref in bound.copies.items()}
 
-    count = len(base.shards)
+    layout_shards = base.shards if max_shard_bytes is None else resharded(base, max_shard_bytes, dtype, computed)
+    count = len(layout_shards)
     shards = []
-    for number, shard in enumerate(base.shards, 1):
+    for number, shard in enumerate(layout_shards, 1):
         file = "model.safetensors" if count == 1 else f"model-{number:05d}-of-{count:05d}.safetensors"
         entries = [
             _Entry(
@@ -177,6 +182,22 @@ def plan_merge(
         shards.append(_plan_shard(file, entries, dtype, {"format": "pt", **shard.metadata}, shard))
     raise_all(problems, UnsupportedError)
     return MergePlan(base, adapters, tuple(shards), _merged_config(base, adapters, dtype or computed), base.side_files)
+
+
+def resharded(base: Checkpoint, limit: int, dtype: str | None, computed: str | None) -> tuple[Shard, ...]:
+    """Return the base's tensors in their order, in files of at most `limit` bytes in the output's dtype."""
+    groups: list[list[TensorRef]] = [[]]
+    size = 0
+    for ref in (ref for shard in base.shards for ref in shard.tensors):
+        stored = (computed or ref.dtype) if isinstance(ref, ComputedRef) else ref.dtype
+        written = dtype if dtype and stored in FLOAT_DTYPES else stored
+        nbytes = math.prod(ref.shape) * ITEM_BYTES[written]
+        if groups[-1] and size + nbytes > limit:
+            groups.append([])
+            size = 0
+        groups[-1].append(ref)
+        size += nbytes
+    return tuple(Shard(group[0].file, tuple(group), {"format": "pt"}, is_whole=False) for group in groups if group)
 
 
 def plan_delta(bound: BoundAdapter, dtype: str = "F32") -> MergePlan:
