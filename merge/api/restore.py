@@ -205,7 +205,12 @@ def _rebuild_file(merged: Path, folder: Path, index: Path, content: dict[str, An
             for first, nbytes, offset, sizes, xor in frames.get(ref.name, ()):
                 if first != position:
                     raise FileFormatError(f"{index}: {ref.name} has a gap at byte {position}")
-                packed = bytearray(sum(abs(size) for size in sizes))
+                room, need = os.fstat(kept.fileno()).st_size, sum(abs(size) for size in sizes)
+                if offset + need > room:
+                    raise FileFormatError(
+                        f"{kept.name}: ends before a frame of {ref.name}", expected=f"{offset + need}", got=f"{room}"
+                    )
+                packed = bytearray(need)
                 pread_into(kept.fileno(), memoryview(packed), offset, kept.name)
                 data = inflate(sizes, bytes(packed), nbytes)
                 if xor:

@@ -27,6 +27,7 @@ MANIFEST = "adapter_merge.json"
 PREIMAGE_FOLDER = "preimage"  # of a merged model: what the merge has overwritten
 SPLIT = "split"  # a file that marks a staging folder with parts of a split merge
 JOURNAL = "journal"  # a folder of a merge's staging folder: the finished files (resume_journal.py)
+MODEL = "model"  # a folder of it: the output so far
 HIDDEN = re.compile(r"\.(?P<name>.+)\.(lock|partial|old)")
 CACHED = re.compile(r"\.partial-(?P<key>[0-9a-f]{64})")  # a lock alone could be one of the hub's cache
 
@@ -60,7 +61,7 @@ def remove(path: Path) -> None:
 
 def wipe(staging: Path) -> None:
     """Remove the staging folder of an earlier run. Raises OutputError where it holds parts of a split merge."""
-    if not staging.is_symlink() and (staging / SPLIT).exists():
+    if not staging.is_symlink() and _holds_parts(staging):
         raise OutputError(
             f"{staging}: holds parts of another merge",
             expected="the same base, adapter and options as those parts",
@@ -120,9 +121,9 @@ def _clear(output: Path, *, resumable: bool) -> list[Leftover]:
             recover(output)
         if staging_is_ours:
             nbytes, kept = _size(staging), ""
-            if (staging / SPLIT).exists():
+            if _holds_parts(staging):
                 kept = "parts of a split merge: merge --finish joins them"
-            elif not resumable and any((staging / JOURNAL).glob("*.json")) and (staging / "model").is_dir():
+            elif not resumable and any((staging / JOURNAL).glob("*.json")) and (staging / MODEL).is_dir():
                 kept = "finished shards, with which the same merge goes on"
             else:
                 kept = _removed(staging)
@@ -159,6 +160,11 @@ def _removed(path: Path) -> str:
     """Remove `path`; return "", or why it is still there."""
     remove(path)
     return "it could not be removed" if path.exists() else ""
+
+
+def _holds_parts(staging: Path) -> bool:
+    """True while parts of a split merge are there; once they are joined, their folder has the output's name."""
+    return (staging / SPLIT).exists() and (staging / MODEL).is_dir()
 
 
 def _is_folder(path: Path) -> bool:

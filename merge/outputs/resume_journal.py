@@ -31,7 +31,7 @@ from adapter_merge.storage.checkpoint import read_json
 from adapter_merge.storage.hashing import file_sha256, hash_files
 from adapter_merge.storage.locks import locked
 
-from .leftovers import JOURNAL, SPLIT, recover, remove, staging_folder, wipe
+from .leftovers import JOURNAL, MODEL, SPLIT, recover, remove, staging_folder, wipe
 from .staging import check_output, close_to_others, disk_errors, open_to_readers, publish, sync_folder
 
 PLAN = "plan.json"
@@ -43,7 +43,7 @@ class Workplace:
 
     def __init__(self, staging: Path, plan: MergePlan, readers: int) -> None:
         self.staging, self.plan, self.readers = staging, plan, readers
-        self.folder = staging / "model"
+        self.folder = staging / MODEL
         self.journal = staging / JOURNAL
         self.identity: dict[str, Any] = {}  # base, adapter and options of the merge, set by `workplace`
         self._hashes: dict[Path, str] = {}

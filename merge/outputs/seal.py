@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from adapter_merge.errors import Problem
+from adapter_merge.storage.input_errors import reading
 
 SEAL = "seal"
 
@@ -38,7 +39,9 @@ def check_seal(file: Path) -> list[Problem]:
         repeated.extend(sorted({key for key in keys if keys.count(key) > 1}) if len(set(keys)) < len(keys) else ())
         return dict(items)
 
-    content = json.loads(file.read_text("utf-8"), object_pairs_hook=pairs)
+    with reading(file):
+        text = file.read_text("utf-8")
+    content = json.loads(text, object_pairs_hook=pairs)
     if repeated:  # readers differ in which of two equal keys they use
         return [Problem(f"{file}: holds a key twice: {repeated[0]}", hint="it was edited after it was written")]
     if SEAL not in content:

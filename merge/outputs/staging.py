@@ -147,7 +147,8 @@ def disk_errors(output: Path, left: str = "nothing was left behind") -> Iterator
 def close_to_others(folder: Path, readers: int) -> int:
     """Take the mode bits that are not in `readers` from `folder` while it is built; return its mode as it was."""
     mode = stat.S_IMODE(folder.stat().st_mode)
-    folder.chmod(mode & readers)
+    if mode & ~readers:  # some file systems have no modes to change
+        folder.chmod(mode & readers)
     return mode
 
 
@@ -157,7 +158,8 @@ def open_to_readers(folder: Path, readers: int, mode: int) -> None:
         about = path.lstat()
         if stat.S_ISREG(about.st_mode) and about.st_nlink == 1 and about.st_mode & 0o777 & ~readers:
             path.chmod(stat.S_IMODE(about.st_mode) & readers)
-    folder.chmod(mode)
+    if stat.S_IMODE(folder.stat().st_mode) != mode:
+        folder.chmod(mode)
 
 
 def publish(folder: Path, output: Path, overwrite: bool) -> None:
@@ -217,7 +219,9 @@ def copy_synced(source: Path, target: Path) -> None:
         stream = source.open("rb")
         readers = InputSnapshot([source]).readers
     with stream, target.open("wb") as copy:
-        os.fchmod(copy.fileno(), os.fstat(copy.fileno()).st_mode & readers & 0o777)
+        mode = stat.S_IMODE(os.fstat(copy.fileno()).st_mode)
+        if mode & ~readers:
+            os.fchmod(copy.fileno(), mode & readers)
         while True:
             with reading(source):
                 piece = stream.read(COPY_BYTES)

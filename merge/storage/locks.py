@@ -84,6 +84,7 @@ def locked(output: Path, shared: bool = False, patience: float = 0.0) -> Iterato
         try:
             if os.fstat(fd).st_size == 0:
                 os.pwrite(fd, MARK, 0)
+                os.fsync(fd)
         except BaseException:
             os.close(fd)
             raise

@@ -62,7 +62,7 @@ def test_finished_shards_stay_for_the_next_run_of_that_merge(tmp_path: Path, pai
     assert hidden(tmp_path) == set()
 
 
-@pytest.mark.parametrize("names", [(), ("journal/model.safetensors.json",)])
+@pytest.mark.parametrize("names", [(), ("journal/model.safetensors.json",), ("split", "journal/plan.json")])
 def test_a_removal_that_failed_half_way(names: tuple[str, ...], tmp_path: Path, pair: tuple[Path, Path]) -> None:
     """The lock is gone, and part of the staging folder."""
     merge(*pair, tmp_path / "out")

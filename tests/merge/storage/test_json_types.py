@@ -103,3 +103,18 @@ def test_any_value_in_what_we_wrote(name: str, tmp_path: Path, pair: tuple[Path,
                     except AdapterMergeError:
                         refused += 1
     assert refused > 20
+
+
+@pytest.mark.parametrize(
+    "frame", [[0, 1, 10**40, [1, 1], True], [0, 1, 0, [10**15, 1], False], [10**30, 1, 0, [1], True]]
+)
+def test_frames_outside_the_preimage(frame: list[Any], tmp_path: Path, pair: tuple[Path, Path]) -> None:
+    """Nothing is read there, and no memory taken for it."""
+    merge(*pair, tmp_path / "merged", MergeOptions(keep_preimage=True))
+    file = tmp_path / "merged" / "preimage" / "model-00001-of-00002.safetensors.json"
+    content = json.loads(file.read_text())
+    content["frames"][next(iter(content["frames"]))][0] = frame
+    file.write_text(json.dumps(content))
+    with pytest.raises(FileFormatError, match=r"frame|gap"):
+        restore(tmp_path / "merged", tmp_path / "out")
+    assert not (tmp_path / "out").exists()
