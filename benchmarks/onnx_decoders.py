@@ -73,7 +73,7 @@ class OnnxRunner:
     """An export with one adapter, or none: seconds of a prefill, then of single steps."""
 
     def __init__(self, folder: Path, adapter: str | None, threads: int) -> None:
-        from adapter_merge.export.running import Decoder
+        from adapter_merge.export.engine.running import Decoder
 
         self.decoder, self.adapter = Decoder(folder, threads=threads), adapter
 
@@ -116,9 +116,9 @@ def plain_build(base: Path, folder: Path) -> None:
     """onnxruntime-genai's own builder with its defaults; stamped, so that our runner reads it."""
     import onnx_ir as ir
 
-    from adapter_merge.export.folder import save_graph
-    from adapter_merge.export.insertion import stamp
-    from adapter_merge.export.targets import Layout
+    from adapter_merge.export.folder.contents import save_graph
+    from adapter_merge.export.graph.insertion import stamp
+    from adapter_merge.export.graph.targets import Layout
 
     command = [sys.executable, "-m", "onnxruntime_genai.models.builder", "-i", str(base), "-o", str(folder)]
     command += ["-p", "fp32", "-e", "cpu", "-c", str(folder.parent / "cache"), "--extra_options", "hf_token=false"]
@@ -200,8 +200,8 @@ def size(folder: Path) -> int:
 def speed(base: Path, work: Path, rounds: int, threads: int, optimum: Path | None) -> dict[str, Any]:
     """Medians, ratios, sizes, switch and add times."""
     from adapter_merge.export.adding import add_adapters
+    from adapter_merge.export.engine.running import Decoder
     from adapter_merge.export.exporting import export_model
-    from adapter_merge.export.running import Decoder
 
     adapters = {f"r{rank}": work / f"r{rank}" for rank in (8, 16)}
     if not (work / "switchable").exists():  # the folders of an earlier run are taken as they are
@@ -285,10 +285,10 @@ def speed(base: Path, work: Path, rounds: int, threads: int, optimum: Path | Non
 def parity(base: Path, work: Path) -> list[dict[str, Any]]:
     """Every adapter in every mode: largest logit difference over 256 tokens, greedy answers of GREEDY tokens."""
     from adapter_merge.demo.walkthrough import adapter_folder
+    from adapter_merge.export.checking.verdict import reference_model
+    from adapter_merge.export.checking.verification import torch_greedy, verify_onnx
+    from adapter_merge.export.engine.running import Decoder
     from adapter_merge.export.exporting import export_model
-    from adapter_merge.export.running import Decoder
-    from adapter_merge.export.verdict import reference_model
-    from adapter_merge.export.verification import torch_greedy, verify_onnx
 
     adapters = {"lora": work / "r8", "dcft": adapter_folder("dcft-pirate"), "dude": adapter_folder("dude-json")}
     export_model(base, adapters, work / "parity-switchable", mode="switchable")

@@ -13,23 +13,22 @@ from typing import Any
 
 from adapter_merge.combine.open_inputs import open_pair
 from adapter_merge.errors import InputError, MismatchError, OutputError
+from adapter_merge.export.building.request import figures, silent
+from adapter_merge.export.checking.parity import compare_all, compare_encoders
+from adapter_merge.export.engine.running import Decoder
+from adapter_merge.export.engine.runtime import check_packages
+from adapter_merge.export.folder.contents import folder_layout, read_export
+from adapter_merge.export.folder.manifest import Manifest
+from adapter_merge.export.folder.pending import commit, hidden, recover
+from adapter_merge.export.graph.adapter_file import SUFFIX, aligned, match_all
+from adapter_merge.export.graph.adapter_source import factors_of
+from adapter_merge.export.graph.factor_folder import Factors
+from adapter_merge.export.graph.targets import Layout
+from adapter_merge.export.modes.batched import restack
+from adapter_merge.export.modes.switchable import write_adapters
 from adapter_merge.outputs.staging import disk_errors
 from adapter_merge.quantisation.dense_view import open_base
 from adapter_merge.storage.locks import locked
-
-from .adapter_file import SUFFIX, aligned, match_all
-from .adapter_source import factors_of
-from .batched import restack
-from .factor_folder import Factors
-from .folder import folder_layout, read_export
-from .manifest import Manifest
-from .parity import compare_all, compare_encoders
-from .pending import commit, hidden, recover
-from .request import figures, silent
-from .running import Decoder
-from .runtime import check_packages
-from .switchable import write_adapters
-from .targets import Layout
 
 PATIENCE = 3600.0  # seconds for the adds before this one
 

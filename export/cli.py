@@ -95,7 +95,7 @@ def export(
     Classifiers: BERT, RoBERTa, DeBERTa-v2.
     An adapter without a name gets its folder's.
     """
-    from .adapter_source import parse_adapters
+    from adapter_merge.export.graph.adapter_source import parse_adapters
 
     precision = PRECISIONS[dtype]
     if add and (adapters or output is not None or has_combination() or has_stated()):
@@ -231,8 +231,9 @@ def generate(
     """Answer PROMPT with the export in ONNX_DIR, streaming; with several --adapter, once for each."""
     from dataclasses import asdict
 
+    from adapter_merge.export.engine.prompting import Sampling
+
     from . import generation
-    from .prompting import Sampling
 
     prompt = "\n".join(stated_prompts((prompt,)) or [""])
     together = len(adapters) > 1
@@ -277,6 +278,6 @@ def generate(
 
 def batched(folder: Path) -> bool:
     """Return True for an export that gives all answers at once."""
-    from .folder import read_export
+    from adapter_merge.export.folder.contents import read_export
 
     return read_export(folder).mode == "batched"

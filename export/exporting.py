@@ -7,9 +7,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from adapter_merge.errors import InputError
+from adapter_merge.export.building.request import silent
 from adapter_merge.quantisation.dense_view import open_base
-
-from .request import silent
 
 if TYPE_CHECKING:
     from adapter_merge.combine.recipe import Recipe
@@ -43,7 +42,7 @@ def export_model(
     if recipe is not None and mode != "merged":
         raise InputError(f"a {mode} export keeps its adapters apart: nothing to combine", expected="--mode merged")
     architecture = (open_base(base).config.get("architectures") or ["(none)"])[0]
-    from .traced import TRACED, export_traced
+    from adapter_merge.export.modes.traced import TRACED, export_traced
 
     options: dict[str, Any] = {
         "precision": precision,
@@ -56,13 +55,13 @@ def export_model(
     if architecture in TRACED:
         return export_traced(base, adapters, output, mode=mode, recipe=recipe, **options)
     if mode == "merged":
-        from .merged import export_merged
+        from adapter_merge.export.modes.merged import export_merged
 
         return export_merged(base, adapters, output, recipe=recipe, **options)
     if mode == "switchable":
-        from .switchable import export_switchable
+        from adapter_merge.export.modes.switchable import export_switchable
 
         return export_switchable(base, adapters, output, **options)
-    from .batched import export_batched
+    from adapter_merge.export.modes.batched import export_batched
 
     return export_batched(base, adapters, output, **options)

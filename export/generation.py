@@ -15,12 +15,11 @@ from pathlib import Path
 from typing import Any
 
 from adapter_merge.errors import InputError
-
-from .adapter_file import SUFFIX, check_adapter
-from .folder import folder_layout, read_export
-from .prompting import Prompter, Sampling, chooser, within_context
-from .running import Decoder
-from .runtime import check_external_data, check_packages, parse_device, providers
+from adapter_merge.export.engine.prompting import Prompter, Sampling, chooser, within_context
+from adapter_merge.export.engine.running import Decoder
+from adapter_merge.export.engine.runtime import check_external_data, check_packages, parse_device, providers
+from adapter_merge.export.folder.contents import folder_layout, read_export
+from adapter_merge.export.graph.adapter_file import SUFFIX, check_adapter
 
 BASE = "base"  # what --adapter calls the model without an adapter
 

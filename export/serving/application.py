@@ -15,8 +15,8 @@ from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse, Response, StreamingResponse
 
 from adapter_merge.errors import AdapterMergeError, InputError
-from adapter_merge.export.manifest import Manifest
-from adapter_merge.export.prompting import Prompter, Sampling, within_context
+from adapter_merge.export.engine.prompting import Prompter, Sampling, within_context
+from adapter_merge.export.folder.manifest import Manifest
 
 from .answering import Answer, pieces
 from .engines import Worker
@@ -75,7 +75,7 @@ class Service:
     @property
     def vocabulary(self) -> int:
         """The model's number of tokens; 0 where its settings do not say it."""
-        from adapter_merge.export.decoder_settings import decoder_settings
+        from adapter_merge.export.engine.decoder_settings import decoder_settings
 
         return int(decoder_settings(self.folder).get("model", {}).get("vocab_size", 0))
 

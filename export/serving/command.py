@@ -7,10 +7,10 @@ from collections.abc import Callable
 from pathlib import Path
 
 from adapter_merge.errors import InputError, MissingDependencyError
-from adapter_merge.export.decoder_settings import GENAI
-from adapter_merge.export.folder import read_export
-from adapter_merge.export.prompting import Prompter
-from adapter_merge.export.runtime import check_packages
+from adapter_merge.export.engine.decoder_settings import GENAI
+from adapter_merge.export.engine.prompting import Prompter
+from adapter_merge.export.engine.runtime import check_packages
+from adapter_merge.export.folder.contents import read_export
 
 KEYS = ("ADAPTER_MERGE_API_KEY", "VLLM_API_KEY")
 LOOPBACK = ("127.0.0.1", "localhost", "::1")

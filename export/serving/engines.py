@@ -15,11 +15,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
 from adapter_merge.errors import AdapterMergeError
-from adapter_merge.export.adapter_file import SUFFIX, check_adapter
-from adapter_merge.export.folder import folder_layout
-from adapter_merge.export.prompting import chooser
-from adapter_merge.export.running import Decoder
-from adapter_merge.export.runtime import check_external_data, check_packages, parse_device, providers
+from adapter_merge.export.engine.prompting import chooser
+from adapter_merge.export.engine.running import Decoder
+from adapter_merge.export.engine.runtime import check_external_data, check_packages, parse_device, providers
+from adapter_merge.export.folder.contents import folder_layout
+from adapter_merge.export.graph.adapter_file import SUFFIX, check_adapter
 
 from .job import Job, Token
 

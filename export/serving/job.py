@@ -7,7 +7,7 @@ import threading
 from collections.abc import Generator
 from dataclasses import dataclass, field
 
-from adapter_merge.export.prompting import Sampling
+from adapter_merge.export.engine.prompting import Sampling
 
 
 @dataclass(frozen=True)

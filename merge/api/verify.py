@@ -78,7 +78,8 @@ def verify(
             raise InputError(
                 f"{folder}: the weights of an ONNX export are not compared one by one", hint="leave --weights-only out"
             )
-        exported = importlib.import_module("adapter_merge.export.verification")  # loaded by name: see pyproject.toml
+        module = "adapter_merge.export.checking.verification"  # loaded by name: see pyproject.toml
+        exported = importlib.import_module(module)
         return Verification(
             exported.verify_onnx(
                 bound.base.folder,

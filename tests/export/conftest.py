@@ -49,7 +49,7 @@ def adapters(pico: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, 
 def switchable(pico: Path, adapters: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A switchable export of `pico` with every adapter but DuDe, which a test adds later."""
     pytest.importorskip("onnxruntime_genai")
-    from adapter_merge.export.switchable import export_switchable
+    from adapter_merge.export.modes.switchable import export_switchable
 
     output = tmp_path_factory.mktemp("switchable") / "export"
     export_switchable(pico, {name: path for name, path in adapters.items() if name != "dude"}, output)
@@ -60,7 +60,7 @@ def switchable(pico: Path, adapters: dict[str, Path], tmp_path_factory: pytest.T
 def batched(pico: Path, adapters: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A batched export of `pico` with lora and dcft."""
     pytest.importorskip("onnxruntime_genai")
-    from adapter_merge.export.batched import export_batched
+    from adapter_merge.export.modes.batched import export_batched
 
     output = tmp_path_factory.mktemp("batched") / "export"
     export_batched(pico, {name: adapters[name] for name in ("lora", "dcft")}, output)

@@ -14,8 +14,8 @@ pytest.importorskip("onnxruntime_genai")
 from adapter_merge.cli.main import group
 from adapter_merge.errors import InputError, MismatchError
 from adapter_merge.export import generation
-from adapter_merge.export.prompting import Prompter, Sampling, within_context
-from adapter_merge.export.verification import verify_onnx
+from adapter_merge.export.checking.verification import verify_onnx
+from adapter_merge.export.engine.prompting import Prompter, Sampling, within_context
 
 pytestmark = pytest.mark.onnx
 
@@ -61,7 +61,7 @@ def test_both_engines_and_transformers_answer_alike(folder: Path, pico: Path, ad
     prompter = Prompter(folder)
     ids = prompter.encode("hello")
     model: Any = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(pico), adapters["dude"]).eval()
-    from adapter_merge.export.verification import torch_greedy
+    from adapter_merge.export.checking.verification import torch_greedy
 
     tokens = torch_greedy(model, ids, 24)
     stop = next((index for index, token in enumerate(tokens) if token in prompter.stops), len(tokens))

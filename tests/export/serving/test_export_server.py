@@ -22,8 +22,8 @@ pytest.importorskip("fastapi")
 import uvicorn
 
 from adapter_merge.api.verify_server import verify_server
-from adapter_merge.export.folder import read_export
-from adapter_merge.export.prompting import Prompter
+from adapter_merge.export.engine.prompting import Prompter
+from adapter_merge.export.folder.contents import read_export
 from adapter_merge.export.serving.application import Service, make_application
 from adapter_merge.export.serving.engines import DecoderEngine, Engine, GenaiEngine, Worker
 from adapter_merge.verification.completions_client import ServedModel

@@ -1,0 +1,1 @@
+"""From a checkpoint to a graph, in processes of their own."""

@@ -1,0 +1,1 @@
+"""Exports under onnxruntime: sessions, KV caches, prompts."""

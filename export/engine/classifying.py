@@ -1,0 +1,67 @@
+"""An exported classifier under onnxruntime: logits of texts, with an adapter and its head, or without."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from adapter_merge.errors import InputError
+from adapter_merge.export.graph.adapter_file import SUFFIX, load_tensors
+from adapter_merge.export.graph.targets import Layout, read_layout
+
+from .runtime import open_session
+
+if TYPE_CHECKING:
+    import numpy as np
+    from numpy.typing import NDArray
+
+
+class Classifier:
+    """An open classifier export; an adapter is chosen per call."""
+
+    def __init__(self, folder: Path, device: str = "cpu", threads: int | None = None) -> None:
+        self.folder = folder
+        self.session = open_session(folder / "model.onnx", device, threads)
+        metadata = self.session.get_modelmeta().custom_metadata_map
+        self.layout: Layout = read_layout(metadata, str(folder / "model.onnx"))
+        self.inputs = tuple(value.name for value in self.session.get_inputs())
+        self.outputs = tuple(value.name for value in self.session.get_outputs())
+        self._loaded: dict[str, Any] = {}
+
+    @property
+    def adapters(self) -> tuple[str, ...]:
+        """The names of the available adapters."""
+        return tuple(sorted(path.name.removesuffix(SUFFIX) for path in self.folder.glob(f"*{SUFFIX}")))
+
+    def run(
+        self,
+        input_ids: NDArray[np.int64],  # (batch, sequence)
+        attention_mask: NDArray[np.int64],  # (batch, sequence)
+        adapter: str | None = None,
+        token_type_ids: NDArray[np.int64] | None = None,  # (batch, sequence); zeros when not given
+    ) -> dict[str, NDArray[np.float32]]:
+        """Return output name -> logits: (batch, labels), (batch, sequence, labels) or (batch, sequence).
+
+        Raises InputError for an unknown adapter.
+        """
+        import numpy as np
+
+        feeds: dict[str, Any] = {"input_ids": input_ids, "attention_mask": attention_mask}
+        if "token_type_ids" in self.inputs:
+            feeds["token_type_ids"] = np.zeros_like(input_ids) if token_type_ids is None else token_type_ids
+        if adapter is not None:
+            feeds |= {name: value.numpy() for name, value in self._load(adapter).items()}
+        return dict(zip(self.outputs, self.session.run(None, feeds), strict=True))
+
+    def _load(self, name: str) -> dict[str, Any]:
+        if name not in self._loaded:
+            if name not in self.adapters:
+                expected = ", ".join(self.adapters) or "none"
+                raise InputError(f"{self.folder}: no adapter named {name!r}", expected=expected)
+            self.load_file(name, self.folder / f"{name}{SUFFIX}")
+        tensors: dict[str, Any] = self._loaded[name]
+        return tensors
+
+    def load_file(self, name: str, file: Path) -> None:
+        """Load the adapter in `file` under `name`."""
+        self._loaded[name] = load_tensors(file, self.layout)

@@ -1,0 +1,1 @@
+"""An export's folder: its manifest, its card, and how it changes."""

@@ -1,0 +1,1 @@
+"""The products of a graph, and the adapters that go into it."""

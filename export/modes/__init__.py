@@ -1,0 +1,1 @@
+"""Merged, switchable and batched exports."""
