@@ -42,6 +42,7 @@ def add_adapters(
     dry_run: bool = False,
     check: bool = True,
     say: Callable[[str], None] = silent,
+    force: bool = False,
 ) -> dict[str, Any]:
     """Add `adapters` to the switchable or batched export in `folder`; return the report.
 
@@ -61,7 +62,7 @@ def add_adapters(
     manifest = read_export(folder)
     _check_names(folder, manifest, adapters, overwrite)
     checkpoint = base_of(folder, manifest, layout, base)
-    factors = {name: factors_of(checkpoint, source) for name, source in adapters.items()}
+    factors = {name: factors_of(checkpoint, source, force) for name, source in adapters.items()}
     match_all(factors, layout)
     report = {
         "mode": layout.mode,

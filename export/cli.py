@@ -182,6 +182,8 @@ def describe(report: dict[str, Any]) -> list[str]:
         if size is not None:
             parts.append(f"{size / 1e6:.2f} MB")
         lines.append(f"  {name}: {', '.join(parts) or entry['source']}")
+        if entry.get("origin"):
+            lines.append(f"    base: {entry['origin']}")
     for name, entry in report.get("parity", {}).items():
         lines.append(
             f"  checked {name}: max |dlogit| {entry['max_difference']:.2g}, "

@@ -26,14 +26,16 @@ def export_model(
     device: str = "cpu",
     overwrite: bool = False,
     dry_run: bool = False,
+    force: bool = False,
     recipe: Recipe | None = None,
     check: bool = True,
     say: Callable[[str], None] = silent,
 ) -> dict[str, Any]:
     """Export `base` with `adapters` to `output`; return the report (see the functions of the three modes).
 
-    recipe: merged only, how the adapters are combined; their plain sum when not given. check: compare the export with
-    the live model, base and every adapter, before it is published. say: gets a line per step.
+    recipe: merged only, how the adapters are combined; their plain sum when not given. force: use adapters where
+    evidence contradicts the base. check: compare the export with the live model, base and every adapter, before it is
+    published. say: gets a line per step.
 
     Raises InputError, MismatchError, UnsupportedError, OutputError or MissingDependencyError before long work.
     """
@@ -51,6 +53,7 @@ def export_model(
         "dry_run": dry_run,
         "check": check,
         "say": say,
+        "force": force,
     }
     if architecture in TRACED:
         return export_traced(base, adapters, output, mode=mode, recipe=recipe, **options)

@@ -38,13 +38,14 @@ class Request:
     device: str  # "cpu" or "cuda"
     overwrite: bool
     dry_run: bool
+    force: bool = False  # use adapters where evidence contradicts the base
     check: bool = True  # compare the export with the live model before it is published
     say: Callable[[str], None] = silent
     started: float = field(default_factory=time.perf_counter)
 
     def factors(self) -> dict[str, Factors]:
         """Return the factors of every adapter on the base."""
-        return {name: factors_of(self.checkpoint.folder, source) for name, source in self.adapters.items()}
+        return {name: factors_of(self.checkpoint.folder, source, self.force) for name, source in self.adapters.items()}
 
     def reserve(self, nbytes: int) -> int:
         """Return `nbytes` if the output's disk has that much space. Raises OutputError otherwise."""
@@ -94,6 +95,7 @@ def open_request(
     device: str = "cpu",
     overwrite: bool = False,
     dry_run: bool = False,
+    force: bool = False,
     check: bool = True,
     say: Callable[[str], None] = silent,
     traced: bool = False,
@@ -116,7 +118,7 @@ def open_request(
     if check and not dry_run:
         check_runnable(precision)
     check_output(output, overwrite, (checkpoint.folder, *adapters.values()))
-    return Request(mode, checkpoint, adapters, output, precision, kind, overwrite, dry_run, check, say)
+    return Request(mode, checkpoint, adapters, output, precision, kind, overwrite, dry_run, force, check, say)
 
 
 def export_bytes(checkpoint: Checkpoint, precision: str) -> int:
@@ -133,6 +135,7 @@ def figures(factors: Factors) -> dict[str, Any]:
         "source": str(factors.source),
         "method": factors.method,
         "relative_error": factors.error,
+        **factors.evidence(),
         "linears": len(factors.linears),
         "max_rank": factors.max_rank,
         "row_scaled": sum(linear.row_scale is not None for linear in factors.linears.values()),

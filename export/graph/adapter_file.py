@@ -29,14 +29,6 @@ def match_factors(factors: Factors, layout: Layout) -> None:
     """Raise MismatchError, with every problem, when `factors` do not fit the export."""
     factors = aligned(factors, layout)
     problems = []
-    if factors.base is not None and factors.base != layout.base:
-        problems.append(
-            Problem(
-                f"{factors.source}: made for another base than this export",
-                expected=f"base fingerprint {layout.base[:16]}",
-                got=factors.base[:16],
-            )
-        )
     places = {part.module: (target, part) for target in layout.targets for part in target.parts}
     problems.extend(_shared_queries(factors, layout))
     for module, linear in factors.linears.items():

@@ -21,23 +21,31 @@ def is_factor_folder(folder: Path) -> bool:
     return manifest.is_file() and read_json(manifest).get("artefact") == "factors"
 
 
-def factors_of(base: Path, adapter: Path) -> Factors:
+def factors_of(base: Path, adapter: Path, force: bool = False) -> Factors:
     """Return the factors of `adapter` (any form) on `base`, of which only the needed weights are read.
 
-    Nothing is read from `adapter` later. Raises FileFormatError where it changes meanwhile.
+    Nothing is read from `adapter` later. Raises FileFormatError where it changes meanwhile, MismatchError where
+    evidence contradicts the base, unless `force`.
     """
+    from adapter_merge.combine.open_inputs import open_pair
+    from adapter_merge.formats.read_options import ReadOptions
+
+    options = ReadOptions(force=True) if force else None
     if is_factor_folder(adapter):
         inputs = snapshot_folder(adapter)
         factors = read_factors(adapter)
+        origin = open_pair(base, adapter, None, options).origin
         inputs.check()
-        return factors
+        return replace(factors, origin=origin.text, contradictions=tuple(one.cause for one in origin.contradictions))
     from adapter_merge.api.factor import factor
     from adapter_merge.api.options import FactorOptions
 
     with tempfile.TemporaryDirectory(prefix="adapter-merge-factors-") as temporary:
         folder = Path(temporary) / "factors"
-        factor(base, adapter, folder, FactorOptions(device="cpu", frozen_positions=True))
-        return replace(read_factors(folder), source=adapter)
+        result = factor(base, adapter, folder, FactorOptions(device="cpu", frozen_positions=True, reading=options))
+        (entry,) = result.as_json()["adapters"]
+        known = {"origin": entry["origin"], "contradictions": tuple(entry["contradictions"])}
+        return replace(read_factors(folder), source=adapter, **known)
 
 
 def parse_adapters(entries: tuple[str, ...]) -> dict[str, Path]:

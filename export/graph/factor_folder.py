@@ -44,10 +44,15 @@ class Factors:
     source: Path
     linears: Mapping[str, LinearFactors]
     replacements: Mapping[str, NDArray[np.float32]]
-    base: str | None  # fingerprint of the base that the factors were made for, where the manifest says so
     method: str = "factors"
     error: float = 0.0  # largest relative error of a weight's change, where factoring measured one
+    origin: str | None = None  # evidence of the base that the adapter was trained on, as a sentence
+    contradictions: tuple[str, ...] = ()  # what of it speaks against the base, where it was forced
     frozen_positions: bool = False  # DeBERTa: the positional queries keep the frozen weight (DCFT with share_att_key)
+
+    def evidence(self) -> dict[str, Any]:
+        """Return the manifest's keys of what tells the base of the training."""
+        return {"origin": self.origin, **({"contradictions": list(self.contradictions)} if self.contradictions else {})}
 
     def aligned(self, modules: Iterable[str], tensors: Iterable[str]) -> Factors:
         """Return the factors under a graph's names, which may have one leading component more or less.
@@ -162,13 +167,12 @@ def read_factors(folder: Path) -> Factors:
         if not np.isfinite(tensor).all():
             problems.append(Problem(f"{folder}: {name} holds NaN or infinity"))
     raise_all(problems, AdapterError)
-    base = manifest.get("base")
-    fingerprint = base.get("fingerprint") if isinstance(base, dict) else None
     entries = manifest.get("adapters")
     method = entries[0].get("method", "factors") if isinstance(entries, list) and entries else "factors"
     errors = [layer.get("relative_error") or 0.0 for layer in manifest.get("layers", {}).values()]
     frozen = manifest.get("frozen_positions") is True
-    return Factors(folder, linears, replacements, fingerprint, method, max(errors, default=0.0), frozen)
+    error = max(errors, default=0.0)
+    return Factors(folder, linears, replacements, method, error, frozen_positions=frozen)
 
 
 def _pattern(config: Mapping[str, Any], module: str, kind: str, default: str) -> Any:

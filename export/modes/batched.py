@@ -65,7 +65,12 @@ def export_batched(base: str | Path, adapters: Mapping[str, Path], output: Path,
         count = _write_stacks(model, layout, slots, staging / DATA, staging / "model.onnx")
         manifest = request.manifest()
         for slot, name in enumerate(factors, start=1):
-            manifest.adapters[name] = {"source": str(adapters[name]), "file": DATA, "id": slot}
+            manifest.adapters[name] = {
+                "source": str(adapters[name]),
+                "file": DATA,
+                "id": slot,
+                **factors[name].evidence(),
+            }
         check_decoder_parity(request, staging, manifest)
         write_manifest(staging, manifest)
     return {**plan, "targets": count, **request.done(manifest)}

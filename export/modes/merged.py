@@ -9,6 +9,7 @@ from __future__ import annotations
 import shutil
 import time
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -78,19 +79,29 @@ def merge_adapters(
     from adapter_merge.api.options import MergeOptions
     from adapter_merge.combine.delta_ops import Settings
     from adapter_merge.combine.recipe import Ingredient, make_recipe
+    from adapter_merge.formats.read_options import ReadOptions
 
     dtype = DTYPES[request.precision]
     quantised = request.checkpoint.stored is not None
-    options = MergeOptions(dtype=dtype, write_as=dtype if quantised else None, device="cpu", dry_run=dry_run)
+    reading = ReadOptions(force=True) if request.force else None
+    options = MergeOptions(
+        dtype=dtype, write_as=dtype if quantised else None, device="cpu", dry_run=dry_run, reading=reading
+    )
     adapters, names = request.adapters, list(request.adapters)
     if recipe is None and len(names) > 1:
         recipe = make_recipe([Ingredient(name, str(path)) for name, path in adapters.items()], Settings())
+    if recipe is not None and request.force:
+        forced = [replace(item, options={**(item.options or {}), "force": True}) for item in recipe.ingredients]
+        recipe = replace(recipe, ingredients=tuple(forced))
     if recipe is not None:
         names = [item.name for item in recipe.ingredients]
     result = merge(request.checkpoint.folder, recipe or adapters[names[0]], output, options)
     return {
-        name: {"source": str(adapters[name]), "method": entry.method, "sha256": entry.sha256}
-        for name, entry in zip(names, result.adapters, strict=True)
+        name: {
+            "source": str(adapters[name]),
+            **{key: entry[key] for key in ("method", "sha256", "origin", "contradictions") if entry.get(key)},
+        }
+        for name, entry in zip(names, result.as_json()["adapters"], strict=True)
     }
 
 
@@ -103,8 +114,6 @@ def add_merged(manifest: Manifest, entries: Mapping[str, dict[str, Any]], recipe
 
 def stamp_merged(model: ir.Model, request: Request, manifest: Manifest) -> None:
     """Write the names and hashes of base and adapters into the graph's metadata."""
-    from dataclasses import replace
-
     stamp(model, replace(request.layout(), adapters=tuple(manifest.adapters)))
     for name, entry in manifest.adapters.items():
         model.metadata_props[f"adapter_merge.adapter.{name}"] = entry["sha256"]

@@ -76,7 +76,7 @@ def write_adapters(
     for name, value in factors.items():
         file = folder / f"{name}{SUFFIX}"
         size = write_adapter(value, layout, hidden(file) if hide else file)
-        entries[name] = {"source": str(sources[name]), "file": file.name, "bytes": size}
+        entries[name] = {"source": str(sources[name]), "file": file.name, "bytes": size, **value.evidence()}
     return entries
 
 
@@ -115,8 +115,6 @@ def check_modules(factors: Mapping[str, Factors], checkpoint: Checkpoint) -> Non
     """Raise MismatchError before the build when an adapter cannot be switched on this base."""
     problems = []
     for value in factors.values():
-        if value.base is not None and value.base != checkpoint.fingerprint:
-            problems.append(Problem(f"{value.source}: made for another base than {checkpoint.folder}"))
         for module, linear in value.linears.items():
             ref = checkpoint.tensors.get(f"{module}.weight")
             if ref is None and module == "lm_head":

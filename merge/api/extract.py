@@ -208,7 +208,12 @@ def _factors(
 
 def _describe(checkpoint: Checkpoint) -> dict[str, Any]:
     name = checkpoint.config.get("_name_or_path") or checkpoint.folder.name
-    return {"name": name, "path": str(checkpoint.folder), "fingerprint": checkpoint.fingerprint}
+    return {
+        "name": name,
+        "path": str(checkpoint.folder),
+        "fingerprint": checkpoint.fingerprint,
+        "layout": checkpoint.layout,
+    }
 
 
 def _task(checkpoint: Checkpoint) -> str | None:

@@ -25,8 +25,16 @@ import torch
 
 from adapter_merge.binding.bind import BoundAdapter
 from adapter_merge.binding.positional import SHARED
+from adapter_merge.combine.base_weights import base_weights
 from adapter_merge.combine.combined_adapter import CombinedBound
-from adapter_merge.combine.open_inputs import AdapterInput, adapter_only, describe_inputs, input_folders, snapshot_of
+from adapter_merge.combine.open_inputs import (
+    AdapterInput,
+    adapter_only,
+    describe_inputs,
+    input_folders,
+    parts_of,
+    snapshot_of,
+)
 from adapter_merge.engine.devices import choose_device
 from adapter_merge.engine.weight_pool import WeightMap, weight_pool
 from adapter_merge.errors import InputError, Problem, raise_all
@@ -91,6 +99,10 @@ def factor(
     if options.calibrate is not None:
         inputs += InputSnapshot([Path(options.calibrate)])
     described = describe_inputs(bound, options.reading) if bound is not None else adapter_only(opened)
+    if bound is not None:
+        described["base"]["weights"] = {
+            name: sha for part in parts_of(bound) for name, sha in base_weights(part).items()
+        }
     content = manifest("factors", described, _stated(options, bound))
     content["warnings"] = unproved_heads(opened, base)
     content["frozen_positions"] = bound is not None and SHARED in bound.config_changes

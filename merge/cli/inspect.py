@@ -110,7 +110,7 @@ def _show(report: dict[str, Any]) -> None:
     if "base" in report:
         base = report["base"]
         taken = f", taken as the {base['kind']} base: {base['evidence']}" if base["evidence"] else ""
-        console.print(f"fits        {base['path']}{taken}", soft_wrap=True)
+        console.print(f"shapes fit  {base['path']}{taken}", soft_wrap=True)
         console.print(f"origin      {base['origin']}", soft_wrap=True)
         for scheme, count in base["quantised"].items():
             console.print(f"quantised   {count} weights of {scheme}", soft_wrap=True)

@@ -19,7 +19,7 @@ from adapter_merge.storage.hashing import hash_files
 from adapter_merge.storage.input_snapshot import InputSnapshot
 from adapter_merge.storage.safetensors_header import FLOAT_DTYPES
 
-from .adapter_hashes import adapter_files, adapter_sha256, combined_sha256
+from .adapter_hashes import adapter_files, combined_sha256, made_from, merged_into
 from .combined_adapter import CombinedBound, open_combination
 from .origin import bind_checked
 from .recipe import Recipe
@@ -103,12 +103,14 @@ def _describe_base(base: Checkpoint, adapter: Adapter) -> dict[str, Any]:
     described: dict[str, Any] = {"name": name, "path": str((base.stored or base).folder)}
     if schemes:
         described["quantised"] = dict(schemes)
+    merged = merged_into((base.stored or base).folder)
+    if merged:
+        described["merged"] = sorted(merged)
     return described | ({"notes": list(base.notes)} if base.notes else {})
 
 
 def _describe_bound(bound: BoundAdapter, stated: dict[str, Any]) -> dict[str, Any]:
     """Return the manifest's entry of one bound adapter."""
-    files = adapter_files(bound.adapter)
     return {
         **_describe_adapter(bound.adapter),
         "modules": len(bound.modules),
@@ -119,9 +121,15 @@ def _describe_bound(bound: BoundAdapter, stated: dict[str, Any]) -> dict[str, An
         "origin": bound.origin.text,
         "contradictions": [problem.cause for problem in bound.origin.contradictions],
         "stated": stated,
-        "sha256": combined_sha256(files),
-        "files": files,
+        **_describe_files(bound.adapter),
     }
+
+
+def _describe_files(adapter: Adapter) -> dict[str, Any]:
+    """Return the hashes of an adapter, of its files, and of what it was made from."""
+    files, origins = adapter_files(adapter), made_from(adapter.folder)
+    described: dict[str, Any] = {"sha256": combined_sha256(files), "files": files}
+    return described | ({"made_from": sorted(origins)} if origins else {})
 
 
 def _describe_adapter(adapter: Adapter) -> dict[str, Any]:
@@ -139,7 +147,8 @@ def _describe_adapter(adapter: Adapter) -> dict[str, Any]:
 
 def adapter_only(adapter: Adapter) -> dict[str, Any]:
     """Describe an adapter without a base for the manifest."""
-    entry = {**_describe_adapter(adapter), "sha256": adapter_sha256(adapter)}
+    causes = [problem.cause for problem in adapter.contradictions]
+    entry = {**_describe_adapter(adapter), "contradictions": causes, **_describe_files(adapter)}
     return {"base": {"name": adapter.base_name, "fingerprint": None}, "adapters": [entry]}
 
 

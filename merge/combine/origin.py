@@ -5,8 +5,9 @@ An adapter fits every base of its shapes, and a merge into the wrong one does no
 magnitudes       DoRA and DuDe start from the norms of the base's rows, and training moves them little
 residual base    the base of PiSSA, OLoRA and DuDe without its principal part has no energy along the trained factors
 own base         a DCFT checkpoint holds the weights that it was trained on; they are compared across dtypes
-fingerprint      folders that adapter-merge wrote name the fingerprint of their base
-merged before    a merged model's manifest names the adapters in it
+fingerprints     folders that adapter-merge wrote hold those of the base weights that they adapt (base_weights.py)
+merged before    a merged model's manifest names the adapters in it, those of its base's own merges included
+statements       options of the user against what the adapter's files hold (formats/, binding/base_kind.py)
 names            base_model_name_or_path against the base's own names: an indication, never a contradiction
 
 A contradiction is an error unless the user states `force`, and then stays in the manifest.
@@ -19,32 +20,32 @@ from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
 from statistics import median
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from adapter_merge.binding.bind import BoundAdapter, BoundModule, bind
 from adapter_merge.binding.bound import Origin
 from adapter_merge.errors import MismatchError, Problem, raise_all
 from adapter_merge.methods.adapter import Adapter
 from adapter_merge.methods.lora import LoraModule
-from adapter_merge.storage.checkpoint import Checkpoint, read_json
-from adapter_merge.storage.input_errors import reading
+from adapter_merge.storage.checkpoint import Checkpoint
 from adapter_merge.storage.lazy_torch import torch
 from adapter_merge.storage.safetensors_header import FLOAT_DTYPES
 from adapter_merge.storage.tensor_comparison import same_but_for_rounding
 from adapter_merge.storage.tensor_io import read_tensor
 
-from .adapter_hashes import adapter_sha256
+from .adapter_hashes import MANIFEST, identities, manifest_of, merged_into
+from .base_weights import compare_weights
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-MANIFEST = "adapter_merge.json"
 BLOCK_BYTES = 1 << 20
 SAMPLES = 6  # weights that are looked at, spread over the model
 ALIKE = 0.9  # correlation of magnitudes and row norms from which on they agree
 UNLIKE = 0.3  # correlation below which they contradict, where the magnitudes spread by SPREAD
 SPREAD = 0.05  # standard deviation of log m: below it the drift of training may hide the norms
 FAR = 1.1  # median |log(m / row norm)| that contradicts: a factor of 3
+SUBNORMAL = 1e-7  # what float16 may lose of a value below its normal numbers
 ORTHOGONAL = 0.5  # share of a random matrix's energy along the trained factors that a residual base stays below
 
 
@@ -64,7 +65,8 @@ def bind_checked(adapter: Adapter, base: Checkpoint, base_kind: str | None = Non
 def find_origin(bound: BoundAdapter) -> Origin:
     """Return what agrees with the base, what contradicts it, and what differs without a contradiction."""
     recorded = _recorded(bound)
-    found = bound.origin + recorded + _own_base(bound) + _merged(bound)
+    stated = Origin(contradictions=bound.adapter.contradictions)
+    found = stated + bound.origin + recorded + _own_base(bound) + _merged(bound)
     if not recorded.findings:  # a fingerprint says more, and factors that adapter-merge wrote have other magnitudes
         found = found + _magnitudes(bound) + _residual(bound)
     return found + _names(bound, bool(found.findings))
@@ -137,13 +139,16 @@ def _blocks(item: BoundModule) -> Iterator[tuple[int, Tensor]]:
     """Yield (first row, float32 block) of the stored weight, or of its adapted rows, about BLOCK_BYTES each."""
     ref = item.weight
     start, stop = item.rows or (0, ref.rows)
-    columns = ref.shape[-1]
-    step = max(1, BLOCK_BYTES // (4 * columns))
+    step = max(1, BLOCK_BYTES // (4 * ref.shape[-1]))
     for first in range(start, stop, step):
-        count = min(step, stop - first)
-        place = ref.start + first * ref.row_bytes
-        part = replace(ref, shape=(count, columns), start=place, stop=place + count * ref.row_bytes)
-        yield first - start, read_tensor(part).float()
+        yield first - start, _read_rows(ref, first, min(step, stop - first))
+
+
+def _read_rows(ref: TensorRef, first: int, count: int) -> Tensor:
+    """Read `count` rows of a stored tensor's 2-D view, (count, columns) float32."""
+    place = ref.start + first * ref.row_bytes
+    part = replace(ref, shape=(count, ref.shape[-1]), start=place, stop=place + count * ref.row_bytes)
+    return read_tensor(part).float()
 
 
 def _residual(bound: BoundAdapter) -> Origin:
@@ -221,40 +226,41 @@ def _own_base(bound: BoundAdapter) -> Origin:
 
 
 def _recorded(bound: BoundAdapter) -> Origin:
-    """Compare the base's fingerprint with the one that the adapter's folder recorded, where adapter-merge wrote it."""
-    stated = _manifest(bound.adapter.folder).get("base")
-    if not isinstance(stated, dict) or not isinstance(stated.get("fingerprint"), str):
+    """Compare the base with the fingerprints that the adapter's folder recorded, where adapter-merge wrote it."""
+    stated = manifest_of(bound.adapter.folder).get("base")
+    if not isinstance(stated, dict) or not isinstance(stated.get("fingerprint") or stated.get("weights"), str | dict):
         return Origin()
-    if stated["fingerprint"] == bound.base.fingerprint:
+    if stated.get("fingerprint") == bound.base.fingerprint:
         return Origin(("the adapter's folder names this base's fingerprint",))
-    if stated.get("layout") == bound.base.layout:
+    weights = stated.get("weights")
+    found = compare_weights(weights if isinstance(weights, dict) else {}, bound)
+    count = found.equal + len(found.different)
+    if found.different or (not count and stated.get("layout") == bound.base.layout):
         return Origin(
             contradictions=(
                 Problem(
                     f"{bound.adapter.folder / MANIFEST}: names another base: the same tensors with other values",
-                    expected=f"a base of fingerprint {stated['fingerprint'][:16]}",
-                    got=bound.base.fingerprint[:16],
+                    got=f"{len(found.different)} of {count} adapted weights differ" if count else "another fingerprint",
                     hint="give the base that it names; --force uses this one all the same",
                 ),
             )
         )
+    if found.equal:
+        return Origin((f"the adapter's folder names this base's weights ({count} compared)",))
     return Origin(doubts=("the adapter's folder names a base of another dtype or other names than this one",))
 
 
 def _merged(bound: BoundAdapter) -> Origin:
     """Look for this adapter in the manifest of a base that is a merged model."""
-    manifest = _manifest(bound.base.folder)
-    entries = manifest.get("adapters")
-    if manifest.get("artefact") != "merged model" or not isinstance(entries, list):
-        return Origin()
-    hashes = [entry.get("sha256") for entry in entries if isinstance(entry, dict)]
-    if adapter_sha256(bound.adapter) not in hashes:
+    folder = (bound.base.stored or bound.base).folder
+    merged = merged_into(folder)
+    if not merged or not merged & identities(bound.adapter):
         return Origin()
     return Origin(
         contradictions=(
             Problem(
-                f"{bound.base.folder}: the adapter is already merged into this base",
-                got=f"{MANIFEST} lists an adapter with its sha256",
+                f"{folder}: the adapter is already merged into this base",
+                got=f"{MANIFEST} lists its weights, or those that it was made from, among the merged adapters",
                 hint="give the base before that merge; --force merges it a second time",
             ),
         )
@@ -269,6 +275,9 @@ def _names(bound: BoundAdapter, known: bool) -> Origin:
     own = _own_names(bound.base)
     if _plain(stated) in {_plain(name) for name in own}:
         return Origin((f"the adapter names {stated}, and so does the base",))
+    before = _name_before_merge(bound.base)
+    if not known and before is not None and _plain(stated) == _plain(before):
+        return Origin(doubts=(f"the adapter names {stated}; this base is {before} with adapters merged into it",))
     published = [name for name in own if "/" in name]
     if not known and published and "/" in stated and not Path(stated).exists():
         return Origin(doubts=(f"the adapter names {stated}; this base calls itself {published[0]}",))
@@ -291,8 +300,9 @@ def _plain(name: str) -> str:
     return name.rstrip("/").rpartition("/")[2].partition("@")[0].lower()
 
 
-def _manifest(folder: Path) -> dict[str, Any]:
-    """Read the manifest of a folder that adapter-merge wrote; empty where there is none."""
-    file = folder / MANIFEST
-    with reading(file):
-        return read_json(file) if file.is_file() else {}
+def _name_before_merge(base: Checkpoint) -> str | None:
+    """Return the name of the model that a merged model was made from, by its manifest; None for any other base."""
+    manifest = manifest_of((base.stored or base).folder)
+    stated = manifest.get("base") if manifest.get("artefact") == "merged model" else None
+    name = stated.get("name") if isinstance(stated, dict) else None
+    return name if isinstance(name, str) else None

@@ -16,7 +16,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import replace
 
-from adapter_merge.errors import AdapterError, MismatchError, Problem, UnsupportedError, raise_all
+from adapter_merge.errors import AdapterError, Problem, UnsupportedError, raise_all
 from adapter_merge.methods.adapter import Adapter, AdapterFormat
 from adapter_merge.storage.checkpoint import OUTPUT_HEADS, Checkpoint
 from adapter_merge.storage.safetensors_header import TensorRef
@@ -24,6 +24,7 @@ from adapter_merge.storage.tensor_comparison import same_bytes, same_values
 
 from .dcft_tensors import DCFT_ROLE, SHARED_ROLES, dcft_modules, group_dcft
 from .settings import KnownSettings
+from .statements import against, against_tensors
 
 # Keys of the reference's training arguments, which the merged model's config must not contain.
 TRAINING_KEYS = (
@@ -70,7 +71,7 @@ def read_dcft_checkpoint(
     """Read the adapter in a checkpoint of the reference. `alpha` overrides lora_alpha of config.json.
 
     The replacements are the heads that were trained beside the adapter (see `trained_tensors`). Raises AdapterError
-    with every problem, UnsupportedError for other methods, MismatchError for a `base` that was not trained on.
+    with every problem, UnsupportedError for other methods. combine/origin.py compares a base with the frozen weights.
     """
     weights = checkpoint.shards[0].file
     groups, others, problems = group_dcft(tuple(checkpoint.tensors.values()), "", weights)
@@ -90,6 +91,8 @@ def read_dcft_checkpoint(
         groups, config.get("lora_alpha") if alpha is None else alpha, None, shapes, weights, ranknum
     )
     raise_all(problems, AdapterError)
+    contradictions = against("alpha", alpha, config.get("lora_alpha"), checkpoint.folder / "config.json")
+    contradictions += against_tensors("ranknum", ranknum, (group.get("ranknum") for group in groups.values()), weights)
     own = Checkpoint(
         checkpoint.folder,
         tuple(
@@ -105,8 +108,6 @@ def read_dcft_checkpoint(
         checkpoint.snapshot,
     )
     adapted = {module.name for module in modules}
-    if base is not None:
-        _check_base(others, adapted, base)
     return Adapter(
         folder=checkpoint.folder,
         format=AdapterFormat.DCFT,
@@ -117,21 +118,8 @@ def read_dcft_checkpoint(
         base_name=config.get("_name_or_path"),
         own_base=own,
         files=tuple(dict.fromkeys(shard.file for shard in checkpoint.shards)),
+        contradictions=contradictions,
     )
-
-
-def _check_base(others: Mapping[str, TensorRef], adapted: set[str], base: Checkpoint) -> None:
-    """Raise MismatchError where `base` holds other values than the frozen weights of the checkpoint."""
-    names = [f"{name}.weight" for name in sorted(adapted)]
-    problems = [
-        Problem(f"{name}: the base's weight is not the one that the checkpoint was trained on")
-        for name in names
-        if name in base.tensors and base.tensors[name].dtype == others[name].dtype
-        and not same_bytes(base.tensors[name], others[name])
-    ]  # fmt: skip
-    if problems:
-        hint = "leave BASE out: the checkpoint holds its own"
-        raise MismatchError([*problems[:10], Problem(f"{len(problems)} of {len(names)} weights differ", hint=hint)])
 
 
 def trained_tensors(

@@ -217,7 +217,8 @@ def open_adapter(folder: str | Path, options: ReadOptions | None = None, base: C
     detected = detect(path, options.format, folder)
     _refuse_unused(path, detected.format, options)
     adapter = _read(path, detected, options, base)
-    raise_all([*_check_names(path, adapter), *_check_dtypes(adapter)], AdapterError)
+    stated_wrongly = () if options.force else adapter.contradictions
+    raise_all([*_check_names(path, adapter), *_check_dtypes(adapter), *stated_wrongly], AdapterError)
     files = dict.fromkeys([*adapter.files, *stated, *(ref.file for ref in adapter.refs)])
     snapshot = snapshot.of(files)
     if adapter.own_base is not None:

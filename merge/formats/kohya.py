@@ -26,6 +26,7 @@ from adapter_merge.storage.safetensors_header import FLOAT_DTYPES, TensorRef
 from adapter_merge.storage.tensor_io import read_tensor
 
 from .settings import KnownSettings
+from .statements import against_tensors
 
 LORA_ROLES = {"lora_down.weight": "A", "lora_up.weight": "B", "lora_mid.weight": "t2", "lora_down": "A", "lora_up": "B"}
 COMMON_ROLES = {"alpha": "alpha", "dora_scale": "m"}
@@ -93,6 +94,7 @@ def read_kohya(file: Path, alpha: float | None, magnitude_axis: str | None, base
         config={},
         base_name=shard.metadata.get("ss_sd_model_name"),
         files=(file,),
+        contradictions=against_tensors("alpha", alpha, (group.get("alpha") for group in named.values()), file),
     )
 
 

@@ -32,6 +32,7 @@ from adapter_merge.storage.safetensors_header import TensorRef
 from .mytransformers_arguments import ARGUMENTS, VARIANTS
 from .settings import note_of
 from .state_dict import SortedTensors, sort_tensors
+from .statements import against, against_name
 
 ROLES = {
     "weight_a": "A",
@@ -43,6 +44,7 @@ ROLES = {
 }
 REPEATABLE_ITERATIONS = 2  # up to this number, pissa_n_iters and milora_n_iters mean a full SVD
 DTYPES = {"fp32": "F32", "bf16": "BF16", "fp16": "F16"}
+TORCH_NAMES = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}
 DECOMPOSED = {"PiSSA": "svd", "DuDe": "svd", "OLoRA": "qr", "MiLoRA": "svd_least"}
 MILORA_NOTE = (
     "MiLoRA starts from the smallest singular values: the factors do not show whether the base is the original. "
@@ -114,6 +116,12 @@ def read_mytransformers(
         replacements=tensors.replacements,
         config=config,
         files=(file, *((config_file,) if config else ())),
+        contradictions=(
+            *against("alpha", alpha, config.get("lora_scaler"), config_file),
+            *against_name(
+                "residual-dtype", residual_dtype, TORCH_NAMES.get(str(config.get("default_dtype"))), config_file
+            ),
+        ),
         notes=(*tensors.notes, *note_of(off, str(config_file)), *((MILORA_NOTE,) if assumed else ())),
     )
 

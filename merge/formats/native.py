@@ -39,6 +39,7 @@ from adapter_merge.storage.safetensors_header import TensorRef
 from .dcft_tensors import dcft_modules, group_dcft, is_pair
 from .kohya import group_lycoris, lycoris_modules, method_of
 from .settings import KnownSettings
+from .statements import against, against_tensors
 
 NATIVE_TYPES = ("DCFT", "DUDE", "LYCORIS")
 FORMAT_VERSION = 1
@@ -87,9 +88,11 @@ def read_native(folder: Path, alpha: float | None = None, ranknum: float | None 
         problems.append(Problem(f"{config_file}: form is wrong", "'reshape', or none", f"{config['form']!r:.100}"))
     shard = read_weights(weights)
     replacements: Mapping[str, TensorRef] = {}
+    contradictions: tuple[Problem, ...] = ()
     if config["peft_type"] == "LYCORIS":
         lycoris, format_problems = group_lycoris(shard.tensors, weights, PREFIX)
         modules = lycoris_modules(lycoris, alpha, False, None, weights, format_problems)
+        contradictions = against_tensors("alpha", alpha, (group.get("alpha") for group in lycoris.values()), weights)
         method = method_of(modules)
     elif config["peft_type"] == "DUDE":
         tensors = group_tensors(shard.tensors, weights, DUDE_ROLES)
@@ -101,6 +104,10 @@ def read_native(folder: Path, alpha: float | None = None, ranknum: float | None 
     else:
         groups, replacements, format_problems = group_dcft(shard.tensors, PREFIX, weights)
         chosen = config.get("lora_alpha") if alpha is None else alpha
+        contradictions = against("alpha", alpha, config.get("lora_alpha"), config_file)
+        contradictions += against_tensors(
+            "ranknum", ranknum, (group.get("ranknum") for group in groups.values()), weights
+        )
         modules, module_problems = dcft_modules(groups, chosen, config.get("stride"), None, weights, ranknum)
         format_problems = [*format_problems, *module_problems, *_check_dcft_config(config, modules, config_file)]
         method = "DCFT"
@@ -115,6 +122,7 @@ def read_native(folder: Path, alpha: float | None = None, ranknum: float | None 
         base_name=config.get("base_model_name_or_path"),
         fan_in_fan_out=bool(config.get("fan_in_fan_out")),
         files=(config_file, weights),
+        contradictions=contradictions,
     )
 
 

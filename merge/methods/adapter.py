@@ -190,6 +190,7 @@ class Adapter:
     base_layers: Mapping[str, TensorRef] = field(default_factory=dict)  # base weights saved beside the factors
     tied: bool = False  # embeddings and head shared one adapter (PEFT's ensure_weight_tying)
     prefix: str | None = None  # prefix of every module name in the base, where the user states it
+    contradictions: tuple[Problem, ...] = ()  # what the user states otherwise than the files
     forced: bool = False  # the user wants it used where evidence contradicts the base or a statement
     certainty: str = "certain"  # how the format was recognised: certain, likely or stated (see formats/detection.py)
     snapshot: InputSnapshot = field(default_factory=InputSnapshot, repr=False, compare=False)  # taken before reading

@@ -20,7 +20,8 @@ import torch
 from torch import Tensor
 
 from adapter_merge.api.inspect_artefact import adapters_of
-from adapter_merge.binding.bind import BoundAdapter, BoundModule, bind
+from adapter_merge.binding.bind import BoundAdapter, BoundModule
+from adapter_merge.combine.origin import bind_checked
 from adapter_merge.engine.weight_pool import weight_pool
 from adapter_merge.errors import AdapterMergeError, InputError
 from adapter_merge.factoring.certificate import SPECTRUM_LENGTH, relative
@@ -75,10 +76,15 @@ def gather(
     modules: dict[str, dict[str, Any]] = {}
     figures: dict[str, ModuleFigures] = {}
     opened: Adapter | None = None
+    origin: str | None = None
     if (folder / "adapter_config.json").is_file() or manifest is None:
         opened = open_adapter(folder, options, checkpoint)
         checkpoint = checkpoint or opened.own_base
-        figures = measure_adapter(opened, checkpoint, base_kind or _stated_kind(manifest))
+        bound = None
+        if checkpoint is not None:
+            bound = bind_checked(opened, checkpoint, base_kind or _stated_kind(manifest))
+            origin = bound.origin.text
+        figures = measure_adapter(opened, bound)
         for name, figure in figures.items():
             modules[name] = {
                 "shape": list(figure.shape),
@@ -111,6 +117,7 @@ def gather(
         "form": (manifest or {}).get("form"),
         "exact": (manifest or {}).get("exact"),
         "base": (manifest or {}).get("base") or _describe_base(checkpoint, opened),
+        "origin": origin,
         "adapters": adapters_of(manifest or {}) or ([_describe_adapter(opened)] if opened else []),
         "options": (manifest or {}).get("options"),
         "versions": (manifest or {}).get("versions"),
@@ -143,7 +150,7 @@ def changes(
     checkpoint = open_base(base) if base is not None else None
     opened = open_adapter(adapter, options, checkpoint)
     checkpoint = checkpoint or opened.own_base
-    measured = measure_adapter(opened, checkpoint, base_kind)
+    measured = measure_adapter(opened, bind_checked(opened, checkpoint, base_kind) if checkpoint is not None else None)
     if checkpoint is None:
         return {name: figures.delta_norm for name, figures in measured.items()}
     return {name: figures.relative_delta or 0.0 for name, figures in measured.items()}
@@ -165,14 +172,11 @@ def _base_of(base: str | Path | None, manifest: Mapping[str, Any] | None) -> Che
     return None
 
 
-def measure_adapter(
-    opened: Adapter, checkpoint: Checkpoint | None, base_kind: str | None = None
-) -> dict[str, ModuleFigures]:
+def measure_adapter(opened: Adapter, bound: BoundAdapter | None) -> dict[str, ModuleFigures]:
     """Figures of every weight of an adapter, with |dW| / |W| where the base is there.
 
     Without a base, weights whose delta cannot be known without it are left out. `inspect` draws its heat map from this.
     """
-    bound: BoundAdapter | None = bind(opened, checkpoint, base_kind) if checkpoint is not None else None
     pairs: list[tuple[Any, BoundModule | None]]
     if bound is not None:
         pairs = [(item.module, item) for item in bound.modules]

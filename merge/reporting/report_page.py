@@ -286,6 +286,7 @@ def _provenance(content: Mapping[str, Any]) -> str:
     for name, value in (
         ("base", base.get("name")),
         ("base fingerprint", base.get("fingerprint")),
+        ("evidence of the base", content.get("origin")),
         *((f"adapter {entry['name']}", entry.get("sha256")) for entry in content["adapters"]),
         ("made", content.get("created")),
         ("versions", ", ".join(f"{key} {value}" for key, value in (content.get("versions") or {}).items())),

@@ -47,6 +47,7 @@ HUB_ID = re.compile(
     r"(?P<repo>[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*|[A-Za-z0-9][\w-]*)"  # org/model, or one of the old single names
     r"(/(?P<inside>[\w-][\w.-]*(/[\w-][\w.-]*)*))?(@(?P<revision>[\w./-]+))?"
 )
+SAMPLE_BYTES = 4096  # of each end of a tensor, for fingerprints
 # How the names of output heads end; a tied head is a second name of the embeddings.
 OUTPUT_HEADS = ("lm_head.weight", "embed_out.weight", "predictions.decoder.weight")
 
@@ -142,11 +143,7 @@ class Checkpoint:
         for name in sorted(self.tensors):
             ref = self.tensors[name]
             digest.update(f"{name}\0{ref.dtype}\0{ref.shape}\0".encode())
-            with reading(ref.file), ref.file.open("rb") as stream:
-                stream.seek(ref.start)
-                digest.update(stream.read(min(4096, ref.nbytes)))
-                stream.seek(max(ref.start, ref.stop - 4096))
-                digest.update(stream.read(min(4096, ref.nbytes)))
+            digest.update(sample_bytes(ref, 0, ref.nbytes))
         return digest.hexdigest()
 
 
@@ -161,6 +158,16 @@ def file_state(file: Path) -> str:
     with reading(file):
         about = file.stat()
     return f"{about.st_ino} {about.st_size} {about.st_mtime_ns} {about.st_ctime_ns}"
+
+
+def sample_bytes(ref: TensorRef, first: int, stop: int) -> bytes:
+    """Return the first and the last 4 KiB of the bytes [first, stop) of a stored tensor."""
+    size = min(SAMPLE_BYTES, stop - first)
+    with reading(ref.file), ref.file.open("rb") as stream:
+        stream.seek(ref.start + first)
+        head = stream.read(size)
+        stream.seek(ref.start + max(first, stop - SAMPLE_BYTES))
+        return head + stream.read(size)
 
 
 def read_json(file: Path) -> dict[str, Any]:

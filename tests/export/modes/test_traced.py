@@ -178,8 +178,8 @@ def test_factors_for_tokens_alone_need_a_product_of_their_own() -> None:
     apart = Layout(
         "switchable", "b", "fp32", "float32", (target(module, "one"), target(f"{module}.positions", "two")), {}
     )
-    plain = Factors(Path("lora"), {module: linear}, {}, "b", "LoRA")
-    frozen = Factors(Path("dcft"), {module: linear}, {}, "b", "DCFT", frozen_positions=True)
+    plain = Factors(Path("lora"), {module: linear}, {}, "LoRA")
+    frozen = Factors(Path("dcft"), {module: linear}, {}, "DCFT", frozen_positions=True)
     assert set(aligned(plain, apart).linears) == {module, f"{module}.positions"}
     assert set(aligned(frozen, apart).linears) == set(aligned(plain, together).linears) == {module}
     for factors, layout in ((plain, together), (plain, apart), (frozen, apart)):

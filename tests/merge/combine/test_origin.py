@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
 from pathlib import Path
 from typing import Any
 
 import pico
 import pytest
 import torch
+from safetensors.torch import save_file
 
 from adapter_merge.api.convert import convert
 from adapter_merge.api.factor import factor
@@ -35,6 +37,7 @@ def bases(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
         "base": pico.save_base(pico.pico_model("llama"), folder / "base"),
         "other": pico.save_base(pico.pico_model("llama", seed=5), folder / "other"),
         "half": pico.save_base(pico.pico_model("llama", torch.bfloat16), folder / "half"),
+        "other half": pico.save_base(pico.pico_model("llama", torch.bfloat16, seed=5), folder / "other-half"),
     }
 
 
@@ -138,8 +141,9 @@ def test_own_folders_know_their_base(bases: dict[str, Path], tmp_path: Path) -> 
     convert(checkpoint, tmp_path / "safe", ConvertOptions(base=bases["base"]))
     adapter = trained(tmp_path / "adapter", "lora")
     factor(bases["base"], adapter, tmp_path / "factors")
-    for folder in ("safe", "factors"):
-        assert "names this base's fingerprint" in inspect(tmp_path / folder, bases["base"]).as_json()["base"]["origin"]
+    convert(checkpoint, tmp_path / "alone")  # without BASE the checkpoint's own weights are recorded
+    for folder in ("safe", "factors", "alone"):
+        assert "names this base's" in inspect(tmp_path / folder, bases["base"]).as_json()["base"]["origin"]
         with pytest.raises(MismatchError, match="names another base: the same tensors with other values"):
             merge(bases["other"], tmp_path / folder, tmp_path / "out")
         report = inspect(tmp_path / folder, bases["half"]).as_json()
@@ -158,6 +162,62 @@ def test_an_adapter_is_not_merged_twice(bases: dict[str, Path], tmp_path: Path) 
     merge(tmp_path / "once", adapter, again, MergeOptions(device="cpu", reading=FORCED))
     other = trained(tmp_path / "second", "lora", r=2)
     merge(tmp_path / "once", other, tmp_path / "both", MergeOptions(device="cpu"))
+    factor(None, adapter, tmp_path / "factors")
+    convert(adapter, tmp_path / "safe")
+    copy = tmp_path / "copy"
+    shutil.copytree(adapter, copy)
+    config = json.loads((copy / "adapter_config.json").read_text())
+    (copy / "adapter_config.json").write_text(json.dumps(config | {"base_model_name_or_path": "elsewhere"}))
+    for base in ("once", "both"):  # the second one was merged into the first
+        for form in (adapter, copy, tmp_path / "factors", tmp_path / "safe"):
+            with pytest.raises(MismatchError, match="already merged into this base"):
+                merge(tmp_path / base, form, again, MergeOptions(device="cpu"))
+    merge(bases["base"], tmp_path / "factors", tmp_path / "of-factors", MergeOptions(device="cpu"))
+    with pytest.raises(MismatchError, match="already merged into this base"):
+        merge(tmp_path / "of-factors", adapter, again, MergeOptions(device="cpu"))
+
+
+def test_a_base_with_another_adapter_merged_is_told(bases: dict[str, Path], tmp_path: Path) -> None:
+    merge(bases["base"], trained(tmp_path / "first", "lora"), tmp_path / "once", MergeOptions(device="cpu"))
+    second = trained(tmp_path / "second", "lora", r=2)
+    config = json.loads((second / "adapter_config.json").read_text())
+    (second / "adapter_config.json").write_text(json.dumps(config | {"base_model_name_or_path": "org/base"}))
+    origin = inspect(second, tmp_path / "once").as_json()["base"]["origin"]
+    assert origin == "the adapter names org/base; this base is base with adapters merged into it"
+
+
+def test_a_number_that_contradicts_the_files_is_refused(bases: dict[str, Path], tmp_path: Path) -> None:
+    """alpha 32 is in the checkpoint's config, ranknum 4 in its tensors; both are in the folder made of it."""
+    checkpoint = pico.save_dcft_checkpoint(pico.dcft_model("llama"), tmp_path / "dcft")
+    convert(checkpoint, tmp_path / "safe", ConvertOptions(base=bases["base"]))
+    for source in (checkpoint, tmp_path / "safe"):
+        for false, right in (({"alpha": 16.0}, {"alpha": 32.0}), ({"ranknum": 8.0}, {"ranknum": 4.0})):
+            (option,) = false
+            with pytest.raises(AdapterError, match=f"--{option} .* contradicts"):
+                merge(bases["base"], source, tmp_path / "out", MergeOptions(reading=ReadOptions(**false)))
+            with pytest.raises(AdapterError, match=f"--{option} .* contradicts"):
+                convert(source, tmp_path / "out", ConvertOptions(reading=ReadOptions(**false)))
+            assert inspect(source, options=InspectOptions(reading=ReadOptions(**false))).problems
+            assert inspect(source, options=InspectOptions(reading=ReadOptions(**right))).problems == ()
+    options = MergeOptions(device="cpu", reading=ReadOptions(alpha=16.0, force=True))
+    merge(bases["base"], checkpoint, tmp_path / "forced", options)
+    (entry,) = json.loads((tmp_path / "forced" / "adapter_merge.json").read_text())["adapters"]
+    assert "--alpha 16 contradicts" in entry["contradictions"][0]
+
+
+def test_a_number_that_contradicts_a_kohya_file_is_refused(bases: dict[str, Path], tmp_path: Path) -> None:
+    name = "model_layers_0_self_attn_q_proj"
+    tensors = {
+        f"lora_te_{name}.lora_down.weight": torch.randn(4, 48),
+        f"lora_te_{name}.lora_up.weight": torch.randn(48, 4),
+    }
+    (tmp_path / "silent").mkdir()
+    save_file(tensors, tmp_path / "silent" / "a.safetensors")
+    (tmp_path / "told").mkdir()
+    save_file(tensors | {f"lora_te_{name}.alpha": torch.tensor(2.0)}, tmp_path / "told" / "a.safetensors")
+    stated = InspectOptions(reading=ReadOptions(alpha=8.0))
+    assert inspect(tmp_path / "silent", bases["base"], stated).problems == ()
+    assert "--alpha 8 contradicts" in inspect(tmp_path / "told", bases["base"], stated).problems[0]
 
 
 @pytest.mark.parametrize("method", ["pissa", "dude"])
