@@ -48,14 +48,16 @@ def export_merged(
     plan = request.plan({name: {"source": str(source)} for name, source in adapters.items()})
     if request.dry_run:
         if adapters:
-            merge_adapters(request, recipe, output.with_name(f".{output.name}.merged"), dry_run=True)
+            merged = output.with_name(f".{output.name}.merged")
+            plan["adapters"] = merge_adapters(request, recipe, merged, dry_run=True)
         return {**plan, "dry_run": True, "bytes_needed": needed}
     with staged(output, request.overwrite, request.checkpoint.snapshot) as staging:
         manifest = request.manifest()
         weights = checkpoint.folder
         if adapters:
             weights = staging / "merged"
-            add_merged(manifest, merge_adapters(request, recipe, weights), recipe)
+            plan["adapters"] = merge_adapters(request, recipe, weights)
+            add_merged(manifest, plan["adapters"], recipe)
         merged_at = time.perf_counter()
         build_decoder(weights, staging, request.precision, request.device, source=checkpoint.folder)
         if adapters:

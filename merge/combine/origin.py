@@ -29,7 +29,7 @@ from adapter_merge.methods.adapter import Adapter
 from adapter_merge.methods.lora import LoraModule
 from adapter_merge.storage.checkpoint import Checkpoint
 from adapter_merge.storage.lazy_torch import torch
-from adapter_merge.storage.safetensors_header import FLOAT_DTYPES
+from adapter_merge.storage.safetensors_header import FLOAT_DTYPES, TensorRef
 from adapter_merge.storage.tensor_comparison import same_but_for_rounding
 from adapter_merge.storage.tensor_io import read_tensor
 
@@ -45,7 +45,6 @@ ALIKE = 0.9  # correlation of magnitudes and row norms from which on they agree
 UNLIKE = 0.3  # correlation below which they contradict, where the magnitudes spread by SPREAD
 SPREAD = 0.05  # standard deviation of log m: below it the drift of training may hide the norms
 FAR = 1.1  # median |log(m / row norm)| that contradicts: a factor of 3
-SUBNORMAL = 1e-7  # what float16 may lose of a value below its normal numbers
 ORTHOGONAL = 0.5  # share of a random matrix's energy along the trained factors that a residual base stays below
 
 

@@ -16,6 +16,7 @@ from pico_models import save_lora, save_pico
 
 pytest.importorskip("onnxruntime_genai")
 
+from adapter_merge.api.factor import factor
 from adapter_merge.errors import (
     AdapterMergeError,
     FileFormatError,
@@ -27,6 +28,7 @@ from adapter_merge.errors import (
 from adapter_merge.export.adding import add_adapters
 from adapter_merge.export.engine.running import LINE, Decoder, in_order, run_all
 from adapter_merge.export.engine.runtime import check_packages, open_session
+from adapter_merge.export.exporting import export_model
 from adapter_merge.export.folder.contents import folder_layout, read_export
 from adapter_merge.export.graph.adapter_file import load_tensors, match_factors, write_adapter
 from adapter_merge.export.graph.adapter_source import factors_of
@@ -169,7 +171,7 @@ class TestBadInput:
         lora = save_lora(other, tmp_path / "lora", 9)
         layout = folder_layout(folder)
         foreign = replace(layout, base="0" * 64)
-        write_adapter(replace(factors_of(other, lora), base=None), foreign, tmp_path / "x.onnx_adapter")
+        write_adapter(factors_of(other, lora), foreign, tmp_path / "x.onnx_adapter")
         with pytest.raises(MismatchError, match="another export"):
             load_tensors(tmp_path / "x.onnx_adapter", layout)
 
@@ -183,6 +185,20 @@ class TestBadInput:
         with pytest.raises(MismatchError, match="not the base of"):
             add_adapters(folder, {"n": adapters["lora"]}, base=other)
         assert not (folder / "n.onnx_adapter").exists()
+
+    @pytest.mark.parametrize("mode", ["merged", "switchable", "batched"])
+    def test_base_that_the_adapter_was_not_trained_on(
+        self, mode: str, pico: Path, adapters: dict[str, Path], tmp_path: Path
+    ) -> None:
+        """Told by the magnitudes of a DoRA, and by what a folder of factors names as its base."""
+        other = save_pico(tmp_path / "other", "llama", seed=9)
+        factor(pico, adapters["lora"], tmp_path / "factors")
+        for adapter, cause in ((adapters["dora"], "not trained on this base"), (tmp_path / "factors", "another base")):
+            with pytest.raises(MismatchError, match=cause):
+                export_model(other, {"a": adapter}, tmp_path / "out", mode=mode, dry_run=True)
+            report = export_model(other, {"a": adapter}, tmp_path / "out", mode=mode, dry_run=True, force=True)
+            assert cause in report["adapters"]["a"]["contradictions"][0]
+            export_model(pico, {"a": adapter}, tmp_path / "out", mode=mode, dry_run=True)
 
     def test_adapter_name_that_is_taken(self, folder: Path, adapters: dict[str, Path]) -> None:
         with pytest.raises(OutputError, match="lora"):
