@@ -117,7 +117,11 @@ def _magnitudes(bound: BoundAdapter) -> Origin:
                 ),
             )
         )
-    return Origin((f"magnitudes follow the base's row norms ({text})",)) if alike >= ALIKE else Origin()
+    if alike >= ALIKE:
+        return Origin((f"magnitudes follow the base's row norms ({text})",))
+    if alike < UNLIKE:  # all magnitudes are nearly equal: they tell nothing
+        return Origin()
+    return Origin(doubts=(f"magnitudes follow the base's row norms only loosely ({text})",))
 
 
 def _norms(item: BoundModule, module: LoraModule, with_factors: bool) -> Tensor:
@@ -203,25 +207,46 @@ def _own_base(bound: BoundAdapter) -> Origin:
         return Origin()
     if own.folder.resolve() == bound.base.folder.resolve():
         return Origin(("the checkpoint holds the base that it was trained on",))
-    pairs = [
-        (own.tensors[name], item.weight)
-        for item in spread([item for item in bound.modules if item.module.parameter == "weight"])
-        if (name := f"{item.module.name}.weight") in own.tensors and own.tensors[name].shape == item.weight.shape
+    items = [
+        item
+        for item in bound.modules
+        if item.module.parameter == "weight"
+        and not item.transposed
+        and (held := own.tensors.get(f"{item.module.name}.weight")) is not None
+        and held.shape == item.weight.shape
     ]
-    if not pairs or bound.base.stored is not None:
+    if not items or bound.base.stored is not None:
         return Origin(doubts=("the checkpoint's frozen weights could not be compared with this base's",))
-    different = [given.name for held, given in pairs if not same_but_for_rounding(held, given)]
+    whole = {item.weight.name for item in spread(items)}
+    different = [
+        item.weight.name
+        for item in items
+        if not _are_equal(own.tensors[f"{item.module.name}.weight"], item.weight, whole=item.weight.name in whole)
+    ]
     if not different:
-        return Origin((f"the checkpoint's frozen weights are this base's ({len(pairs)} compared)",))
+        text = f"{len(items)} compared, {len(whole)} of them in whole, the others by first and last row"
+        return Origin((f"the checkpoint's frozen weights are this base's ({text})",))
     return Origin(
         contradictions=(
             Problem(
                 "the checkpoint was trained on another base: its frozen weights are not this base's",
-                got=f"{len(different)} of {len(pairs)} compared weights differ, for example {different[0]}",
+                got=f"{len(different)} of {len(items)} compared weights differ, for example {different[0]}",
                 hint="leave BASE out, since the checkpoint holds its base; --force uses this one all the same",
             ),
         )
     )
+
+
+def _are_equal(held: TensorRef, given: TensorRef, whole: bool) -> bool:
+    """Compare two weights of one shape but for the rounding of their dtypes, in whole or by first and last row."""
+    if whole:
+        return same_but_for_rounding(held, given)
+    return all(same_but_for_rounding(_row(held, row), _row(given, row)) for row in (0, held.rows - 1))
+
+
+def _row(ref: TensorRef, row: int) -> TensorRef:
+    place = ref.start + row * ref.row_bytes
+    return replace(ref, shape=(1, ref.shape[-1]), start=place, stop=place + ref.row_bytes)
 
 
 def _recorded(bound: BoundAdapter) -> Origin:

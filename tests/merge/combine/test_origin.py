@@ -125,15 +125,21 @@ def test_the_right_residual_base_agrees(bases: dict[str, Path], tmp_path: Path) 
 
 def test_a_checkpoint_that_holds_its_base_refuses_another(bases: dict[str, Path], tmp_path: Path) -> None:
     checkpoint = pico.save_dcft_checkpoint(pico.dcft_model("llama"), tmp_path / "dcft")
-    with pytest.raises(MismatchError, match="not the one that the checkpoint was trained on"):
+    with pytest.raises(MismatchError, match="frozen weights are not this base's"):
         merge(bases["other"], checkpoint, tmp_path / "out")
     merge(bases["base"], checkpoint, tmp_path / "out", MergeOptions(device="cpu"))
     (entry,) = json.loads((tmp_path / "out" / "adapter_merge.json").read_text())["adapters"]
-    assert "the checkpoint's frozen weights are this base's (6 compared)" in entry["origin"]
+    assert "the checkpoint's frozen weights are this base's (14 compared, 6 of them in whole" in entry["origin"]
     merge(bases["half"], checkpoint, tmp_path / "rounded", MergeOptions(device="cpu"))  # the same base in bfloat16
-    other = pico.save_base(pico.pico_model("llama", torch.bfloat16, seed=5), tmp_path / "other")
     with pytest.raises(MismatchError, match="frozen weights are not this base's"):
-        merge(other, checkpoint, tmp_path / "no")
+        merge(bases["other half"], checkpoint, tmp_path / "no")
+    for layer in range(2):  # one weight of another base is enough, in whichever layer
+        model = pico.pico_model("llama")
+        with torch.no_grad():
+            model.model.layers[layer].self_attn.v_proj.weight.add_(0.01)
+        nearly = pico.save_base(model, tmp_path / f"nearly-{layer}")
+        with pytest.raises(MismatchError, match=f"1 of 14 compared.*layers.{layer}.self_attn.v_proj"):
+            merge(nearly, checkpoint, tmp_path / "no")
 
 
 def test_own_folders_know_their_base(bases: dict[str, Path], tmp_path: Path) -> None:
