@@ -30,7 +30,7 @@ TOKENS = {"prompt": [(37 * i + 11) % 250 for i in range(12)], "rest": [7 * i % 2
 # One process imports everything, then forks once per kill. The child's audit hook counts each operation that changes
 # the folder (opening for writing, rename, remove), and kills the child before number STOP; 0 lets it end.
 KILLER = """
-import json, os, shutil, signal, sys
+import json, os, shutil, signal, sys, traceback
 from pathlib import Path
 import torch, onnxruntime, onnx_ir, transformers, peft
 from adapter_merge.export import adding
@@ -61,8 +61,15 @@ while True:
                 if count == stop:
                     os.kill(os.getpid(), signal.SIGKILL)
         sys.addaudithook(hook)
-        adding.add_adapters(folder, {NAME: adapter}, check=False, overwrite=overwrite)
-        os._exit(0)
+        code = 1
+        try:
+            adding.add_adapters(folder, {NAME: adapter}, check=False, overwrite=overwrite)
+            code = 0
+        except BaseException:
+            traceback.print_exc()
+        finally:  # never through onnxruntime's exit handlers, which wait for a thread that the fork has not
+            sys.stderr.flush()
+            os._exit(code)
     status = os.waitpid(child, 0)[1]
     if os.WIFEXITED(status):
         print(json.dumps({"kills": stop - 1, "exit": os.WEXITSTATUS(status)}))
@@ -170,7 +177,7 @@ def test_an_adapter_that_answers_wrongly_is_not_added(
 
     folder = Path(shutil.copytree(switchable, tmp_path / "out"))
     honest = adding.factors_of
-    monkeypatch.setattr(adding, "factors_of", lambda base, source: honest(base, adapters["lora"]))
+    monkeypatch.setattr(adding, "factors_of", lambda base, source, force: honest(base, adapters["lora"], force))
     with pytest.raises(MismatchError, match="does not compute dude"):
         add_adapters(folder, {"dude": adapters["dude"]})
     monkeypatch.undo()
