@@ -50,9 +50,13 @@ def main() -> None:
             merged = python(PROCESS, base, adapter, clear(out))
             weights = python(VERIFY, base, adapter, out, "--weights-only")
             row = f"{size:5} {method:6} {merged['process']:8.1f} {merged['rss'] / 1e6:4.0f}"
-            for done in (weights,) if arguments.no_logits else (
-                weights,
-                python(VERIFY, base, adapter, out, "--tokens", arguments.tokens),
+            for done in (
+                (weights,)
+                if arguments.no_logits
+                else (
+                    weights,
+                    python(VERIFY, base, adapter, out, "--tokens", arguments.tokens),
+                )
             ):
                 ratio = done["process"] / merged["process"]
                 row += f" {done['process']:9.1f} {ratio:6.1f} {done['rss'] / 1e6 - bare:8.0f}"

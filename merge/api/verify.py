@@ -74,24 +74,14 @@ def verify(
     if kind == "onnx":
         if isinstance(adapter, Recipe):
             raise InputError(f"{folder}: an ONNX folder holds adapters one by one", hint="verify it with each of them")
+        stated = {"base_kind": options.base_kind, "options": options.reading}
+        inputs = bound.base.folder, bound.adapter.folder, folder
         if options.weights_only:
-            raise InputError(
-                f"{folder}: the weights of an ONNX export are not compared one by one", hint="leave --weights-only out"
-            )
-        module = "adapter_merge.export.checking.verification"  # loaded by name: see pyproject.toml
-        exported = importlib.import_module(module)
-        return Verification(
-            exported.verify_onnx(
-                bound.base.folder,
-                bound.adapter.folder,
-                folder,
-                prompts=options.prompts,
-                generated=options.generated,
-                bar=options.tolerance,
-                base_kind=options.base_kind,
-                options=options.reading,
-            )
-        )
+            weights = importlib.import_module("adapter_merge.export.checking.weight_proof")  # by name: see pyproject.toml
+            return Verification(weights.verify_weights(*inputs, progress=progress, **stated))
+        exported = importlib.import_module("adapter_merge.export.checking.verification")
+        sampled = {"prompts": options.prompts, "generated": options.generated, "bar": options.tolerance}
+        return Verification(exported.verify_onnx(*inputs, **sampled, **stated))
     report: dict[str, Any] = {
         "artefact": kind,
         "path": str(folder),

@@ -1,0 +1,332 @@
+"""Comparison of an export's weights with the adapter as trained, one by one; no model is run.
+
+products    the matrix of every product against the linears of the checkpoint that it computes: the method's formula in
+            float64 where an adapter is merged into it, the base's values elsewhere
+factors     switchable and batched: W0 + A B, times the row scale, from the tensors of the adapter's file or stack
+others      embeddings, norms and biases against the base's
+
+What the graph's metadata says of its products is not believed: the linears that belong to a product follow from the
+name that onnxruntime-genai's model builder gives it (targets.py) and from the base's own tensors.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from adapter_merge.binding.bind import BoundAdapter
+from adapter_merge.combine.open_inputs import open_pair
+from adapter_merge.errors import InputError
+from adapter_merge.formats.read_options import ReadOptions
+from adapter_merge.quantisation.dense_view import open_base
+from adapter_merge.storage.checkpoint import Checkpoint
+from adapter_merge.storage.tensor_io import read_tensor
+from adapter_merge.verification.compare_weights import (
+    WEIGHT_TOLERANCE,
+    Progress,
+    WeightFigures,
+    modules_by_tensor,
+    whole_weight,
+)
+
+from .adapter_file import SUFFIX, load_tensors
+from .folder import Manifest, read_export
+from .runtime import check_packages
+from .targets import Layout, Target, decoder_targets, read_layout
+from .verdict import find_adapter, header
+
+if TYPE_CHECKING:
+    import onnx_ir as ir
+
+DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
+HEAD, EMBEDDINGS = "lm_head.weight", "model.embed_tokens.weight"
+FACTOR_ROUNDINGS = 4  # A, B and the scale are rounded once each; their product may be off by as many ulp
+OFFSET_NORMS = ("gemma",)  # families whose norms multiply by 1 + weight: the builder stores the sum
+
+
+@dataclass(frozen=True)
+class _Factors:
+    """An adapter's tensors for one target: W' = (W0 + (A B)^T) * s by rows."""
+
+    down: Tensor  # A (k, R)
+    up: Tensor  # B (R, n)
+    scale: Tensor | None  # s (n,)
+
+    def apply(self, weight: Tensor, start: int) -> Tensor:
+        """Return W' (size, k) of the rows that begin at column `start` of the target."""
+        rows = slice(start, start + weight.shape[0])
+        changed = weight + (self.down @ self.up[:, rows]).T
+        return changed if self.scale is None else changed * self.scale[rows, None]
+
+
+def verify_weights(
+    base: str | Path,
+    adapter: str | Path | None,
+    artefact: str | Path,
+    *,
+    name: str | None = None,
+    base_kind: str | None = None,
+    options: ReadOptions | None = None,
+    progress: Progress | None = None,
+) -> dict[str, Any]:
+    """Compare every weight of the decoder export in `artefact` with `adapter` on `base` (None: with the base alone).
+
+    Takes and returns what `verification.verify_onnx` does, without logits: "layers" (relative error of dW by weight),
+    "compared" (their number, the base's own tensors included), "notes" (initialisers that no tensor of the base
+    belongs to), "problems" and "passed".
+
+    Raises InputError for an int4 export, whose weights are no roundings of the trained ones, and for an encoder.
+    """
+    folder = Path(artefact)
+    check_packages("onnx_ir")
+    manifest = read_export(folder)
+    if manifest.kind != "decoder" or manifest.precision not in DTYPES:
+        what = "int4 weights" if manifest.kind == "decoder" else "the weights of an encoder's export"
+        raise InputError(f"{folder}: {what} are not compared one by one", hint="leave --weights-only out")
+    bound = open_pair(base, adapter, base_kind, options) if adapter is not None else None
+    checkpoint = bound.base if bound is not None else open_base(base)
+    chosen = find_adapter(folder, manifest.adapters, adapter, name, manifest.mode)
+    model, graph = _open(folder)
+    layout = read_layout(model.metadata_props, str(folder / "model.onnx"))
+    factors, heads = _adapter(folder, manifest, layout, chosen, graph)
+    proof = _Proof(checkpoint, bound, DTYPES[manifest.precision], graph, factors, heads, progress)
+    proof.run(_all_nodes(model.graph))
+    return {
+        **header(folder, manifest, chosen, adapter),
+        "compared_with": "the method's formula in float64" if adapter else "the base's weights",
+        "layers": {key: asdict(value) for key, value in proof.layers.items()},
+        "half_precision": None,
+        "compared": proof.compared,
+        "notes": proof.notes(),
+        "problems": proof.problems,
+        "passed": not proof.problems,
+    }
+
+
+class _Proof:
+    """Collects the comparison of every initialiser of one graph."""
+
+    def __init__(
+        self,
+        checkpoint: Checkpoint,
+        bound: BoundAdapter | None,
+        kept: torch.dtype,
+        graph: Mapping[str, ir.Value],
+        factors: Mapping[str, _Factors] | None,  # by target; None: merged into the products
+        heads: Mapping[str, Tensor],  # what a switchable adapter replaces, by the checkpoint's names
+        progress: Progress | None,
+    ) -> None:
+        self.checkpoint, self.kept, self.graph, self.factors, self.heads = checkpoint, kept, graph, factors, heads
+        self.modules = modules_by_tensor(bound) if bound is not None else {}
+        self.replacements = bound.replacements if bound is not None else {}
+        self.progress = progress
+        self.layers: dict[str, WeightFigures] = {}
+        self.problems: list[str] = []
+        self.compared = 0
+        self._used: set[str] = set()  # initialisers
+        self._found: set[str] = set()  # tensors of the checkpoint
+
+    def run(self, nodes: list[ir.Node]) -> None:
+        """Compare the products, then every other initialiser, then look for what is missing."""
+        products = {node.name.removeprefix("plain"): node for node in nodes if node.op_type in ("MatMul", "Gemm")}
+        shapes = {name: ref.shape for name, ref in self.checkpoint.tensors.items()}
+        for target in decoder_targets([name for name in products if name], shapes, head=True):
+            for node in nodes:
+                if node.name.removeprefix("plain") == target.nodes[0]:
+                    self._product(target, node)
+        self._others()
+        self._heads()
+        missing = sorted(set(self.checkpoint.tensors) - self._found - {HEAD})
+        missing = [name for name in missing if not name.endswith("rotary_emb.inv_freq")]
+        if missing:
+            self.problems.append(f"{len(missing)} weights of the base are not in the graph, first {missing[0]}")
+        lacking = sorted(set(self.modules) - set(self.layers))
+        if lacking:
+            self.problems.append(f"{len(lacking)} adapted weights are not in the graph, first {lacking[0]}")
+        bad = [name for name, one in self.layers.items() if not one.relative_error <= self._bar()]
+        if bad:
+            text = f"weights with a relative error of dW above {self._bar():.2g}"
+            self.problems.append(f"{len(bad)} {text}, first {bad[0]}")
+        if not self.compared:
+            self.problems.append("nothing was compared: the graph has no product of the base")
+
+    def notes(self) -> list[str]:
+        """Return what no tensor of the base stands for: caches of cosines, constants of the builder."""
+        rest = sorted(
+            name
+            for name, value in self.graph.items()
+            if name not in self._used and value.const_value is not None and value.const_value.size > 1
+        )
+        return [f"not compared: {len(rest)} tensors that the builder computes ({', '.join(rest[:4])})"] if rest else []
+
+    def _bar(self) -> float:
+        if self.kept == torch.float32:
+            return WEIGHT_TOLERANCE
+        return FACTOR_ROUNDINGS * torch.finfo(self.kept).eps
+
+    def _product(self, target: Target, node: ir.Node) -> None:
+        value = node.inputs[1]
+        turned = value is not None and value.producer() is not None
+        if turned:
+            producer = value.producer()
+            value = producer.inputs[0] if producer is not None and producer.op_type == "Transpose" else None
+        if value is None or value.name not in self.graph:
+            self.problems.append(f"{node.name} does not multiply by a stored matrix")
+            return
+        stored = self._read(value.name)
+        matrix = stored if turned else stored.T  # (n, k)
+        if tuple(matrix.shape) != (target.n, target.k):
+            self.problems.append(f"{node.name} multiplies by {tuple(matrix.shape)} instead of {(target.n, target.k)}")
+            return
+        for part in target.parts:
+            self._weight(f"{part.module}.weight", matrix[part.start : part.start + part.size], target, part.start)
+            bias = self.graph.get(f"{node.name.removeprefix('plain').strip('/').replace('/', '.')[:-7]}.Add.bias")
+            if bias is not None and bias.name is not None:
+                stated = self._read(bias.name)[part.start : part.start + part.size]
+                self._plain(f"{part.module}.bias", stated)
+
+    def _weight(self, name: str, got: Tensor, target: Target, start: int) -> None:
+        """Compare the rows of one linear, (size, k) as the graph has them, with the checkpoint's and the adapter's."""
+        source = name
+        if name == HEAD and name not in self.checkpoint.tensors and name not in self.replacements:
+            source = EMBEDDINGS  # tied
+        items = self.modules.get(source)
+        merged = self.factors is None
+        if items is None or not merged:
+            self._plain(source, got, merged)
+        if items is None:
+            if self.factors is not None and target.name in self.factors:
+                base = self._base(source).double()
+                if not torch.equal(self.factors[target.name].apply(base, start), base):
+                    self.problems.append(f"{source} is changed by the export, and not by the adapter")
+            return
+        base, exact, slack = whole_weight(items)
+        after = got.double()
+        if not merged:
+            held = (self.factors or {}).get(target.name)
+            after = base if held is None else held.apply(base, start)
+        off = (after - exact).abs()
+        half = torch.finfo(self.kept).eps / 2 if merged and self.kept != torch.float32 else 0.0
+        off = (off - half * exact.abs() - (slack if slack is not None else 0.0)).clamp_min(0)
+        change = float(torch.linalg.vector_norm(exact - base))
+        error = float(torch.linalg.vector_norm(off))
+        relative = error / change if change else error
+        if relative != relative:
+            relative = float("inf")
+        before = self.layers.get(source)
+        worst = max(relative, before.relative_error if before is not None else 0.0)
+        self.layers[source] = WeightFigures(worst, 0.0, str(self.kept).removeprefix("torch."))
+        self._used_tensor(source, base.nbytes)
+
+    def _plain(self, name: str, got: Tensor, replaced: bool = True) -> None:
+        """Compare a tensor that no adapter changes, rounded once to the export's dtype."""
+        if name not in self.checkpoint.tensors:
+            self.problems.append(f"{name} is in the graph, and not in the base")
+            return
+        ref = self.replacements.get(name) if replaced else None
+        wanted = (read_tensor(ref) if ref is not None else self._base(name)).reshape(got.shape)
+        if not torch.equal(wanted.to(self.kept), got):
+            self.problems.append(f"{name} was changed")
+        self._used_tensor(name, wanted.nbytes)
+
+    def _used_tensor(self, name: str, size: int) -> None:
+        self._found.add(name)
+        self.compared += 1
+        if self.progress is not None:
+            self.progress(size)
+
+    def _others(self) -> None:
+        """Compare the initialisers that the builder names after the checkpoint's tensors."""
+        offset = str(self.checkpoint.config.get("model_type", "")).startswith(OFFSET_NORMS)
+        for name in list(self.graph):
+            own = name
+            if name.endswith(".final_norm_layernorm.weight"):
+                own = "model.norm.weight"
+            if name in self._used or own not in self.checkpoint.tensors:
+                continue
+            got = self._read(name)
+            norm = "norm" in own
+            if offset and norm:
+                stored = self._base(own)
+                once = (stored.float() + 1).to(self.kept)
+                twice = (stored.to(self.kept).float() + 1).to(self.kept)  # a merged model in half precision lay between
+                if not bool(((got == once) | (got == twice)).all()):
+                    self.problems.append(f"{own} was changed")
+                self._used_tensor(own, got.nbytes)
+                continue
+            self._plain(own, got, self.factors is None)
+
+    def _heads(self) -> None:
+        """Compare the weights that the adapter brings along and the export switches to."""
+        for name, ref in self.replacements.items() if self.factors is not None else ():
+            held = self.heads.get(name)
+            if held is None or not torch.equal(read_tensor(ref).reshape(held.shape).to(self.kept), held):
+                self.problems.append(f"{name} of the adapter is {'missing' if held is None else 'another one'}")
+            self.compared += 1
+
+    def _base(self, name: str) -> Tensor:
+        return read_tensor(self.checkpoint.tensors[name])
+
+    def _read(self, name: str) -> Tensor:
+        self._used.add(name)
+        return _tensor(self.graph[name])
+
+
+def _open(folder: Path) -> tuple[ir.Model, dict[str, ir.Value]]:
+    """Return the graph, whose weights are mapped and not read, and its initialisers by name."""
+    import onnx_ir as ir
+
+    model = ir.load(folder / "model.onnx")
+    return model, {name: value for name, value in model.graph.initializers.items() if value.const_value is not None}
+
+
+def _all_nodes(graph: ir.Graph) -> list[ir.Node]:
+    """Return the nodes of a graph and of the branches in it."""
+    import onnx_ir as ir
+
+    return list(ir.traversal.RecursiveGraphIterator(graph))
+
+
+def _tensor(value: ir.Value) -> Tensor:
+    """Return an initialiser in its own dtype."""
+    assert value.const_value is not None
+    array = value.const_value.numpy()
+    if array.dtype.name == "bfloat16":
+        return torch.from_numpy(array.view("uint16").copy()).view(torch.bfloat16)
+    return torch.from_numpy(array.copy())
+
+
+def _adapter(
+    folder: Path, manifest: Manifest, layout: Layout, chosen: str | None, graph: Mapping[str, ir.Value]
+) -> tuple[dict[str, _Factors] | None, dict[str, Tensor]]:
+    """Return the chosen adapter's factors by target (None in a merged export), and the heads that it replaces."""
+    if manifest.mode == "merged":
+        return None, {}
+    if chosen is None:
+        return {}, {}
+    if manifest.mode == "switchable":
+        held = {
+            name: torch.from_numpy(value.numpy().copy())
+            for name, value in load_tensors(folder / f"{chosen}{SUFFIX}", layout).items()
+        }
+        heads = {tensor: held[name] for tensor, name in layout.heads.items() if name in held}
+    else:
+        slot = int(manifest.adapters[chosen]["id"])
+        names = {name for one in layout.targets for name in (one.down_name, one.up_name, one.scale_name)}
+        held = {name: _tensor(graph[name])[slot] for name in names if name in graph}
+        heads = {}
+    factors = {}
+    for target in layout.targets:
+        scale = held.get(target.scale_name)
+        if target.down_name in held or scale is not None:
+            factors[target.name] = _Factors(
+                held.get(target.down_name, torch.zeros(target.k, 0)).double(),
+                held.get(target.up_name, torch.zeros(0, target.n)).double(),
+                None if scale is None else scale.reshape(-1).double(),
+            )
+    return factors, heads
