@@ -45,9 +45,10 @@ BAR = 1e-4
 Reference = Callable[[Path, "Path | None", list[int]], torch.Tensor]
 
 
-@pytest.fixture
-def folder(switchable: Path) -> Path:
-    return switchable
+@pytest.fixture(scope="module")
+def folder(switchable: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A copy: a test here adds an adapter to it."""
+    return Path(shutil.copytree(switchable, tmp_path_factory.mktemp("copy") / "export"))
 
 
 def difference(logits: Any, expected: torch.Tensor) -> float:
