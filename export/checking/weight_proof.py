@@ -35,7 +35,8 @@ from adapter_merge.verification.compare_weights import (
 )
 
 from .adapter_file import SUFFIX, load_tensors
-from .folder import Manifest, read_export
+from .folder import read_export
+from .manifest import Manifest
 from .runtime import check_packages
 from .targets import Layout, Target, decoder_targets, read_layout
 from .verdict import find_adapter, header
