@@ -22,6 +22,11 @@ from torch import Tensor
 from adapter_merge.binding.bind import BoundAdapter
 from adapter_merge.combine.open_inputs import open_pair
 from adapter_merge.errors import InputError
+from adapter_merge.export.engine.runtime import check_packages
+from adapter_merge.export.folder.contents import read_export
+from adapter_merge.export.folder.manifest import Manifest
+from adapter_merge.export.graph.adapter_file import SUFFIX, load_tensors
+from adapter_merge.export.graph.targets import Layout, Target, decoder_targets, read_layout
 from adapter_merge.formats.read_options import ReadOptions
 from adapter_merge.quantisation.dense_view import open_base
 from adapter_merge.storage.checkpoint import Checkpoint
@@ -34,11 +39,6 @@ from adapter_merge.verification.compare_weights import (
     whole_weight,
 )
 
-from .adapter_file import SUFFIX, load_tensors
-from .folder import read_export
-from .manifest import Manifest
-from .runtime import check_packages
-from .targets import Layout, Target, decoder_targets, read_layout
 from .verdict import find_adapter, header
 
 if TYPE_CHECKING:

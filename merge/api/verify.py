@@ -77,7 +77,9 @@ def verify(
         stated = {"base_kind": options.base_kind, "options": options.reading}
         inputs = bound.base.folder, bound.adapter.folder, folder
         if options.weights_only:
-            weights = importlib.import_module("adapter_merge.export.checking.weight_proof")  # by name: see pyproject.toml
+            weights = importlib.import_module(
+                "adapter_merge.export.checking.weight_proof"
+            )  # by name: see pyproject.toml
             return Verification(weights.verify_weights(*inputs, progress=progress, **stated))
         exported = importlib.import_module("adapter_merge.export.checking.verification")
         sampled = {"prompts": options.prompts, "generated": options.generated, "bar": options.tolerance}
