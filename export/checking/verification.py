@@ -19,7 +19,7 @@ from adapter_merge.formats.read_options import ReadOptions
 from adapter_merge.verification.key_value_cache import cache_argument, cache_of
 
 from .encoder_verification import verify_encoder
-from .verdict import BARS, check_base, find_adapter, header, reference_model, sample_tokens, verdict
+from .verdict import BARS, TOKENS, check_base, find_adapter, header, reference_model, sample_tokens, verdict
 
 PROMPT = 96  # of them in prefill
 GENERATED = 64  # greedy tokens after each prompt
@@ -112,7 +112,8 @@ def token_lists(
             prompt = prompter.encode(text)
             texts.append((prompt + torch_greedy(model, prompt, generated), len(prompt)))
         return texts
-    ids = list(tokens) if tokens is not None else sample_tokens(vocabulary)
+    longest = getattr(model.config.get_text_config(), "max_position_embeddings", None) or TOKENS
+    ids = list(tokens) if tokens is not None else sample_tokens(vocabulary, min(TOKENS, longest))
     if len(ids) < 2 or not all(0 <= token < vocabulary for token in ids):
         raise InputError("tokens are wrong", expected=f"at least 2 ids below {vocabulary}", got=str(ids[:8]))
     return [(ids, max(1, min(PROMPT, len(ids) // 2)))]

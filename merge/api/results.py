@@ -122,10 +122,6 @@ class DeltaResult(Written):
     """Dense deltas in delta.safetensors."""
 
     @property
-    def weights(self) -> Mapping[str, WeightChange]:
-        return {name: WeightChange(**found) for name, found in self._manifest.get("layers", {}).items()}
-
-    @property
     def not_included(self) -> tuple[str, ...]:
         """Tensors that the adapter replaces as a whole: a delta says nothing of them."""
         return tuple(self._manifest["not_included"])

@@ -29,6 +29,7 @@ from adapter_merge.storage.checkpoint import CANDIDATES, read_json, resolve
 from adapter_merge.verification.compare_logits import compare_logits, token_paths
 from adapter_merge.verification.compare_weights import (
     TRUNCATION,
+    WEIGHT_TOLERANCE,
     Progress,
     WeightProof,
     adapter_weights,
@@ -99,6 +100,8 @@ def verify(
     report["layers"] = {name: asdict(figures) for name, figures in proof.layers.items()}
     report["half_precision"], report["compared"] = proof.half, proof.compared
     problems = [*bases, *proof.problems]
+    if kind == "factors":
+        report["notes"] += _truncated(proof)
     if not proof.compared:
         problems.append("nothing was compared: the artefact and the adapter have no tensor in common")
     if not options.weights_only:
@@ -116,6 +119,16 @@ def verify(
     report["problems"] = problems
     report["passed"] = not problems
     return Verification(report)
+
+
+def _truncated(proof: WeightProof) -> list[str]:
+    """Say what is lost by factors that are the best of their rank, and not the adapter."""
+    errors = [one.relative_error for one in proof.layers.values() if not one.relative_error <= WEIGHT_TOLERANCE]
+    if not errors or proof.problems:
+        return []
+    return [
+        f"{len(errors)} weights are truncated: the best of their rank, off by up to {max(errors):.2g} of the trained dW"
+    ]
 
 
 def _prove_weights(

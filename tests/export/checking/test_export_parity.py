@@ -14,6 +14,7 @@ from pico_models import save_lora, save_pico
 
 pytest.importorskip("onnxruntime_genai")
 
+from adapter_merge.api.verify import verify
 from adapter_merge.cli.main import group
 from adapter_merge.errors import MismatchError, UnsupportedError
 from adapter_merge.export.building.request import Request
@@ -131,3 +132,12 @@ def test_no_check_on_the_command_line(pico: Path, tmp_path: Path) -> None:
     assert result.exit_code == 0, result.output
     assert json.loads(result.stdout)["parity"] == {}
     assert "checking" not in result.stderr
+
+
+def test_verify_stays_within_a_short_context(tmp_path: Path) -> None:
+    base = save_pico(tmp_path / "base", "llama", max_position_embeddings=64)
+    adapter = save_lora(base, tmp_path / "adapter", 1)
+    export_model(base, {"a": adapter}, tmp_path / "out")
+    report = verify(base, adapter, tmp_path / "out").as_json()
+    assert report["passed"], report["problems"]
+    assert report["tokens"] == 64

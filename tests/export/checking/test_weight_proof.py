@@ -9,11 +9,14 @@ import onnx_ir as ir
 import pytest
 from pico_models import save_lora, save_pico
 
+pytest.importorskip("onnxruntime_genai")
+
 from adapter_merge.api.options import VerifyOptions
 from adapter_merge.api.verify import verify
 from adapter_merge.errors import InputError
 from adapter_merge.export.exporting import export_model
 
+pytestmark = pytest.mark.onnx
 WEIGHTS = VerifyOptions(weights_only=True)
 
 

@@ -21,7 +21,8 @@ from factor_models import (
 )
 
 from adapter_merge.api.factor import factor
-from adapter_merge.api.options import FactorOptions, parse_rank
+from adapter_merge.api.options import FactorOptions, VerifyOptions, parse_rank
+from adapter_merge.api.verify import verify
 from adapter_merge.errors import InputError, ParityError
 from adapter_merge.factoring import delta_operator
 from adapter_merge.formats.read_options import ReadOptions
@@ -265,3 +266,15 @@ def test_a_rank_is_read_from_text() -> None:
     for text in ("0", "-3", "1.0", "0.99999999999999999999", "many", "nan"):
         with pytest.raises(InputError):
             parse_rank(text)
+
+
+def test_verify_says_how_much_a_truncation_lost(base: Path, dude: Path, tmp_path: Path) -> None:
+    """Without logits the best factors of their rank pass: the verdict must not read as if they were the adapter."""
+    weights = VerifyOptions(weights_only=True)
+    factor(base, dude, tmp_path / "exact")
+    assert not verify(base, dude, tmp_path / "exact", weights).as_json()["notes"]
+    factor(base, dude, tmp_path / "out", FactorOptions(rank=2))
+    report = verify(base, dude, tmp_path / "out", weights)
+    worst = max(found["relative_error"] for found in report.as_json()["layers"].values())
+    assert worst > 0.01
+    assert f"off by up to {worst:.2g} of the trained dW" in report.as_json()["notes"][0]
