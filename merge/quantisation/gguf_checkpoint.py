@@ -22,6 +22,7 @@ from adapter_merge.storage.checkpoint import CANDIDATES, OUTPUT_HEADS, WEIGHT_SU
 from adapter_merge.storage.gguf_header import GgufHeader, read_gguf_header, stored_tensor
 from adapter_merge.storage.input_snapshot import InputSnapshot
 from adapter_merge.storage.lazy_torch import torch
+from adapter_merge.storage.symlinks import leads_outside
 
 from .gguf import gguf_tensor
 from .gguf_config import ROPE_FACTORS, make_config, quiet, require_transformers, write_tokenizer
@@ -92,7 +93,10 @@ def open_gguf(file: Path) -> Checkpoint:
 
 
 def model_folder(header: GgufHeader) -> Path:
-    """Return a folder with the model's side files and a link to its GGUF file."""
+    """Return a folder with copies of the model's side files and a link to its GGUF file.
+
+    Raises InputError for a side file that is a link out of the model's folder.
+    """
     state = header.file.stat()
     key = (os.path.realpath(header.file), state.st_size, state.st_mtime_ns)
     if key in _FOLDERS:
@@ -105,7 +109,9 @@ def model_folder(header: GgufHeader) -> Path:
     if (beside / "config.json").is_file():
         for path in beside.iterdir():
             if path.is_file() and not path.name.startswith(".") and not path.name.endswith(WEIGHT_SUFFIXES):
-                (folder / path.name).symlink_to(path.resolve())
+                if leads_outside(beside, path):
+                    raise InputError(f"{path}: is a link out of its folder", got=str(path.resolve()))
+                shutil.copyfile(path, folder / path.name)
     else:
         _make_side_files(header, folder)
     (folder / header.file.name).symlink_to(header.file.resolve())
