@@ -93,7 +93,11 @@ def adapted_model(bound: BoundAdapter, dtype: torch.dtype, model: nn.Module) -> 
 
 
 def model_config(folder: Any) -> Any:
-    """Return the transformers config in `folder`, without a quantization_config."""
+    """Return the transformers config in `folder`, without a quantization_config.
+
+    Experts run one after the other, transformers' plain way: its default multiplies them together by a kernel of torch
+    that knows no float64 (transformers/integrations/moe.py, grouped_mm).
+    """
     require("transformers")
     import transformers
 
@@ -102,6 +106,7 @@ def model_config(folder: Any) -> Any:
     for holder in (config, config.get_text_config()):
         if hasattr(holder, "quantization_config"):
             del holder.quantization_config
+    config._experts_implementation = "eager"
     return config
 
 

@@ -11,6 +11,7 @@ from typing import Any
 import peft
 import pytest
 import torch
+from model_families import mixture
 from peft_cases import CASES, SOME, bases
 from pico_bases import load, quiet, randomise
 from safetensors.torch import load_file, save_file
@@ -150,3 +151,18 @@ def test_other_changes_of_a_merged_model_fail_by_verdict(
         edit(merged / "model.safetensors", change)
     report = verify(base("llama"), adapter, merged, VerifyOptions(weights_only=True)).as_json()
     assert not report["passed"]
+
+
+@pytest.mark.parametrize("name", ["mixtral", "jamba", "qwen3_moe"])
+def test_a_mixture_of_experts_is_compared_in_float64(name: str, tmp_path: Path) -> None:
+    """torch's grouped product of experts takes no float64: verify asks for it where float32 noise is too large."""
+    base = mixture(name, tmp_path / "base")
+    model = load(base)
+    with quiet():
+        live = peft.get_peft_model(model, peft.LoraConfig(target_modules=["q_proj", "v_proj"], r=4))
+        randomise(live)
+        live.save_pretrained(tmp_path / "adapter")
+    merge(base, tmp_path / "adapter", tmp_path / "out", MergeOptions(device="cpu"))
+    report = verify(base, tmp_path / "adapter", tmp_path / "out", VerifyOptions(tolerance=1e-12, generated=2)).as_json()
+    assert report["logits_float64"]["max_difference"] < 1e-6 < report["logits_float64"]["effect"]
+    assert report["problems"] == [f"max |dlogit| {report['logits_float64']['max_difference']:.3g} is above 1e-12"]
