@@ -1,14 +1,15 @@
 """mergekit's YAML as a recipe, where both mean the same: weighted sums of adapters on one base.
 
     merge_method: task_arithmetic      # W = W0 + lambda sum_i w_i dW_i; normalize divides by sum_i w_i
-    merge_method: linear               # the same of whole models; normalised unless `normalize: false`
+    merge_method: linear               # W = sum_i w_i W_i of whole models, normalised unless `normalize: false`
     base_model: org/base
     models:
       - model: org/base+./german       # base and adapter, as mergekit writes them
         parameters: {weight: 0.7}
 
-Everything else is refused with its reason: mergekit's ties divides by the weights that agree and its dare draws other
-random numbers, so that the same words would give another model. Source: mergekit/config.py (MergeConfiguration),
+Everything else is refused with its reason: linear weights that are not normalised and do not sum to 1 scale the base
+too, mergekit's ties divides by the weights that agree and its dare draws other random numbers, so that the same words
+would give another model. Source: mergekit/config.py (MergeConfiguration),
 merge_methods/linear.py and generalized_task_arithmetic.py.
 """
 
@@ -66,7 +67,7 @@ def from_mergekit(content: Mapping[str, Any], file: Path) -> dict[str, Any]:
             problems.append(
                 Problem(f"{where} has another base", str(base), of, "adapter-merge extract gives a model's adapter")
             )
-        weight = own.get("weight", None if method == "task_arithmetic" else 1.0)
+        weight = own.get("weight")
         if weight is None or not _is_number(weight):
             problems.append(Problem(f"{where}: weight is missing, or differs from tensor to tensor", "one number"))
             continue
@@ -78,11 +79,22 @@ def from_mergekit(content: Mapping[str, Any], file: Path) -> dict[str, Any]:
             adapters.append(
                 {"name": label if not taken else f"{label}-{taken + 1}", "path": _from_here(adapter), "weight": weight}
             )
+    raise_all(problems, InputError)
     if not adapters:
         problems.append(Problem(f"{file}: no adapters", "models written as base+adapter"))
     normal = common.get("normalize", METHODS[method])
     if normal and abs(total) < 1e-8:
         problems.append(Problem(f"{file}: the weights sum to 0, and normalize divides by their sum"))
+    if method == "linear" and not normal and abs(total - 1) > 1e-6:
+        problems.append(
+            Problem(
+                f"{file}: the weights are not normalised, so that the base is scaled as well",
+                "a sum of 1",
+                f"{total:g}",
+            )
+        )
+    if method == "linear" and "lambda" in common:
+        problems.append(Problem(f"{file}: mergekit's linear has no lambda"))
     raise_all(problems, InputError)
     factor = float(common.get("lambda", 1.0)) / (total if normal else 1.0)
     return {

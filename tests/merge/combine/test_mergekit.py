@@ -51,7 +51,7 @@ def deltas(folder: Path) -> dict[str, torch.Tensor]:
         ("task_arithmetic", "{normalize: true}", (0.7, 0.1), (0.875, 0.125)),
         ("task_arithmetic", "{lambda: 0.5}", (1.0, 2.0), (0.5, 1.0)),
         ("linear", "", (3.0, 1.0), (0.75, 0.25)),
-        ("linear", "{normalize: false}", (0.6, 0.1), (0.6, 0.1)),
+        ("linear", "{normalize: false}", (0.6, 0.4), (0.6, 0.4)),
         ("task_arithmetic", "{weight: 0.25}", (None, None), (0.25, 0.25)),
     ],
 )
@@ -103,7 +103,10 @@ def test_the_base_itself_counts_in_a_linear_mean(work: Path, tmp_path: Path) -> 
         "merge_method: linear\ntokenizer_source: union\nmodels: [{model: b+a}]",
         "merge_method: linear\nmodels: [{model: b+a, parameters: {weight: 1}}, {model: b+c, parameters: {weight: -1}}]",
         "merge_method: linear\ndtype: int8\nmodels: [{model: b+a}]",
-        "merge_method: linear\nmodels: [{model: b}]",
+        "merge_method: linear\nmodels: [{model: b, parameters: {weight: 1}}]",
+        "merge_method: linear\nmodels: [{model: b+a}]",  # mergekit: a weight is required
+        "merge_method: linear\nparameters: {normalize: false}\nmodels: [{model: b+a, parameters: {weight: 0.5}}]",
+        "merge_method: linear\nparameters: {lambda: 0.5}\nmodels: [{model: b+a, parameters: {weight: 1}}]",
         "merge_method: linear\nmodels: 3",
     ],
 )
@@ -122,6 +125,7 @@ def test_the_command_takes_it_as_mergekit_does(work: Path, tmp_path: Path) -> No
 
     (tmp_path / "config.yml").write_text(
         f"merge_method: linear\ndtype: bfloat16\nmodels:\n- model: {work / 'base'}+{work / 'lora'}\n"
+        "  parameters: {weight: 1}\n"
     )
     done = CliRunner().invoke(group, ["merge", str(tmp_path / "config.yml"), str(tmp_path / "out")])
     assert done.exit_code == 0, done.output
