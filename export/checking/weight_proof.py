@@ -11,7 +11,8 @@ name that onnxruntime-genai's model builder gives it (targets.py) and from the b
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import math
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -19,7 +20,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from adapter_merge.binding.bind import BoundAdapter
+from adapter_merge.binding.bind import BoundAdapter, BoundModule
 from adapter_merge.combine.open_inputs import open_pair
 from adapter_merge.errors import InputError
 from adapter_merge.export.engine.runtime import check_packages
@@ -94,8 +95,9 @@ def verify_weights(
     chosen = find_adapter(folder, manifest.adapters, adapter, name, manifest.mode)
     model, graph = _open(folder)
     layout = read_layout(model.metadata_props, str(folder / "model.onnx"))
+    held = {name for one in layout.targets for name in (one.down_name, one.up_name, one.scale_name)}
     factors, heads = _adapter(folder, manifest, layout, chosen, graph)
-    proof = _Proof(checkpoint, bound, DTYPES[manifest.precision], graph, factors, heads, progress)
+    proof = _Proof(checkpoint, bound, DTYPES[manifest.precision], graph, factors, heads, held, progress)
     proof.run(_all_nodes(model.graph))
     return {
         **header(folder, manifest, chosen, adapter),
@@ -120,6 +122,7 @@ class _Proof:
         graph: Mapping[str, ir.Value],
         factors: Mapping[str, _Factors] | None,  # by target; None: merged into the products
         heads: Mapping[str, Tensor],  # what a switchable adapter replaces, by the checkpoint's names
+        held: Collection[str],  # initialisers that hold the adapters of a batched export
         progress: Progress | None,
     ) -> None:
         self.checkpoint, self.kept, self.graph, self.factors, self.heads = checkpoint, kept, graph, factors, heads
@@ -129,7 +132,7 @@ class _Proof:
         self.layers: dict[str, WeightFigures] = {}
         self.problems: list[str] = []
         self.compared = 0
-        self._used: set[str] = set()  # initialisers
+        self._used = set(held)  # initialisers
         self._found: set[str] = set()  # tensors of the checkpoint
 
     def run(self, nodes: list[ir.Node]) -> None:
@@ -206,23 +209,28 @@ class _Proof:
                 if not torch.equal(self.factors[target.name].apply(base, start), base):
                     self.problems.append(f"{source} is changed by the export, and not by the adapter")
             return
+        held = (self.factors or {}).get(target.name)
+        change = None if merged else (lambda base: base if held is None else held.apply(base, start))
+        self._adapted(source, items, got, change)
+
+    def _adapted(
+        self, name: str, items: Sequence[BoundModule], got: Tensor, change: Callable[[Tensor], Tensor] | None
+    ) -> None:
+        """Compare W' with the formula; change: what the export computes from W0, None where `got` is W' itself."""
         base, exact, slack = whole_weight(items)
-        after = got.double()
-        if not merged:
-            held = (self.factors or {}).get(target.name)
-            after = base if held is None else held.apply(base, start)
+        after = got.double().reshape(exact.shape) if change is None else change(base)
         off = (after - exact).abs()
-        half = torch.finfo(self.kept).eps / 2 if merged and self.kept != torch.float32 else 0.0
+        half = torch.finfo(self.kept).eps / 2 if change is None and self.kept != torch.float32 else 0.0
         off = (off - half * exact.abs() - (slack if slack is not None else 0.0)).clamp_min(0)
-        change = float(torch.linalg.vector_norm(exact - base))
+        size = float(torch.linalg.vector_norm(exact - base))
         error = float(torch.linalg.vector_norm(off))
-        relative = error / change if change else error
+        relative = error / size if size else error
         if relative != relative:
-            relative = float("inf")
-        before = self.layers.get(source)
+            relative = math.inf
+        before = self.layers.get(name)
         worst = max(relative, before.relative_error if before is not None else 0.0)
-        self.layers[source] = WeightFigures(worst, 0.0, str(self.kept).removeprefix("torch."))
-        self._used_tensor(source, base.nbytes)
+        self.layers[name] = WeightFigures(worst, 0.0, str(self.kept).removeprefix("torch."))
+        self._used_tensor(name, base.nbytes)
 
     def _plain(self, name: str, got: Tensor, replaced: bool = True) -> None:
         """Compare a tensor that no adapter changes, rounded once to the export's dtype."""
@@ -251,6 +259,9 @@ class _Proof:
             if name in self._used or own not in self.checkpoint.tensors:
                 continue
             got = self._read(name)
+            if self.factors is None and own in self.modules:
+                self._adapted(own, self.modules[own], got, None)
+                continue
             norm = "norm" in own
             if offset and norm:
                 stored = self._base(own)

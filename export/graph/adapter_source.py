@@ -45,7 +45,7 @@ def factors_of(base: Path, adapter: Path, force: bool = False) -> Factors:
         result = factor(base, adapter, folder, FactorOptions(device="cpu", frozen_positions=True, reading=options))
         (entry,) = result.as_json()["adapters"]
         known = {"origin": entry["origin"], "contradictions": tuple(entry["contradictions"])}
-        return replace(read_factors(folder), source=adapter, **known)
+        return replace(read_factors(folder, adapter), **known)
 
 
 def parse_adapters(entries: tuple[str, ...]) -> dict[str, Path]:

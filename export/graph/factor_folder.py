@@ -93,25 +93,29 @@ def _endings(names: set[str]) -> dict[str, list[str]]:
     return ends
 
 
-def read_factors(folder: Path) -> Factors:
-    """Read the factors in `folder`. Raises InputError or AdapterError with every problem found."""
+def read_factors(folder: Path, source: Path | None = None) -> Factors:
+    """Read the factors in `folder`. Raises InputError or AdapterError with every problem found.
+
+    source: the adapter that they were made from, where `folder` is a temporary one; errors name it.
+    """
+    named = source or folder
     import numpy as np
 
     weights = folder / "adapter_model.safetensors"
     if not weights.is_file():
-        raise InputError(f"{folder}: no factors here", expected="adapter_model.safetensors")
+        raise InputError(f"{named}: no factors here", expected="adapter_model.safetensors")
     config = read_json(folder / "adapter_config.json")
     manifest_file = folder / "adapter_merge.json"
     manifest: dict[str, Any] = read_json(manifest_file) if manifest_file.is_file() else {}
     problems = []
     if config.get("peft_type") != "LORA":
-        problems.append(Problem(f"{folder}: not a factor folder", "peft_type LORA", repr(config.get("peft_type"))))
+        problems.append(Problem(f"{named}: not a factor folder", "peft_type LORA", repr(config.get("peft_type"))))
     tensors = _load(weights)
     scales = _load(folder / "row_scale.safetensors") if (folder / "row_scale.safetensors").is_file() else {}
     if config.get("use_dora") and not scales:
         problems.append(
             Problem(
-                f"{folder}: a DoRA adapter without its row scales",
+                f"{named}: a DoRA adapter without its row scales",
                 expected="row_scale.safetensors",
                 hint="adapter-merge factor BASE ADAPTER -o FOLDER writes it",
             )
@@ -155,24 +159,24 @@ def read_factors(folder: Path) -> Factors:
     if embeddings:
         problems.append(
             Problem(
-                f"{folder}: adapts an embedding, which a graph cannot switch",
+                f"{named}: adapts an embedding, which a graph cannot switch",
                 got=embeddings[0],
                 hint="export with --mode merged",
             )
         )
     unused = sorted(set(tensors) - known - set(embeddings))
     if unused:
-        problems.append(Problem(f"{folder}: tensors that nothing uses", got=", ".join(unused[:5])))
+        problems.append(Problem(f"{named}: tensors that nothing uses", got=", ".join(unused[:5])))
     for name, tensor in {**tensors, **scales}.items():
         if not np.isfinite(tensor).all():
-            problems.append(Problem(f"{folder}: {name} holds NaN or infinity"))
+            problems.append(Problem(f"{named}: {name} holds NaN or infinity"))
     raise_all(problems, AdapterError)
     entries = manifest.get("adapters")
     method = entries[0].get("method", "factors") if isinstance(entries, list) and entries else "factors"
     errors = [layer.get("relative_error") or 0.0 for layer in manifest.get("layers", {}).values()]
     frozen = manifest.get("frozen_positions") is True
     error = max(errors, default=0.0)
-    return Factors(folder, linears, replacements, method, error, frozen_positions=frozen)
+    return Factors(named, linears, replacements, method, error, frozen_positions=frozen)
 
 
 def _pattern(config: Mapping[str, Any], module: str, kind: str, default: str) -> Any:

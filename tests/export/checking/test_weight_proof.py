@@ -13,7 +13,7 @@ pytest.importorskip("onnxruntime_genai")
 
 from adapter_merge.api.options import VerifyOptions
 from adapter_merge.api.verify import verify
-from adapter_merge.errors import InputError
+from adapter_merge.errors import AdapterError, InputError
 from adapter_merge.export.exporting import export_model
 
 pytestmark = pytest.mark.onnx
@@ -74,6 +74,7 @@ def test_the_factors_of_each_adapter_pass_and_anothers_fail(
     for name, source in chosen.items():
         report = verify(pico, source, out, WEIGHTS)
         assert report.passed, (name, report.problems)
+        assert report.as_json()["notes"] == ["not compared: 2 tensors that the builder computes (cos_cache, sin_cache)"]
     manifest = (out / "adapter_merge.json").read_text()
     swapped = manifest.replace(str(chosen["lora"]), "#").replace(str(chosen["dora"]), str(chosen["lora"]))
     (out / "adapter_merge.json").write_text(swapped.replace("#", str(chosen["dora"])))
@@ -81,6 +82,17 @@ def test_the_factors_of_each_adapter_pass_and_anothers_fail(
     (out / "adapter_merge.json").write_text(manifest)
     edit(out, "model.layers.0.attn.o_proj.MatMul.weight", "scaled")
     assert "was changed" in verify(pico, chosen["lora"], out, WEIGHTS).problems[0]
+
+
+def test_an_adapted_embedding_and_head(pico: Path, tmp_path: Path) -> None:
+    adapter = save_lora(pico, tmp_path / "adapter", 3, target_modules=["q_proj", "embed_tokens", "lm_head"])
+    out = export(pico, {"a": adapter}, tmp_path / "out")
+    report = verify(pico, adapter, out, WEIGHTS)
+    assert report.passed, report.problems
+    edit(out, "model.embed_tokens.weight", "negated")
+    assert not verify(pico, adapter, out, WEIGHTS).passed
+    with pytest.raises(AdapterError, match="adapter: adapts an embedding, which a graph cannot switch"):
+        export(pico, {"a": adapter}, tmp_path / "no", mode="switchable")
 
 
 def test_quantised_weights_are_no_roundings_of_the_trained_ones(
