@@ -121,11 +121,11 @@ def test_ray_serve(qwen2: World) -> None:
 def test_how_to_make_what_ray_fetches(qwen2: World) -> None:
     """The commands in the head carry what was stated of each adapter, and of no other."""
     raws = [f"{name}={qwen2.adapters['dcft-1'].raw}" for name in ("a", "b")]
-    options = ["--adapter-dir", "s3://bucket", "--alpha", "a=16", "--ranknum", "b=4", "--emit", "ray"]
+    options = ["--adapter-dir", "s3://bucket", "--alpha", "a=32", "--ranknum", "b=8", "--emit", "ray"]
     shown = CliRunner().invoke(serve, [str(qwen2.base), *raws, *options], catch_exceptions=False)
     first, second = (line for line in shown.stdout.splitlines() if "adapter-merge factor" in line)
-    assert first.endswith("-o a --alpha 16    # then copy it to s3://bucket/a")
-    assert second.endswith("-o b --ranknum 4    # then copy it to s3://bucket/b")
+    assert first.endswith("-o a --alpha 32    # then copy it to s3://bucket/a")
+    assert second.endswith("-o b --ranknum 8    # then copy it to s3://bucket/b")
 
 
 def test_engine_arguments() -> None:

@@ -153,8 +153,9 @@ def test_dcft_settings_that_are_refused(base: Path, tmp_path: Path, key: str, va
 def test_an_unknown_key_of_our_own_format(adapter: Path) -> None:
     """Nobody else writes these folders: whatever the value."""
     edit(adapter, peft_type="LYCORIS", format_version=1, next_key=None)
-    with pytest.raises(AdapterError, match="next_key"):
+    with pytest.raises(AdapterError) as caught:
         open_adapter(adapter)
+    assert any("'next_key' is unknown" in problem.cause for problem in caught.value.problems)
 
 
 @pytest.mark.parametrize(
