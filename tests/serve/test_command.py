@@ -103,7 +103,7 @@ def test_preload_converts_what_the_folder_holds(qwen2: World, tmp_path: Path) ->
     assert any(line.startswith("bad cannot be served") for line in said)
     (line,) = [line for line in said if line.startswith("good: DuDe, rank ")]
     assert "converted in" in line
-    assert "; base: shapes fit" in line
+    assert "; base: magnitudes follow the base's row norms" in line
     for served in held.values():
         served.release()
     assert not any(entry.in_use for entry in cache.entries())
@@ -187,9 +187,9 @@ def test_what_is_stated_of_one_adapter(qwen2: World, tmp_path: Path, monkeypatch
         assert shown.exit_code == 0, shown.output
         return [Path(adapter["folder"]).name for adapter in json.loads(shown.stdout)["adapters"].values()]
 
-    plain = folders()
+    plain = folders("--force")  # the file holds another alpha
     assert plain[0] == plain[1]
-    stated = folders("--alpha", "b=16", "--", "--port", "9001")
+    stated = folders("--force", "--alpha", "b=16", "--", "--port", "9001")
     assert stated[0] == plain[0]
     assert stated[1] != plain[1]
     assert CliRunner().invoke(serve, [*arguments, "--alpha", "c=16"]).exit_code == 2

@@ -28,7 +28,7 @@ def emitted(*arguments: str) -> list[dict[str, Any]]:
 
 
 def manifest(*more: str) -> dict[str, dict[str, Any]]:
-    documents = emitted("org/base", "sql=org/dcft", "--alpha", "sql=16", "--emit", "k8s", "--name", "chat", *more)
+    documents = emitted("org/base", "sql=org/dcft", "--alpha", "sql=32", "--emit", "k8s", "--name", "chat", *more)
     return {f"{each['kind']} {each['metadata']['name']}": each for each in documents}
 
 
