@@ -15,9 +15,10 @@ from pathlib import Path
 from typing import Any
 
 from adapter_merge.errors import InputError
+from adapter_merge.export.engine.genai import open_genai
 from adapter_merge.export.engine.prompting import Prompter, Sampling, chooser, within_context
 from adapter_merge.export.engine.running import Decoder
-from adapter_merge.export.engine.runtime import check_external_data, check_packages, parse_device, providers
+from adapter_merge.export.engine.runtime import check_packages
 from adapter_merge.export.folder.contents import folder_layout, read_export
 from adapter_merge.export.graph.adapter_file import SUFFIX, check_adapter
 
@@ -118,21 +119,11 @@ def _with_genai(
 ) -> Iterator[Answer]:
     import onnxruntime_genai as og
 
-    check_external_data(folder / "model.onnx")
     layout = folder_layout(folder)
     for name in names:
         if name != BASE:
             check_adapter(folder / f"{name}{SUFFIX}", layout)
-    config = og.Config(str(folder))
-    config.clear_providers()
-    kind, index = parse_device(device)
-    if kind == "cuda":
-        providers(device)  # raises when this onnxruntime has no CUDA
-        config.append_provider("cuda")
-        config.set_provider_option("cuda", "device_id", str(index))
-    model = og.Model(config)
-    if kind == "cuda" and "cuda" not in str(model.device_type).lower():
-        raise InputError(f"{device} was asked for but the model is on {model.device_type}")
+    model = open_genai(folder, device)
     loaded = og.Adapters(model)
     known: set[str] = set()
     for name in names:

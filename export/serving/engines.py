@@ -15,9 +15,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
 from adapter_merge.errors import AdapterMergeError
+from adapter_merge.export.engine.genai import open_genai
 from adapter_merge.export.engine.prompting import chooser
 from adapter_merge.export.engine.running import Decoder
-from adapter_merge.export.engine.runtime import check_external_data, check_packages, parse_device, providers
+from adapter_merge.export.engine.runtime import check_packages
 from adapter_merge.export.folder.contents import folder_layout
 from adapter_merge.export.graph.adapter_file import SUFFIX, check_adapter
 
@@ -84,16 +85,8 @@ class GenaiEngine:
         check_packages("onnxruntime_genai")
         import onnxruntime_genai as og
 
-        check_external_data(folder / "model.onnx")
         self.folder, self.stops, self.layout = folder, stops, folder_layout(folder)
-        config = og.Config(str(folder))
-        config.clear_providers()
-        kind, index = parse_device(device)
-        if kind == "cuda":
-            providers(device)  # raises when this onnxruntime has no CUDA
-            config.append_provider("cuda")
-            config.set_provider_option("cuda", "device_id", str(index))
-        self.model = og.Model(config)
+        self.model = open_genai(folder, device)
         self.adapters = og.Adapters(self.model)
         self._loaded: set[str] = set()
 

@@ -2,44 +2,20 @@
 
 from __future__ import annotations
 
-import contextlib
-import io
 import json
 import shutil
-import sys
-from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
 import torch
+from cli_runs import run
 from click.testing import CliRunner
 from fuzz_folders import Q, base_model, seeds
 from safetensors.torch import load_file, save_file
 
-from adapter_merge.cli.main import group, main
+from adapter_merge.cli.main import group
 from adapter_merge.combine.delta_ops import METHODS
 from adapter_merge.errors import AdapterMergeError
-
-
-@dataclass(frozen=True)
-class Done:
-    returncode: int
-    stdout: str
-    stderr: str
-
-
-def run(*arguments: object) -> Done:
-    """The whole command, errors and exit code included, in this process."""
-    out, err = io.StringIO(), io.StringIO()
-    with (
-        pytest.MonkeyPatch.context() as patch,
-        contextlib.redirect_stdout(out),
-        contextlib.redirect_stderr(err),
-        pytest.raises(SystemExit) as left,
-    ):
-        patch.setattr(sys, "argv", ["adapter-merge", *map(str, arguments)])
-        main()
-    return Done(int(left.value.code or 0), out.getvalue(), err.getvalue())
 
 
 @pytest.fixture(scope="module")
@@ -56,14 +32,14 @@ def work(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_combination_by_flags_and_by_recipe(work: Path) -> None:
     flags = ["--weight", "a=0.7", "--weight", "b=0.3", "--combine", "ties", "--density", "0.5"]
     done = run("merge", work / "base", f"a={work / 'a'}", f"b={work / 'b'}", *flags, "-o", work / "one", "--json")
-    assert done.returncode == 0, done.stderr
-    said = json.loads(done.stdout)
+    assert done.code == 0, done.err
+    said = json.loads(done.out)
     assert said["options"]["combination"]["weights"] == {"a": 0.7, "b": 0.3}
     assert [entry["name"] for entry in said["adapters"]] == ["a", "b"]
     recipe = "method: ties\ndensity: 0.5\nbase: base\nadapters:\n- {path: b, weight: 0.3}\n- {path: a, weight: 0.7}\n"
     (work / "recipe.yaml").write_text(recipe)
     done = run("merge", "--recipe", work / "recipe.yaml", "-o", work / "two")
-    assert done.returncode == 0, done.stderr
+    assert done.code == 0, done.err
     one, two = (work / name / "model.safetensors" for name in ("one", "two"))
     assert one.read_bytes() == two.read_bytes()
     assert one.read_bytes() != (work / "base" / "model.safetensors").read_bytes()
@@ -72,22 +48,22 @@ def test_combination_by_flags_and_by_recipe(work: Path) -> None:
 def test_factors_of_a_combination_and_extraction(work: Path) -> None:
     pair = [work / "base", f"a={work / 'a'}", f"b={work / 'b'}"]
     done = run("factor", *pair, "--weight", "a=0.5", "-o", work / "factors")
-    assert done.returncode == 0 and "relative error" in done.stdout, done.stderr
+    assert done.code == 0 and "relative error" in done.out, done.err
     done = run("merge", *pair, "--weight", "a=0.5", "-o", work / "merged")
-    assert done.returncode == 0, done.stderr
+    assert done.code == 0, done.err
     done = run("merge", work / "base", work / "factors", "-o", work / "again")
-    assert done.returncode == 0, done.stderr
+    assert done.code == 0, done.err
     one, two = (load_file(work / name / "model.safetensors") for name in ("merged", "again"))
     assert all(float((one[key] - two[key]).abs().max()) < 1e-5 for key in one)
     done = run("extract", work / "base", work / "merged", "--rank", "4", "--row-scale", "-o", work / "extracted")
-    assert done.returncode == 0 and "relative error" in done.stdout, done.stderr
+    assert done.code == 0 and "relative error" in done.out, done.err
 
 
 def test_options_of_the_readers_arrive(work: Path) -> None:
     done = run("merge", work / "base", work / "k", "--format", "mytransformers", "-o", work / "no")
-    assert done.returncode == 1 and "Traceback" not in done.stderr
+    assert done.code == 1 and "Traceback" not in done.err
     done = run("merge", work / "base", work / "k", "--format", "kohya", "-o", work / "k-merged")
-    assert done.returncode == 0, done.stderr
+    assert done.code == 0, done.err
     before, after = load_file(work / "base" / "model.safetensors"), load_file(work / "k-merged" / "model.safetensors")
     assert {key for key in before if not bool((before[key] == after[key]).all())} == {f"{Q}.weight"}
 
@@ -96,94 +72,94 @@ def test_delta_factor_and_verify_take_what_merge_takes(work: Path) -> None:
     stated = [work / "base", f"a={work / 'a'}", f"b={work / 'b'}", "--weight", "a=0.7", "--combine", "ties"]
     stated += ["--density", "0.5"]
     done = run("delta", *stated, "-o", work / "delta", "--json")
-    assert done.returncode == 0 and json.loads(done.stdout)["options"]["combination"]["method"] == "ties", done.stderr
+    assert done.code == 0 and json.loads(done.out)["options"]["combination"]["method"] == "ties", done.err
     done = run("merge", *stated, "-o", work / "ties")
-    assert done.returncode == 0, done.stderr
+    assert done.code == 0, done.err
     before, after = (load_file(work / name / "model.safetensors") for name in ("base", "ties"))
     for key, value in load_file(work / "delta" / "delta.safetensors").items():
         assert float((before[key] + value - after[key]).abs().max()) < 1e-6
     for artefact in ("ties", "delta"):
         done = run("verify", *stated[:3], work / artefact, *stated[3:], "--weights-only")
-        assert done.returncode == 0 and "PASS" in done.stdout, done.stdout + done.stderr
+        assert done.code == 0 and "PASS" in done.out, done.out + done.err
         done = run("verify", work / artefact, "--trained", "--weights-only")
-        assert done.returncode == 0 and "PASS" in done.stdout, done.stdout + done.stderr
+        assert done.code == 0 and "PASS" in done.out, done.out + done.err
     done = run("verify", *stated[:3], work / "ties", "--weight", "a=0.6", "--combine", "ties", "--weights-only")
-    assert done.returncode == 1 and "FAIL" in done.stdout
+    assert done.code == 1 and "FAIL" in done.out
     done = run("factor", *stated, "--rank", "2", "-o", work / "truncated")
-    assert done.returncode == 0 and "energy kept" in done.stdout, done.stderr
-    assert "of full rank" in run("factor", *stated, "-o", work / "no").stderr
+    assert done.code == 0 and "energy kept" in done.out, done.err
+    assert "of full rank" in run("factor", *stated, "-o", work / "no").err
 
 
 def test_densities_may_differ(work: Path) -> None:
     pair = [work / "base", f"a={work / 'a'}", f"b={work / 'b'}", "--combine", "magnitude-prune"]
     done = run("delta", *pair, "--density", "0.5", "--density", "b=0.25", "-o", work / "densities", "--json")
-    assert done.returncode == 0, done.stderr
-    said = json.loads(done.stdout)["options"]["combination"]
+    assert done.code == 0, done.err
+    said = json.loads(done.out)["options"]["combination"]
     assert said["density"] == 0.5 and said["densities"] == {"b": 0.25}
     for wrong in (["x=0.5"], ["a=much"], ["0.5", "--density", "0.4"], ["0"]):
         done = run("delta", *pair, "--density", *wrong, "-o", work / "no")
-        assert done.returncode in (1, 2) and "ensity" in done.stderr and not (work / "no").exists()
+        assert done.code in (1, 2) and "ensity" in done.err and not (work / "no").exists()
 
 
 def test_adapters_without_names_go_in_turn(work: Path) -> None:
     done = run("merge", work / "base", work / "a", work / "b", "-o", work / "turns", "--json")
-    assert done.returncode == 0, done.stderr
-    said = json.loads(done.stdout)
+    assert done.code == 0, done.err
+    said = json.loads(done.out)
     assert said["options"]["combination"]["method"] == "in-turn"
     assert said["options"]["combination"]["adapters"] == ["a", "b"]
     named = [work / "base", f"x={work / 'a'}", f"y={work / 'b'}", "--combine", "in-turn"]
-    assert run("merge", *named, "-o", work / "named").returncode == 0
-    assert run("merge", work / "base", work / "a", "-o", work / "first").returncode == 0
+    assert run("merge", *named, "-o", work / "named").code == 0
+    assert run("merge", work / "base", work / "a", "-o", work / "first").code == 0
     # b's magnitudes are the base's, as those of an adapter that was trained on the merged model would not be
-    assert run("merge", work / "first", work / "b", "--force", "-o", work / "second").returncode == 0
+    assert run("merge", work / "first", work / "b", "--force", "-o", work / "second").code == 0
     turns, again, apart = (load_file(work / name / "model.safetensors") for name in ("turns", "named", "second"))
     assert all(bool((turns[key] == again[key]).all()) for key in turns)
     assert all(float((turns[key] - apart[key]).abs().max()) < 1e-6 for key in turns)
     done = run("merge", work / "base", work / "a", work / "a", "-o", work / "twice", "--dry-run", "--json")
-    assert [entry["name"] for entry in json.loads(done.stdout)["adapters"]] == ["a", "a-2"]
+    assert [entry["name"] for entry in json.loads(done.out)["adapters"]] == ["a", "a-2"]
 
 
 def test_a_restored_base_is_proved_by_the_merged_model(work: Path) -> None:
-    assert run("merge", work / "base", work / "a", "--keep-preimage", "-o", work / "kept").returncode == 0
-    assert run("restore", work / "kept", "-o", work / "restored").returncode == 0
+    assert run("merge", work / "base", work / "a", "--keep-preimage", "-o", work / "kept").code == 0
+    assert run("restore", work / "kept", "-o", work / "restored").code == 0
     done = run("verify", work / "kept", work / "restored")
-    assert done.returncode == 0 and "to the last bit" in done.stdout, done.stderr
+    assert done.code == 0 and "to the last bit" in done.out, done.err
     done = run("verify", work / "kept", work / "first" if (work / "first").exists() else work / "kept", "--json")
-    assert done.returncode == 1 and json.loads(done.stdout)["error"]["kind"] == "FileFormatError"
+    assert done.code == 1 and json.loads(done.out)["error"]["kind"] == "FileFormatError"
 
 
 def test_options_are_given_to_adapters_by_name(work: Path) -> None:
     pair = [work / "base", f"k={work / 'k'}", f"a={work / 'a'}"]
     done = run("merge", *pair, "--format", "k=kohya", "--format", "a=peft", "-o", work / "formats", "--json")
-    assert done.returncode == 0, done.stderr
-    stated = {entry["name"]: entry["stated"] for entry in json.loads(done.stdout)["adapters"]}
+    assert done.code == 0, done.err
+    stated = {entry["name"]: entry["stated"] for entry in json.loads(done.out)["adapters"]}
     assert stated == {"a": {"format": "peft"}, "k": {"format": "kohya"}}
     done = run("merge", *pair, "--format", "k=peft", "-o", work / "no")
-    assert done.returncode == 1 and "error" in done.stderr
+    assert done.code == 1 and "error" in done.err
     for wrong in (["--format", "x=peft"], ["--alpha", "a=much"], ["--base-kind", "a=other"], ["--magnitudes", "m"]):
         done = run("merge", *pair, *wrong, "-o", work / "no", "--json")
-        assert done.returncode == 2, done.stderr
-        assert json.loads(done.stdout)["error"]["kind"] == "UsageError"
-    assert run("merge", *pair, "--alpha", "a=1", "--alpha", "a=2", "-o", work / "no").returncode == 2
+        assert done.code == 2, done.err
+        assert json.loads(done.out)["error"]["kind"] == "UsageError"
+    assert run("merge", *pair, "--alpha", "a=1", "--alpha", "a=2", "-o", work / "no").code == 2
     assert not (work / "no").exists()
 
 
 def test_errors_are_json_where_json_is_wanted(work: Path) -> None:
     done = run("merge", work / "base", work / "nowhere", "-o", work / "no", "--json")
-    error = json.loads(done.stdout)["error"]
-    assert done.returncode == 1 and "nowhere" in error["cause"] and error["expected"] and error["kind"] == "InputError"
-    assert error["cause"] in done.stderr and error["problems"][0]["cause"] == error["cause"]
+    error = json.loads(done.out)["error"]
+    assert done.code == 1 and "nowhere" in error["cause"] and error["expected"] and error["kind"] == "InputError"
+    assert error["cause"] in done.err and error["problems"][0]["cause"] == error["cause"]
     done = run("merge", work / "base", work / "a", "--json")
-    assert done.returncode == 2 and "--output" in json.loads(done.stdout)["error"]["cause"]
-    assert run("merge", work / "base", work / "nowhere", "-o", work / "no").stdout == ""
+    assert done.code == 2 and "--output" in json.loads(done.out)["error"]["cause"]
+    assert run("merge", work / "base", work / "nowhere", "-o", work / "no").out == ""
 
 
 def test_outputs_inside_a_model_are_refused(work: Path) -> None:
     for command in ("merge", "delta", "factor"):
         done = run(command, work / "base", work / "b", "-o", work / "base" / "deep" / "out")
-        assert done.returncode == 1 and "inside the model" in done.stderr
+        assert done.code == 1 and "inside the model" in done.err
     done = run("extract", work / "base", work / "base", "-o", work / "base" / "out")
-    assert done.returncode == 1 and "inside the model" in done.stderr
+    assert done.code == 1 and "inside the model" in done.err
     assert not (work / "base" / "deep").exists()
 
 
@@ -194,10 +170,10 @@ def test_a_quantization_config_must_be_true(value: object, work: Path, tmp_path:
     (tmp_path / "base" / "config.json").write_text(json.dumps({**config, "quantization_config": value}))
     done = run("merge", tmp_path / "base", work / "a", "-o", tmp_path / "out")
     if value:
-        assert done.returncode == 1 and "quantization_config" in done.stderr and "remove" in done.stderr
+        assert done.code == 1 and "quantization_config" in done.err and "remove" in done.err
         assert not (tmp_path / "out").exists()
         done = run("delta", tmp_path / "base", work / "a", "-o", tmp_path / "delta")
-    assert done.returncode == 0, done.stderr
+    assert done.code == 0, done.err
 
 
 def test_a_quantised_weight_without_its_scales_is_refused(work: Path, tmp_path: Path) -> None:
@@ -209,11 +185,11 @@ def test_a_quantised_weight_without_its_scales_is_refused(work: Path, tmp_path: 
     packed = {**state, "other.qweight": torch.zeros(4, 4, dtype=torch.int32)}
     save_file(packed, tmp_path / "base" / "model.safetensors", {"format": "pt"})
     done = run("merge", tmp_path / "base", work / "a", "-o", tmp_path / "out")
-    assert done.returncode == 1 and "other.qweight" in done.stderr
+    assert done.code == 1 and "other.qweight" in done.err
     state[f"{Q}.weight"] = state[f"{Q}.weight"].to(torch.int8)
     save_file(state, tmp_path / "base" / "model.safetensors", {"format": "pt"})
     done = run("merge", tmp_path / "base", work / "a", "-o", tmp_path / "no")
-    assert done.returncode == 1 and "quantised" in done.stderr and "unquantised base" in done.stderr
+    assert done.code == 1 and "quantised" in done.err and "unquantised base" in done.err
 
 
 @pytest.mark.parametrize(
