@@ -46,8 +46,8 @@ from adapter_merge.combine.recipe import Ingredient, make_recipe
 from adapter_merge.errors import AdapterMergeError
 from adapter_merge.export.graph.adapter_source import factors_of
 from adapter_merge.formats.read_options import ReadOptions
-from adapter_merge.serve.cache import Cache
-from adapter_merge.serve.served import Converter
+from adapter_merge.serve.conversion.cache import Cache
+from adapter_merge.serve.conversion.served import Converter
 
 COLUMNS = ("convert", "merge", "delta", "factor", "combine", "serve", "export")
 WEIGHTS = (0.7, 0.3)

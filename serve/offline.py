@@ -15,9 +15,9 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from .cache import Cache
-from .served import Converter, Served, allowed_rank, check_name
-from .stating import checked
+from adapter_merge.serve.conversion.cache import Cache
+from adapter_merge.serve.conversion.served import Converter, Served, allowed_rank, check_name
+from adapter_merge.serve.conversion.stating import checked
 
 _ids = itertools.count(1)
 

@@ -30,7 +30,7 @@ def register() -> None:
         logger.exception("adapter-merge could not look into this vLLM and changed nothing in it.")
     if state in ("installed", "native"):
         try:
-            from . import runtime
+            from adapter_merge.serve.api_server import runtime
 
             runtime.register()
         except Exception:
@@ -41,7 +41,7 @@ def install() -> State:
     """Patch this process's vLLM when it is one that we know."""
     from importlib.metadata import PackageNotFoundError, version
 
-    from . import symbols
+    from adapter_merge.serve.patches import symbols
 
     problems = symbols.missing()
     if problems:
@@ -84,8 +84,8 @@ def patch() -> None:
     from vllm.lora.request import LoRARequest
     from vllm.platforms import current_platform
 
-    from . import compile_key, grouped, identity, scale_loading, stages
-    from .row_scale import LINEAR_CLASSES, with_row_scale
+    from adapter_merge.serve.patches import compile_key, grouped, identity, scale_loading, stages
+    from adapter_merge.serve.patches.row_scale import LINEAR_CLASSES, with_row_scale
 
     spare_slot = not current_platform.is_cuda_alike()
     if current_platform.is_cpu():
@@ -114,7 +114,7 @@ def _function(cls: Any, name: str) -> Any:
 
 
 def _tested(version: str) -> bool:
-    from . import symbols
+    from adapter_merge.serve.patches import symbols
 
     def release(text: str) -> tuple[int, int]:
         major, minor = text.split(".")[:2]

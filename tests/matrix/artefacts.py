@@ -19,9 +19,9 @@ from adapter_merge.api.verify import verify
 from adapter_merge.combine.recipe import Recipe
 from adapter_merge.errors import AdapterMergeError
 from adapter_merge.outputs.integrity import check_integrity, check_restored
-from adapter_merge.serve.cache import Cache
-from adapter_merge.serve.served import Converter
-from adapter_merge.serve.stating import Stated
+from adapter_merge.serve.conversion.cache import Cache
+from adapter_merge.serve.conversion.served import Converter
+from adapter_merge.serve.conversion.stating import Stated
 
 
 @dataclass(frozen=True)

@@ -274,7 +274,7 @@ class CacheEntries:
     """Changed entries of the serving cache: never whole, and read without an error."""
 
     def __init__(self, work: Path) -> None:
-        from adapter_merge.serve.cache import Cache
+        from adapter_merge.serve.conversion.cache import Cache
 
         self.cache = Cache(work / "cache")
 
@@ -289,7 +289,7 @@ class CacheEntries:
         self.files = files_of(self.folder)
 
     def case(self, pick: random.Random, place: Path) -> str:
-        from adapter_merge.serve.cache import damage
+        from adapter_merge.serve.conversion.cache import damage
 
         files = dict(self.files)
         (change_json if pick.random() < 0.6 else change_bytes)(files, pick)

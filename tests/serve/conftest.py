@@ -27,9 +27,9 @@ from oracle import Oracle  # noqa: E402
 from server import Server  # noqa: E402
 from trained import MAKERS, Adapter, base_weights, make_base  # noqa: E402
 
-from adapter_merge.serve.cache import Cache  # noqa: E402
-from adapter_merge.serve.command import make_plan  # noqa: E402
-from adapter_merge.serve.process import convert  # noqa: E402
+from adapter_merge.serve.conversion.cache import Cache  # noqa: E402
+from adapter_merge.serve.launch.plan import make_plan  # noqa: E402
+from adapter_merge.serve.launch.process import convert  # noqa: E402
 
 REQUIRED = "ADAPTER_MERGE_REQUIRE_VLLM"
 

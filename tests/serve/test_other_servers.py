@@ -17,8 +17,8 @@ import torch
 from conftest import World
 from safetensors.torch import load_file
 
-from adapter_merge.serve.cache import Cache
-from adapter_merge.serve.served import Converter
+from adapter_merge.serve.conversion.cache import Cache
+from adapter_merge.serve.conversion.served import Converter
 
 
 @pytest.mark.parametrize("name", ["lora-1", "lora-2", "dcft-1", "dcft-2"])

@@ -1,7 +1,8 @@
 """What the plugin needs of vLLM, looked up in a wheel that cannot run here: python tests/serve/wheel_symbols.py WHEEL
 
-The tables of serve/symbols.py, runtime.py, grouped.py and stages.py against the wheel's sources, by their syntax trees:
-names, parameters, and the attributes that functions use. Exit code 1 with a line for each that is not there.
+The tables of symbols.py, grouped.py and stages.py in serve/patches/ and of serve/api_server/runtime.py against the
+wheel's sources, by their syntax trees: names, parameters, and the attributes that functions use. Exit code 1 with a
+line for each that is not there.
 """
 
 from __future__ import annotations
@@ -12,8 +13,9 @@ import zipfile
 from dataclasses import dataclass
 from functools import cache
 
-from adapter_merge.serve import grouped, runtime, stages, symbols
-from adapter_merge.serve.row_scale import LINEAR_CLASSES
+from adapter_merge.serve.api_server import runtime
+from adapter_merge.serve.patches import grouped, stages, symbols
+from adapter_merge.serve.patches.row_scale import LINEAR_CLASSES
 
 Node = ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef | ast.expr
 CPU_KERNELS, CPU_RUNNER = "vllm.lora.punica_wrapper.punica_cpu", "vllm.v1.worker.cpu_model_runner"

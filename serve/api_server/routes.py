@@ -13,9 +13,10 @@ from http import HTTPStatus
 from pathlib import Path
 from typing import Any
 
+from adapter_merge.serve.conversion.served import check_name
+
 from .loader import Loader, Source
 from .metrics import UNKNOWN, UNSERVABLE
-from .served import check_name
 
 logger = logging.getLogger("vllm.adapter_merge")
 NAMES_SHOWN = 50  # in the answer to a request for a name that is not there

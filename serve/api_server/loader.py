@@ -13,11 +13,20 @@ from pathlib import Path
 from typing import TypeVar
 
 from adapter_merge.errors import AdapterMergeError, InputError
+from adapter_merge.serve.conversion.cache import Cache
+from adapter_merge.serve.conversion.served import (
+    Converter,
+    Served,
+    Signature,
+    allowed_rank,
+    folders,
+    inside,
+    refuse_links_out,
+    signature,
+)
+from adapter_merge.serve.conversion.stating import beside
 
-from .cache import Cache
 from .metrics import Metrics
-from .served import Converter, Served, Signature, allowed_rank, folders, inside, refuse_links_out, signature
-from .stating import beside
 
 VARIABLE = "ADAPTER_MERGE_SERVE"
 T = TypeVar("T")

@@ -19,9 +19,10 @@ import inspect
 import logging
 import os
 
+from adapter_merge.serve.patches.symbols import find
+
 from .loader import Loader, Settings
 from .routes import install
-from .symbols import find
 
 MODELS = "vllm.entrypoints.openai.models.serving"
 SERVING = "vllm.entrypoints.serve.engine.serving"

@@ -9,7 +9,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from adapter_merge.serve.row_scale import scale_rows
+from adapter_merge.serve.patches.row_scale import scale_rows
 
 OUT, SLOTS, MOST = 24, 3, 16
 

@@ -11,7 +11,7 @@ adapter_merge_cache_bytes, adapter_merge_cache_entries
 
 from __future__ import annotations
 
-from .cache import Cache
+from adapter_merge.serve.conversion.cache import Cache
 
 UNKNOWN, UNSERVABLE = "unknown", "unservable"
 

@@ -21,17 +21,20 @@ from adapter_merge.errors import (
     Problem,
     raise_all,
 )
+from adapter_merge.serve.api_server.loader import VARIABLE, Settings
+from adapter_merge.serve.conversion.cache import Cache
+from adapter_merge.serve.conversion.served import Converter, Outline, allowed_rank, check_name, folders, inside
+from adapter_merge.serve.conversion.stating import Stated
 from adapter_merge.storage.installation import install_command
 
-from .cache import Cache
 from .flags import DRAIN, LOOPBACK, OURS, flag_problems, has_key, has_option, is_cpu_build, is_loopback, option
-from .loader import VARIABLE, Settings
-from .served import Converter, Outline, allowed_rank, check_name, folders, inside
-from .stating import Stated
 
 MODULE = "vllm.entrypoints.openai.api_server"
-PAGE = "adapter_merge.serve.page.Page"
-GUARDS = ("adapter_merge.serve.guard.Drain", "adapter_merge.serve.guard.RequireKey")  # the last one is asked first
+PAGE = "adapter_merge.serve.api_server.page.Page"
+GUARDS = (
+    "adapter_merge.serve.api_server.guard.Drain",
+    "adapter_merge.serve.api_server.guard.RequireKey",
+)  # the last one is asked first
 # On a CPU vLLM asks for nine tenths of the machine's memory unless the size of its KV cache is stated.
 CPU_CACHE, CPU_CACHE_GIB = "VLLM_CPU_KVCACHE_SPACE", "2"
 DEFAULT_ACTIVE = 16

@@ -13,8 +13,8 @@ from conftest import World
 from safetensors.torch import load_file, save_file
 
 from adapter_merge.errors import InputError, MismatchError, UnsupportedError
-from adapter_merge.serve.cache import Cache
-from adapter_merge.serve.served import Converter, allowed_rank, check_name, inside, signature
+from adapter_merge.serve.conversion.cache import Cache
+from adapter_merge.serve.conversion.served import Converter, allowed_rank, check_name, inside, signature
 
 
 @pytest.fixture

@@ -14,10 +14,10 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from adapter_merge.errors import AdapterMergeError, InputError
-from adapter_merge.serve.cache import Cache
-from adapter_merge.serve.loader import Source
-from adapter_merge.serve.served import Converter, Served, inside
-from adapter_merge.serve.stating import FILE, Stated, beside, checked
+from adapter_merge.serve.api_server.loader import Source
+from adapter_merge.serve.conversion.cache import Cache
+from adapter_merge.serve.conversion.served import Converter, Served, inside
+from adapter_merge.serve.conversion.stating import FILE, Stated, beside, checked
 
 
 @pytest.fixture

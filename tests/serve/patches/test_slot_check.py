@@ -50,7 +50,7 @@ def test_a_model_that_loses_the_scales_is_found_at_the_load(
 
 
 LOST = """
-import adapter_merge.serve.row_scale as row_scale
+import adapter_merge.serve.patches.row_scale as row_scale
 row_scale.scale_rows = lambda output, bias, scale, slots: output
 """
 

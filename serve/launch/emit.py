@@ -15,11 +15,11 @@ from typing import Any
 
 from adapter_merge.cli.adapter_options import PATH
 from adapter_merge.errors import InputError, MissingDependencyError, Problem, raise_all
+from adapter_merge.serve.conversion.served import allowed_rank, check_name
+from adapter_merge.serve.conversion.stating import KINDS
 
 from .flags import DRAIN, flag_problems, has_option, option
 from .process import GRACE
-from .served import allowed_rank, check_name
-from .stating import KINDS
 
 PORT = 8000
 ADAPTERS, CACHE, SCRATCH = "/adapters", "/cache", "/scratch"

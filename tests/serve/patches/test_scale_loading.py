@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 
-from adapter_merge.serve import scale_loading
+from adapter_merge.serve.patches import scale_loading
 
 
 class Layer:

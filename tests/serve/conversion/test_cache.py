@@ -13,8 +13,8 @@ import pytest
 from click.testing import CliRunner
 
 from adapter_merge.errors import InputError, OutputError
-from adapter_merge.serve.cache import Cache, Entry, Lease, key_of
-from adapter_merge.serve.cli import cache as cache_commands
+from adapter_merge.serve.cli.cache import cache as cache_commands
+from adapter_merge.serve.conversion.cache import Cache, Entry, Lease, key_of
 
 KEYS = [key_of({"number": number}) for number in range(6)]
 

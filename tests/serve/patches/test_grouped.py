@@ -7,7 +7,7 @@ from collections.abc import Callable
 import pytest
 import torch
 
-from adapter_merge.serve.grouped import add_products, group_tokens
+from adapter_merge.serve.patches.grouped import add_products, group_tokens
 
 IN, OUT, RANK, SLOTS = 24, 40, 4, 4
 

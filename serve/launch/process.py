@@ -19,9 +19,9 @@ from collections.abc import Callable
 from contextlib import suppress
 
 from adapter_merge.errors import AdapterMergeError, Problem, raise_all
+from adapter_merge.serve.conversion.served import Served
 
-from .command import Plan
-from .served import Served
+from .plan import Plan
 
 GRACE = 30  # seconds for the engine's own end after the last request
 

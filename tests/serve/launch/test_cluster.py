@@ -15,7 +15,7 @@ from click.testing import CliRunner
 from conftest import HERE, World, vllm_environment
 from test_parity import check, requests_of
 
-from adapter_merge.serve.cli import serve
+from adapter_merge.serve.cli.serve import serve
 
 pytestmark = pytest.mark.cluster
 

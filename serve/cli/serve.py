@@ -1,4 +1,4 @@
-"""`adapter-merge serve` and `adapter-merge cache`."""
+"""adapter-merge serve: an OpenAI-compatible server of a base and many adapters."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ from adapter_merge.cli.command import Command, command, option
 from adapter_merge.cli.options import dry_run_option, report_options
 from adapter_merge.cli.values import SIZE, SOURCE
 
-if TYPE_CHECKING:
-    from .stating import Stated
+from .cache import CACHE_SIZE
 
-CACHE_SIZE = 50 * 10**9  # bytes
+if TYPE_CHECKING:
+    from adapter_merge.serve.conversion.stating import Stated
 
 
 class WithRest(Command):
@@ -131,11 +131,11 @@ def serve(
     if (Path(base) / "model.onnx").is_file():
         _serve_export(ctx, Path(base), quiet)
         return
-    from .cache import Cache
-    from .command import make_plan
-    from .emit import Service, kubernetes, ray
-    from .flags import shell_line
-    from .process import run
+    from adapter_merge.serve.conversion.cache import Cache
+    from adapter_merge.serve.launch.emit import Service, kubernetes, ray
+    from adapter_merge.serve.launch.flags import shell_line
+    from adapter_merge.serve.launch.plan import make_plan
+    from adapter_merge.serve.launch.process import run
 
     direct = {"--host": host, "--port": port, "--api-key": api_key, "--shutdown-timeout": shutdown_timeout}
     rest = _joined(direct, ctx.meta["rest"])
@@ -197,130 +197,9 @@ def _serve_export(ctx: click.Context, folder: Path, quiet: bool) -> None:
     served.serve_export(folder, **options, say=lambda line: None if quiet else click.echo(line, err=True))
 
 
-@click.group()
-def cache() -> None:
-    """The cache of converted adapters that `serve` keeps."""
-
-
-@cache.command("list", cls=Command)
-@report_options
-def list_entries(as_json: bool, quiet: bool) -> None:
-    """Show every converted adapter, the least recently used first."""
-    from datetime import datetime
-
-    from .cache import Cache
-
-    found = Cache()
-    entries = found.entries()
-    total = sum(entry.nbytes for entry in entries)
-    if as_json:
-        rows = [
-            {
-                "key": entry.key,
-                "adapter": entry.adapter,
-                "base": entry.base,
-                "bytes": entry.nbytes,
-                "used": entry.used,
-                "in_use": entry.in_use,
-            }
-            for entry in entries
-        ]
-        click.echo(json.dumps({"root": str(found.root), "bytes": total, "entries": rows}, indent=2))
-        return
-    for entry in entries:
-        when = datetime.fromtimestamp(entry.used).strftime("%Y-%m-%d %H:%M")
-        used = "in use" if entry.in_use else when
-        size = f"{entry.nbytes / 1e6:9.1f} MB"
-        click.echo(f"{entry.key[:12]}  {size}  {used:>16}  {entry.adapter} on {entry.base}")
-    click.echo(f"{len(entries)} adapters, {total / 1e6:.1f} MB in {found.root}", err=True)
-
-
-@cache.command("add", cls=Command)
-@click.argument("base", type=SOURCE)
-@click.argument("adapters", type=SOURCE, nargs=-1, required=True, metavar="ADAPTER...")
-@option(
-    "--cache-size",
-    type=SIZE,
-    default=CACHE_SIZE,
-    show_default="50GB",
-    metavar="SIZE",
-    help="Bound of the cache of adapters.",
-)
-@adapter_options
-@report_options
-def add_entries(base: str, adapters: tuple[str, ...], cache_size: int, as_json: bool, quiet: bool) -> None:
-    """Convert adapters for BASE now, so that a server finds them in the cache.
-
-    The options say the same of every ADAPTER.
-    """
-    from adapter_merge.errors import AdapterMergeError, Problem, raise_all
-
-    from .cache import Cache
-    from .process import described
-    from .served import Converter, allowed_rank
-    from .stating import Stated
-
-    stated = Stated.of(*one_stated())
-    converter = Converter(base, Cache(max_bytes=cache_size))
-    problems: list[Problem] = []
-    rows = []
-    for adapter in adapters:
-        try:
-            outline = converter.outline(adapter, stated)
-            allowed_rank(outline.rank)
-            served = converter.obtain(adapter, stated)
-        except AdapterMergeError as error:
-            problems += error.problems
-            continue
-        served.release()
-        key, cached = served.folder.name, served.seconds is None
-        rows.append({"key": key, "adapter": adapter, "rank": served.rank, "cached": cached, "origin": served.origin})
-        if not as_json:
-            click.echo(f"{key[:12]}  {described(adapter, outline.method, served)}")
-    if as_json:
-        click.echo(json.dumps({"root": str(converter.cache.root), "entries": rows}, indent=2))
-    raise_all(problems)
-
-
-@cache.command("verify", cls=Command)
-@report_options
-@click.pass_context
-def verify_entries(ctx: click.Context, as_json: bool, quiet: bool) -> None:
-    """Read every converted adapter and compare it with its hashes; exit code 1 when one is damaged."""
-    from .cache import Cache
-
-    found = Cache()
-    damaged = found.verify()
-    count = len(found.entries())
-    if as_json:
-        rows = [{"key": entry.key, "adapter": entry.adapter, "problems": problems} for entry, problems in damaged]
-        click.echo(json.dumps({"root": str(found.root), "entries": count, "damaged": rows}, indent=2))
-    else:
-        for entry, problems in damaged:
-            click.echo(f"{entry.key[:12]}  {entry.adapter}: {'; '.join(problems)}")
-        click.echo(f"{count} adapters, {len(damaged)} damaged (made again when they are next used)", err=True)
-    ctx.exit(1 if damaged else 0)
-
-
-@cache.command("clear", cls=Command)
-@report_options
-def clear_entries(as_json: bool, quiet: bool) -> None:
-    """Remove every converted adapter that no server is using."""
-    from .cache import Cache
-
-    found = Cache()
-    removed, kept = found.clear()
-    freed = sum(entry.nbytes for entry in removed)
-    if as_json:
-        click.echo(json.dumps({"removed": len(removed), "bytes": freed, "in_use": len(kept)}))
-        return
-    in_use = f"; {len(kept)} are in use and stay" if kept else ""
-    click.echo(f"removed {len(removed)} adapters, {freed / 1e6:.1f} MB{in_use}", err=True)
-
-
 def _joined(direct: dict[str, Any], rest: list[str]) -> list[str]:
     """Options of our own that are vLLM's too, before what was given behind `--`. Raises UsageError for both."""
-    from .flags import has_option
+    from adapter_merge.serve.launch.flags import has_option
 
     given = {flag: str(value) for flag, value in direct.items() if value is not None}
     for flag in given:
@@ -331,7 +210,7 @@ def _joined(direct: dict[str, Any], rest: list[str]) -> list[str]:
 
 def _stated(adapters: tuple[str, ...]) -> dict[str, Stated]:
     """What the options say of each named adapter."""
-    from .stating import FILE, Stated
+    from adapter_merge.serve.conversion.stating import FILE, Stated
 
     names = [text.partition("=")[0] for text in adapters if "=" in text]
     if names:
@@ -343,7 +222,7 @@ def _stated(adapters: tuple[str, ...]) -> dict[str, Stated]:
 
 def _ranks(base: str, adapters: tuple[str, ...]) -> dict[str, int]:
     """The rank of each NAME=ADAPTER, from headers."""
-    from .served import Converter
+    from adapter_merge.serve.conversion.served import Converter
 
     stated = _stated(adapters)
     pairs = [(name, folder) for name, _, folder in (text.partition("=") for text in adapters)]

@@ -22,11 +22,12 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 from starlette.types import ASGIApp, Receive, Scope, Send
 
-from .cache import ENTRY
+from adapter_merge.serve.conversion.cache import ENTRY
+from adapter_merge.serve.conversion.served import Served
+from adapter_merge.serve.conversion.stating import flags_of
+
 from .guard import path_of
 from .loader import Loader
-from .served import Served
-from .stating import flags_of
 
 HTML = Path(__file__).with_name("page.html")
 

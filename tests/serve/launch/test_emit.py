@@ -13,8 +13,8 @@ from click.testing import CliRunner
 from conftest import World
 
 from adapter_merge.errors import InputError
-from adapter_merge.serve.cli import serve
-from adapter_merge.serve.emit import engine_arguments
+from adapter_merge.serve.cli.serve import serve
+from adapter_merge.serve.launch.emit import engine_arguments
 
 yaml = pytest.importorskip("yaml")
 
