@@ -32,13 +32,8 @@ from adapter_merge.formats.read_options import ReadOptions
 from adapter_merge.quantisation.dense_view import open_base
 from adapter_merge.storage.checkpoint import Checkpoint
 from adapter_merge.storage.tensor_io import read_tensor
-from adapter_merge.verification.compare_weights import (
-    WEIGHT_TOLERANCE,
-    Progress,
-    WeightFigures,
-    modules_by_tensor,
-    whole_weight,
-)
+from adapter_merge.verification.compare_weights import WEIGHT_TOLERANCE, Progress, WeightFigures
+from adapter_merge.verification.whole_formulas import modules_by_tensor, whole_weight
 
 from .verdict import find_adapter, header
 

@@ -26,15 +26,13 @@ from adapter_merge.errors import InputError, ParityError
 from adapter_merge.outputs.staging import read_manifest
 from adapter_merge.quantisation.dense_view import open_base
 from adapter_merge.storage.checkpoint import CANDIDATES, read_json, resolve
+from adapter_merge.verification.compare_factors import TRUNCATION, adapter_weights, factor_weights
 from adapter_merge.verification.compare_logits import compare_logits, token_paths
 from adapter_merge.verification.compare_weights import (
-    TRUNCATION,
     WEIGHT_TOLERANCE,
     Progress,
     WeightProof,
-    adapter_weights,
     delta_weights,
-    factor_weights,
     merged_weights,
     weight_problems,
 )

@@ -18,9 +18,10 @@ from adapter_merge.methods.lora import BiasModule, ExpertModule, RowSliceModule
 from adapter_merge.methods.tokens import TokenModule
 from adapter_merge.storage.tensor_io import read_tensor
 
-from .compare_weights import WEIGHT_TOLERANCE, modules_by_tensor, whole_weight
+from .compare_weights import WEIGHT_TOLERANCE
 from .live_adapter import innermost, live_layer
 from .streamed_model import StreamedModel
+from .whole_formulas import modules_by_tensor, whole_weight
 
 PROBES = 8
 

@@ -23,17 +23,9 @@ from adapter_merge.storage.checkpoint import Checkpoint
 from adapter_merge.storage.tensor_comparison import same_bytes
 from adapter_merge.storage.tensor_io import read_bytes, read_tensor
 
-from .compare_weights import (
-    FLOAT32_ERROR,
-    Progress,
-    WeightFigures,
-    WeightProof,
-    config_problems,
-    modules_by_tensor,
-    stored_weights,
-    weight_problems,
-    whole_weight,
-)
+from .carried_over import config_problems
+from .compare_weights import Progress, WeightFigures, WeightProof, stored_weights, weight_problems
+from .whole_formulas import FLOAT32_ERROR, modules_by_tensor, whole_weight
 
 UNCHANGED = requantisation_loss(0.0, 1.0)
 DRAW_NOISE = 1e-3  # of a step: what float32 moves W' between two codes

@@ -14,10 +14,10 @@ from adapter_merge.combine.open_inputs import open_pair
 from adapter_merge.formats.read_options import ReadOptions
 from adapter_merge.storage.input_files import Sources
 from adapter_merge.storage.tensor_io import read_tensor
-from adapter_merge.verification.compare_weights import modules_by_tensor
 from adapter_merge.verification.live_probes import unlike_live
 from adapter_merge.verification.streamed_adapter import streamed_trained
 from adapter_merge.verification.weight_formulas import Adapted, tensor_formula
+from adapter_merge.verification.whole_formulas import modules_by_tensor
 
 HALF = ReadOptions(residual_dtype="bfloat16")
 

@@ -1,0 +1,90 @@
+"""The formula of every stored tensor, a combination's included, and whole weights computed by it.
+
+A combination is computed whole in float64, from its definition (combination_definition.py), which shares nothing with
+the merge.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from adapter_merge.binding.bind import BoundAdapter, BoundModule
+from adapter_merge.combine.combined_weight import CombinedModule
+from adapter_merge.storage.input_files import Sources
+from adapter_merge.storage.tensor_io import read_tensor
+
+from .combination_definition import defined_delta
+from .weight_formulas import Formula, tensor_formula
+
+FLOAT32_ERROR = 8 * 2**-24  # a few roundings of a float32 sum, relative to its terms
+UNSURE_SHARE = 1e-2  # of a combined weight: elements beside a threshold, which float32 may take or leave
+
+
+@dataclass(frozen=True, eq=False)
+class _Whole:
+    """A weight that was computed whole."""
+
+    weight: Tensor  # (rows, columns) float64
+    slack: Tensor | None
+
+    def after(self, base: Tensor, first: int) -> tuple[Tensor, Tensor | None]:
+        rows = slice(first, first + base.shape[0])
+        return self.weight[rows], None if self.slack is None else self.slack[rows]
+
+
+def modules_by_tensor(bound: BoundAdapter) -> dict[str, list[BoundModule]]:
+    """The modules of each tensor that is written: an expert is one of many in its tensor."""
+    found: dict[str, list[BoundModule]] = {}
+    for item in bound.modules:
+        found.setdefault(item.name, []).append(item)
+    return found
+
+
+def formula_of(items: Sequence[BoundModule], sources: Sources) -> Formula:
+    """What is done to one tensor. A combination is taken from its definition, which shares nothing with the merge."""
+    item = items[0]
+    return _combined(item, sources) if isinstance(item, CombinedModule) else tensor_formula(items, sources)
+
+
+def _combined(item: CombinedModule, sources: Sources) -> _Whole:
+    whole = item.combination
+    base = read_tensor(item.weight).to(torch.float64)
+    rows = base.reshape(1, -1) if base.dim() < 2 else base.reshape(-1, base.shape[-1])
+
+    def alone(share: Any, weight: Tensor) -> Tensor:
+        start = weight if share.replacement is None else read_tensor(share.replacement).to(weight).reshape(weight.shape)
+        return tensor_formula(share.modules, sources).after(start, 0)[0] if share.modules else start
+
+    if whole.in_turn:
+        after = rows
+        for share in whole.shares:
+            after = alone(share, after)
+        return _Whole(after, None)
+    deltas = [alone(share, rows) - rows for share in whole.shares]
+    noise = sum((delta.abs() for delta in deltas), rows.abs() + typical_size(rows)) * FLOAT32_ERROR
+    parts = whole.parts([share.edit(torch.float64) for share in whole.shares])
+    combined, unsure = defined_delta(deltas, parts, whole.settings, noise)
+    taken = float(unsure.float().mean()) <= UNSURE_SHARE
+    return _Whole(rows + combined, torch.where(unsure, math.inf, 0.0).to(torch.float64) if taken else None)
+
+
+def whole_weight(items: Sequence[BoundModule]) -> tuple[Tensor, Tensor, Tensor | None]:
+    """W0, W' and the slack of W' (see Formula) of one stored tensor in float64, whole, as it is stored."""
+    sources = Sources()
+    try:
+        ref = items[0].weight
+        base = read_tensor(ref).to(torch.float64)
+        after, slack = formula_of(items, sources).after(base.reshape(ref.rows, -1), 0)
+        return base, after.reshape(base.shape), None if slack is None else slack.reshape(base.shape)
+    finally:
+        sources.close()
+
+
+def typical_size(weight: Tensor) -> float:
+    return float(torch.linalg.vector_norm(weight)) / math.sqrt(max(1, weight.numel()))
