@@ -26,9 +26,9 @@ from adapter_merge.export.graph.factor_folder import Factors
 from adapter_merge.export.graph.targets import Layout
 from adapter_merge.export.modes.batched import restack
 from adapter_merge.export.modes.switchable import write_adapters
+from adapter_merge.files.locks import locked
 from adapter_merge.outputs.staging import disk_errors
 from adapter_merge.quantisation.dense_view import open_base
-from adapter_merge.storage.locks import locked
 
 PATIENCE = 3600.0  # seconds for the adds before this one
 

@@ -7,15 +7,15 @@ from typing import Any
 
 import click
 
-from adapter_merge.cli.adapter_options import adapter_options, as_typed, has_stated
-from adapter_merge.cli.command import ENGINE, OUTPUT, OutputOption, command, option
-from adapter_merge.cli.console import emit, say
-from adapter_merge.cli.hub import push_options, revised
-from adapter_merge.cli.input_paths import check_paths
-from adapter_merge.cli.inputs import combination_options, has_combination, named_inputs, stated_inputs
-from adapter_merge.cli.options import dry_run_option, report_options
-from adapter_merge.cli.progress import working
-from adapter_merge.cli.values import DEVICE, SOURCE, Dtype, stated_prompts
+from adapter_merge.cli.options.adapters import adapter_options, as_typed, has_stated
+from adapter_merge.cli.options.command import ENGINE, OUTPUT, OutputOption, command, option
+from adapter_merge.cli.options.hub import push_options, revised
+from adapter_merge.cli.options.input_paths import check_paths
+from adapter_merge.cli.options.inputs import combination_options, has_combination, named_inputs, stated_inputs
+from adapter_merge.cli.options.shared import dry_run_option, report_options
+from adapter_merge.cli.options.values import DEVICE, SOURCE, Dtype, stated_prompts
+from adapter_merge.cli.printing.console import emit, say
+from adapter_merge.cli.printing.progress import working
 
 PRECISIONS = {"float32": "fp32", "float16": "fp16", "bfloat16": "bf16", "int4": "int4"}
 

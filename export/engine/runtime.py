@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from adapter_merge.errors import FileFormatError, InputError, MissingDependencyError, Problem, raise_all
-from adapter_merge.storage.installation import install_command
+from adapter_merge.files.installation import install_command
 
 PACKAGES = ("onnxruntime", "onnxruntime-gpu", "onnxruntime-directml", "onnxruntime-openvino")
 QUIET = 3  # errors only: onnxruntime warns once for every optional input of a graph

@@ -14,8 +14,8 @@ from typing import TYPE_CHECKING, Any
 
 from adapter_merge.export.engine.decoder_settings import decoder_settings
 from adapter_merge.export.graph.targets import Layout
+from adapter_merge.files.escaping import plain_text
 from adapter_merge.outputs.model_card import card
-from adapter_merge.storage.escaping import plain_text
 
 if TYPE_CHECKING:
     from .manifest import Manifest

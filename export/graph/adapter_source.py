@@ -7,8 +7,8 @@ from dataclasses import replace
 from pathlib import Path
 
 from adapter_merge.errors import InputError, Problem, raise_all
+from adapter_merge.files.input_snapshot import snapshot_folder
 from adapter_merge.storage.checkpoint import read_json, resolve
-from adapter_merge.storage.input_snapshot import snapshot_folder
 
 from .factor_folder import Factors, read_factors
 

@@ -53,10 +53,10 @@ from adapter_merge.factoring.supported import (
 )
 from adapter_merge.factoring.truncated_svd import Spectrum
 from adapter_merge.factoring.weight_factors import Factored, Factoriser
+from adapter_merge.files.input_snapshot import InputSnapshot
 from adapter_merge.methods.adapter import Adapter
 from adapter_merge.outputs.model_card import factor_card
 from adapter_merge.outputs.staging import check_output, manifest, sha256, staged, write_manifest, write_text
-from adapter_merge.storage.input_snapshot import InputSnapshot
 from adapter_merge.storage.tensor_io import read_tensor
 
 from .options import FactorOptions

@@ -26,6 +26,7 @@ from adapter_merge.engine.execute import FinishedShard, Progress, execute
 from adapter_merge.engine.plan import MergePlan, ShardPlan, plan_merge
 from adapter_merge.engine.requantise import plan_requantised
 from adapter_merge.errors import InputError, Problem, raise_all
+from adapter_merge.files.links import can_link
 from adapter_merge.outputs.leftovers import staging_folder
 from adapter_merge.outputs.model_folder import base_files, output_files, planned_files, write_rest
 from adapter_merge.outputs.preimage import PreimageRecorder
@@ -38,7 +39,6 @@ from adapter_merge.outputs.staging import (
     nearest_folder,
     write_manifest,
 )
-from adapter_merge.storage.links import can_link
 from adapter_merge.storage.tensor_io import SAFETENSORS_DTYPES as DTYPES
 
 from .options import MergeOptions

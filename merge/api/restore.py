@@ -15,14 +15,14 @@ from typing import Any
 import torch
 
 from adapter_merge.errors import FileFormatError, InputError, MismatchError, Problem, raise_all
+from adapter_merge.files.hashing import hash_files
+from adapter_merge.files.input_snapshot import InputSnapshot
+from adapter_merge.files.json_types import TEXT, Each, Kind, Schema, Stated, check_types
+from adapter_merge.files.links import can_link, link_file
 from adapter_merge.outputs.leftovers import PREIMAGE_FOLDER
 from adapter_merge.outputs.preimage import SIDE, VERSION, inflate
 from adapter_merge.outputs.staging import MANIFEST, check_output, check_space, nearest_folder, read_manifest, staged
 from adapter_merge.storage.checkpoint import plain_name, read_json
-from adapter_merge.storage.hashing import hash_files
-from adapter_merge.storage.input_snapshot import InputSnapshot
-from adapter_merge.storage.json_types import TEXT, Each, Kind, Schema, Stated, check_types
-from adapter_merge.storage.links import can_link, link_file
 from adapter_merge.storage.safetensors_header import TensorRef, read_header
 from adapter_merge.storage.tensor_io import pread_into
 

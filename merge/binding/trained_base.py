@@ -7,13 +7,13 @@ from pathlib import Path
 from typing import Any
 
 from adapter_merge.errors import InputError, MissingDependencyError, Problem, UnsupportedError, raise_all
+from adapter_merge.files.installation import install_command
 from adapter_merge.methods.adapter import Adapter
 from adapter_merge.quantisation.dense_view import open_base, packed_weights
 from adapter_merge.quantisation.simulated import SimulatedWeight, TrainedOn, parse_trained_on
 from adapter_merge.quantisation.turned_cache import TurnedCache
 from adapter_merge.storage.checkpoint import Checkpoint
 from adapter_merge.storage.computed_tensor import ComputedRef
-from adapter_merge.storage.installation import install_command
 from adapter_merge.storage.safetensors_header import FLOAT_DTYPES
 
 from .transformers_names import model_of

@@ -6,10 +6,10 @@ from pathlib import Path
 
 import click
 
-from .command import command, option
-from .console import emit, say
-from .options import report_options
-from .values import SOURCE
+from adapter_merge.cli.options.command import command, option
+from adapter_merge.cli.options.shared import report_options
+from adapter_merge.cli.options.values import SOURCE
+from adapter_merge.cli.printing.console import emit, say
 
 
 @command(examples=["./merged", "./merged -o provenance.json"])

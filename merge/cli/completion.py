@@ -6,9 +6,9 @@ from pathlib import Path
 
 import click
 
-from .command import command, option
-from .console import emit, say
-from .options import report_options
+from adapter_merge.cli.options.command import command, option
+from adapter_merge.cli.options.shared import report_options
+from adapter_merge.cli.printing.console import emit, say
 
 SHELLS = ("bash", "zsh", "fish")
 VARIABLE, PROGRAM = "_ADAPTER_MERGE_COMPLETE", "adapter-merge"

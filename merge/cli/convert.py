@@ -7,13 +7,13 @@ from typing import Any
 
 import click
 
-from .adapter_options import adapter_options, one_stated
-from .command import command, option
-from .hub import push_options, revised
-from .options import dry_run_option, output_argument, report_options
-from .progress import working
-from .result import show_result
-from .values import SOURCE
+from adapter_merge.cli.options.adapters import adapter_options, one_stated
+from adapter_merge.cli.options.command import command, option
+from adapter_merge.cli.options.hub import push_options, revised
+from adapter_merge.cli.options.shared import dry_run_option, output_argument, report_options
+from adapter_merge.cli.options.values import SOURCE
+from adapter_merge.cli.printing.progress import working
+from adapter_merge.cli.printing.result import show_result
 
 
 @command(examples=["./pickled-lora -o ./lora", "run/final.ckpt --alpha 16 -o ./adapter"])

@@ -7,15 +7,15 @@ from typing import Any
 
 import click
 
-from .adapter_options import adapter_options
-from .command import command, option
-from .console import loading, say
-from .hub import hub_options
-from .inputs import INPUTS, combination_options, stated_inputs
-from .options import device_option, dry_run_option, output_option, report_options
-from .progress import working
-from .result import show_result
-from .values import DTYPES, SOURCE
+from adapter_merge.cli.options.adapters import adapter_options
+from adapter_merge.cli.options.command import command, option
+from adapter_merge.cli.options.hub import hub_options
+from adapter_merge.cli.options.inputs import INPUTS, combination_options, stated_inputs
+from adapter_merge.cli.options.shared import device_option, dry_run_option, output_option, report_options
+from adapter_merge.cli.options.values import DTYPES, SOURCE
+from adapter_merge.cli.printing.console import loading, say
+from adapter_merge.cli.printing.progress import working
+from adapter_merge.cli.printing.result import show_result
 
 
 @command(examples=["./base ./adapter -o ./delta", "./base a=./one b=./two --combine ties --density 0.5 -o ./delta"])

@@ -6,12 +6,12 @@ from pathlib import Path
 
 import click
 
-from .command import command, option
-from .console import emit, say
-from .input_paths import check_paths
-from .options import report_options
-from .progress import working
-from .values import SOURCE
+from adapter_merge.cli.options.command import command, option
+from adapter_merge.cli.options.input_paths import check_paths
+from adapter_merge.cli.options.shared import report_options
+from adapter_merge.cli.options.values import SOURCE
+from adapter_merge.cli.printing.console import emit, say
+from adapter_merge.cli.printing.progress import working
 
 
 @command(examples=["", "--base ./SmolLM2-135M-Instruct -o ./out"])

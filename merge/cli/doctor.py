@@ -8,9 +8,9 @@ from pathlib import Path
 
 import click
 
-from .command import command, option
-from .console import emit
-from .options import report_options
+from adapter_merge.cli.options.command import command, option
+from adapter_merge.cli.options.shared import report_options
+from adapter_merge.cli.printing.console import emit
 
 
 @command()

@@ -10,7 +10,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from adapter_merge.storage.installation import install_command
+from adapter_merge.files.installation import install_command
 
 PACKAGES = (
     "adapter-merge", "torch", "safetensors", "numpy", "huggingface_hub", "transformers", "peft", "gguf",

@@ -6,12 +6,12 @@ import time
 
 import click
 
-from .command import command, option
-from .console import emit
-from .input_paths import check_paths
-from .options import device_option, dry_run_option, output_argument, report_options
-from .progress import working
-from .values import RANK, SOURCE
+from adapter_merge.cli.options.command import command, option
+from adapter_merge.cli.options.input_paths import check_paths
+from adapter_merge.cli.options.shared import device_option, dry_run_option, output_argument, report_options
+from adapter_merge.cli.options.values import RANK, SOURCE
+from adapter_merge.cli.printing.console import emit
+from adapter_merge.cli.printing.progress import working
 
 
 @command(examples=["./base ./finetuned --rank 32 -o ./lora", "./base ./finetuned --rank 0.99 --row-scale -o ./dora"])

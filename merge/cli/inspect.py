@@ -7,12 +7,12 @@ from typing import Any
 
 import click
 
-from .adapter_options import adapter_options, one_stated
-from .command import command, option
-from .console import emit, report_error
-from .hub import hub_options, revised
-from .options import report_options
-from .values import SOURCE
+from adapter_merge.cli.options.adapters import adapter_options, one_stated
+from adapter_merge.cli.options.command import command, option
+from adapter_merge.cli.options.hub import hub_options, revised
+from adapter_merge.cli.options.shared import report_options
+from adapter_merge.cli.options.values import SOURCE
+from adapter_merge.cli.printing.console import emit, report_error
 
 
 @command(examples=["./adapter", "./adapter --base ./base", "./merged"])

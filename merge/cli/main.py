@@ -16,10 +16,9 @@ from pathlib import Path
 
 import click
 
+from adapter_merge.cli.options.configuration import META, check_names, read_configuration
+from adapter_merge.cli.printing.console import report_error
 from adapter_merge.errors import AdapterMergeError
-
-from .configuration import META, check_names, read_configuration
-from .console import report_error
 
 # name -> section of --help, module:attribute, and the line that --help shows without loading the module
 MAKE, LOOK, DEPLOY, BEGIN = "Make", "Look and prove", "Deploy", "Begin"

@@ -8,15 +8,21 @@ from typing import Any
 
 import click
 
-from .adapter_options import adapter_options
-from .command import OUTPUT, command, option
-from .console import loading, say
-from .hub import plan_files, push_options
-from .inputs import INPUTS, combination_options, stated_inputs
-from .options import device_option, dry_run_option, engine_options, output_option, report_options
-from .progress import working
-from .result import show_result
-from .values import DTYPES, SHARE, SIZE, SOURCE
+from adapter_merge.cli.options.adapters import adapter_options
+from adapter_merge.cli.options.command import OUTPUT, command, option
+from adapter_merge.cli.options.hub import plan_files, push_options
+from adapter_merge.cli.options.inputs import INPUTS, combination_options, stated_inputs
+from adapter_merge.cli.options.shared import (
+    device_option,
+    dry_run_option,
+    engine_options,
+    output_option,
+    report_options,
+)
+from adapter_merge.cli.options.values import DTYPES, SHARE, SIZE, SOURCE
+from adapter_merge.cli.printing.console import loading, say
+from adapter_merge.cli.printing.progress import working
+from adapter_merge.cli.printing.result import show_result
 
 
 @command(

@@ -6,14 +6,13 @@ from pathlib import Path
 
 import click
 
+from adapter_merge.cli.options.adapters import adapter_options, one_stated
+from adapter_merge.cli.options.command import command, option
+from adapter_merge.cli.options.shared import report_options
+from adapter_merge.cli.options.values import SOURCE
+from adapter_merge.cli.printing.console import emit, say
+from adapter_merge.cli.printing.progress import working
 from adapter_merge.errors import OutputError
-
-from .adapter_options import adapter_options, one_stated
-from .command import command, option
-from .console import emit, say
-from .options import report_options
-from .progress import working
-from .values import SOURCE
 
 
 @command(examples=["./merged -o report.html", "./adapter --base ./base -o report.html"])

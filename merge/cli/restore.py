@@ -6,11 +6,11 @@ import time
 
 import click
 
-from .command import command, option
-from .console import emit
-from .options import dry_run_option, link_option, output_argument, report_options
-from .progress import working
-from .values import SOURCE
+from adapter_merge.cli.options.command import command, option
+from adapter_merge.cli.options.shared import dry_run_option, link_option, output_argument, report_options
+from adapter_merge.cli.options.values import SOURCE
+from adapter_merge.cli.printing.console import emit
+from adapter_merge.cli.printing.progress import working
 
 
 @command(examples=["./merged -o ./base", "./merged --base ./the-base -o ./again"])

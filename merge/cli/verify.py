@@ -8,14 +8,15 @@ from typing import Any
 
 import click
 
-from .adapter_options import adapter_options
-from .command import command, option
-from .console import emit, say
-from .hub import hub_options
-from .inputs import INPUTS, Subject, combination_options, has_combination, stated_inputs
-from .options import report_options
-from .progress import working
-from .values import DTYPES, SHARE, SOURCE, stated_prompts
+from adapter_merge.cli.options.adapters import adapter_options
+from adapter_merge.cli.options.command import command, option
+from adapter_merge.cli.options.hub import hub_options
+from adapter_merge.cli.options.inputs import INPUTS, Subject, combination_options, has_combination, stated_inputs
+from adapter_merge.cli.options.shared import report_options
+from adapter_merge.cli.options.values import DTYPES, SHARE, SOURCE, stated_prompts
+from adapter_merge.cli.printing.console import emit, say
+from adapter_merge.cli.printing.progress import working
+
 from .verify_server import verify_running
 
 

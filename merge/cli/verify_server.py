@@ -8,9 +8,9 @@ from typing import Any
 
 import click
 
-from .console import emit
-from .inputs import Subject
-from .progress import working
+from adapter_merge.cli.options.inputs import Subject
+from adapter_merge.cli.printing.console import emit
+from adapter_merge.cli.printing.progress import working
 
 SAID = {
     "prompt_logprobs": "prompts and answers, by the server's prompt_logprobs",

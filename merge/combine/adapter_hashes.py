@@ -13,10 +13,10 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
+from adapter_merge.files.hashing import hash_files
+from adapter_merge.files.input_errors import reading
 from adapter_merge.methods.adapter import Adapter
 from adapter_merge.storage.checkpoint import WEIGHT_SUFFIXES, read_json
-from adapter_merge.storage.hashing import hash_files
-from adapter_merge.storage.input_errors import reading
 
 MANIFEST = "adapter_merge.json"
 MADE = ("adapter", "factors")  # artefacts that are adapters

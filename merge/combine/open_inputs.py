@@ -10,13 +10,13 @@ from typing import Any
 from adapter_merge.binding.bind import BoundAdapter
 from adapter_merge.binding.trained_base import evidence_of_training, is_unstated_4bit, open_trained_base
 from adapter_merge.errors import InputError
+from adapter_merge.files.hashing import hash_files
+from adapter_merge.files.input_snapshot import InputSnapshot
 from adapter_merge.formats.detection import open_adapter
 from adapter_merge.formats.read_options import ReadOptions
 from adapter_merge.methods.adapter import Adapter
 from adapter_merge.quantisation.dense_view import packed_weights
 from adapter_merge.storage.checkpoint import Checkpoint
-from adapter_merge.storage.hashing import hash_files
-from adapter_merge.storage.input_snapshot import InputSnapshot
 from adapter_merge.storage.safetensors_header import FLOAT_DTYPES
 
 from .adapter_hashes import adapter_files, combined_sha256, made_from, merged_into

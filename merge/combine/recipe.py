@@ -27,7 +27,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from adapter_merge.errors import FileFormatError, InputError, MissingDependencyError, Problem, raise_all
-from adapter_merge.storage.json_types import NAME, PATH
+from adapter_merge.files.json_types import NAME, PATH
 
 from .mergekit import from_mergekit, is_mergekit, output_dtype
 from .settings import METHODS, Settings

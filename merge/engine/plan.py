@@ -16,9 +16,9 @@ from typing import Any, NamedTuple
 
 from adapter_merge.binding.bind import BoundAdapter, BoundModule
 from adapter_merge.errors import InputError, Problem, UnsupportedError, raise_all
+from adapter_merge.files.input_errors import reading
 from adapter_merge.storage.checkpoint import Checkpoint, Shard, read_json
 from adapter_merge.storage.computed_tensor import ComputedRef
-from adapter_merge.storage.input_errors import reading
 from adapter_merge.storage.safetensors_header import FLOAT_DTYPES, ITEM_BYTES, TensorRef, layout
 
 INDEX = "model.safetensors.index.json"

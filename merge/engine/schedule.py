@@ -16,11 +16,11 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
+from adapter_merge.files.hashing import Stopped, file_sha256
+from adapter_merge.files.links import link_file
 from adapter_merge.methods.block_edits import BlockEdit
 from adapter_merge.storage.computed_tensor import ComputedRef
-from adapter_merge.storage.hashing import Stopped, file_sha256
 from adapter_merge.storage.input_files import Sources
-from adapter_merge.storage.links import link_file
 from adapter_merge.storage.tensor_io import TORCH_DTYPES, holds_finite
 
 from .chunked_file import ChunkedFile, ChunkPool

@@ -10,8 +10,8 @@ from dataclasses import dataclass, field
 
 import torch
 
+from adapter_merge.files.hashing import OrderedDigest
 from adapter_merge.methods.block_edits import BlockEdit
-from adapter_merge.storage.hashing import OrderedDigest
 
 from .chunked_file import CHUNK_BYTES, ChunkedFile
 from .plan import ShardPlan, TensorJob

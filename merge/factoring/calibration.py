@@ -17,9 +17,9 @@ from torch import Tensor, nn
 
 from adapter_merge.binding.bind import BoundAdapter
 from adapter_merge.errors import InputError
+from adapter_merge.files.hashing import file_sha256
+from adapter_merge.files.input_errors import reading
 from adapter_merge.methods.lora import LoraModule
-from adapter_merge.storage.hashing import file_sha256
-from adapter_merge.storage.input_errors import reading
 from adapter_merge.verification.live_adapter import quiet_libraries
 from adapter_merge.verification.live_model import trained_model
 

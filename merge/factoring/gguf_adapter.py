@@ -19,7 +19,7 @@ import torch
 
 from adapter_merge.binding.bind import BoundAdapter
 from adapter_merge.errors import InputError, Problem, UnsupportedError, raise_all
-from adapter_merge.quantisation.gguf_names import (
+from adapter_merge.quantisation.gguf.names import (
     Architecture,
     architecture_of,
     gguf_name,

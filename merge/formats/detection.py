@@ -13,6 +13,9 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from adapter_merge.errors import AdapterError, InputError, Problem, raise_all
+from adapter_merge.files.escaping import control_problems
+from adapter_merge.files.input_errors import require_utf8
+from adapter_merge.files.input_snapshot import InputSnapshot, snapshot_folder
 from adapter_merge.formats.dcft_reshape_file import read_dcft_reshape
 from adapter_merge.formats.peft.folder import read_peft
 from adapter_merge.formats.peft.initialisation import is_plain_init
@@ -20,9 +23,6 @@ from adapter_merge.formats.peft.layer_types import INDICES, LAYER_TYPES
 from adapter_merge.formats.peft.tensors import WEIGHT_FILES, PeftExtras
 from adapter_merge.methods.adapter import Adapter
 from adapter_merge.storage.checkpoint import CANDIDATES, Checkpoint, open_checkpoint, read_json, read_weights, resolve
-from adapter_merge.storage.escaping import control_problems
-from adapter_merge.storage.input_errors import require_utf8
-from adapter_merge.storage.input_snapshot import InputSnapshot, snapshot_folder
 from adapter_merge.storage.safetensors_header import FLOAT_DTYPES
 
 from .dcft_checkpoint import holds_dcft, read_dcft_checkpoint

@@ -13,8 +13,8 @@ from pathlib import Path
 from adapter_merge.errors import AdapterError, InputError, Problem, UnsupportedError, raise_all
 from adapter_merge.methods.adapter import Adapter, AdapterFormat
 from adapter_merge.methods.lora import LoraModule, lora_scale
-from adapter_merge.quantisation.gguf import gguf_tensor
-from adapter_merge.quantisation.gguf_names import architecture_of, gguf_name, require_gguf, rotated_heads
+from adapter_merge.quantisation.gguf.blocks import gguf_tensor
+from adapter_merge.quantisation.gguf.names import architecture_of, gguf_name, require_gguf, rotated_heads
 from adapter_merge.storage.checkpoint import Checkpoint
 from adapter_merge.storage.gguf_header import GgufTensor, read_gguf_header
 

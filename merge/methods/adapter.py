@@ -13,8 +13,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol, TypeAlias
 
 from adapter_merge.errors import NumericsError, Problem, raise_all
+from adapter_merge.files.input_snapshot import InputSnapshot
 from adapter_merge.storage.checkpoint import Checkpoint
-from adapter_merge.storage.input_snapshot import InputSnapshot
 from adapter_merge.storage.lazy_torch import torch
 from adapter_merge.storage.safetensors_header import FLOAT_DTYPES, TensorRef
 from adapter_merge.storage.tensor_io import all_finite, read_tensor

@@ -17,7 +17,7 @@ from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any
 
 from adapter_merge.errors import AdapterError, MissingDependencyError, UnsupportedError
-from adapter_merge.storage.installation import install_command
+from adapter_merge.files.installation import install_command
 from adapter_merge.storage.lazy_torch import torch
 from adapter_merge.storage.safetensors_header import TensorRef
 

@@ -9,7 +9,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from adapter_merge.storage.hashing import file_sha256
+from adapter_merge.files.hashing import file_sha256
 
 from .folder_content import stated_hashes
 from .integrity import adapter_entries, check_integrity

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 
 from adapter_merge.errors import FileFormatError, Problem
-from adapter_merge.storage.symlinks import is_hub_blob
+from adapter_merge.files.symlinks import is_hub_blob
 
 from .staging import MANIFEST
 

@@ -14,10 +14,10 @@ from adapter_merge.combine.adapter_hashes import combined_sha256
 from adapter_merge.combine.delta_ops import Settings
 from adapter_merge.combine.recipe import PATH_KEYS, Ingredient, Recipe, given_options, make_recipe
 from adapter_merge.errors import FileFormatError, InputError, Problem, raise_all
+from adapter_merge.files.hashing import hash_files
+from adapter_merge.files.symlinks import is_hub_blob
 from adapter_merge.formats.read_options import ReadOptions
 from adapter_merge.storage.checkpoint import open_checkpoint
-from adapter_merge.storage.hashing import hash_files
-from adapter_merge.storage.symlinks import is_hub_blob
 
 from .folder_content import list_content, stated_hashes
 from .model_card import adapter_table

@@ -20,8 +20,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from adapter_merge.errors import InputError, OutputError
-from adapter_merge.storage.input_errors import reading
-from adapter_merge.storage.locks import is_own_lock, lock_file, lock_name
+from adapter_merge.files.input_errors import reading
+from adapter_merge.files.locks import is_own_lock, lock_file, lock_name
 
 MANIFEST = "adapter_merge.json"
 PREIMAGE_FOLDER = "preimage"  # of a merged model: what the merge has overwritten

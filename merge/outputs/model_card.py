@@ -13,8 +13,8 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
+from adapter_merge.files.escaping import code_fence, plain_text
 from adapter_merge.methods.adapter import Adapter
-from adapter_merge.storage.escaping import code_fence, plain_text
 
 PIPELINES = {
     "CAUSAL_LM": "text-generation",

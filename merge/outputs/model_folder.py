@@ -10,8 +10,8 @@ from typing import Any
 from adapter_merge.combine.adapter_hashes import relative_name
 from adapter_merge.engine.execute import FinishedShard
 from adapter_merge.engine.plan import INDEX, MergePlan
+from adapter_merge.files.hashing import hash_files
 from adapter_merge.storage.checkpoint import CANDIDATES
-from adapter_merge.storage.hashing import hash_files
 
 from .folder_content import SIGNATURE
 from .leftovers import PREIMAGE_FOLDER, remove

@@ -27,9 +27,9 @@ from adapter_merge.engine.execute import FinishedShard
 from adapter_merge.engine.plan import MergePlan, ShardPlan
 from adapter_merge.engine.rounding_figures import TensorFigures
 from adapter_merge.errors import InputError, OutputError, Problem, raise_all
+from adapter_merge.files.hashing import file_sha256, hash_files
+from adapter_merge.files.locks import locked
 from adapter_merge.storage.checkpoint import read_json
-from adapter_merge.storage.hashing import file_sha256, hash_files
-from adapter_merge.storage.locks import locked
 
 from .leftovers import JOURNAL, MODEL, SPLIT, recover, remove, staging_folder, wipe
 from .staging import check_output, close_to_others, disk_errors, open_to_readers, publish, sync_folder

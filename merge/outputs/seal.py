@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from adapter_merge.errors import Problem
-from adapter_merge.storage.input_errors import reading
+from adapter_merge.files.input_errors import reading
 
 SEAL = "seal"
 

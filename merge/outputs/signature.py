@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from adapter_merge.errors import FileFormatError, InputError, MissingDependencyError
-from adapter_merge.storage.installation import install_command
+from adapter_merge.files.installation import install_command
 
 from .folder_content import SIGNATURE
 from .staging import MANIFEST

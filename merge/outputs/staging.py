@@ -15,10 +15,10 @@ from pathlib import Path
 from typing import Any
 
 from adapter_merge.errors import AdapterMergeError, OutputError
-from adapter_merge.storage.hashing import file_sha256
-from adapter_merge.storage.input_errors import reading, require_utf8
-from adapter_merge.storage.input_snapshot import InputSnapshot
-from adapter_merge.storage.json_types import (
+from adapter_merge.files.hashing import file_sha256
+from adapter_merge.files.input_errors import reading, require_utf8
+from adapter_merge.files.input_snapshot import InputSnapshot
+from adapter_merge.files.json_types import (
     NAME,
     NUMBER,
     OBJECT,
@@ -31,7 +31,7 @@ from adapter_merge.storage.json_types import (
     Stated,
     check_types,
 )
-from adapter_merge.storage.locks import locked
+from adapter_merge.files.locks import locked
 
 from .leftovers import MANIFEST as MANIFEST
 from .leftovers import clear_after, old_name, recover, remove, staging_folder, wipe

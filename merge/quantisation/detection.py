@@ -5,12 +5,11 @@ from __future__ import annotations
 import re
 
 from adapter_merge.errors import FileFormatError, UnsupportedError
+from adapter_merge.quantisation.configuration import Configuration, read_configuration
+from adapter_merge.quantisation.findings import Findings
+from adapter_merge.quantisation.packed import Packed
 from adapter_merge.storage.checkpoint import Checkpoint
 from adapter_merge.storage.safetensors_header import FLOAT_DTYPES
-
-from .configuration import Configuration, read_configuration
-from .findings import Findings
-from .packed import Packed
 
 # How names end that only quantised checkpoints have.
 QUANTISED_NAMES = re.compile(
@@ -71,31 +70,31 @@ def _refuse_turned(base: Checkpoint, configuration: Configuration) -> None:
 def _search(configuration: Configuration, findings: Findings) -> None:
     method = configuration.method
     if method in ("fp8", "fbgemm_fp8"):
-        from .fp8_layout import find_fp8
+        from adapter_merge.quantisation.schemes.fp8_layout import find_fp8
 
         find_fp8(configuration, findings)
     elif method == "compressed-tensors":
-        from .compressed_tensors import find_compressed_tensors
+        from adapter_merge.quantisation.schemes.compressed_tensors import find_compressed_tensors
 
         find_compressed_tensors(configuration, findings)
     elif method == "bitsandbytes":
-        from .bitsandbytes import find_bitsandbytes
+        from adapter_merge.quantisation.schemes.bitsandbytes import find_bitsandbytes
 
         find_bitsandbytes(findings)
     elif method == "gptq":
-        from .gptq import find_gptq
+        from adapter_merge.quantisation.schemes.gptq import find_gptq
 
         find_gptq(configuration, findings)
     elif method == "awq":
-        from .awq import find_awq
+        from adapter_merge.quantisation.schemes.awq import find_awq
 
         find_awq(configuration, findings)
     elif method == "modelopt":
-        from .modelopt import find_modelopt
+        from adapter_merge.quantisation.schemes.modelopt import find_modelopt
 
         find_modelopt(configuration, findings)
     else:
-        from .mxfp4 import find_mxfp4
+        from adapter_merge.quantisation.schemes.mxfp4 import find_mxfp4
 
         find_mxfp4(findings)
 

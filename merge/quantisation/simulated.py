@@ -14,12 +14,12 @@ from functools import cache
 from typing import TYPE_CHECKING
 
 from adapter_merge.errors import InputError
+from adapter_merge.quantisation.schemes.bitsandbytes import CODES, SMALLEST
 from adapter_merge.storage.computed_tensor import ComputedRef, ReadBytes
 from adapter_merge.storage.lazy_torch import torch
 from adapter_merge.storage.safetensors_header import ITEM_BYTES, TensorRef
 from adapter_merge.storage.tensor_io import SAFETENSORS_DTYPES, TORCH_DTYPES
 
-from .bitsandbytes import CODES, SMALLEST
 from .turned_cache import TurnedCache
 
 if TYPE_CHECKING:

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from adapter_merge.errors import MissingDependencyError
-from adapter_merge.storage.installation import install_command
+from adapter_merge.files.installation import install_command
 
 from .drawings import Inks, delta_values, energy, errors, heat_map, parity, retention, row_scales, sizes
 

@@ -1,1 +1,1 @@
-"""Bytes and files: checkpoints, headers, pickles, hashes, links, locks. Knows nothing of adapters."""
+"""Tensors on disk: checkpoints, safetensors and GGUF headers, torch pickles, reading and writing. Knows no adapters."""

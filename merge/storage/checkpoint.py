@@ -13,15 +13,15 @@ from pathlib import Path
 from typing import Any
 
 from adapter_merge.errors import FileFormatError, InputError, Problem, raise_all
+from adapter_merge.files.escaping import control_problems
+from adapter_merge.files.input_errors import reading, require_utf8
+from adapter_merge.files.input_snapshot import InputSnapshot
+from adapter_merge.files.json_types import INDEX, MODEL_CONFIG, check_types
+from adapter_merge.files.nearest_path import nearest_path
+from adapter_merge.files.symlinks import leads_outside
 
-from .escaping import control_problems
 from .gguf_header import read_gguf_header, stored_tensor
-from .input_errors import reading, require_utf8
-from .input_snapshot import InputSnapshot
-from .json_types import INDEX, MODEL_CONFIG, check_types
-from .nearest_path import nearest_path
 from .safetensors_header import TensorRef, read_header
-from .symlinks import leads_outside
 
 log = logging.getLogger(__name__)
 
@@ -215,7 +215,7 @@ def resolve(name: str | Path) -> Path:
     hint = f"did you mean {near}?" if near is not None else None
     if match is None:
         raise InputError(f"{name}: no such folder", expected="a local folder, or a hub id such as org/model", hint=hint)
-    from .hub import download
+    from adapter_merge.files.hub import download
 
     return download(match["repo"], match["revision"], match["inside"] or "", hint)
 

@@ -16,8 +16,8 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from adapter_merge.errors import FileFormatError, UnsupportedError
+from adapter_merge.files.input_errors import reading
 
-from .input_errors import reading
 from .safetensors_header import MAX_DIMENSIONS, MAX_SIZE, TensorRef
 
 MAGIC = b"GGUF"

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from contextlib import ExitStack
 
+from adapter_merge.files.input_errors import reading
+
 from .computed_tensor import ComputedRef
-from .input_errors import reading
 from .lazy_torch import torch
 from .safetensors_header import FLOAT_DTYPES, TensorRef
 from .tensor_io import COMPUTED_BYTES, TORCH_DTYPES, read_bytes, read_tensor

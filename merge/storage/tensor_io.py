@@ -10,9 +10,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from adapter_merge.errors import FileFormatError
+from adapter_merge.files.input_errors import reading
 
 from .computed_tensor import ComputedRef
-from .input_errors import reading
 from .lazy_torch import torch
 from .safetensors_header import FLOAT_DTYPES, TensorRef, layout
 

@@ -13,8 +13,8 @@ from pathlib import Path
 from typing import Any
 
 from adapter_merge.errors import FileFormatError
+from adapter_merge.files.input_errors import reading
 
-from .input_errors import reading
 from .pickle_machine import read_pickle_table
 from .pickled_tensors import DamagedPickle, ForbiddenPickle, PickledStorage, PickledTensor, UnsupportedPickle
 from .safetensors_header import ITEM_BYTES, TensorRef

@@ -16,11 +16,11 @@ from torch import Tensor, nn
 
 from adapter_merge.binding.bind import BoundAdapter
 from adapter_merge.errors import MissingDependencyError, UnsupportedError
+from adapter_merge.files.installation import install_command
 from adapter_merge.methods.adapter import AdapterFormat
 from adapter_merge.methods.dcft import DcftModule
 from adapter_merge.quantisation.dense_view import open_base
 from adapter_merge.storage.checkpoint import Checkpoint
-from adapter_merge.storage.installation import install_command
 from adapter_merge.storage.safetensors_header import TensorRef
 from adapter_merge.storage.tensor_io import read_tensor
 

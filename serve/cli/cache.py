@@ -6,10 +6,10 @@ import json
 
 import click
 
-from adapter_merge.cli.adapter_options import adapter_options, one_stated
-from adapter_merge.cli.command import Command, option
-from adapter_merge.cli.options import report_options
-from adapter_merge.cli.values import SIZE, SOURCE
+from adapter_merge.cli.options.adapters import adapter_options, one_stated
+from adapter_merge.cli.options.command import Command, option
+from adapter_merge.cli.options.shared import report_options
+from adapter_merge.cli.options.values import SIZE, SOURCE
 
 CACHE_SIZE = 50 * 10**9  # bytes
 

@@ -9,10 +9,10 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from adapter_merge.cli.adapter_options import adapter_options, as_typed, one_stated, stated_of
-from adapter_merge.cli.command import Command, command, option
-from adapter_merge.cli.options import dry_run_option, report_options
-from adapter_merge.cli.values import SIZE, SOURCE
+from adapter_merge.cli.options.adapters import adapter_options, as_typed, one_stated, stated_of
+from adapter_merge.cli.options.command import Command, command, option
+from adapter_merge.cli.options.shared import dry_run_option, report_options
+from adapter_merge.cli.options.values import SIZE, SOURCE
 
 from .cache import CACHE_SIZE
 

@@ -27,8 +27,8 @@ from types import TracebackType
 from typing import Any
 
 from adapter_merge.errors import OutputError
-from adapter_merge.storage.hashing import file_sha256
-from adapter_merge.storage.locks import lock_file
+from adapter_merge.files.hashing import file_sha256
+from adapter_merge.files.locks import lock_file
 
 LAYOUT = 3  # of a served folder; another number makes other keys
 ENTRY = "entry.json"

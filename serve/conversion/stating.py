@@ -16,7 +16,7 @@ from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
-from adapter_merge.cli.adapter_options import CHOICE, FLAG, NUMBER, OPTIONS, PATH
+from adapter_merge.cli.options.adapters import CHOICE, FLAG, NUMBER, OPTIONS, PATH
 from adapter_merge.errors import AdapterError, InputError, Problem, raise_all
 
 FILE = "read_options.json"

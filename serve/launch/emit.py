@@ -13,7 +13,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from adapter_merge.cli.adapter_options import PATH
+from adapter_merge.cli.options.adapters import PATH
 from adapter_merge.errors import InputError, MissingDependencyError, Problem, raise_all
 from adapter_merge.serve.conversion.served import allowed_rank, check_name
 from adapter_merge.serve.conversion.stating import KINDS

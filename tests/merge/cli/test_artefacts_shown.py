@@ -13,7 +13,7 @@ from cli_runs import make_models, run
 from safetensors.torch import load_file
 
 from adapter_merge.cli import environment
-from adapter_merge.storage import installation
+from adapter_merge.files import installation
 
 
 @pytest.fixture(scope="module")

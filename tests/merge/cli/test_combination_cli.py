@@ -220,6 +220,6 @@ def test_half_a_combination_is_refused(arguments: list[str], work: Path) -> None
 
 
 def test_the_command_line_knows_every_method() -> None:
-    from adapter_merge.cli.inputs import METHODS as OFFERED
+    from adapter_merge.cli.options.inputs import METHODS as OFFERED
 
     assert OFFERED == METHODS

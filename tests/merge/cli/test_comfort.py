@@ -14,9 +14,9 @@ from pathlib import Path
 import pytest
 from cli_runs import make_models, run
 
-from adapter_merge.cli import progress as module
 from adapter_merge.cli.main import COMMANDS
-from adapter_merge.cli.progress import Progress, printing, working
+from adapter_merge.cli.printing import progress as module
+from adapter_merge.cli.printing.progress import Progress, printing, working
 
 
 @pytest.fixture(scope="module")

@@ -12,9 +12,9 @@ import torch
 from cli_runs import make_models, run
 from safetensors.torch import save_file
 
-from adapter_merge.cli.problem_groups import grouped
+from adapter_merge.cli.printing.problem_groups import grouped
 from adapter_merge.errors import Problem
-from adapter_merge.storage.nearest_path import nearest_path
+from adapter_merge.files.nearest_path import nearest_path
 
 LAYERS, OUT, IN = 30, 8, 8
 

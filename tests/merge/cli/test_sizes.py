@@ -5,7 +5,7 @@ from __future__ import annotations
 import click
 import pytest
 
-from adapter_merge.cli.options import SIZE
+from adapter_merge.cli.options.values import SIZE
 
 
 @pytest.mark.parametrize(

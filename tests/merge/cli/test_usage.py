@@ -11,9 +11,9 @@ import click
 import pytest
 from cli_runs import make_models, run
 
-from adapter_merge.cli.command import SECTIONS as OPTION_SECTIONS
-from adapter_merge.cli.command import Command, Option
 from adapter_merge.cli.main import COMMANDS, group
+from adapter_merge.cli.options.command import SECTIONS as OPTION_SECTIONS
+from adapter_merge.cli.options.command import Command, Option
 
 
 @pytest.fixture(scope="module")
@@ -159,7 +159,7 @@ def test_a_folder_that_is_not_writable_is_refused_by_a_dry_run(work: Path, tmp_p
 def test_prompts_are_texts_files_or_standard_input(work: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     import io
 
-    from adapter_merge.cli.values import stated_prompts
+    from adapter_merge.cli.options.values import stated_prompts
     from adapter_merge.errors import InputError
 
     (tmp_path / "two.txt").write_text("one\n\ntwo\n")

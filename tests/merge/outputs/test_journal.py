@@ -20,10 +20,10 @@ from adapter_merge.api.merge import merge
 from adapter_merge.api.options import MergeOptions
 from adapter_merge.engine.execute import FinishedShard
 from adapter_merge.errors import OutputError
+from adapter_merge.files.locks import locked
 from adapter_merge.outputs import resume_journal as journal
 from adapter_merge.outputs.integrity import check_integrity
 from adapter_merge.outputs.resume_journal import Workplace, write_whole
-from adapter_merge.storage.locks import locked
 
 
 @pytest.fixture

@@ -16,9 +16,9 @@ from adapter_merge.api.merge import merge
 from adapter_merge.api.options import MergeOptions
 from adapter_merge.cli.main import group
 from adapter_merge.errors import OutputError
+from adapter_merge.files.locks import MARK, locked
 from adapter_merge.outputs.integrity import check_integrity
 from adapter_merge.outputs.leftovers import clear_folder
-from adapter_merge.storage.locks import MARK, locked
 
 
 @pytest.fixture

@@ -24,8 +24,8 @@ from adapter_merge.combine.open_inputs import open_pair
 from adapter_merge.engine.execute import execute
 from adapter_merge.engine.plan import plan_merge
 from adapter_merge.errors import FileFormatError, OutputError
+from adapter_merge.files.locks import locked
 from adapter_merge.outputs.integrity import check_integrity
-from adapter_merge.storage.locks import locked
 
 HERE = Path(__file__).parents[1]  # faults.py is beside the folders
 

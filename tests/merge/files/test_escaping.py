@@ -21,7 +21,7 @@ from adapter_merge.api.merge import merge
 from adapter_merge.api.options import FactorOptions
 from adapter_merge.cli.main import group
 from adapter_merge.errors import AdapterMergeError, OutputError
-from adapter_merge.storage.escaping import code_fence, plain_text, terminal_text
+from adapter_merge.files.escaping import code_fence, plain_text, terminal_text
 
 CONTROLS = ["a\nb", "a\x1b[31mb", "a\x07", "a\rb", "a\u2028b", "a\u202eb", "a\x9bb", "a\x7f"]
 MARKUP = "a\"b' `c` ```d $(id) <script>x</script> [l](javascript:y) | e {{f}} é 漢"

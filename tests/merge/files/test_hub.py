@@ -17,8 +17,8 @@ from urllib.parse import unquote, urlparse
 import pytest
 
 from adapter_merge.errors import InputError
+from adapter_merge.files.hub import wanted_files
 from adapter_merge.storage.checkpoint import HUB_ID
-from adapter_merge.storage.hub import wanted_files
 
 COMMIT = "a" * 40
 MODEL = {

@@ -8,8 +8,9 @@ from typing import Any, TypeVar
 
 import click
 
+from adapter_merge.cli.printing.console import LEVELS, set_color, set_log_level
+
 from .command import ENGINE, GENERAL, OUTPUT, OutputOption, option
-from .console import LEVELS, set_color, set_log_level
 from .values import DEVICE, SIZE
 
 F = TypeVar("F", bound=Callable[..., Any])

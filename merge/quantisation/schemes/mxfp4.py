@@ -16,13 +16,10 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
 
-from adapter_merge.storage.lazy_torch import torch
-from adapter_merge.storage.safetensors_header import TensorRef
-
-from .findings import Findings
-from .packed_weight import PackedWeight, Read, read_part, read_part_rows
-from .scale_grid import ScaleGrid
-from .stored_codes import (
+from adapter_merge.quantisation.findings import Findings
+from adapter_merge.quantisation.packed_weight import PackedWeight, Read, read_part, read_part_rows
+from adapter_merge.quantisation.scale_grid import ScaleGrid
+from adapter_merge.quantisation.stored_codes import (
     E2M1_SIGNED,
     E8M0_BIAS,
     as_bytes,
@@ -32,7 +29,9 @@ from .stored_codes import (
     encode_e2m1,
     pack_low_first,
 )
-from .turned_cache import TurnedCache
+from adapter_merge.quantisation.turned_cache import TurnedCache
+from adapter_merge.storage.lazy_torch import torch
+from adapter_merge.storage.safetensors_header import TensorRef
 
 if TYPE_CHECKING:
     from torch import Tensor

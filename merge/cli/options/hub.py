@@ -9,8 +9,9 @@ from typing import Any, TypeVar
 
 import click
 
+from adapter_merge.cli.printing.console import say
+
 from .command import HUB, STEPS, option
-from .console import say
 
 F = TypeVar("F", bound=Callable[..., Any])
 META = "adapter_merge.hub"
@@ -97,7 +98,7 @@ def check_push(ctx: click.Context) -> None:
         return
     if ctx.params.get("output") is None or ctx.params.get("part") is not None:
         raise click.UsageError("--push-to uploads a whole new output: not with --shards or --add", ctx)
-    from adapter_merge.storage.hub_upload import check_upload
+    from adapter_merge.files.hub_upload import check_upload
 
     check_upload(said["push_to"], replace=bool(ctx.params.get("overwrite")))
 
@@ -116,7 +117,7 @@ def push(ctx: click.Context) -> None:
             say(f"would upload {name}")
         say(f"would upload {output} to a new {visibility} repository {repository}, README.md and manifest included")
         return
-    from adapter_merge.storage.hub_upload import upload_folder
+    from adapter_merge.files.hub_upload import upload_folder
 
     say(f"uploading {output} to {repository}", quiet=quiet)
     message = f"adapter-merge {ctx.info_name}"

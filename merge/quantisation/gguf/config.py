@@ -20,10 +20,10 @@ from pathlib import Path
 from typing import Any
 
 from adapter_merge.errors import FileFormatError, MissingDependencyError, Problem, UnsupportedError, raise_all
+from adapter_merge.files.installation import install_command
 from adapter_merge.storage.gguf_header import GgufHeader
-from adapter_merge.storage.installation import install_command
 
-from .gguf_names import COMMON_KEYS, Architecture, architecture_named
+from .names import COMMON_KEYS, Architecture, architecture_named
 
 ROPE_FACTORS = "rope_freqs.weight"
 LLAMA3 = {"low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 8192}

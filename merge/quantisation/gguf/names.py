@@ -16,7 +16,7 @@ from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any
 
 from adapter_merge.errors import FileFormatError, MissingDependencyError, UnsupportedError
-from adapter_merge.storage.installation import install_command
+from adapter_merge.files.installation import install_command
 from adapter_merge.storage.lazy_torch import torch
 
 if TYPE_CHECKING:

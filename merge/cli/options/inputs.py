@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 
 import click
 
-from .adapter_options import one_stated, stated_of
+from .adapters import one_stated, stated_of
 from .command import COMBINATION, option
 from .hub import revised
 from .input_paths import check_paths

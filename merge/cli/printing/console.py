@@ -14,7 +14,7 @@ from typing import Any
 import click
 
 from adapter_merge.errors import AdapterMergeError, Problem
-from adapter_merge.storage.escaping import terminal_text
+from adapter_merge.files.escaping import terminal_text
 
 from .problem_groups import grouped
 from .progress import printing

@@ -24,14 +24,13 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from adapter_merge.quantisation.packed_weight import PackedWeight, Read, read_part, read_part_rows
+from adapter_merge.quantisation.rounding import to_integers
+from adapter_merge.quantisation.scale_grid import ScaleGrid
+from adapter_merge.quantisation.stored_codes import E4M3_LARGEST, as_e8m0, decode_e4m3, decode_e8m0, encode_e4m3
 from adapter_merge.storage.lazy_torch import torch
 from adapter_merge.storage.safetensors_header import TensorRef
 from adapter_merge.storage.tensor_io import TORCH_DTYPES
-
-from .packed_weight import PackedWeight, Read, read_part, read_part_rows
-from .rounding import to_integers
-from .scale_grid import ScaleGrid
-from .stored_codes import E4M3_LARGEST, as_e8m0, decode_e4m3, decode_e8m0, encode_e4m3
 
 if TYPE_CHECKING:
     from torch import Tensor

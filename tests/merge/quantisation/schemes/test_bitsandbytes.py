@@ -14,7 +14,7 @@ from packed_files import LINEAR, WEIGHT, all_rows, find, retention, write_checkp
 from safetensors.torch import load_file
 from torch import Tensor
 
-from adapter_merge.quantisation.bitsandbytes import CODES
+from adapter_merge.quantisation.schemes.bitsandbytes import CODES
 
 CONFIG = {"quant_method": "bitsandbytes", "_load_in_4bit": True, "_load_in_8bit": False, "load_in_4bit": True,
           "load_in_8bit": False, "bnb_4bit_quant_type": "nf4", "bnb_4bit_compute_dtype": "bfloat16",

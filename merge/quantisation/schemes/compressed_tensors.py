@@ -14,17 +14,17 @@ from dataclasses import dataclass
 from typing import Any
 
 from adapter_merge.errors import Problem, UnsupportedError, raise_all
+from adapter_merge.quantisation.configuration import Configuration
+from adapter_merge.quantisation.findings import Findings
+from adapter_merge.quantisation.scale_grid import ScaleGrid
 from adapter_merge.storage.tensor_io import read_tensor
 
-from .configuration import Configuration
-from .findings import Findings
 from .fp8_layout import SCALE_DTYPES, add_scaled
 from .mxfp4 import GROUP as MXFP4_GROUP
 from .mxfp4 import Mxfp4Weight
 from .nvfp4 import GROUP as NVFP4_GROUP
 from .nvfp4 import Nvfp4Weight
 from .pack_quantized import PackQuantizedWeight
-from .scale_grid import ScaleGrid
 
 CLASSES = ("Linear", "Embedding")
 GROUP_KEYS = {"targets", "weights", "input_activations", "output_activations", "format"}

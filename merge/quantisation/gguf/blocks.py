@@ -12,13 +12,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from adapter_merge.errors import FileFormatError
+from adapter_merge.quantisation.packed_weight import PackedWeight, Read, dense_ref
 from adapter_merge.storage.computed_tensor import ComputedRef
 from adapter_merge.storage.gguf_header import FLOATS, GgufTensor, stored_tensor
 from adapter_merge.storage.lazy_torch import torch
 from adapter_merge.storage.tensor_io import TORCH_DTYPES
 
-from .gguf_names import stored_rows
-from .packed_weight import PackedWeight, Read, dense_ref
+from .names import stored_rows
 
 if TYPE_CHECKING:
     from torch import Tensor

@@ -21,16 +21,16 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from adapter_merge.quantisation.findings import Findings
+from adapter_merge.quantisation.packed_weight import PackedWeight, Read, read_part
+from adapter_merge.quantisation.rounding import to_table
+from adapter_merge.quantisation.scale_grid import ScaleGrid
+from adapter_merge.quantisation.stored_codes import decode_pairs
 from adapter_merge.storage.lazy_torch import torch
 from adapter_merge.storage.safetensors_header import TensorRef
 from adapter_merge.storage.tensor_io import TORCH_DTYPES, read_tensor
 
-from .findings import Findings
-from .packed_weight import PackedWeight, Read, read_part
-from .rounding import to_table
-from .scale_grid import ScaleGrid
 from .scaled import BITSANDBYTES_SCALE, ScaledWeight
-from .stored_codes import decode_pairs
 
 if TYPE_CHECKING:
     from torch import Tensor

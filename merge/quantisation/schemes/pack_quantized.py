@@ -20,13 +20,12 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from adapter_merge.errors import FileFormatError
+from adapter_merge.quantisation.packed_weight import PackedWeight, Read, read_part, read_part_rows
+from adapter_merge.quantisation.rounding import to_integers
+from adapter_merge.quantisation.scale_grid import ScaleGrid
+from adapter_merge.quantisation.stored_codes import pack_words, unpack_words
 from adapter_merge.storage.lazy_torch import torch
 from adapter_merge.storage.tensor_io import TORCH_DTYPES
-
-from .packed_weight import PackedWeight, Read, read_part, read_part_rows
-from .rounding import to_integers
-from .scale_grid import ScaleGrid
-from .stored_codes import pack_words, unpack_words
 
 if TYPE_CHECKING:
     from torch import Tensor

@@ -11,11 +11,11 @@ from __future__ import annotations
 
 import math
 
+from adapter_merge.quantisation.configuration import Configuration
+from adapter_merge.quantisation.findings import Findings
+from adapter_merge.quantisation.scale_grid import ScaleGrid
 from adapter_merge.storage.safetensors_header import TensorRef
 
-from .configuration import Configuration
-from .findings import Findings
-from .scale_grid import ScaleGrid
 from .scaled import ScaledWeight
 
 SCALE_DTYPES = ("F32", "BF16", "F16")

@@ -11,8 +11,8 @@ from merge_models import shard_hashes, write_four_shards
 from adapter_merge.api.merge import merge
 from adapter_merge.api.options import MergeOptions
 from adapter_merge.errors import OutputError
+from adapter_merge.files.links import LINKS, can_link, link_file
 from adapter_merge.outputs.integrity import check_integrity
-from adapter_merge.storage.links import LINKS, can_link, link_file
 
 
 @pytest.fixture

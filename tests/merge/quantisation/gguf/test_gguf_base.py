@@ -27,9 +27,9 @@ from adapter_merge.errors import (
     MissingDependencyError,
     UnsupportedError,
 )
-from adapter_merge.quantisation import gguf_config
 from adapter_merge.quantisation.dense_view import open_base
-from adapter_merge.quantisation.gguf_config import llama3_factors, shortest
+from adapter_merge.quantisation.gguf import config as gguf_config
+from adapter_merge.quantisation.gguf.config import llama3_factors, shortest
 from adapter_merge.storage.tensor_io import read_bytes, read_tensor
 from adapter_merge.verification.live_adapter import quiet_libraries
 

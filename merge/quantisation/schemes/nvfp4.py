@@ -17,11 +17,9 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from adapter_merge.storage.lazy_torch import torch
-
-from .packed_weight import PackedWeight, Read, read_part, read_part_rows
-from .scale_grid import ScaleGrid
-from .stored_codes import (
+from adapter_merge.quantisation.packed_weight import PackedWeight, Read, read_part, read_part_rows
+from adapter_merge.quantisation.scale_grid import ScaleGrid
+from adapter_merge.quantisation.stored_codes import (
     E2M1_LARGEST,
     E2M1_SIGNED,
     decode_e4m3,
@@ -30,6 +28,7 @@ from .stored_codes import (
     encode_e4m3,
     pack_low_first,
 )
+from adapter_merge.storage.lazy_torch import torch
 
 if TYPE_CHECKING:
     from torch import Tensor

@@ -18,15 +18,15 @@ from pathlib import Path
 from typing import Any
 
 from adapter_merge.errors import FileFormatError, InputError, Problem, raise_all
+from adapter_merge.files.input_snapshot import InputSnapshot
+from adapter_merge.files.symlinks import leads_outside
 from adapter_merge.storage.checkpoint import CANDIDATES, OUTPUT_HEADS, WEIGHT_SUFFIXES, Checkpoint, Shard, read_json
 from adapter_merge.storage.gguf_header import GgufHeader, read_gguf_header, stored_tensor
-from adapter_merge.storage.input_snapshot import InputSnapshot
 from adapter_merge.storage.lazy_torch import torch
-from adapter_merge.storage.symlinks import leads_outside
 
-from .gguf import gguf_tensor
-from .gguf_config import ROPE_FACTORS, make_config, quiet, require_transformers, write_tokenizer
-from .gguf_names import Architecture, architecture_named, gguf_name, is_offset_norm, rotated_heads
+from .blocks import gguf_tensor
+from .config import ROPE_FACTORS, make_config, quiet, require_transformers, write_tokenizer
+from .names import Architecture, architecture_named, gguf_name, is_offset_norm, rotated_heads
 
 SUFFIX = ".gguf"
 HEAD = "output.weight"

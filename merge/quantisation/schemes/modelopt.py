@@ -6,13 +6,13 @@ FP8    weight F8_E4M3, weight_scale F32, one
 
 from __future__ import annotations
 
+from adapter_merge.quantisation.configuration import Configuration
+from adapter_merge.quantisation.findings import Findings
+from adapter_merge.quantisation.scale_grid import ScaleGrid
 from adapter_merge.storage.safetensors_header import TensorRef
 
-from .configuration import Configuration
-from .findings import Findings
 from .fp8_layout import SCALE_DTYPES, add_scaled
 from .nvfp4 import GROUP, Nvfp4Weight
-from .scale_grid import ScaleGrid
 
 
 def find_modelopt(configuration: Configuration, findings: Findings) -> None:

@@ -1,0 +1,1 @@
+"""What the command line takes: types of values, shared options, inputs, defaults from a file."""

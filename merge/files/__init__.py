@@ -1,0 +1,1 @@
+"""Files, paths and text from outside: hashes, locks, links, snapshots, the hub. Knows no tensors."""
