@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 PRESETS = ("FP8_BLOCK", "FP8_DYNAMIC", "W4A16")  # of compressed-tensors
 KINDS = ("nf4", *PRESETS)
+OTHER_PRESETS = ("FP8", "INT8", "W4A16_ASYM", "W8A16", "NVFP4A16", "MXFP4A16")
 
 
 def llama(hidden: int = 64, dtype: torch.dtype = torch.bfloat16, seed: int = 0) -> Any:
@@ -37,7 +38,27 @@ def quantised(
 ) -> tuple[Path, dict[str, Tensor]]:
     """Save a quantised Llama in `folder`; return it, and the library's dequantised weights by tensor name."""
     with quiet():
-        return _nf4(folder, hidden, dtype) if kind == "nf4" else _compressed(kind, folder, hidden, dtype)
+        if kind == "nf4":
+            return _nf4(folder, hidden, dtype)
+        return _int8(folder, hidden, dtype) if kind == "int8" else _compressed(kind, folder, hidden, dtype)
+
+
+def _int8(folder: Path, hidden: int, dtype: torch.dtype) -> tuple[Path, dict[str, Tensor]]:
+    """Quantised by bitsandbytes' LLM.int8() through transformers."""
+    import bitsandbytes as bnb
+    import transformers
+
+    plain = folder.with_name(folder.name + "-plain")
+    llama(hidden, dtype).save_pretrained(plain)
+    model: Any = transformers.LlamaForCausalLM.from_pretrained(
+        plain, quantization_config=transformers.BitsAndBytesConfig(load_in_8bit=True), dtype=dtype, device_map="cpu"
+    )
+    model.save_pretrained(folder)
+    dense = {}
+    for name, parameter in model.named_parameters():
+        scale = getattr(parameter, "SCB", None)
+        dense[name] = parameter.data if scale is None else bnb.functional.int8_vectorwise_dequant(parameter.data, scale)
+    return folder, dense
 
 
 def _nf4(folder: Path, hidden: int, dtype: torch.dtype) -> tuple[Path, dict[str, Tensor]]:
@@ -75,7 +96,7 @@ def _compressed(preset: str, folder: Path, hidden: int, dtype: torch.dtype) -> t
     model = llama(hidden, dtype)
     names = [name for name, _ in model.named_parameters()]
     scheme = preset_name_to_scheme(preset, ["Linear"])
-    if preset == "W4A16":
+    if preset.startswith(("W4", "W8")):
         scheme.weights.group_size = 64
     apply_quantization_config(model, QuantizationConfig(config_groups={"group_0": scheme}, ignore=["lm_head"]))
     for module in model.modules():
@@ -92,22 +113,29 @@ def _compressed(preset: str, folder: Path, hidden: int, dtype: torch.dtype) -> t
 
 
 def _calibrate(module: Any) -> None:
-    """Set the scales of one layer by compressed-tensors' own formula."""
-    from compressed_tensors.quantization.utils import calculate_qparams
+    """Set the scales (and zero points) of one layer by compressed-tensors' own formulas."""
+    from compressed_tensors.quantization.utils import calculate_qparams, generate_gparam
 
     arguments = module.quantization_scheme.weights
-    weight = module.weight.data
+    weight, overall = module.weight.data, None
     if arguments.strategy == "block":
         rows, columns = arguments.block_structure
         blocks = weight.reshape(weight.shape[0] // rows, rows, -1, columns)
         low, high = blocks.amin((1, 3)), blocks.amax((1, 3))
-    elif arguments.strategy == "group":
+    elif arguments.strategy in ("group", "tensor_group"):
         groups = weight.reshape(weight.shape[0], -1, arguments.group_size)
         low, high = groups.amin(-1), groups.amax(-1)
+    elif arguments.strategy == "tensor":
+        low, high = weight.amin().reshape(1), weight.amax().reshape(1)
     else:
         low, high = weight.amin(-1, keepdim=True), weight.amax(-1, keepdim=True)
-    scale, _ = calculate_qparams(low, high, arguments)
-    module.weight_scale.data.copy_(scale)
+    if arguments.strategy == "tensor_group":
+        overall = generate_gparam(weight.amin(), weight.amax())
+        module.weight_global_scale.data.copy_(overall)
+    scale, zero = calculate_qparams(low, high, arguments, global_scale=overall)
+    module.weight_scale.data.copy_(scale.reshape(module.weight_scale.shape))
+    if not arguments.symmetric:
+        module.weight_zero_point.data.copy_(zero.reshape(module.weight_zero_point.shape))
 
 
 def config_of(folder: Path) -> dict[str, Any]:
