@@ -46,12 +46,12 @@ if TYPE_CHECKING:  # the names of _PUBLIC for type checkers; a test compares the
         ParityFigures,
         RestoreResult,
         Verification,
-        WeightChange,
         WeightFactors,
     )
     from adapter_merge.api.verify import verify
     from adapter_merge.combine.delta_ops import Settings
     from adapter_merge.combine.recipe import Ingredient, Recipe, make_recipe, read_recipe
+    from adapter_merge.engine.weight_change import WeightChange
     from adapter_merge.errors import (
         AdapterError,
         AdapterMergeError,
@@ -98,12 +98,12 @@ _PUBLIC = {  # module -> names
         "ParityFigures",
         "RestoreResult",
         "Verification",
-        "WeightChange",
         "WeightFactors",
     ],
     "api.verify": ["verify"],
     "combine.delta_ops": ["Settings"],
     "combine.recipe": ["Ingredient", "Recipe", "make_recipe", "read_recipe"],
+    "engine.weight_change": ["WeightChange"],
     "errors": [
         "AdapterError",
         "AdapterMergeError",

@@ -7,6 +7,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from adapter_merge.engine.weight_change import WeightChange
+
 
 @dataclass(frozen=True)
 class AdapterEntry:
@@ -19,19 +21,6 @@ class AdapterEntry:
     sha256: str  # over the adapter's files
     base_kind: str | None  # original or residual, where the adapter was bound to a base
     evidence: str | None  # how that was decided
-
-
-@dataclass(frozen=True)
-class WeightChange:
-    """What a merge did to one weight, measured on a sample of its rows; norms are Frobenius norms in float32."""
-
-    relative_delta: float  # ||W' - W0|| / ||W0||
-    rounding: float  # ||round(W') - W'|| / ||W' - W0||
-    changed: float  # fraction of elements whose stored value changed
-    lost: float  # sum |dW| over unchanged elements / sum |dW|
-    sampled: float  # fraction of the weight's elements that were measured
-    retention: float | None = None  # <Q(W') - W0, dW> / ||dW||^2 of a weight that was quantised again
-    delta_norm: float | None = None  # ||dW|| of a weight that was quantised again
 
 
 @dataclass(frozen=True)

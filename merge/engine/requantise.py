@@ -33,7 +33,7 @@ from adapter_merge.storage.computed_tensor import ComputedRef, ReadBytes
 from adapter_merge.storage.safetensors_header import TensorRef
 
 from .plan import MergePlan, ShardPlan, plan_merge
-from .rounding_figures import TensorFigures
+from .weight_change import WeightChange
 
 WAY_OUT = "merge with --as bfloat16, or serve the base with the adapter beside it"
 NEARLY_ALL = 0.03  # of the change: where nearest codes lose less, none are drawn
@@ -48,7 +48,7 @@ class RequantisedWeight:
     weight: PackedWeight
     edits: tuple[BoundModule, ...] = ()
     replacement: TensorRef | None = None
-    figures: TensorFigures | None = None  # once it was computed
+    figures: WeightChange | None = None  # once it was computed
     _made: dict[str, Tensor] = field(default_factory=dict)  # role -> bytes, uint8 (n,), of parts that are not written
     _left: dict[str, int] = field(default_factory=dict)  # role -> bytes that were not read yet
     _lock: threading.Lock = field(default_factory=threading.Lock)
@@ -88,7 +88,7 @@ class RequantisedWeight:
         if not bool(torch.isfinite(after).all()):
             raise NumericsError(f"{self.weight.name}: would hold NaN or infinity")
         best: Mapping[str, Tensor] = {}
-        found: TensorFigures | None = None
+        found: WeightChange | None = None
         for draw in (None, draw_for(self.weight.name, self.weight.shape)):
             for parts in self.weight.candidates(after.reshape(self.weight.shape), read, draw):
                 figures = self._measure(after, read, parts)
@@ -131,7 +131,7 @@ class RequantisedWeight:
         after: Tensor,  # (rows, columns) float32
         read: ReadBytes,
         parts: Mapping[str, Tensor],
-    ) -> TensorFigures:
+    ) -> WeightChange:
         """Return the figures of the weight that `parts` dequantise to, over all elements, summed in float64."""
         base = delta = error = kept = absolute = unchanged = 0.0
         changed = 0
@@ -148,7 +148,7 @@ class RequantisedWeight:
             changed += same.numel() - int(same.sum())
         if not math.isfinite(error):
             raise NumericsError(f"{self.weight.name}: would hold NaN or infinity after it is quantised again")
-        return TensorFigures(
+        return WeightChange(
             relative_delta=math.sqrt(delta / base) if base else 0.0,
             rounding=math.sqrt(error / delta) if delta else 0.0,
             changed=changed / max(1, after.numel()),
@@ -176,7 +176,7 @@ class RequantisedPart(ComputedRef):
             self.owner.read_part(self.role, read, self.start + first, buffer)
 
 
-def _loss(figures: TensorFigures) -> float:
+def _loss(figures: WeightChange) -> float:
     return requantisation_loss(figures.retention or 0.0, figures.rounding)
 
 
@@ -218,7 +218,7 @@ def plan_requantised(bound: BoundAdapter) -> MergePlan:
     return plan_merge(stored, (rest,), parts=parts)
 
 
-def figures_of(plan: ShardPlan) -> dict[str, TensorFigures]:
+def figures_of(plan: ShardPlan) -> dict[str, WeightChange]:
     """Return the figures of the requantised weights whose first part is in this output file."""
     found = {}
     for job in plan.jobs:

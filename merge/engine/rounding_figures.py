@@ -7,32 +7,16 @@ A weight of one block is measured whole; of a larger weight, the first rows of a
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+
+from .weight_change import WeightChange
 
 SAMPLED_BLOCKS = 4  # of one weight, about
 SAMPLED_SHARE = 4  # a sampled block has one in this many of its rows measured
 SUMS = 6  # numbers per block, in the order of `block_sums`
 BITS = {torch.bfloat16: torch.int16, torch.float16: torch.int16, torch.float32: torch.int32, torch.float64: torch.int64}
-
-
-@dataclass(frozen=True)
-class TensorFigures:
-    """Figures of one merged tensor. All but `sampled` are measured on the sampled rows, with norms in float32.
-
-    rounding is the size of the error that rounding to the output dtype added. lost is the part of the change that this
-    rounding removed: the share of sum |dW| in elements whose stored value is still the base's.
-    """
-
-    relative_delta: float  # ||W' - W0|| / ||W0||
-    rounding: float  # ||round(W') - W'|| / ||W' - W0||
-    changed: float  # fraction of elements whose stored value changed
-    lost: float  # sum |dW| over unchanged elements / sum |dW|
-    sampled: float  # fraction of the tensor's elements that were measured
-    retention: float | None = None  # <Q(W') - W0, dW> / ||dW||^2 of a weight that was quantised again
-    delta_norm: float | None = None  # ||dW|| of a weight that was quantised again
 
 
 def sampled_rows(number: int, blocks: int, rows: int) -> int:
@@ -86,10 +70,10 @@ class FigureTotals:
             self.sums[index] += value
         self.elements += elements
 
-    def figures(self, count: int) -> TensorFigures:
+    def figures(self, count: int) -> WeightChange:
         """Return the figures of a tensor of `count` elements."""
         base, delta, rounding, changed, absolute, unchanged = self.sums
-        return TensorFigures(
+        return WeightChange(
             relative_delta=math.sqrt(delta / base) if base else 0.0,
             rounding=math.sqrt(rounding / delta) if delta else 0.0,
             changed=changed / self.elements if self.elements else 0.0,

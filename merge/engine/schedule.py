@@ -29,9 +29,9 @@ from .devices import set_own_threads
 from .lanes import Queue, current_device
 from .plan import ShardPlan, TensorJob
 from .requantise import figures_of
-from .rounding_figures import TensorFigures
 from .run_settings import RunSettings
 from .tasks import ShardWork, Task, TensorWork, arithmetic_of, estimate_edit_bytes
+from .weight_change import WeightChange
 
 LOOK_AHEAD = 2  # tensors per worker whose edits are prepared early
 AHEAD_BYTES = 64 << 20  # of prepared edits; beyond it no edit is prepared before its tensor's turn
@@ -44,7 +44,7 @@ class FinishedShard:
     file: str
     sha256: str | None  # of the output; None without hashing
     source_sha256: str | None  # of the base's file, where it was read from end to end
-    figures: dict[str, TensorFigures]
+    figures: dict[str, WeightChange]
     not_finite: list[str] = field(default_factory=list)  # copied tensors that hold NaN or infinity
 
 

@@ -15,7 +15,8 @@ from adapter_merge.methods.block_edits import BlockEdit
 
 from .chunked_file import CHUNK_BYTES, ChunkedFile
 from .plan import ShardPlan, TensorJob
-from .rounding_figures import FigureTotals, TensorFigures
+from .rounding_figures import FigureTotals
+from .weight_change import WeightChange
 
 CAST_BYTES = 1 << 19  # of one task that copies or only hashes bytes, at most
 
@@ -88,7 +89,7 @@ class ShardWork:
         self.turns = 0
         self.tasks: Iterator[Task] = iter(())
         self.workers = 0
-        self.figures: dict[str, TensorFigures] = {}
+        self.figures: dict[str, WeightChange] = {}
         self.not_finite: set[str] = set()  # copied tensors that hold NaN or infinity
         turn = self.next_turn()
         if self.digest is not None and turn is not None:

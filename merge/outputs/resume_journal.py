@@ -25,7 +25,7 @@ from typing import Any
 
 from adapter_merge.engine.execute import FinishedShard
 from adapter_merge.engine.plan import MergePlan, ShardPlan
-from adapter_merge.engine.rounding_figures import TensorFigures
+from adapter_merge.engine.weight_change import WeightChange
 from adapter_merge.errors import InputError, OutputError, Problem, raise_all
 from adapter_merge.files.hashing import file_sha256, hash_files
 from adapter_merge.files.locks import locked
@@ -90,7 +90,7 @@ class Workplace:
                 if content.get("plan") != self._key:
                     continue
                 fields = content["shard"]
-                figures = {name: TensorFigures(**values) for name, values in fields.pop("figures").items()}
+                figures = {name: WeightChange(**values) for name, values in fields.pop("figures").items()}
                 shard = FinishedShard(figures=figures, **fields)
                 entries[shard.file] = shard, content["others"]
         return entries

@@ -10,8 +10,7 @@ from adapter_merge.cli.options.adapters import adapter_options, one_stated
 from adapter_merge.cli.options.command import Command, option
 from adapter_merge.cli.options.shared import report_options
 from adapter_merge.cli.options.values import SIZE, SOURCE
-
-CACHE_SIZE = 50 * 10**9  # bytes
+from adapter_merge.serve.conversion.cache import DEFAULT_BYTES
 
 
 @click.group()
@@ -58,7 +57,7 @@ def list_entries(as_json: bool, quiet: bool) -> None:
 @option(
     "--cache-size",
     type=SIZE,
-    default=CACHE_SIZE,
+    default=DEFAULT_BYTES,
     show_default="50GB",
     metavar="SIZE",
     help="Bound of the cache of adapters.",

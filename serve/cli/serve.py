@@ -13,8 +13,7 @@ from adapter_merge.cli.options.adapters import adapter_options, as_typed, one_st
 from adapter_merge.cli.options.command import Command, command, option
 from adapter_merge.cli.options.shared import dry_run_option, report_options
 from adapter_merge.cli.options.values import SIZE, SOURCE
-
-from .cache import CACHE_SIZE
+from adapter_merge.serve.conversion.cache import DEFAULT_BYTES
 
 if TYPE_CHECKING:
     from adapter_merge.serve.conversion.stating import Stated
@@ -82,7 +81,7 @@ class WithRest(Command):
 @option(
     "--cache-size",
     type=SIZE,
-    default=CACHE_SIZE,
+    default=DEFAULT_BYTES,
     show_default="50GB",
     metavar="SIZE",
     help="Bound of the cache of adapters.",
@@ -149,7 +148,7 @@ def serve(
             adapters=adapters,
             adapter_dir=adapter_dir,
             max_active=max_active,
-            cache_size=None if cache_size == CACHE_SIZE else f"{cache_size}B",
+            cache_size=None if cache_size == DEFAULT_BYTES else f"{cache_size}B",
             stated=tuple(stated),
             rest=tuple(rest),
             image=image,

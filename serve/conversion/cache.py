@@ -29,6 +29,7 @@ from typing import Any
 from adapter_merge.errors import OutputError
 from adapter_merge.files.hashing import file_sha256
 from adapter_merge.files.locks import lock_file
+from adapter_merge.outputs.staging import sync_folder
 
 LAYOUT = 3  # of a served folder; another number makes other keys
 ENTRY = "entry.json"
@@ -195,7 +196,7 @@ class Cache:
             )
             _sync(staged)
             staged.rename(folder)
-            _sync_folder(self.root)
+            sync_folder(self.root)
         except OSError as error:
             raise OutputError(
                 f"{self.root}: the cache cannot be written ({error.strerror or error})",
@@ -297,12 +298,4 @@ def _sync(folder: Path) -> None:
             os.fsync(fd)
         finally:
             os.close(fd)
-    _sync_folder(folder)
-
-
-def _sync_folder(folder: Path) -> None:
-    fd = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
-    try:
-        os.fsync(fd)
-    finally:
-        os.close(fd)
+    sync_folder(folder)
