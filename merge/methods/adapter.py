@@ -5,6 +5,7 @@ Both are built from file headers and configs alone: building one reads no weight
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
@@ -71,6 +72,10 @@ class AdaptedModule(Protocol):
         """Every stored tensor that the canonical form is computed from."""
 
     @property
+    def untrained(self) -> tuple[TensorRef, ...]:
+        """Those of `refs` that training leaves as they are: DCFT's ranknum, initial factors, random projections."""
+
+    @property
     def embedding(self) -> bool:
         """True when the weight is an embedding (vocabulary, dim), adapted by the transposed product."""
 
@@ -127,6 +132,10 @@ class ModuleDefaults(ABC):
     @property
     def factor_rank(self) -> int:
         return self.rank * (2 if self.initial is not None else 1)
+
+    @property
+    def untrained(self) -> tuple[TensorRef, ...]:
+        return ()
 
     @property
     def parameter(self) -> str:
@@ -202,14 +211,12 @@ class Adapter:
 
     @property
     def parameters(self) -> int:
-        """The number of trained values, including replacements."""
-        total = 0
-        for ref in self.refs:
-            count = 1
-            for size in ref.shape:
-                count *= size
-            total += count
-        return total
+        """The number of trained values, including replacements. A tensor that several modules share counts once."""
+        trained = {(ref.file, ref.name): ref for ref in self.refs}
+        for module in self.modules:
+            for ref in module.untrained:
+                trained.pop((ref.file, ref.name), None)
+        return sum(math.prod(ref.shape) for ref in trained.values())
 
     @property
     def nbytes(self) -> int:

@@ -67,8 +67,11 @@ class DcftModule(ModuleDefaults):
 
     @property
     def refs(self) -> tuple[TensorRef, ...]:
-        stated = () if isinstance(self.ranknum, float) else (self.ranknum,)
-        return (self.a, self.b, self.c, *stated, *((self.bias,) if self.bias is not None else ()))
+        return (self.a, self.b, self.c, *self.untrained, *((self.bias,) if self.bias is not None else ()))
+
+    @property
+    def untrained(self) -> tuple[TensorRef, ...]:
+        return () if isinstance(self.ranknum, float) else (self.ranknum,)
 
     def form(self, read: Reader, weight: Weight, dtype: torch.dtype) -> CanonicalForm:
         """Return the canonical form in `dtype`. Does not read the base. Raises AdapterError for an unusable ranknum."""

@@ -68,6 +68,11 @@ class LoraModule(ModuleDefaults):
         return (self.a, self.b, *(ref for ref in own if ref is not None), *initial)
 
     @property
+    def untrained(self) -> tuple[TensorRef, ...]:
+        initial = self.initial.refs if self.initial is not None else ()
+        return (*initial, *((self.frozen,) if self.frozen is not None else ()))
+
+    @property
     def needs_base(self) -> bool:
         """True when the base weight must be read to compute the factors or the magnitude."""
         if self.initial is not None and (self.frozen is not None or not self.initial.refs):

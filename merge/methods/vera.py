@@ -69,8 +69,11 @@ class VeraModule(ModuleDefaults):
 
     @property
     def refs(self) -> tuple[TensorRef, ...]:
-        shared = (self.projections.a, self.projections.b)
-        return (self.lambda_b, self.lambda_d, *(ref for ref in shared if ref is not None))
+        return (self.lambda_b, self.lambda_d, *self.untrained)
+
+    @property
+    def untrained(self) -> tuple[TensorRef, ...]:
+        return tuple(ref for ref in (self.projections.a, self.projections.b) if ref is not None)
 
     @property
     def needs_base(self) -> bool:
