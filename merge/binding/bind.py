@@ -32,7 +32,7 @@ from .embeddings import TIED_HEADS, text_config, with_config
 from .fitting import bind_module, check_overlaps, set_vera_sizes
 from .peft_layers import set_companions
 from .positional import with_positional_projections
-from .replacements import place_replacement
+from .replacements import missing_replacements, place_replacement
 from .transformers_names import transformers_names
 from .weight_names import Renaming, find_renaming
 
@@ -133,7 +133,7 @@ def _match(adapter: Adapter, base: Checkpoint, rename: Renaming) -> Match:
             match.problems.append(placed)
         else:
             match.replacements |= placed
-    match.problems += check_overlaps(match.modules)
+    match.problems += [*check_overlaps(match.modules), *missing_replacements(adapter, base)]
     return match
 
 

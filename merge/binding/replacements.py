@@ -10,7 +10,7 @@ import math
 from dataclasses import replace
 
 from adapter_merge.errors import Problem
-from adapter_merge.methods.adapter import Adapter
+from adapter_merge.methods.adapter import Adapter, AdapterFormat
 from adapter_merge.storage.checkpoint import Checkpoint
 from adapter_merge.storage.safetensors_header import TensorRef
 
@@ -38,6 +38,29 @@ def place_replacement(
     if old is not None and old.shape != ref.shape and not is_resized(target, old, ref):
         return Problem(f"{target}: the adapter's tensor does not fit the base", str(old.shape), str(ref.shape))
     return {target: ref}
+
+
+def missing_replacements(adapter: Adapter, base: Checkpoint) -> list[Problem]:
+    """Return a problem for each module of the base that modules_to_save names and the adapter holds no tensor of."""
+    saved = adapter.config.get("modules_to_save")
+    if adapter.format != AdapterFormat.PEFT or not isinstance(saved, list):
+        return []
+    held = {*adapter.replacements, *(f"{module.name}." for module in adapter.modules)}
+    missing = [
+        module
+        for module in saved
+        if isinstance(module, str)
+        and any(f".{module}." in f".{name}" for name in base.tensors)
+        and not any(f".{module}." in f".{name}" for name in held)
+    ]
+    return [
+        Problem(
+            f"{adapter.folder}: modules_to_save names {module}, and the file holds no tensor of it",
+            expected=f"the trained {module}",
+            hint="PEFT cannot load this folder: save the adapter again, or remove the name if it was not trained",
+        )
+        for module in missing
+    ]
 
 
 def _split_rows(name: str, ref: TensorRef, rename: Renaming) -> dict[str, TensorRef] | Problem | None:

@@ -15,7 +15,8 @@ import torch
 from torch import Tensor, nn
 
 from adapter_merge.binding.bind import BoundAdapter, BoundModule
-from adapter_merge.formats.peft.tensors import REPLACEMENTS
+from adapter_merge.errors import UnsupportedError
+from adapter_merge.formats.peft.tensors import REPLACEMENTS, find_weights
 from adapter_merge.methods.adapter import AdapterFormat
 from adapter_merge.methods.dcft import DcftModule
 from adapter_merge.methods.lora import LoraModule
@@ -124,8 +125,28 @@ def _in_peft(model: nn.Module, folder: Path, base_kind: str) -> nn.Module:
         if isinstance(getattr(config, "init_lora_weights", None), str) and _cuts(config.init_lora_weights):
             config.init_lora_weights = True  # there is no weight to cut it out of yet: see _residuals
         config.inference_mode = True
-        loaded: nn.Module = peft.PeftModel.from_pretrained(model, str(folder), config=config, low_cpu_mem_usage=True)
-    return loaded.eval()
+        try:
+            loaded: nn.Module = peft.PeftModel.from_pretrained(
+                model, str(folder), config=config, low_cpu_mem_usage=True
+            )
+        except (KeyError, TypeError, ValueError, RuntimeError) as error:
+            raise UnsupportedError(f"{folder}: PEFT cannot load this adapter", got=f"{error!r:.300}") from error
+    return _without_untrained(loaded, folder).eval()
+
+
+def _without_untrained(live: nn.Module, folder: Path) -> nn.Module:
+    """Return the model without the adapter in layers that the config names and the file has no tensors of.
+
+    PEFT starts their B at zero, so that they change nothing; loaded without memory, theirs is never set.
+    """
+    from peft.tuners.lora import LoraLayer
+
+    weights = find_weights(folder)
+    held = [] if weights is None else [ref.name for ref in read_weights(weights).tensors]
+    for path, layer in live.named_modules():
+        if isinstance(layer, LoraLayer) and not any(name.startswith(f"{path}.") for name in held):
+            layer.delete_adapter("default")
+    return live
 
 
 def _cuts(init: str) -> bool:

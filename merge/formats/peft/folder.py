@@ -20,6 +20,7 @@ from .layer_types import LAYER_TYPES, REFUSED_TYPES, REPLACED_TYPES, read_layer_
 from .lora import ADALORA_ROLES, LORA_ROLES, TOKEN_ROLES, read_adalora, read_lora, read_tokens
 from .lycoris import LOHA_ROLES, LOKR_ROLES, VERA_ROLES, read_loha, read_lokr, read_vera
 from .settings import BIASES, PEFT_SETTINGS
+from .targeting import against_targets
 from .tensors import WEIGHT_FILES, PeftExtras, PeftTensors, find_weights, group_tensors
 
 CONVERTED_NOTE = (
@@ -47,6 +48,8 @@ METHODS = {
     "VERA": PeftMethod(VERA_ROLES, PEFT_SETTINGS["VERA"], read_vera),
     "TRAINABLE_TOKENS": PeftMethod(TOKEN_ROLES, PEFT_SETTINGS["TRAINABLE_TOKENS"], read_tokens),
 }
+
+UNTARGETED = ("TRAINABLE_TOKENS",)  # types whose factors do not follow target_modules
 
 
 def read_peft(folder: Path, extras: PeftExtras | None = None) -> Adapter:
@@ -100,6 +103,7 @@ def read_peft(folder: Path, extras: PeftExtras | None = None) -> Adapter:
         ),
         base_layers=tensors.base_layers,
         tied=bool(config.get("ensure_weight_tying")),
+        contradictions=() if kind in UNTARGETED else against_targets(config, tensors),
     )
 
 

@@ -82,6 +82,7 @@ def lora_modules(
     extras = extras or PeftExtras()
     where = str(tensors.weights.parent)
     dora, rslora = flag(config, "use_dora", tensors), flag(config, "use_rslora", tensors)
+    biased = flag(config, "lora_bias", tensors)
     rank = rank_of(config, "r", tensors)
     alpha = number(
         config,
@@ -153,6 +154,14 @@ def lora_modules(
         )
         module = with_initial(module, group, before, tensors)
         _check_magnitude(module, dora, tensors)
+        if not embedding and biased != ("bias" in group):
+            tensors.problems.append(
+                Problem(
+                    f"{tensors.weights}: {name} has {'no' if biased else 'a'} lora_B.bias although lora_bias is "
+                    f"{'set' if biased else 'not set'}",
+                    hint="use the adapter_config.json of the training",
+                )
+            )
         if "bias" in group:
             bias = group["bias"]
             if dora or bias.shape != (b.shape[0],) or embedding:

@@ -12,10 +12,10 @@ from adapter_merge.formats.settings import KnownSettings
 _BASIC_READ = ("peft_type", "base_model_name_or_path", "modules_to_save")
 _BASIC_IGNORED = (
     *("task_type", "auto_mapping", "peft_version", "revision", "inference_mode"),
-    *("target_modules", "exclude_modules", "layers_to_transform", "layers_pattern"),  # known from the tensors
+    *("target_modules", "exclude_modules", "layers_to_transform", "layers_pattern"),  # held against the tensors
 )
 _LORA_IGNORED = (
-    *("lora_dropout", "megatron_core", "runtime_config", "qalora_group_size", "merge_weights", "lora_bias"),
+    *("lora_dropout", "megatron_core", "runtime_config", "qalora_group_size", "merge_weights"),
     *(
         "loftq_config",
         "eva_config",
@@ -63,13 +63,13 @@ BIASES = (None, "none", "all", "lora_only")  # which biases were trained: they a
 PEFT_SETTINGS = {
     "LORA": _known(
         *("r", "lora_alpha", "use_rslora", "use_dora", "init_lora_weights", "rank_pattern", "alpha_pattern"),
-        *("bias", "fan_in_fan_out", "target_parameters", "trainable_token_indices", "ensure_weight_tying"),
+        *("bias", "fan_in_fan_out", "target_parameters", "trainable_token_indices", "ensure_weight_tying", "lora_bias"),
         ignored=_LORA_IGNORED,
         refused=_LORA_REFUSED,
     ),
     "ADALORA": _known(
         *("init_r", "lora_alpha", "bias", "fan_in_fan_out"),
-        ignored=(*_LORA_IGNORED, *_ADALORA_IGNORED),
+        ignored=(*_LORA_IGNORED, *_ADALORA_IGNORED, "lora_bias"),
         refused=_LORA_REFUSED | _LORA_ONLY,
     ),
     "LOKR": _known(

@@ -1,0 +1,94 @@
+"""Which modules a PEFT config adapts, held against those that the weights file has tensors of.
+
+PEFT makes its layers by the config and leaves every other tensor of the file out, with a warning at most
+(peft.tuners.tuners_utils.check_target_module_exists; 0.21): such a tensor is no part of the adapter as it runs.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from typing import Any
+
+from adapter_merge.errors import Problem
+
+from .patterns import pattern_fault
+from .tensors import PeftTensors
+
+ALL_LINEAR = "all-linear"
+IN_A_LAYER = re.compile(r"\.\d+\.")
+FIRST_INDEX = r".*?\.[^.]*\.(?P<index>\d+)\."  # of a layer: the first number after two names
+
+
+def against_targets(config: Mapping[str, Any], tensors: PeftTensors) -> tuple[Problem, ...]:
+    """Return the contradiction where the file holds factors of modules that the config does not adapt.
+
+    Nothing where the config does not say which (no target_modules, `all-linear`, a pattern that could take hours), and
+    for parameters (target_parameters) and trained tokens, which have rules of their own.
+    """
+    left_out = [
+        name
+        for name, group in sorted(tensors.groups.items())
+        if set(group) != {"T"}
+        and not _of_parameters(name, config)
+        and not adapts(config, name)
+        and not (config.get("ensure_weight_tying") and IN_A_LAYER.search(name) is None)  # the other end of the tie
+    ]
+    if not left_out:
+        return ()
+    return (
+        Problem(
+            f"{tensors.weights}: holds factors of {len(left_out)} modules that its config does not adapt, first "
+            f"{left_out[0]}: PEFT leaves them out",
+            expected="modules that target_modules, exclude_modules, layers_to_transform and modules_to_save let in",
+            hint="use the adapter_config.json of the training; --force applies every tensor of the file",
+        ),
+    )
+
+
+def adapts(config: Mapping[str, Any], name: str) -> bool:
+    """Return False where PEFT would not adapt the module at path `name` by this config."""
+    excluded, saved = config.get("exclude_modules"), config.get("modules_to_save")
+    if isinstance(excluded, str):
+        if pattern_fault(excluded) is None and re.fullmatch(excluded, name):
+            return False
+    elif isinstance(excluded, list) and _ends_with(name, excluded):
+        return False
+    if isinstance(saved, list) and any(isinstance(module, str) and f".{module}." in f".{name}." for module in saved):
+        return False
+    targets = config.get("target_modules")
+    if isinstance(targets, str):
+        return targets.lower() == ALL_LINEAR or pattern_fault(targets) is not None or bool(re.fullmatch(targets, name))
+    if not isinstance(targets, list):
+        return True
+    return name in targets or (_ends_with(name, targets) and _in_layers(name, config))
+
+
+def _ends_with(name: str, endings: list[Any]) -> bool:
+    return any(isinstance(ending, str) and f".{name}".endswith(f".{ending}") for ending in endings)
+
+
+def _in_layers(name: str, config: Mapping[str, Any]) -> bool:
+    """Return False for a module of a layer that layers_to_transform leaves out."""
+    chosen, patterns = config.get("layers_to_transform"), config.get("layers_pattern")
+    if chosen is None or chosen == []:
+        return True
+    named = [patterns] if isinstance(patterns, str) else patterns
+    if named and isinstance(named, list):
+        if any(not isinstance(pattern, str) or pattern_fault(pattern) is not None for pattern in named):
+            return True
+        found = next(filter(None, (re.match(rf"(?:^|.*?\.){one}\.(?P<index>\d+)\.", name) for one in named)), None)
+    else:
+        found = re.match(FIRST_INDEX, name)
+    layers = chosen if isinstance(chosen, list) else [chosen]
+    return found is not None and int(found["index"]) in layers
+
+
+def _of_parameters(name: str, config: Mapping[str, Any]) -> bool:
+    """Return True for a module whose factors may be those of one of its parameters."""
+    entries = config.get("target_parameters") or []
+    owner = name.partition(".base_layer")[0]
+    if not isinstance(entries, list):
+        return True  # reported by the reader
+    owners = [entry.rpartition(".")[0].rpartition(".")[2] for entry in entries if isinstance(entry, str)]
+    return "" in owners or owner.rpartition(".")[2] in owners
