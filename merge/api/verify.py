@@ -103,7 +103,8 @@ def verify(
     if not proof.compared:
         problems.append("nothing was compared: the artefact and the adapter have no tensor in common")
     if not options.weights_only:
-        rounded = proof.half is not None or proof.is_requantised
+        truncated = kind == "factors" and bool(_truncated(proof))
+        rounded = proof.half is not None or proof.is_requantised or truncated
         limit = options.tolerance if options.tolerance is not None else (math.inf if rounded else LOGIT_TOLERANCE)
         report["tolerance"] = None if math.isinf(limit) else limit
         figures, found = _prove_logits(bound, folder, kind, limit, options.prompts, options.generated, say)

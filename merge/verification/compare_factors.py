@@ -11,6 +11,7 @@ from torch import Tensor
 from adapter_merge.binding.bind import BoundAdapter, BoundModule
 from adapter_merge.combine.combined_adapter import CombinedBound
 from adapter_merge.formats.peft.tensors import PREFIX, REPLACEMENTS
+from adapter_merge.outputs.staging import read_manifest
 from adapter_merge.storage.checkpoint import read_weights
 from adapter_merge.storage.input_files import Sources
 from adapter_merge.storage.tensor_io import read_tensor
@@ -21,6 +22,7 @@ from .opened_artefact import open_artefact
 from .truncation import direction_and_scale, not_optimal
 from .whole_formulas import formula_of, modules_by_tensor
 
+RECORDED_TOLERANCE = 1e-2  # of a recorded error: it is computed in float32 from the factors before they are stored
 TRUNCATION = "truncated factors that are not the best of their rank"
 
 
@@ -73,17 +75,43 @@ def adapter_weights(
 
 
 def factor_weights(bound: BoundAdapter, folder: Path, progress: Progress | None = None) -> WeightProof:
-    """Low-rank factors on the original base: exact, or the best of their rank. What the folder says of itself is not
-    looked at: truncated factors are held against the optimum, which is computed from the adapter (`not_optimal`)."""
+    """Low-rank factors on the original base: exact, or the best of their rank.
+
+    Truncated factors are held against the optimum, which is computed from the adapter (`not_optimal`). Where the
+    folder's manifest names a calibration text, they must be as near as it says, and the bounds are those of calibrated
+    factors. Nothing else that the folder says of itself is looked at.
+    """
     other = open_artefact(bound, folder, "original")
     proof, pairs = adapter_weights(bound, other, progress)
     problems = [*proof.problems, *_beside_factors(bound, other, folder)]
     inexact = [name for name, one in proof.layers.items() if not one.relative_error <= WEIGHT_TOLERANCE]
-    worse = [(name, reason) for name in inexact if (reason := not_optimal(*pairs[name])) is not None]
+    recorded = _calibrated_errors(folder)
+    worse = []
+    for name in inexact:
+        reason = not_optimal(*pairs[name], calibrated=recorded is not None)
+        if reason is None and recorded is not None:
+            stated = recorded.get(pairs[name][1].module.name)
+            if stated is None or not proof.layers[name].relative_error <= stated * (1 + RECORDED_TOLERANCE):
+                reason = f"relative error {proof.layers[name].relative_error:.3g}, recorded {stated}"
+        if reason is not None:
+            worse.append((name, reason))
     if worse:
         name, reason = worse[0]
         problems.append(f"{TRUNCATION}: {len(worse)} weights, first {name}: {reason}")
     return WeightProof(proof.layers, problems, proof.compared)
+
+
+def _calibrated_errors(folder: Path) -> dict[str, float] | None:
+    """Return the relative errors by module that a folder of calibrated factors records; None for any other folder."""
+    manifest = read_manifest(folder) or {}
+    layers = manifest.get("layers")
+    if not isinstance(manifest.get("calibration"), dict) or not isinstance(layers, dict):
+        return None
+    return {
+        name: float(error)
+        for name, figures in layers.items()
+        if isinstance(figures, dict) and isinstance(error := figures.get("relative_error"), int | float)
+    }
 
 
 def _beside_factors(bound: BoundAdapter, other: BoundAdapter, folder: Path) -> list[str]:
@@ -98,6 +126,14 @@ def _beside_factors(bound: BoundAdapter, other: BoundAdapter, folder: Path) -> l
     scales = folder / "row_scale.safetensors"
     if scales.is_file():
         modules = {item.module.name: item for item in other.modules}
+        stated_scales = {
+            ref.name.removeprefix(PREFIX).removesuffix(".row_scale") for ref in read_weights(scales).tensors
+        }
+        problems += [
+            f"row_scale.safetensors: lacks the scale of {name}"
+            for name, item in modules.items()
+            if name not in stated_scales and direction_and_scale(item)[1] is not None
+        ]
         for ref in read_weights(scales).tensors:
             item = modules.get(ref.name.removeprefix(PREFIX).removesuffix(".row_scale"))
             scale = None if item is None else direction_and_scale(item)[1]

@@ -1,4 +1,9 @@
-"""Whether inexact low-rank factors are the best ones of their rank, computed from the adapter alone."""
+"""Whether inexact low-rank factors are the best ones of their rank, computed from the adapter alone.
+
+Factors that were cut for the outputs of a text (calibrated) are the best in another norm, which needs the text. What
+must hold of them without it: they are a projection of dW onto as many directions of the output (truncated_svd.py), and
+these directions hold at least CALIBRATED_SHARE of what the best ones hold.
+"""
 
 from __future__ import annotations
 
@@ -20,15 +25,17 @@ SCALE_TOLERANCE = 1e-5  # relative error of the rows' scale
 OPTIMUM_TOLERANCE = 1e-4  # truncated factors: how far they may be from the optimum, relative to dW
 PROJECTION_TOLERANCE = 1e-3  # and how much of their error may lie in their own rows and columns
 DENSE_SIDE = 2048  # above it the singular values come from a randomised decomposition
+CALIBRATED_SHARE = 0.5  # of the energy of dW that the best factors of the rank hold
 SPARE = 8  # more directions than are kept: its accuracy
 
 
-def not_optimal(item: BoundModule, factors: BoundModule) -> str | None:
+def not_optimal(item: BoundModule, factors: BoundModule, *, calibrated: bool = False) -> str | None:
     """Why inexact factors F are not the best ones of their rank R; None where they are.
 
     F is a best approximation of dW (Eckart and Young, 1936) when its error is the least that rank R can have, and the
     rest dW - F has nothing in F's rows and columns: F^T (dW - F) = 0 and (dW - F) F^T = 0. Under a magnitude this holds
-    of the adapter's own low-rank part, and the scale must be the exact one.
+    of the adapter's own low-rank part, and the scale must be the exact one. calibrated: F was cut for the outputs of a
+    text, and is a projection onto output directions only.
     """
     if item.rows is not None or factors.rows is not None:
         return "an expert or a part of a tensor is not truncated"
@@ -57,9 +64,15 @@ def not_optimal(item: BoundModule, factors: BoundModule) -> str | None:
     if not float(size):
         return "the adapter does not change it"
     error, best = float(torch.linalg.vector_norm(rest) / size), _best_error(wanted, factors.module.rank)
-    if not error <= best + OPTIMUM_TOLERANCE:
-        return f"relative error {error:.3g}, possible {best:.3g}"
-    overlap = max(float(torch.linalg.vector_norm(one)) for one in (delta.T @ rest, rest @ delta.T)) / float(size) ** 2
+    by_rows, by_columns = (float(torch.linalg.vector_norm(one) / size**2) for one in (delta.T @ rest, rest @ delta.T))
+    if calibrated and not getattr(item.module, "embedding", False):
+        overlap = by_columns if item.transposed else by_rows
+        if not 1 - error**2 >= CALIBRATED_SHARE * (1 - best**2):
+            return f"relative error {error:.3g}, possible {best:.3g}: too far off for a calibration"
+    else:
+        overlap = max(by_rows, by_columns)
+        if not error <= best + OPTIMUM_TOLERANCE:
+            return f"relative error {error:.3g}, possible {best:.3g}"
     return f"not a projection of dW, by {overlap:.3g}" if not overlap <= PROJECTION_TOLERANCE else None
 
 
