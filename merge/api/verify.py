@@ -39,6 +39,7 @@ from adapter_merge.verification.compare_weights import (
 from adapter_merge.verification.live_probes import unlike_live
 from adapter_merge.verification.opened_artefact import open_artefact
 from adapter_merge.verification.requantised_weights import requantised_weights
+from adapter_merge.verification.side_files import changed_side_files, other_tokens
 from adapter_merge.verification.streamed_adapter import streamed_trained
 
 from .options import VerifyOptions
@@ -100,6 +101,9 @@ def verify(
     problems = [*bases, *proof.problems]
     if kind == "factors":
         report["notes"] += _truncated(proof)
+    if kind == "merged model":
+        report["notes"] += changed_side_files(bound, open_base(folder))
+        problems += [] if options.weights_only else other_tokens(bound, folder, options.prompts)
     if not proof.compared:
         problems.append("nothing was compared: the artefact and the adapter have no tensor in common")
     if not options.weights_only:

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from adapter_merge.binding.bind import BoundAdapter
 from adapter_merge.combine.combined_adapter import CombinedBound
-from adapter_merge.errors import InputError
+from adapter_merge.errors import InputError, UnsupportedError
 
 from .key_value_cache import cache_argument, cache_of
 from .live_adapter import generates, quiet_libraries
@@ -119,7 +119,7 @@ def compare_logits(
             effect = own if math.isnan(effect) else max(effect, own)
     del before
     say("logits of the artefact")
-    logits = _all_logits(streamed_artefact(bound, folder, kind, dtype).model, paths)
+    logits = _all_logits(streamed_artefact(bound, folder, kind, dtype).model, paths, folder)
     worst, mean, equal, total = 0.0, 0.0, 0, 0
     for path, want, got in zip(paths, expected, logits, strict=True):
         if want.shape != got.shape:
@@ -138,32 +138,53 @@ def compare_logits(
 
 def _prompt_ids(bound: BoundAdapter, prompts: Sequence[str] | None, model: Any) -> list[Tensor]:
     """Return token ids (T,) per prompt; four seeded random rows of 16 where the base has no tokenizer."""
-    folder = bound.base.folder
-    if any((folder / name).is_file() for name in ("tokenizer.json", "tokenizer_config.json")):
-        import transformers
-
-        with quiet_libraries():
-            tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
-            rows = []
-            for prompt in prompts or PROMPTS:
-                if getattr(tokenizer, "chat_template", None):
-                    turn = [{"role": "user", "content": prompt}]
-                    text = tokenizer.apply_chat_template(turn, tokenize=False, add_generation_prompt=True)
-                    encoded = tokenizer(text, return_tensors="pt", add_special_tokens=False)
-                else:
-                    encoded = tokenizer(prompt, return_tensors="pt")
-                rows.append(encoded["input_ids"][0])
+    rows = tokenized(bound.base.folder, prompts)
+    if rows is not None:
         return rows
     if prompts:
-        raise InputError(f"{folder}: has no tokenizer", hint="leave --prompt out: random tokens are used")
+        raise InputError(f"{bound.base.folder}: has no tokenizer", hint="leave --prompt out: random tokens are used")
     size = int(model.config.get_text_config().vocab_size)
     source = torch.Generator().manual_seed(0)
     return list(torch.randint(min(5, size - 1), size, (4, 16), generator=source))
 
 
+def open_tokenizer(folder: Path) -> Any:
+    """Return the tokenizer in `folder`, None where there is none. Raises InputError where it cannot be loaded."""
+    if not any((folder / name).is_file() for name in ("tokenizer.json", "tokenizer_config.json")):
+        return None
+    import transformers
+
+    try:
+        with quiet_libraries():
+            return transformers.AutoTokenizer.from_pretrained(folder)
+    except (ImportError, KeyError, OSError, TypeError, ValueError) as error:
+        raise InputError(f"{folder}: its tokenizer cannot be loaded", got=f"{error!s:.200}") from error
+
+
+def tokenized(folder: Path, prompts: Sequence[str] | None) -> list[Tensor] | None:
+    """Return the token ids (T,) of each prompt, in the chat template if there is one; None without a tokenizer."""
+    tokenizer = open_tokenizer(folder)
+    if tokenizer is None:
+        return None
+    rows = []
+    with quiet_libraries():
+        for prompt in prompts or PROMPTS:
+            if getattr(tokenizer, "chat_template", None):
+                turn = [{"role": "user", "content": prompt}]
+                text = tokenizer.apply_chat_template(turn, tokenize=False, add_generation_prompt=True)
+                encoded = tokenizer(text, return_tensors="pt", add_special_tokens=False)
+            else:
+                encoded = tokenizer(prompt, return_tensors="pt")
+            rows.append(encoded["input_ids"][0])
+    return rows
+
+
 @torch.no_grad()
-def _all_logits(model: Any, paths: Sequence[TokenPath]) -> list[Tensor]:
-    """Return the logits (T, vocabulary) per path, or (labels,) for a classifier; one forward for all paths."""
+def _all_logits(model: Any, paths: Sequence[TokenPath], folder: Path | None = None) -> list[Tensor]:
+    """Return the logits (T, vocabulary) per path, or (labels,) for a classifier; one forward for all paths.
+
+    Raises UnsupportedError for a model without logits; folder: where it lies.
+    """
     pad = getattr(model.config.get_text_config(), "pad_token_id", None)
     ids, mask = _padded([path.ids for path in paths], pad if isinstance(pad, int) and pad >= 0 else 0)
     inputs = {"input_ids": ids, "attention_mask": mask}
@@ -175,5 +196,12 @@ def _all_logits(model: Any, paths: Sequence[TokenPath]) -> list[Tensor]:
             {key: value[row : row + 1, : len(path.ids)] for key, value in inputs.items()}
             for row, path in enumerate(paths)
         ]
-    logits = [row for batch in batches for row in model(**batch).logits]
+    outputs = [model(**batch) for batch in batches]
+    if any(getattr(output, "logits", None) is None for output in outputs):
+        raise UnsupportedError(
+            f"{folder or 'the model'}: its class {type(model).__name__} computes no logits",
+            expected="a model with a head, as its config.json names one in architectures",
+            hint="--weights-only compares the weights alone",
+        )
+    logits = [row for output in outputs for row in output.logits]
     return [row[: len(path.ids)] if row.dim() == 2 else row for row, path in zip(logits, paths, strict=True)]
