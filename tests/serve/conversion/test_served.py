@@ -178,7 +178,8 @@ def test_whole_tensors_and_embeddings_are_refused(qwen2: World, converter: Conve
     tensors["base_model.model.lm_head.lora_A.weight"] = torch.zeros(8, 256)
     tensors["base_model.model.lm_head.lora_B.weight"] = torch.zeros(512, 8)
     save_file(tensors, raw / "adapter_model.safetensors")
-    (raw / "adapter_config.json").write_text(json.dumps(config))
+    targets = [*config["target_modules"], "lm_head"]
+    (raw / "adapter_config.json").write_text(json.dumps({**config, "target_modules": targets}))
     with pytest.raises(UnsupportedError, match="only linear layers"):
         converter.obtain(raw)
     assert converter.cache.entries() == []
