@@ -40,6 +40,7 @@ from adapter_merge.outputs.staging import (
     write_manifest,
 )
 from adapter_merge.storage.tensor_io import SAFETENSORS_DTYPES as DTYPES
+from adapter_merge.verification.text_divergence import text_divergence
 
 from .options import MergeOptions
 from .results import MergeResult
@@ -173,6 +174,8 @@ def merge(
             done = {name: shard.sha256 for name, shard in sorted(finished.items())}
             return MergeResult(output, content | {"part": f"{options.part[0]}/{options.part[1]}", "files": done})
         write_rest(plan, place.folder, content, output.name, options.keep_preimage)
+        if options.texts is not None:
+            content["certificate"]["texts"] = asdict(text_divergence(bound, place.folder, options.texts))
         if options.hashes:
             content["base"]["files"] = base_files(plan, finished)
             content["files"] = output_files(place.folder, finished)

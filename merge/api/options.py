@@ -32,6 +32,7 @@ class MergeOptions(WriteOptions):
     dtype: str | None = None  # float32, float16 or bfloat16 for all float tensors; None keeps each tensor's own
     write_as: str | None = None  # quantised base: float32, float16 or bfloat16 for its packed weights, or "same"
     min_retention: float = 0.5  # write_as "same": the least share of the change that must be kept
+    texts: Sequence[str] | None = None  # write_as "same": texts to measure the KL divergence to the live adapter on
     device: str = "auto"  # auto, cpu, cuda or cuda:N
     workers: int | None = None  # threads of each device; None takes what has been measured to be fastest
     link: str = "auto"  # how shards that no adapter touches get into the output: auto, reflink, hardlink or copy

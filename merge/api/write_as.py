@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from adapter_merge.errors import InputError, ParityError, UnsupportedError
 from adapter_merge.quantisation.dense_view import packed_weights
 from adapter_merge.storage.checkpoint import Checkpoint
 from adapter_merge.storage.tensor_io import SAFETENSORS_DTYPES as DTYPES
+from adapter_merge.verification.text_divergence import check_texts
 
 from .options import MergeOptions
 
@@ -18,6 +19,8 @@ SAME = "same"
 
 def check_write_as(base: Checkpoint, options: MergeOptions) -> None:
     """Raise InputError where `options` do not choose how to write a quantised base, or choose it for a plain one."""
+    if options.texts is not None:
+        _check_texts(base, options, options.texts)
     schemes = Counter(weight.scheme for weight in packed_weights(base).values())
     if not schemes:
         if options.write_as is not None:
@@ -41,6 +44,18 @@ def check_write_as(base: Checkpoint, options: MergeOptions) -> None:
             f"--as {options.write_as} and --dtype {options.dtype} contradict each other",
             expected="one dtype: --as alone keeps the dtype of tensors that are not quantised",
         )
+
+
+def _check_texts(base: Checkpoint, options: MergeOptions, texts: Sequence[str]) -> None:
+    if options.write_as != SAME:
+        raise InputError(
+            "--texts measures what quantising again loses, and goes with --as same",
+            got=f"--as {options.write_as}" if options.write_as else "no --as",
+            hint="verify compares the logits of other merges",
+        )
+    if options.part is not None:
+        raise InputError("--texts needs the whole model, and --shards makes a part", hint="state --texts with --finish")
+    check_texts(base.folder, texts)
 
 
 def computed_dtype(base: Checkpoint, options: MergeOptions) -> str | None:

@@ -50,6 +50,13 @@ from adapter_merge.cli.printing.result import show_result
     help="--as same: the least share of the adapter's change that must be kept.",
 )
 @option(
+    "--texts",
+    "text_file",
+    type=click.Path(path_type=Path, dir_okay=False),
+    metavar="FILE",
+    help="--as same: texts, one a line, on which the KL divergence to the unmerged adapter is measured.",
+)
+@option(
     "--max-shard-size",
     "max_shard_bytes",
     type=SIZE,
@@ -64,7 +71,9 @@ from adapter_merge.cli.printing.result import show_result
 @dry_run_option
 @push_options
 @report_options
-def merge(inputs: tuple[str, ...], output: str, as_json: bool, quiet: bool, **settings: Any) -> None:
+def merge(
+    inputs: tuple[str, ...], output: str, as_json: bool, quiet: bool, text_file: Path | None, **settings: Any
+) -> None:
     """Write the merged model: every adapted weight changed exactly, everything else carried over byte for byte.
 
     One argument is enough for a DCFT checkpoint, which holds its own base. Several adapters, each with a name, are
@@ -83,10 +92,11 @@ def merge(inputs: tuple[str, ...], output: str, as_json: bool, quiet: bool, **se
     with working("merging", quiet) as progress:
         with loading():
             from adapter_merge.api.merge import merge as run
-            from adapter_merge.api.options import MergeOptions
+            from adapter_merge.api.options import MergeOptions, read_prompts
 
         progress.begin("merging", total)
-        options = MergeOptions(base_kind=subject.base_kind, reading=subject.options, **settings)
+        texts = None if text_file is None else read_prompts(text_file)
+        options = MergeOptions(base_kind=subject.base_kind, reading=subject.options, texts=texts, **settings)
         result = run(subject.base, subject.adapter, output, options, progress=progress.advance)
     if settings["part"] is not None and not as_json and not settings["dry_run"]:
         seconds = time.perf_counter() - started

@@ -109,9 +109,9 @@ def compare_logits(
 ) -> LogitFigures:
     """Compare base, live adapter and artefact on the same tokens, all computing in `dtype`."""
     say(f"logits of the adapter as trained, {dtype}".replace("torch.", ""))
-    expected = _all_logits(live_network(bound, dtype), paths)
+    expected = all_logits(live_network(bound, dtype), paths)
     say("logits of the base")
-    before = _all_logits(streamed_base(bound.base, dtype).model, paths)
+    before = all_logits(streamed_base(bound.base, dtype).model, paths)
     effect = math.nan
     for base, want in zip(before, expected, strict=True):
         if base.shape == want.shape:
@@ -119,7 +119,7 @@ def compare_logits(
             effect = own if math.isnan(effect) else max(effect, own)
     del before
     say("logits of the artefact")
-    logits = _all_logits(streamed_artefact(bound, folder, kind, dtype).model, paths, folder)
+    logits = all_logits(streamed_artefact(bound, folder, kind, dtype).model, paths, folder)
     worst, mean, equal, total = 0.0, 0.0, 0, 0
     for path, want, got in zip(paths, expected, logits, strict=True):
         if want.shape != got.shape:
@@ -180,7 +180,7 @@ def tokenized(folder: Path, prompts: Sequence[str] | None) -> list[Tensor] | Non
 
 
 @torch.no_grad()
-def _all_logits(model: Any, paths: Sequence[TokenPath], folder: Path | None = None) -> list[Tensor]:
+def all_logits(model: Any, paths: Sequence[TokenPath], folder: Path | None = None) -> list[Tensor]:
     """Return the logits (T, vocabulary) per path, or (labels,) for a classifier; one forward for all paths.
 
     Raises UnsupportedError for a model without logits; folder: where it lies.

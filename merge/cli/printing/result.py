@@ -41,6 +41,12 @@ def show_result(result: Written, output: str, started: float, as_json: bool, qui
             f"{certificate['worst_retention']:.2f}, {certificate['worst_weight']}); "
             f"error {certificate['relative_error']:.2f} of it"
         )
+        if (found := certificate.get("texts")) is not None:
+            click.echo(
+                f"  on {found['texts']} texts ({found['tokens']} tokens): KL to the unmerged adapter {found['kl']:.3g} "
+                f"nats a token (of the base without it: {found['kl_base']:.3g}); the same choice of a token in "
+                f"{found['same_choice']:.0%}"
+            )
     for entry in content["adapters"]:
         if entry.get("evidence"):
             click.echo(f"  base taken as the {entry['base_kind']}: {entry['evidence']}")
