@@ -105,8 +105,10 @@ def seeds() -> dict[str, Files]:
     ada = {f"{PREFIX}{Q}.lora_A": torch.randn(RANK, IN), f"{PREFIX}{Q}.lora_B": torch.randn(OUT, RANK),
            f"{PREFIX}{Q}.lora_E": torch.randn(RANK, 1)}  # fmt: skip
     tokens = two | {f"{PREFIX}{EMBED}.token_adapter.trainable_tokens_delta": torch.randn(3, IN)}
-    heads = two | {f"{PREFIX}lm_head.weight": torch.randn(16, IN), f"{PREFIX}{Q}.lora_B.bias": torch.randn(OUT),
-                   f"{PREFIX}{V}.lora_B.bias": torch.randn(IN)}  # fmt: skip
+    heads = _pair(Q, OUT) | {
+        f"{PREFIX}lm_head.weight": torch.randn(16, IN),
+        f"{PREFIX}{Q}.lora_B.bias": torch.randn(OUT),
+    }
     embeds = two | {f"{PREFIX}{EMBED}.lora_embedding_A": torch.randn(RANK, 16),
                     f"{PREFIX}{EMBED}.lora_embedding_B": torch.randn(IN, RANK)}  # fmt: skip
     dcft = {f"{PREFIX}{Q}.lora_A": torch.randn(1, 2), f"{PREFIX}{Q}.lora_B": torch.randn(3, 1),
@@ -148,7 +150,7 @@ def seeds() -> dict[str, Files]:
         "lora": folder({**plain, "rank_pattern": {"q_proj": RANK}, "alpha_pattern": {"v_proj": 3}}, two),
         "dora": folder({**plain, "use_dora": True}, two | magnitudes),
         "pissa": folder({**plain, "init_lora_weights": "pissa"}, two),
-        "heads": folder({**plain, "lora_bias": True, "modules_to_save": ["lm_head"]}, heads),
+        "heads": folder({**plain, "target_modules": ["q_proj"], "lora_bias": True, "modules_to_save": ["lm_head"]}, heads),
         "embedding": folder({**plain, "target_modules": ["q_proj", "v_proj", "embed_tokens"]}, embeds),
         "tokens": folder({**plain, "trainable_token_indices": [1, 5, 7]}, tokens),
         "adalora": folder({"peft_type": "ADALORA", "init_r": 3, "lora_alpha": 8}, ada),
