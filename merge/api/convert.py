@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 
 from adapter_merge.binding.bind import BoundAdapter, bind
-from adapter_merge.combine.base_weights import base_weights
+from adapter_merge.combine.base_weights import base_weights, whole_weights
 from adapter_merge.combine.open_inputs import adapter_only, describe_inputs
 from adapter_merge.combine.origin import bind_checked
 from adapter_merge.errors import InputError, NumericsError, Problem, UnsupportedError, raise_all
@@ -79,7 +79,7 @@ def convert(
     described = describe_inputs(bound, options.reading) if bound is not None else adapter_only(opened)
     trained_on = bound or (bind(opened, opened.own_base) if opened.own_base is not None else None)
     if trained_on is not None:
-        described["base"]["weights"] = base_weights(trained_on)
+        described["base"] |= {"weights": base_weights(trained_on), "whole_weights": whole_weights(trained_on)}
     content = manifest("adapter", described, {}) | {"warnings": unproved_heads(opened, options.base)}
     safe = _content(opened, bound)
     _check_finite(safe, opened)

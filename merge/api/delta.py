@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from adapter_merge.binding.bind import BoundAdapter
+from adapter_merge.combine.base_weights import check_whole_base
 from adapter_merge.combine.open_inputs import (
     AdapterInput,
     check_values,
@@ -13,6 +14,7 @@ from adapter_merge.combine.open_inputs import (
     describe_inputs,
     input_folders,
     open_pair,
+    parts_of,
     snapshot_of,
 )
 from adapter_merge.engine.devices import choose_devices
@@ -62,6 +64,8 @@ def delta(
     content["base_changes"] = _base_changes(bound)
     if options.dry_run:
         return DeltaResult(output, content | {"dry_run": True, "bytes": plan.nbytes})
+    for part in parts_of(bound):
+        check_whole_base(part)
     with staged(output, options.overwrite, inputs) as folder:
         finished = execute(plan, folder, devices, options.workers, progress, hashing=options.hashes, vram=options.vram)
         if options.hashes:

@@ -25,7 +25,7 @@ import torch
 
 from adapter_merge.binding.bind import BoundAdapter
 from adapter_merge.binding.positional import SHARED
-from adapter_merge.combine.base_weights import base_weights
+from adapter_merge.combine.base_weights import base_weights, check_whole_base, whole_weights
 from adapter_merge.combine.combined_adapter import CombinedBound
 from adapter_merge.combine.open_inputs import (
     AdapterInput,
@@ -100,9 +100,13 @@ def factor(
         inputs += InputSnapshot([Path(options.calibrate)])
     described = describe_inputs(bound, options.reading) if bound is not None else adapter_only(opened)
     if bound is not None:
-        described["base"]["weights"] = {
-            name: sha for part in parts_of(bound) for name, sha in base_weights(part).items()
-        }
+        parts = parts_of(bound)
+        described["base"]["weights"] = {name: sha for part in parts for name, sha in base_weights(part).items()}
+        if options.hash_base:
+            for part in parts:
+                check_whole_base(part)
+            whole = {name: sha for part in parts for name, sha in whole_weights(part).items()}
+            described["base"]["whole_weights"] = whole
     content = manifest("factors", described, _stated(options, bound))
     content["warnings"] = unproved_heads(opened, base)
     content["frozen_positions"] = bound is not None and SHARED in bound.config_changes

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from adapter_merge.binding.bind import BoundAdapter
+from adapter_merge.combine.base_weights import check_whole_base
 from adapter_merge.combine.open_inputs import (
     AdapterInput,
     check_values,
@@ -114,6 +115,8 @@ def merge(
     if options.dry_run:
         content["warnings"] += [text for part in parts_of(bound) for text in large_changes(sampled_changes(part))]
         return MergeResult(output, content | {"dry_run": True, "bytes": plan.nbytes, "planned": planned_files(plan)})
+    for part in parts_of(bound):
+        check_whole_base(part)
     identity = _identity(plan, content)
     with workplace(
         output,

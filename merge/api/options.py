@@ -72,6 +72,7 @@ class FactorOptions(WriteOptions):
     end_to_end: bool = False  # compare the folder's logits with the adapter as trained
     max_error: float | None = None  # the largest relative error of a weight that passes
     format: str = "peft"  # what is written: a PEFT folder, or "gguf", a llama.cpp LoRA adapter
+    hash_base: bool = True  # read and record the adapted weights of the base whole; False: their ends only
     frozen_positions: bool = False  # whoever reads the folder keeps DeBERTa's positional queries frozen (its manifest)
 
     @property

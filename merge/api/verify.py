@@ -20,6 +20,7 @@ from typing import Any
 import torch
 
 from adapter_merge.binding.bind import BoundAdapter
+from adapter_merge.combine.base_weights import check_whole_base, other_weights
 from adapter_merge.combine.open_inputs import AdapterInput, open_pair, parts_of
 from adapter_merge.combine.recipe import Recipe
 from adapter_merge.errors import InputError, ParityError
@@ -93,6 +94,8 @@ def verify(
         },
         "base": {"path": str(bound.base.folder), "kind": bound.base_kind, "evidence": bound.evidence},
     }
+    for part in parts_of(bound):
+        check_whole_base(part)
     bases, notes = _compare_bases(folder, bound)
     report["notes"] = [*notes, *_quantised(bound)]
     proof = _prove_weights(bound, folder, kind, options.min_retention, progress)
@@ -235,8 +238,9 @@ def _compare_bases(folder: Path, bound: BoundAdapter) -> tuple[list[str], list[s
         for part in parts_of(bound)
         for cause in (problem.cause for problem in part.origin.contradictions)
     ]
-    if not stated.get("fingerprint") or stated["fingerprint"] == bound.base.fingerprint:
-        return [], notes
+    other = [problem.cause for part in parts_of(bound) for problem in other_weights(part, folder)]
+    if other or not stated.get("fingerprint") or stated["fingerprint"] == bound.base.fingerprint:
+        return ["its manifest names another base: the same tensors with other values"] if other else [], notes
     if stated.get("layout") == bound.base.layout:
         return ["its manifest names another base: the same tensors with other values"], notes
     return [], [*notes, "its manifest names a base of another fingerprint than this one"]

@@ -2,20 +2,33 @@
 
 They tell the base of the training from another one of the same shapes, also where other tensors differ: heads, resized
 embeddings, the names of a prefix. A fingerprint is "DTYPE SHAPE SHA256" over the first and last 4 KiB of a weight (16
-hex digits), as it is stored.
+hex digits), as it is stored. It takes milliseconds, and every command compares it.
+
+Folders made with their base at hand record the sha256 of whole weights too (`whole_weights`). Commands that read the
+weights anyway compare those (`check_whole_base`): an edit in the middle of a weight shows there alone.
 """
 
 from __future__ import annotations
 
 import hashlib
+import os
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from pathlib import Path
 
-from adapter_merge.binding.bound import BoundAdapter
+from adapter_merge.binding.bound import BoundAdapter, BoundModule
+from adapter_merge.errors import MismatchError, Problem, raise_all
+from adapter_merge.files.input_errors import reading
 from adapter_merge.storage.checkpoint import sample_bytes
 from adapter_merge.storage.computed_tensor import ComputedRef
 from adapter_merge.storage.safetensors_header import TensorRef
+from adapter_merge.storage.tensor_comparison import same_but_for_rounding
+
+from .adapter_hashes import MANIFEST, manifest_of
+
+PIECE = 1 << 20  # bytes of a weight that are hashed at a time
 
 
 @dataclass(frozen=True)
@@ -40,15 +53,114 @@ def base_weights(bound: BoundAdapter) -> dict[str, str]:
     Left out: weights that no file holds (of a quantised base) or the adapter brings along, and modules that the base
     stores as several tensors.
     """
+    return {name: weight_fingerprint(item.weight, item.rows) for name, item in _named(bound).items()}
+
+
+def whole_weights(bound: BoundAdapter) -> dict[str, str]:
+    """Return the sha256 of all bytes of the same weights, by the same names; reads them, one core per weight."""
+    named = _named(bound)
+    return dict(zip(named, _hash_all(list(named.values())), strict=True))
+
+
+def _named(bound: BoundAdapter) -> dict[str, BoundModule]:
     named = [(f"{item.module.name}.{item.module.parameter}", item) for item in bound.modules]
     counts = Counter(name for name, _ in named)
     return {
-        name: weight_fingerprint(item.weight, item.rows)
+        name: item
         for name, item in named
         if counts[name] == 1
         and bound.base.tensors.get(item.weight.name) == item.weight
         and not isinstance(item.weight, ComputedRef)
     }
+
+
+def _hash_all(items: Sequence[BoundModule]) -> list[str]:
+    with ThreadPoolExecutor(max(1, len(os.sched_getaffinity(0)))) as pool:
+        return list(pool.map(_whole_hash, items))
+
+
+def _whole_hash(item: BoundModule) -> str:
+    ref = item.weight
+    first, stop = item.rows or (0, ref.rows)
+    digest, remaining = hashlib.sha256(), (stop - first) * ref.row_bytes
+    with reading(ref.file), ref.file.open("rb", buffering=0) as stream:
+        stream.seek(ref.start + first * ref.row_bytes)
+        while remaining:
+            piece = stream.read(min(PIECE, remaining))
+            if not piece:
+                break
+            digest.update(piece)
+            remaining -= len(piece)
+    return digest.hexdigest()
+
+
+def check_whole_base(bound: BoundAdapter) -> None:
+    """Compare whole weights of the base with what the adapter's files hold of it: hashes, or the weights themselves.
+
+    Raises MismatchError where they differ and the adapter is not forced.
+    """
+    if bound.adapter.forced:
+        return
+    problems = other_weights(bound, bound.adapter.folder) + _other_than_own(bound)
+    raise_all(problems, MismatchError)
+
+
+def other_weights(bound: BoundAdapter, folder: Path) -> list[Problem]:
+    """Return the problem where the manifest of `folder` records other values of the base's adapted weights."""
+    stated = manifest_of(folder).get("base")
+    recorded = stated.get("whole_weights") if isinstance(stated, dict) else None
+    if not isinstance(recorded, dict):
+        return []
+    ends = stated.get("weights") if isinstance(stated, dict) else None
+    ends = ends if isinstance(ends, dict) else {}
+    named = {
+        name: item
+        for name, item in _named(bound).items()
+        if isinstance(recorded.get(name), str)
+        and _kind(ends.get(name)) == _kind(weight_fingerprint(item.weight, item.rows))
+    }
+    different = [
+        name for name, sha in zip(named, _hash_all(list(named.values())), strict=True) if sha != recorded[name]
+    ]
+    if not different:
+        return []
+    return [
+        Problem(
+            f"{folder / MANIFEST}: names another base: the same tensors with other values",
+            got=f"{len(different)} of {len(named)} adapted weights differ in some of their bytes, first {different[0]}",
+            hint="give the base that it names; --force uses this one all the same",
+        )
+    ]
+
+
+def _kind(fingerprint: object) -> list[str] | None:
+    """Return dtype and shape of a fingerprint: weights of another dtype are not compared by bytes."""
+    return fingerprint.split()[:2] if isinstance(fingerprint, str) else None
+
+
+def _other_than_own(bound: BoundAdapter) -> list[Problem]:
+    """Return the problem where a checkpoint that holds its base holds other values than the given base."""
+    own = bound.adapter.own_base
+    if own is None or bound.base.stored is not None or own.folder.resolve() == bound.base.folder.resolve():
+        return []
+    different = [
+        item.weight.name
+        for item in bound.modules
+        if item.module.parameter == "weight"
+        and not item.transposed
+        and (held := own.tensors.get(f"{item.module.name}.weight")) is not None
+        and held.shape == item.weight.shape
+        and not same_but_for_rounding(held, item.weight)
+    ]
+    if not different:
+        return []
+    return [
+        Problem(
+            "the checkpoint was trained on another base: its frozen weights are not this base's",
+            got=f"{len(different)} weights differ, first {different[0]}",
+            hint="leave BASE out, since the checkpoint holds its base; --force uses this one all the same",
+        )
+    ]
 
 
 def compare_weights(recorded: Mapping[str, object], bound: BoundAdapter) -> Comparison:

@@ -240,7 +240,7 @@ class Converter:
             from adapter_merge.api.factor import factor
             from adapter_merge.api.options import FactorOptions
 
-            options = FactorOptions(base_kind=outline.stated.base_kind, reading=outline.stated.options)
+            options = FactorOptions(base_kind=outline.stated.base_kind, reading=outline.stated.options, hash_base=False)
             made = factor(self.base, outline.source, folder, options)
             origin = made.as_json()["adapters"][0]["origin"]
         if (signature(outline.source), signature(*outline.stated.paths)) != before:
