@@ -1,14 +1,16 @@
-"""Write docs/reference/command-line.md from the commands and docs/reference/python.md from the docstrings.
+"""Write three pages of docs/reference: command-line.md from the commands, python.md and code-map.md from docstrings.
 
-python docs/generate.py; a test compares both files with what this prints.
+python docs/generate.py; a test compares the pages with what this prints.
 """
 
 from __future__ import annotations
 
+import ast
 import dataclasses
 import enum
 import inspect
 import re
+import tomllib
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +19,8 @@ import click
 import adapter_merge
 from adapter_merge.cli.main import COMMANDS, group
 
-REFERENCE = Path(__file__).parent / "reference"
+ROOT = Path(__file__).parent.parent
+REFERENCE = ROOT / "docs" / "reference"
 NOTE = "Written by `python docs/generate.py`.\n"
 WIDTH = 100
 
@@ -146,9 +149,49 @@ def field_comments(found: type) -> dict[str, str]:
     return comments
 
 
+def code_map() -> str:
+    """Every room and every file of the package with the first line of its docstring."""
+    parts = [
+        f"# Code map\n\n{NOTE}\nEvery folder and file with the first line of its docstring. Within each of the"
+        " three parts a folder imports only from those above it, export/ and serve/ import merge/.\n"
+    ]
+    for wing in ("merge", "export", "serve"):
+        parts.append(f"## {wing}/\n\n{docstring(ROOT / wing / '__init__.py')}\n\n{table(ROOT / wing)}")
+        for room in rooms(wing):
+            for folder in (room, *sorted(path for path in room.iterdir() if (path / "__init__.py").is_file())):
+                title = f"### {folder.relative_to(ROOT)}/"
+                parts.append(f"{title}\n\n{docstring(folder / '__init__.py')}\n\n{table(folder)}")
+    return "\n".join(parts)
+
+
+def rooms(wing: str) -> list[Path]:
+    """The folders of a wing, each after those that it imports, as the contracts in pyproject.toml order them."""
+    name = "adapter_merge" if wing == "merge" else f"adapter_merge.{wing}"
+    contracts = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["importlinter"]["contracts"]
+    (layers,) = (contract["layers"] for contract in contracts if contract["containers"] == [name])
+    names = [part.strip() for layer in reversed(layers) for part in layer.split("|")]
+    return [ROOT / wing / part for part in names if (ROOT / wing / part).is_dir()]
+
+
+def table(folder: Path) -> str:
+    """The files of one folder."""
+    files = sorted(path for path in folder.glob("*.py") if path.name not in ("__init__.py", "__main__.py"))
+    rows = [f"| `{path.name}` | {docstring(path).replace('|', chr(92) + '|')} |" for path in files]
+    return "\n".join(["| file | what it holds |", "|---|---|", *rows]) + "\n"
+
+
+def docstring(path: Path) -> str:
+    """The first paragraph line of a module's docstring, without importing it."""
+    return (ast.get_docstring(ast.parse(path.read_text(encoding="utf-8"))) or "").partition("\n")[0].strip()
+
+
 def pages() -> dict[Path, str]:
     """File -> content of every generated page."""
-    return {REFERENCE / "command-line.md": command_line(), REFERENCE / "python.md": python()}
+    return {
+        REFERENCE / "command-line.md": command_line(),
+        REFERENCE / "python.md": python(),
+        REFERENCE / "code-map.md": code_map(),
+    }
 
 
 if __name__ == "__main__":
