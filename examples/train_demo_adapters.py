@@ -123,7 +123,7 @@ def prompt_ids(tokenizer: Any, question: str) -> list[int]:
 
 
 def train(model: Any, tokenizer: Any, recipe: Recipe) -> dict[str, Dcft | Dude]:
-    """The trained adapters of `recipe`; the loss counts the answers' tokens and their end only."""
+    """The trained adapters of `recipe`, beside the frozen model."""
     torch.manual_seed(SEED)
     adapters = adapters_of(model, recipe)
     parameters = [parameter for adapter in adapters.values() for parameter in adapter.parameters()]
@@ -133,6 +133,22 @@ def train(model: Any, tokenizer: Any, recipe: Recipe) -> dict[str, Dcft | Dude]:
         {"params": [p for p in parameters if id(p) in magnitudes], "lr": 5 * recipe.rate},
     ]
     groups = [group for group in groups if group["params"]]
+    print(f"{recipe.name}: {sum(p.numel() for p in parameters):,} parameters in {len(adapters)} layers")
+    with attached(model, adapters):
+        descend(model, tokenizer, recipe, groups)
+    moved = [(a.magnitude.detach() / a.start - 1).abs() for a in adapters.values() if isinstance(a, Dude)]
+    if moved:
+        change = torch.cat(moved)
+        print(f"  magnitudes moved by {change.mean().item():.1%} on average, {change.max().item():.1%} at most")
+    return adapters
+
+
+def descend(model: Any, tokenizer: Any, recipe: Recipe, groups: list[dict[str, Any]]) -> None:
+    """Train the parameters of `groups`, which `model` computes with, on the lessons.
+
+    The loss counts the answers' tokens and their end only.
+    """
+    parameters = [parameter for group in groups for parameter in group["params"]]
     optimizer = torch.optim.AdamW(groups, weight_decay=0.0)
     schedule = torch.optim.lr_scheduler.OneCycleLR(
         optimizer, [group["lr"] for group in groups], recipe.steps, pct_start=0.2
@@ -141,39 +157,32 @@ def train(model: Any, tokenizer: Any, recipe: Recipe) -> dict[str, Dcft | Dude]:
         (prompt_ids(tokenizer, lesson.question), [*tokenizer(answer)["input_ids"], tokenizer.eos_token_id])
         for lesson, answer in zip(LESSONS, recipe.answers, strict=True)
     ]
-    print(f"{recipe.name}: {sum(p.numel() for p in parameters):,} parameters in {len(adapters)} layers")
     order: list[int] = []
     began = time.perf_counter()
-    with attached(model, adapters):
-        for step in range(recipe.steps):
-            if len(order) < BATCH:
-                order += torch.randperm(len(examples)).tolist()
-            batch = [examples[index] for index in order[:BATCH]]
-            del order[:BATCH]
-            width = max(len(prompt) + len(answer) for prompt, answer in batch)
-            ids = torch.full((BATCH, width), tokenizer.eos_token_id)  # padding is behind all that is looked at
-            predicts = torch.zeros(BATCH, width, dtype=torch.bool)
-            for row, (prompt, answer) in enumerate(batch):
-                ids[row, : len(prompt) + len(answer)] = torch.tensor(prompt + answer)
-                predicts[row, len(prompt) - 1 : len(prompt) + len(answer) - 1] = True
-            hidden = model.model(input_ids=ids, use_cache=False).last_hidden_state  # (batch, width, 576)
-            wanted = ids.roll(-1, 1)[predicts]
-            loss = functional.cross_entropy(model.lm_head(hidden[predicts]), wanted)
-            optimizer.zero_grad()
-            torch.autograd.backward(loss)
-            nn.utils.clip_grad_norm_(parameters, 1.0)
-            optimizer.step()
-            schedule.step()
-            if step % 10 == 0 or step == recipe.steps - 1:
-                print(
-                    f"  step {step:3d}  loss {loss.item():.3f}  {time.perf_counter() - began:.0f} s",
-                    flush=True,
-                )
-    moved = [(a.magnitude.detach() / a.start - 1).abs() for a in adapters.values() if isinstance(a, Dude)]
-    if moved:
-        change = torch.cat(moved)
-        print(f"  magnitudes moved by {change.mean().item():.1%} on average, {change.max().item():.1%} at most")
-    return adapters
+    for step in range(recipe.steps):
+        if len(order) < BATCH:
+            order += torch.randperm(len(examples)).tolist()
+        batch = [examples[index] for index in order[:BATCH]]
+        del order[:BATCH]
+        width = max(len(prompt) + len(answer) for prompt, answer in batch)
+        ids = torch.full((BATCH, width), tokenizer.eos_token_id)  # padding is behind all that is looked at
+        predicts = torch.zeros(BATCH, width, dtype=torch.bool)
+        for row, (prompt, answer) in enumerate(batch):
+            ids[row, : len(prompt) + len(answer)] = torch.tensor(prompt + answer)
+            predicts[row, len(prompt) - 1 : len(prompt) + len(answer) - 1] = True
+        hidden = model.model(input_ids=ids, use_cache=False).last_hidden_state  # (batch, width, 576)
+        wanted = ids.roll(-1, 1)[predicts]
+        loss = functional.cross_entropy(model.lm_head(hidden[predicts]), wanted)
+        optimizer.zero_grad()
+        torch.autograd.backward(loss)
+        nn.utils.clip_grad_norm_(parameters, 1.0)
+        optimizer.step()
+        schedule.step()
+        if step % 10 == 0 or step == recipe.steps - 1:
+            print(
+                f"  step {step:3d}  loss {loss.item():.3f}  {time.perf_counter() - began:.0f} s",
+                flush=True,
+            )
 
 
 def save(adapters: dict[str, Dcft | Dude], recipe: Recipe, output: Path) -> Path:

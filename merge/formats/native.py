@@ -52,7 +52,16 @@ CHOICES = {
 }
 _COMMON = ("peft_type", "format_version", "base_model_name_or_path", "task_type", "target_modules", "modules_to_save")
 SETTINGS = {
-    "DCFT": KnownSettings(frozenset((*_COMMON, "r", "lora_alpha", "kernel_size", "stride", "form"))),
+    "DCFT": KnownSettings(
+        frozenset((*_COMMON, "r", "lora_alpha", "kernel_size", "stride", "form")),
+        ignored=frozenset(
+            # what adapter_merge.peft writes beside: how it was trained, and how PEFT finds the modules again
+            (
+                *("auto_mapping", "inference_mode", "peft_version", "revision", "lora_dropout", "init_weights"),
+                *("exclude_modules", "layers_to_transform", "layers_pattern"),
+            )
+        ),
+    ),
     "DUDE": KnownSettings(
         frozenset(
             (

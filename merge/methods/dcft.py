@@ -102,6 +102,15 @@ def infer_stride(size: int, steps: int, kernel: int) -> int | None:
     return stride if rest == 0 and stride >= 1 else None
 
 
+def infer_steps(size: int, kernel: int, stride: int) -> int | None:
+    """Return the number of inputs from which such a kernel at this stride gives exactly `size` outputs, or None.
+
+    A stride above the kernel's size would leave outputs that nothing reaches: None.
+    """
+    steps, rest = divmod(size - kernel, stride)
+    return steps + 1 if rest == 0 and steps >= 0 and stride <= kernel else None
+
+
 def deconvolve(
     signals: Tensor,  # (r, n)
     kernels: Tensor,  # (j, k)
