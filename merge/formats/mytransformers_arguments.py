@@ -24,7 +24,7 @@ _REFUSED_VARIANTS = """
 use_adalora use_aurora use_bslora use_delora use_delta_lora use_dense_lora use_dralora use_e2lora use_eva use_goat
 use_gora use_hira use_increlora use_loda use_loha use_lokr use_lora_da use_lora_dash use_lora_ga use_lora_ga_pro
 use_lora_moe use_lora_one use_lora_sb use_lora_share use_loraga_pro use_loran use_me_lora use_mola use_mora
-use_mos_lora use_nlora use_nora use_nzlora use_plora use_prolora use_qlora use_ralora use_randlora use_rasa
+use_mos_lora use_nlora use_nora use_nzlora use_plora use_prolora use_ralora use_randlora use_rasa
 use_rasamoe use_ridgelora use_sharelora use_sinelora use_tdlora use_tied_lora use_vera
 """
 _REFUSED = {
@@ -33,6 +33,8 @@ _REFUSED = {
     "plora_steps": "PLoRA (it merges into the base while it trains)",
     "rasa_moe": "RaSA with experts",
     "std_normalize_lora": "factors that are normalised while they train",
+    "use_qlora": "QLoRA beside adapted weights that its layers quantise to fp4 (Params4bit's default; the layers' NF4 "
+    "does not reach it) with double quantisation",
     "train_pi": "a model whose positions were interpolated",
     "partial_ckpt_path": "training that went on from another checkpoint than the base",
 }

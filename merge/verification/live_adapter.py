@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import warnings
 from collections.abc import Iterator, Mapping
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -198,14 +199,25 @@ def is_embedding(layer: nn.Module) -> bool:
     return isinstance(innermost(layer), nn.Embedding)
 
 
+def peft_config(folder: Path, *, plain: bool) -> Any:
+    """Return PEFT's config of the adapter in `folder`; where `plain`, with an initialisation that leaves the base.
+
+    That is set before the config is built: PEFT then asks for scipy where the file states LoftQ.
+    """
+    import peft
+
+    stated = peft.PeftConfig.from_json_file(str(folder / "adapter_config.json"))
+    if plain and "init_lora_weights" in stated:
+        stated["init_lora_weights"] = True
+    return peft.PeftConfig.from_peft_type(**peft.PeftConfig.check_kwargs(**stated))
+
+
 def _in_peft(model: nn.Module, bound: BoundAdapter) -> nn.Module:
     require("peft")
     import peft
 
     with quiet_libraries():
-        config = peft.PeftConfig.from_pretrained(str(bound.adapter.folder))
-        if bound.base_kind == "residual":
-            config.init_lora_weights = True  # the base is what PEFT would compute
+        config = peft_config(bound.adapter.folder, plain=bound.base_kind == "residual")  # the base is what PEFT makes
         config.inference_mode = True
         loaded: nn.Module = peft.PeftModel.from_pretrained(model, str(bound.adapter.folder), config=config)
     return loaded

@@ -22,7 +22,7 @@ from adapter_merge.methods.dcft import DcftModule
 from adapter_merge.methods.lora import LoraModule
 from adapter_merge.methods.residual import Initial
 from adapter_merge.quantisation.dense_view import open_base
-from adapter_merge.storage.checkpoint import Checkpoint, read_weights
+from adapter_merge.storage.checkpoint import Checkpoint, read_json, read_weights
 from adapter_merge.storage.safetensors_header import TensorRef
 from adapter_merge.storage.tensor_io import TORCH_DTYPES, read_tensor
 
@@ -34,6 +34,7 @@ from .live_adapter import (
     load_model,
     model_config,
     module_path,
+    peft_config,
     quiet_libraries,
     require,
     with_heads,
@@ -121,9 +122,8 @@ def _in_peft(model: nn.Module, folder: Path, base_kind: str) -> nn.Module:
     import peft
 
     with quiet_libraries():
-        config: Any = peft.PeftConfig.from_pretrained(str(folder))
-        if isinstance(getattr(config, "init_lora_weights", None), str) and _cuts(config.init_lora_weights):
-            config.init_lora_weights = True  # there is no weight to cut it out of yet: see _residuals
+        # There is no weight to cut initial factors out of yet: see _residuals.
+        config = peft_config(folder, plain=_cuts(read_json(folder / "adapter_config.json").get("init_lora_weights")))
         config.inference_mode = True
         try:
             loaded: nn.Module = peft.PeftModel.from_pretrained(
@@ -149,9 +149,9 @@ def _without_untrained(live: nn.Module, folder: Path) -> nn.Module:
     return live
 
 
-def _cuts(init: str) -> bool:
+def _cuts(init: object) -> bool:
     """Return True for initialisations that change the base's weight."""
-    return init.startswith(("pissa", "corda")) or init in ("olora", "loftq", "lora_ga")
+    return (isinstance(init, str) and init.startswith(("pissa", "corda"))) or init in ("olora", "loftq", "lora_ga")
 
 
 def _residuals(live: nn.Module, bound: BoundAdapter, dtype: torch.dtype) -> dict[str, Callable[[], None]]:

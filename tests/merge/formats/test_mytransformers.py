@@ -158,7 +158,8 @@ def edited(base: Path, folder: Path, variant: str = "lora", **changes: Any) -> P
         ({"use_hira": True}, "hira"),
         ({"use_sinelora": True}, "sinelora"),
         ({"use_vera": True}, "vera"),
-        ({"use_qlora": True}, "qlora"),
+        ({"use_qlora": True}, "quantise to fp4"),
+        ({"use_qlora": True, "use_dude": True}, "quantise to fp4"),
         ({"relora_steps": 100}, "ReLoRA"),
         ({"train_pi": 4}, "interpolated"),
         ({"partial_ckpt_path": "/somewhere"}, "another checkpoint"),
@@ -171,6 +172,17 @@ def test_what_is_not_a_plain_lora_is_refused(base: Path, tmp_path: Path, changes
     with pytest.raises(UnsupportedError, match=names):
         merge(base, adapter, tmp_path / "no", MergeOptions(device="cpu"))
     assert not (tmp_path / "no").exists()
+
+
+def test_its_qlora_quantises_to_fp4() -> None:
+    """The steps of common/lora_modules/qlora.py, quantize_base_layer: why there is no plain nf4 to state."""
+    import bitsandbytes as bnb
+
+    layer = bnb.nn.Linear4bit(64, 32, bias=False, compute_dtype=torch.bfloat16, quant_type="NF4", device="cpu")
+    layer.weight = bnb.nn.Params4bit(data=torch.randn(32, 64).bfloat16(), requires_grad=False)
+    layer.to("cpu")
+    state = layer.weight.quant_state
+    assert (state.quant_type, state.nested, state.blocksize) == ("fp4", True, 64)
 
 
 def test_two_variants_are_one_too_many(base: Path, tmp_path: Path) -> None:
