@@ -84,7 +84,7 @@ def patch() -> None:
     from vllm.lora.request import LoRARequest
     from vllm.platforms import current_platform
 
-    from adapter_merge.serve.patches import compile_key, grouped, identity, scale_loading, stages
+    from adapter_merge.serve.patches import compile_key, grouped, identity, scale_loading, slot_check, stages
     from adapter_merge.serve.patches.row_scale import LINEAR_CLASSES, with_row_scale
 
     spare_slot = not current_platform.is_cuda_alike()
@@ -99,6 +99,7 @@ def patch() -> None:
     LoRAModel.from_local_checkpoint = classmethod(
         scale_loading.wrap_from_local_checkpoint(_function(LoRAModel, "from_local_checkpoint"))
     )
+    LoRAModelManager.__init__ = slot_check.wrap_init(LoRAModelManager.__init__)
     LoRAModelManager._add_adapter = scale_loading.wrap_add_adapter(LoRAModelManager._add_adapter)
     LoRAModelManager.activate_adapter = scale_loading.wrap_activate_adapter(LoRAModelManager.activate_adapter)
     kv_cache_utils._gen_lora_extra_hash_keys = identity.wrap_hash_keys(kv_cache_utils._gen_lora_extra_hash_keys)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import os
+import time
 from collections import deque
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -14,11 +15,12 @@ from typing import TypeVar
 
 from adapter_merge.errors import AdapterMergeError, InputError
 from adapter_merge.serve.conversion.cache import Cache
+from adapter_merge.serve.conversion.processes import ConversionProcesses, Limits
 from adapter_merge.serve.conversion.served import (
-    Converter,
     Served,
     Signature,
     allowed_rank,
+    file_signature,
     folders,
     inside,
     refuse_links_out,
@@ -30,6 +32,7 @@ from .metrics import Metrics
 
 VARIABLE = "ADAPTER_MERGE_SERVE"
 T = TypeVar("T")
+LOOK_SECONDS = 1.0  # after which a request looks at all files of its adapter again
 
 
 @dataclass(frozen=True)
@@ -44,6 +47,8 @@ class Settings:
     roots: tuple[str, ...] = ()  # folders that /v1/load_lora_adapter may load from, besides adapter_dir
     named: dict[str, str] = field(default_factory=dict)  # given at start: name -> served folder
     parent: int | None = None  # the process that started the server; it must not outlive it
+    conversion_bytes: int = Limits.nbytes
+    conversion_seconds: float = Limits.seconds
 
     def text(self) -> str:
         return json.dumps(asdict(self))
@@ -61,16 +66,30 @@ class Source:
     folder: Path
     paths: tuple[Path, ...]  # what its read_options.json names besides
     seen: Signature
+    weights: Path  # the largest file: one that a replacement changes
+    looked: float = field(default_factory=time.monotonic)  # when all files were looked at
 
     @classmethod
     def at(cls, folder: Path) -> Source:
         paths = beside(folder).paths
-        return cls(folder, paths, signature(folder, *paths))
+        files = [file for file in folder.iterdir() if file.is_file()] if folder.is_dir() else [folder]
+        weights = max(files, key=lambda file: file.stat().st_size, default=folder)
+        return cls(folder, paths, signature(folder, *paths), weights)
 
     def same(self) -> bool:
-        """False also when it cannot be read any more."""
+        """False when it has changed, or cannot be read any more.
+
+        One look at the largest file, which sees a folder that was replaced and weights that were written anew, and at
+        all files when that is LOOK_SECONDS ago.
+        """
         try:
-            return signature(self.folder, *self.paths) == self.seen
+            if self.weights != self.folder and file_signature(self.weights) not in self.seen:
+                return False
+            if time.monotonic() - self.looked >= LOOK_SECONDS:
+                if signature(self.folder, *self.paths) != self.seen:
+                    return False
+                self.looked = time.monotonic()
+            return True
         except OSError:
             return False
 
@@ -79,14 +98,16 @@ class Loader:
     """The adapters of one API server: where each came from, and a hold on the folder of each.
 
     What reads a disk runs in threads: looks at folders in their own, so that no request waits for the conversion of
-    another one's adapter.
+    another one's adapter. Conversions run in processes of their own, one per converting thread.
     """
 
     def __init__(self, settings: Settings) -> None:
         self.settings = settings
         self.directory = Path(settings.adapter_dir) if settings.adapter_dir else None
         self.roots = [Path(root) for root in (settings.adapter_dir, *settings.roots) if root is not None]
-        self.converter = Converter(settings.base, Cache(Path(settings.cache), settings.max_bytes))
+        self.cache = Cache(Path(settings.cache), settings.max_bytes)
+        limits = Limits(settings.conversion_bytes, settings.conversion_seconds)
+        self.conversions = ConversionProcesses(settings.base, self.cache, limits)
         self.held: dict[str, Served] = {}
         # Requests that still run may make vLLM read a replaced adapter's folder again: hold a while longer.
         self.retired: deque[Served] = deque()
@@ -94,7 +115,7 @@ class Loader:
         self.metrics = Metrics()
         self.looking = ThreadPoolExecutor(4, "adapter-merge-look")
         self.converting = ThreadPoolExecutor(2, "adapter-merge-convert")
-        self.converting.submit(self.metrics.measure, self.converter.cache)
+        self.converting.submit(self.metrics.measure, self.cache)
 
     async def look(self, function: Callable[..., T], *arguments: object) -> T:
         """`function` in a thread for short work on a disk."""
@@ -119,13 +140,13 @@ class Loader:
 
     def _obtain(self, adapter: str | Path) -> Served:
         try:
-            served = self.converter.obtain(adapter)
+            served = self.conversions.own.obtain(adapter)
         except Exception:
             self.metrics.failures.inc()
             raise
         try:
             if served.seconds is not None:
-                self.metrics.converted(served.seconds, self.converter.cache)
+                self.metrics.converted(served.seconds, self.cache)
         except BaseException:
             served.release()
             raise
@@ -189,7 +210,7 @@ class Loader:
     def without_paths(self, text: str, folder: Path | None = None, name: str = "adapter") -> str:
         """`text` with names in place of this server's paths; `folder` becomes `name`."""
         shown = [(root, "adapters") for root in self.roots]
-        shown += [(self.converter.cache.root, "cache"), (Path(self.converter.base), "base")]
+        shown += [(self.cache.root, "cache"), (Path(self.settings.base), "base")]
         for path, label in shown if folder is None else [(folder, name), *shown]:
             for spelling in (str(path.resolve()), str(path)):
                 text = text.replace(spelling, label)

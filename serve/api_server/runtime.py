@@ -10,15 +10,16 @@ the plugin changes two things in the API server's process:
 
 routes.py has both, loader.py what they share; this file puts them in place.
 
-A conversion runs in a thread; requests for other adapters go on meanwhile.
+A conversion runs in a process of its own; requests for other adapters go on meanwhile.
 """
 
 from __future__ import annotations
 
 import inspect
 import logging
-import os
+import signal
 
+from adapter_merge.serve.conversion.bounds import end_with
 from adapter_merge.serve.patches.symbols import find
 
 from .loader import Loader, Settings
@@ -49,7 +50,7 @@ def register() -> None:
     if settings is None or multiprocessing.parent_process() is not None:
         return
     if settings.parent is not None:
-        end_with(settings.parent)
+        end_with(settings.parent, signal.SIGTERM)
     problems = missing()
     if problems:
         logger.error(
@@ -61,15 +62,6 @@ def register() -> None:
     global loader
     loader = Loader(settings)
     install(loader)
-
-
-def end_with(parent: int) -> None:
-    """Have the kernel send SIGTERM to this process when `parent`, which started it, dies in whatever way."""
-    import ctypes
-    import signal
-
-    if os.getppid() == parent and hasattr(ctypes.CDLL(None), "prctl"):
-        ctypes.CDLL(None).prctl(1, signal.SIGTERM)  # PR_SET_PDEATHSIG, linux/prctl.h
 
 
 def missing() -> list[str]:

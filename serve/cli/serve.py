@@ -19,6 +19,9 @@ if TYPE_CHECKING:
     from adapter_merge.serve.conversion.stating import Stated
 
 
+CONVERSION_BYTES, CONVERSION_SECONDS = 8 * 10**9, 900
+
+
 class WithRest(Command):
     """A command that keeps what stands behind `--` for another program."""
 
@@ -86,6 +89,22 @@ class WithRest(Command):
     metavar="SIZE",
     help="Bound of the cache of adapters.",
 )
+@option(
+    "--conversion-memory",
+    type=SIZE,
+    default=CONVERSION_BYTES,
+    show_default="8GB",
+    metavar="SIZE",
+    help="What converting an adapter for a running server may take; above it the adapter is refused.",
+)
+@option(
+    "--conversion-seconds",
+    type=click.IntRange(min=1),
+    default=CONVERSION_SECONDS,
+    show_default=True,
+    metavar="SECONDS",
+    help="How long converting an adapter for a running server may take.",
+)
 @adapter_options
 @dry_run_option
 @option(
@@ -112,6 +131,8 @@ def serve(
     shutdown_timeout: int | None,
     max_active: int | None,
     cache_size: int,
+    conversion_memory: int,
+    conversion_seconds: int,
     dry_run: bool,
     emit: str | None,
     name: str,
@@ -131,6 +152,7 @@ def serve(
         _serve_export(ctx, Path(base), quiet)
         return
     from adapter_merge.serve.conversion.cache import Cache
+    from adapter_merge.serve.conversion.processes import Limits
     from adapter_merge.serve.launch.emit import Service, kubernetes, ray
     from adapter_merge.serve.launch.flags import shell_line
     from adapter_merge.serve.launch.plan import make_plan
@@ -167,6 +189,7 @@ def serve(
         roots=[Path(root) for root in roots],
         page=page,
         preload=preload,
+        limits=Limits(conversion_memory, conversion_seconds),
         cache=Cache(max_bytes=cache_size),
         rest=rest,
         stated=_stated(adapters),

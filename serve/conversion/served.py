@@ -96,9 +96,14 @@ def signature(*paths: Path) -> Signature:
     found = []
     for path in paths:
         for file in os.scandir(path) if path.is_dir() else (path,):
-            about = file.stat()
-            found.append((file.name, about.st_ino, about.st_size, about.st_mtime_ns, about.st_ctime_ns))
+            found.append(file_signature(file))
     return tuple(sorted(found))
+
+
+def file_signature(file: Path | os.DirEntry[str]) -> tuple[str, int, int, int, int]:
+    """(name, inode, size, mtime, ctime), by one system call."""
+    about = file.stat()
+    return (file.name, about.st_ino, about.st_size, about.st_mtime_ns, about.st_ctime_ns)
 
 
 def allowed_rank(rank: int) -> int:
@@ -203,7 +208,7 @@ class Converter:
         """
         held = self.cache.lease(Path(adapter))
         if held is not None:
-            return self._describe(held)
+            return describe(held)
         for _ in range(3):
             source = locate(adapter)
             before = signature(source)
@@ -214,7 +219,7 @@ class Converter:
                 lease = self.cache.obtain(outline.key, partial(self._make, outline, (before, watched), spent))
             except _ChangedError:
                 continue
-            return replace(self._describe(lease), seconds=sum(spent) if spent else None)
+            return replace(describe(lease), seconds=sum(spent) if spent else None)
         raise InputError(f"{adapter}: changed while it was read", hint="try again when it is complete")
 
     def _make(
@@ -257,16 +262,17 @@ class Converter:
             },
         }
 
-    def _describe(self, lease: Lease) -> Served:
-        try:
-            return _describe(lease)
-        except BaseException:
-            lease.release()
-            raise
+
+def describe(lease: Lease) -> Served:
+    """What the files of a served folder say; the hold is given up when they cannot be read."""
+    try:
+        return _describe(lease)
+    except BaseException:
+        lease.release()
+        raise
 
 
 def _describe(lease: Lease) -> Served:
-    """What the files of a served folder say."""
     from safetensors import safe_open
 
     config = json.loads((lease.folder / "adapter_config.json").read_text("utf-8"))

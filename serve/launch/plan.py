@@ -24,6 +24,7 @@ from adapter_merge.errors import (
 from adapter_merge.files.installation import install_command
 from adapter_merge.serve.api_server.loader import VARIABLE, Settings
 from adapter_merge.serve.conversion.cache import Cache
+from adapter_merge.serve.conversion.processes import Limits
 from adapter_merge.serve.conversion.served import Converter, Outline, allowed_rank, check_name, folders, inside
 from adapter_merge.serve.conversion.stating import Stated
 
@@ -39,6 +40,7 @@ GUARDS = (
 CPU_CACHE, CPU_CACHE_GIB = "VLLM_CPU_KVCACHE_SPACE", "2"
 DEFAULT_ACTIVE = 16
 SMALLEST_RANK_FOR_LOADING = 16
+DEFAULT_LIMITS = Limits()
 
 
 @dataclass
@@ -58,6 +60,7 @@ class Plan:
     roots: tuple[Path, ...] = ()  # what clients may load from, besides adapter_dir
     page: bool = False  # a page to try the adapters, at /page
     preload: bool = False  # convert what the adapter folder holds before the server starts
+    limits: Limits = DEFAULT_LIMITS  # of a conversion while the server runs
 
     @property
     def loading(self) -> bool:
@@ -130,6 +133,8 @@ class Plan:
             roots=tuple(str(root) for root in self.roots),
             named={name: str(self.folder(name)) for name in self.adapters},
             parent=os.getpid(),
+            conversion_bytes=self.limits.nbytes,
+            conversion_seconds=self.limits.seconds,
         )
         # It mounts the routes that load and unload. Names of the adapter folder are found without it: see routes.py.
         extra = {VARIABLE: settings.text(), "VLLM_ALLOW_RUNTIME_LORA_UPDATING": str(int(self.allow_loading))}
@@ -207,6 +212,7 @@ def make_plan(
     roots: Sequence[Path] = (),
     page: bool = False,
     preload: bool = False,
+    limits: Limits = DEFAULT_LIMITS,
     cache: Cache | None = None,
     rest: Sequence[str] = (),
     stated: Mapping[str, Stated] | None = None,
@@ -214,7 +220,8 @@ def make_plan(
     """Check everything from headers. Raises AdapterMergeError with every problem found.
 
     adapters: NAME=ADAPTER texts. loading: clients may load adapters from `roots` and `adapter_dir`. preload: convert
-    those of `adapter_dir` before the start. stated: by name, what the files do not say. rest: vLLM's own flags.
+    those of `adapter_dir` before the start. limits: of a conversion while the server runs. stated: by name, what the
+    files do not say. rest: vLLM's own flags.
     """
     import importlib.util
 
@@ -280,6 +287,7 @@ def make_plan(
         roots=tuple(root.absolute() for root in roots),
         page=page,
         preload=preload,
+        limits=limits,
         notes=notes,
         found=found,
     )

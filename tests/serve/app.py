@@ -11,7 +11,10 @@ import gc
 import json
 import os
 import shutil
+import sys
+import time
 from collections import Counter
+from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -36,6 +39,30 @@ class Engine:
 
     def shutdown(self, timeout: float | None = None) -> None:
         pass
+
+
+def looks(request: Callable[[], Any], count: int, folder: str) -> dict[str, float]:
+    """Looks below `folder` that `count` requests cause, by kind, and the seconds that they took."""
+    seen: Counter[str] = Counter()
+    stat = os.stat
+
+    def counted(path: Any, *args: Any, **kwargs: Any) -> Any:
+        seen["stat"] += str(path).startswith(folder)
+        return stat(path, *args, **kwargs)
+
+    def audit(event: str, arguments: tuple[Any, ...]) -> None:
+        if event in ("open", "os.scandir", "os.listdir") and str(arguments[0]).startswith(folder):
+            seen[event] += 1
+
+    sys.addaudithook(audit)
+    os.stat = counted  # type: ignore[assignment]
+    began = time.monotonic()
+    try:
+        for _ in range(count):
+            assert request() == [200, ""]
+    finally:
+        os.stat = stat
+    return {**seen, "seconds": time.monotonic() - began}
 
 
 def run(command: list[str], environment: dict[str, str], steps: list[dict[str, Any]]) -> None:
@@ -96,6 +123,10 @@ def run(command: list[str], environment: dict[str, str], steps: list[dict[str, A
             if what == "copy":
                 shutil.rmtree(values[1], ignore_errors=True)
                 shutil.copytree(*values)
+            if what == "write":
+                Path(values[0]).write_text(values[1])
+            if what == "wait":
+                time.sleep(values[0])
             if what == "remove":
                 shutil.rmtree(values[0])
             if what == "stop":
@@ -107,6 +138,8 @@ def run(command: list[str], environment: dict[str, str], steps: list[dict[str, A
             if what == "descriptors":
                 gc.collect()
                 return sum(1 for _ in Path("/proc/self/fd").iterdir())
+            if what == "looks":
+                return looks(lambda: ask(values[0]), *values[1:])
             if what == "repeat":
                 count, *inner = values
                 return Counter(str(step(*inner)) for _ in range(count)).most_common()

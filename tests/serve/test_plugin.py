@@ -171,7 +171,7 @@ def test_weights_that_no_layer_takes_are_refused(qwen2: World, run_engine: RunEn
 def test_every_symbol_is_where_it_was(run_python: Callable[[str], str]) -> None:
     """Fails when the installed vLLM has moved something that the plugin needs: look at symbols.py then."""
     out = run_python(
-        "from adapter_merge.serve import plugin, symbols\n"
+        "from adapter_merge.serve import plugin\nfrom adapter_merge.serve.patches import symbols\n"
         "print('missing:', symbols.missing(), 'native:', symbols.native_dora())\n"
         "print('state:', plugin.install())\n"
     )

@@ -180,6 +180,24 @@ def test_figures_by_adapter(steps: Steps, qwen2: World, directory: Path) -> None
     assert float(figures["adapter_merge_cache_bytes"]) > 10_000
 
 
+def test_a_request_for_a_known_adapter_looks_at_one_file(steps: Steps, directory: Path) -> None:
+    """The largest, and at most once a second at all of them: an edit of a small one is seen then."""
+    folder = str(directory / "dude-2")
+    _, seen, *_, broken = steps(
+        ("ask", "dude-2"),
+        ("looks", "dude-2", 200, folder),
+        ("write", f"{folder}/adapter_config.json", "{"),
+        ("wait", 1.1),
+        ("ask", "dude-2"),
+        adapter_dir=directory,
+    )
+    whole = 1 + int(seen["seconds"])
+    assert 200 <= seen["stat"] <= 200 + whole
+    assert seen.get("os.scandir", 0) <= whole
+    assert seen.keys() <= {"stat", "os.scandir", "seconds"}
+    assert broken[0] == 400
+
+
 REPEATS = int(os.environ.get("ADAPTER_MERGE_LEAK_REQUESTS", "120"))
 
 

@@ -59,7 +59,7 @@ COMPARE = """
 import torch
 from types import SimpleNamespace
 from vllm.lora.punica_wrapper.punica_cpu import PunicaWrapperCPU as Wrapper
-from adapter_merge.serve import grouped
+from adapter_merge.serve.patches import grouped
 
 stock = Wrapper.add_lora_linear
 print("installed:", grouped.install(), Wrapper.add_lora_linear is not stock)
