@@ -10,8 +10,10 @@ import json
 import os
 import re
 import time
+from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
 from functools import cached_property, partial
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -32,7 +34,8 @@ MANIFEST = "adapter_merge.json"
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,199}")
 # Multi-head latent attention multiplies these into other weights when the base is loaded, without the adapter.
 ABSORBED = ("kv_b_proj",)
-NOT_LINEAR = ("embed_tokens", "lm_head", "wte", "wpe", "embed_out", "word_embeddings", "embed_in")
+HEADS = ("score", "classifier")
+NOT_LINEAR = ("embed_tokens", "lm_head", "wte", "wpe", "embed_out", "word_embeddings", "embed_in", *HEADS)
 
 
 # (name, inode, size, mtime, ctime) of every file in a folder
@@ -106,6 +109,24 @@ def file_signature(file: Path | os.DirEntry[str]) -> tuple[str, int, int, int, i
     return (file.name, about.st_ino, about.st_size, about.st_mtime_ns, about.st_ctime_ns)
 
 
+def why_no_heads(replacements: Iterable[str]) -> str:
+    """Why vLLM cannot hold these tensors for one adapter; "" when it can, and for none.
+
+    vLLM keeps one head per adapter for classifiers: one linear layer called score or classifier (vllm/lora/layers/
+    classifier.py, from 0.32 on).
+    """
+    modules = {name.rpartition(".")[0] for name in replacements}
+    if not modules:
+        return ""
+    if modules - set(HEADS) or len(modules) > 1 or f"{next(iter(modules))}.weight" not in replacements:
+        return "vLLM holds one per adapter only of a classifier's head, a single layer named score or classifier"
+    found = find_spec("vllm")
+    places = found.submodule_search_locations if found is not None else None
+    if not any(Path(place, "lora", "layers", "classifier.py").is_file() for place in places or ()):
+        return "this vLLM holds no head per adapter; 0.32 and later do"
+    return ""
+
+
 def allowed_rank(rank: int) -> int:
     """The smallest --max-lora-rank that holds `rank`. Raises UnsupportedError above the largest."""
     for allowed in RANKS:
@@ -158,11 +179,12 @@ class Converter:
         modules = [module.name for module in opened.modules]
         targets = tuple(sorted({name.rsplit(".", 1)[-1] for name in modules}))
         problems = []
-        if opened.replacements:
+        reason = why_no_heads(opened.replacements)
+        if reason:
             names = ", ".join(list(opened.replacements)[:3])
             problems.append(
                 Problem(
-                    f"{source}: carries whole trained tensors ({names}), which vLLM's LoRA cannot take",
+                    f"{source}: carries whole trained tensors ({names}): {reason}",
                     hint="merge it into the base instead: adapter-merge merge",
                 )
             )

@@ -7,7 +7,8 @@ the plugin as vLLM loads it, by its entry point. The job:
      "adapters": {name: folder}, "batches": [[{"adapter", "prompt", "count"}, ...],
     ...]}
 
-The answers: per batch, per request, {"tokens", "logprobs"}; or {"error": text} for a batch that vLLM refused.
+The answers: per batch, per request, {"tokens", "logprobs"}; {"probabilities"} of requests without a "count", which are
+for a classifier; or {"error": text} for a batch that vLLM refused.
 """
 
 from __future__ import annotations
@@ -78,6 +79,14 @@ def answer(job: dict[str, Any], out: str) -> None:
                 answers.append("loaded")
             except Exception as error:
                 answers.append({"error": str(error)})
+            continue
+        if "count" not in batch[0]:
+            found = llm.classify(
+                [{"prompt_token_ids": request["prompt"]} for request in batch],
+                lora_request=[requests.get(request["adapter"]) for request in batch],
+                use_tqdm=False,
+            )
+            answers.append([{"probabilities": each.outputs.probs} for each in found])
             continue
         outputs = llm.generate(
             [{"prompt_token_ids": request["prompt"]} for request in batch],

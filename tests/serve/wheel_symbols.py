@@ -139,6 +139,7 @@ def missing(wheel: Wheel) -> list[str]:
             problems.append(f"{module}.{path} takes {', '.join(have)}, not {', '.join(wanted)}")
     for name in LINEAR_CLASSES:
         look("vllm.lora.layers", f"{name}.create_lora_weights")
+    look("vllm.lora.layers.classifier", "ClassificationHeadWithLoRA")  # heads of adapters: conversion/served.py
     classes = look("vllm.lora.utils", "_all_lora_classes")
     lost = sorted(set(LINEAR_CLASSES) - used(classes.node)) if classes is not None else []
     problems += [f"vllm.lora.utils._all_lora_classes lacks {', '.join(lost)}"] if lost else []

@@ -65,3 +65,18 @@ def test_names_of_no_layer_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
             scale_loading._refuse_unused(held, SimpleNamespace(loras=scales))
         with pytest.raises(ValueError, match="no layer takes the row scales"):
             scale_loading._per_layer(held, scales)
+
+
+class Step5FusedQKVIndexerWithLoRA:
+    """A class of vLLM 0.33 that is none of the linear ones: it has no place for scales."""
+
+
+def test_scales_of_other_classes_of_layers_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(scale_loading, "_pipeline_size", lambda: 1)
+    held = manager("model.")
+    name = "model.layers.0.self_attn.qkv_proj"
+    held.modules[name] = Step5FusedQKVIndexerWithLoRA()
+    scales = {"model.layers.0.self_attn.q_proj": torch.ones(2)}
+    scale_loading._refuse_unused(held, SimpleNamespace(loras=scales))
+    with pytest.raises(ValueError, match=r"on linear layers only.*qkv_proj \(Step5FusedQKVIndexerWithLoRA\)"):
+        scale_loading._per_layer(held, scales)
