@@ -16,10 +16,10 @@ import pytest
 from conftest import World
 
 from adapter_merge.errors import AdapterError, FileFormatError, InputError, UnsupportedError
+from adapter_merge.files.locks import lock_file
 from adapter_merge.serve.conversion.cache import Cache
 from adapter_merge.serve.conversion.processes import ConversionProcess, Limits
 from adapter_merge.serve.conversion.served import Converter
-from adapter_merge.storage.locks import lock_file
 
 
 @pytest.fixture(scope="module")
