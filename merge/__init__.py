@@ -1,4 +1,4 @@
-"""Put trained adapters into production: merge, factor, export, serve, and verify that what is deployed was trained.
+"""Put trained adapters into production: merge, factor, export and serve them, and verify the result against training.
 
     import adapter_merge as am
 
@@ -6,8 +6,8 @@
     report = am.verify("base", "adapter", "merged")
     assert report.passed
 
-Every name in `__all__` is public and loaded when it is first used (PEP 562): importing the package imports no torch.
-Everything else is private, whatever module it is in.
+Every name in `__all__` is public. Its module is imported when the name is first used (PEP 562), so that importing the
+package does not import torch. All other names are private.
 """
 
 from __future__ import annotations
@@ -173,7 +173,7 @@ __all__ = [
 
 
 def __getattr__(name: str) -> Any:
-    """The public object `name`; its module is imported now."""
+    """Import the module of the public name `name`, and return the object."""
     if name == "__version__":
         from importlib.metadata import version
 

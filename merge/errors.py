@@ -2,17 +2,17 @@
 
     AdapterMergeError
     ├── InputError              a file or folder that cannot be used
-    │   ├── FileFormatError     truncated, lying or malicious file
+    │   ├── FileFormatError     a file that is truncated, contradicts itself or is malicious
     │   ├── AdapterError        an adapter that is incomplete or inconsistent
-    │   └── MismatchError       adapter and base do not belong together
+    │   └── MismatchError       the adapter does not belong to the base
     ├── OutputError             the output exists, or cannot be written
-    ├── UnsupportedError        known, but nothing here can do it exactly
+    ├── UnsupportedError        a known method, format or scheme that this project cannot handle exactly
     ├── MissingDependencyError  an optional package is not installed
-    ├── NumericsError           NaN or infinity would be written
-    └── ParityError             the artefact does not compute what was trained
+    ├── NumericsError           a result holds NaN or infinity
+    └── ParityError             an artefact does not compute what the adapter was trained to compute
 
-An error carries one or more `Problem`s, so that a user sees everything that is wrong at once.
-Anything else that escapes is a bug of ours.
+An error carries one or more `Problem`s, so that a user sees everything that is wrong at once. Any other exception that
+reaches the user is a bug of this project.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ SHOWN = 20  # problems in the text of an error
 
 @dataclass(frozen=True)
 class Problem:
-    """One thing that is wrong: `cause` always; what was expected, what was got and the way out where known."""
+    """One thing that is wrong: its cause and, where known, the expected and the actual value and a hint for a fix."""
 
     cause: str
     expected: str | None = None
@@ -41,9 +41,17 @@ class Problem:
 
 
 class AdapterMergeError(Exception):
-    """Base of the tree: `problems` holds all that was found, `conclusion` what follows from many of one kind.
+    """Base class of every error that this project raises on purpose.
 
-    The text of the error shows the conclusion and the first 20 problems.
+    `problems` holds every problem of the failed call. `conclusion` states what many problems of one kind have in
+    common. The text of the error shows the conclusion and the first 20 problems.
+
+    Example:
+        >>> try:
+        ...     merge("no-such-folder", "adapter", "merged")
+        ... except AdapterMergeError as error:
+        ...     print(len(error.problems), type(error).__name__)
+        1 InputError
     """
 
     def __init__(
@@ -69,19 +77,19 @@ class AdapterMergeError(Exception):
 
 
 class InputError(AdapterMergeError):
-    """A file or folder that cannot be used."""
+    """A file or folder cannot be used."""
 
 
 class FileFormatError(InputError):
-    """A truncated, lying or malicious file."""
+    """A file is truncated, contradicts itself or is malicious."""
 
 
 class AdapterError(InputError):
-    """An adapter that is incomplete or inconsistent."""
+    """An adapter is incomplete or inconsistent."""
 
 
 class MismatchError(InputError):
-    """Adapter and base do not belong together."""
+    """The adapter does not belong to the base: names, shapes or values differ."""
 
 
 class OutputError(AdapterMergeError):
@@ -89,7 +97,7 @@ class OutputError(AdapterMergeError):
 
 
 class UnsupportedError(AdapterMergeError):
-    """A known thing that nothing here can do exactly."""
+    """A method, format or scheme is known, but this project cannot handle it exactly."""
 
 
 class MissingDependencyError(AdapterMergeError):
@@ -97,7 +105,7 @@ class MissingDependencyError(AdapterMergeError):
 
 
 class NumericsError(AdapterMergeError):
-    """NaN or infinity would be written."""
+    """A result holds NaN or infinity, or would hold it after rounding."""
 
 
 class ParityError(AdapterMergeError):
@@ -107,6 +115,6 @@ class ParityError(AdapterMergeError):
 def raise_all(
     problems: list[Problem], kind: type[AdapterMergeError] = InputError, conclusion: Problem | None = None
 ) -> None:
-    """Raise `kind` with all `problems` and what follows from them, or return when there are none."""
+    """Raise one error of `kind` with all `problems` and the `conclusion`; return where there are no problems."""
     if problems:
         raise kind(problems, conclusion=conclusion)

@@ -1,6 +1,7 @@
-"""Any adapter file -> a safe folder: safetensors, a config that says everything, no base weights, trained heads kept.
+"""Conversion of an adapter of any format to a safe folder: the job behind `adapter-merge convert`.
 
-What PEFT has a name for becomes a PEFT folder, everything else a folder of our own (native_writer.py, native.py).
+The folder holds safetensors files, a config that states every setting, the trained heads, and no base weights. Methods
+that PEFT can load are written as a PEFT folder, all others in this project's own format (native_writer.py, native.py).
 """
 
 from __future__ import annotations
@@ -50,8 +51,10 @@ def convert(
 ) -> ConvertResult:
     """Write `adapter` (a folder, file or hub id of any format) to `output` as a safe folder.
 
-    The folder holds safetensors and a config that states everything: it merges to the same bytes and needs no options.
-    Raises AdapterMergeError; nothing is left behind then.
+    The folder holds safetensors files and a config that states every setting: a merge of the folder needs no reading
+    options and writes the same bytes as a merge of the original. Tensors keep their shapes: up (out, R), down (R, in),
+    magnitude (out,). Raises InputError, AdapterError or UnsupportedError where the adapter cannot be read or has no
+    safe form, NumericsError for NaN or infinity; no output is left behind then.
 
     Example:
         >>> convert("adapter", "safe", ConvertOptions(base="base")).artefact
@@ -69,8 +72,8 @@ def convert(
     ]
     if opened.method == "DuDe" and bound is None and unknown:
         raise InputError(
-            f"{adapter}: a DuDe folder of PEFT does not say what it was trained beside",
-            expected="--base BASE, the original or the residual",
+            f"{adapter}: a DuDe folder of PEFT does not state on which base weights it was trained",
+            expected="--base BASE, the original base or the residual",
             hint=f"its base seems to be {opened.base_name}" if opened.base_name else None,
         )
     inputs = (opened.folder,) if checkpoint is None else (opened.folder, checkpoint.folder)
@@ -98,7 +101,7 @@ def convert(
 
 
 def _check_finite(safe: SafeFolder, opened: Adapter) -> None:
-    """Factors at initialisation are found here: a scale that is no scale (a negative alpha) makes them NaN."""
+    """Raise NumericsError for tensors with NaN or infinity, such as initial factors computed with a negative alpha."""
     wrong = [name for name, tensor in safe.tensors.items() if not bool(torch.isfinite(tensor).all())]
     raise_all(
         [Problem(f"{opened.folder}: {name} would hold NaN or infinity", hint="is lora_alpha right?") for name in wrong],
@@ -107,7 +110,7 @@ def _check_finite(safe: SafeFolder, opened: Adapter) -> None:
 
 
 def _content(opened: Adapter, bound: BoundAdapter | None) -> SafeFolder:
-    """The safe folder of the adapter's kind."""
+    """Return the safe folder's config and tensors, in the format that fits the adapter's method."""
     modules = opened.modules
     if modules and all(isinstance(module, DcftModule) for module in modules):
         safe = dcft(modules)
@@ -123,7 +126,7 @@ def _content(opened: Adapter, bound: BoundAdapter | None) -> SafeFolder:
     ):
         safe = lycoris(modules)
     else:
-        _only_factors(opened)
+        _check_lora_weights_only(opened)
         safe = dude(opened, bound)
     targets = opened.config.get("target_modules") if opened.config.get("peft_type") else None
     common = {
@@ -141,15 +144,15 @@ def _content(opened: Adapter, bound: BoundAdapter | None) -> SafeFolder:
 
 
 def _stores_initial(opened: Adapter) -> bool:
-    """True for a PEFT folder that does not say what was subtracted from its base, and of which it is known now."""
-    found = [module.initial for module in opened.modules if isinstance(module, LoraModule) and module.initial]
-    if any(initial.refs or initial.dtype is not None for initial in found):
+    """True for a PEFT folder without its initial factors or residual dtype, where the options state them."""
+    initials = [module.initial for module in opened.modules if isinstance(module, LoraModule) and module.initial]
+    if any(initial.refs or initial.dtype is not None for initial in initials):
         return True
-    return opened.method == "DuDe" and not _beside_factors(opened)
+    return opened.method == "DuDe" and not _find_other_modules(opened)
 
 
-def _beside_factors(opened: Adapter) -> list[str]:
-    """Modules that a DUDE folder has no roles for."""
+def _find_other_modules(opened: Adapter) -> list[str]:
+    """Return the modules whose tensors a PEFT folder of type DUDE has no names for."""
     return [
         f"{module.name} ({type(module).__name__.removesuffix('Module').lower()})"
         for module in opened.modules
@@ -157,11 +160,12 @@ def _beside_factors(opened: Adapter) -> list[str]:
     ]
 
 
-def _only_factors(opened: Adapter) -> None:
-    strange = _beside_factors(opened)
-    if strange:
+def _check_lora_weights_only(opened: Adapter) -> None:
+    """Raise UnsupportedError where the adapter has modules that a PEFT folder of type DUDE cannot hold."""
+    others = _find_other_modules(opened)
+    if others:
         raise UnsupportedError(
-            f"{opened.folder}: the safe folder of {opened.method} holds factors of weights alone",
-            got=", ".join(strange[:5]),
-            hint="leave --init-adapter and --residual-dtype to merge, and convert without them",
+            f"{opened.folder}: the safe folder of {opened.method} can hold LoRA factors of weights only",
+            got=", ".join(others[:5]),
+            hint="convert without --init-adapter and --residual-dtype, and state them at the merge",
         )

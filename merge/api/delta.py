@@ -1,4 +1,4 @@
-"""Materialise dense deltas: the job behind `adapter-merge delta`."""
+"""Computation of dense deltas: the job behind `adapter-merge delta`."""
 
 from __future__ import annotations
 
@@ -42,9 +42,13 @@ def delta(
     *,
     progress: Progress | None = None,
 ) -> DeltaResult:
-    """Write dW = W' - W0 of every adapted weight to `output`/delta.safetensors, in the shape that the base stores.
+    """Write the delta dW = W' - W0 of every adapted weight to `output`/delta.safetensors.
 
-    base, adapter, progress: as for `merge`. Raises AdapterMergeError; nothing is left behind then.
+    A delta has the weight's name and the shape that the base stores: (out, in), or (in, out) for Conv1D. It is computed
+    in float32 (float64 for float64 weights) and rounded once to `options.dtype`.
+    base, adapter, progress: as for `merge`.
+    Raises InputError, AdapterError, MismatchError or UnsupportedError where the adapter cannot be applied to the base,
+    OutputError where the output cannot be written, NumericsError for NaN or infinity; no output is left behind then.
 
     Example:
         >>> delta("base", "adapter", "deltas").not_included
@@ -75,7 +79,7 @@ def delta(
 
 
 def _base_changes(bound: BoundAdapter) -> dict[str, Any]:
-    """What must be changed in the base before the deltas are added: config keys, and tensors copied under new names."""
+    """Return the config values and tensor copies that the base needs before the deltas are added."""
     new = {item.name: item.weight.name for item in bound.modules if item.name not in bound.base.tensors}
     copies = {**new, **{name: ref.name for name, ref in bound.copies.items()}}
     return {"config": dict(bound.config_changes), "copies": dict(sorted(copies.items()))}

@@ -1,12 +1,14 @@
-"""A LoRA, or a LoRA with row scales, out of two full checkpoints: what fine-tuning did, in few numbers, with its error.
+"""Extraction of a LoRA, or a LoRA with row scales, from a base and a fully fine-tuned checkpoint, with its error.
 
-LoRA                dW = W1 - W0 ~ up down: truncated SVD, the best of its rank (Eckart-Young-Mirsky)
-LoRA + row scale    W1 ~ diag(d) (W0 + up down), written as a DoRA (m = d rownorm(W0 + up down)): fine-tuning that
-                    changed the sizes of whole rows is of full rank as a delta, and of none as a scale
+W0 is the base weight, W1 the fine-tuned one, both (out, in).
 
-The second is fitted by turns, each of which lowers the error or is not taken: d row by row (least squares), then the
-SVD of diag(1/d) W1 - W0. Tensors that are no matrices (norms, biases), and those whose shape changed, are carried over
-as they are. One weight at a time is held.
+LoRA                dW = W1 - W0 ~ up down: the truncated SVD, the best approximation of its rank (Eckart-Young-Mirsky)
+LoRA + row scale    W1 ~ diag(d) (W0 + up down), written as a DoRA with magnitude m = d rownorm(W0 + up down):
+                    fine-tuning that scaled whole rows has a delta of full rank, but needs no rank as a row scale
+
+The row-scaled form is fitted by alternating two steps until the error no longer falls: d by least squares for each row,
+then the SVD of diag(1/d) W1 - W0. Tensors that are not matrices (norms, biases), and tensors whose shape changed, are
+copied from the fine-tuned checkpoint. One weight is in memory at a time.
 """
 
 from __future__ import annotations
@@ -35,20 +37,21 @@ from adapter_merge.storage.tensor_io import read_tensor
 from .options import ExtractOptions
 from .results import ExtractResult
 
-TURNS = 4
-SMALL = 1e-12
+FIT_ROUNDS = 4  # of the alternating fit, at most
+SMALL = 1e-12  # squared row norm below which a row keeps the scale 1
 
 
 @dataclass(frozen=True)
 class TensorPair:
-    """One weight in both checkpoints."""
+    """One tensor in both checkpoints."""
 
     name: str
-    before: TensorRef
-    after: TensorRef
+    before: TensorRef  # of the base
+    after: TensorRef  # of the fine-tuned checkpoint
 
     @property
     def is_matrix(self) -> bool:
+        """True for a float weight that both checkpoints store as a matrix of one shape."""
         return (
             len(self.before.shape) == 2
             and self.before.shape == self.after.shape
@@ -64,7 +67,7 @@ def low_rank(
     after: Tensor,  # (out, in), float32
     rank: int | float,
 ) -> tuple[Tensor, Tensor]:
-    """up (out, R), down (R, in): the best approximation of after - before of that rank or energy."""
+    """Return up (out, R), down (R, in): the best approximation of after - before with this rank or energy."""
     return truncate(after - before, rank)
 
 
@@ -73,30 +76,33 @@ def scaled_low_rank(
     after: Tensor,  # (out, in), float32
     rank: int | float,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """up (out, R), down (R, in), d (out,): diag(d) (before + up down) near `after`, never worse than d = 1."""
+    """Return up (out, R), down (R, in), d (out,) so that diag(d) (before + up down) approximates `after`.
+
+    The error is at most that of `low_rank`, which has d = 1.
+    """
     up, down = low_rank(before, after, rank)
     best = (up, down, torch.ones_like(after[:, 0]))
-    smallest = _distance(before, after, *best)
-    # Start from the rows' own sizes: what a magnitude would change, before any direction does.
-    scale = _row_fit(before, after)
-    for _ in range(TURNS):
+    smallest = _measure_distance(before, after, *best)
+    scale = _fit_row_scale(before, after)
+    for _ in range(FIT_ROUNDS):
         up, down = truncate(after / scale[:, None] - before, rank)
-        scale = _row_fit(torch.addmm(before, up, down), after)
-        distance = _distance(before, after, up, down, scale)
+        scale = _fit_row_scale(torch.addmm(before, up, down), after)
+        distance = _measure_distance(before, after, up, down, scale)
         if not distance < smallest:
             break
         best, smallest = (up, down, scale), distance
     return best
 
 
-def _row_fit(direction: Tensor, after: Tensor) -> Tensor:
-    """d (out,) that minimises ||after - diag(d) direction|| row by row; 1 where a row gives nothing to go by."""
+def _fit_row_scale(direction: Tensor, after: Tensor) -> Tensor:
+    """Return d (out,) that minimises ||after - diag(d) direction||; 1 for rows near zero and for d below 1e-3."""
     inner, square = (direction * after).sum(1), (direction * direction).sum(1)
     scale = inner / square.clamp_min(SMALL)
     return torch.where((square > SMALL) & (scale > 1e-3), scale, torch.ones_like(scale))
 
 
-def _distance(before: Tensor, after: Tensor, up: Tensor, down: Tensor, scale: Tensor) -> float:
+def _measure_distance(before: Tensor, after: Tensor, up: Tensor, down: Tensor, scale: Tensor) -> float:
+    """Return the Frobenius norm of diag(scale) (before + up down) - after."""
     return float(torch.linalg.vector_norm(torch.addmm(before, up, down) * scale[:, None] - after))
 
 
@@ -108,10 +114,13 @@ def extract(
     *,
     progress: Callable[[int], None] | None = None,
 ) -> ExtractResult:
-    """Write the PEFT folder that turns `base` into `finetuned` (model folders or hub ids) as well as its rank allows.
+    """Write a PEFT folder (LoRA, or DoRA with `row_scale`) that approximates `finetuned` on `base`.
 
-    Weights (out, in) are compared in float32; the truncated SVD of a difference is the best approximation of its rank
-    (Eckart-Young-Mirsky). progress: called with the bytes of each weight. Raises AdapterMergeError.
+    base, finetuned: model folders or hub ids with the same tensor names. Weights W0 and W1 (out, in) are compared in
+    float32; up (out, R) and down (R, in) are the truncated SVD of W1 - W0, the best approximation of that rank
+    (Eckart-Young-Mirsky). progress: called with the bytes of each compared weight. Raises InputError for a wrong rank
+    and where no matrix differs, MismatchError where `finetuned` lacks a tensor of the base, NumericsError for NaN or
+    infinity, OutputError where the output exists.
 
     Example:
         >>> extract("base", "merged", "extracted", ExtractOptions(rank=0.99)).form
@@ -121,67 +130,69 @@ def extract(
     if isinstance(rank, bool) or not (rank >= 1 if isinstance(rank, int) else 0 < rank < 1):
         raise InputError("--rank is wrong", expected="a rank >= 1, or an energy between 0 and 1", got=str(rank))
     output = Path(output)
-    one, two = open_checkpoint(base), open_checkpoint(finetuned)
-    check_output(output, options.overwrite, (one.folder, two.folder))
-    pairs, new = _pairs(one, two)
-    chosen = choose_device(options.device)
+    base_checkpoint, tuned_checkpoint = open_checkpoint(base), open_checkpoint(finetuned)
+    check_output(output, options.overwrite, (base_checkpoint.folder, tuned_checkpoint.folder))
+    pairs, new = _pair_tensors(base_checkpoint, tuned_checkpoint)
+    device = choose_device(options.device)
     content = manifest(
         "extracted adapter",
-        {"base": _describe(one), "finetuned": _describe(two)},
-        {"rank": rank, "row_scale": options.row_scale, "device": str(chosen)},
+        {"base": _describe(base_checkpoint), "finetuned": _describe(tuned_checkpoint)},
+        {"rank": rank, "row_scale": options.row_scale, "device": str(device)},
     )
     if options.dry_run:
         return ExtractResult(output, content | {"dry_run": True})
-    conv1d = one.config.get("model_type") in CONV1D_MODELS
+    conv1d = base_checkpoint.config.get("model_type") in CONV1D_MODELS
     factors: list[WeightFactors] = []
     layers: dict[str, dict[str, Any]] = {}
     replacements = {name: read_tensor(ref) for name, ref in new.items()}
     for pair in pairs:
         if not same_bytes(pair.before, pair.after):
             if pair.is_matrix:
-                with exact_products(chosen):
-                    found = _factors(pair, rank, options.row_scale, chosen, conv1d)
-                if found is not None:
-                    factors.append(found[0])
-                    layers[found[0].module] = {"rank": found[0].rank, "relative_error": found[1]}
+                with exact_products(device):
+                    factored = _factor_pair(pair, rank, options.row_scale, device, conv1d)
+                if factored is not None:
+                    weight_factors, error = factored
+                    factors.append(weight_factors)
+                    layers[weight_factors.module] = {"rank": weight_factors.rank, "relative_error": error}
             else:
                 replacements[pair.name] = read_tensor(pair.after)
         if progress is not None:
             progress(pair.after.nbytes)
     if not factors and not replacements:
-        raise InputError(f"{finetuned}: holds the same values as {base}: there is nothing to extract")
+        raise InputError(f"{finetuned}: holds the same values as {base}, so there is nothing to extract")
     if not factors:
         raise InputError(
             f"{finetuned}: no matrix differs, only {len(replacements)} other tensors",
-            hint="a LoRA has nothing to hold: keep the checkpoint",
+            hint="a LoRA cannot hold them: use the fine-tuned checkpoint itself",
         )
     content["form"] = "lora+row_scale" if any(item.magnitude is not None for item in factors) else "lora"
     content["layers"] = layers
     content["carried_over"] = sorted(replacements)
-    name = one.config.get("_name_or_path")
-    with staged(output, options.overwrite, one.snapshot + two.snapshot) as folder:
-        said = FolderConfig(name if isinstance(name, str) and name else str(base), _task(one), conv1d)
-        write_folder(folder, factors, replacements, said)
+    name = base_checkpoint.config.get("_name_or_path")
+    base_name = name if isinstance(name, str) and name else str(base)
+    with staged(output, options.overwrite, base_checkpoint.snapshot + tuned_checkpoint.snapshot) as folder:
+        settings = FolderConfig(base_name, _find_task_type(base_checkpoint), conv1d)
+        write_folder(folder, factors, replacements, settings)
         content["files"] = {path.name: sha256(path) for path in sorted(folder.iterdir()) if path.is_file()}
         write_manifest(folder, content)
     return ExtractResult(output, content)
 
 
-def _pairs(one: Checkpoint, two: Checkpoint) -> tuple[list[TensorPair], dict[str, TensorRef]]:
-    """Weights in both, and tensors that only the second has. Raises MismatchError for what the second lacks."""
-    missing = sorted(one.tensors.keys() - two.tensors.keys())
-    problems = [Problem(f"{two.folder}: lacks {name}, which the base has") for name in missing[:10]]
+def _pair_tensors(base: Checkpoint, finetuned: Checkpoint) -> tuple[list[TensorPair], dict[str, TensorRef]]:
+    """Return the tensors of both, and those of `finetuned` alone. Raises MismatchError for tensors that it lacks."""
+    missing = sorted(base.tensors.keys() - finetuned.tensors.keys())
+    problems = [Problem(f"{finetuned.folder}: lacks {name}, which the base has") for name in missing[:10]]
     if len(missing) > 10:
         problems.append(Problem(f"... and {len(missing) - 10} more"))
     raise_all(problems, MismatchError)
-    new = {name: ref for name, ref in two.tensors.items() if name not in one.tensors}
-    return [TensorPair(name, one.tensors[name], two.tensors[name]) for name in one.tensors], new
+    new = {name: ref for name, ref in finetuned.tensors.items() if name not in base.tensors}
+    return [TensorPair(name, ref, finetuned.tensors[name]) for name, ref in base.tensors.items()], new
 
 
-def _factors(
+def _factor_pair(
     pair: TensorPair, rank: int | float, row_scale: bool, device: torch.device, conv1d: bool
 ) -> tuple[WeightFactors, float] | None:
-    """The factors of one weight and their relative error; None where the values are the same in another dtype."""
+    """Return one weight's factors and their relative error; None where both checkpoints hold the same values."""
     before = read_tensor(pair.before).to(device=device, dtype=torch.float32)
     after = read_tensor(pair.after).to(device=device, dtype=torch.float32)
     if not bool(torch.isfinite(after).all()) or not bool(torch.isfinite(before).all()):
@@ -199,9 +210,10 @@ def _factors(
         magnitude = (scale * torch.linalg.vector_norm(torch.addmm(before, up, down), dim=1)).cpu()
     else:
         up, down = low_rank(before, after, rank)
-        if row_scale:  # a DoRA folder has magnitudes everywhere; an embedding's are per column
+        if row_scale:  # a DoRA folder has a magnitude for every module; that of an embedding is per column
             magnitude = torch.linalg.vector_norm(torch.addmm(before, up, down), dim=0).cpu()
-    error = _distance(before, after, up, down, torch.ones_like(after[:, 0]) if scale is None else scale) / change
+    applied = torch.ones_like(after[:, 0]) if scale is None else scale
+    error = _measure_distance(before, after, up, down, applied) / change
     scale = None if scale is None else scale.cpu()
     return WeightFactors(module, up.cpu(), down.cpu(), magnitude, scale, embedding), error
 
@@ -216,13 +228,14 @@ def _describe(checkpoint: Checkpoint) -> dict[str, Any]:
     }
 
 
-def _task(checkpoint: Checkpoint) -> str | None:
+def _find_task_type(checkpoint: Checkpoint) -> str | None:
+    """Return PEFT's task type for the checkpoint's architecture, None where it is unknown."""
     architectures: Any = checkpoint.config.get("architectures")
-    said = str(architectures[0]) if isinstance(architectures, list) and architectures else ""
+    architecture = str(architectures[0]) if isinstance(architectures, list) and architectures else ""
     kinds: Mapping[str, str] = {"ForCausalLM": "CAUSAL_LM", "LMHeadModel": "CAUSAL_LM"}
-    return next((task for ending, task in kinds.items() if said.endswith(ending)), None)
+    return next((task for ending, task in kinds.items() if architecture.endswith(ending)), None)
 
 
 def worst_error(content: Mapping[str, Any]) -> float:
-    """The largest relative error of a manifest's layers."""
+    """Return the largest relative error of a manifest's layers; NaN where it has none."""
     return max((float(layer["relative_error"]) for layer in content["layers"].values()), default=math.nan)

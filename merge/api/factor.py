@@ -1,15 +1,15 @@
-"""LoRA-equivalent factors of any adapter, as a PEFT folder: the whole job behind `adapter-merge factor`.
+"""Low-rank factors of any adapter, as a PEFT folder or a GGUF file: the job behind `adapter-merge factor`.
 
-Plain (LoRA, rsLoRA, PiSSA, DCFT)    a LoRA of the exact rank: use_dora false, init true, scale 1; PEFT, vLLM and others
-                                     load it without us
-Row-scaled (DoRA, DuDe)              a DoRA of rank <= 2r on the original base, loaded exactly by PEFT, plus
-                                     row_scale.safetensors (m / rownorm), so that a server needs no base weights;
-                                     use_dora stays true, so that no LoRA server takes it for a LoRA
-rank R | ENERGY, budget MB           a plain LoRA, truncated: its error stands per weight in the manifest
-the same with keep_scale             the row scale stays, the low-rank part is truncated
-format "gguf"                        the plain LoRA as one GGUF file for llama.cpp; a row scale is refused
-A linear combination                 one LoRA, or DoRA, of the sum of its adapters' ranks or less; other combinations
-                                     are of full rank: truncated
+LoRA, rsLoRA, PiSSA, DCFT    an exact LoRA (use_dora false, init_lora_weights true, scale 1), which PEFT, vLLM and other
+                             servers load without this project
+DoRA, DuDe                   an exact DoRA of rank <= 2r on the original base, which PEFT loads, and
+                             row_scale.safetensors (m / rownorm), with which a server needs no base weights. use_dora is
+                             true, so that a server of plain LoRA refuses the folder
+rank or budget               a truncated plain LoRA; the manifest states the error of every weight
+... with keep_scale          the row scale stays exact, and only the low-rank part is truncated
+format "gguf"                the plain LoRA as one GGUF file for llama.cpp; a row scale is refused
+linear combination           one LoRA or DoRA whose rank is at most the sum of the adapters' ranks; other combinations
+                             have full rank and are truncated
 """
 
 from __future__ import annotations
@@ -68,7 +68,7 @@ if TYPE_CHECKING:
 Progress = Callable[[int], None]
 BUDGET_ROUNDS = 6
 FORMATS = ("peft", "gguf")
-EXACT = 1e-5  # relative error of dW: what float32 factors of a small dW on a large W0 can be off by
+EXACT = 1e-5  # relative error of dW that float32 factors of a small dW on a large W0 can have
 
 
 def factor(
@@ -79,11 +79,14 @@ def factor(
     *,
     progress: Progress | None = None,
 ) -> FactorResult:
-    """Write the adapter's low-rank factors to `output`, as PEFT folder or GGUF file: exact, or truncated and certified.
+    """Write the adapter's low-rank factors to `output`, as PEFT folder or GGUF file, exact or truncated.
 
-    base: needed for DoRA and DuDe (row norms) and for PiSSA without stored initial factors; its weights are read only
-    then. progress: called with the bytes of each finished module. up (out, R) and down (R, in) are written in float32
-    with a scale of 1. Raises AdapterMergeError (ParityError beyond `max_error`); nothing is left behind then.
+    dW = up @ down with up (out, R) and down (R, in), written in float32 with a scale of 1; for DoRA and DuDe W' =
+    diag(row_scale) (W0 + up @ down). A truncation is the best approximation of its rank (Eckart-Young-Mirsky).
+    base: needed for DoRA and DuDe (row norms) and for PiSSA without stored initial factors; None for other adapters.
+    progress: called with the bytes of each finished module.
+    Raises InputError for wrong options or a missing base, UnsupportedError where the adapter has no such factors,
+    ParityError where a weight's relative error is above `max_error`; no output is left behind then.
 
     Example:
         >>> factor("base", "adapter", "factors", FactorOptions(rank=2)).certificate.ranks
@@ -107,7 +110,7 @@ def factor(
                 check_whole_base(part)
             whole = {name: sha for part in parts for name, sha in whole_weights(part).items()}
             described["base"]["whole_weights"] = whole
-    content = manifest("factors", described, _stated(options, bound))
+    content = manifest("factors", described, _options_as_json(options, bound))
     content["warnings"] = unproved_heads(opened, base)
     content["frozen_positions"] = bound is not None and SHARED in bound.config_changes
     if options.dry_run:
@@ -126,12 +129,13 @@ def factor(
     layers = {item.name: item.figures for item in factored}
     if options.max_error is not None:
         check_errors(layers, options.max_error)
-    content |= _claims(factored, options)
+    content |= _summarise(factored, options)
     worst = content["certificate"]["max_relative_error"]
     if not options.is_truncation and not content["exact"]:
         content["warnings"] += [
-            f"not exact: relative error of dW up to {worst:.2g}. The residual beside which the adapter was trained was "
-            "rounded to half precision, which no low-rank factor expresses: merge it, or factor it on the residual base"
+            f"not exact: relative error of dW up to {worst:.2g}. The adapter was trained on a residual that was "
+            "rounded to half precision, and no low-rank factor holds that rounding: merge it, or factor it "
+            "on the residual base"
         ]
     with staged(output, options.overwrite, inputs) as folder:
         conv1d = opened.fan_in_fan_out or (bound is not None and any(item.transposed for item in bound.modules))
@@ -139,7 +143,7 @@ def factor(
             assert bound is not None
             write_gguf_adapter(folder, bound, pairs, factored)
         else:
-            write_factors(folder, opened, factored, _whole_tensors(opened, bound), conv1d)
+            write_factors(folder, opened, factored, _read_replacements(opened, bound), conv1d)
         if options.end_to_end or options.prompts:
             from adapter_merge.factoring.end_to_end import compare
 
@@ -154,7 +158,7 @@ def factor(
 
 
 def _check_inputs(opened: Adapter, bound: BoundAdapter | None, options: FactorOptions) -> list[MaybeBoundModule]:
-    """The modules with their base weights. Raises where they cannot be factored as asked, or only with the base."""
+    """Return the modules with their base weights. Raises where they cannot be factored, or not without the base."""
     check_positional_queries(opened, bound, options.frozen_positions)
     pairs = pairs_of(opened, bound)
     check_supported(pairs, exact=not options.is_truncation)
@@ -167,17 +171,17 @@ def _check_inputs(opened: Adapter, bound: BoundAdapter | None, options: FactorOp
             expected="BASE and ADAPTER",
             hint=f"its base seems to be {opened.base_name}" if opened.base_name else None,
         )
-    if options.budget is not None:  # an allotment of equal spectra raises for a budget below rank 1
+    if options.budget is not None:  # raises InputError for a budget that allows no rank
         shapes = [module.shape for module, _ in pairs]
         allot([torch.ones(1)] * len(pairs), shapes, int(options.budget * 1e6))
     return pairs
 
 
-def _stated(options: FactorOptions, bound: BoundAdapter | None) -> dict[str, Any]:
-    """The options as the manifest keeps them."""
+def _options_as_json(options: FactorOptions, bound: BoundAdapter | None) -> dict[str, Any]:
+    """Return the options as the manifest holds them."""
     stated: dict[str, Any] = {
         "format": options.format,
-        "rank": _plain_rank(options.rank),
+        "rank": _normalise_rank(options.rank),
         "budget": options.budget,
         "scale": "exact" if options.keep_scale else None,
         "calibrate": None if options.calibrate is None else Path(options.calibrate).name,
@@ -192,8 +196,8 @@ def _stated(options: FactorOptions, bound: BoundAdapter | None) -> dict[str, Any
 def _find_factors(
     pairs: Sequence[MaybeBoundModule], options: FactorOptions, moments: Moments | None, progress: Progress | None
 ) -> list[Factored]:
-    """The factors of every weight: exact, of the stated rank or energy, or of ranks that share a budget."""
-    device, rank = choose_device(options.device), _plain_rank(options.rank)
+    """Return the factors of every weight: exact, of the stated rank or energy, or of ranks that share a budget."""
+    device, rank = choose_device(options.device), _normalise_rank(options.rank)
 
     def start(pair: MaybeBoundModule) -> Factoriser:
         module, weight = pair
@@ -205,9 +209,9 @@ def _find_factors(
         if rank is None:
             return work.exact()
         spectrum = work.spectrum(rank)
-        kept = rank if isinstance(rank, int) else spectrum.rank_for(rank)
-        assert kept is not None, "the spectrum reaches as far as was asked"
-        return work.truncated(spectrum, kept)
+        chosen = rank if isinstance(rank, int) else spectrum.rank_for(rank)
+        assert chosen is not None, "the spectrum is too short for the energy"
+        return work.truncated(spectrum, chosen)
 
     with weight_pool(device) as run:
         if options.budget is None:
@@ -217,8 +221,8 @@ def _find_factors(
                 if progress is not None:
                     progress(sum(ref.nbytes for ref in pair[0].refs))
         else:
-            factored = _budgeted(pairs, int(options.budget * 1e6), start, run)
-        if any(item.magnitude is not None for item in factored):  # one folder holds LoRA or DoRA, not both
+            factored = _factor_within_budget(pairs, int(options.budget * 1e6), start, run)
+        if any(item.magnitude is not None for item in factored):  # a PEFT folder is either a LoRA or a DoRA
             factored = [
                 item if item.magnitude is not None or weight is None else start((module, weight)).with_unit_scale(item)
                 for item, (module, weight) in zip(factored, pairs, strict=True)
@@ -226,8 +230,8 @@ def _find_factors(
     return factored
 
 
-def _claims(factored: Sequence[Factored], options: FactorOptions) -> dict[str, Any]:
-    """What the manifest says of the factors: their form, whether they are exact, and their errors."""
+def _summarise(factored: Sequence[Factored], options: FactorOptions) -> dict[str, Any]:
+    """Return the manifest's entries on the factors: their form, whether they are exact, and their errors."""
     layers = {item.name: item.figures for item in factored}
     scaled = any(item.magnitude is not None for item in factored)
     worst = max((figures.relative_error for figures in layers.values()), default=0.0)
@@ -239,8 +243,8 @@ def _claims(factored: Sequence[Factored], options: FactorOptions) -> dict[str, A
     }
 
 
-def _whole_tensors(opened: Adapter, bound: BoundAdapter | None) -> dict[str, torch.Tensor]:
-    """The tensors that the adapter replaces whole; those of a combination are combined."""
+def _read_replacements(opened: Adapter, bound: BoundAdapter | None) -> dict[str, torch.Tensor]:
+    """Return the full tensors that replace tensors of the base; those of a combination are combined first."""
     replaced = bound.replacements if bound is not None else opened.replacements
     tensors = {name: read_tensor(ref) for name, ref in replaced.items()}
     return tensors | bound.whole_tensors() if isinstance(bound, CombinedBound) else tensors
@@ -248,8 +252,8 @@ def _whole_tensors(opened: Adapter, bound: BoundAdapter | None) -> dict[str, tor
 
 def _check_options(options: FactorOptions) -> None:
     problems = []
-    plain = _plain_rank(options.rank)
-    if plain is not None and not (plain >= 1 if isinstance(plain, int) else 0 < plain < 1):
+    rank = _normalise_rank(options.rank)
+    if rank is not None and not (rank >= 1 if isinstance(rank, int) else 0 < rank < 1):
         problems.append(Problem("--rank is wrong", "a rank >= 1, or an energy between 0 and 1", str(options.rank)))
     if options.budget is not None and not (math.isfinite(options.budget) and options.budget > 0):
         problems.append(Problem("--budget is wrong", "a number of MB above 0", str(options.budget)))
@@ -257,14 +261,14 @@ def _check_options(options: FactorOptions) -> None:
         problems.append(Problem("the format is wrong", " or ".join(FORMATS), f"{options.format!r:.50}"))
     if options.format == "gguf" and (options.keep_scale or options.end_to_end or options.prompts):
         option = "--scale exact" if options.keep_scale else "--end-to-end"
-        problems.append(Problem(f"{option} is about a PEFT folder", "--format peft", "--format gguf"))
+        problems.append(Problem(f"{option} applies to a PEFT folder only", "--format peft", "--format gguf"))
     if options.rank is not None and options.budget is not None:
-        problems.append(Problem("--rank and --budget exclude each other", hint="give the one that must hold"))
+        problems.append(Problem("--rank and --budget exclude each other", hint="state the limit that must be kept"))
     if options.rank is None and options.budget is None and (options.keep_scale or options.calibrate is not None):
         option = "--scale exact" if options.keep_scale else "--calibrate"
         problems.append(
             Problem(
-                f"{option} is about a truncation", "--rank or --budget as well", "the exact form, which loses nothing"
+                f"{option} applies to truncated factors only", "--rank or --budget as well", "neither: the exact form"
             )
         )
     if options.max_error is not None and not options.max_error >= 0:
@@ -274,8 +278,8 @@ def _check_options(options: FactorOptions) -> None:
     raise_all(problems, InputError)
 
 
-def _plain_rank(rank: object) -> int | float | None:
-    """A rank or an energy as Python's own number, whatever number it is; NaN for anything else."""
+def _normalise_rank(rank: object) -> int | float | None:
+    """Return a rank as int or an energy as float, from any numeric type; NaN for a value that is no number."""
     if rank is None or isinstance(rank, bool):
         return None if rank is None else math.nan
     if isinstance(rank, Integral):
@@ -283,36 +287,39 @@ def _plain_rank(rank: object) -> int | float | None:
     return float(rank) if isinstance(rank, Real) else math.nan
 
 
-def _budgeted(
+def _factor_within_budget(
     pairs: Sequence[MaybeBoundModule],
     budget: int,
     start: Callable[[MaybeBoundModule], Factoriser],
     run: WeightMap,
 ) -> list[Factored]:
-    """Factors of all weights under `budget` bytes. Spectra grow where the allotment reaches their end."""
+    """Return the factors of all weights in at most `budget` bytes.
+
+    A spectrum is computed to twice the rank that its weight was given, and again where the next allotment needs more.
+    """
     shapes = [module.shape for module, _ in pairs]
     uniform = max(1, budget // sum(bytes_of(shape, 1) for shape in shapes))
-    wanted = dict.fromkeys(range(len(pairs)), 2 * uniform)
-    works: dict[int, Factoriser] = {}
+    ranks_needed = dict.fromkeys(range(len(pairs)), 2 * uniform)
+    factorisers: dict[int, Factoriser] = {}
     spectra: dict[int, Spectrum] = {}
 
     def widen(item: tuple[int, int]) -> tuple[int, Factoriser, Spectrum]:
-        index, want = item
-        work = works.get(index) or start(pairs[index])
-        found = work.spectrum(want)
-        work.close()
-        return index, work, found.stored()
+        index, rank = item
+        factoriser = factorisers.get(index) or start(pairs[index])
+        spectrum = factoriser.spectrum(rank)
+        factoriser.close()
+        return index, factoriser, spectrum.stored()
 
     for _ in range(BUDGET_ROUNDS):
-        for index, work, found in run(widen, list(wanted.items())):
-            works[index], spectra[index] = work, found
+        for index, factoriser, spectrum in run(widen, list(ranks_needed.items())):
+            factorisers[index], spectra[index] = factoriser, spectrum
         ranks = allot([spectra[index].squares for index in range(len(pairs))], shapes, budget)
-        wanted = {
+        ranks_needed = {
             index: 2 * ranks[index]
             for index in range(len(pairs))
             if not spectra[index].full and ranks[index] >= spectra[index].rank
         }
-        if not wanted:
+        if not ranks_needed:
             break
-    results = run(lambda index: works[index].truncated(spectra[index], ranks[index]), range(len(pairs)))
+    results = run(lambda index: factorisers[index].truncated(spectra[index], ranks[index]), range(len(pairs)))
     return list(results)

@@ -1,4 +1,4 @@
-"""Description of an adapter, and of its fit to a base: headers, and a few weights of a base as evidence."""
+"""Description of an adapter and of how it fits a base: the job behind `adapter-merge inspect`."""
 
 from __future__ import annotations
 
@@ -24,13 +24,11 @@ FROZEN_QUERIES = {
 def inspect(
     adapter: str | Path, base: str | Path | None = None, options: InspectOptions = InspectOptions()
 ) -> Inspection:
-    """Describe `adapter` from headers and config, and its fit to `base` where one is given.
+    """Describe `adapter` from its headers and config, and how it fits `base` where one is given.
 
-    A merged model, deltas and an ONNX export of this project are described from their manifest (`artefact`).
-
-    With a base a few small weights are read: evidence of the base that the adapter was trained on (combine/origin.py).
-
-    A bad adapter raises nothing: `problems` of the result holds everything that was found.
+    With a base, a few small weights are read as evidence of the base that the adapter was trained on
+    (combine/origin.py). A merged model, deltas or an ONNX export of this project is described from its manifest.
+    Problems of the adapter or the base are not raised: `problems` of the result lists them.
 
     Example:
         >>> inspect("adapter", "base").problems
@@ -74,15 +72,15 @@ def inspect(
         "replacements": sorted(opened.replacements),
         "notes": list(opened.notes),
         "holds_its_base": opened.own_base is not None,
-        "would": _would(opened),
+        "would": _describe_commands(opened),
     }
     from adapter_merge.binding.positional import adapted_queries, keeps_queries_frozen
 
-    held = checkpoint or opened.own_base
+    weights = checkpoint or opened.own_base
     try:
-        if held is not None and keeps_queries_frozen(opened, held):
+        if weights is not None and keeps_queries_frozen(opened, weights):
             report["would"] = FROZEN_QUERIES
-        elif held is None and adapted_queries(opened):
+        elif weights is None and adapted_queries(opened):
             report["would"]["factor"] = "needs the base: refused where it has share_att_key"
     except AdapterMergeError as error:
         problems += error.problems
@@ -113,14 +111,14 @@ def inspect(
     return Inspection(report)
 
 
-def _would(opened: Adapter) -> dict[str, str]:
-    """What each command would make of it."""
+def _describe_commands(opened: Adapter) -> dict[str, str]:
+    """Return what `merge` and `factor` would do with the adapter, as texts by command."""
     if any(isinstance(module, PeftLayerModule) for module in opened.modules):
-        factors = "no exact LoRA; a LoRA of a limited rank with --rank, its error stated"
+        factors = "no exact LoRA; with --rank a truncated LoRA with its error stated"
     elif opened.method in ("DoRA", "DuDe"):
         factors = "exact factors plus row scales (needs the base's row norms); a plain LoRA only with --rank"
     elif any(module.needs_base for module in opened.modules):
-        factors = "an exact plain LoRA of twice the rank (needs the base: its SVD is repeated)"
+        factors = "an exact plain LoRA of twice the rank (needs the base, to repeat its SVD)"
     else:
         factors = "an exact plain LoRA; no base weights are read"
     return {"merge": "exact, one rounding to the base's dtype", "factor": factors}

@@ -1,4 +1,4 @@
-"""Description of an output of this project that is no adapter: a merged model, deltas or an ONNX export."""
+"""Description of a merged model, deltas or an ONNX export of this project, for `adapter-merge inspect`."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ from adapter_merge.outputs.leftovers import PREIMAGE_FOLDER
 from adapter_merge.outputs.staging import MANIFEST, read_manifest
 from adapter_merge.storage.checkpoint import resolve
 
-ADAPTERS = ("adapter", "factors")  # artefacts that are adapters themselves
-NEXT = {
+ADAPTERS = ("adapter", "factors")  # artefacts that are described as adapters
+COMMANDS = {  # artefact -> command -> what it does with the artefact
     "merged model": {
         "verify": "adapter-merge verify {path}: unchanged since written; --trained: computes what was trained",
         "restore": "adapter-merge restore {path} -o BASE: the base again, {restore}",
@@ -26,18 +26,18 @@ NEXT = {
 
 
 def inspect_artefact(name: str | Path) -> dict[str, Any] | None:
-    """Describe the artefact in `name` from its manifest, no weight is read; None for anything else."""
+    """Describe the artefact in `name` from its manifest; None where it is not such an artefact. No weight is read."""
     try:
         folder = resolve(name) if not Path(name).is_file() else None
         manifest = read_manifest(folder) if folder is not None else None
     except AdapterMergeError:
-        return None  # the reader of adapters says what is wrong
+        return None  # the reader of adapters reports the problem
     if folder is None or manifest is None or manifest["artefact"] in ADAPTERS:
         return None
     files = [path for path in folder.rglob("*") if path.is_file()]
     preimage = sum(path.stat().st_size for path in files if PREIMAGE_FOLDER in path.relative_to(folder).parts[:1])
     restored = "from its pre-image" if preimage else "from --base"
-    would = NEXT.get(manifest["artefact"], {})
+    would = COMMANDS.get(manifest["artefact"], {})
     return {
         "path": str(name),
         "artefact": manifest["artefact"],
@@ -53,7 +53,7 @@ def inspect_artefact(name: str | Path) -> dict[str, Any] | None:
         "warnings": list(manifest.get("warnings", ())),
         "would": {command: text.format(path=name, restore=restored) for command, text in would.items()},
         "problems": [
-            {"cause": f"{folder / file}: is in {MANIFEST}, but not there", "expected": None, "got": None,
+            {"cause": f"{folder / file}: is listed in {MANIFEST}, but missing", "expected": None, "got": None,
              "hint": "the folder is incomplete: copy it again"}
             for file in manifest.get("files", {})
             if not (folder / file).exists()
@@ -62,7 +62,7 @@ def inspect_artefact(name: str | Path) -> dict[str, Any] | None:
 
 
 def adapters_of(manifest: Mapping[str, Any]) -> list[dict[str, Any]]:
-    """Return the manifest's adapters, each with its name and path: a list, or by name as an ONNX export has them."""
+    """Return the manifest's adapters with their names and paths; an ONNX export stores them as a mapping by name."""
     adapters = manifest.get("adapters") or []
     if not isinstance(adapters, Mapping):
         return list(adapters)
@@ -70,5 +70,5 @@ def adapters_of(manifest: Mapping[str, Any]) -> list[dict[str, Any]]:
 
 
 def describe_adapter(entry: Mapping[str, Any]) -> dict[str, Any]:
-    """Return what a person wants to know of an adapter in a manifest."""
+    """Return the entries of an adapter in a manifest that `inspect` shows."""
     return {key: entry.get(key) for key in ("name", "path", "method", "modules", "origin")}

@@ -1,4 +1,4 @@
-"""Open an adapter for a program that wants to look at it."""
+"""Opening of an adapter for other programs: the function `load_adapter`."""
 
 from __future__ import annotations
 
@@ -11,11 +11,13 @@ from adapter_merge.quantisation.dense_view import open_base
 
 
 def load_adapter(adapter: str | Path, reading: ReadOptions | None = None, *, base: str | Path | None = None) -> Adapter:
-    """Open `adapter` (a folder, file or hub id of any format) from its headers and config; no weight is read.
+    """Open `adapter` (a folder, file or hub id of any format) from its headers and config, without reading a weight.
 
-    reading: what the adapter's files do not say. base: for formats whose names only a base resolves (kohya), or whose
-    trained heads only a base tells from its own weights (a DCFT checkpoint). Returns the adapter: its method, its
-    modules with shape (out, in) and rank, its replacements. Raises AdapterError or UnsupportedError.
+    reading: settings that the adapter's files do not hold. base: needed for formats whose module names are resolved
+    against the base (kohya), and to tell a DCFT checkpoint's trained heads from its base weights.
+    Returns the adapter: its method, its modules with shape (out, in) and rank, and the tensors that it replaces.
+    Raises InputError for a path that cannot be read, FileFormatError for a damaged file, AdapterError for an incomplete
+    adapter, UnsupportedError for an unknown method.
 
     Example:
         >>> load_adapter("adapter").method

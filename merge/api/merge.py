@@ -1,4 +1,4 @@
-"""Merge: the job behind `adapter-merge merge`."""
+"""Merge of adapters into a base checkpoint: the job behind `adapter-merge merge`."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ from .options import MergeOptions
 from .results import MergeResult
 from .write_as import SAME, certify, check_write_as, computed_dtype
 
-LOST_WARNING = 0.5
+LOST_WARNING = 0.5  # share of a delta that rounding changes or removes, above which a warning is written
 
 
 def merge(
@@ -58,16 +58,18 @@ def merge(
     *,
     progress: Progress | None = None,
 ) -> MergeResult:
-    """Write the merged model to `output`: every adapted weight changed exactly, everything else carried over.
+    """Write the merged model to `output`: adapted weights are computed, all other tensors and files are copied.
 
-    base: model folder or hub id; None when `adapter` is a DCFT reference checkpoint, which holds its base, or a recipe
-    that names it. adapter: a folder, file or hub id, or a Recipe of several. progress: called with the bytes just
-    written, from any thread.
+    base: model folder or hub id; None where `adapter` is a DCFT reference checkpoint, which holds its base, or a Recipe
+    that names one. adapter: a folder, file or hub id, or a Recipe of several adapters. progress: called with the number
+    of bytes just written, from any thread.
 
     W' = diag(row_scale) (W0 + up @ down) diag(col_scale), with W0 (out, in), up (out, R) and down (R, in), is computed
     in float32 (float64 for float64 weights) and rounded once to the output's dtype. W0 of a quantised base is what the
-    scheme's own library dequantises; `write_as` chooses how such weights are written. Raises AdapterMergeError; nothing
-    is left behind then but what `keep_partial` or a part keeps.
+    scheme's own library dequantises; `write_as` chooses how such weights are written.
+    Raises InputError, AdapterError, MismatchError or UnsupportedError where the adapter cannot be applied to the base,
+    OutputError where the output cannot be written, NumericsError for NaN or infinity, ParityError where requantised
+    weights keep less than `min_retention`. No output is left behind then, except with `keep_partial` or `part`.
 
     Example:
         >>> result = merge("base", "adapter", "merged", MergeOptions(dtype="bfloat16"))
@@ -84,8 +86,8 @@ def merge(
     limit = options.max_shard_bytes
     if limit is not None and (limit < 1 or options.write_as == SAME or options.keep_preimage):
         raise InputError(
-            f"files of at most {limit} bytes cannot be laid out",
-            expected="1 byte or more, and neither write_as same nor a pre-image, which keep the base's files",
+            f"the output cannot be split into files of at most {limit} bytes",
+            expected="1 byte or more, and neither write_as same nor a pre-image, which need the base's files",
         )
     if options.write_as == SAME:
         plan = plan_requantised(bound)
@@ -117,7 +119,7 @@ def merge(
         return MergeResult(output, content | {"dry_run": True, "bytes": plan.nbytes, "planned": planned_files(plan)})
     for part in parts_of(bound):
         check_whole_base(part)
-    identity = _identity(plan, content)
+    identity = _resume_identity(plan, content)
     with workplace(
         output,
         options.overwrite,
@@ -131,7 +133,7 @@ def merge(
         recorder = PreimageRecorder(place.folder) if options.keep_preimage else None
 
         def on_shard(shard: FinishedShard) -> None:
-            inputs.check()  # before the journal says that it can be taken over
+            inputs.check()  # before the journal records the shard as finished
             if recorder is not None:
                 recorder.close(by_file[shard.file])
             place.record(shard)
@@ -161,15 +163,15 @@ def merge(
             if recorder is not None:
                 recorder.abandon()
         content["layers"] = {
-            name: {key: value for key, value in asdict(found).items() if value is not None}
+            name: {key: value for key, value in asdict(change).items() if value is not None}
             for shard in finished.values()
-            for name, found in sorted(shard.figures.items())
+            for name, change in sorted(shard.figures.items())
         }
         if options.write_as == SAME and options.part is None:
             content["certificate"] = certify(content["layers"], options.min_retention)
         content["warnings"] += training_warnings(bound, options.reading)
         content["warnings"] += large_changes(
-            {name: found["relative_delta"] for name, found in content["layers"].items()}
+            {name: figures["relative_delta"] for name, figures in content["layers"].items()}
         )
         content["warnings"] += not_finite(name for shard in finished.values() for name in shard.not_finite)
         content["warnings"] += [] if options.write_as == SAME else _rounding_warnings(content["layers"])
@@ -189,49 +191,53 @@ def merge(
 
 
 def _check_config(bound: BoundAdapter) -> None:
-    """Raise InputError where the merged model would carry a config that its weights belie."""
+    """Raise InputError where the config states a quantisation that the weights do not have."""
     if is_stale_quantization(bound.base):
         raise InputError(
             f"{bound.base.folder / 'config.json'}: has a quantization_config, but all weights are plain floats",
-            expected="a config that its weights bear out: loaders would look for quantised weights",
+            expected="a config that matches the weights: loaders would look for quantised weights",
             hint="remove quantization_config from config.json if the base is not quantised",
         )
 
 
 def _missing_config(bound: BoundAdapter) -> list[str]:
-    """A warning where the merged model will lack config.json, because the base has none."""
+    """Return a warning where the merged model will lack config.json because the base has none."""
     if (bound.base.folder / "config.json").is_file():
         return []
     return [
-        f"{bound.base.folder} has no config.json, so the merged model has none either: no library can load it until "
-        "that of the base's architecture is put beside it"
+        f"{bound.base.folder} has no config.json, so the merged model has none either: no library can load it before "
+        "you add the config.json of the base's architecture"
     ]
 
 
 def _space_needed(output: Path, shards: Sequence[ShardPlan], link: str, keep_preimage: bool) -> int:
-    """Bytes still to be written, less what a killed run has left, which is used or removed."""
+    """Return the bytes still to be written, less those of a killed run, whose files are reused or removed."""
     folder = nearest_folder(output)
-    wanted = sum(
+    planned = sum(
         shard.nbytes
         for shard in shards
         if not (shard.is_copy and shard.source is not None and can_link(shard.source, folder, link))
     )
-    left = sum(file.stat().st_blocks * 512 for file in staging_folder(output).rglob("*") if file.is_file())
-    return wanted * (2 if keep_preimage else 1) - left
+    left_by_killed_run = sum(
+        file.stat().st_blocks * 512 for file in staging_folder(output).rglob("*") if file.is_file()
+    )
+    return planned * (2 if keep_preimage else 1) - left_by_killed_run
 
 
 def _check_options(plan: MergePlan, hashes: bool, keep_preimage: bool, part: MergePart | None, finish: bool) -> None:
     problems = []
     if part is not None and finish:
-        problems.append(Problem("--shards and --finish exclude each other", hint="finish once all parts are made"))
+        problems.append(
+            Problem("--shards and --finish exclude each other", hint="use --finish after every part was written")
+        )
     if not hashes and (part is not None or finish):
-        problems.append(Problem("parts of a merge are put together by their hashes", hint="leave --no-hashes out"))
+        problems.append(Problem("the parts of a merge are checked by their hashes", hint="leave --no-hashes out"))
     if not hashes and keep_preimage:
-        problems.append(Problem("a pre-image is proved by hashes", hint="leave --no-hashes out"))
+        problems.append(Problem("a pre-image is checked by hashes", hint="leave --no-hashes out"))
     if keep_preimage and any(shard.source is None for shard in plan.shards):
         problems.append(
             Problem(
-                "a pre-image gives the base's files back, and only plain safetensors files can be put together again",
+                "a pre-image can restore plain safetensors files only",
                 got="a base of pickled or quantised weights",
                 hint="keep the base, or leave --keep-preimage out",
             )
@@ -239,8 +245,8 @@ def _check_options(plan: MergePlan, hashes: bool, keep_preimage: bool, part: Mer
     raise_all(problems, InputError)
 
 
-def _identity(plan: MergePlan, content: Mapping[str, Any]) -> dict[str, Any]:
-    """What must be the same for a finished shard to be taken over. The shards' own hashes are proved beside it."""
+def _resume_identity(plan: MergePlan, content: Mapping[str, Any]) -> dict[str, Any]:
+    """Return what must be equal for a resumed merge to reuse a finished shard; its hash is checked separately."""
     return {
         "operation": plan.operation,
         "base": content["base"]["fingerprint"],
@@ -254,12 +260,12 @@ def _identity(plan: MergePlan, content: Mapping[str, Any]) -> dict[str, Any]:
 
 def _rounding_warnings(layers: Mapping[str, Mapping[str, float]]) -> list[str]:
     worst = {name: max(figures["rounding"], figures["lost"]) for name, figures in layers.items()}
-    bad = sorted((name for name in worst if worst[name] > LOST_WARNING), key=lambda name: -worst[name])
-    if not bad:
+    affected = sorted((name for name in worst if worst[name] > LOST_WARNING), key=lambda name: -worst[name])
+    if not affected:
         return []
     lost = max(figures["lost"] for figures in layers.values())
     return [
-        f"rounding to the output dtype weighs more than {LOST_WARNING:.0%} of the delta in {len(bad)} of {len(layers)} "
-        f"weights (worst: {bad[0]}); up to {lost:.0%} of a delta is lost in values that stay the base's: "
-        "write --dtype float32, or keep the adapter as factors"
+        f"the error of rounding to the output dtype is above {LOST_WARNING:.0%} of the delta in {len(affected)} of "
+        f"{len(layers)} weights (worst: {affected[0]}); up to {lost:.0%} of a delta is lost in values that rounding "
+        "leaves at the base's: use --dtype float32, or keep the adapter as factors"
     ]

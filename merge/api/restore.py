@@ -1,4 +1,4 @@
-"""The base's exact bytes back, from a kept pre-image or from the original base, proved by their hashes."""
+"""Restoring of a merged model's base, bit for bit, from a pre-image or the original base: `adapter-merge restore`."""
 
 from __future__ import annotations
 
@@ -30,7 +30,8 @@ from .options import RestoreOptions
 from .results import RestoreResult
 
 COPY_BYTES = 1 << 20
-# Of a frame: byte of the tensor, bytes, place in the .bin file, stored sizes of its planes, whether it is a difference.
+# Fields of a frame: first byte in the tensor, number of bytes, offset in the .bin file, stored sizes of the byte
+# planes, and whether the bytes are an XOR difference to the merged tensor.
 FRAME = (int, int, int, list, bool)
 
 
@@ -60,10 +61,11 @@ def restore(
     *,
     progress: Progress | None = None,
 ) -> RestoreResult:
-    """Write the base of `merged` to `output`, bit for bit, each file proved against the manifest's sha256.
+    """Write the base of `merged` to `output`, bit for bit, and check each file against the manifest's sha256.
 
-    progress: called with the bytes of each file. Raises InputError without a base and a pre-image, MismatchError when
-    the base is another model, FileFormatError when what was restored is not what the manifest promises.
+    The bytes come from `options.base`, or from the pre-image that the merge kept. progress: called with the bytes of
+    each file. Raises InputError where neither a base nor a pre-image exists, MismatchError where the base is another
+    model, FileFormatError where a restored file does not have the manifest's sha256; no output is left behind then.
 
     Example:
         >>> sorted(restore("merged", "base-again", RestoreOptions(base="base")).files)[0]
@@ -74,16 +76,16 @@ def restore(
     expected: dict[str, str] = ((manifest or {}).get("base") or {}).get("files") or {}
     if not expected:
         raise InputError(
-            f"{merged}: does not say what its base was",
+            f"{merged}: does not state the files of its base",
             expected=f"an {MANIFEST} with the hashes of the base's files",
             hint="was it merged by adapter-merge, with hashes?",
         )
-    names = [_inside(name, merged / MANIFEST) for name in expected]
+    names = [_check_inside(name, merged / MANIFEST) for name in expected]
     check_output(output, options.overwrite, (merged, *([Path(base)] if base is not None else [])))
     if base is not None:
         _check_base(Path(base), expected)
-        files, beside = [Path(base) / name for name in names], nearest_folder(output)
-        check_space(output, sum(file.stat().st_size for file in files if not can_link(file, beside, options.link)))
+        files, parent = [Path(base) / name for name in names], nearest_folder(output)
+        check_space(output, sum(file.stat().st_size for file in files if not can_link(file, parent, options.link)))
     elif not (merged / PREIMAGE_FOLDER).is_dir():
         raise InputError(
             f"{merged}: holds no pre-image of its base",
@@ -107,20 +109,21 @@ def restore(
                     progress((folder / name).stat().st_size)
         else:
             _rebuild(merged, folder, names, progress)
-        found = hash_files(folder / name for name in names)
+        restored = hash_files(folder / name for name in names)
         raise_all(
             [
-                Problem(f"{name}: what was restored is not the base's file", expected[name], found[folder / name],
-                        "the merged model or its pre-image was changed: adapter-merge verify names the file")
+                Problem(f"{name}: the restored file differs from the base", expected[name], restored[folder / name],
+                        "the merged model or its pre-image was changed: adapter-merge verify shows which file")
                 for name in names
-                if found[folder / name] != expected[name]
+                if restored[folder / name] != expected[name]
             ],
             FileFormatError,
         )  # fmt: skip
     return RestoreResult(output, dict(expected))
 
 
-def _inside(name: str, source: Path) -> str:
+def _check_inside(name: str, source: Path) -> str:
+    """Return `name`. Raises FileFormatError where it leads outside the folder."""
     path = Path(name)
     if path.is_absolute() or ".." in path.parts:
         raise FileFormatError(f"{source}: names a file outside its folder", got=repr(name))
@@ -128,6 +131,7 @@ def _inside(name: str, source: Path) -> str:
 
 
 def _check_base(base: Path, expected: dict[str, str]) -> None:
+    """Raise MismatchError with every file of `base` that is missing or does not have the expected sha256."""
     problems = [Problem(f"{base}: {name} is missing") for name in expected if not (base / name).is_file()]
     raise_all(problems, MismatchError)
     found = hash_files(base / name for name in expected)
@@ -142,6 +146,7 @@ def _check_base(base: Path, expected: dict[str, str]) -> None:
 
 
 def _copy(source: Path, target: Path, link: str) -> None:
+    """Link `source` to `target` where `link` allows it, else copy it and flush it to the disk."""
     if not link_file(source, target, link):
         shutil.copyfile(source, target)
         with target.open("rb") as stream:
@@ -149,41 +154,43 @@ def _copy(source: Path, target: Path, link: str) -> None:
 
 
 def _rebuild(merged: Path, folder: Path, names: list[str], progress: Progress | None) -> None:
-    """Weights from the pre-image, what the merge replaced from its side folder, the rest from the merged model."""
+    """Write the base's files: weights from the pre-image, replaced files from its side folder, others from `merged`."""
     indices = sorted((merged / PREIMAGE_FOLDER).glob("*.json"))
     weights = {}
     for path in indices:
         content = read_json(path)
         check_types(content, PREIMAGE, path)
         if content.get("version") != VERSION:
-            raise FileFormatError(f"{path}: another version", expected=str(VERSION), got=str(content.get("version")))
+            raise FileFormatError(
+                f"{path}: unknown version of the pre-image", expected=str(VERSION), got=str(content.get("version"))
+            )
         weights[plain_name(content["source"], path)] = (path, content)
     side = merged / PREIMAGE_FOLDER / SIDE
     for name in names:
         if name not in weights:
-            kept = side / name
-            source = kept if kept.is_file() else merged / name
+            replaced = side / name
+            source = replaced if replaced.is_file() else merged / name
             if not source.is_file():
-                raise FileFormatError(f"{merged}: {name} is neither here nor in the pre-image")
+                raise FileFormatError(f"{merged}: {name} is neither in the merged model nor in its pre-image")
             _copy(source, folder / name, "copy")
-    wanted = [item for name, item in weights.items() if name in names]
+    needed = [item for name, item in weights.items() if name in names]
     with ThreadPoolExecutor(max(1, len(os.sched_getaffinity(0))), thread_name_prefix="restore") as pool:
-        for size in pool.map(lambda item: _rebuild_file(merged, folder, *item), wanted):
+        for size in pool.map(lambda item: _rebuild_file(merged, folder, *item), needed):
             if progress is not None:
                 progress(size)
 
 
 def _rebuild_file(merged: Path, folder: Path, index: Path, content: dict[str, Any]) -> int:
-    """One weights file of the base; its size."""
+    """Write one weights file of the base from its pre-image; return its size in bytes."""
     try:
         header_bytes = zlib.decompress(base64.b64decode(content["header"]))
     except (ValueError, zlib.error) as error:
         raise FileFormatError(f"{index}: the header in the pre-image is damaged ({error})") from error
     target = folder / content["source"]
-    refs = _refs(header_bytes, target)
+    refs = _parse_header(header_bytes, target)
     places: dict[str, str] = content["places"]
     frames: dict[str, list[list[Any]]] = content["frames"]
-    held = {ref.name: ref for ref in read_header(merged / index.name.removesuffix(".json")).tensors}
+    merged_tensors = {ref.name: ref for ref in read_header(merged / index.name.removesuffix(".json")).tensors}
     buffer = torch.empty(COPY_BYTES, dtype=torch.uint8)
     written = len(header_bytes)
     with (
@@ -193,28 +200,30 @@ def _rebuild_file(merged: Path, folder: Path, index: Path, content: dict[str, An
     ):
         stream.write(header_bytes)
         for ref in refs:
-            now = held.get(places.get(ref.name, ref.name))
+            merged_tensor = merged_tensors.get(places.get(ref.name, ref.name))
             if ref.name not in frames and ref.nbytes:
-                if now is None or now.nbytes != ref.nbytes:
-                    raise FileFormatError(f"{index}: holds nothing of {ref.name}, and the merged model neither")
+                if merged_tensor is None or merged_tensor.nbytes != ref.nbytes:
+                    raise FileFormatError(f"{index}: neither the pre-image nor the merged model holds {ref.name}")
                 for first in range(0, ref.nbytes, COPY_BYTES):
                     piece = buffer[: min(COPY_BYTES, ref.nbytes - first)]
-                    pread_into(weights.fileno(), piece.numpy().data, now.start + first, weights.name)
+                    pread_into(weights.fileno(), piece.numpy().data, merged_tensor.start + first, weights.name)
                     stream.write(piece.numpy().data)
             position = 0
             for first, nbytes, offset, sizes, xor in frames.get(ref.name, ()):
                 if first != position:
                     raise FileFormatError(f"{index}: {ref.name} has a gap at byte {position}")
-                room, need = os.fstat(kept.fileno()).st_size, sum(abs(size) for size in sizes)
-                if offset + need > room:
+                room, frame_bytes = os.fstat(kept.fileno()).st_size, sum(abs(size) for size in sizes)
+                if offset + frame_bytes > room:
                     raise FileFormatError(
-                        f"{kept.name}: ends before a frame of {ref.name}", expected=f"{offset + need}", got=f"{room}"
+                        f"{kept.name}: ends before a frame of {ref.name}",
+                        expected=f"{offset + frame_bytes}",
+                        got=f"{room}",
                     )
-                packed = bytearray(need)
+                packed = bytearray(frame_bytes)
                 pread_into(kept.fileno(), memoryview(packed), offset, kept.name)
                 data = inflate(sizes, bytes(packed), nbytes)
                 if xor:
-                    data = _xor(data, now, first, weights.fileno(), weights.name)
+                    data = _xor_with_merged(data, merged_tensor, first, weights.fileno(), weights.name)
                 stream.write(data.numpy().data)
                 position += nbytes
             if ref.name in frames and position != ref.nbytes:
@@ -225,8 +234,8 @@ def _rebuild_file(merged: Path, folder: Path, index: Path, content: dict[str, An
     return written
 
 
-def _refs(header: bytes, target: Path) -> list[TensorRef]:
-    """The places of a header that `read_header` accepted when the base was merged."""
+def _parse_header(header: bytes, target: Path) -> list[TensorRef]:
+    """Return the tensors of a header, in the order of their offsets. Raises FileFormatError for a damaged header."""
     try:
         content = json.loads(header[8:])
         content.pop("__metadata__", None)
@@ -247,9 +256,12 @@ def _refs(header: bytes, target: Path) -> list[TensorRef]:
         raise FileFormatError(f"{target.name}: the header in the pre-image is damaged") from error
 
 
-def _xor(data: torch.Tensor, now: TensorRef | None, first: int, fd: int, name: str) -> torch.Tensor:
-    if now is None or first + data.numel() > now.nbytes:
-        raise FileFormatError(f"{name}: the merged tensor that a frame refers to is not there")
+def _xor_with_merged(
+    data: torch.Tensor, merged_tensor: TensorRef | None, first: int, fd: int, name: str
+) -> torch.Tensor:
+    """Return `data` (n,) uint8 XOR the merged tensor's bytes from byte `first`. Raises FileFormatError without them."""
+    if merged_tensor is None or first + data.numel() > merged_tensor.nbytes:
+        raise FileFormatError(f"{name}: the merged tensor that a frame refers to is missing")
     merged = torch.empty_like(data)
-    pread_into(fd, merged.numpy().data, now.start + first, name)
+    pread_into(fd, merged.numpy().data, merged_tensor.start + first, name)
     return data.bitwise_xor_(merged)

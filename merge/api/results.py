@@ -1,4 +1,4 @@
-"""What each job of the public interface returns. `as_json` gives the manifest, or the object that --json prints."""
+"""Results of the public functions. `as_json` returns the manifest, or the object that --json prints."""
 
 from __future__ import annotations
 
@@ -12,20 +12,30 @@ from adapter_merge.engine.weight_change import WeightChange
 
 @dataclass(frozen=True)
 class AdapterEntry:
-    """One adapter, as the manifest names it."""
+    """One adapter of an output, as the manifest describes it.
+
+    Example:
+        >>> merge("base", "adapter", "merged", MergeOptions(overwrite=True)).adapters[0].method
+        'LoRA'
+    """
 
     name: str
     path: Path
     method: str  # LoRA, DoRA, DCFT, ...
-    modules: int  # adapted weights
-    sha256: str  # over the adapter's files
-    base_kind: str | None  # original or residual, where the adapter was bound to a base
-    evidence: str | None  # how that was decided
+    modules: int  # number of adapted weights
+    sha256: str  # of the adapter's files
+    base_kind: str | None  # "original" or "residual"; None where the adapter was not bound to a base
+    evidence: str | None  # why base_kind was chosen
 
 
 @dataclass(frozen=True)
 class WeightFactors:
-    """The factors of one weight, and their error against the adapter's delta dW."""
+    """The rank of one weight's factors, and their error against the adapter's delta dW.
+
+    Example:
+        >>> max(item.rank for item in factor("base", "adapter", "low", FactorOptions(rank=1)).weights.values())
+        1
+    """
 
     rank: int
     relative_error: float  # ||dW - up down||_F / ||dW||_F
@@ -33,19 +43,27 @@ class WeightFactors:
 
 @dataclass(frozen=True)
 class Certificate:
-    """The errors of all factors together."""
+    """The errors of all factors of a folder together.
 
-    weights: int
+    The relative error of a weight is ||dW - up down||_F / ||dW||_F, its spectral error the same quotient of spectral
+    norms, its energy the share of ||dW||_F^2 that the factors keep.
+
+    Example:
+        >>> factor("base", "adapter", "exact").certificate.max_relative_error < 1e-5
+        True
+    """
+
+    weights: int  # number of weights
     ranks: tuple[int, int]  # smallest and largest
     max_relative_error: float
     mean_relative_error: float
     max_spectral_error: float
-    mean_energy: float  # of dW, kept
+    mean_energy: float
 
 
 @dataclass(frozen=True)
 class Written:
-    """A folder that a job wrote, or with `dry_run` would write."""
+    """An output folder that was written, or that would be written without `dry_run`."""
 
     output: Path
     _manifest: dict[str, Any] = field(repr=False)
@@ -56,29 +74,32 @@ class Written:
 
     @property
     def artefact(self) -> str:
-        """merged model, deltas, factors, adapter or extracted adapter."""
+        """Kind of the output: merged model, deltas, factors, adapter or extracted adapter."""
         return str(self._manifest["artefact"])
 
     @property
     def dry_run(self) -> bool:
+        """True where nothing was written."""
         return bool(self._manifest.get("dry_run"))
 
     @property
     def nbytes(self) -> int | None:
-        """The bytes of the output's weights; None where the job does not know them beforehand."""
+        """Bytes of the output's weights, for a dry run of `merge` or `delta` and for `factor`; else None."""
         return self._manifest.get("bytes")
 
     @property
     def warnings(self) -> tuple[str, ...]:
+        """Warnings about the output, as the manifest holds them."""
         return tuple(self._manifest.get("warnings", ()))
 
     @property
     def files(self) -> Mapping[str, str]:
-        """sha256 of every file of the output but its manifest, by path."""
+        """sha256 of every file of the output except its manifest, by path in the output."""
         return dict(self._manifest.get("files", {}))
 
     @property
     def adapters(self) -> tuple[AdapterEntry, ...]:
+        """The adapters that the output was made from."""
         return tuple(
             AdapterEntry(
                 entry["name"],
@@ -94,80 +115,118 @@ class Written:
 
 
 class MergeResult(Written):
-    """A merged model, or a part of one."""
+    """Result of `merge`: a merged model, or a part of a split merge.
+
+    Example:
+        >>> merge("base", "adapter", "merged", MergeOptions(overwrite=True)).warnings
+        ()
+    """
 
     @property
     def weights(self) -> Mapping[str, WeightChange]:
-        """By tensor name; empty for a dry run."""
-        return {name: WeightChange(**found) for name, found in self._manifest.get("layers", {}).items()}
+        """The change of each adapted weight, by tensor name; empty for a dry run."""
+        return {name: WeightChange(**figures) for name, figures in self._manifest.get("layers", {}).items()}
 
     @property
     def part(self) -> str | None:
-        """I/N for a part of a split merge, whose output is not there yet."""
+        """I/N for a part of a split merge, whose output is written once all parts are finished; else None."""
         return self._manifest.get("part")
 
 
 class DeltaResult(Written):
-    """Dense deltas in delta.safetensors."""
+    """Result of `delta`: dense deltas in delta.safetensors.
+
+    Example:
+        >>> sorted(delta("base", "adapter", "dense").files)
+        ['delta.safetensors']
+    """
 
     @property
     def not_included(self) -> tuple[str, ...]:
-        """Tensors that the adapter replaces as a whole: a delta says nothing of them."""
+        """Names of the tensors that the adapter replaces in full; delta.safetensors does not hold them."""
         return tuple(self._manifest["not_included"])
 
 
 class ConvertResult(Written):
-    """A safe adapter folder."""
+    """Result of `convert`: a safe adapter folder.
+
+    Example:
+        >>> "adapter_model.safetensors" in convert("adapter", "converted").files
+        True
+    """
 
 
 class ExtractResult(Written):
-    """A PEFT folder extracted from two checkpoints."""
+    """Result of `extract`: a PEFT folder extracted from two checkpoints.
+
+    Example:
+        >>> result = extract("base", "merged", "rank-2", ExtractOptions(rank=2))
+        >>> max(item.rank for item in result.weights.values())
+        2
+    """
 
     @property
     def form(self) -> str:
-        """lora, or lora+row_scale."""
+        """The form of the factors: lora, or lora+row_scale."""
         return str(self._manifest["form"])
 
     @property
     def weights(self) -> Mapping[str, WeightFactors]:
-        """By module name; empty for a dry run."""
+        """The rank and error of each weight's factors, by module name; empty for a dry run."""
         return {
-            name: WeightFactors(found["rank"], found["relative_error"])
-            for name, found in self._manifest.get("layers", {}).items()
+            name: WeightFactors(figures["rank"], figures["relative_error"])
+            for name, figures in self._manifest.get("layers", {}).items()
         }
 
 
 class FactorResult(ExtractResult):
-    """A PEFT folder of low-rank factors."""
+    """Result of `factor`: a folder of low-rank factors.
+
+    Example:
+        >>> factor("base", "adapter", "exact", FactorOptions(overwrite=True)).exact
+        True
+    """
 
     @property
     def exact(self) -> bool:
+        """True where the relative error of every weight is at most 1e-5 and no rank or budget was stated."""
         return bool(self._manifest["exact"])
 
     @property
     def certificate(self) -> Certificate:
-        found = self._manifest["certificate"]
+        """The errors of all factors together."""
+        errors = self._manifest["certificate"]
         return Certificate(
-            found["weights"],
-            (found["ranks"][0], found["ranks"][1]),
-            found["max_relative_error"],
-            found["mean_relative_error"],
-            found["max_spectral_error"],
-            found["mean_energy"],
+            errors["weights"],
+            (errors["ranks"][0], errors["ranks"][1]),
+            errors["max_relative_error"],
+            errors["mean_relative_error"],
+            errors["max_spectral_error"],
+            errors["mean_energy"],
         )
 
 
 @dataclass(frozen=True)
 class RestoreResult:
-    """The base's files, each proved by its sha256."""
+    """Result of `restore`: the base's files, each checked against its sha256.
+
+    Example:
+        >>> "config.json" in restore("merged", "restored", RestoreOptions(base="base")).files
+        True
+    """
 
     output: Path
-    files: Mapping[str, str]  # sha256 by path
+    files: Mapping[str, str]  # sha256 by path in the output
 
 
 @dataclass(frozen=True)
 class Inspection:
-    """What an adapter is, and how it fits a base."""
+    """Result of `inspect`: a description of an adapter, and how it fits a base.
+
+    Example:
+        >>> inspect("adapter").method
+        'LoRA'
+    """
 
     _report: dict[str, Any] = field(repr=False)
 
@@ -177,11 +236,12 @@ class Inspection:
 
     @property
     def method(self) -> str | None:
-        """None where the adapter could not be read: see `problems`."""
+        """The adapter's method, such as LoRA or DuDe; None where the adapter could not be read (see `problems`)."""
         return self._report.get("method")
 
     @property
     def modules(self) -> int:
+        """Number of adapted weights."""
         return int(self._report.get("modules", 0))
 
     @property
@@ -191,33 +251,45 @@ class Inspection:
 
     @property
     def problems(self) -> tuple[str, ...]:
+        """The cause of every problem of the adapter, or of its fit to the base."""
         return tuple(str(problem["cause"]) for problem in self._report["problems"])
 
     @property
     def warnings(self) -> tuple[str, ...]:
-        """What is possible, but seldom meant: layers left out, changes larger than the weights."""
+        """Unusual properties that are no errors, such as layers left out or changes larger than the weights."""
         return tuple(self._report.get("warnings", ()))
 
     @property
     def fits(self) -> bool | None:
-        """True or False where a base was given, else None."""
+        """Whether the adapter fits the base; None where no base was given and no problem was found."""
         return None if "base" not in self._report and not self.problems else not self.problems
 
 
 @dataclass(frozen=True)
 class ParityFigures:
-    """Logits of the artefact beside those of the adapter as trained."""
+    """Differences between the logits of an artefact and those of the adapter as trained.
 
-    max_difference: float
-    mean_difference: float
-    effect: float  # max |dlogit| between the base and the adapter
-    greedy_equal: int
-    greedy_total: int
+    Example:
+        >>> parity = verify("base", "adapter", "merged").logits
+        >>> parity.greedy_equal == parity.greedy_total
+        True
+    """
+
+    max_difference: float  # max |dlogit|
+    mean_difference: float  # mean |dlogit|
+    effect: float  # max |dlogit| between the base and the adapter as trained
+    greedy_equal: int  # greedy tokens that are equal
+    greedy_total: int  # greedy tokens that were compared
 
 
 @dataclass(frozen=True)
 class Verification:
-    """Whether an artefact computes what the adapter was trained to compute."""
+    """Result of `verify`: whether an artefact computes what the adapter was trained to compute.
+
+    Example:
+        >>> verify("base", "adapter", "merged").artefact
+        'merged model'
+    """
 
     _report: dict[str, Any] = field(repr=False)
 
@@ -227,32 +299,34 @@ class Verification:
 
     @property
     def passed(self) -> bool:
+        """True where no problem was found."""
         return bool(self._report["passed"])
 
     @property
     def artefact(self) -> str:
-        """merged model, deltas, factors, adapter or onnx."""
+        """Kind of the artefact: merged model, deltas, factors, adapter or onnx."""
         return str(self._report["artefact"])
 
     @property
     def problems(self) -> tuple[str, ...]:
-        """Why it did not pass."""
+        """The reasons why the artefact did not pass; empty where it passed."""
         return tuple(self._report["problems"])
 
     @property
     def notes(self) -> tuple[str, ...]:
+        """Remarks that do not decide whether the artefact passes."""
         return tuple(self._report.get("notes", ()))
 
     @property
     def relative_errors(self) -> Mapping[str, float]:
-        """The relative error of dW of every compared weight, by name."""
-        return {name: found["relative_error"] for name, found in self._report.get("layers", {}).items()}
+        """||dW of the artefact - trained dW|| / ||trained dW|| of every compared weight, by name."""
+        return {name: figures["relative_error"] for name, figures in self._report.get("layers", {}).items()}
 
     @property
     def logits(self) -> ParityFigures | None:
-        """In the widest precision that was asked; None where weights alone were compared."""
-        found = self._report.get("logits_float64") or self._report.get("logits")
-        if not found:
+        """Differences of the logits, in float64 where float32 did not pass; None where only weights were compared."""
+        figures = self._report.get("logits_float64") or self._report.get("logits")
+        if not figures:
             return None
         keys = ("max_difference", "mean_difference", "effect", "greedy_equal", "greedy_total")
-        return ParityFigures(*(found[key] for key in keys))
+        return ParityFigures(*(figures[key] for key in keys))

@@ -1,11 +1,13 @@
-"""Proof that an artefact computes what was trained: weights one by one, then logits and greedy tokens in float32.
+"""Verification that an artefact computes what the adapter was trained to compute: `adapter-merge verify`.
 
-weights   every adapted weight against its method's formula in float64; everything else byte for byte the base's
-logits    the artefact against the live, unmerged adapter on prompts and on the tokens it generates
+weights   every adapted weight is compared with its method's formula in float64, all other tensors byte for byte with
+          the base
+logits    logits and greedy tokens of the artefact are compared with those of the live, unmerged adapter, on prompts and
+          on the tokens that the adapter generates
 
-Both are streamed: no model is ever whole in memory. Nothing that an artefact says of itself (its manifest) decides
-what is compared or what passes. A combination has no live form of its own: each of its adapters is proved live, and
-their combination by definition.
+Both comparisons stream the layers, so that no model is in memory as a whole. The artefact's own manifest does not
+decide what is compared or what passes. No library runs a combination live: each of its adapters is compared live, and
+the combination with its formula.
 """
 
 from __future__ import annotations
@@ -60,10 +62,11 @@ def verify(
 ) -> Verification:
     """Compare `artefact` (merged model, deltas, factors, converted adapter, ONNX export) with `adapter` on `base`.
 
-    Every adapted weight is compared with the method's formula in float64, everything else byte for byte; logits and
-    greedy tokens with the live, unmerged adapter. progress: called with the bytes of each compared weight. say: called
-    with what is being run. Raises InputError for what is no artefact, MissingDependencyError
-    where the extra `verify` (or `onnx`) is not installed.
+    Every adapted weight (out, in) is compared with its method's formula in float64, all other tensors byte for byte
+    with the base, and logits and greedy tokens with those of the live, unmerged adapter. progress: called with the
+    bytes of each compared weight. say: called with a text for each step. A difference is not raised: `passed` is False
+    and `problems` lists it. Raises InputError where `artefact` is no artefact, AdapterError or MismatchError where the
+    adapter does not fit the base, MissingDependencyError where the extra `verify` (or `onnx`) is not installed.
 
     Example:
         >>> report = verify("base", "adapter", "merged")
@@ -74,7 +77,9 @@ def verify(
     bound = open_pair(base, adapter, options.base_kind, options.reading)
     if kind == "onnx":
         if isinstance(adapter, Recipe):
-            raise InputError(f"{folder}: an ONNX folder holds adapters one by one", hint="verify it with each of them")
+            raise InputError(
+                f"{folder}: an ONNX folder is compared with one adapter at a time", hint="verify it with each adapter"
+            )
         stated = {"base_kind": options.base_kind, "options": options.reading}
         inputs = bound.base.folder, bound.adapter.folder, folder
         if options.weights_only:
@@ -97,28 +102,28 @@ def verify(
     for part in parts_of(bound):
         check_whole_base(part)
     bases, notes = _compare_bases(folder, bound)
-    report["notes"] = [*notes, *_quantised(bound)]
+    report["notes"] = [*notes, *_quantisation_notes(bound)]
     proof = _prove_weights(bound, folder, kind, options.min_retention, progress)
     report["layers"] = {name: asdict(figures) for name, figures in proof.layers.items()}
     report["half_precision"], report["compared"] = proof.half, proof.compared
     problems = [*bases, *proof.problems]
     if kind == "factors":
-        report["notes"] += _truncated(proof)
+        report["notes"] += _truncation_notes(proof)
     if kind == "merged model":
         report["notes"] += changed_side_files(bound, open_base(folder))
         problems += [] if options.weights_only else other_tokens(bound, folder, options.prompts)
     if not proof.compared:
         problems.append("nothing was compared: the artefact and the adapter have no tensor in common")
     if not options.weights_only:
-        truncated = kind == "factors" and bool(_truncated(proof))
+        truncated = kind == "factors" and bool(_truncation_notes(proof))
         rounded = proof.half is not None or proof.is_requantised or truncated
         limit = options.tolerance if options.tolerance is not None else (math.inf if rounded else LOGIT_TOLERANCE)
         report["tolerance"] = None if math.isinf(limit) else limit
-        figures, found = _prove_logits(bound, folder, kind, limit, options.prompts, options.generated, say)
+        figures, logit_problems = _prove_logits(bound, folder, kind, limit, options.prompts, options.generated, say)
         report |= figures
-        if options.tolerance is not None and kind == "factors":  # stated by who asks: logits decide about truncation
-            problems = [one for one in problems if not one.startswith(TRUNCATION)]
-        problems += found
+        if options.tolerance is not None and kind == "factors":  # the user's tolerance decides on a truncation
+            problems = [problem for problem in problems if not problem.startswith(TRUNCATION)]
+        problems += logit_problems
         last = figures.get("logits_float64") or figures["logits"]
         if last["greedy_equal"] != last["greedy_total"] and not rounded and limit <= LOGIT_TOLERANCE:
             problems.append(f"{last['greedy_total'] - last['greedy_equal']} greedy tokens differ")
@@ -127,9 +132,9 @@ def verify(
     return Verification(report)
 
 
-def _truncated(proof: WeightProof) -> list[str]:
-    """Say what is lost by factors that are the best of their rank, and not the adapter."""
-    errors = [one.relative_error for one in proof.layers.values() if not one.relative_error <= WEIGHT_TOLERANCE]
+def _truncation_notes(proof: WeightProof) -> list[str]:
+    """Return a note on the error of truncated factors; none where the factors are exact or have problems."""
+    errors = [item.relative_error for item in proof.layers.values() if not item.relative_error <= WEIGHT_TOLERANCE]
     if not errors or proof.problems:
         return []
     return [
@@ -140,6 +145,7 @@ def _truncated(proof: WeightProof) -> list[str]:
 def _prove_weights(
     bound: BoundAdapter, folder: Path, kind: str, least: float, progress: Progress | None
 ) -> WeightProof:
+    """Compare the weights of an artefact of `kind` with the adapter's formulas."""
     if kind == "merged model":
         merged = open_base(folder)
         if merged.stored is not None:
@@ -162,7 +168,7 @@ def _prove_logits(
     generated: int,
     say: Callable[[str], None],
 ) -> tuple[dict[str, Any], list[str]]:
-    """The figures and the problems: live layers first, then logits."""
+    """Compare the live layers with the formulas, then the logits; return the figures and the problems."""
     problems: list[str] = []
     say("live layers of the adapter as trained, in float64")
     wrong = [name for part in parts_of(bound) for name in unlike_live(part, streamed_trained(part, torch.float64))]
@@ -171,7 +177,7 @@ def _prove_logits(
     paths = token_paths(bound, prompts, generated, say)
     figures = compare_logits(bound, folder, kind, paths, torch.float32, say)
     report = {"logits": asdict(figures)}
-    if not figures.max_difference <= limit:  # the weights, or float32 arithmetic? float64 tells
+    if not figures.max_difference <= limit:  # float64 shows whether float32 arithmetic causes the difference
         figures = compare_logits(bound, folder, kind, paths, torch.float64, say)
         report["logits_float64"] = asdict(figures)
     if not figures.max_difference <= limit:
@@ -180,7 +186,7 @@ def _prove_logits(
 
 
 def check(verification: Verification) -> None:
-    """Raise ParityError when the artefact did not pass."""
+    """Raise ParityError where the artefact did not pass."""
     if not verification.passed:
         raise ParityError(
             f"{verification.as_json().get('path')}: does not compute what was trained",
@@ -190,7 +196,10 @@ def check(verification: Verification) -> None:
 
 
 def artefact_kind(folder: Path) -> str:
-    """merged model, factors, deltas, adapter or onnx, by content. Raises InputError, for several at once too."""
+    """Return "merged model", "factors", "deltas", "adapter" or "onnx", found by the folder's files.
+
+    Raises InputError for a folder of none of these kinds, or of several.
+    """
     kinds = []
     if any(folder.glob("*.onnx")):
         kinds.append("onnx")
@@ -204,19 +213,19 @@ def artefact_kind(folder: Path) -> str:
     if any((folder / name).is_file() for name in CANDIDATES):
         kinds.append("merged model")
     if len(kinds) > 1:
-        raise InputError(f"{folder}: is several artefacts at once", expected="one of them", got=", ".join(kinds))
+        raise InputError(f"{folder}: holds several kinds of artefact", expected="one of them", got=", ".join(kinds))
     if not kinds:
         raise InputError(f"{folder}: nothing to verify", expected="a merged model, factors, deltas or an ONNX export")
     return kinds[0]
 
 
 def _starts_at_zero(config: Mapping[str, Any]) -> bool:
-    """False for PiSSA and the like, which act on a residual."""
+    """Tell whether the LoRA starts at zero; PiSSA, OLoRA and others do not, and act on a residual."""
     return config.get("init_lora_weights", True) in (True, False, "gaussian", None)
 
 
-def _quantised(bound: BoundAdapter) -> list[str]:
-    """Of a quantised base: what is run in its place."""
+def _quantisation_notes(bound: BoundAdapter) -> list[str]:
+    """Return notes on the weights that are run instead of a quantised base's; none for other bases."""
     if bound.base.stored is None:
         return []
     return [
@@ -228,8 +237,8 @@ def _quantised(bound: BoundAdapter) -> list[str]:
 def _compare_bases(folder: Path, bound: BoundAdapter) -> tuple[list[str], list[str]]:
     """Return problems and notes on the base that the artefact's manifest names.
 
-    A fingerprint of other values in the same layout is a failure: the artefact says itself that it was made for another
-    base. An equal one proves nothing, and the weights are compared one by one in any case.
+    Another fingerprint with the same layout is a problem: the artefact was made from other base weights. An equal
+    fingerprint proves nothing, because the artefact states it; the weights are compared in any case.
     """
     manifest = read_manifest(folder)
     stated = (manifest or {}).get("base") or {}
@@ -243,4 +252,4 @@ def _compare_bases(folder: Path, bound: BoundAdapter) -> tuple[list[str], list[s
         return ["its manifest names another base: the same tensors with other values"] if other else [], notes
     if stated.get("layout") == bound.base.layout:
         return ["its manifest names another base: the same tensors with other values"], notes
-    return [], [*notes, "its manifest names a base of another fingerprint than this one"]
+    return [], [*notes, "its manifest states another fingerprint than that of the base"]

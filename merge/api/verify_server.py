@@ -1,4 +1,4 @@
-"""Proof that a running server answers as the adapter was trained to: log-probabilities and greedy tokens."""
+"""Comparison of a running server with the live adapter: log-probabilities and greedy tokens."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from adapter_merge.verification.completions_client import CompletionsClient, Ser
 from adapter_merge.verification.live_adapter import load_model, quiet_libraries
 from adapter_merge.verification.live_model import trained_model
 
-GENERATED = 32
+GENERATED = 32  # greedy tokens per prompt
 STORED = {"F32": "float32", "BF16": "bfloat16", "F16": "float16"}
 
 
@@ -37,23 +37,23 @@ def verify_server(
     dtype: str | None = None,
     progress: Callable[[int], None] | None = None,
 ) -> dict[str, Any]:
-    """Compare what `served` answers with `adapter`, or a Recipe, live and unmerged on `base`.
+    """Compare the answers of the server `served` with those of `adapter`, or a Recipe, live and unmerged on `base`.
 
-    prompts: texts; built-in ones when None, random tokens where the base has no tokenizer. generated: greedy tokens
-    per prompt. dtype: what the server computes in (float32, bfloat16, float16); the adapted weights' own when None.
-    tolerance: for max |d log-probability|; measured in `dtype` when None (compare_server.py).
-    progress: called with 1 for each prompt that was compared.
-    Returns the report; "verdict" is PASS, FAIL, or INCONCLUSIVE where the adapter's effect on the prompts is too small
-    to tell it from the base, and "passed" is true for PASS alone. Raises InputError for a server that cannot be
-    reached, refuses the key, does not offer the model or reads text as other tokens than the base's tokenizer, and
-    UnsupportedError for one without /v1/completions or log-probabilities.
+    prompts: texts; None: built-in texts, or random tokens where the base has no tokenizer. generated: greedy tokens per
+    prompt. dtype: in which the server computes (float32, bfloat16, float16); None: the dtype of most of the base's
+    weights. tolerance: the largest |d log-probability| that passes; None: measured in `dtype` (compare_server.py).
+    progress: called with 1 for each prompt that was compared. Returns the report; "verdict" is PASS, FAIL, or
+    INCONCLUSIVE where the adapter's effect on the prompts is too small to distinguish it from the base, and "passed" is
+    true for PASS alone. Raises InputError for a server that cannot be reached, refuses the key, does not offer the
+    model or tokenizes text differently from the base's tokenizer, and UnsupportedError for one without /v1/completions
+    or log-probabilities.
     """
     if generated < 1:
-        raise InputError(f"{generated} greedy tokens: nothing to compare", expected="1 or more")
+        raise InputError(f"{generated} greedy tokens: there is nothing to compare", expected="1 or more")
     if tolerance is not None and not (math.isfinite(tolerance) and tolerance > 0):
-        raise InputError(f"tolerance {tolerance}: not a bound", expected="a finite number above 0")
+        raise InputError(f"tolerance {tolerance}: wrong value", expected="a finite number above 0")
     client = CompletionsClient(served)
-    offered = client.models()  # an unreachable server, or a refused key, is told before any model is loaded
+    offered = client.models()  # reports an unreachable server or a refused key before a model is loaded
     bound = open_pair(base, adapter, base_kind, options)
     chosen = dtype or _stored_dtype(bound)
     if chosen not in DTYPES:
@@ -69,9 +69,7 @@ def verify_server(
     verdict = judge(figures, tolerance)
     problems = list(verdict.problems)
     if verdict.verdict == "FAIL" and not verdict.is_base and chosen == "float32" and tolerance is None:
-        notes.append(
-            "compared with a server that computes in float32; --dtype bfloat16 or float16 for one that does not"
-        )
+        notes.append("the server was assumed to compute in float32: state --dtype bfloat16 or float16 if it does not")
     return {
         "artefact": "server",
         "path": client.url,
@@ -83,13 +81,13 @@ def verify_server(
         "base": {"path": str(bound.base.folder), "kind": bound.base_kind, "evidence": bound.evidence},
         "way": client.way,
         "dtype": chosen,
-        "tolerance": _plain(verdict.tolerance),
+        "tolerance": _distance_as_json(verdict.tolerance),
         "log_probabilities": {
             "compared": figures.compared,
-            "difference": _plain(figures.difference),
-            "from_base": _plain(figures.from_base),
-            "effect": _plain(figures.effect),
-            "noise": _plain(figures.noise),
+            "difference": _distance_as_json(figures.difference),
+            "from_base": _distance_as_json(figures.from_base),
+            "effect": _distance_as_json(figures.effect),
+            "noise": _distance_as_json(figures.noise),
         },
         "greedy": {"equal": figures.greedy_equal, "total": figures.greedy_total},
         "notes": notes,
@@ -99,38 +97,38 @@ def verify_server(
     }
 
 
-def _plain(found: Distance) -> dict[str, float | None]:
-    """As JSON, which has no infinity."""
-    return {key: value if math.isfinite(value) else None for key, value in asdict(found).items()}
+def _distance_as_json(distance: Distance) -> dict[str, float | None]:
+    """Return the distance as JSON values, with None for infinity and NaN."""
+    return {key: value if math.isfinite(value) else None for key, value in asdict(distance).items()}
 
 
 def _stored_dtype(bound: BoundAdapter) -> str:
-    """The dtype of most adapted weights. Raises InputError where it is none that a reference can run in."""
+    """Return the dtype of most of the base's matrices. Raises InputError where it is none of `STORED`."""
     names = Counter(ref.dtype for ref in bound.base.tensors.values() if len(ref.shape) > 1)
     stored = names.most_common(1)[0][0]
     if stored not in STORED:
         raise InputError(
-            f"{bound.base.folder}: holds {stored}, which does not tell what a server computes in",
+            f"{bound.base.folder}: holds {stored}, which does not determine the dtype that a server computes in",
             hint=f"--dtype {'|'.join(DTYPES)}",
         )
     return STORED[stored]
 
 
 def _transcripts(bound: BoundAdapter, prompts: Sequence[str] | None, generated: int) -> list[Transcript]:
-    """The prompts, each with the adapter's own answer. Raises UnsupportedError for a model that writes no text."""
-    found = []
+    """Return each prompt with the live adapter's answer. Raises UnsupportedError for a model that generates no text."""
+    transcripts = []
     for path in token_paths(bound, prompts, generated):
         if path.start == 0:
             raise UnsupportedError(
-                f"{bound.base.folder}: writes no text, so that no completions server serves it",
+                f"{bound.base.folder}: generates no text, so no completions server can serve it",
                 hint="verify the merged model's folder instead",
             )
-        found.append(Transcript(tuple(path.ids.tolist()), path.start + 1))
-    return found
+        transcripts.append(Transcript(tuple(path.ids.tolist()), path.start + 1))
+    return transcripts
 
 
 def _end_tokens(folder: Path) -> frozenset[int]:
-    """The token ids that end an answer, as generation_config.json states them, else config.json."""
+    """Return the token ids that end an answer, from generation_config.json or else config.json."""
     for name in ("generation_config.json", "config.json"):
         stated = read_json(folder / name).get("eos_token_id") if (folder / name).is_file() else None
         if stated is not None:
@@ -139,7 +137,7 @@ def _end_tokens(folder: Path) -> frozenset[int]:
 
 
 def _tokenizer(folder: Path) -> Any:
-    """The base's tokenizer, None where it has none."""
+    """Return the base's tokenizer; None where it has none."""
     if not any((folder / name).is_file() for name in ("tokenizer.json", "tokenizer_config.json")):
         return None
     import transformers
@@ -149,20 +147,20 @@ def _tokenizer(folder: Path) -> Any:
 
 
 def _check_tokenizer(client: CompletionsClient, tokenizer: Any, text: str) -> list[str]:
-    """Raise MismatchError when the server reads `text` as other tokens; what could not be checked, as notes.
+    """Raise MismatchError where the server tokenizes `text` differently; return notes on what could not be checked.
 
-    The comparison itself sends token ids. But a server that makes other tokens of a user's text serves another model.
+    The comparison itself sends token ids, so it does not notice a wrong tokenizer, but a user's text would.
     """
     if tokenizer is None:
-        return ["the base has no tokenizer: random tokens were compared, and the server's tokenizer was not"]
+        return ["the base has no tokenizer: random tokens were compared, and the server's tokenizer was not checked"]
     count, ids = client.count_tokens(text)
-    wanted = list(tokenizer(text)["input_ids"])
+    expected_ids = list(tokenizer(text)["input_ids"])
     if ids is None and count is None:
-        return ["the server does not say how it reads text: its tokenizer was not compared"]
-    if (ids is not None and ids != wanted) or (count is not None and count != len(wanted)):
+        return ["the server does not return the tokens of a text: its tokenizer was not checked"]
+    if (ids is not None and ids != expected_ids) or (count is not None and count != len(expected_ids)):
         raise MismatchError(
-            f"{client.url}: reads text with another tokenizer than the base's",
-            expected=f"{len(wanted)} tokens: {wanted[:12]}",
+            f"{client.url}: tokenizes text differently from the base's tokenizer",
+            expected=f"{len(expected_ids)} tokens: {expected_ids[:12]}",
             got=f"{count} tokens" if ids is None else f"{len(ids)} tokens: {ids[:12]}",
             hint="does it serve another base?",
         )

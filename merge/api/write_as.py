@@ -1,4 +1,4 @@
-"""How a quantised base is written again: the choice of `--as`, which only the user can make, and its certificate."""
+"""Writing of a quantised base's adapted weights: checks of the option `--as`, and the certificate of requantisation."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ SAME = "same"
 
 
 def check_write_as(base: Checkpoint, options: MergeOptions) -> None:
-    """Raise InputError where `options` do not choose how to write a quantised base, or choose it for a plain one."""
+    """Raise InputError where `write_as` is missing for a quantised base, or stated for a base with plain weights."""
     if options.texts is not None:
         _check_texts(base, options, options.texts)
     schemes = Counter(weight.scheme for weight in packed_weights(base).values())
@@ -31,57 +31,61 @@ def check_write_as(base: Checkpoint, options: MergeOptions) -> None:
         return
     if options.write_as is None:
         raise InputError(
-            f"{base.folder}: the base is quantised, and how to write merged weights is your choice",
-            expected="--as bfloat16, float16 or float32: every weight dequantised, adapted and rounded once; or "
-            "--as same: adapted weights quantised again, which loses part of the adapter and is measured",
+            f"{base.folder}: the base is quantised, so state how to write the merged weights",
+            expected="--as bfloat16, float16 or float32: every weight is dequantised, adapted and rounded once; or "
+            "--as same: adapted weights are quantised again, which loses a measured part of the change",
             got=", ".join(f"{count} weights of {scheme}" for scheme, count in schemes.most_common()),
-            hint="a dequantised output is larger than the base by the ratio of the dtypes",
+            hint="a dequantised output is larger than the base, by the ratio of the dtypes",
         )
     if options.dtype is not None and options.write_as == SAME:
         raise InputError("--as same and --dtype contradict each other", hint="the base's scheme has its own dtypes")
     if options.dtype not in (None, options.write_as):
         raise InputError(
             f"--as {options.write_as} and --dtype {options.dtype} contradict each other",
-            expected="one dtype: --as alone keeps the dtype of tensors that are not quantised",
+            expected="one dtype; --as alone keeps the dtype of tensors that are not quantised",
         )
 
 
 def _check_texts(base: Checkpoint, options: MergeOptions, texts: Sequence[str]) -> None:
+    """Raise InputError where `texts` cannot be used with the other options or the base."""
     if options.write_as != SAME:
         raise InputError(
-            "--texts measures what quantising again loses, and goes with --as same",
+            "--texts measures the loss of quantising again, and needs --as same",
             got=f"--as {options.write_as}" if options.write_as else "no --as",
-            hint="verify compares the logits of other merges",
+            hint="adapter-merge verify compares the logits of other merges",
         )
     if options.part is not None:
-        raise InputError("--texts needs the whole model, and --shards makes a part", hint="state --texts with --finish")
+        raise InputError(
+            "--texts needs the whole model, and --shards writes only a part", hint="state --texts with --finish"
+        )
     check_texts(base.folder, texts)
 
 
 def computed_dtype(base: Checkpoint, options: MergeOptions) -> str | None:
-    """Return the safetensors dtype for the packed weights of `base`; None where it has none or keeps their scheme."""
+    """Return the safetensors dtype in which packed weights of `base` are written; None where none are dequantised."""
     if base.stored is None or options.write_as in (None, SAME):
         return None
     return DTYPES[str(options.write_as)]
 
 
 def certify(layers: Mapping[str, Mapping[str, Any]], least: float) -> dict[str, Any]:
-    """Return what quantising again has kept of the change of all weights together, and of the worst one.
+    """Return the retention and error of all requantised weights together, and of the worst weight.
 
-    layers: figures by weight, those with a retention. Raises ParityError where the retention is below `least`.
+    layers: figures by weight; only those with a retention are counted. Raises ParityError where the retention of all
+    weights together is below `least`, UnsupportedError where the adapter changes no quantised weight.
     """
-    measured = {name: found for name, found in layers.items() if found.get("retention") is not None}
+    measured = {name: figures for name, figures in layers.items() if figures.get("retention") is not None}
     if not measured:
         raise UnsupportedError(
             "--as same: the adapter changes no quantised weight", hint="--as bfloat16, or merge into the plain weights"
         )
-    total = sum(found["delta_norm"] ** 2 for found in measured.values())
-    kept = sum(found["retention"] * found["delta_norm"] ** 2 for found in measured.values())
-    error = sum((found["rounding"] * found["delta_norm"]) ** 2 for found in measured.values())
+    total = sum(item["delta_norm"] ** 2 for item in measured.values())
+    kept_square = sum(item["retention"] * item["delta_norm"] ** 2 for item in measured.values())
+    error = sum((item["rounding"] * item["delta_norm"]) ** 2 for item in measured.values())
     worst = min(measured, key=lambda name: abs(measured[name]["retention"]))
     certificate = {
         "weights": len(measured),
-        "retention": kept / total if total else 1.0,
+        "retention": kept_square / total if total else 1.0,
         "relative_error": (error / total) ** 0.5 if total else 0.0,
         "worst_weight": worst,
         "worst_retention": measured[worst]["retention"],

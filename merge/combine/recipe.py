@@ -46,13 +46,18 @@ ADAPTER_KEYS = ("name", "path", "weight", "density", "base_kind", *OPTION_KEYS)
 
 @dataclass(frozen=True)
 class Ingredient:
-    """One adapter of a combination."""
+    """One adapter of a combination, with its weight and settings.
+
+    Example:
+        >>> Ingredient("style", "adapters/style", weight=0.7).density is None
+        True
+    """
 
     name: str
     path: str
-    weight: float = 1.0
-    density: float | None = None  # None: that of the recipe
-    base_kind: str | None = None
+    weight: float = 1.0  # factor of the adapter's delta
+    density: float | None = None  # share of elements kept, above 0 to 1; None: that of the recipe
+    base_kind: str | None = None  # PiSSA, DuDe: "original" or "residual"; None: decided by the base's weights
     options: Mapping[str, Any] | None = None  # fields of ReadOptions
 
 
@@ -61,15 +66,21 @@ class Recipe:
     """The adapters to combine and the settings.
 
     Ingredients are sorted by name, so that the order in which they are given has no effect; in-turn keeps that order.
+
+    Example:
+        >>> recipe = make_recipe([Ingredient("a", "adapter", 0.5), Ingredient("b", "adapter", 0.5)], Settings())
+        >>> merge("base", recipe, "combined").adapters[1].name
+        'b'
     """
 
     ingredients: tuple[Ingredient, ...]
     settings: Settings
-    base: str | None = None
-    dtype: str | None = None  # of the merged model, where a mergekit file says it
+    base: str | None = None  # folder or hub id; None where the caller states the base
+    dtype: str | None = None  # of the merged model, where a mergekit file states it
 
     @property
     def in_turn(self) -> bool:
+        """True where each adapter is applied to the result of those before it."""
         return self.settings.method == IN_TURN
 
     @property
@@ -103,9 +114,11 @@ class Recipe:
 
 
 def make_recipe(ingredients: Sequence[Ingredient], settings: Settings, base: str | None = None) -> Recipe:
-    """Check and return a recipe. Raises InputError with every problem.
+    """Check the values and return a recipe. Raises InputError with every problem.
 
-    Example: `make_recipe([Ingredient("style", "adapters/style", 0.7)], Settings("ties", density=0.5))`.
+    Example:
+        >>> make_recipe([Ingredient("style", "adapters/style", 0.7)], Settings("ties", density=0.5)).method
+        'ties combination'
     """
     problems = []
     names = [item.name for item in ingredients]
@@ -151,7 +164,18 @@ def given_options(options: ReadOptions) -> dict[str, Any]:
 
 
 def read_recipe(file: str | Path) -> Recipe:
-    """Read the recipe in `file`. Raises FileFormatError or InputError with every problem."""
+    """Read a recipe from a YAML, JSON or TOML file, or from a mergekit configuration.
+
+    Raises FileFormatError for a file that cannot be parsed, InputError with every problem of its values,
+    MissingDependencyError for YAML without pyyaml.
+
+    Example:
+        >>> from pathlib import Path
+        >>> text = '{"method": "linear", "adapters": [{"name": "style", "path": "adapter", "weight": 0.7}]}'
+        >>> written = Path("recipe.json").write_text(text)
+        >>> read_recipe("recipe.json").ingredients[0].weight
+        0.7
+    """
     path = Path(file)
     content = _read_content(path)
     dtype = None

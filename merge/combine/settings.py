@@ -9,12 +9,19 @@ METHODS = ("linear", "ties", "dare", "dare-ties", "magnitude-prune", "breadcrumb
 
 @dataclass(frozen=True)
 class Settings:
-    """The method of a combination; `density` is the share of elements kept, `gamma` that of largest ones dropped."""
+    """The method of a combination of deltas and its parameters.
 
-    method: str = "linear"
-    density: float = 1.0
-    gamma: float = 0.0
-    seed: int = 0
+    Sources: TIES (arXiv 2306.01708), DARE (arXiv 2311.03099), Model Breadcrumbs (arXiv 2312.06795).
+
+    Example:
+        >>> Settings("ties", density=0.5).elects
+        True
+    """
+
+    method: str = "linear"  # one of METHODS, or "in-turn"
+    density: float = 1.0  # share of the elements of each delta that is kept, above 0 to 1
+    gamma: float = 0.0  # breadcrumbs: share of the largest elements that is dropped, from 0 to below 1
+    seed: int = 0  # of the random numbers of dare and dare-ties
 
     @property
     def by_size(self) -> bool:

@@ -1,4 +1,4 @@
-"""What a merge did to one weight: the figures of the manifest and of the public result."""
+"""Figures of the change of one weight by a merge, as the manifest and the public result hold them."""
 
 from __future__ import annotations
 
@@ -7,10 +7,15 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class WeightChange:
-    """What a merge did to one weight, measured on a sample of its rows; norms are Frobenius norms in float32.
+    """The change of one weight by a merge, measured on a sample of its rows; norms are Frobenius norms in float32.
 
-    rounding is the size of the error that rounding to the output dtype added. lost is the part of the change that this
-    rounding removed: the share of sum |dW| in elements whose stored value is still the base's.
+    W0 is the base's weight, W' the result before rounding, dW = W' - W0. `rounding` is the relative error that rounding
+    to the output dtype adds. `lost` is the share of sum |dW| in elements whose stored value is still the base's.
+
+    Example:
+        >>> change = next(iter(merge("base", "adapter", "a-merge").weights.values()))
+        >>> 0 < change.relative_delta < 1
+        True
     """
 
     relative_delta: float  # ||W' - W0|| / ||W0||
@@ -18,5 +23,5 @@ class WeightChange:
     changed: float  # fraction of elements whose stored value changed
     lost: float  # sum |dW| over unchanged elements / sum |dW|
     sampled: float  # fraction of the tensor's elements that were measured
-    retention: float | None = None  # <Q(W') - W0, dW> / ||dW||^2 of a weight that was quantised again
-    delta_norm: float | None = None  # ||dW|| of a weight that was quantised again
+    retention: float | None = None  # <Q(W') - W0, dW> / ||dW||^2 of a requantised weight, else None
+    delta_norm: float | None = None  # ||dW|| of a requantised weight, else None

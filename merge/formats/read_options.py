@@ -1,4 +1,4 @@
-"""What a user states of an adapter whose files do not hold it."""
+"""Settings of an adapter that its files do not hold, so that the user states them."""
 
 from __future__ import annotations
 
@@ -8,7 +8,12 @@ from pathlib import Path
 
 @dataclass(frozen=True)
 class ReadOptions:
-    """Values that a user states where an adapter's files do not hold them."""
+    """Settings that the user states where an adapter's files do not hold them; None: as the files say.
+
+    Example:
+        >>> load_adapter("adapter", ReadOptions(format="peft")).method
+        'LoRA'
+    """
 
     alpha: float | None = None  # lora_alpha, where no config holds it
     ranknum: float | None = None  # DCFT: ranknum, where loralib's lora_state_dict() dropped it

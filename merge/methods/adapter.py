@@ -183,7 +183,13 @@ class ModuleDefaults(ABC):
 
 @dataclass(frozen=True)
 class Adapter:
-    """An adapter as its files describe it: adapted modules and replaced tensors, by their names at training."""
+    """An adapter as its files describe it: adapted modules and replaced tensors, by their names at training.
+
+    Example:
+        >>> adapter = load_adapter("adapter")
+        >>> all(len(module.shape) == 2 and module.rank > 0 for module in adapter.modules)
+        True
+    """
 
     folder: Path
     format: AdapterFormat

@@ -74,15 +74,15 @@ def test_every_option_has_its_default_and_is_read(options: type) -> None:
 
 def test_the_examples_run(folders: Path) -> None:
     examples = 0
-    for name in ("merge", "delta", "factor", "convert", "extract", "restore", "verify", "inspect", "load_adapter"):
-        function = getattr(am, name)
-        for test in doctest.DocTestFinder(recurse=False).find(
-            function, name, globs={n: getattr(am, n) for n in am.__all__}
-        ):
+    jobs = ("merge", "delta", "factor", "convert", "extract", "restore", "verify", "inspect", "load_adapter")
+    public = {name: getattr(am, name) for name in am.__all__}
+    for name in (*jobs, *sorted(public.keys() - {*jobs, "__version__"})):
+        for test in doctest.DocTestFinder(recurse=False).find(public[name], name, globs=dict(public)):
             runner = doctest.DocTestRunner(verbose=False)
             assert runner.run(test).failed == 0, name
+            assert test.examples or name.endswith("Error"), f"{name} has no example"
             examples += len(test.examples)
-    assert examples >= 10
+    assert examples >= 30
 
 
 def test_results_say_what_the_manifest_says(folders: Path) -> None:

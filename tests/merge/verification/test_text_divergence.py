@@ -106,7 +106,7 @@ def test_chunks_give_the_same(base: Base, tmp_path: Path, monkeypatch: pytest.Mo
 
 def test_refusals(base: Base, tmp_path: Path) -> None:
     folder, _, lora = base
-    with pytest.raises(InputError, match="goes with --as same"):
+    with pytest.raises(InputError, match="needs --as same"):
         merge(folder, lora, tmp_path / "out", MergeOptions(write_as="bfloat16", texts=TEXTS))
     with pytest.raises(InputError, match="holds no text"):
         merge(folder, lora, tmp_path / "out", MergeOptions(write_as="same", texts=[" "]))
