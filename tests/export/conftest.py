@@ -21,6 +21,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     here = Path(__file__).parent
     for item in items:
         if item.path.is_relative_to(here):
+            item.add_marker(pytest.mark.preloaded("onnxruntime_genai.models.builder", "onnxscript"))
             for pattern in IGNORED:
                 item.add_marker(pytest.mark.filterwarnings(pattern))
 

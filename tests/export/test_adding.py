@@ -109,6 +109,7 @@ def batched(pico: Path, adapters: dict[str, Path], tmp_path_factory: pytest.Temp
     return output
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("mode", "overwrite"), [("switchable", False), ("switchable", True), ("batched", False)])
 def test_a_kill_at_any_moment_leaves_an_export_that_answers_and_takes_the_next_add(
     mode: str, overwrite: bool, pico: Path, adapters: dict[str, Path], tmp_path: Path, reference: Reference,
@@ -170,6 +171,7 @@ def test_eight_at_a_time_lose_none(switchable: Path, adapters: dict[str, Path], 
     check_integrity(folder)
 
 
+@pytest.mark.slow
 def test_an_adapter_that_answers_wrongly_is_not_added(
     switchable: Path, adapters: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

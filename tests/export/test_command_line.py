@@ -46,6 +46,7 @@ def batched(pico: Path, adapters: dict[str, Path], tmp_path_factory: pytest.Temp
     return output
 
 
+@pytest.mark.slow
 def test_both_engines_and_transformers_answer_alike(folder: Path, pico: Path, adapters: dict[str, Path]) -> None:
     from peft import PeftModel
     from transformers import AutoModelForCausalLM
@@ -68,6 +69,7 @@ def test_both_engines_and_transformers_answer_alike(folder: Path, pico: Path, ad
     assert texts["genai"][1] == prompter.tokenizer.decode(tokens[:stop], skip_special_tokens=True)
 
 
+@pytest.mark.slow
 def test_one_batch_answers_as_single_runs_do(folder: Path, batched: Path) -> None:
     names = ("dcft", "base", "dude")
     sampling = Sampling(24)

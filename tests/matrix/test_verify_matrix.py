@@ -65,6 +65,7 @@ def refusal_of(kind: str, artefact: str) -> str | None:
     return None
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", KINDS)
 def test_every_artefact_passes_and_no_spoiled_one_does(kind: str, trainer: Trainer, tmp_path: Path) -> None:
     wrong: list[str] = []

@@ -40,6 +40,7 @@ def built(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder / "dist"
 
 
+@pytest.mark.slow
 def test_a_built_wheel_holds_everything(built: Path) -> None:
     (wheel,) = built.glob("*.whl")
     with zipfile.ZipFile(wheel) as archive:
@@ -200,6 +201,7 @@ def test_inspect_reads_headers_without_torch() -> None:
         assert not modules & {"torch", "transformers", "peft", "numpy"}
 
 
+@pytest.mark.slow
 def test_commands_that_write_need_neither_transformers_nor_peft(tmp_path: Path) -> None:
     import pico
 
@@ -225,6 +227,7 @@ def test_exit_codes_and_errors(tmp_path: Path) -> None:
     assert failed.stdout == ""
 
 
+@pytest.mark.slow
 def test_json_is_one_object_and_the_way_works_by_hand(tmp_path: Path) -> None:
     import pico
 

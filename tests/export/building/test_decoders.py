@@ -26,6 +26,7 @@ def test_the_table_of_architectures_is_what_is_tested() -> None:
     assert {name.removesuffix("ForCausalLM") for name in ARCHITECTURES} == {*tested, "Llama"}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", FAMILIES)
 def test_base_and_adapter(
     kind: str, tmp_path: Path, reference: Callable[[Path, Path | None, list[int]], torch.Tensor]
@@ -42,6 +43,7 @@ def test_base_and_adapter(
         assert float((got - expected).abs().max()) < 1e-4 * max(1.0, scale)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["llama", "qwen2"])  # the latter's head is its embedding
 @pytest.mark.filterwarnings("ignore:Model has `tie_word_embeddings=True`:UserWarning")
 def test_adapter_on_the_head(kind: str, tmp_path: Path) -> None:
@@ -65,15 +67,13 @@ def test_adapter_on_the_head(kind: str, tmp_path: Path) -> None:
 
 
 @pytest.mark.model
-def test_the_shipped_adapters_on_the_real_model(tmp_path: Path) -> None:
-    from adapter_merge.demo.smollm2 import obtain_base
+def test_the_shipped_adapters_on_the_real_model(smollm2_base: Path, tmp_path: Path) -> None:
     from adapter_merge.demo.walkthrough import adapter_folder
     from adapter_merge.export.checking.verification import verify_onnx
 
-    base = obtain_base(tmp_path / "base")
     adapters = {name: adapter_folder(name) for name in ("dcft-pirate", "dude-json")}
-    export_switchable(base, adapters, tmp_path / "out")
+    export_switchable(smollm2_base, adapters, tmp_path / "out")
     for name in (None, *adapters):
-        report = verify_onnx(base, adapters[name] if name else None, tmp_path / "out", name=name)
+        report = verify_onnx(smollm2_base, adapters[name] if name else None, tmp_path / "out", name=name)
         assert report["passed"], report["problems"]
         assert report["tokens"] >= 200

@@ -47,6 +47,7 @@ def save_scaled(folder: Path, kind: str, form: str, family: str = "llama") -> Pa
     return folder
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("kind", "form", "family"),
     [("linear", "scaling", "llama"), ("yarn", "flat", "llama"), ("yarn", "scaling", "qwen2")],
@@ -90,6 +91,7 @@ def test_float32_for_cuda_is_refused_before_the_build(pico: Path, tmp_path: Path
         export_model(pico, {}, tmp_path / "out", device="cuda")
 
 
+@pytest.mark.slow
 def test_an_output_without_a_source_is_found(switchable: Path) -> None:
     import onnx_ir as ir
 
@@ -100,6 +102,7 @@ def test_an_output_without_a_source_is_found(switchable: Path) -> None:
         check_outputs(model, Path("model.onnx"))
 
 
+@pytest.mark.slow
 def test_an_export_that_answers_with_another_adapter_is_not_published(
     pico: Path, adapters: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -134,6 +137,7 @@ def test_no_check_on_the_command_line(pico: Path, tmp_path: Path) -> None:
     assert "checking" not in result.stderr
 
 
+@pytest.mark.slow
 def test_verify_stays_within_a_short_context(tmp_path: Path) -> None:
     base = save_pico(tmp_path / "base", "llama", max_position_embeddings=64)
     adapter = save_lora(base, tmp_path / "adapter", 1)

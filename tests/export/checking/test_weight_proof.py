@@ -41,6 +41,7 @@ def edit(folder: Path, name: str, change: str) -> None:
     ir.save(model, folder / "model.onnx", external_data="model.onnx.data2")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("kind", "precision"), [("llama", "fp32"), ("qwen2", "fp32"), ("gemma2", "fp16"), ("phi3", "fp16")]
 )

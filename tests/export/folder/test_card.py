@@ -94,6 +94,7 @@ def test_switchable(pico: Path, adapters: dict[str, Path], switchable: Path) -> 
     assert front_matter(switchable)["max_logit_difference"]["lora"] < 1e-3
 
 
+@pytest.mark.slow
 def test_batched(pico: Path, adapters: dict[str, Path], batched: Path, tmp_path: Path) -> None:
     folder = tmp_path / "export"
     shutil.copytree(batched, folder)
@@ -127,6 +128,7 @@ def test_sliding_window_with_a_hostile_name(tmp_path: Path) -> None:
     assert "<img" not in text.replace("\\<img", "") and "| de | in the weights | lora |" in text
 
 
+@pytest.mark.slow
 def test_gpt2(tmp_path: Path) -> None:
     base = save_gpt2(tmp_path / "gpt2")
     lora = save_lora(base, tmp_path / "lora", 3, target_modules=["c_attn"], fan_in_fan_out=True)

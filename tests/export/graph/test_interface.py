@@ -102,6 +102,7 @@ def test_switchable_graph_takes_left_padding(
             assert np.abs(found[row] - expected).max() < 1e-4
 
 
+@pytest.mark.slow
 def test_batched_graph_of_sliding_windows_takes_padding(reference: Reference, tmp_path: Path) -> None:
     """Rows shorter and longer than the window of 32."""
     base = save_pico(tmp_path / "base", "gemma3")

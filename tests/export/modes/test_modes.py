@@ -57,6 +57,7 @@ def difference(logits: np.ndarray, expected: torch.Tensor) -> float:
     return float((torch.from_numpy(logits).double() - expected).abs().max())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["dude", "dcft"])
 def test_merged(pico: Path, adapters: dict[str, Path], reference: Reference, tmp_path: Path, name: str) -> None:
     report = export_merged(pico, {name: adapters[name]}, tmp_path / "out")
@@ -68,6 +69,7 @@ def test_merged(pico: Path, adapters: dict[str, Path], reference: Reference, tmp
     assert read_export(tmp_path / "out").adapters[name]["sha256"]
 
 
+@pytest.mark.slow
 def test_merged_combines_as_merge_does(pico: Path, adapters: dict[str, Path], tmp_path: Path) -> None:
     from transformers import AutoModelForCausalLM
 
@@ -100,6 +102,7 @@ def test_merged_combines_as_merge_does(pico: Path, adapters: dict[str, Path], tm
     assert not (tmp_path / "no").exists()
 
 
+@pytest.mark.slow
 def test_adapters_are_added_to_a_batched_export(
     pico: Path, adapters: dict[str, Path], reference: Reference, tmp_path: Path
 ) -> None:
@@ -126,6 +129,7 @@ def test_adapters_are_added_to_a_batched_export(
     assert difference(got, reference(pico, adapters["dora"], ALL)) < BAR
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("late", [False, True])
 def test_an_interrupted_addition_leaves_an_export_that_answers(
     pico: Path,
@@ -202,6 +206,7 @@ def test_unknown_adapters_and_mixed_batches_are_refused(batched: Path, switchabl
         decoder.start(8, ["lora", None])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("precision", "bar"), [("fp16", 0.05), ("int4", None)])
 def test_other_precisions(
     pico: Path, adapters: dict[str, Path], reference: Reference, tmp_path: Path, precision: str, bar: float | None
@@ -221,6 +226,7 @@ def test_other_precisions(
     assert difference(base, reference(pico, None, ALL)) > 1e-3  # it is quantised
 
 
+@pytest.mark.slow
 def test_merging_comes_before_quantising(pico: Path, adapters: dict[str, Path], tmp_path: Path) -> None:
     import onnx_ir as ir
 

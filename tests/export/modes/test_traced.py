@@ -83,6 +83,7 @@ def classifier(tmp_path_factory: pytest.TempPathFactory) -> Exporter:
     return export
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("family", ["bert", "roberta", "deberta-v2"])
 def test_switchable_classifier(family: str, classifier: Exporter) -> None:
     base, adapters, output = classifier(family)
@@ -103,6 +104,7 @@ def test_switchable_classifier(family: str, classifier: Exporter) -> None:
     assert verify_onnx(base, adapters["dcft"], output, name="dcft")["passed"] is True
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("family", ["roberta", "deberta-v2"])
 def test_merged_classifier(family: str, tmp_path: Path) -> None:
     base = save_encoder(tmp_path / "base", family)
@@ -138,6 +140,7 @@ def test_question_answering(tmp_path: Path) -> None:
         assert float((torch.from_numpy(got[key]) - expected[key]).abs()[torch.from_numpy(mask) == 1].max()) < BAR
 
 
+@pytest.mark.slow
 def test_gpt2(tmp_path: Path, reference: Any) -> None:
     base = save_gpt2(tmp_path / "base")
     targets = ["c_attn", "c_fc", "c_proj"]

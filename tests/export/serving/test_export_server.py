@@ -90,6 +90,7 @@ def greedy(reference: Reference, base: Path, adapter: Path | None, ids: list[int
     return made
 
 
+@pytest.mark.slow
 def test_verify_server_proves_it(served: tuple[str, int], pico: Path, adapters: dict[str, Path]) -> None:
     """By log-probabilities and greedy tokens against the live adapter; a name that answers as another fails."""
     _, port = served

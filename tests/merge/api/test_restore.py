@@ -18,6 +18,8 @@ from adapter_merge.errors import FileFormatError, InputError, MismatchError
 from adapter_merge.formats.read_options import ReadOptions
 from adapter_merge.outputs.integrity import check_integrity
 
+pytestmark = pytest.mark.preloaded("torch")
+
 
 @pytest.fixture
 def pair(tmp_path: Path) -> tuple[Path, Path]:

@@ -80,6 +80,7 @@ def naive_merge(base: Path, checkpoint: Path, output: Path) -> Path:
     return output
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_merged_equals_the_authors_forward(variant: str, tmp_path: Path) -> None:
     model = reference.authors_model(reference.pico_deberta(**VARIANTS[variant]))
@@ -97,6 +98,7 @@ def test_merged_equals_the_authors_forward(variant: str, tmp_path: Path) -> None
     assert report["logits"]["effect"] > 0.05
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "targets", [("query_proj",), ("key_proj", "value_proj"), ("layer.1.attention.self.query_proj",)]
 )
@@ -111,6 +113,7 @@ def test_any_choice_of_layers(targets: tuple[str, ...], tmp_path: Path) -> None:
     assert verify(None, checkpoint, tmp_path / "merged").as_json()["passed"] is True
 
 
+@pytest.mark.slow
 def test_converted_and_on_a_base_in_half_precision(dcft: tuple[Path, Path, torch.Tensor], tmp_path: Path) -> None:
     base, checkpoint, want = dcft
     convert(checkpoint, tmp_path / "adapter", ConvertOptions(base=base))
@@ -145,6 +148,7 @@ def test_trained_biases_move_tokens_and_positions(dcft: tuple[Path, Path, torch.
     assert verify(base, checkpoint, tmp_path / "merged").as_json()["passed"] is True
 
 
+@pytest.mark.slow
 def test_verify_fails_a_merge_that_adapts_the_positional_queries(
     dcft: tuple[Path, Path, torch.Tensor], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -186,6 +190,7 @@ def test_verify_looks_at_the_new_projections(dcft: tuple[Path, Path, torch.Tenso
     assert verify(base, checkpoint, tmp_path / "merged", VerifyOptions(weights_only=True)).as_json()["passed"] is False
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "settings", [{}, {"use_dora": True}, {"init_lora_weights": "pissa"}], ids=["lora", "dora", "pissa"]
 )
@@ -269,6 +274,7 @@ def test_what_the_authors_do_not_define_is_refused(
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.slow
 def test_combinations(dcft: tuple[Path, Path, torch.Tensor], tmp_path: Path) -> None:
     base, checkpoint, _ = dcft
     convert(checkpoint, tmp_path / "first", ConvertOptions(base=base))

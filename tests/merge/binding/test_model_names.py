@@ -116,6 +116,7 @@ def worst(output: Path, expected: torch.Tensor, name: str) -> float:
     return float((logits(load(output), name) - expected).abs().max())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", MIXTURES)
 def test_all_linear_on_a_mixture_of_experts(name: str, bases: Callable[[str], Path], tmp_path: Path) -> None:
     """PEFT saves bare names of parameters then, which belong to the experts and the router alone."""
@@ -127,6 +128,7 @@ def test_all_linear_on_a_mixture_of_experts(name: str, bases: Callable[[str], Pa
     assert worst(tmp_path / "out", expected, name) < TOLERANCE
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", VISION_MODELS)
 def test_adapter_on_vision_and_language(name: str, bases: Callable[[str], Path], tmp_path: Path) -> None:
     base = bases(name)
@@ -202,6 +204,8 @@ def test_without_transformers_both_parts_are_refused(
             merge(bases("llava"), tmp_path / folder, tmp_path / "out", MergeOptions(device="cpu"))
 
 
+@pytest.mark.slow
+@pytest.mark.preloaded("torch")
 @pytest.mark.parametrize("name", ["mixtral", "qwen3_moe"])
 def test_inspect_of_literal_names_imports_no_transformers(
     name: str, bases: Callable[[str], Path], tmp_path: Path

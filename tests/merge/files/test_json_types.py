@@ -83,6 +83,7 @@ def _merged(tmp_path: Path, out: Path) -> list[Callable[[], object]]:
     ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["adapter_merge.json", "preimage/model-00001-of-00002.safetensors.json"])
 def test_any_value_in_what_we_wrote(name: str, tmp_path: Path, pair: tuple[Path, Path]) -> None:
     """Sealed again, as someone who means it would do: refused, or without effect; never another error."""

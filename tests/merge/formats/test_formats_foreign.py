@@ -121,6 +121,7 @@ def mytransformers(
     return expected
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("wrapped", [False, True])
 @pytest.mark.parametrize(
     ("method", "generation"),
@@ -147,6 +148,7 @@ def test_mytransformers_without_its_frozen_weights(base32: Path, tmp_path: Path,
     check(base32, tmp_path / "a", tmp_path / "out", expected, tolerance=2e-6)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("iterations", [1, 8])
 @pytest.mark.parametrize(("method", "generation"), [("dude", "untrained"), ("dude", "trained"), ("pissa", "untrained")])
 def test_factors_of_mytransformers_with_its_frozen_weights(
@@ -314,6 +316,7 @@ def test_dcft_with_one_kernel_for_all(base32: Path, tmp_path: Path) -> None:
     check(base32, folder, tmp_path / "out", expected, tolerance=3e-6)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("bias", [True, False])
 @pytest.mark.parametrize("channels", [1, 3])
 @pytest.mark.parametrize("stride", [(4, 4), (2, 4)])
@@ -429,6 +432,7 @@ def kohya(
     return saved, expected
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["lora", "loha", "lokr", "lokr-full"])
 @pytest.mark.parametrize("dora", [None, "out", "in"])
 def test_kohya_and_lycoris(base: Path, tmp_path: Path, kind: str, dora: str | None) -> None:

@@ -41,6 +41,7 @@ def base(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
     return bases(tmp_path_factory)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("case", CASES)
 def test_merged_model_computes_what_peft_computes(case: str, base: Callable[[str], Path], tmp_path: Path) -> None:
     name, kind, arguments = CASES[case]
@@ -335,6 +336,7 @@ def test_tokens_are_the_ones_that_were_run() -> None:
     assert int(TOKENS.max()) < 64 and {3, 9, 30} & set(TOKENS.flatten().tolist())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("pickled", [False, True])
 @pytest.mark.parametrize("case", CASES)
 def test_a_converted_folder_is_the_same_adapter(

@@ -15,6 +15,7 @@ from adapter_merge.errors import AdapterMergeError
 PROGRAM = Path(__file__).parents[3] / "benchmarks" / "fuzz.py"
 
 
+@pytest.mark.slow
 def test_fresh_cases_of_everything_that_is_read() -> None:
     done = subprocess.run(
         [sys.executable, str(PROGRAM), "--cases", "3000"], capture_output=True, text=True, timeout=300

@@ -102,6 +102,7 @@ def error_in_ulps(got: Tensor, exact: Tensor) -> float:
     return float(((got.double() - exact).abs() / (torch.finfo(got.dtype).eps * size)).max())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("variant", ["lora", "rslora", "dora", "pissa", "olora", "milora", "dude"])
 @pytest.mark.parametrize(("training", "wide"), [("fp32", False), ("bf16", False), ("bf16", True), ("fp16", False)])
 def test_a_variant_without_its_frozen_weights(
@@ -124,6 +125,7 @@ def test_a_variant_without_its_frozen_weights(
     assert all(torch.equal(again[key], value) for key, value in after.items())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("variant", ["rslora", "olora", "milora"])
 def test_verify_runs_the_variant(base: Path, tmp_path: Path, variant: str) -> None:
     training = "bf16" if "bf16" in str(base) else "fp32"

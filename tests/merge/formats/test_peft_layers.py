@@ -50,6 +50,7 @@ def trained(base: Path, kind: str, folder: Path, **changes: Any) -> Any:
         return train(base, getattr(peft, config)(**arguments | changes), folder, scale=SCALES.get(kind, 0.1))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", LAYER_CASES)
 def test_merged_logits_equal_the_live_model(kind: str, base: Callable[[str], Path], tmp_path: Path) -> None:
     folder = base(LAYER_CASES[kind][0])

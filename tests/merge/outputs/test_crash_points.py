@@ -20,12 +20,14 @@ def campaign(*arguments: str) -> dict[str, Any]:
     return counted
 
 
+@pytest.mark.slow(first=False)
 @pytest.mark.parametrize("scenario", ["merge overwrite", "convert"])
 def test_killed_and_without_what_was_not_synced(scenario: str) -> None:
     counted = campaign(scenario, "--actions", "kill", "tear", "lost", "--every", "6")[scenario]
     assert counted["kill"] > 2 and counted["new output"] > 0 and counted["calls"]["fsync"] > 3
 
 
+@pytest.mark.slow
 def test_calls_that_fail(tmp_path: Path) -> None:
     counted = campaign("factor", "--actions", "fail", "unreadable", "--every", "8")["factor"]
     assert counted["reported"] > 10

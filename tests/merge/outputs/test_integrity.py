@@ -23,6 +23,7 @@ from adapter_merge.errors import FileFormatError, InputError, MissingDependencyE
 from adapter_merge.outputs.integrity import check_integrity, check_restored
 from adapter_merge.outputs.seal import SEAL, sealed
 
+pytestmark = pytest.mark.preloaded("torch", "model_signing.signing", "model_signing.verifying")
 SHARD = "model-00002-of-00004.safetensors"
 
 

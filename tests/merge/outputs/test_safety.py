@@ -27,6 +27,7 @@ from adapter_merge.errors import FileFormatError, OutputError
 from adapter_merge.files.locks import locked
 from adapter_merge.outputs.integrity import check_integrity
 
+pytestmark = pytest.mark.preloaded("torch")
 HERE = Path(__file__).parents[1]  # faults.py is beside the folders
 
 
@@ -145,6 +146,7 @@ cli.main()
 """
 
 
+@pytest.mark.preloaded()  # the signal is for the process itself
 def test_interrupt_exits_130_and_leaves_nothing(tmp_path: Path) -> None:
     tensors = base_tensors(layers=4, factor=24)
     base = write_base(tmp_path / "base", tensors, 4)

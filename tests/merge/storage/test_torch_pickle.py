@@ -52,6 +52,7 @@ def tensors(draw: st.DrawFn) -> torch.Tensor:
     return tensor
 
 
+@pytest.mark.slow
 @settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 @given(
     named=st.dictionaries(NAMES, tensors(), min_size=1, max_size=5),
@@ -258,6 +259,7 @@ def test_reading_needs_no_torch(tmp_path: Path) -> None:
     assert (done.returncode, done.stdout.strip()) == (0, "['a']"), done.stderr
 
 
+@pytest.mark.slow
 def test_changed_files_are_refused_or_read_as_torch_reads_them() -> None:
     """In a process of its own: a crash of the interpreter is a failure, not the end of the tests."""
     program = [sys.executable, pickle_files.__file__, "--cases", "1500", "--seed", "1"]

@@ -58,6 +58,7 @@ def damage(folder: Path, file: str, name: str = Q) -> None:
     save_file(tensors, folder / file, {"format": "pt"})
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("method", METHODS)
 def test_merged_models_and_deltas_are_proved(
     method: str, base: Path, adapters: dict[str, Path], tmp_path: Path
@@ -80,6 +81,7 @@ def test_merged_models_and_deltas_are_proved(
         assert not broken["passed"] and Q in broken["problems"][0]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("names", [("lora", "dora"), ("dora", "rslora", "lora")])
 def test_adapters_in_turn_are_proved(
     names: tuple[str, ...], base: Path, adapters: dict[str, Path], tmp_path: Path
@@ -93,6 +95,7 @@ def test_adapters_in_turn_are_proved(
     assert not verify(base, other, tmp_path / "merged", VerifyOptions(weights_only=True)).as_json()["passed"]
 
 
+@pytest.mark.slow
 def test_factors_of_a_combination_are_proved(base: Path, adapters: dict[str, Path], tmp_path: Path) -> None:
     made = recipe(adapters, {"lora": 0.7, "rslora": 0.5})
     factor(base, made, tmp_path / "factors", FactorOptions(device="cpu"))
@@ -107,6 +110,7 @@ def test_factors_of_a_combination_are_proved(base: Path, adapters: dict[str, Pat
 # -- the reference itself, against PEFT ------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("method", ["linear", "ties", "magnitude-prune", "breadcrumbs"])
 def test_the_live_reference_is_what_peft_says(
     method: str, base: Path, adapters: dict[str, Path], tmp_path: Path
@@ -134,6 +138,7 @@ def test_the_live_reference_in_turn_is_what_peft_says(base: Path, adapters: dict
         torch.testing.assert_close(value, wanted[key], atol=5e-6, rtol=0, msg=key)
 
 
+@pytest.mark.slow
 def test_conv1d_and_biases_are_read_off_live_layers(tmp_path: Path) -> None:
     with quiet():
         base = gpt2(tmp_path / "base")

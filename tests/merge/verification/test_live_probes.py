@@ -29,6 +29,7 @@ def _half_precision_pair(kind: str, method: str, place: Path) -> tuple[Path, Pat
 
 
 # In each of these an element of the residual lies between two bfloat16 numbers, and PEFT takes the other one.
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["gpt2", "llama"])
 @pytest.mark.parametrize("method", ["pissa", "dude"])
 def test_a_residual_that_rounds_to_its_other_side_is_no_other_weight(kind: str, method: str, tmp_path: Path) -> None:

@@ -91,6 +91,7 @@ WAYS = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("way", WAYS)
 def test_the_right_adapter_passes_and_every_other_answer_fails(world: World, way: str) -> None:
     with serving(world, **WAYS[way]) as (url, _):
@@ -110,6 +111,7 @@ def test_the_right_adapter_passes_and_every_other_answer_fails(world: World, way
         assert not any("ignores" in problem for problem in other["problems"])
 
 
+@pytest.mark.slow
 def test_swapped_names_and_a_scaled_adapter_fail(world: World) -> None:
     scaled = copy.deepcopy(world.merged["right"])
     with torch.no_grad():
@@ -133,6 +135,7 @@ def test_an_adapter_whose_effect_is_within_the_tolerance_never_passes(world: Wor
         assert wide["verdict"] == "INCONCLUSIVE"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
 def test_a_half_precision_server_is_held_to_a_bound_that_is_measured(world: World, dtype: str) -> None:
     wanted = getattr(torch, dtype)
