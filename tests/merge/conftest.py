@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from stand_in_hub import Hub, running_hub
 
 HERE = Path(__file__).parent
 THIRD_PARTY = (r"ignore:::transformers\..*", r"ignore:::peft\..*", r"ignore:::torch\..*")
@@ -15,3 +17,9 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         if HERE in item.path.parents:
             for text in THIRD_PARTY:
                 item.add_marker(pytest.mark.filterwarnings(text))
+
+
+@pytest.fixture
+def hub() -> Iterator[Hub]:
+    with running_hub() as server:
+        yield server

@@ -2,136 +2,16 @@
 
 from __future__ import annotations
 
-import base64
-import hashlib
-import json
 import os
 import subprocess
 import sys
-import threading
-from collections.abc import Iterator
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
-from typing import Any
-from urllib.parse import unquote, urlparse
 
 import pytest
 from cli_runs import make_models
+from stand_in_hub import COMMIT, TOKEN, Hub, hub_environment
 
-TOKEN = "hf_" + "x" * 34
-COMMIT = "c" * 40
-
-
-class Hub(ThreadingHTTPServer):
-    """The routes that an upload uses: repositories with their files, visibility and the tokens that were sent."""
-
-    daemon_threads = True
-
-    def __init__(self) -> None:
-        super().__init__(("127.0.0.1", 0), Answers)
-        self.files: dict[str, dict[str, bytes]] = {}
-        self.private: dict[str, bool] = {}
-        self.objects: dict[str, bytes] = {}
-        self.asked: list[str] = []
-
-    @property
-    def url(self) -> str:
-        return f"http://127.0.0.1:{self.server_port}"
-
-
-class Answers(BaseHTTPRequestHandler):
-    server: Hub
-
-    def log_message(self, *_: Any) -> None:
-        pass
-
-    def do_GET(self) -> None:
-        path = unquote(urlparse(self.path).path)
-        self.server.asked.append(f"GET {path}")
-        if path == "/api/whoami-v2":
-            self.reply(200, {"name": "me", "type": "user", "auth": {}}) if self.allowed() else self.reply(401, {})
-        elif path.startswith("/api/models/"):
-            name = "/".join(path.removeprefix("/api/models/").split("/")[:2])
-            if name in self.server.files:
-                self.reply(200, {"id": name, "sha": COMMIT, "siblings": []})
-            else:
-                self.reply(404, {}, {"X-Error-Code": "RepoNotFound"})
-        else:
-            self.reply(404, {})
-
-    def do_POST(self) -> None:
-        path = unquote(urlparse(self.path).path)
-        body = self.rfile.read(int(self.headers["Content-Length"]))
-        self.server.asked.append(f"POST {path}")
-        if not self.allowed():
-            self.reply(401, {})
-        elif path == "/api/repos/create":
-            said = json.loads(body)
-            name = f"{said['organization']}/{said['name']}" if said.get("organization") else said["name"]
-            self.server.files.setdefault(name, {})
-            private = said["private"] if "private" in said else said.get("visibility") == "private"
-            self.server.private.setdefault(name, private)
-            self.reply(200, {"url": f"{self.server.url}/{name}"})
-        elif path == "/api/validate-yaml":  # the card's metadata
-            self.reply(200, {"errors": [], "warnings": []})
-        elif "/preupload/" in path:
-            files = json.loads(body)["files"]
-            modes = [
-                {"path": file["path"], "uploadMode": "lfs" if file["path"].endswith(".safetensors") else "regular",
-                 "shouldIgnore": False, "oid": None}
-                for file in files
-            ]  # fmt: skip
-            self.reply(200, {"files": modes})
-        elif path.endswith("/info/lfs/objects/batch"):
-            objects = [
-                {"oid": entry["oid"], "size": entry["size"],
-                 "actions": {"upload": {"href": f"{self.server.url}/lfs/{entry['oid']}", "header": {}}}}
-                for entry in json.loads(body)["objects"]
-            ]  # fmt: skip
-            self.reply(200, {"transfer": "basic", "objects": objects}, kind="application/vnd.git-lfs+json")
-        elif "/commit/" in path:
-            name = "/".join(path.removeprefix("/api/models/").split("/")[:2])
-            for line in map(json.loads, body.splitlines()):
-                value = line["value"]
-                if line["key"] == "file":
-                    self.server.files[name][value["path"]] = base64.b64decode(value["content"])
-                elif line["key"] == "lfsFile":
-                    self.server.files[name][value["path"]] = self.server.objects[value["oid"]]
-            self.reply(200, {"commitUrl": f"{self.server.url}/{name}/commit/{COMMIT}", "commitOid": COMMIT,
-                             "hookOutput": "", "success": True})  # fmt: skip
-        else:
-            self.reply(404, {})
-
-    def do_PUT(self) -> None:
-        content = self.rfile.read(int(self.headers["Content-Length"]))
-        oid = self.path.rpartition("/")[2]
-        assert hashlib.sha256(content).hexdigest() == oid
-        self.server.objects[oid] = content
-        self.reply(200, {})
-
-    def allowed(self) -> bool:
-        return self.headers.get("Authorization") == f"Bearer {TOKEN}"
-
-    def reply(
-        self, status: int, content: Any, headers: dict[str, str] | None = None, kind: str = "application/json"
-    ) -> None:
-        text = json.dumps(content).encode()
-        self.send_response(status)
-        for key, value in {"Content-Length": str(len(text)), "Content-Type": kind, **(headers or {})}.items():
-            self.send_header(key, value)
-        self.end_headers()
-        self.wfile.write(text)
-
-
-@pytest.fixture
-def hub() -> Iterator[Hub]:
-    server = Hub()
-    thread = threading.Thread(target=server.serve_forever, daemon=True)
-    thread.start()
-    yield server
-    server.shutdown()
-    server.server_close()
-    thread.join()
+pytestmark = pytest.mark.preloaded("torch")
 
 
 @pytest.fixture(scope="module")
@@ -141,12 +21,7 @@ def work(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def run(hub: Hub, folder: Path, *arguments: object, **environment: str) -> subprocess.CompletedProcess[str]:
     """Run in a process of its own that knows this hub alone."""
-    settings = {
-        "HF_ENDPOINT": hub.url,
-        "HF_HOME": str(folder / "home"),
-        "HF_HUB_DISABLE_XET": "1",
-        "HF_HUB_OFFLINE": "0",
-    }
+    settings = hub_environment(hub.url, folder / "home")
     command = [sys.executable, "-m", "adapter_merge", *map(str, arguments)]
     return subprocess.run(command, capture_output=True, text=True, env={**os.environ, **settings, **environment})
 

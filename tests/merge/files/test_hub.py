@@ -2,25 +2,20 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 import subprocess
 import sys
-import threading
-from collections.abc import Iterator
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
-from typing import Any
-from urllib.parse import unquote, urlparse
 
 import pytest
+from stand_in_hub import Hub, hub_environment
 
 from adapter_merge.errors import InputError
 from adapter_merge.files.hub import wanted_files
 from adapter_merge.storage.checkpoint import HUB_ID
 
-COMMIT = "a" * 40
+pytestmark = pytest.mark.preloaded("torch")
 MODEL = {
     "config.json", "tokenizer.json", "README.md", "modeling_x.py", "images/logo.png",
     "model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors", "model.safetensors.index.json",
@@ -114,74 +109,6 @@ def test_what_is_no_hub_id_is_not_asked_for(text: str) -> None:
     assert HUB_ID.fullmatch(text) is None
 
 
-class Hub(ThreadingHTTPServer):
-    """The routes of the hub that a download uses, for the repositories in `files`: name -> path -> bytes."""
-
-    daemon_threads = True
-
-    def __init__(self) -> None:
-        super().__init__(("127.0.0.1", 0), Answers)
-        self.files: dict[str, dict[str, bytes]] = {}
-        self.sent: list[str] = []
-
-
-class Answers(BaseHTTPRequestHandler):
-    server: Hub
-
-    def log_message(self, *_: Any) -> None:
-        pass
-
-    def do_HEAD(self) -> None:
-        self.answer()
-
-    def do_GET(self) -> None:
-        self.answer()
-
-    def answer(self) -> None:
-        path = unquote(urlparse(self.path).path).strip("/")
-        if path.startswith("api/models/"):
-            owner, name, kind = (*path.removeprefix("api/models/").split("/"), "", "")[:3]
-            files = self.server.files.get(f"{owner}/{name}")
-            if files is None:
-                self.reply(404, b"{}", {"X-Error-Code": "RepoNotFound"})
-            elif kind == "tree":
-                tree = [
-                    {"type": "file", "path": key, "size": len(value), "oid": "0" * 40} for key, value in files.items()
-                ]
-                self.reply(200, json.dumps(tree).encode())
-            else:
-                found = {"id": f"{owner}/{name}", "sha": COMMIT, "siblings": [{"rfilename": key} for key in files]}
-                self.reply(200, json.dumps(found).encode())
-            return
-        if path.count("/") < 4:
-            self.reply(404, b"{}")
-            return
-        owner, name, _, _, inner = path.split("/", 4)
-        content = self.server.files[f"{owner}/{name}"][inner]
-        if self.command == "GET":
-            self.server.sent.append(inner)
-        self.reply(200, content, {"X-Repo-Commit": COMMIT, "ETag": f'"{hashlib.sha1(content).hexdigest()}"'})
-
-    def reply(self, status: int, content: bytes, headers: dict[str, str] | None = None) -> None:
-        self.send_response(status)
-        for key, value in {"Content-Length": str(len(content)), **(headers or {})}.items():
-            self.send_header(key, value)
-        self.end_headers()
-        if self.command == "GET":
-            self.wfile.write(content)
-
-
-@pytest.fixture
-def hub() -> Iterator[Hub]:
-    server = Hub()
-    thread = threading.Thread(target=server.serve_forever, daemon=True)
-    thread.start()
-    yield server
-    server.shutdown()
-    server.server_close()
-    thread.join()
-
-
 RUN = """
 import json, sys
 from adapter_merge.errors import AdapterMergeError
@@ -196,14 +123,7 @@ except AdapterMergeError as error:
 
 def fetch(hub: Hub | str, home: Path, name: str, job: str = "resolve") -> tuple[str, str]:
     """Resolve or open a hub id in a process of its own that knows `hub` alone: the result and the error."""
-    url = hub if isinstance(hub, str) else f"http://127.0.0.1:{hub.server_port}"
-    environment = {
-        **os.environ,
-        "HF_ENDPOINT": url,
-        "HF_HOME": str(home),
-        "HF_HUB_DISABLE_XET": "1",
-        "HF_HUB_OFFLINE": "0",
-    }
+    environment = {**os.environ, **hub_environment(hub if isinstance(hub, str) else hub.url, home)}
     run = subprocess.run(
         [sys.executable, "-c", RUN, job, name], env=environment, capture_output=True, text=True, check=True, cwd=home
     )
