@@ -20,8 +20,7 @@ from adapter_merge.errors import InputError, UnsupportedError
 
 from .key_value_cache import cache_argument, cache_of
 from .live_adapter import generates, quiet_libraries
-from .live_combination import combined_model
-from .streamed_adapter import streamed_artefact, streamed_base, streamed_trained
+from .streamed_adapter import streamed_artefact, streamed_base, streamed_combination, streamed_trained
 
 PROMPTS = (
     "What is the capital of France?",
@@ -52,8 +51,10 @@ class TokenPath:
 
 
 def live_network(bound: BoundAdapter, dtype: torch.dtype) -> nn.Module:
-    """Return the model with the adapter as trained, or with a combination, which is held in memory."""
-    return combined_model(bound, dtype) if isinstance(bound, CombinedBound) else streamed_trained(bound, dtype).model
+    """Return the model with the adapter as trained, or with a combination, in streamed weights."""
+    if isinstance(bound, CombinedBound):
+        return streamed_combination(bound, dtype).model
+    return streamed_trained(bound, dtype).model
 
 
 def token_paths(

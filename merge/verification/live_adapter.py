@@ -18,15 +18,10 @@ from torch import Tensor, nn
 from adapter_merge.binding.bind import BoundAdapter
 from adapter_merge.errors import MissingDependencyError, UnsupportedError
 from adapter_merge.files.installation import install_command
-from adapter_merge.methods.adapter import AdapterFormat
-from adapter_merge.methods.dcft import DcftModule
 from adapter_merge.quantisation.dense_view import open_base
 from adapter_merge.storage.checkpoint import Checkpoint
 from adapter_merge.storage.safetensors_header import TensorRef
 from adapter_merge.storage.tensor_io import read_tensor
-
-from .deberta import use_authors_attention
-from .formulas import Forward, forward_of
 
 
 @contextlib.contextmanager
@@ -81,16 +76,8 @@ def load_model(model: Any, config: Any = None) -> nn.Module:
 
 
 def adapted_model(bound: BoundAdapter, dtype: torch.dtype, model: nn.Module) -> nn.Module:
-    """Return `model`, which is changed, with the adapter live in it, unmerged, computing in `dtype`."""
-    if bound.adapter.format == AdapterFormat.PEFT:
-        return with_heads(_in_peft(model, bound).to(dtype), bound.replacements).eval()
-    replace_tensors(model, bound.replacements)
-    for module in {item.module.name: item.module for item in bound.modules}.values():
-        layer = model.get_submodule(module_path(model, module.name))
-        _install(layer, forward_of(module, layer, dtype))
-    if any(isinstance(item.module, DcftModule) for item in bound.modules):
-        use_authors_attention(model)
-    return with_heads(model.to(dtype), bound.replacements).eval()
+    """Return `model`, which is changed, with a PEFT adapter live in it, unmerged, computing in `dtype`."""
+    return with_heads(_in_peft(model, bound).to(dtype), bound.replacements).eval()
 
 
 def model_config(folder: Any) -> Any:
@@ -109,15 +96,6 @@ def model_config(folder: Any) -> Any:
             del holder.quantization_config
     config._experts_implementation = "eager"
     return config
-
-
-def replace_tensors(model: nn.Module, replacements: dict[str, TensorRef]) -> None:
-    """Put trained heads and biases into the model."""
-    state = model.state_dict()
-    for name, ref in replacements.items():
-        if name not in state:
-            raise UnsupportedError(f"{name}: the model class {type(model).__name__} has no such tensor")
-        state[name].copy_(read_tensor(ref))
 
 
 @torch.no_grad()
@@ -221,8 +199,3 @@ def _in_peft(model: nn.Module, bound: BoundAdapter) -> nn.Module:
         config.inference_mode = True
         loaded: nn.Module = peft.PeftModel.from_pretrained(model, str(bound.adapter.folder), config=config)
     return loaded
-
-
-def _install(layer: nn.Module, run: Forward) -> None:
-    plain = layer.forward
-    layer.forward = lambda x: run(layer, plain, x)

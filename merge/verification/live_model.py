@@ -8,13 +8,12 @@ from torch import nn
 from adapter_merge.binding.bind import BoundAdapter
 from adapter_merge.combine.combined_adapter import CombinedBound
 
-from .live_combination import combined_model
-from .streamed_adapter import held_model, streamed_trained
+from .streamed_adapter import held_model, streamed_combination, streamed_trained
 
 
 def trained_model(bound: BoundAdapter, dtype: torch.dtype = torch.float32) -> nn.Module:
     """Return the base with the adapter live in it, or with a combination, computing in `dtype`."""
-    if isinstance(bound, CombinedBound):
-        return combined_model(bound, dtype)
     wide = torch.float64 if dtype == torch.float64 else torch.float32
+    if isinstance(bound, CombinedBound):
+        return held_model(streamed_combination(bound, wide)).to(dtype)
     return held_model(streamed_trained(bound, wide)).to(dtype)

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from adapter_merge.binding.bind import BoundAdapter, BoundModule
+from adapter_merge.combine.combined_adapter import CombinedBound
 from adapter_merge.errors import UnsupportedError
 from adapter_merge.formats.peft.tensors import REPLACEMENTS, find_weights
 from adapter_merge.methods.adapter import AdapterFormat
@@ -41,6 +42,7 @@ from .live_adapter import (
 )
 from .opened_artefact import open_artefact
 from .streamed_model import PartLoader, Source, StreamedModel, file_sources, skeleton, with_placeholders
+from .whole_formulas import modules_by_tensor, whole_weight
 
 # Types whose layer PEFT builds from the values of the weight: these models are loaded whole, not part by part.
 BUILT_FROM_WEIGHTS = ("LN_TUNING", "OSF", "PSOFT")
@@ -74,6 +76,19 @@ def streamed_trained(bound: BoundAdapter, dtype: torch.dtype) -> StreamedModel:
         return StreamedModel(model, loader, _installed(model, bound, dtype))
     live = with_heads(_in_peft(model, bound.adapter.folder, bound.base_kind), bound.replacements)
     return StreamedModel(live, loader, _residuals(live, bound, dtype))
+
+
+def streamed_combination(bound: CombinedBound, dtype: torch.dtype) -> StreamedModel:
+    """Return the base with a combination in its weights, each computed by its formula when its part is loaded.
+
+    A combination has no live form: that each adapter's live layers compute its formula is shown apart (live_probes.py).
+    """
+    config = model_config(bound.base.folder)
+    _set(config, bound.config_changes)
+    sources = file_sources({**bound.base.tensors, **bound.copies, **bound.replacements}, dtype)
+    for name, items in modules_by_tensor(bound).items():
+        sources[name] = lambda items=items: whole_weight(items)[1].to(dtype)  # type: ignore[misc]
+    return StreamedModel(with_placeholders(skeleton(config, dtype)), PartLoader(config, sources, dtype))
 
 
 def streamed_artefact(bound: BoundAdapter, folder: Path, kind: str, dtype: torch.dtype) -> StreamedModel:

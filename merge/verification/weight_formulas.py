@@ -107,10 +107,17 @@ class Rows:
 
 
 @dataclass(frozen=True, eq=False)
+class Replacement:
+    """Every row replaced: a head or bias that was trained whole."""
+
+    value: TensorRef
+
+
+@dataclass(frozen=True, eq=False)
 class Step:
     """One thing that is done to the rows first .. stop of the tensor's view, counted from `first`."""
 
-    what: Adapted | Rows
+    what: Adapted | Rows | Replacement
     first: int = 0
     stop: int | None = None
 
@@ -143,7 +150,11 @@ class TensorFormula:
         return result, slack
 
 
-def _apply(what: Adapted | Rows, part: Tensor, start: int, sources: Sources) -> tuple[Tensor, Tensor | None]:
+def _apply(
+    what: Adapted | Rows | Replacement, part: Tensor, start: int, sources: Sources
+) -> tuple[Tensor, Tensor | None]:
+    if isinstance(what, Replacement):
+        return read_rows(sources, what.value, start, start + part.shape[0]).to(part).reshape(part.shape), None
     if isinstance(what, Rows):
         inside = (what.indices >= start) & (what.indices < start + part.shape[0])
         result = part.clone()
@@ -184,14 +195,27 @@ def _quotient(magnitude: Tensor, norm: Tensor) -> Tensor:
 
 def tensor_formula(items: Sequence[BoundModule], sources: Sources) -> TensorFormula:
     """What `items`, all modules of one adapter on one stored tensor, do to it. Raises UnsupportedError."""
+    return formula_in_turn([(None, items)], sources)
+
+
+def formula_in_turn(
+    adapters: Sequence[tuple[TensorRef | None, Sequence[BoundModule]]], sources: Sources
+) -> TensorFormula:
+    """What several adapters do to one stored tensor, each to the result of those before it.
+
+    adapters: what replaces the tensor, or None, and the modules on it, for each adapter.
+    """
     steps: list[Step] = []
-    for item in items:
-        rows = item.rows or (0, None)
-        what = _step(item)
-        if isinstance(what, Adapted) and what.by_column and (what.magnitude is not None or what.own_magnitude):
-            before = TensorFormula(tuple(steps), sources)
-            what = _with_column_scale(what, before, item, sources)
-        steps.append(Step(what, *rows))
+    for replacement, items in adapters:
+        if replacement is not None:
+            steps.append(Step(Replacement(replacement)))
+        for item in items:
+            rows = item.rows or (0, None)
+            what = _step(item)
+            if isinstance(what, Adapted) and what.by_column and (what.magnitude is not None or what.own_magnitude):
+                before = TensorFormula(tuple(steps), sources)
+                what = _with_column_scale(what, before, item, sources)
+            steps.append(Step(what, *rows))
     return TensorFormula(tuple(steps), sources)
 
 

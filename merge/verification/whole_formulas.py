@@ -1,7 +1,7 @@
 """The formula of every stored tensor, a combination's included, and whole weights computed by it.
 
-A combination is computed whole in float64, from its definition (combination_definition.py), which shares nothing with
-the merge.
+A combination is computed in float64 from its definition (combination_definition.py), which shares nothing with the
+merge: sums and adapters in turn by blocks of rows, what depends on the order of all elements whole.
 """
 
 from __future__ import annotations
@@ -9,7 +9,6 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -20,7 +19,7 @@ from adapter_merge.storage.input_files import Sources
 from adapter_merge.storage.tensor_io import read_tensor
 
 from .combination_definition import defined_delta
-from .weight_formulas import Formula, tensor_formula
+from .weight_formulas import Formula, formula_in_turn, tensor_formula
 
 FLOAT32_ERROR = 8 * 2**-24  # a few roundings of a float32 sum, relative to its terms
 UNSURE_SHARE = 1e-2  # of a combined weight: elements beside a threshold, which float32 may take or leave
@@ -38,6 +37,19 @@ class _Whole:
         return self.weight[rows], None if self.slack is None else self.slack[rows]
 
 
+@dataclass(frozen=True, eq=False)
+class _Sum:
+    """W0 + sum_i w_i (W_i - W0): a linear combination of the weights W_i that each adapter makes alone."""
+
+    terms: tuple[tuple[float, Formula], ...]
+
+    def after(self, base: Tensor, first: int) -> tuple[Tensor, Tensor | None]:
+        result = base
+        for weight, formula in self.terms:
+            result = result + weight * (formula.after(base, first)[0] - base)
+        return result, None
+
+
 def modules_by_tensor(bound: BoundAdapter) -> dict[str, list[BoundModule]]:
     """The modules of each tensor that is written: an expert is one of many in its tensor."""
     found: dict[str, list[BoundModule]] = {}
@@ -52,21 +64,18 @@ def formula_of(items: Sequence[BoundModule], sources: Sources) -> Formula:
     return _combined(item, sources) if isinstance(item, CombinedModule) else tensor_formula(items, sources)
 
 
-def _combined(item: CombinedModule, sources: Sources) -> _Whole:
+def _combined(item: CombinedModule, sources: Sources) -> Formula:
+    """The formula of a combination: block by block in turn and for sums, else computed whole."""
     whole = item.combination
+    shares = [(share.replacement, share.modules) for share in whole.shares]
+    if whole.in_turn:
+        return formula_in_turn(shares, sources)
+    alone = [formula_in_turn([share], sources) for share in shares]
+    if whole.settings.method == "linear":
+        return _Sum(tuple((share.weight, formula) for share, formula in zip(whole.shares, alone, strict=True)))
     base = read_tensor(item.weight).to(torch.float64)
     rows = base.reshape(1, -1) if base.dim() < 2 else base.reshape(-1, base.shape[-1])
-
-    def alone(share: Any, weight: Tensor) -> Tensor:
-        start = weight if share.replacement is None else read_tensor(share.replacement).to(weight).reshape(weight.shape)
-        return tensor_formula(share.modules, sources).after(start, 0)[0] if share.modules else start
-
-    if whole.in_turn:
-        after = rows
-        for share in whole.shares:
-            after = alone(share, after)
-        return _Whole(after, None)
-    deltas = [alone(share, rows) - rows for share in whole.shares]
+    deltas = [formula.after(rows, 0)[0] - rows for formula in alone]
     noise = sum((delta.abs() for delta in deltas), rows.abs() + typical_size(rows)) * FLOAT32_ERROR
     parts = whole.parts([share.edit(torch.float64) for share in whole.shares])
     combined, unsure = defined_delta(deltas, parts, whole.settings, noise)

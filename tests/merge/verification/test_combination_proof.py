@@ -26,7 +26,7 @@ from adapter_merge.errors import FileFormatError, InputError
 from adapter_merge.methods.canonical_form import CanonicalForm
 from adapter_merge.outputs.integrity import check_restored, inputs_of
 from adapter_merge.verification.combination_definition import defined_delta
-from adapter_merge.verification.live_combination import combined_model
+from adapter_merge.verification.live_model import trained_model
 
 peft = pytest.importorskip("peft", reason="PEFT is the oracle (extra verify)")
 
@@ -117,7 +117,7 @@ def test_the_live_reference_is_what_peft_says(
 ) -> None:
     density, gamma = (1.0, 0.0) if method == "linear" else (0.4, 0.05 if method == "breadcrumbs" else 0.0)
     bound = open_pair(base, recipe(adapters, WEIGHTS, method=method, density=density, gamma=gamma))
-    got = combined_model(bound, torch.float64).state_dict()  # type: ignore[arg-type]
+    got = trained_model(bound, torch.float64).state_dict()
     before, own = load(base, torch.float64).state_dict(), effects(base, adapters)
     for key, value in got.items():
         names = [name for name in WEIGHTS if key in own[name]]
@@ -132,14 +132,14 @@ def test_the_live_reference_is_what_peft_says(
 def test_the_live_reference_in_turn_is_what_peft_says(base: Path, adapters: dict[str, Path]) -> None:
     order = ["dora", "lora", "rslora"]
     made = make_recipe([Ingredient(name, str(adapters[name])) for name in order], Settings(IN_TURN))
-    got = combined_model(open_pair(base, made), torch.float64).state_dict()  # type: ignore[arg-type]
+    got = trained_model(open_pair(base, made), torch.float64).state_dict()
     wanted = one_after_the_other(base, [adapters[name] for name in order])
     for key, value in got.items():
         torch.testing.assert_close(value, wanted[key], atol=5e-6, rtol=0, msg=key)
 
 
 @pytest.mark.slow
-def test_conv1d_and_biases_are_read_off_live_layers(tmp_path: Path) -> None:
+def test_conv1d_and_biases(tmp_path: Path) -> None:
     with quiet():
         base = gpt2(tmp_path / "base")
     for seed, name in enumerate("ab"):
@@ -152,8 +152,15 @@ def test_conv1d_and_biases_are_read_off_live_layers(tmp_path: Path) -> None:
     report = verify(base, made, tmp_path / "merged", VerifyOptions(generated=4)).as_json()
     assert report["passed"] and any(name.endswith("bias") for name in report["layers"])
     with quiet():
-        models = [load(tmp_path / "merged"), combined_model(open_pair(base, made))]  # type: ignore[arg-type]
+        models = [load(tmp_path / "merged"), trained_model(open_pair(base, made))]
     torch.testing.assert_close(logits(models[0]), logits(models[1]), atol=2e-5, rtol=0)
+    chain = make_recipe([Ingredient(name, str(tmp_path / name)) for name in "ba"], Settings(IN_TURN))
+    wanted = one_after_the_other(base, [tmp_path / name for name in "ba"])
+    got = trained_model(open_pair(base, chain), torch.float64).state_dict()
+    for key, value in got.items():  # the norms of columns are those of the weight that the first adapter has changed
+        torch.testing.assert_close(value, wanted[key], atol=5e-6, rtol=0, msg=key)
+    merge(base, chain, tmp_path / "chain", MergeOptions(device="cpu"))
+    assert verify(base, chain, tmp_path / "chain", VerifyOptions(weights_only=True)).passed
 
 
 def test_only_elements_beside_an_edge_are_unsure() -> None:
