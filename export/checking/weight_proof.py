@@ -1,7 +1,8 @@
 """Comparison of an export's weights with the adapter as trained, one by one; no model is run.
 
 products    the matrix of every product against the linears of the checkpoint that it computes: the method's formula in
-            float64 where an adapter is merged into it, the base's values elsewhere
+            float64 where an adapter is merged into it, the base's values elsewhere; of quantised matrices, whether each
+            code is the nearest one to these values for its scale (packed_products.py)
 factors     switchable and batched: W0 + A B, times the row scale, from the tensors of the adapter's file or stack
 others      embeddings, norms and biases against the base's
 
@@ -35,12 +36,13 @@ from adapter_merge.storage.tensor_io import read_tensor
 from adapter_merge.verification.compare_weights import WEIGHT_TOLERANCE, Progress, WeightFigures
 from adapter_merge.verification.whole_formulas import modules_by_tensor, whole_weight
 
+from .packed_products import PackedRows, is_packed, product_name, read_packed
 from .verdict import find_adapter, header
 
 if TYPE_CHECKING:
     import onnx_ir as ir
 
-DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
+DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16, "int4": torch.float32}
 HEAD, EMBEDDINGS = "lm_head.weight", "model.embed_tokens.weight"
 FACTOR_ROUNDINGS = 4  # A, B and the scale are rounded once each; their product may be off by as many ulp
 OFFSET_NORMS = ("gemma",)  # families whose norms multiply by 1 + weight: the builder stores the sum
@@ -77,14 +79,19 @@ def verify_weights(
     "compared" (their number, the base's own tensors included), "notes" (initialisers that no tensor of the base
     belongs to), "problems" and "passed".
 
-    Raises InputError for an int4 export, whose weights are no roundings of the trained ones, and for an encoder.
+    Raises InputError for an encoder: torch's tracer folds and renames its matrices, so that a graph does not say which
+    linear a matrix belongs to.
     """
     folder = Path(artefact)
     check_packages("onnx_ir")
     manifest = read_export(folder)
     if manifest.kind != "decoder" or manifest.precision not in DTYPES:
-        what = "int4 weights" if manifest.kind == "decoder" else "the weights of an encoder's export"
-        raise InputError(f"{folder}: {what} are not compared one by one", hint="leave --weights-only out")
+        raise InputError(
+            f"{folder}: the weights of this export are not compared one by one",
+            expected="a decoder of the model builder: a traced graph does not say which linear a matrix belongs to",
+            got=f"{manifest.kind}, {manifest.precision}",
+            hint="leave --weights-only out: logits prove it",
+        )
     bound = open_pair(base, adapter, base_kind, options) if adapter is not None else None
     checkpoint = bound.base if bound is not None else open_base(base)
     chosen = find_adapter(folder, manifest.adapters, adapter, name, manifest.mode)
@@ -92,7 +99,8 @@ def verify_weights(
     layout = read_layout(model.metadata_props, str(folder / "model.onnx"))
     held = {name for one in layout.targets for name in (one.down_name, one.up_name, one.scale_name)}
     factors, heads = _adapter(folder, manifest, layout, chosen, graph)
-    proof = _Proof(checkpoint, bound, DTYPES[manifest.precision], graph, factors, heads, held, progress)
+    kept = torch.float16 if manifest.precision == "int4" and manifest.device == "cuda" else DTYPES[manifest.precision]
+    proof = _Proof(checkpoint, bound, kept, graph, factors, heads, held, progress)
     proof.run(_all_nodes(model.graph))
     return {
         **header(folder, manifest, chosen, adapter),
@@ -132,11 +140,11 @@ class _Proof:
 
     def run(self, nodes: list[ir.Node]) -> None:
         """Compare the products, then every other initialiser, then look for what is missing."""
-        products = {node.name.removeprefix("plain"): node for node in nodes if node.op_type in ("MatMul", "Gemm")}
+        products = {_name(node): node for node in nodes if node.op_type in ("MatMul", "Gemm") or is_packed(node)}
         shapes = {name: ref.shape for name, ref in self.checkpoint.tensors.items()}
         for target in decoder_targets([name for name in products if name], shapes, head=True):
             for node in nodes:
-                if node.name.removeprefix("plain") == target.nodes[0]:
+                if _name(node) == target.nodes[0]:
                     self._product(target, node)
         self._others()
         self._heads()
@@ -169,27 +177,33 @@ class _Proof:
         return FACTOR_ROUNDINGS * torch.finfo(self.kept).eps
 
     def _product(self, target: Target, node: ir.Node) -> None:
+        matrix = read_packed(node, self._read) if is_packed(node) else self._matrix(node)
+        if matrix is None:
+            self.problems.append(f"{node.name} does not multiply by a stored matrix")
+            return
+        if tuple(matrix.shape) != (target.n, target.k):
+            self.problems.append(f"{node.name} multiplies by {tuple(matrix.shape)} instead of {(target.n, target.k)}")
+            return
+        for part in target.parts:
+            self._weight(f"{part.module}.weight", matrix[part.start : part.start + part.size], target, part.start)
+            bias = self.graph.get(f"{_name(node).strip('/').replace('/', '.')[:-7]}.Add.bias")
+            if bias is not None and bias.name is not None:
+                stated = self._read(bias.name)[part.start : part.start + part.size]
+                self._plain(f"{part.module}.bias", stated)
+
+    def _matrix(self, node: ir.Node) -> Tensor | None:
+        """Return the matrix (n, k) of a product of floats; None where it is not stored."""
         value = node.inputs[1]
         turned = value is not None and value.producer() is not None
         if turned:
             producer = value.producer()
             value = producer.inputs[0] if producer is not None and producer.op_type == "Transpose" else None
         if value is None or value.name not in self.graph:
-            self.problems.append(f"{node.name} does not multiply by a stored matrix")
-            return
+            return None
         stored = self._read(value.name)
-        matrix = stored if turned else stored.T  # (n, k)
-        if tuple(matrix.shape) != (target.n, target.k):
-            self.problems.append(f"{node.name} multiplies by {tuple(matrix.shape)} instead of {(target.n, target.k)}")
-            return
-        for part in target.parts:
-            self._weight(f"{part.module}.weight", matrix[part.start : part.start + part.size], target, part.start)
-            bias = self.graph.get(f"{node.name.removeprefix('plain').strip('/').replace('/', '.')[:-7]}.Add.bias")
-            if bias is not None and bias.name is not None:
-                stated = self._read(bias.name)[part.start : part.start + part.size]
-                self._plain(f"{part.module}.bias", stated)
+        return stored if turned else stored.T
 
-    def _weight(self, name: str, got: Tensor, target: Target, start: int) -> None:
+    def _weight(self, name: str, got: Tensor | PackedRows, target: Target, start: int) -> None:
         """Compare the rows of one linear, (size, k) as the graph has them, with the checkpoint's and the adapter's."""
         source = name
         if name == HEAD and name not in self.checkpoint.tensors and name not in self.replacements:
@@ -209,13 +223,22 @@ class _Proof:
         self._adapted(source, items, got, change)
 
     def _adapted(
-        self, name: str, items: Sequence[BoundModule], got: Tensor, change: Callable[[Tensor], Tensor] | None
+        self,
+        name: str,
+        items: Sequence[BoundModule],
+        got: Tensor | PackedRows,
+        change: Callable[[Tensor], Tensor] | None,
     ) -> None:
         """Compare W' with the formula; change: what the export computes from W0, None where `got` is W' itself."""
         base, exact, slack = whole_weight(items)
-        after = got.double().reshape(exact.shape) if change is None else change(base)
-        off = (after - exact).abs()
-        half = torch.finfo(self.kept).eps / 2 if change is None and self.kept != torch.float32 else 0.0
+        half = 0.0
+        if change is not None:
+            off = (change(base) - exact).abs()
+        elif isinstance(got, PackedRows):
+            off = got.excess(exact)
+        else:
+            off = (got.double().reshape(exact.shape) - exact).abs()
+            half = torch.finfo(self.kept).eps / 2 if self.kept != torch.float32 else 0.0
         off = (off - half * exact.abs() - (slack if slack is not None else 0.0)).clamp_min(0)
         size = float(torch.linalg.vector_norm(exact - base))
         error = float(torch.linalg.vector_norm(off))
@@ -227,14 +250,18 @@ class _Proof:
         self.layers[name] = WeightFigures(worst, 0.0, str(self.kept).removeprefix("torch."))
         self._used_tensor(name, base.nbytes)
 
-    def _plain(self, name: str, got: Tensor, replaced: bool = True) -> None:
-        """Compare a tensor that no adapter changes, rounded once to the export's dtype."""
+    def _plain(self, name: str, got: Tensor | PackedRows, replaced: bool = True) -> None:
+        """Compare a tensor that no adapter changes, rounded once to the export's dtype or quantised."""
         if name not in self.checkpoint.tensors:
             self.problems.append(f"{name} is in the graph, and not in the base")
             return
         ref = self.replacements.get(name) if replaced else None
         wanted = (read_tensor(ref) if ref is not None else self._base(name)).reshape(got.shape)
-        if not torch.equal(wanted.to(self.kept), got):
+        if isinstance(got, PackedRows):
+            is_same = not bool(got.excess(wanted.double()).any())
+        else:
+            is_same = torch.equal(wanted.to(self.kept), got)
+        if not is_same:
             self.problems.append(f"{name} was changed")
         self._used_tensor(name, wanted.nbytes)
 
@@ -282,6 +309,11 @@ class _Proof:
     def _read(self, name: str) -> Tensor:
         self._used.add(name)
         return _tensor(self.graph[name])
+
+
+def _name(node: ir.Node) -> str:
+    """Return the model builder's name of a product."""
+    return product_name((node.name or "").removeprefix("plain"))
 
 
 def _open(folder: Path) -> tuple[ir.Model, dict[str, ir.Value]]:

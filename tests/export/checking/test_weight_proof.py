@@ -13,7 +13,7 @@ pytest.importorskip("onnxruntime_genai")
 
 from adapter_merge.api.options import VerifyOptions
 from adapter_merge.api.verify import verify
-from adapter_merge.errors import AdapterError, InputError
+from adapter_merge.errors import AdapterError
 from adapter_merge.export.exporting import export_model
 
 pytestmark = pytest.mark.onnx
@@ -96,9 +96,32 @@ def test_an_adapted_embedding_and_head(pico: Path, tmp_path: Path) -> None:
         export(pico, {"a": adapter}, tmp_path / "no", mode="switchable")
 
 
-def test_quantised_weights_are_no_roundings_of_the_trained_ones(
+@pytest.mark.parametrize("kind", ["llama", "qwen2"])
+def test_the_codes_of_quantised_weights_are_the_nearest_to_the_trained_ones(kind: str, tmp_path: Path) -> None:
+    base = save_pico(tmp_path / "base", kind)
+    adapter, other = save_lora(base, tmp_path / "adapter", 1), save_lora(base, tmp_path / "other", 2)
+    out = export(base, {"a": adapter}, tmp_path / "out", precision="int4")
+    report = verify(base, adapter, out, WEIGHTS).as_json()
+    assert report["passed"], report["problems"]
+    assert len(report["layers"]) == 14
+    assert not verify(base, other, out, WEIGHTS).passed
+    held = ir.load(out / "model.onnx").graph.initializers
+    scales = next(name for name in held if "down_proj" in name and "scale" in name)
+    codes = next(name for name in held if "o_proj" in name and held[name].const_value.numpy().dtype == "uint8")
+    head = next(name for name in held if "lm_head" in name and held[name].const_value.numpy().dtype == "uint8")
+    for name, change in ((scales, "scaled"), (codes, "zeroed"), (head, "zeroed")):
+        wrong = Path(shutil.copytree(out, tmp_path / "wrong"))
+        edit(wrong, name, change)
+        assert not verify(base, adapter, wrong, WEIGHTS).passed, (name, change)
+        shutil.rmtree(wrong)
+
+
+def test_a_quantised_export_of_the_base_alone_lacks_the_adapter(
     pico: Path, adapters: dict[str, Path], tmp_path: Path
 ) -> None:
-    out = export(pico, {"lora": adapters["lora"]}, tmp_path / "out", precision="int4")
-    with pytest.raises(InputError, match="int4 weights are not compared"):
-        verify(pico, adapters["lora"], out, WEIGHTS)
+    """A quantised base lies within a step of the merged model too: its codes tell the two apart."""
+    plain = export(pico, {}, tmp_path / "plain", precision="int4")
+    merged = export(pico, {"lora": adapters["lora"]}, tmp_path / "merged", precision="int4")
+    for file in plain.glob("model.onnx*"):
+        shutil.copy(file, merged)
+    assert not verify(pico, adapters["lora"], merged, WEIGHTS).passed
