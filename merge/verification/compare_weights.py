@@ -81,19 +81,25 @@ def compare_blocks(
         change = after - base
         stored = got(first, stop, base)
         wanted = change if is_delta else after
-        found = stored.to(torch.float64)
-        off = (found - wanted).abs()
+        off = stored.to(torch.float64) - wanted
         if slack is not None:
-            off = (off - slack).clamp_min(0)
-        size += float(change.square().sum())
-        error += float(off.square().sum())
+            off = (off.abs() - slack).clamp_min(0)
+        size += _square(change)
+        error += _square(off)
         wrong = off != 0 if stored.dtype == torch.float64 else (wanted.to(kept) != stored)
         if bool(wrong.any()):
             places = wrong.nonzero(as_tuple=True)
-            excess = max(excess, float(_excess(wanted[places], off[places], base[places], change[places], kept, base)))
+            near = base[places], change[places], kept, base
+            excess = max(excess, float(_excess(wanted[places], off[places].abs(), *near)))
     if math.isnan(error) or math.isnan(excess):
         return WeightFigures(math.inf, math.inf, dtype)
     return WeightFigures(math.sqrt(error / size) if size else math.sqrt(error), excess, dtype)
+
+
+def _square(block: Tensor) -> float:
+    """Return the sum of squares of a block of float64."""
+    flat = block.reshape(-1)
+    return float(flat.dot(flat))
 
 
 def _excess(wanted: Tensor, off: Tensor, base: Tensor, change: Tensor, kept: torch.dtype, block: Tensor) -> Tensor:

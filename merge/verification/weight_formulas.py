@@ -38,7 +38,7 @@ from adapter_merge.storage.tensor_io import TORCH_DTYPES, read_tensor
 
 from .formulas import Subtracted, dcft_scale, subtracted_from
 
-BLOCK = 1 << 17  # elements of a block: 1 MiB in float64
+BLOCK = 1 << 16  # elements of a block: 512 KiB in float64, so that its temporaries stay in the cache
 _LEAST = torch.finfo(torch.float64).tiny
 
 Delta = Callable[[int, int], Tensor]  # (first, stop) -> rows of the delta, float64
