@@ -57,6 +57,7 @@ def test_a_built_wheel_holds_everything(built: Path) -> None:
     assert "adapter_merge = adapter_merge.serve.plugin:register" in entry_points
 
 
+@pytest.mark.slow
 def test_the_sdist_holds_what_the_wheel_is_built_from(built: Path) -> None:
     (sdist,) = built.glob("*.tar.gz")
     with tarfile.open(sdist) as archive:
@@ -65,6 +66,7 @@ def test_the_sdist_holds_what_the_wheel_is_built_from(built: Path) -> None:
     assert {"LICENSE", "README.md", "pyproject.toml"} | sources <= names, sorted(sources - names)[:5]
 
 
+@pytest.mark.slow
 def test_the_wheel_runs_where_nothing_else_of_the_repository_is(built: Path, tmp_path: Path) -> None:
     """A fresh environment with the wheel; its dependencies are those of this one (tests/run installs them as well)."""
     (wheel,) = built.glob("*.whl")

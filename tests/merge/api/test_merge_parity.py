@@ -34,6 +34,7 @@ def check(got: torch.Tensor, want: torch.Tensor) -> None:
     assert torch.equal(got.argmax(-1), want.argmax(-1))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("method", pico.METHODS)
 @pytest.mark.parametrize("kind", pico.ARCHITECTURES)
 def test_merged_and_factored_logits_equal_the_live_peft_model(kind: str, method: str, tmp_path: Path) -> None:
@@ -160,6 +161,7 @@ def test_bf16_merge_is_peft_s_to_the_bit_or_the_correct_rounding(method: str, tm
     assert differing <= 0.0005 * sum(tensor.numel() for tensor in exact.values())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("artefact", ["merged", "factors", "delta", "adapter"])
 @pytest.mark.parametrize("method", ["dude", "dcft"])
 def test_verify_passes_what_is_equal_and_fails_what_is_not(method: str, artefact: str, tmp_path: Path) -> None:

@@ -152,6 +152,7 @@ def test_merged_layers_equal_pefts_live_layers_on_bitsandbytes(use_dora: bool, t
         assert float((got - expected).abs().max()) <= 2e-6 * float(expected.abs().max()), name
 
 
+@pytest.mark.slow
 def test_deltas_and_factors_of_a_quantised_base(bases: Callable[[str], Base], tmp_path: Path) -> None:
     """Deltas against float64, and exact and truncated factors by verify, which loads the dequantised base."""
     base, dense = bases("FP8_BLOCK")

@@ -119,6 +119,7 @@ def check_weights(found: dict[str, Tensor], wanted: dict[str, Tensor], dense: di
     return adapted
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", KINDS)
 def test_whole_merges(kind: str, bases: Callable[[str], Base], loras: Callable[[bool], Path], tmp_path: Path) -> None:
     base, dense = bases(kind)

@@ -79,6 +79,7 @@ def test_it_is_the_merge_into_the_stored_nf4_base(
     assert content["adapters"][0]["stated"] == {"trained_on": "nf4-double"}
 
 
+@pytest.mark.slow
 def test_verify_and_factors_take_the_same_statement(
     work: tuple[Path, Path, dict[str, Tensor]], make: Callable[..., Path], tmp_path: Path
 ) -> None:

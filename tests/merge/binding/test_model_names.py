@@ -141,6 +141,7 @@ def test_adapter_on_vision_and_language(name: str, bases: Callable[[str], Path],
     assert worst(tmp_path / "out", expected, name) < TOLERANCE
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", OLD)
 @pytest.mark.parametrize("layout", ["hub", "run-time"])
 def test_adapter_trained_under_old_names(name: str, layout: str, bases: Callable[[str], Path], tmp_path: Path) -> None:
@@ -167,6 +168,7 @@ def test_adapter_trained_under_old_names(name: str, layout: str, bases: Callable
     assert worst(tmp_path / "out", expected, name) < TOLERANCE
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "options"),
     [

@@ -92,6 +92,7 @@ def test_verbose_says_what_is_read_decided_and_written(work: Path, tmp_path: Pat
     assert "info:" not in run("merge", *pair, "-o", tmp_path / "three").err
 
 
+@pytest.mark.slow
 def test_colour_is_a_choice(work: Path) -> None:
     def colours(*arguments: object, **environment: str) -> bool:
         plain = {key: value for key, value in os.environ.items() if key not in ("NO_COLOR", "FORCE_COLOR")}

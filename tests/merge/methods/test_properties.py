@@ -178,6 +178,7 @@ def write_adapter(
     return folder
 
 
+@pytest.mark.slow
 @settings(max_examples=15, deadline=None)
 @given(
     st.lists(st.tuples(SIZES, SIZES), min_size=2, max_size=2),

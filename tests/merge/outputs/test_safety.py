@@ -146,6 +146,7 @@ cli.main()
 """
 
 
+@pytest.mark.slow
 @pytest.mark.preloaded()  # the signal is for the process itself
 def test_interrupt_exits_130_and_leaves_nothing(tmp_path: Path) -> None:
     tensors = base_tensors(layers=4, factor=24)

@@ -323,6 +323,7 @@ def test_pictures_are_drawn_for_a_card(factors: Path, tmp_path: Path) -> None:
         assert data.startswith(b"\x89PNG") and 3_000 < len(data) < 300_000
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("layers, kinds", [(1, 1), (126, 16), (3, 2)])
 def test_pictures_of_small_and_large_models_fit(layers: int, kinds: int, factors: Path) -> None:
     content = gather(factors)

@@ -39,6 +39,7 @@ def edit(name: str, text: str) -> Callable[[Path], None]:
     return lambda folder: (folder / name).write_text(text, "utf-8") and None  # type: ignore[return-value]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "spoil, problem, note",
     [

@@ -60,6 +60,7 @@ def edit(file: Path, change: Callable[[dict[str, torch.Tensor]], None]) -> None:
     save_file(tensors, file, {"format": "pt"})
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("case", LIVE)
 def test_a_right_merge_passes_one_layer_at_a_time(
     case: str, base: Callable[[str], Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -153,6 +154,7 @@ def test_other_changes_of_a_merged_model_fail_by_verdict(
     assert not report["passed"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["mixtral", "jamba", "qwen3_moe"])
 def test_a_mixture_of_experts_is_compared_in_float64(name: str, tmp_path: Path) -> None:
     """torch's grouped product of experts takes no float64: verify asks for it where float32 noise is too large."""
