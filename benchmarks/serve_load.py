@@ -219,6 +219,8 @@ class Mixed:
     async def traffic(self, end: float) -> None:
         while self.next < self.options.requests or time.monotonic() < end:
             self.next += 1
+            if self.next % 1000 == 0:
+                print(f"{self.next} requests, {len(self.wrong)} wrong", file=sys.stderr, flush=True)
             name = self.chooser.choice([NO_ADAPTER, *self.stable, *MOVING])
             await self.check(name, None if name in MOVING else {name})
 

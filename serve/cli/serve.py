@@ -11,6 +11,7 @@ import click
 
 from adapter_merge.cli.options.adapters import adapter_options, as_typed, one_stated, stated_of
 from adapter_merge.cli.options.command import Command, command, option
+from adapter_merge.cli.options.inputs import named_inputs
 from adapter_merge.cli.options.shared import dry_run_option, report_options
 from adapter_merge.cli.options.values import SIZE, SOURCE
 from adapter_merge.serve.conversion.cache import DEFAULT_BYTES
@@ -45,7 +46,7 @@ class WithRest(Command):
     ],
 )
 @click.argument("base", type=SOURCE)
-@click.argument("adapters", type=SOURCE, nargs=-1, metavar="[NAME=ADAPTER]...")
+@click.argument("adapters", type=SOURCE, nargs=-1, metavar="[[NAME=]ADAPTER]...")
 @option(
     "--adapter-dir",
     help="Serve any adapter in this folder by its folder's name, from the first request for it on.",
@@ -146,7 +147,7 @@ def serve(
 
     BASE and ADAPTER are folders or hub ids. An adapter may be a DCFT, DuDe, LoRA, rsLoRA, PiSSA or DoRA
     adapter in any form that `inspect` knows; it is converted once and kept in a cache. A request chooses its
-    adapter by the model's name. Flags behind -- go to vLLM as they are.
+    adapter by the model's name; an adapter without NAME has its folder's. Flags behind -- go to vLLM as they are.
     """
     if (Path(base) / "model.onnx").is_file():
         _serve_export(ctx, Path(base), quiet)
@@ -154,10 +155,12 @@ def serve(
     from adapter_merge.serve.conversion.cache import Cache
     from adapter_merge.serve.conversion.processes import Limits
     from adapter_merge.serve.launch.emit import Service, kubernetes, ray
-    from adapter_merge.serve.launch.flags import shell_line
+    from adapter_merge.serve.launch.flags import check_with_vllm, shell_line
     from adapter_merge.serve.launch.plan import make_plan
     from adapter_merge.serve.launch.process import run
 
+    if emit is None:
+        adapters = _with_names(adapters)
     direct = {"--host": host, "--port": port, "--api-key": api_key, "--shutdown-timeout": shutdown_timeout}
     rest = _joined(direct, ctx.meta["rest"])
     if emit is not None:
@@ -195,6 +198,8 @@ def serve(
         stated=_stated(adapters),
     )
     if dry_run:
+        if ctx.meta["rest"]:
+            check_with_vllm(plan.command())
         about = plan.describe()
         click.echo(json.dumps(about, indent=2) if as_json else _readable(about, shell_line))
         return
@@ -217,6 +222,12 @@ def _serve_export(ctx: click.Context, folder: Path, quiet: bool) -> None:
     options = {name: ctx.params[name] for name in OF_EXPORTS[1:-1] if ctx.params[name] is not None}
     served = import_module("adapter_merge.export.serving.command")
     served.serve_export(folder, **options, say=lambda line: None if quiet else click.echo(line, err=True))
+
+
+def _with_names(adapters: tuple[str, ...]) -> tuple[str, ...]:
+    """NAME=ADAPTER for each; an adapter without a name gets its folder's."""
+    named = named_inputs(adapters)
+    return tuple(text if "=" in text else made for text, made in zip(adapters, named, strict=True))
 
 
 def _joined(direct: dict[str, Any], rest: list[str]) -> list[str]:

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import ipaddress
+import os
 import shlex
+import subprocess
 from collections.abc import Mapping, Sequence
 from importlib.metadata import PackageNotFoundError, version
 
-from adapter_merge.errors import Problem
+from adapter_merge.errors import InputError, Problem
 
 # Flags that only adapter-merge can set.
 OURS = ("--model", "--lora-modules", "--enable-lora")
@@ -57,6 +59,38 @@ def is_loopback(host: str) -> bool:
 def has_key(rest: Sequence[str], environment: Mapping[str, str]) -> bool:
     """True when vLLM's server will ask for a key."""
     return bool(option(rest, "--api-key") or (not has_option(rest, "--api-key") and environment.get("VLLM_API_KEY")))
+
+
+# vLLM's parser of its server's command line, where 0.28, 0.32 and 0.33 have it.
+PARSE = """
+import importlib, sys
+from vllm.utils.argparse_utils import FlexibleArgumentParser
+for place in ("openai", "launchers", "common"):
+    try:
+        made = importlib.import_module(f"vllm.entrypoints.{place}.cli_args").make_arg_parser
+        break
+    except (ImportError, AttributeError):
+        continue
+made(FlexibleArgumentParser(prog="vLLM")).parse_args(sys.argv[1:])
+"""
+
+
+def check_with_vllm(command: Sequence[str]) -> None:
+    """Let vLLM read the flags of `command` (python -m MODULE FLAGS). Raises InputError with what it says of them."""
+    quiet = {"VLLM_PLUGINS": "", "VLLM_LOGGING_LEVEL": "ERROR", "VLLM_NO_USAGE_STATS": "1"}
+    found = subprocess.run(
+        [command[0], "-W", "ignore", "-c", PARSE, *command[3:]],
+        env={**os.environ, **quiet},
+        stdin=subprocess.DEVNULL,
+        capture_output=True,
+        text=True,
+    )
+    if found.returncode:
+        last = (found.stderr.strip().splitlines() or [f"exit code {found.returncode}"])[-1]
+        raise InputError(
+            f"vLLM refuses its flags: {last.removeprefix('vLLM: error: ')}",
+            hint="python -m vllm.entrypoints.openai.api_server --help=all lists them",
+        )
 
 
 def flag_problems(rest: Sequence[str], loading: bool) -> list[Problem]:

@@ -40,6 +40,10 @@ GUARDS = (
 CPU_CACHE, CPU_CACHE_GIB = "VLLM_CPU_KVCACHE_SPACE", "2"
 DEFAULT_ACTIVE = 16
 SMALLEST_RANK_FOR_LOADING = 16
+REMOTE = (
+    "a bucket is mounted or copied there; a hub repository of adapters too: hf download ORG/REPO --local-dir DIR. "
+    "One adapter of the hub is NAME=ORG/REPO, or NAME=ORG/REPO/FOLDER"
+)
 DEFAULT_LIMITS = Limits()
 
 
@@ -242,7 +246,7 @@ def make_plan(
         except InputError as error:
             problems += error.problems
     if adapter_dir is not None and not adapter_dir.is_dir():
-        problems.append(Problem(f"--adapter-dir {adapter_dir}: no such folder"))
+        problems.append(Problem(f"--adapter-dir {adapter_dir}: no such folder", "a local folder", hint=REMOTE))
     problems += [Problem(f"--adapter-root {root}: no such folder") for root in roots if not root.is_dir()]
     if roots and not loading:
         problems.append(Problem("--adapter-root is for --allow-loading, which is not given"))

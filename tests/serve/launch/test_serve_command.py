@@ -292,3 +292,32 @@ def test_options_are_read_as_vllm_reads_them() -> None:
     assert option(["--max_lora_rank=8"], "--max-lora-rank") == "8"
     assert option(["--port"], "--port") is None
     assert option([], "--port") is None
+
+
+def test_adapters_without_names_have_their_folders(
+    qwen2: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("ADAPTER_MERGE_CACHE", str(tmp_path / "cache"))
+    raw = qwen2.adapters["lora-1"].raw
+    for place in ("one", "two"):
+        shutil.copytree(raw, tmp_path / place / "support bot")
+    places = [str(tmp_path / place / "support bot") for place in ("one", "two")]
+    arguments = [str(qwen2.base), *places, f"sql={raw}", "--dry-run", "--json"]
+    about = json.loads(CliRunner().invoke(serve, arguments, catch_exceptions=False).stdout)
+    assert {name: each["source"] for name, each in about["adapters"].items()} == {
+        "support-bot": places[0],
+        "support-bot-2": places[1],
+        "sql": str(raw),
+    }
+
+
+def test_a_dry_run_lets_vllm_read_its_flags(qwen2: World, tmp_path: Path) -> None:
+    arguments = [str(qwen2.base), f"a={qwen2.adapters['lora-1'].raw}", "--dry-run", "--"]
+    for flags, words in (
+        (["--max-modle-len", "512"], "--max-modle-len"),
+        (["--max-num-seqs", "many"], "max-num-seqs"),
+    ):
+        refused = CliRunner().invoke(serve, [*arguments, *flags])
+        assert isinstance(refused.exception, InputError)
+        assert "vLLM refuses its flags" in str(refused.exception)
+        assert words in str(refused.exception)
