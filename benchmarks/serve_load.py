@@ -348,8 +348,8 @@ def kills(world: World, options: argparse.Namespace) -> dict[str, Any]:
         for server in servers:
             server.wait()
         for number in range(options.rounds):
-            victim, how = servers[number % 2], KILLS[number // 2 % 4]
-            other = servers[1 - number % 2]
+            place = (number + number // 4) % 2  # each kind hits both
+            victim, other, how = servers[place], servers[1 - place], KILLS[number % 4]
             for kind in chooser.sample(names, 3):  # the same values under another key: one more field in the config
                 name = f"new-{number}-{kind}"
                 folder = shutil.copytree(world.adapters[kind].raw, directory / f".{name}")
@@ -379,9 +379,10 @@ def kills(world: World, options: argparse.Namespace) -> dict[str, Any]:
                           if (problem := world.right(victim, name, kind, world.questions[0]))]  # fmt: skip
             else:
                 gone += everyone
-                servers[number % 2] = start().wait()
+                servers[place] = start().wait()
             wrong += [f"round {number}: {entry.folder.name}: {problems}" for entry, problems in cache.verify()]
             counts[how] += 1
+            print(f"round {number}, {how}: {len(wrong)} wrong", file=sys.stderr, flush=True)
         for server in servers:
             for name, kind in fresh.items():
                 wrong += filter(None, [world.right(server, name, kind, world.questions[1])])
