@@ -23,7 +23,7 @@ from adapter_merge.serve.conversion.cache import Cache
 from adapter_merge.serve.conversion.served import Converter
 from adapter_merge.serve.conversion.stating import Stated
 
-pytestmark = [pytest.mark.vllm, pytest.mark.filterwarnings("ignore")]
+pytestmark = pytest.mark.filterwarnings("ignore")
 
 RESIDUAL = Stated({"base_kind": "residual"})
 SCALE = 2.0
@@ -67,6 +67,7 @@ def make_trained(
     return adapter
 
 
+@pytest.mark.vllm
 @pytest.mark.parametrize("kind", KINDS)
 def test_every_kind_of_adapter(run_engine: RunEngine, tmp_path: Path, kind: str) -> None:
     plain = make_base(tmp_path / "plain", "llama")
