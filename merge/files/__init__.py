@@ -1,1 +1,1 @@
-"""Files, paths and text from outside: hashes, locks, links, snapshots, the hub. Knows no tensors."""
+"""Files, paths and text from outside: hashes, locks, links, snapshots, the hub. Nothing here depends on tensors."""

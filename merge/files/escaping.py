@@ -1,8 +1,7 @@
-"""Text of other people in our texts: names and settings from files and paths, escaped for where they are written.
+"""Escaping of names and settings from files and paths, for Markdown, for code blocks in it and for a terminal.
 
-Names that could not be shown as they are (control characters, line ends, marks that turn the direction of text) are
-refused where they are read; everything else keeps its letters and is escaped here, for Markdown, for code in it and for
-a terminal. YAML and JSON are written by their libraries, shell words by shlex.quote.
+Names with control characters, line ends or marks of text direction are refused where they are read; all other
+characters are kept. YAML and JSON are written by their libraries, shell words by shlex.quote.
 """
 
 from __future__ import annotations
@@ -17,21 +16,21 @@ CONTROLS = re.compile("[\x00-\x1f\x7f-\x9f\u2028\u2029\u202a-\u202e\u2066-\u2069
 
 
 def has_controls(text: str) -> bool:
-    """Return True for text that could not be shown as it is: it would end a line, or steer a terminal."""
+    """Return True for text with a control character, which would end a line or control a terminal."""
     return CONTROLS.search(text) is not None
 
 
 def control_problems(names: dict[str, str]) -> list[Problem]:
-    """Return a problem for each of `names` (what it is, by name) that holds a control character."""
+    """Return a problem for each of `names` (name -> description) that holds a control character."""
     return [
-        Problem(f"{what} {ascii(name)[:200]} holds a control character", expected="one line of printable text")
-        for name, what in names.items()
+        Problem(f"{description} {ascii(name)[:200]} holds a control character", expected="one line of printable text")
+        for name, description in names.items()
         if has_controls(name)
     ]
 
 
 def require_printable(path: Path, kind: type[AdapterMergeError]) -> None:
-    """Raise `kind` for a path that holds a control character: cards, manifests and terminals show it."""
+    """Raise `kind` for a path with a control character, since cards, manifests and terminals show paths."""
     if has_controls(str(path)):
         raise kind(
             f"{str(path)!a}: its name holds a control character",
@@ -41,7 +40,7 @@ def require_printable(path: Path, kind: type[AdapterMergeError]) -> None:
 
 
 def terminal_text(text: str) -> str:
-    """Return `text` for a terminal: its lines stay, other control characters are written as Python writes them."""
+    """Return `text` for a terminal: line ends and tabs are kept, other control characters become Python escapes."""
     return CONTROLS.sub(lambda match: match[0] if match[0] in "\n\t" else ascii(match[0])[1:-1], text)
 
 

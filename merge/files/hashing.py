@@ -23,7 +23,7 @@ class Stopped(Exception):
 
 
 class OrderedDigest:
-    """A sha256 over pieces from several threads: each waits for its turn, with its piece in the core's cache."""
+    """sha256 of pieces from several threads, added in order; a waiting thread keeps its piece in the core's cache."""
 
     def __init__(self) -> None:
         self._digest = hashlib.sha256()
@@ -78,5 +78,5 @@ def hash_files(
     pool = ThreadPoolExecutor(workers or len(os.sched_getaffinity(0)), thread_name_prefix="hash")
     try:
         return dict(zip(paths, pool.map(hash_file, paths), strict=True))
-    finally:  # after an interrupt, only the files that were begun are finished
+    finally:  # after an interrupt, only files whose hashing has begun are finished
         pool.shutdown(cancel_futures=True)

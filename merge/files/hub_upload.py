@@ -8,14 +8,14 @@ from pathlib import Path
 from adapter_merge.errors import InputError, OutputError
 
 REPOSITORY = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
-TOKEN_HINT = "a token that may write: --token, HF_TOKEN or `hf auth login`"
+TOKEN_HINT = "state a token with write permission: --token, HF_TOKEN or `hf auth login`"
 
 
 def check_upload(repository: str, *, replace: bool, token: str | None = None) -> None:
-    """Raise unless `repository` (organisation/name) can be written, before anything is computed.
+    """Raise where `repository` (organisation/name) cannot be written, before anything is computed.
 
-    replace: the repository may exist already. token: None takes the usual places (HF_TOKEN, the login's file). Raises
-    InputError for a name that is none, OutputError for an offline hub, a refused token or a repository that exists.
+    replace: the repository may exist already. token: None uses HF_TOKEN or the token of `hf auth login`. Raises
+    InputError for a wrong name, OutputError for an offline hub, a refused token or a repository that exists.
     """
     from huggingface_hub import HfApi, constants
     from huggingface_hub.errors import HfHubHTTPError, LocalTokenNotFoundError
@@ -31,21 +31,23 @@ def check_upload(repository: str, *, replace: bool, token: str | None = None) ->
         api.whoami()
         exists = api.repo_exists(repository)
     except (HfHubHTTPError, LocalTokenNotFoundError) as error:
-        raise OutputError(f"{repository}: the hub refuses", got=_first_line(error), hint=TOKEN_HINT) from error
-    except Exception as error:  # no connection: the client's own errors differ between its versions
+        raise OutputError(
+            f"{repository}: the hub refuses the token", got=_first_line(error), hint=TOKEN_HINT
+        ) from error
+    except Exception as error:  # no connection: the exception type differs between versions of the client
         raise OutputError(
             f"{repository}: the hub cannot be reached", got=_first_line(error), hint="check the network"
         ) from error
     if exists and not replace:
         raise OutputError(
-            f"{repository}: exists already", hint="another --push-to, or --overwrite to add a commit to it"
+            f"{repository}: exists already", hint="choose another --push-to, or use --overwrite to add a commit to it"
         )
 
 
 def upload_folder(
     folder: Path, repository: str, *, private: bool = True, message: str, token: str | None = None
 ) -> str:
-    """Create `repository` (private unless said otherwise), upload `folder` as one commit, and return the commit's URL.
+    """Create `repository` (private by default), upload `folder` as one commit, and return the commit's URL.
 
     A repository that exists keeps its visibility. Raises OutputError; the folder stays as it is.
     """

@@ -1,4 +1,4 @@
-"""Operating system errors of input files, as errors that name the file and differ from errors of the output."""
+"""Conversion of operating system errors of input files into errors that name the file."""
 
 from __future__ import annotations
 
@@ -22,33 +22,34 @@ def reading(file: Path) -> Iterator[None]:
     except OSError as error:
         raise FileFormatError(
             f"{file}: cannot be read ({error.strerror or error})",
-            hint="check that it is there, its permissions and its disk",
+            hint="check that the file exists, its permissions and its disk",
         ) from error
 
 
 def require_utf8(path: Path, kind: type[AdapterMergeError] = InputError) -> None:
-    """Raise `kind` for a path that manifests and model cards could not state, or that no file system has.
+    """Raise `kind` for a path that is not UTF-8, holds control characters, or is longer than Linux allows.
 
-    It is not UTF-8, holds control characters, or is too long.
+    Manifests and model cards, which state paths, are UTF-8.
     """
     require_printable(path, kind)
-    if len(_bytes(str(path))) >= MAX_PATH_BYTES or any(len(_bytes(part)) > MAX_NAME_BYTES for part in path.parts):
-        raise kind(f"{str(path)[:200]} ...: too long for a file's name", expected=f"at most {MAX_NAME_BYTES} bytes")
-    for real in (False, True):
+    if len(_encode(str(path))) >= MAX_PATH_BYTES or any(len(_encode(part)) > MAX_NAME_BYTES for part in path.parts):
+        raise kind(f"{str(path)[:200]} ...: the name is too long", expected=f"at most {MAX_NAME_BYTES} bytes")
+    for resolved in (False, True):
         try:
-            text = str(path.resolve() if real else path.absolute())
+            text = str(path.resolve() if resolved else path.absolute())
             text.encode("utf-8")
         except UnicodeEncodeError as error:
             raise kind(
-                f"{_bytes(str(path))!r}: its name is not UTF-8",
+                f"{_encode(str(path))!r}: its name is not UTF-8",
                 expected="names in UTF-8, which manifests are written in",
-                got=repr(_bytes(str(path.absolute()))),
+                got=repr(_encode(str(path.absolute()))),
                 hint="rename it, or choose a UTF-8 locale such as LC_ALL=C.UTF-8 if the name is right",
             ) from error
 
 
-def _bytes(text: str) -> bytes:
+def _encode(text: str) -> bytes:
+    """Return the path's bytes as the file system has them; escaped where it has none."""
     try:
         return os.fsencode(text)
-    except UnicodeEncodeError:  # half a character, from JSON
+    except UnicodeEncodeError:  # a lone surrogate, from JSON
         return text.encode("utf-8", "backslashreplace")

@@ -1,4 +1,4 @@
-"""Snapshots of a job's input files, taken before they are read and compared before the result is published."""
+"""Snapshots of input files, taken before the files are read and compared before the output is published."""
 
 from __future__ import annotations
 
@@ -16,15 +16,15 @@ class InputSnapshot:
     """Device, inode, size and times of input files.
 
     The time of the last change (ctime) cannot be set back by a program, unlike the time of the last write, so a file
-    that was changed and put back differs. Files are therefore not hashed again. What is not noticed: a write through a
-    memory map that had written to the same page before the snapshot was taken.
+    that was changed and restored differs. Files are therefore not hashed again. Not detected: a write through a memory
+    map that had written to the same page before the snapshot was taken.
     """
 
     def __init__(self, files: Iterable[Path] = (), may_be_linked: bool = False) -> None:
-        """Take the state of `files` now. Raises FileFormatError for one that is not there.
+        """Take the state of `files` now. Raises FileFormatError for a missing file.
 
-        may_be_linked: another hard link, which changes the ctime and nothing else, is no change of these files: a
-        merge with --link hardlink makes such links of its base's shards.
+        may_be_linked: a new hard link, which changes only the ctime, does not count as a change of these files: a merge
+        with --link hardlink creates such links to its base's shards.
         """
         self._files: dict[Path, tuple[os.stat_result, bool]] = {}
         self._link_times = True
@@ -47,8 +47,8 @@ class InputSnapshot:
     def without_link_times(self) -> InputSnapshot:
         """Return the snapshot without the ctime of files that may be linked.
 
-        A merge with --link hardlink makes links of such files and removes those of a killed run: the ctime changes
-        while the number of links may be what it was.
+        A merge with --link hardlink creates links to such files and removes those of a killed run: the ctime changes,
+        while the number of links may stay the same.
         """
         copy = InputSnapshot()
         copy._files, copy._link_times = dict(self._files), False
@@ -56,7 +56,7 @@ class InputSnapshot:
 
     @property
     def readers(self) -> int:
-        """Return the mode bits that files made of these may have: 0o700, and a class's where it may read them all."""
+        """Mode bits that an output of these files may have: 0o700, and those of a class that may read all files."""
         modes = [stat.st_mode for stat, _ in self._files.values()]
         return 0o700 | sum(bits for bits in (0o070, 0o007) if all(mode & bits & 0o444 for mode in modes))
 
@@ -67,12 +67,12 @@ class InputSnapshot:
             for file, (before, linked) in self._files.items()
             if _differ(before, _stat(file), linked, self._link_times)
         ]
-        hint = "run it again, once nothing writes to the inputs"
+        hint = "run the command again when no other program writes to the inputs"
         raise_all([Problem(f"{file}: changed while it was read", hint=hint) for file in changed], FileFormatError)
 
 
 def snapshot_folder(path: Path) -> InputSnapshot:
-    """Take a snapshot of all files in the folder `path`, or beside the file `path`; unreadable ones are left out."""
+    """Take a snapshot of the readable files in the folder `path`, or in the folder of the file `path`."""
     folder = path if path.is_dir() else path.parent
     files = []
     for file in folder.iterdir():

@@ -1,4 +1,4 @@
-"""How this package was installed, so that a hint on a missing extra is a command that works here."""
+"""The pip command that installs an extra of this package, for hints in errors."""
 
 from __future__ import annotations
 
@@ -13,13 +13,14 @@ NAME = "adapter-merge"
 def install_command(*extras: str) -> str:
     """Return the pip command that adds `extras` to the installation that is running.
 
-    A checkout, a wheel and a version control URL are named as they were installed (PEP 610, direct_url.json); only an
-    installation from a package index is named by the package alone.
+    A package that was installed from a checkout, a wheel or a version control URL is named by that source (PEP 610,
+    direct_url.json), one from a package index by its name.
     """
     return f"pip install {_requirement(','.join(extras))}"
 
 
 def _requirement(extras: str) -> str:
+    """Return the requirement of this package with `extras`, quoted for a shell."""
     try:
         stated = distribution(NAME).read_text("direct_url.json")
     except PackageNotFoundError:

@@ -1,8 +1,8 @@
-"""Types of the JSON files that are read: each value that has another type is a problem that names its key.
+"""Checks of the types in JSON files: each value of a wrong type is a problem that names its key.
 
-A schema maps keys to kinds; another schema stands for an object with these keys, `Each(kind)` for an object or list
-whose values are all of one kind, `Stated(kind)` for a value that must be there. Keys that a schema does not name may
-hold anything, and null elsewhere means not stated. JSON is checked once, where its file is read.
+A schema maps keys to kinds. A nested schema means an object with these keys, `Each(kind)` an object or list whose
+values are all of one kind, `Stated(kind)` a required value. Keys that a schema does not name may hold any value, and
+null means that an optional value is not stated. A file is checked once, when it is read.
 """
 
 from __future__ import annotations
@@ -21,10 +21,10 @@ MAX_PROBLEMS = 20
 
 @dataclass(frozen=True)
 class Kind:
-    """One kind of value: how it is called, and what tells it."""
+    """A kind of JSON value."""
 
-    name: str
-    holds: Callable[[Any], bool]
+    name: str  # in errors
+    holds: Callable[[Any], bool]  # True for a value of this kind
 
 
 @dataclass(frozen=True)
@@ -38,7 +38,7 @@ class Each:
 
 @dataclass(frozen=True)
 class Stated:
-    """A value that must be there, and not null."""
+    """A required value, which must not be null."""
 
     kind: Any
 
@@ -65,23 +65,25 @@ PATH = Kind(
 
 
 def check_types(content: Mapping[str, Any], schema: Schema, file: Path) -> None:
-    """Raise FileFormatError with every value of `content`, read from `file`, that is not of its kind."""
+    """Raise FileFormatError with every value of `content`, read from `file`, that is not of the schema's kind."""
     problems = [
         Problem(f"{file}: {key} is not {kind}", kind, "nothing" if value is None else f"{value!r:.100}")
-        for key, kind, value in _wrong(content, schema, "")
+        for key, kind, value in _find_wrong(content, schema, "")
     ]
     raise_all(problems[:MAX_PROBLEMS], FileFormatError)
 
 
-def _wrong(content: Mapping[str, Any], schema: Schema, prefix: str) -> Iterator[tuple[str, str, Any]]:
+def _find_wrong(content: Mapping[str, Any], schema: Schema, prefix: str) -> Iterator[tuple[str, str, Any]]:
+    """Yield key, expected kind and value of each wrong value of an object."""
     for key, kind in schema.items():
         if content.get(key) is not None:
-            yield from _wrong_value(content[key], kind.kind if isinstance(kind, Stated) else kind, f"{prefix}{key}")
+            yield from _check_value(content[key], kind.kind if isinstance(kind, Stated) else kind, f"{prefix}{key}")
         elif isinstance(kind, Stated):
             yield f"{prefix}{key}", kind.kind.name if isinstance(kind.kind, Kind) else "stated", None
 
 
-def _wrong_value(value: Any, kind: Kind | Each | Schema, key: str) -> Iterator[tuple[str, str, Any]]:
+def _check_value(value: Any, kind: Kind | Each | Schema, key: str) -> Iterator[tuple[str, str, Any]]:
+    """Yield key, expected kind and value of each wrong value in `value`."""
     if isinstance(kind, Kind):
         if not kind.holds(value):
             yield key, kind.name, value
@@ -92,14 +94,14 @@ def _wrong_value(value: Any, kind: Kind | Each | Schema, key: str) -> Iterator[t
         for name, item in enumerate(value) if isinstance(value, list) else value.items():
             if kind.keys is not None and not kind.keys.holds(name):
                 yield f"a key of {key}", kind.keys.name, name
-            yield from _wrong_value(item, kind.kind, f"{key}.{name}"[:200])
+            yield from _check_value(item, kind.kind, f"{key}.{name}"[:200])
     elif not isinstance(value, dict):
         yield key, "an object", value
     else:
-        yield from _wrong(value, kind, f"{key}.")
+        yield from _find_wrong(value, kind, f"{key}.")
 
 
-# -- config.json of a model: the keys that are read here -----------------------------------------------------
+# Keys of a model's config.json that are read.
 
 _LANGUAGE_MODEL: Schema = {
     "model_type": NAME,

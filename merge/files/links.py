@@ -1,4 +1,4 @@
-"""Reflinks (shared extents, copied on write) and hard links, in place of copies of files."""
+"""Reflinks (shared extents, copied on write) and hard links, instead of copies of files."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ FICLONE = 0x40049409  # linux/fs.h
 
 
 def link_file(source: Path, target: Path, link: str) -> bool:
-    """Make the new file `target` share the bytes of `source`; return False where the caller must copy it.
+    """Create `target` as a link of `source`; return False where the caller must copy the file.
 
-    A hard link is the same file under two names: who changes one changes the other. Raises OutputError when what
-    was asked for by name cannot be done.
+    link: "auto" (a reflink where possible), "reflink", "hardlink" or "copy". A hard link is the same file under two
+    names, so a change of one changes the other. Raises OutputError where a stated reflink or hard link is impossible.
     """
     if link == "copy":
         return False
@@ -30,7 +30,7 @@ def link_file(source: Path, target: Path, link: str) -> bool:
         if link == "auto":
             return False
         raise OutputError(
-            f"{target.name}: cannot be made a {link} of {source} ({error.strerror or error})",
+            f"{target.name}: cannot be created as a {link} of {source} ({error.strerror or error})",
             hint="base and output must be on one file system"
             + (" that has reflinks (btrfs, XFS): --link auto copies otherwise" if link == "reflink" else ""),
         ) from error
@@ -38,7 +38,7 @@ def link_file(source: Path, target: Path, link: str) -> bool:
 
 
 def can_link(source: Path, folder: Path, link: str) -> bool:
-    """Return True when a file in `folder` can share the bytes of `source`; the file made for the test is removed."""
+    """Return True where a file in `folder` can be a link of `source`; a temporary file tests it."""
     source = source.resolve()
     if link == "copy" or source.stat().st_dev != folder.stat().st_dev:
         return False

@@ -12,7 +12,7 @@ from pathlib import Path
 
 from adapter_merge.errors import OutputError
 
-MARK = b"adapter-merge\n"  # the content of an output's lock file: it tells that the file is ours
+MARK = b"adapter-merge\n"  # content of an output's lock file, by which it is recognised
 PATIENCE = 2.0  # seconds that a shared lock waits: the last holder locks exclusively for a moment to remove the file
 
 
@@ -21,7 +21,7 @@ def lock_file(file: Path, mode: int, patience: float = 0.0) -> int:
 
     mode: fcntl.LOCK_SH or LOCK_EX, with LOCK_NB to raise BlockingIOError when another process still holds the lock
     after `patience` seconds instead of waiting. A symbolic link is not followed (OSError). A holder may remove the
-    file; whoever waited for it then has a lock on a file without a name, and locks the new file instead.
+    file; a process that waited for it then locks the new file instead.
 
     Example:
         fd = lock_file(Path(".out.lock"), fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -32,12 +32,15 @@ def lock_file(file: Path, mode: int, patience: float = 0.0) -> int:
         fd = os.open(file, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o666)
         try:
             fcntl.flock(fd, mode)
-            held = os.fstat(fd)
+            locked_state = os.fstat(fd)
             try:
-                named = file.stat(follow_symlinks=False)
+                named_state = file.stat(follow_symlinks=False)
             except FileNotFoundError:
-                named = None
-            if named is not None and (named.st_dev, named.st_ino) == (held.st_dev, held.st_ino):
+                named_state = None
+            if named_state is not None and (named_state.st_dev, named_state.st_ino) == (
+                locked_state.st_dev,
+                locked_state.st_ino,
+            ):
                 return fd
         except BlockingIOError:
             os.close(fd)
@@ -57,7 +60,7 @@ def lock_name(output: Path) -> Path:
 
 
 def is_own_lock(file: Path, content: bytes = MARK) -> bool:
-    """Return True for a file with the content of a lock file that `locked` made; a link is none."""
+    """Return True for a regular file, not a link, with the content that `locked` writes into a lock file."""
     try:
         fd = os.open(file, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
     except OSError:
@@ -72,7 +75,7 @@ def is_own_lock(file: Path, content: bytes = MARK) -> bool:
 
 @contextmanager
 def locked(output: Path, shared: bool = False, patience: float = 0.0) -> Iterator[None]:
-    """Hold the lock of an output folder; shared by the parts of one split merge, exclusive otherwise.
+    """Hold the lock of an output folder inside the `with` block; the parts of a split merge share it.
 
     Raises OutputError when another process still holds it after `patience` seconds.
     """

@@ -1,4 +1,4 @@
-"""The path that was probably meant: the closest name in the folder where a path that is not there should be."""
+"""Suggestion for a path that does not exist: the existing path with the most similar name."""
 
 from __future__ import annotations
 
@@ -7,10 +7,10 @@ from pathlib import Path
 
 
 def nearest_path(path: Path) -> Path | None:
-    """Return the most similar path beside the one that is missing, None where nothing is similar.
+    """Return an existing path that is similar to the missing `path`, or None.
 
-    The first part that is not there is replaced, the rest is kept where the result exists: adpters/german becomes
-    adapters/german.
+    The first part that does not exist is replaced by the most similar name, and the remaining parts are kept:
+    adpters/german becomes adapters/german.
     """
     for missing in (*reversed(path.parents), path):
         if not missing.exists():
@@ -23,8 +23,8 @@ def nearest_path(path: Path) -> Path | None:
     except OSError:
         return None
     for name in difflib.get_close_matches(missing.name, names, n=3, cutoff=0.6):
-        rest = path.relative_to(missing)
-        candidate = parent / name / rest
+        remainder = path.relative_to(missing)
+        candidate = parent / name / remainder
         if candidate.exists():
             return candidate
     return None

@@ -1,4 +1,4 @@
-"""Symbolic links in a folder: those that lead out of it are not followed, but for those of the hub's cache."""
+"""Symbolic links in a folder: a link that leads out of it is only followed to a blob of the hub's cache."""
 
 from __future__ import annotations
 
@@ -20,5 +20,5 @@ def is_hub_blob(folder: Path, link: Path) -> bool:
 
 
 def leads_outside(folder: Path, path: Path) -> bool:
-    """Return True when `path` is, or goes through, a link to what is neither in `folder` nor a blob of the hub."""
+    """Return True where `path` leads through a link out of `folder`, and not to a blob of the hub's cache."""
     return not path.resolve().is_relative_to(folder.resolve()) and not is_hub_blob(folder, path)

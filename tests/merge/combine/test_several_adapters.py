@@ -246,12 +246,12 @@ def test_an_interrupted_merge_goes_on_only_with_the_same_options(
     from adapter_merge.api import merge as merging
 
     base, checkpoint = dcft
-    original = merging.write_rest
+    original = merging.write_side_files
 
     def fails(*arguments: Any) -> None:
         raise OutputError("the disk is full")
 
-    monkeypatch.setattr(merging, "write_rest", fails)
+    monkeypatch.setattr(merging, "write_side_files", fails)
     with pytest.raises(OutputError):
         merge(
             base,
@@ -259,7 +259,7 @@ def test_an_interrupted_merge_goes_on_only_with_the_same_options(
             tmp_path / "out",
             MergeOptions(device="cpu", reading=ReadOptions(alpha=32.0), keep_partial=True),
         )
-    monkeypatch.setattr(merging, "write_rest", original)
+    monkeypatch.setattr(merging, "write_side_files", original)
     assert list(tmp_path.glob(".out*"))
     merge(base, checkpoint, tmp_path / "out", MergeOptions(device="cpu", reading=ReadOptions(alpha=8.0)))
     merge(base, checkpoint, tmp_path / "plain", MergeOptions(device="cpu", reading=ReadOptions(alpha=8.0)))

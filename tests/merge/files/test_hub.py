@@ -12,7 +12,7 @@ import pytest
 from stand_in_hub import Hub, hub_environment
 
 from adapter_merge.errors import InputError
-from adapter_merge.files.hub import wanted_files
+from adapter_merge.files.hub import select_files
 from adapter_merge.storage.checkpoint import HUB_ID
 
 pytestmark = pytest.mark.preloaded("torch")
@@ -76,12 +76,12 @@ UNREAD = {
     ],
 )
 def test_only_what_is_read_is_wanted(files: set[str], inside: str, wanted: set[str]) -> None:
-    assert set(wanted_files(sorted(files), inside)) == wanted
+    assert set(select_files(sorted(files), inside)) == wanted
 
 
 def test_several_gguf_files_are_listed() -> None:
     with pytest.raises(InputError, match="several GGUF models") as caught:
-        wanted_files(["a-Q4_K_M.gguf", "a-Q8_0.gguf", "README.md"])
+        select_files(["a-Q4_K_M.gguf", "a-Q8_0.gguf", "README.md"])
     assert caught.value.problems[0].got == "a-Q4_K_M.gguf, a-Q8_0.gguf"
 
 
@@ -143,7 +143,7 @@ def test_a_model_is_downloaded_without_its_other_weights(hub: Hub, tmp_path: Pat
     assert set(hub.sent) == MODEL
     gone = fetch("http://127.0.0.1:9", tmp_path, "org/model")  # no connection: what the cache holds
     assert gone == (folder, "")
-    assert "could not be fetched" in fetch("http://127.0.0.1:9", tmp_path, "org/other")[1]
+    assert "could not be downloaded" in fetch("http://127.0.0.1:9", tmp_path, "org/other")[1]
 
 
 def test_an_adapter_in_a_folder_of_a_repository(hub: Hub, tmp_path: Path) -> None:
@@ -168,4 +168,4 @@ def test_an_adapter_in_a_folder_of_a_repository(hub: Hub, tmp_path: Path) -> Non
 
 def test_a_repository_that_is_not_there_is_named(hub: Hub, tmp_path: Path) -> None:
     _, error = fetch(hub, tmp_path, "org/nothing")
-    assert "org/nothing: no such folder, and it could not be fetched" in error
+    assert "org/nothing: no such folder, and it could not be downloaded" in error
