@@ -40,9 +40,9 @@ def inspect(
     base_kind, options = one_stated()
     report = run(adapter, base, InspectOptions(base_kind=base_kind, reading=options)).as_json()
     if heat_map and "method" in report and not report["problems"]:
-        from adapter_merge.reporting.report import changes
+        from adapter_merge.reporting.report import measure_changes
 
-        report["change"] = changes(adapter, base, base_kind=base_kind, options=options)
+        report["change"] = measure_changes(adapter, base, base_kind=base_kind, options=options)
     if as_json:
         emit(report)
     elif "artefact" in report:

@@ -1,1 +1,1 @@
-"""The report on an adapter or an artefact."""
+"""Reports on adapters and artefacts: their figures as JSON, pictures, and an HTML page."""

@@ -1,4 +1,4 @@
-"""Figures of dense deltas: the size of each, beside its weight where the base is there."""
+"""Figures of dense deltas: the norm of each, and its ratio to the weight's norm where the base is known."""
 
 from __future__ import annotations
 
@@ -23,14 +23,15 @@ def measure_deltas(folder: Path, base: Checkpoint | None) -> dict[str, dict[str,
     for ref in read_weights(folder / "delta.safetensors").tensors:
         norm = _norm(ref)
         weight = base.tensors.get(ref.name) if base is not None else None
-        size = _norm(weight) if weight is not None else 0.0
+        weight_norm = _norm(weight) if weight is not None else 0.0
         figures[cell_of(ref.name).name] = {
             "shape": list(ref.shape),
             "delta_norm": norm,
-            "relative_delta": norm / size if size else None,
+            "relative_delta": norm / weight_norm if weight_norm else None,
         }
     return figures
 
 
 def _norm(ref: TensorRef) -> float:
+    """Return the tensor's Frobenius norm, computed in float64."""
     return float(torch.linalg.vector_norm(read_tensor(ref), dtype=torch.float64))

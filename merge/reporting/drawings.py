@@ -1,6 +1,6 @@
-"""The report's drawings: each draws one picture of the report's JSON on a matplotlib figure.
+"""Drawing of the report's pictures: each function draws one picture of the report's JSON on a matplotlib figure.
 
-Where a length stands for a number (a bar), its axis is linear and starts at 0.
+The axis of bars is linear and starts at 0.
 """
 
 from __future__ import annotations
@@ -17,22 +17,22 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Inks:
-    """The colours of a picture."""
+    """The colours of a picture, as #rrggbb."""
 
-    ink: str
-    muted: str
-    line: str
-    first: str
-    second: str
-    empty: str
-
-
-WIDTH = 4.8  # inches: text keeps a readable size on a telephone
-LABELLED = 5
+    ink: str  # text
+    muted: str  # labels and reference lines
+    line: str  # axes and grid
+    first: str  # data
+    second: str  # marked values
+    empty: str  # cells without a value
 
 
-def heat_map(figure: Figure, content: Mapping[str, Any], inks: Inks) -> None:
-    """|dW| / |W| of every weight, on a logarithmic scale: layers across, kinds of modules down."""
+WIDTH = 4.8  # inches: keeps text readable on a phone
+LABELLED = 5  # number of the largest errors that are numbered
+
+
+def draw_heat_map(figure: Figure, content: Mapping[str, Any], inks: Inks) -> None:
+    """Draw |dW| / |W| of every weight on a logarithmic colour scale: a column per layer, a row per kind of module."""
     import numpy as np
     from matplotlib import colormaps
     from matplotlib.colors import LogNorm
@@ -64,19 +64,19 @@ def heat_map(figure: Figure, content: Mapping[str, Any], inks: Inks) -> None:
     axes.set_xlabel("layer")
     bar = figure.colorbar(mesh, ax=axes, orientation="horizontal", aspect=38, pad=0.02, fraction=0.08, shrink=0.9)
     bar.outline.set_visible(False)
-    _plain_ticks(bar.ax.xaxis, low, high)
+    _set_decimal_ticks(bar.ax.xaxis, low, high)
     bar.set_label(_delta_label(content))
 
 
 def delta_values(content: Mapping[str, Any]) -> dict[str, float]:
-    """|dW| / |W| by module name, or |dW| where no base was there to compare with."""
+    """Return |dW| / |W| by module name, or |dW| where no weight's |W| is known."""
     key = "relative_delta" if any(e.get("relative_delta") is not None for e in content["modules"]) else "delta_norm"
     return {entry["name"]: entry[key] for entry in content["modules"] if entry.get(key) is not None}
 
 
 def _delta_label(content: Mapping[str, Any]) -> str:
     if all(entry.get("relative_delta") is None for entry in content["modules"]):
-        return "size of the change, |ΔW| (no base to compare with)"
+        return "size of the change, |ΔW| (no base was given)"
     sampled = any((entry.get("sampled") or 1) < 1 for entry in content["modules"])
     return "size of the change, |ΔW| / |W|" + (", on a sample of rows" if sampled else "")
 
@@ -85,8 +85,8 @@ def _layer_name(layer: int | None) -> str:
     return "–" if layer is None else str(layer)
 
 
-def _plain_ticks(axis: Any, low: float, high: float) -> None:
-    """A handful of numbers on a logarithmic axis, written out."""
+def _set_decimal_ticks(axis: Any, low: float, high: float) -> None:
+    """Label a logarithmic axis with 3 to 7 decimal numbers."""
     import numpy as np
     from matplotlib.ticker import FixedLocator, FuncFormatter, NullLocator
 
@@ -102,8 +102,8 @@ def _plain_ticks(axis: Any, low: float, high: float) -> None:
     axis.set_major_formatter(FuncFormatter(lambda value, _: f"{float(f'{value:.2g}'):g}"))
 
 
-def energy(figure: Figure, content: Mapping[str, Any], inks: Inks) -> None:
-    """How much of dW a rank keeps: the median weight and the middle 80 %; the rank that was chosen."""
+def draw_energy(figure: Figure, content: Mapping[str, Any], inks: Inks) -> None:
+    """Draw the energy of dW that each rank keeps (median weight and middle 80 %), and the ranks that were chosen."""
     from matplotlib.ticker import MaxNLocator
 
     figure.set_size_inches(WIDTH, 2.7)
@@ -135,47 +135,47 @@ def energy(figure: Figure, content: Mapping[str, Any], inks: Inks) -> None:
             )  # fmt: skip
 
 
-def errors(figure: Figure, content: Mapping[str, Any], inks: Inks) -> None:
-    """The relative error of every weight by layer; the worst five are numbered as the page lists them."""
+def draw_errors(figure: Figure, content: Mapping[str, Any], inks: Inks) -> None:
+    """Draw the relative error of every weight by layer; the five largest have the numbers of the page's list."""
     figure.set_size_inches(WIDTH, 2.7)
     axes = figure.add_subplot()
     known = [entry for entry in content["modules"] if entry.get("relative_error")]
-    across = _places(axes, [entry["name"] for entry in known])
+    across = _set_layer_axis(axes, [entry["name"] for entry in known])
     values = [entry["relative_error"] for entry in known]
     axes.scatter(across, values, s=9, color=inks.first, linewidth=0)
     low, high = min(values), max(values)
-    if high > 1e-3:  # a truncation
+    if high > 1e-3:  # truncated factors
         axes.set_ylim(0, high * 1.15)
-    else:  # noise of float32: its order matters
+    else:  # exact factors: rounding errors of float32, shown by their order of magnitude
         axes.set_yscale("log")
         axes.set_ylim(low / 2, high * 2)
-        _plain_ticks(axes.yaxis, low / 2, high * 2)
+        _set_decimal_ticks(axes.yaxis, low / 2, high * 2)
     axes.grid(axis="y")
     axes.set_ylabel("relative error of ΔW")
     order = sorted(range(len(known)), key=lambda index: -values[index])[:LABELLED]
     axes.scatter([across[i] for i in order], [values[i] for i in order], s=20, color=inks.second, linewidth=0)
     right_end = axes.get_xlim()[1]
-    for place, index in enumerate(order, 1):
+    for number, index in enumerate(order, 1):
         right = across[index] < 0.9 * right_end
         axes.annotate(
-            str(place), (across[index], values[index]), (4 if right else -4, 1), textcoords="offset points",
+            str(number), (across[index], values[index]), (4 if right else -4, 1), textcoords="offset points",
             color=inks.second, fontsize=9, ha="left" if right else "right",
         )  # fmt: skip
 
 
-def retention(figure: Figure, content: Mapping[str, Any], inks: Inks) -> None:
-    """The share of the change that every weight keeps after it was quantised again, and the least share that passes."""
+def draw_retention(figure: Figure, content: Mapping[str, Any], inks: Inks) -> None:
+    """Draw the share of the change that each requantised weight keeps, and the smallest share that passes."""
     figure.set_size_inches(WIDTH, 2.7)
     axes = figure.add_subplot()
     known = [entry for entry in content["modules"] if entry.get("retention") is not None]
     values = [entry["retention"] for entry in known]
-    axes.scatter(_places(axes, [entry["name"] for entry in known]), values, s=9, color=inks.first, linewidth=0)
+    axes.scatter(_set_layer_axis(axes, [entry["name"] for entry in known]), values, s=9, color=inks.first, linewidth=0)
     axes.axhline(1, color=inks.muted, linewidth=1)
     least = (content.get("certificate") or {}).get("min_retention")
     if least is not None:
         axes.axhline(least, color=inks.second, linewidth=1.4)
         axes.annotate(
-            "least of all together", (0, least), (2, 3), xycoords=("axes fraction", "data"),
+            "smallest that passes, all weights together", (0, least), (2, 3), xycoords=("axes fraction", "data"),
             textcoords="offset points", color=inks.second, fontsize=9,
         )  # fmt: skip
     axes.set_ylim(min(0, *values), max(1.15, max(values) * 1.05))
@@ -183,8 +183,8 @@ def retention(figure: Figure, content: Mapping[str, Any], inks: Inks) -> None:
     axes.set_ylabel("share of ΔW kept")
 
 
-def _places(axes: Any, names: list[str]) -> list[float]:
-    """Where each weight lies on a horizontal axis of layers; kinds of modules stand beside each other."""
+def _set_layer_axis(axes: Any, names: list[str]) -> list[float]:
+    """Label the x axis with layers; return the x position of each weight, with the kinds of a layer side by side."""
     grid = grid_of(names)
     layers = {layer: index for index, layer in enumerate(grid.layers)}
     kinds = {kind: index for index, kind in enumerate(grid.kinds)}
@@ -197,8 +197,8 @@ def _places(axes: Any, names: list[str]) -> list[float]:
     return [layers[cell.layer] + spread * (kinds[cell.kind] - (len(kinds) - 1) / 2) for cell in grid.cells]
 
 
-def row_scales(figure: Figure, content: Mapping[str, Any], inks: Inks) -> None:
-    """How far the row scales of DoRA or DuDe are from 1."""
+def draw_row_scales(figure: Figure, content: Mapping[str, Any], inks: Inks) -> None:
+    """Draw the histogram of the row scales of DoRA or DuDe around 1."""
     figure.set_size_inches(WIDTH, 2.5)
     histogram = content["row_scale"]
     axes = figure.add_subplot()
@@ -211,8 +211,8 @@ def row_scales(figure: Figure, content: Mapping[str, Any], inks: Inks) -> None:
     axes.yaxis.set_major_formatter(lambda value, _: f"{value:,.0f}")
 
 
-def parity(figure: Figure, content: Mapping[str, Any], inks: Inks) -> None:
-    """The largest difference of a logit from the adapter as trained, per artefact: dots on a logarithmic axis."""
+def draw_parity(figure: Figure, content: Mapping[str, Any], inks: Inks) -> None:
+    """Draw the largest |dlogit| between each artefact and the adapter as trained, on a logarithmic axis."""
     lines = [line for line in content["parity"] if line.get("max_dlogit") is not None]
     figure.set_size_inches(WIDTH, 1.0 + 0.34 * len(lines))
     axes = figure.add_subplot()
@@ -231,15 +231,15 @@ def parity(figure: Figure, content: Mapping[str, Any], inks: Inks) -> None:
         )
     axes.set_xscale("log")
     axes.set_xlim(low, high)
-    _plain_ticks(axes.xaxis, low, high)
+    _set_decimal_ticks(axes.xaxis, low, high)
     axes.set_yticks(range(len(lines)), [line["label"] for line in lines])
     axes.set_ylim(len(lines) - 0.4, -0.7)
     axes.grid(axis="x")
     axes.set_xlabel("largest |Δlogit|")
 
 
-def sizes(figure: Figure, content: Mapping[str, Any], inks: Inks) -> None:
-    """Bytes of base, adapter and artefact as bars from 0."""
+def draw_sizes(figure: Figure, content: Mapping[str, Any], inks: Inks) -> None:
+    """Draw the sizes of base, adapter and artefact as bars."""
     bytes_by_name = content["sizes"]
     figure.set_size_inches(WIDTH, 0.9 + 0.3 * len(bytes_by_name))
     axes = figure.add_subplot()
@@ -257,7 +257,7 @@ def sizes(figure: Figure, content: Mapping[str, Any], inks: Inks) -> None:
 
 
 def size_text(size: int) -> str:
-    """1935360 -> 1.94 MB, as inspect writes it."""
+    """Format a number of bytes with its unit, for example 1935360 as "1.94 MB"."""
     if size >= 1e9:
         return f"{size / 1e9:.2f} GB"
     if size >= 1e5:

@@ -1,4 +1,4 @@
-"""The heat map layer x module for a terminal: one block character per weight, the taller the larger."""
+"""Heat map of layers and modules for a terminal: one block character per weight; its height shows the value."""
 
 from __future__ import annotations
 
@@ -13,11 +13,14 @@ if TYPE_CHECKING:
 
 BLOCKS = "▁▂▃▄▅▆▇█"
 SHADES = ("grey42", "grey58", "cyan4", "cyan3", "green3", "yellow3", "orange1", "red1")
-NOTHING = "·"
+NO_WEIGHT = "·"
 
 
 def level(value: float, low: float, high: float) -> int:
-    """0 .. 7, evenly over the logarithm between `low` and `high`; over equal bounds, the middle."""
+    """Return the index of a block character, from the logarithm of `value` between `low` and `high`.
+
+    0 for values that are not positive; the middle where `low` and `high` are equal.
+    """
     if not value > 0:
         return 0
     if not high > low > 0:
@@ -27,7 +30,7 @@ def level(value: float, low: float, high: float) -> int:
 
 
 def strips(values: Mapping[str, float]) -> list[tuple[str, str, float, float]]:
-    """Per kind of module: its short name, one character per layer, the least and the largest value."""
+    """Return, for each kind of module, its short name, one character per layer, and its smallest and largest value."""
     grid = grid_of(values)
     known = {(cell.kind, cell.layer): values[name] for name, cell in zip(values, grid.cells, strict=True)}
     positive = [value for value in values.values() if value > 0 and math.isfinite(value)]
@@ -35,21 +38,21 @@ def strips(values: Mapping[str, float]) -> list[tuple[str, str, float, float]]:
     lines = []
     for kind in grid.kinds:
         row = [known.get((kind, layer)) for layer in _columns(grid, kind)]
-        text = "".join(NOTHING if value is None else BLOCKS[level(value, low, high)] for value in row)
-        there = [value for value in row if value is not None]
-        lines.append((grid.short(kind), text, min(there), max(there)))
+        text = "".join(NO_WEIGHT if value is None else BLOCKS[level(value, low, high)] for value in row)
+        present = [value for value in row if value is not None]
+        lines.append((grid.short(kind), text, min(present), max(present)))
     return lines
 
 
 def _columns(grid: ModuleGrid, kind: str) -> list[int | None]:
-    """A kind outside of all layers is one cell of its own."""
+    """Return the layers of a row; [None] for a kind of module outside the layers."""
     if any(cell.layer is None and cell.kind == kind for cell in grid.cells):
         return [None]
     return [layer for layer in grid.layers if layer is not None]
 
 
 def heat_table(values: Mapping[str, float], title: str = "|dW| / |W|") -> Table:
-    """A rich table of `values` by module name: a strip over the layers per kind, with its least and largest value."""
+    """Return a rich table of `values` by module name: a row per kind of module, with its smallest and largest value."""
     from rich.table import Table
     from rich.text import Text
 
@@ -59,7 +62,7 @@ def heat_table(values: Mapping[str, float], title: str = "|dW| / |W|") -> Table:
     table = Table(title=title, title_justify="left", box=None, pad_edge=False)
     table.add_column("module")
     table.add_column(span, no_wrap=True)
-    table.add_column("least", justify="right")
+    table.add_column("smallest", justify="right")
     table.add_column("largest", justify="right")
     for name, strip, least, largest in strips(values):
         text = Text()

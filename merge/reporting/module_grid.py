@@ -1,4 +1,4 @@
-"""Module paths as a grid: layers along one side, kinds of modules along the other."""
+"""Division of module paths into layer number and kind of module, for tables and heat maps."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ LAYER = re.compile(r"(?P<before>.*?)(?:^|\.)(?P<layer>\d+)\.(?P<kind>.+)")
 
 @dataclass(frozen=True)
 class Cell:
-    """Where one module stands; `layer` is None for a module outside of all layers (an embedding, a head)."""
+    """Layer and kind of one module; `layer` is None for a module outside the layers (an embedding, a head)."""
 
     name: str
     layer: int | None
@@ -19,7 +19,7 @@ class Cell:
 
 
 def cell_of(name: str) -> Cell:
-    """model.layers.3.self_attn.q_proj -> layer 3, kind self_attn.q_proj; a `.weight` at the end is dropped."""
+    """Parse a module or tensor name: model.layers.3.self_attn.q_proj.weight is layer 3, kind self_attn.q_proj."""
     name = name.removesuffix(".weight")
     match = LAYER.fullmatch(name)
     if match is None:
@@ -29,24 +29,24 @@ def cell_of(name: str) -> Cell:
 
 @dataclass(frozen=True)
 class ModuleGrid:
-    """All cells, with both sides in a stable order: layers by number, kinds as they first appear."""
+    """All cells, the layers in the order of their numbers, and the kinds in the order of their first appearance."""
 
     cells: tuple[Cell, ...]
     layers: tuple[int | None, ...]
     kinds: tuple[str, ...]
 
     def short(self, kind: str) -> str:
-        """The end of a kind's path that tells it from the others: q_proj, attention.output.dense."""
+        """Return the shortest end of a kind's path that no other kind has: q_proj, attention.output.dense."""
         parts = kind.split(".")
         for count in range(1, len(parts) + 1):
             end = ".".join(parts[-count:])
-            if sum(other == end or other.endswith(f".{end}") for other in self.kinds) == 1:
+            if sum(path == end or path.endswith(f".{end}") for path in self.kinds) == 1:
                 return end
         return kind
 
 
 def grid_of(names: Iterable[str]) -> ModuleGrid:
-    """The grid of these module or tensor names."""
+    """Return the grid of module or tensor names."""
     cells = tuple(cell_of(name) for name in names)
     numbers = sorted({cell.layer for cell in cells if cell.layer is not None})
     outside = any(cell.layer is None for cell in cells)

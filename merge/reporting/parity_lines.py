@@ -1,4 +1,4 @@
-"""What verify found of artefacts, exports and servers, and what an export's own check found: one line a comparison."""
+"""Comparisons with the adapter as trained, from the manifest and from files with the output of `verify --json`."""
 
 from __future__ import annotations
 
@@ -11,9 +11,10 @@ from adapter_merge.storage.checkpoint import read_json
 
 
 def parity_lines(folder: Path, manifest: Mapping[str, Any] | None, files: Sequence[Path]) -> list[dict[str, Any]]:
-    """All comparisons that the manifest holds or that were read from `files`, what `verify --json` printed.
+    """Return all comparisons that the manifest or `files` (the output of `verify --json`) hold, one line each.
 
-    about: whether a comparison is of `folder` (as artefact or adapter) by the path that it states. Raises InputError.
+    "about" of a line is True where the comparison states the path of `folder`, as its artefact or its adapter. Raises
+    InputError for a file that is not the output of verify.
     """
     lines = []
     end = ((manifest or {}).get("certificate") or {}).get("end_to_end")
@@ -22,7 +23,7 @@ def parity_lines(folder: Path, manifest: Mapping[str, Any] | None, files: Sequen
         lines.append(_line("factors, end to end", {key: end.get(key) for key in keys}, about=True))
     for name, entry in ((manifest or {}).get("parity") or {}).items():
         figures = _figures({"logits": entry, "tolerance": entry.get("tolerance")})
-        lines.append(_line(f"export, {name}", figures, about=True, passed=True))  # export writes nothing that fails
+        lines.append(_line(f"export, {name}", figures, about=True, passed=True))  # export only writes models that pass
     for file in files:
         lines.append(_file_line(read_json(file), file, folder.resolve()))
     return lines
@@ -34,7 +35,7 @@ def _line(label: str, figures: Mapping[str, Any], about: bool, passed: bool | No
 
 
 def _figures(content: Mapping[str, Any]) -> dict[str, Any]:
-    """The figures of one comparison, under the report's names."""
+    """Return the figures of one comparison under the report's keys."""
     logits = content.get("logits_float64") or content.get("logits") or {}
     server = content.get("log_probabilities") or {}
     layers = content.get("layers") or {}
@@ -52,9 +53,9 @@ def _figures(content: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _file_line(content: Any, file: Path, folder: Path) -> dict[str, Any]:
-    """One line from what verify printed. Raises InputError for anything else."""
+    """Return one line from the output of verify. Raises InputError for other content."""
     if not isinstance(content, dict) or not isinstance(content.get("passed"), bool) or "artefact" not in content:
-        raise InputError(f"{file}: not a verification", expected="what adapter-merge verify --json prints")
+        raise InputError(f"{file}: not a verification", expected="the output of adapter-merge verify --json")
     adapter = content.get("adapter")
     stated = [content.get("path"), adapter.get("path") if isinstance(adapter, dict) else None]
     about = any(isinstance(path, str) and Path(path).resolve() == folder for path in stated)

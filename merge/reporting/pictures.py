@@ -1,7 +1,7 @@
-"""The report's pictures, drawn by matplotlib from the report's JSON: as SVG for the page, as PNG for a model card.
+"""The report's pictures, drawn by matplotlib from the report's JSON: SVG for the page, PNG for a model card.
 
-Inks are placeholders: in the page they become CSS variables, so that one SVG is readable by day and by night; for a PNG
-they are plain colours on white.
+The colours of an SVG are placeholders, which are replaced by CSS variables, so that one SVG fits light and dark themes.
+A PNG has fixed colours on white.
 """
 
 from __future__ import annotations
@@ -17,7 +17,17 @@ from typing import TYPE_CHECKING, Any
 from adapter_merge.errors import MissingDependencyError
 from adapter_merge.files.installation import install_command
 
-from .drawings import Inks, delta_values, energy, errors, heat_map, parity, retention, row_scales, sizes
+from .drawings import (
+    Inks,
+    delta_values,
+    draw_energy,
+    draw_errors,
+    draw_heat_map,
+    draw_parity,
+    draw_retention,
+    draw_row_scales,
+    draw_sizes,
+)
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -28,54 +38,55 @@ PAPER = Inks("#1b1f24", "#5f6873", "#d9dee4", "#1f6fb4", "#c9540a", "#eef0f3")
 
 @dataclass(frozen=True)
 class Picture:
-    """One picture: where it stands on the page, what it is called, and whether there is anything to draw."""
+    """One picture: how it is drawn, its part of the page, its caption, and whether the report has data for it."""
 
     draw: Callable[[Figure, Mapping[str, Any], Inks], None]
-    part: str  # acts, lost or costs
+    part: str  # a key of report_page.PARTS
     caption: str
     drawable: Callable[[Mapping[str, Any]], bool]
 
 
 PICTURES: Mapping[str, Picture] = {
     "change": Picture(
-        heat_map, "acts", "Size of the change by layer and module", lambda content: bool(delta_values(content))
+        draw_heat_map, "acts", "Size of the change by layer and module", lambda content: bool(delta_values(content))
     ),
     "row-scale": Picture(
-        row_scales,
+        draw_row_scales,
         "acts",
-        "The row scales around 1: what a plain LoRA cannot carry",
+        "Row scales: the part of the change that a plain LoRA cannot express",
         lambda content: content["row_scale"] is not None,
     ),
     "error": Picture(
-        errors,
+        draw_errors,
         "lost",
-        "Relative error of the factors, weight by weight",
+        "Relative error of the factors of each weight",
         lambda content: any(entry.get("relative_error") for entry in content["modules"]),
     ),
     "retention": Picture(
-        retention,
+        draw_retention,
         "lost",
-        "What quantising again has kept of the change",
+        "Share of the change that is kept after quantising again",
         lambda content: any(entry.get("retention") is not None for entry in content["modules"]),
     ),
     "energy": Picture(
-        energy,
+        draw_energy,
         "lost",
-        "How much of the change a rank keeps: the median weight, and the middle 80 % of all weights",
+        "Energy of the change that a rank keeps: the median weight, and the middle 80 % of all weights",
         lambda content: content["energy_curve"] is not None,
     ),
     "parity": Picture(
-        parity,
+        draw_parity,
         "lost",
-        "Logits against the adapter as trained (line: what passes; diamond: what the adapter itself moves)",
+        "Logits compared with the adapter as trained (line: tolerance; diamond: effect of the adapter)",
         lambda content: any(line.get("max_dlogit") is not None for line in content["parity"]),
     ),
-    "size": Picture(sizes, "costs", "Sizes on disk", lambda content: len(content["sizes"]) > 1),
+    "size": Picture(draw_sizes, "costs", "Sizes on disk", lambda content: len(content["sizes"]) > 1),
 }
 
 
 @contextmanager
 def _style(salt: str, inks: Inks) -> Iterator[None]:
+    """Set matplotlib's style inside the `with` block. Raises MissingDependencyError without matplotlib."""
     try:
         import matplotlib
     except ImportError:
@@ -92,20 +103,20 @@ def _style(salt: str, inks: Inks) -> Iterator[None]:
 
 
 def available(content: Mapping[str, Any]) -> list[str]:
-    """The names of the pictures that this content has data for."""
+    """Return the names of the pictures that the report has data for."""
     return [name for name, picture in PICTURES.items() if picture.drawable(content)]
 
 
 def caption(name: str) -> str:
-    """One line under a picture."""
+    """Return the caption of a picture."""
     return PICTURES[name].caption
 
 
 def svg(name: str, content: Mapping[str, Any]) -> str:
-    """The picture as an <svg> element whose colours are CSS variables; its ids are its own on a page of several."""
+    """Return the picture as an <svg> element with CSS variables as colours; its ids begin with the picture's name."""
     stream = io.StringIO()
     with _style(name, PAGE):
-        _drawn(name, content, PAGE).savefig(stream, format="svg", metadata={"Date": None, "Creator": None})
+        _draw(name, content, PAGE).savefig(stream, format="svg", metadata={"Date": None, "Creator": None})
     text = stream.getvalue()
     text = text[text.index("<svg") :]
     text = re.sub(r"<metadata>.*?</metadata>", "", text, flags=re.DOTALL)
@@ -119,12 +130,12 @@ def svg(name: str, content: Mapping[str, Any]) -> str:
 
 
 def write_png(name: str, content: Mapping[str, Any], file: Path) -> None:
-    """The picture as a PNG on white, 200 dots per inch, for a model card."""
+    """Write the picture as a PNG on white, 200 dots per inch."""
     with _style(name, PAPER):
-        _drawn(name, content, PAPER).savefig(file, format="png", dpi=200, facecolor="white")
+        _draw(name, content, PAPER).savefig(file, format="png", dpi=200, facecolor="white")
 
 
-def _drawn(name: str, content: Mapping[str, Any], inks: Inks) -> Figure:
+def _draw(name: str, content: Mapping[str, Any], inks: Inks) -> Figure:
     from matplotlib.figure import Figure
 
     figure = Figure(layout="constrained")

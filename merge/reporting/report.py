@@ -1,10 +1,10 @@
-"""What there is to say of an artefact or an adapter, as one JSON object; every picture of the report is drawn from it.
+"""Content of the report on an artefact or an adapter, as one JSON object, from which the page and pictures are made.
 
 modules         per weight: layer, kind, shape, rank, |dW| / |W|, errors
 energy_curve    cumulative energy of dW against the rank: median and the middle 80 % of the weights
 row_scale       histogram of the row scales of DoRA and DuDe
-parity          weights and logits against the adapter as trained, wherever that was verified
-verdict         what is known of the artefact, in one sentence
+parity          comparisons of weights and logits with the adapter as trained, where they were made
+verdict         one sentence on what is known about the artefact
 sizes           bytes of base, adapter and artefact
 """
 
@@ -41,14 +41,14 @@ from .module_grid import cell_of
 from .parity_lines import parity_lines
 from .verdict import verdict
 
-BINS = 61
-CURVE_RANK = 32  # how far the spectrum of a row-scaled delta is followed
-WORST = 5
+BINS = 61  # of the histogram of row scales
+CURVE_RANK = 32  # number of singular values that are computed where the manifest holds none
+WORST = 5  # number of weights with the largest errors that are named
 
 
 @dataclass(frozen=True)
 class ModuleFigures:
-    """What is measured of one weight where no manifest says it."""
+    """Figures of one weight that are measured, where no manifest holds them."""
 
     shape: tuple[int, int]
     rank: int
@@ -66,13 +66,15 @@ def gather(
     options: ReadOptions | None = None,
     parity: Sequence[Path] = (),
 ) -> dict[str, Any]:
-    """The report's content. `base` is found through the manifest when it is not given and still lies where it lay.
+    """Return the report's content.
 
-    parity: files with what `adapter-merge verify --json` printed. Raises AdapterMergeError.
+    target: an adapter or an output of this project. base: None uses the base at the path in the manifest, where it
+    still has the same fingerprint. parity: files with the output of `adapter-merge verify --json`. Raises
+    AdapterMergeError.
     """
     folder = resolve(target)
     manifest = read_manifest(folder)
-    checkpoint = _base_of(base, manifest)
+    checkpoint = _find_base(base, manifest)
     modules: dict[str, dict[str, Any]] = {}
     figures: dict[str, ModuleFigures] = {}
     opened: Adapter | None = None
@@ -82,15 +84,15 @@ def gather(
         checkpoint = checkpoint or opened.own_base
         bound = None
         if checkpoint is not None:
-            bound = bind_checked(opened, checkpoint, base_kind or _stated_kind(manifest))
+            bound = bind_checked(opened, checkpoint, base_kind or _base_kind_of(manifest))
             origin = bound.origin.text
         figures = measure_adapter(opened, bound)
         for name, figure in figures.items():
             modules[name] = {
                 "shape": list(figure.shape),
                 "rank": figure.rank,
-                "delta_norm": _short(figure.delta_norm),
-                "relative_delta": _short(figure.relative_delta),
+                "delta_norm": _round_figure(figure.delta_norm),
+                "relative_delta": _round_figure(figure.relative_delta),
             }
     elif manifest["artefact"] == "deltas":
         modules = measure_deltas(folder, checkpoint)
@@ -107,7 +109,7 @@ def gather(
         scales = [read_tensor(ref) for ref in read_weights(folder / ROW_SCALES).tensors]
     if not modules and not parity and opened is not None and checkpoint is None:
         raise InputError(
-            f"{target}: the change of none of its {len(opened.modules)} weights is known without the base",
+            f"{target}: without the base, the change of none of its {len(opened.modules)} weights is known",
             expected="the base that it was trained on",
             hint="--base BASE",
         )
@@ -139,14 +141,14 @@ def gather(
     return content
 
 
-def changes(
+def measure_changes(
     adapter: str | Path,
     base: str | Path | None = None,
     *,
     base_kind: str | None = None,
     options: ReadOptions | None = None,
 ) -> dict[str, float]:
-    """|dW| / |W| by module name, or |dW| without a base: what `inspect --heat-map` draws."""
+    """Return |dW| / |W| by module name, or |dW| without a base, for `inspect --heat-map`."""
     checkpoint = open_base(base) if base is not None else None
     opened = open_adapter(adapter, options, checkpoint)
     checkpoint = checkpoint or opened.own_base
@@ -156,12 +158,13 @@ def changes(
     return {name: figures.relative_delta or 0.0 for name, figures in measured.items()}
 
 
-def _stated_kind(manifest: Mapping[str, Any] | None) -> str | None:
-    """Factors act on the original; any other adapter's base is told by evidence."""
+def _base_kind_of(manifest: Mapping[str, Any] | None) -> str | None:
+    """Return "original" for factors, which act on the original base; None: decided by the base's weights."""
     return "original" if manifest and manifest["artefact"] == "factors" else None
 
 
-def _base_of(base: str | Path | None, manifest: Mapping[str, Any] | None) -> Checkpoint | None:
+def _find_base(base: str | Path | None, manifest: Mapping[str, Any] | None) -> Checkpoint | None:
+    """Open the stated base, or the manifest's base where it exists with the same fingerprint; None where neither is."""
     if base is not None:
         return open_base(base)
     stated = ((manifest or {}).get("base") or {}).get("path")
@@ -173,9 +176,9 @@ def _base_of(base: str | Path | None, manifest: Mapping[str, Any] | None) -> Che
 
 
 def measure_adapter(opened: Adapter, bound: BoundAdapter | None) -> dict[str, ModuleFigures]:
-    """Figures of every weight of an adapter, with |dW| / |W| where the base is there.
+    """Return figures of every weight of an adapter, with |dW| / |W| where a base is given.
 
-    Without a base, weights whose delta cannot be known without it are left out. `inspect` draws its heat map from this.
+    Without a base, weights whose delta depends on the base are left out.
     """
     pairs: list[tuple[Any, BoundModule | None]]
     if bound is not None:
@@ -191,28 +194,29 @@ def measure_adapter(opened: Adapter, bound: BoundAdapter | None) -> dict[str, Mo
 
 
 def _measure(module: Any, weight: BoundModule | None) -> ModuleFigures | None:
+    """Return the figures of one weight; None where its delta has no spectrum (a bias, an edit without factors)."""
     try:
-        work = Factoriser(module, weight, torch.device("cpu"))
-        spectrum = work.spectrum(min(CURVE_RANK, *module.shape))
-    except AdapterMergeError:  # a bias, a form of its own: nothing that a weight's figures could be taken of
+        factoriser = Factoriser(module, weight, torch.device("cpu"))
+        spectrum = factoriser.spectrum(min(CURVE_RANK, *module.shape))
+    except AdapterMergeError:
         return None
     norm = math.sqrt(spectrum.total)
-    size = math.sqrt(work.delta.base_total) if weight is not None else None
+    weight_norm = math.sqrt(factoriser.delta.base_total) if weight is not None else None
     values = tuple(math.sqrt(float(square)) / norm if norm else 0.0 for square in spectrum.squares[:SPECTRUM_LENGTH])
     return ModuleFigures(
         module.shape,
         module.rank,
         norm,
-        None if size is None else relative(norm, size),
+        None if weight_norm is None else relative(norm, weight_norm),
         values,
-        work.delta.scale if weight is not None and work.scaled else None,
+        factoriser.delta.scale if weight is not None and factoriser.scaled else None,
     )
 
 
 def energy_curve(spectra: Sequence[Sequence[float]], chosen: Sequence[int | None]) -> dict[str, Any] | None:
-    """Cumulative energy against rank, over all weights whose spectrum is known; None when there is none.
+    """Return the cumulative energy by rank over all weights with a spectrum; None where there is none.
 
-    spectra: singular values relative to the Frobenius norm of dW, in falling order.
+    spectra: singular values relative to the Frobenius norm of dW, in descending order. chosen: ranks of the factors.
     """
     known = [values for values in spectra if values]
     if not known:
@@ -221,42 +225,45 @@ def energy_curve(spectra: Sequence[Sequence[float]], chosen: Sequence[int | None
     rows = torch.zeros(len(known), length, dtype=torch.float64)
     for row, values in zip(rows, known, strict=True):
         row[: len(values)] = torch.tensor(values, dtype=torch.float64).square()
-    curves = rows.cumsum(1).clamp_max(1.0)  # (weights, length); a spectrum that ends stays where it ended
+    curves = rows.cumsum(1).clamp_max(1.0)  # (weights, length); a shorter spectrum keeps its last value
     low, middle, high = (torch.quantile(curves, share, dim=0).tolist() for share in (0.1, 0.5, 0.9))
     ranks = [rank for rank in chosen if rank is not None]
     return {
         "rank": list(range(1, length + 1)),
-        "median": [_short(value) for value in middle],
-        "low": [_short(value) for value in low],
-        "high": [_short(value) for value in high],
+        "median": [_round_figure(value) for value in middle],
+        "low": [_round_figure(value) for value in low],
+        "high": [_round_figure(value) for value in high],
         "chosen": [min(ranks), max(ranks)] if ranks else None,
         "weights": len(known),
     }
 
 
 def histogram(scales: Sequence[Tensor]) -> dict[str, Any] | None:
-    """The row scales of all weights around 1; the outermost bins take the last half percent on either side."""
+    """Return a histogram of the row scales of all weights, symmetric around 1.
+
+    The outermost bins also count the smallest and the largest 0.5 % of the values.
+    """
     if not scales:
         return None
     values = torch.cat([scale.reshape(-1).to(torch.float64) for scale in scales])
     ordered = values.sort().values
-    cut = int(0.005 * len(ordered))
-    reach = max(float((ordered[cut] - 1).abs()), float((ordered[-1 - cut] - 1).abs()), 1e-9)
-    edges = torch.linspace(1 - reach, 1 + reach, BINS + 1, dtype=torch.float64)
+    tail = int(0.005 * len(ordered))
+    half_width = max(float((ordered[tail] - 1).abs()), float((ordered[-1 - tail] - 1).abs()), 1e-9)
+    edges = torch.linspace(1 - half_width, 1 + half_width, BINS + 1, dtype=torch.float64)
     inside = values.clamp(float(edges[0]), float(edges[-1]))
     counts = torch.histogram(inside, edges).hist
     return {
-        "edges": [_short(float(edge)) for edge in edges],
+        "edges": [_round_figure(float(edge)) for edge in edges],
         "counts": [int(count) for count in counts],
         "rows": len(values),
-        "least": _short(float(ordered[0])),
-        "largest": _short(float(ordered[-1])),
-        "deviation": _short(float((values - 1).square().mean().sqrt())),
+        "least": _round_figure(float(ordered[0])),
+        "largest": _round_figure(float(ordered[-1])),
+        "deviation": _round_figure(float((values - 1).square().mean().sqrt())),
     }
 
 
 def worst(modules: Sequence[Mapping[str, Any]]) -> list[str]:
-    """The names of the weights with the largest relative error, the worst first."""
+    """Return the names of the weights with the largest relative error, in descending order."""
     known = [entry for entry in modules if entry.get("relative_error") is not None]
     return [entry["name"] for entry in sorted(known, key=lambda entry: -entry["relative_error"])[:WORST]]
 
@@ -266,7 +273,7 @@ def _sizes(
 ) -> dict[str, int]:
     sizes = {}
     if checkpoint is not None:
-        sizes["base"] = (checkpoint.stored or checkpoint).nbytes  # as it lies on disk, quantised or not
+        sizes["base"] = (checkpoint.stored or checkpoint).nbytes  # as stored on disk, quantised or not
     if manifest is not None:
         for entry in adapters_of(manifest):
             source = Path(str(entry.get("path", "")))
@@ -274,9 +281,9 @@ def _sizes(
             if weights.is_file():
                 sizes[f"adapter {entry['name']}"] = sum(ref.nbytes for ref in read_weights(weights).tensors)
         files = [path for path in folder.rglob("*") if path.is_file() and path.name != MANIFEST]
-        kept = sum(path.stat().st_size for path in files if path.relative_to(folder).parts[0] == PREIMAGE_FOLDER)
-        sizes[str(manifest["artefact"])] = sum(path.stat().st_size for path in files) - kept
-        sizes |= {"pre-image": kept} if kept else {}
+        preimage = sum(path.stat().st_size for path in files if path.relative_to(folder).parts[0] == PREIMAGE_FOLDER)
+        sizes[str(manifest["artefact"])] = sum(path.stat().st_size for path in files) - preimage
+        sizes |= {"pre-image": preimage} if preimage else {}
     elif opened is not None:
         sizes["adapter"] = opened.nbytes
     return sizes
@@ -299,5 +306,6 @@ def _describe_adapter(opened: Adapter) -> dict[str, Any]:
     }
 
 
-def _short(value: float | None) -> float | None:
+def _round_figure(value: float | None) -> float | None:
+    """Round to 6 significant digits; None for NaN and infinity, which JSON does not have."""
     return None if value is None or not math.isfinite(value) else float(f"{value:.6g}")

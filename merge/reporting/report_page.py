@@ -1,4 +1,4 @@
-"""The report as one HTML file: no network, no script, readable by day and by night, on a telephone and on a wall."""
+"""The report as one HTML file without scripts or network access, for light and dark themes and all screen sizes."""
 
 from __future__ import annotations
 
@@ -58,18 +58,18 @@ code { font-size: .85em; overflow-wrap: anywhere; white-space: normal; }
 footer { margin-top: 2.5rem; color: var(--muted); font-size: .82rem; }
 @media print { details { display: none; } }
 """
-METHODS = {
+ARTEFACT_NAMES = {
     "factors": "Factors",
     "merged model": "Merged model",
     "deltas": "Dense deltas",
     "adapter": "Adapter",
     "ONNX model": "ONNX export",
 }
-PARTS = {"acts": "Where the adapter acts", "lost": "What was lost", "costs": "What it costs"}
+PARTS = {"acts": "Where the adapter acts", "lost": "What is lost", "costs": "Sizes"}
 
 
 def page(content: Mapping[str, Any]) -> str:
-    """The whole page, from the report's JSON alone: the verdict, then where it acts, what was lost, what it costs."""
+    """Return the page as HTML, made from the report's JSON only: verdict, changes, losses, sizes, tables."""
     title = html.escape(str(content["title"]))
     return f"""<!DOCTYPE html>
 <html lang="en">
@@ -105,7 +105,7 @@ def _verdict(verdict: Mapping[str, str]) -> str:
 
 
 def _part(part: str, content: Mapping[str, Any]) -> str:
-    """A heading and its pictures; nothing where there is no picture."""
+    """Return the heading and the pictures of one part of the page; empty where the part has no picture."""
     names = [name for name in available(content) if PICTURES[name].part == part]
     title = PARTS[part]
     if part == "lost" and content["artefact"] == "adapter" and not content["parity"]:
@@ -119,7 +119,7 @@ def _part(part: str, content: Mapping[str, Any]) -> str:
 
 
 def _worst(content: Mapping[str, Any]) -> str:
-    """The weights with the largest errors, numbered as in the picture."""
+    """Return the list of the weights with the largest errors, with the numbers of the picture."""
     known = [entry for entry in content["modules"] if entry.get("relative_error")]
     worst = sorted(known, key=lambda entry: -entry["relative_error"])[:LABELLED]
     lines = "".join(f"<li>{html.escape(entry['name'])} {_number(entry['relative_error'])}</li>" for entry in worst)
@@ -127,7 +127,7 @@ def _worst(content: Mapping[str, Any]) -> str:
 
 
 def write_page(content: Mapping[str, Any], file: Path) -> None:
-    """Write the page to `file`, whole or not at all. Raises OutputError."""
+    """Write the page to `file` by renaming a complete temporary file. Raises OutputError where that fails."""
     text = page(content)
     with disk_errors(file):
         file.parent.mkdir(parents=True, exist_ok=True)
@@ -137,7 +137,7 @@ def write_page(content: Mapping[str, Any], file: Path) -> None:
 
 
 def write_pictures(content: Mapping[str, Any], folder: Path) -> list[Path]:
-    """Every picture that there is data for as a PNG in `folder`; the files' paths."""
+    """Write every picture that the report has data for as a PNG in `folder`; return the files' paths."""
     with disk_errors(folder):
         folder.mkdir(parents=True, exist_ok=True)
         files = []
@@ -148,7 +148,8 @@ def write_pictures(content: Mapping[str, Any], folder: Path) -> list[Path]:
 
 
 def _lead(content: Mapping[str, Any]) -> str:
-    kind = METHODS.get(str(content["artefact"]), str(content["artefact"]))
+    """Return the sentence under the title: kind of artefact, adapters and base."""
+    kind = ARTEFACT_NAMES.get(str(content["artefact"]), str(content["artefact"]))
     if content["artefact"] == "factors":
         kind = "Exact factors" if content.get("exact") else "Truncated factors"
         kind += " with row scales" if content.get("form") == "lora+row_scale" else ""
@@ -162,6 +163,7 @@ def _lead(content: Mapping[str, Any]) -> str:
 
 
 def _tiles(content: Mapping[str, Any]) -> str:
+    """Return the boxes with the main figures."""
     tiles: list[tuple[str, str, str]] = []
     certificate = content.get("certificate") or {}
     modules = content["modules"]
@@ -176,13 +178,13 @@ def _tiles(content: Mapping[str, Any]) -> str:
             tiles.append(("trained parameters", f"{entry['parameters']:,}", size_text(content["sizes"]["adapter"])))
     for key, name, note in (
         ("changed", "elements changed", "median of the weights"),
-        ("lost", "lost to rounding", "of the change; median of the weights"),
+        ("lost", "lost by rounding", "of the change; median of the weights"),
     ):
         shares = [entry[key] for entry in modules if entry.get(key) is not None]
         if shares and "retention" not in certificate:
             tiles.append((name, percent(median(shares)), note))
     if certificate.get("retention") is not None:
-        least = f"least {certificate['worst_retention']:.2f}"
+        least = f"smallest {certificate['worst_retention']:.2f}"
         tiles.append(("change kept", percent(certificate["retention"]), f"quantised again; {least}"))
     if "max_relative_error" in certificate:
         tiles.append(
@@ -209,7 +211,7 @@ def _tiles(content: Mapping[str, Any]) -> str:
     if scale:
         tiles.append(("row scales", f"±{scale['deviation']:.2g}", f"{scale['least']:.3g} to {scale['largest']:.3g}"))
     if content.get("seconds") is not None:
-        tiles.append(("time", f"{content['seconds']:.1f} s", "to make it"))
+        tiles.append(("time", f"{content['seconds']:.1f} s", "to compute it"))
     return "".join(
         f"<div><dt>{html.escape(name)}</dt><dd>{html.escape(value)}"
         + (f"<small>{html.escape(note)}</small>" if note else "")
@@ -219,6 +221,7 @@ def _tiles(content: Mapping[str, Any]) -> str:
 
 
 def _parity(content: Mapping[str, Any]) -> str:
+    """Return the table of comparisons with the adapter as trained; empty where there is none."""
     if not content["parity"]:
         return ""
     rows = []
@@ -237,11 +240,11 @@ def _parity(content: Mapping[str, Any]) -> str:
             f"<td class=n>{_number(line.get('effect'))}</td></tr>"
         )
     head = (
-        "<tr><th>compared</th><th>passed</th><th class=n>max |Δlogit|</th><th class=n>passes up to</th>"
+        "<tr><th>compared</th><th>passed</th><th class=n>max |Δlogit|</th><th class=n>tolerance</th>"
         "<th class=n>greedy tokens equal</th><th class=n>worst weight</th><th class=n>effect</th></tr>"
     )
     note = (
-        "<p>max |Δlogit| and worst weight (relative error of ΔW): the artefact against the adapter as trained; "
+        "<p>max |Δlogit| and worst weight (relative error of ΔW): the artefact compared with the adapter as trained; "
         "effect: max |Δlogit| between the adapter as trained and its base.</p>"
     )
     table = f"<div class=scroll><table>{head}{''.join(rows)}</table></div>"
@@ -249,6 +252,7 @@ def _parity(content: Mapping[str, Any]) -> str:
 
 
 def _weights(content: Mapping[str, Any]) -> str:
+    """Return the table of all weights, with the columns that have values."""
     columns = [
         (key, name)
         for key, name in (
@@ -281,6 +285,7 @@ def _weights(content: Mapping[str, Any]) -> str:
 
 
 def _provenance(content: Mapping[str, Any]) -> str:
+    """Return the table of inputs and versions; empty where the manifest holds none."""
     rows = []
     base = content.get("base") or {}
     for name, value in (
@@ -288,7 +293,7 @@ def _provenance(content: Mapping[str, Any]) -> str:
         ("base fingerprint", base.get("fingerprint")),
         ("evidence of the base", content.get("origin")),
         *((f"adapter {entry['name']}", entry.get("sha256")) for entry in content["adapters"]),
-        ("made", content.get("created")),
+        ("created", content.get("created")),
         ("versions", ", ".join(f"{key} {value}" for key, value in (content.get("versions") or {}).items())),
         ("calibration text", (content.get("calibration") or {}).get("sha256")),
     ):
