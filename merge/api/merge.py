@@ -29,10 +29,9 @@ from adapter_merge.engine.requantise import plan_requantised
 from adapter_merge.errors import InputError, Problem, raise_all
 from adapter_merge.files.links import can_link
 from adapter_merge.outputs.leftovers import staging_folder
-from adapter_merge.outputs.model_folder import base_files, output_files, planned_files, write_rest
+from adapter_merge.outputs.model_folder import base_files, output_files, planned_files, write_side_files
 from adapter_merge.outputs.preimage import PreimageRecorder
-from adapter_merge.outputs.resume_journal import MergePart, check_complete, shards_of_part, workplace
-from adapter_merge.outputs.resume_journal import finish as publish_place
+from adapter_merge.outputs.resume_journal import MergePart, check_complete, publish_workplace, shards_of_part, workplace
 from adapter_merge.outputs.staging import (
     check_output,
     check_space,
@@ -140,7 +139,7 @@ def merge(
 
         by_file = {shard.file: shard for shard in plan.shards}
         try:
-            finished = place.proved(shards, recorder.files if recorder is not None else lambda _: [])
+            finished = place.check_finished(shards, recorder.files if recorder is not None else lambda _: [])
             if options.finish:
                 if place.device != identity["device"]:
                     content["options"]["device"] = place.device
@@ -178,7 +177,7 @@ def merge(
         if options.part is not None:
             done = {name: shard.sha256 for name, shard in sorted(finished.items())}
             return MergeResult(output, content | {"part": f"{options.part[0]}/{options.part[1]}", "files": done})
-        write_rest(plan, place.folder, content, output.name, options.keep_preimage)
+        write_side_files(plan, place.folder, content, output.name, options.keep_preimage)
         if options.texts is not None:
             content["certificate"]["texts"] = asdict(text_divergence(bound, place.folder, options.texts))
         if options.hashes:
@@ -186,7 +185,7 @@ def merge(
             content["files"] = output_files(place.folder, finished)
         inputs.check()
         write_manifest(place.folder, content)
-        publish_place(place, output, options.overwrite)
+        publish_workplace(place, output, options.overwrite)
     return MergeResult(output, content)
 
 

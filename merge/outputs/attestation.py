@@ -1,6 +1,6 @@
-"""In-toto statements of an output's inputs: SLSA provenance v1, from the manifest's own fields.
+"""Statement of an output's inputs as an in-toto statement with SLSA provenance v1, made from the manifest.
 
-https://in-toto.io/Statement/v1 and https://slsa.dev/provenance/v1. It repeats what the manifest says, unsigned.
+Sources: https://in-toto.io/Statement/v1 and https://slsa.dev/provenance/v1. The statement is not signed.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Comparison of an output folder's entries with its manifest: unlisted entries and links are refused."""
+"""Comparison of the entries of an output folder with its manifest: unlisted entries and links are problems."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ from adapter_merge.files.symlinks import is_hub_blob
 from .staging import MANIFEST
 
 SIGNATURE = "model.sig"
-# Files that storing and signing add to a folder; no loader reads them. They are reported, not hashed.
-BESIDE = (SIGNATURE, ".gitattributes")
+# Files that git and signing add to a folder. No loader reads them, so they are reported and not hashed.
+PERMITTED = (SIGNATURE, ".gitattributes")
 SHA256 = re.compile(r"[0-9a-f]{64}")
 
 
@@ -37,14 +37,14 @@ def stated_hashes(folder: Path, files: object) -> dict[str, str]:
         if not isinstance(sha, str) or not SHA256.fullmatch(sha):
             raise FileFormatError(f"{folder / MANIFEST}: {name!r} has no sha256", got=repr(sha)[:80])
         if path.is_absolute() or ".." in path.parts or path.as_posix() != name or name in (".", MANIFEST):
-            raise FileFormatError(f"{folder / MANIFEST}: names {name!r}", expected="files of its own folder")
+            raise FileFormatError(f"{folder / MANIFEST}: names {name!r}", expected="files of the folder itself")
         hashes[str(name)] = sha
     return hashes
 
 
 def list_content(folder: Path, expected: Mapping[str, str]) -> FolderContent:
     """List everything in `folder`, hidden or not, without following links. Raises FileFormatError if unreadable."""
-    allowed = {*expected, MANIFEST, *BESIDE}
+    allowed = {*expected, MANIFEST, *PERMITTED}
     parents = {parent.as_posix() for name in expected for parent in PurePosixPath(name).parents}
     present: set[str] = set()
     problems: list[Problem] = []
@@ -82,7 +82,7 @@ def list_content(folder: Path, expected: Mapping[str, str]) -> FolderContent:
     for name in sorted(expected.keys() - present):
         if str(folder / name) not in named:
             problems.append(Problem(f"{folder / name}: is missing"))
-    beside = tuple(sorted(present.intersection(BESIDE) - expected.keys()))
+    beside = tuple(sorted(present.intersection(PERMITTED) - expected.keys()))
     return FolderContent(frozenset(present.intersection(expected)), beside, tuple(problems))
 
 

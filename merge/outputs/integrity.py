@@ -1,6 +1,6 @@
 """Check of an output folder: every file is hashed again and compared with the manifest.
 
-Also what a manifest states: the inputs of an output, and whether a folder is the base of a merge.
+The module also reads the inputs of an output from its manifest, and checks whether a folder is the base of a merge.
 """
 
 from __future__ import annotations
@@ -60,7 +60,7 @@ def check_integrity(
     manifest = _read_own_manifest(folder)
     if manifest is None or not manifest.get("files"):
         raise InputError(
-            f"{folder}: nothing to prove",
+            f"{folder}: there are no hashes to check",
             expected=f"a folder with an {MANIFEST} that holds hashes",
             got="no manifest" if manifest is None else "a manifest without hashes",
             hint="was it written with --no-hashes, or copied without its manifest?",
@@ -71,9 +71,9 @@ def check_integrity(
     problems = [*edited, *content.problems]
     claims = {folder / name: sha for name, sha in expected.items() if name in content.present}
     actual = hash_files(claims, workers, progress)
-    wrong = _find_differences(claims, actual)
-    problems += wrong
-    if not wrong and not edited:
+    differences = _find_differences(claims, actual)
+    problems += differences
+    if not differences and not edited:
         problems += _check_adapter_entries(folder, manifest)
 
     checked, moved = ({}, ()) if edited else _list_inputs(manifest, adapters_only=not inputs)
@@ -147,7 +147,7 @@ EDITED = "one of the two was edited after it was written"
 def _find_differences(claims: dict[Path, str], actual: dict[Path, str]) -> list[Problem]:
     """Return a problem for each file whose sha256 differs from the recorded one."""
     return [
-        Problem(f"{path}: is not what was recorded", expected=f"sha256 {sha}", got=f"sha256 {actual[path]}")
+        Problem(f"{path}: differs from the recorded file", expected=f"sha256 {sha}", got=f"sha256 {actual[path]}")
         for path, sha in claims.items()
         if actual[path] != sha
     ]
@@ -190,12 +190,14 @@ def inputs_of(folder: str | Path) -> tuple[str | None, str | Recipe, str | None,
     integrity = check_integrity(folder, inputs=True)
     manifest = read_manifest(folder) or {}
     base, adapters = manifest.get("base") or {}, manifest.get("adapters") or []
-    problems = [Problem(f"{name}: is not there any more") for name in integrity.moved]
+    problems = [Problem(f"{name}: does not exist any more") for name in integrity.moved]
     if not adapters or not base.get("path") or any("stated" not in entry for entry in adapters):
-        problems.append(Problem(f"{folder / MANIFEST}: does not say what it was made from", hint="give BASE ADAPTER"))
+        problems.append(
+            Problem(f"{folder / MANIFEST}: does not state the inputs of the output", hint="state BASE and ADAPTER")
+        )
     raise_all(problems, InputError)
     if base.get("fingerprint") != open_checkpoint(base["path"]).fingerprint and not _holds_base(base, adapters):
-        raise InputError(f"{base['path']}: is not the base that {folder} was made from any more")
+        raise InputError(f"{base['path']}: is not the base any more that {folder} was made from")
     combination = (manifest.get("options") or {}).get("combination")
     if combination is None:
         entry = adapters[0]

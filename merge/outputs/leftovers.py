@@ -1,12 +1,13 @@
-"""What a killed run leaves beside an output, how it is recognised as ours, and its removal.
+"""Files that a killed run leaves beside an output: how they are recognised, and their removal.
 
     .OUT.lock       the lock file, which holds locks.MARK
     .OUT.partial    the staging folder
     .OUT.old        an output that was being replaced in two steps
     .partial-KEY    the staging folder of an entry of the serving cache, with KEY.lock; KEY is a sha256
 
-Nothing is removed while a run holds the lock (the kernel frees that of a killed process), and nothing that could be
-another program's: a staging folder has our lock file beside it, or our manifest or journal inside, and it is no link.
+Nothing is removed while a run holds the lock (the kernel releases the lock of a killed process), or where the files
+could be another program's: a staging folder must have this project's lock file beside it, or its manifest or journal
+inside, and must not be a link.
 """
 
 from __future__ import annotations
@@ -24,21 +25,21 @@ from adapter_merge.files.input_errors import reading
 from adapter_merge.files.locks import is_own_lock, lock_file, lock_name
 
 MANIFEST = "adapter_merge.json"
-PREIMAGE_FOLDER = "preimage"  # of a merged model: what the merge has overwritten
+PREIMAGE_FOLDER = "preimage"  # of a merged model: the base's bytes that the merge changed (preimage.py)
 SPLIT = "split"  # a file that marks a staging folder with parts of a split merge
 JOURNAL = "journal"  # a folder of a merge's staging folder: the finished files (resume_journal.py)
-MODEL = "model"  # a folder of it: the output so far
+MODEL = "model"  # a folder of a merge's staging folder: the output so far
 HIDDEN = re.compile(r"\.(?P<name>.+)\.(lock|partial|old)")
-CACHED = re.compile(r"\.partial-(?P<key>[0-9a-f]{64})")  # a lock alone could be one of the hub's cache
+CACHED = re.compile(r"\.partial-(?P<key>[0-9a-f]{64})")  # a lock file alone could belong to the hub's cache
 
 
 @dataclass(frozen=True)
 class Leftover:
-    """One file or folder of a dead run: its size, and why it was kept; "" where it was removed."""
+    """One file or folder of a killed run."""
 
     path: Path
     nbytes: int
-    kept: str = ""
+    kept: str = ""  # why it was kept; "" where it was removed
 
 
 def staging_folder(output: Path) -> Path:
@@ -81,30 +82,31 @@ def recover(output: Path) -> None:
 
 
 def clear_after(output: Path) -> list[Leftover]:
-    """Remove what a run that had finished `output` left beside it, but not what a next run can go on with."""
+    """Remove the leftovers beside a finished `output`, except shards with which the next run can resume."""
     return _clear(output, resumable=False)
 
 
 def clear_folder(folder: Path) -> list[Leftover]:
-    """Remove all that dead runs left in `folder`, finished shards of killed merges too; parts of split merges stay.
+    """Remove the leftovers of all killed runs in `folder`, including finished shards; parts of split merges are kept.
 
-    Raises InputError when `folder` is none or cannot be read.
+    Raises InputError where `folder` does not exist, FileFormatError where it cannot be read.
     """
     if not folder.is_dir():
         raise InputError(f"{folder}: no such folder", expected="the folder that holds outputs, or the serving cache")
     with reading(folder):
         names = sorted(path.name for path in folder.iterdir())
-    found: list[Leftover] = []
+    leftovers: list[Leftover] = []
     for name in sorted({match["name"] for match in map(HIDDEN.fullmatch, names) if match}):
-        found += _clear(folder / name, resumable=True)
+        leftovers += _clear(folder / name, resumable=True)
     for match in map(CACHED.fullmatch, names):
-        found += _clear_entry(folder, match["key"]) if match else []
-    return found
+        leftovers += _clear_entry(folder, match["key"]) if match else []
+    return leftovers
 
 
 def _clear(output: Path, *, resumable: bool) -> list[Leftover]:
+    """Remove the leftovers beside `output`; `resumable`: also finished shards with which a merge could resume."""
     lock, staging, old = lock_name(output), staging_folder(output), old_name(output)
-    # After a loss of power the lock file may have lost its mark.
+    # After a power failure the lock file may be empty.
     ours = is_own_lock(lock) or (is_own_lock(lock, b"") and (output / MANIFEST).is_file())
     old_is_ours = _is_folder(old) and (ours or (old / MANIFEST).is_file())
     staging_is_ours = _is_folder(staging) and (ours or _is_own_staging(staging, output))
@@ -114,31 +116,31 @@ def _clear(output: Path, *, resumable: bool) -> list[Leftover]:
         fd = lock_file(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError:  # a run holds it, or the folder cannot be written
         return []
-    found = []
+    leftovers = []
     try:
         if old_is_ours:
-            found.append(Leftover(old, _size(old)))
+            leftovers.append(Leftover(old, _size(old)))
             recover(output)
         if staging_is_ours:
             nbytes, kept = _size(staging), ""
             if _holds_parts(staging):
                 kept = "parts of a split merge: merge --finish joins them"
             elif not resumable and any((staging / JOURNAL).glob("*.json")) and (staging / MODEL).is_dir():
-                kept = "finished shards, with which the same merge goes on"
+                kept = "finished shards, with which the same merge resumes"
             else:
-                kept = _removed(staging)
-            found.append(Leftover(staging, nbytes, kept))
+                kept = _try_remove(staging)
+            leftovers.append(Leftover(staging, nbytes, kept))
         if ours:
-            found.append(Leftover(lock, 0))
+            leftovers.append(Leftover(lock, 0))
     finally:
         if ours or os.fstat(fd).st_size == 0:
             lock.unlink(missing_ok=True)
         os.close(fd)
-    return found
+    return leftovers
 
 
 def _clear_entry(cache: Path, key: str) -> list[Leftover]:
-    """Remove the staging folder of a cache entry, and the entry's lock where the entry is not there."""
+    """Remove the staging folder of a cache entry, and its lock where the entry itself does not exist."""
     lock, staging = cache / f"{key}.lock", cache / f".partial-{key}"
     if not _is_folder(staging) or not lock.is_file() or lock.is_symlink():
         return []
@@ -147,33 +149,33 @@ def _clear_entry(cache: Path, key: str) -> list[Leftover]:
     except OSError:
         return []
     try:
-        found = [Leftover(staging, _size(staging), _removed(staging))]
+        leftovers = [Leftover(staging, _size(staging), _try_remove(staging))]
         if not (cache / key).exists():
-            found.append(Leftover(lock, 0))
+            leftovers.append(Leftover(lock, 0))
             lock.unlink(missing_ok=True)
     finally:
         os.close(fd)
-    return found
+    return leftovers
 
 
-def _removed(path: Path) -> str:
-    """Remove `path`; return "", or why it is still there."""
+def _try_remove(path: Path) -> str:
+    """Remove `path`; return "", or the reason why it still exists."""
     remove(path)
     return "it could not be removed" if path.exists() else ""
 
 
 def _holds_parts(staging: Path) -> bool:
-    """True while parts of a split merge are there; once they are joined, their folder has the output's name."""
+    """True where the folder holds parts of a split merge that are not joined yet."""
     return (staging / SPLIT).exists() and (staging / MODEL).is_dir()
 
 
 def _is_folder(path: Path) -> bool:
-    """True for a folder of this user that is no link."""
+    """True for a folder, not a link, that belongs to this user."""
     return path.is_dir() and not path.is_symlink() and path.stat().st_uid == os.geteuid()
 
 
 def _is_own_staging(staging: Path, output: Path) -> bool:
-    """True for a folder with our manifest or journal, and for one without a file beside a finished output."""
+    """True for a folder with a manifest or journal of this project, and for an empty one beside a finished output."""
     if (staging / MANIFEST).is_file() or (staging / JOURNAL / "plan.json").is_file():
         return True
     files = [path for path in staging.rglob("*") if not path.is_dir() or path.is_symlink()]
@@ -182,6 +184,7 @@ def _is_own_staging(staging: Path, output: Path) -> bool:
 
 
 def _size(folder: Path) -> int:
+    """Return the bytes that the folder's files take on the disk."""
     return sum(about.st_blocks * 512 for about in _states(folder))
 
 

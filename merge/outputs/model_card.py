@@ -1,7 +1,7 @@
 """Model cards: the README.md of outputs, with the hub's metadata.
 
-Keys after the hub's model card specification (huggingface_hub, "Model Cards"): base_model (a hub id, never a path),
-base_model_relation (adapter or merge), library_name, pipeline_tag, tags.
+The keys follow the hub's model card specification (huggingface_hub, "Model Cards"): base_model (a hub id, never a
+path), base_model_relation (adapter or merge), library_name, pipeline_tag, tags.
 """
 
 from __future__ import annotations
@@ -75,16 +75,17 @@ def adapter_table(adapters: Iterable[Mapping[str, Any]]) -> str:
 
 def combination_line(content: Mapping[str, Any]) -> str:
     """Return a line on the combination of several adapters; empty for one adapter."""
-    said = content.get("options", {}).get("combination")
-    if said is None:
+    combination = content.get("options", {}).get("combination")
+    if combination is None:
         return ""
-    if said["method"] == "in-turn":
-        return f"\nEach on what the ones before it have left: {', '.join(map(plain_text, said['adapters']))}.\n"
-    weights = ", ".join(f"{plain_text(name)} {weight:g}" for name, weight in said["weights"].items())
-    others = [
-        f"{key} {said[key]:g}" for key, plain in (("density", 1), ("gamma", 0), ("seed", 0)) if said[key] != plain
-    ]
-    return f"\nCombined in delta space ({', '.join([said['method'], *others])}), weights: {weights}.\n"
+    if combination["method"] == "in-turn":
+        names = ", ".join(map(plain_text, combination["adapters"]))
+        return f"\nApplied in turn, each to the result of those before it: {names}.\n"
+    weights = ", ".join(f"{plain_text(name)} {weight:g}" for name, weight in combination["weights"].items())
+    defaults = (("density", 1), ("gamma", 0), ("seed", 0))
+    settings = [f"{key} {combination[key]:g}" for key, default in defaults if combination[key] != default]
+    method = ", ".join([combination["method"], *settings])
+    return f"\nCombined in delta space ({method}), weights: {weights}.\n"
 
 
 def certificate_table(certificate: Mapping[str, Any]) -> str:
@@ -102,7 +103,7 @@ def certificate_table(certificate: Mapping[str, Any]) -> str:
         rows.append(("relative error of the layers' output, mean", f"{certificate['mean_output_error']:.3g}"))
     end = certificate.get("end_to_end")
     if end is not None:
-        effect = "" if end["effect"] is None else f" (the adapter itself moves them by {end['effect']:.3g})"
+        effect = "" if end["effect"] is None else f" (the adapter's own effect on them is {end['effect']:.3g})"
         rows += [
             (
                 "logits: largest difference",
@@ -110,7 +111,7 @@ def certificate_table(certificate: Mapping[str, Any]) -> str:
             ),
             ("logits: mean difference", f"{end['mean_dlogit']:.3g}"),
             ("KL divergence per token, mean", f"{end['mean_kl']:.3g} nats"),
-            ("greedy tokens that agree", f"{end['greedy_equal']} of {end['greedy_total']}"),
+            ("greedy tokens that are equal", f"{end['greedy_equal']} of {end['greedy_total']}"),
         ]
         if end.get("perplexity") is not None:
             perplexity = end["perplexity"]
@@ -138,13 +139,15 @@ def factor_card(content: Mapping[str, Any], opened: Adapter, folder: Path, title
     heads = (folder / "replacements.safetensors").is_file()
     library = "gguf" if content["options"]["format"] == "gguf" else "peft"
     kind = "Exact factors" if content["exact"] else "Truncated factors"
-    what = (
-        f"{kind} with one scale per output row (DoRA form). Not a plain LoRA: `use_dora` stays true, so that a server "
-        "that knows only LoRA refuses it instead of losing the scales."
+    summary = (
+        f"{kind} with one scale per output row (DoRA form). Not a plain LoRA: `use_dora` is true, so that a server "
+        "that supports only LoRA refuses it instead of losing the scales."
         if scaled
         else f"{kind}: a plain LoRA of scale 1 (`lora_alpha` is the rank)."
     )
-    body = f"""{what}
+    rank = content["certificate"]["ranks"][1]
+    loading = _loading_section(base, title, task, scaled, heads, rank) if library == "peft" else LLAMA_CPP
+    body = f"""{summary}
 
 Made by adapter-merge {content["versions"]["adapter-merge"]} from:
 
@@ -152,19 +155,19 @@ Made by adapter-merge {content["versions"]["adapter-merge"]} from:
 {combination_line(content)}
 ## Certificate
 
-Measured on the numbers in this folder, against the adapter as trained. Every weight's own figures stand in
-`adapter_merge.json`.
+Measured on the tensors of this folder, compared with the adapter as trained. `adapter_merge.json` holds the figures of
+every weight.
 
 {certificate_table(content["certificate"])}
 
 ## How to load it
 
-{_loading(base, title, task, scaled, heads, content["certificate"]["ranks"][1]) if library == "peft" else LLAMA_CPP}"""
+{loading}"""
     tags = ["adapter-merge", library, "dora" if scaled else "lora"]
     return card(title, base, "adapter", library, tags, body, PIPELINES.get(str(task)))
 
 
-def _loading(base: str | None, title: str, task: object, scaled: bool, heads: bool, rank: int) -> str:
+def _loading_section(base: str | None, title: str, task: object, scaled: bool, heads: bool, rank: int) -> str:
     model = base or "BASE"
     auto = AUTO_CLASSES.get(str(task), "AutoModel")
     fence = code_fence(model, title)
@@ -196,20 +199,22 @@ adapter-merge serve {shlex.quote(model)} {shlex.quote(f"mine={title}")}
 {fence}"""
         )
     elif heads:
-        parts.append("vLLM: not as a LoRA, since heads or biases were trained as well: serve the merged model.")
+        parts.append(
+            "vLLM cannot serve this folder as a LoRA, since heads or biases were trained too: serve the merged model."
+        )
     elif rank > VLLM_RANKS[-1]:
-        parts.append(f"vLLM: rank {rank} is above its limit of {VLLM_RANKS[-1]}: serve the merged model.")
+        parts.append(f"vLLM cannot serve rank {rank}, its limit is {VLLM_RANKS[-1]}: serve the merged model.")
     else:
-        room = next(size for size in VLLM_RANKS if size >= rank)
+        max_rank = next(size for size in VLLM_RANKS if size >= rank)
         parts.append(
             f"""vLLM:
 
 {fence}bash
-vllm serve {shlex.quote(model)} --enable-lora --max-lora-rank {room} --lora-modules {shlex.quote(f"mine={title}")}
+vllm serve {shlex.quote(model)} --enable-lora --max-lora-rank {max_rank} --lora-modules {shlex.quote(f"mine={title}")}
 {fence}"""
         )
     parts.append(
-        f"""ONNX Runtime: one graph, this and other adapters switched at run time:
+        f"""ONNX Runtime, one graph in which adapters are switched at run time:
 
 {fence}bash
 adapter-merge export {shlex.quote(model)} {shlex.quote(f"mine={title}")} -o onnx --mode switchable

@@ -20,8 +20,10 @@ from .preimage import SIDE
 from .staging import MANIFEST, copy_synced, write_json, write_text
 
 
-def write_rest(plan: MergePlan, folder: Path, content: Mapping[str, Any], title: str, keep_preimage: bool) -> None:
-    """Write everything beside the weights; after a kill, the next run writes it all again."""
+def write_side_files(
+    plan: MergePlan, folder: Path, content: Mapping[str, Any], title: str, keep_preimage: bool
+) -> None:
+    """Write all files of a merged model except its weights and manifest; files of an earlier run are removed first."""
     for path in folder.iterdir():
         if path.name != PREIMAGE_FOLDER and path.name not in {shard.file for shard in plan.shards}:
             remove(path)
@@ -56,7 +58,7 @@ def _base_side(plan: MergePlan) -> list[Path]:
 
 
 def _carried(plan: MergePlan) -> list[Path]:
-    """Return the base's side files, without those that another merge kept of its own base."""
+    """Return the base's side files, without the pre-image of an earlier merge."""
     return [path for path in plan.side_files if path.parts[0] != PREIMAGE_FOLDER]
 
 
@@ -82,13 +84,16 @@ def base_files(plan: MergePlan, finished: Mapping[str, FinishedShard]) -> dict[s
 
 def output_files(folder: Path, finished: Mapping[str, FinishedShard]) -> dict[str, str]:
     """Return the sha256 of the output's files: weights as hashed while written, other files hashed now."""
-    known = {name: shard.sha256 for name, shard in finished.items() if shard.sha256 is not None}
-    rest = [path for path in folder.rglob("*") if path.is_file() and path.relative_to(folder).as_posix() not in known]
-    hashes = {path.relative_to(folder).as_posix(): sha for path, sha in hash_files(rest).items()}
-    return dict(sorted((known | hashes).items()))
+    weights = {name: shard.sha256 for name, shard in finished.items() if shard.sha256 is not None}
+    others = [
+        path for path in folder.rglob("*") if path.is_file() and path.relative_to(folder).as_posix() not in weights
+    ]
+    hashes = {path.relative_to(folder).as_posix(): sha for path, sha in hash_files(others).items()}
+    return dict(sorted((weights | hashes).items()))
 
 
 def _copy_side_files(plan: MergePlan, folder: Path) -> None:
+    """Copy the base's side files that the output does not replace."""
     for relative in _carried(plan):
         if relative in _replaced(plan):
             continue

@@ -1,10 +1,11 @@
-"""Pre-images: the bytes that a merge overwrites, kept so that `restore` gives the base back bit by bit.
+"""Pre-images: the base's bytes that a merge changes, stored so that `restore` can write the base again bit for bit.
 
     OUT/preimage/<file>.bin      frames: the base's bytes, XORed with the output's where those have the same layout
     OUT/preimage/<file>.json     the base's file name, its header, and for each tensor its frames
 
-XOR leaves little of a bf16 weight but its low mantissa bits. A frame is split into byte planes (all first bytes, all
-second bytes, ...), each deflated on its own where that helps: the sign-and-exponent plane nearly vanishes.
+The XOR of a bf16 weight has few bits set other than low mantissa bits. A frame is split into byte planes (all first
+bytes, all second bytes, ...), and each plane is deflated where that makes it smaller: the plane of signs and exponents
+is nearly all zeros.
 """
 
 from __future__ import annotations
@@ -29,7 +30,7 @@ from .staging import sync_folder
 
 SIDE = "side"  # the base's files that the output replaces: index, config, README
 VERSION = 1
-LEVEL = 1
+LEVEL = 1  # of zlib: the fastest
 DEFLATE_BELOW = 0.9  # a plane is deflated when a sample of it shrinks below this share
 
 
@@ -39,7 +40,7 @@ def deflate(
 ) -> tuple[list[int], bytes]:
     """Return the stored size of each byte plane of n / item items (negative: not deflated), and the joined planes."""
     planes = data.view(-1, item).T.contiguous()
-    sizes, kept = [], []
+    sizes, stored = [], []
     for plane in planes:
         raw = plane.numpy().tobytes()
         sample = raw[:: max(1, len(raw) // 4096)]
@@ -48,21 +49,21 @@ def deflate(
             packed = zlib.compress(raw, LEVEL)
         if len(packed) < len(raw):
             sizes.append(len(packed))
-            kept.append(packed)
+            stored.append(packed)
         else:
             sizes.append(-len(raw))
-            kept.append(raw)
-    return sizes, b"".join(kept)
+            stored.append(raw)
+    return sizes, b"".join(stored)
 
 
-def inflate(sizes: list[int], kept: bytes, nbytes: int) -> Tensor:  # (nbytes,) uint8
+def inflate(sizes: list[int], stored: bytes, nbytes: int) -> Tensor:  # (nbytes,) uint8
     """Return the inverse of `deflate`. Raises FileFormatError for damaged input."""
     item, position = len(sizes), 0
     if item == 0 or nbytes % item:
         raise FileFormatError("a frame of the pre-image is damaged", got=f"{item} planes of {nbytes} bytes")
     planes = []
     for size in sizes:
-        piece = kept[position : position + abs(size)]
+        piece = stored[position : position + abs(size)]
         position += abs(size)
         if size > 0:
             try:
@@ -78,6 +79,8 @@ def inflate(sizes: list[int], kept: bytes, nbytes: int) -> Tensor:  # (nbytes,) 
 
 
 class _Writer:
+    """The open .bin file of one output file, and the frames written to it."""
+
     def __init__(self, folder: Path, plan: ShardPlan) -> None:
         self.stream: BinaryIO = (folder / f"{plan.file}.bin").open("xb", buffering=0)
         self.frames: dict[str, list[list[Any]]] = {}
@@ -86,7 +89,7 @@ class _Writer:
 
 
 class PreimageRecorder:
-    """Collects the frames of a run, one file per output file. Called by the engine, from any thread."""
+    """Recorder of the base's bytes that a merge changes, with one .bin file per output file. Any thread may call it."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder / PREIMAGE_FOLDER
@@ -99,29 +102,32 @@ class PreimageRecorder:
         return [self.folder / f"{file}.bin", self.folder / f"{file}.json"]
 
     def record(self, shard: ShardPlan, job: TensorJob, first: int, before: Tensor, after: Tensor | None) -> None:
-        """Keep `before` (n,) uint8, the base's bytes from byte `first` of the tensor; `after` replaces them."""
+        """Write `before` (n,) uint8, the base's bytes from byte `first` of the tensor, as one frame.
+
+        after: the bytes that replace them; None where the output has none.
+        """
         ref = job.original or job.source
         item = ITEM_BYTES[ref.dtype]
         xor = after is not None and job.source.dtype == job.place.dtype
         if xor:
             assert after is not None
-            sizes, kept = deflate(torch.bitwise_xor(before, after), item)
+            sizes, stored = deflate(torch.bitwise_xor(before, after), item)
         else:
-            sizes, kept = deflate(before, item)
+            sizes, stored = deflate(before, item)
         with self._lock:
             writer = self._writers.get(shard.file)
             if writer is None:
                 writer = self._writers[shard.file] = _Writer(self.folder, shard)
         with writer.lock:
             position = writer.position
-            writer.position += len(kept)
+            writer.position += len(stored)
             writer.frames.setdefault(ref.name, []).append([first, before.numel(), position, sizes, xor])
-            done = 0
-            while done < len(kept):
-                done += writer.stream.write(kept[done:]) or 0
+            written = 0
+            while written < len(stored):
+                written += writer.stream.write(stored[written:]) or 0
 
     def close(self, shard: ShardPlan) -> None:
-        """Finish one output file's pre-image and sync it."""
+        """Write the index of one output file's pre-image, and flush both files to the disk."""
         assert shard.source is not None
         with self._lock:
             writer = self._writers.pop(shard.file, None) or _Writer(self.folder, shard)

@@ -39,7 +39,7 @@ MergePart = tuple[int, int]  # i of n, counted from 1
 
 
 class Workplace:
-    """The staging folder of one merge, with its journal."""
+    """Staging folder of one merge, with its journal."""
 
     def __init__(self, staging: Path, plan: MergePlan, readers: int) -> None:
         self.staging, self.plan, self.readers = staging, plan, readers
@@ -59,7 +59,7 @@ class Workplace:
         """The hash of the identity, stored in every entry, so that entries of other options are not used."""
         return hashlib.sha256(json.dumps(self.identity, sort_keys=True).encode()).hexdigest()
 
-    def others(self, shard: ShardPlan) -> list[Path]:
+    def other_sources(self, shard: ShardPlan) -> list[Path]:
         """Return the base files of `shard` beside its source: pickles, and the shards of tied weights."""
         base = {*self.plan.base.files} - {shard.source}
         refs = [ref for job in shard.jobs for ref in (job.source, job.original) if ref is not None]
@@ -78,8 +78,10 @@ class Workplace:
         others = {}
         if shard.sha256 is not None:
             plan = next(plan for plan in self.plan.shards if plan.file == shard.file)
-            others = {file.name: self._hash(file) for file in self.others(plan)}
-        write_whole(self.journal / f"{shard.file}.json", {"plan": self._key, "others": others, "shard": asdict(shard)})
+            others = {file.name: self._hash(file) for file in self.other_sources(plan)}
+        write_json_atomically(
+            self.journal / f"{shard.file}.json", {"plan": self._key, "others": others, "shard": asdict(shard)}
+        )
 
     def entries(self) -> dict[str, tuple[FinishedShard, dict[str, str]]]:
         """Read the entries of this merge, unchecked: finished files, and sha256 of the other base files of each."""
@@ -95,8 +97,10 @@ class Workplace:
                 entries[shard.file] = shard, content["others"]
         return entries
 
-    def proved(self, shards: Iterable[ShardPlan], companions: Callable[[str], list[Path]]) -> dict[str, FinishedShard]:
-        """Return the finished ones of `shards` after hashing them again; unfinished and changed files are removed.
+    def check_finished(
+        self, shards: Iterable[ShardPlan], companions: Callable[[str], list[Path]]
+    ) -> dict[str, FinishedShard]:
+        """Hash the finished files among `shards` again and return those that match; other files are removed.
 
         companions: returns further files that belong to an output file, by its name.
         """
@@ -107,12 +111,12 @@ class Workplace:
             if file not in entries or not all(path.is_file() for path in (self.folder / file, *companions(file))):
                 continue
             entry, others = entries[file]
-            if entry.sha256 is None:  # made without hashes: it cannot be checked
+            if entry.sha256 is None:  # written without hashes: it cannot be checked
                 continue
             claims[file] = {self.folder / file: entry.sha256}
             if plan.source is not None:
                 claims[file][plan.source] = entry.source_sha256
-            claims[file] |= {path: others.get(path.name) for path in self.others(plan)}
+            claims[file] |= {path: others.get(path.name) for path in self.other_sources(plan)}
         hashes = hash_files(path for claim in claims.values() for path in claim)
         finished = {}
         for file in plans:
@@ -140,17 +144,17 @@ def workplace(
 ) -> Iterator[Workplace]:
     """Provide the folder to build `output` in, with the finished files of an earlier run of the same `identity`.
 
-    readers: the mode bits that the output may have (InputSnapshot.readers).
-    part: this run makes one part of the output; the folder stays for the others. finishing: this run joins the parts,
-    on any device. keep: the folder stays when this run fails. It also stays after a kill, and once it holds parts of a
-    split merge. The caller publishes. A folder of another merge is removed, unless it holds parts, which may be days of
-    other machines' work. Raises OutputError.
+    readers: the mode bits that the output may have (InputSnapshot.readers). part: this run writes one part of the
+    output, and the folder stays for the other parts. finishing: this run joins the parts, on any device. keep: the
+    folder stays when this run fails. The folder also stays after a kill, and where it holds parts of a split merge. The
+    caller publishes it. A folder of another merge is removed, unless it holds parts, which other machines may have
+    computed. Raises OutputError.
     """
     check_output(output, overwrite)
     place = Workplace(staging_folder(output), plan, readers)
     split = place.staging / SPLIT
     stays = keep or finishing or part is not None or split.exists()
-    left = "the finished shards stay: run it again to go on" if stays else "nothing was left behind"
+    left = "the finished shards were kept: run the same merge again to resume" if stays else "nothing was left behind"
     with locked(output, shared=part is not None), disk_errors(output, left), ExitStack() as stack:
         if part is None:
             recover(output)
@@ -161,7 +165,7 @@ def workplace(
             for shard in () if part is None else shards_of_part(plan.shards, part):
                 stack.enter_context(
                     locked(place.staging / shard.file)
-                )  # parts of different splits (1/2 and 1/3) may make the same shard
+                )  # parts of different splits (1/2 and 1/3) may write the same shard
             yield place
             done = True
         finally:
@@ -169,28 +173,28 @@ def workplace(
                 remove(place.staging)
 
 
-def finish(place: Workplace, output: Path, overwrite: bool) -> None:
-    """Publish the finished model under its name, for those who may read its inputs."""
+def publish_workplace(place: Workplace, output: Path, overwrite: bool) -> None:
+    """Rename the finished model to `output`, with the permissions of its inputs."""
     open_to_readers(place.folder, place.readers, stat.S_IMODE(place.folder.stat().st_mode))
     publish(place.folder, output, overwrite)
 
 
 def _adopt(place: Workplace, output: Path, identity: dict[str, Any], shared: bool, finishing: bool) -> None:
-    """Take over the folder of an earlier run with the same identity, or start a new one. Raises OutputError."""
+    """Use the folder of an earlier run with the same identity, or create a new one. Raises OutputError."""
     if place.staging.is_symlink():  # nothing is written through it
         remove(place.staging)
     file = place.journal / PLAN
-    wanted = json.loads(json.dumps(identity))
-    held = read_json(file) if file.is_file() else None
+    plan = json.loads(json.dumps(identity))
+    existing = read_json(file) if file.is_file() else None
     if finishing:
-        if held is None:
-            raise OutputError(f"{output}: no part of it is there", hint="make every --shards part first")
-        wanted["device"] = held.get("device")  # joining the parts computes nothing
-    if held != wanted:
-        if held is not None and (shared or finishing):
-            differing = sorted(key for key in {*held, *wanted} if held.get(key) != wanted.get(key))
+        if existing is None:
+            raise OutputError(f"{output}: none of its parts was written", hint="run every --shards part first")
+        plan["device"] = existing.get("device")  # joining the parts computes nothing
+    if existing != plan:
+        if existing is not None and (shared or finishing):
+            differing = sorted(key for key in {*existing, *plan} if existing.get(key) != plan.get(key))
             raise OutputError(
-                f"{output}: parts of another merge are there already",
+                f"{output}: parts of another merge exist already",
                 expected="the same base, adapter and options for every part, and for --finish",
                 got=f"other {', '.join(differing)}",
                 hint=f"finish or remove {place.staging}",
@@ -200,12 +204,12 @@ def _adopt(place: Workplace, output: Path, identity: dict[str, Any], shared: boo
         place.staging.mkdir(exist_ok=True)
         close_to_others(place.staging, place.readers)
         place.journal.mkdir(exist_ok=True)
-        write_whole(file, wanted)
-        if shared and read_json(file) != wanted:  # another first part wrote the plan at the same time
-            raise OutputError(f"{output}: parts of another merge are there already")
+        write_json_atomically(file, plan)
+        if shared and read_json(file) != plan:  # another first part wrote the plan at the same time
+            raise OutputError(f"{output}: parts of another merge exist already")
     if shared:
         (place.staging / SPLIT).touch()
-    place.identity = wanted
+    place.identity = plan
     # A run that was killed after publishing and before removing the journal leaves only the journal.
     place.folder.mkdir(exist_ok=True)
 
@@ -214,15 +218,15 @@ def shards_of_part(shards: Sequence[ShardPlan], part: MergePart) -> list[ShardPl
     """Return the shards of part i of n: largest shards first, each assigned to the part with the fewest bytes."""
     number, count = part
     if not 1 <= number <= count:
-        raise InputError(f"--shards {number}/{count}: there is no such part", expected="i/n with 1 <= i <= n")
+        raise InputError(f"--shards {number}/{count}: no such part", expected="i/n with 1 <= i <= n")
     sizes = [0] * count
-    mine = []
+    selected = []
     for shard in sorted(shards, key=lambda shard: (-shard.nbytes, shard.file)):
         least = min(range(count), key=lambda share: sizes[share])
         sizes[least] += shard.nbytes
         if least == number - 1:
-            mine.append(shard)
-    return mine
+            selected.append(shard)
+    return selected
 
 
 def check_complete(shards: Sequence[ShardPlan], finished: Iterable[str], output: Path) -> None:
@@ -230,7 +234,7 @@ def check_complete(shards: Sequence[ShardPlan], finished: Iterable[str], output:
     done = set(finished)
     raise_all(
         [
-            Problem(f"{output}: {shard.file} is not finished", hint="run the --shards part that makes it (again)")
+            Problem(f"{output}: {shard.file} is not finished", hint="run the --shards part that writes it again")
             for shard in shards
             if shard.file not in done
         ],
@@ -238,7 +242,7 @@ def check_complete(shards: Sequence[ShardPlan], finished: Iterable[str], output:
     )
 
 
-def write_whole(file: Path, content: dict[str, Any]) -> None:
+def write_json_atomically(file: Path, content: dict[str, Any]) -> None:
     """Write a JSON file atomically (a temporary file, then a rename), and sync it."""
     partial = file.with_name(f".{file.name}.{os.urandom(8).hex()}")  # pids are the same in every container
     with partial.open("w", encoding="utf-8") as stream:

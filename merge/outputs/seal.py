@@ -1,6 +1,6 @@
-"""The manifest's seal: a sha256 over its own content, which tells that it was edited.
+"""Seal of a manifest: a sha256 of its content, which shows that the manifest was edited.
 
-It is no signature: whoever edits a manifest on purpose can seal it again (signature.py).
+It is not a signature: an editor of the manifest can compute the seal again (signature.py checks signatures).
 """
 
 from __future__ import annotations
@@ -25,13 +25,13 @@ def seal_of(content: Mapping[str, Any]) -> str:
 
 
 def sealed(content: Mapping[str, Any]) -> dict[str, Any]:
-    """Return `content` as JSON gives it back, with its seal as the last key."""
+    """Return `content` with JSON types only (tuples become lists), and its seal as the last key."""
     plain: dict[str, Any] = json.loads(json.dumps({key: value for key, value in content.items() if key != SEAL}))
     return {**plain, SEAL: seal_of(plain)}
 
 
 def check_seal(file: Path) -> list[Problem]:
-    """Return the problem of the manifest's seal; none when it matches the content."""
+    """Return the problem of the manifest's seal; empty where it matches the content."""
     repeated: list[str] = []
 
     def pairs(items: list[tuple[str, Any]]) -> dict[str, Any]:
@@ -43,12 +43,12 @@ def check_seal(file: Path) -> list[Problem]:
         text = file.read_text("utf-8")
     content = json.loads(text, object_pairs_hook=pairs)
     if repeated:  # readers differ in which of two equal keys they use
-        return [Problem(f"{file}: holds a key twice: {repeated[0]}", hint="it was edited after it was written")]
+        return [Problem(f"{file}: holds the key {repeated[0]} twice", hint="it was edited after it was written")]
     if SEAL not in content:
         hint = "it was edited, or written by an earlier version: write the output again"
         return [Problem(f"{file}: has no seal", hint=hint)]
     computed = seal_of(content)
     if content[SEAL] != computed:
         hint = "it was edited after it was written"
-        return [Problem(f"{file}: is not what was written", f"seal {content[SEAL]}", f"seal {computed}", hint)]
+        return [Problem(f"{file}: differs from what was written", f"seal {content[SEAL]}", f"seal {computed}", hint)]
     return []

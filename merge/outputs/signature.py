@@ -26,7 +26,7 @@ def check_signature(folder: Path, files: Iterable[str], public_key: Path) -> int
     """Check that the owner of `public_key` signed all `files` and the manifest; return the number of signed files.
 
     Raises InputError where there is no signature or no key, MissingDependencyError without model-signing, and
-    FileFormatError where the signature is another key's, is not of this content, or leaves a file out.
+    FileFormatError where the signature belongs to another key or other content, or does not cover every file.
     """
     signature = folder / SIGNATURE
     if not signature.is_file():
@@ -41,21 +41,25 @@ def check_signature(folder: Path, files: Iterable[str], public_key: Path) -> int
         verifier = verifying.Config().use_elliptic_key_verifier(public_key=public_key)
     except (OSError, ValueError) as error:
         raise InputError(
-            f"{public_key}: not a public key", expected="PEM, NIST P-256, P-384 or P-521", got=_line(error)
+            f"{public_key}: not a public key", expected="PEM, NIST P-256, P-384 or P-521", got=_error_line(error)
         ) from error
     try:
         with contextlib.redirect_stdout(sys.stderr):
             verifier.verify(folder, signature)
         signed = _signed_names(signature)
-    except Exception as error:  # undocumented types: a changed file is a ValueError, a bad bundle may be anything
+    except (
+        Exception
+    ) as error:  # the library does not document its exceptions: ValueError for a changed file, others for a bad bundle
         raise FileFormatError(
-            f"{folder}: the signature does not hold",
+            f"{folder}: the signature is not valid",
             expected=f"this content, signed by the owner of {public_key}",
-            got=_line(error),
+            got=_error_line(error),
         ) from error
     missing = sorted({*files, MANIFEST} - signed)
     if missing:
-        raise FileFormatError(f"{folder}: the signature leaves {len(missing)} files out, first {missing[0]}", hint=SIGN)
+        raise FileFormatError(
+            f"{folder}: the signature does not cover {len(missing)} files, first {missing[0]}", hint=SIGN
+        )
     return len(signed)
 
 
@@ -69,6 +73,6 @@ def _signed_names(signature: Path) -> set[str]:
     return names
 
 
-def _line(error: Exception) -> str:
+def _error_line(error: Exception) -> str:
     text = " ".join(f"{type(error).__name__}: {error}".split())
     return text if len(text) <= 300 else text[:300] + "..."

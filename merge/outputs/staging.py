@@ -1,4 +1,4 @@
-"""Atomic outputs: built in a staging folder, synced, and renamed last, so that no partial output is visible."""
+"""Atomic outputs: a folder is built under a hidden name, flushed to the disk and renamed last."""
 
 from __future__ import annotations
 
@@ -45,10 +45,10 @@ RENAME_EXCHANGE = 2  # linux/fs.h
 
 
 def check_output(output: Path, overwrite: bool, inputs: tuple[Path, ...] = ()) -> None:
-    """Raise OutputError when `output` may not be written: it exists, is or holds an input, or lies in a model's folder.
+    """Raise OutputError where `output` must not be written: it exists, is or contains an input, or is inside a model.
 
-    A folder inside a model would be copied with the model as one of its side files. What a killed run left beside a
-    finished output is removed.
+    A folder inside a model would be copied as one of the model's side files. Leftovers of a killed run beside a
+    finished output are removed.
     """
     from adapter_merge.storage.checkpoint import CANDIDATES
 
@@ -56,7 +56,7 @@ def check_output(output: Path, overwrite: bool, inputs: tuple[Path, ...] = ()) -
     resolved = output.resolve()
     for source in inputs:
         if source.resolve() in resolved.parents and any((source / name).is_file() for name in CANDIDATES):
-            raise OutputError(f"{output}: is inside the model {source}", hint="choose an --output beside it")
+            raise OutputError(f"{output}: is inside the model {source}", hint="choose an --output outside it")
         if resolved == source.resolve() or resolved in source.resolve().parents:
             raise OutputError(f"{output}: is, or contains, the input {source}", hint="choose another --output")
     _check_writable(output)
@@ -75,7 +75,7 @@ def check_output(output: Path, overwrite: bool, inputs: tuple[Path, ...] = ()) -
 
 
 def _check_writable(output: Path) -> None:
-    """Raise OutputError when no folder can be made where `output` is to be; nothing is written to find out."""
+    """Raise OutputError where the user may not create `output`; nothing is written for this check."""
     folder = nearest_folder(output)
     if not folder.is_dir():
         raise OutputError(f"{output}: {folder} is not a folder", hint="choose another --output")
@@ -108,10 +108,10 @@ def nearest_folder(output: Path) -> Path:
 
 @contextmanager
 def staged(output: Path, overwrite: bool = False, inputs: InputSnapshot | None = None) -> Iterator[Path]:
-    """Provide a folder to build `output` in; it is renamed to `output` at the end of the block, or removed on an error.
+    """Yield a folder to build `output` in; at the end it is renamed to `output`, after an error it is removed.
 
     An existing output stays until the new one is complete; the staging folder of a killed run is removed first.
-    inputs: the snapshot of the input files, compared before the rename; who may not read them may not read its files.
+    inputs: the snapshot of the input files, compared before the rename; the output's permissions are at most theirs.
     Raises FileFormatError when an input has changed, OutputError when the output exists, another run writes it, or the
     disk fails (full).
     """
@@ -136,16 +136,16 @@ def staged(output: Path, overwrite: bool = False, inputs: InputSnapshot | None =
 
 @contextmanager
 def disk_errors(output: Path, left: str = "nothing was left behind") -> Iterator[None]:
-    """Turn OSErrors in the block into OutputErrors of `output`; `left` is the hint on what a rerun will find."""
+    """Turn an OSError in the block into an OutputError of `output`, with the hint `left` on what was left behind."""
     try:
         yield
     except OSError as error:
-        got = str(error.filename) if error.filename is not None else None  # may be an input that cannot be read
+        got = str(error.filename) if error.filename is not None else None  # possibly an input that cannot be read
         raise OutputError(f"{output}: cannot be written ({error.strerror or error})", got=got, hint=left) from error
 
 
 def close_to_others(folder: Path, readers: int) -> int:
-    """Take the mode bits that are not in `readers` from `folder` while it is built; return its mode as it was."""
+    """Remove the mode bits that `readers` lacks from `folder` while it is built; return its mode before."""
     mode = stat.S_IMODE(folder.stat().st_mode)
     if mode & ~readers:  # some file systems have no modes to change
         folder.chmod(mode & readers)
@@ -153,7 +153,7 @@ def close_to_others(folder: Path, readers: int) -> int:
 
 
 def open_to_readers(folder: Path, readers: int, mode: int) -> None:
-    """Take them from every file instead, but not from hard links of inputs, and give `folder` its mode again."""
+    """Remove the mode bits that `readers` lacks from all files but hard links, and set the folder's `mode`."""
     for path in folder.rglob("*"):
         about = path.lstat()
         if stat.S_ISREG(about.st_mode) and about.st_nlink == 1 and about.st_mode & 0o777 & ~readers:
@@ -167,7 +167,7 @@ def publish(folder: Path, output: Path, overwrite: bool) -> None:
 
     Elsewhere (some network file systems) an existing output is renamed first, and renamed back when the second step
     fails; after a kill between the two steps the next run renames it back (`recover`).
-    Raises OutputError for an output that has appeared since the run began.
+    Raises OutputError where the output was created since the run began.
     """
     log.info("%s: all files written, renaming", output)
     for path in sorted(folder.rglob("*")):
@@ -241,7 +241,7 @@ def write_text(file: Path, text: str) -> None:
 
 
 def write_json(file: Path, content: Mapping[str, Any]) -> None:
-    """Write and fsync a JSON object, readable by people."""
+    """Write and fsync an indented JSON object."""
     write_text(file, json.dumps(content, indent=2, ensure_ascii=False) + "\n")
 
 
@@ -302,7 +302,7 @@ def write_manifest(folder: Path, content: Mapping[str, Any]) -> None:
 def read_manifest(folder: Path) -> dict[str, Any] | None:
     """Read the manifest of `folder`; None where there is none. Raises AdapterMergeError when it cannot be read.
 
-    Its values have their types; an export's `adapters` are an object by name, those of other outputs a list.
+    The types of its values are checked. `adapters` is an object by name in an ONNX export, and a list in other outputs.
     """
     from adapter_merge.storage.checkpoint import read_json
 

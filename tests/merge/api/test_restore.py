@@ -53,7 +53,7 @@ def test_integrity_names_every_file_that_is_not_what_was_written(tmp_path: Path,
 def test_integrity_needs_a_manifest_with_hashes(tmp_path: Path, pair: tuple[Path, Path]) -> None:
     merge(*pair, tmp_path / "out", MergeOptions(hashes=False))
     for folder in (tmp_path / "out", pair[0]):
-        with pytest.raises(InputError, match="nothing to prove"):
+        with pytest.raises(InputError, match="there are no hashes to check"):
             check_integrity(folder)
 
 

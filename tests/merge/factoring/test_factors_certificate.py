@@ -132,7 +132,7 @@ def test_a_classifier_with_a_trained_head_is_certified(tmp_path: Path) -> None:
     assert end["greedy_equal"] == end["greedy_total"] == end["positions"] == 4
     assert end["perplexity"] is None
     assert "text-classification" in (tmp_path / "out" / "README.md").read_text()
-    assert "not as a LoRA, since heads" in (tmp_path / "out" / "README.md").read_text()
+    assert "as a LoRA, since heads" in (tmp_path / "out" / "README.md").read_text()
     worse = factor(
         tmp_path / "base", tmp_path / "adapter", tmp_path / "worse", FactorOptions(rank=1, end_to_end=True)
     ).as_json()

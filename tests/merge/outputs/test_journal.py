@@ -23,7 +23,7 @@ from adapter_merge.errors import OutputError
 from adapter_merge.files.locks import locked
 from adapter_merge.outputs import resume_journal as journal
 from adapter_merge.outputs.integrity import check_integrity
-from adapter_merge.outputs.resume_journal import Workplace, write_whole
+from adapter_merge.outputs.resume_journal import Workplace, write_json_atomically
 
 
 @pytest.fixture
@@ -77,7 +77,7 @@ def test_a_whole_run_that_fails_over_finished_parts_leaves_them(
     made = weights(tmp_path / ".out.partial")
     with monkeypatch.context() as patch:
         fails_after(0, patch)
-        with pytest.raises(OutputError, match="the finished shards stay"):
+        with pytest.raises(OutputError, match="the finished shards were kept"):
             merge(*pair, tmp_path / "out")
     assert made.items() <= weights(tmp_path / ".out.partial").items()
     merge(*pair, tmp_path / "out")
@@ -174,7 +174,7 @@ def test_a_plan_is_whole_even_when_two_machines_with_one_pid_write_it(tmp_path: 
     def write(number: int) -> None:
         try:
             for _ in range(30):
-                write_whole(tmp_path / "plan.json", {"number": number, "long": "x" * 200_000})
+                write_json_atomically(tmp_path / "plan.json", {"number": number, "long": "x" * 200_000})
         except BaseException as error:
             failures.append(error)
 

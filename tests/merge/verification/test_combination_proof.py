@@ -194,7 +194,7 @@ def test_a_manifest_leads_back_to_its_inputs(base: Path, adapters: dict[str, Pat
         Settings("ties", 0.5),
     )
     damage(own["dora"], "adapter_model.safetensors", f"base_model.model.{Q.removesuffix('weight')}lora_A.weight")
-    with pytest.raises(FileFormatError, match="not what was recorded"):
+    with pytest.raises(FileFormatError, match="differs from the recorded file"):
         inputs_of(tmp_path / "merged")
     shutil.rmtree(own["dora"])
     with pytest.raises(InputError, match="not there any more"):
@@ -207,7 +207,7 @@ def test_a_restored_base_is_proved(base: Path, adapters: dict[str, Path], tmp_pa
     count = check_restored(tmp_path / "merged", tmp_path / "again")
     assert count == len(json.loads((tmp_path / "merged" / "adapter_merge.json").read_text())["base"]["files"])
     damage(tmp_path / "again", "model.safetensors")
-    with pytest.raises(FileFormatError, match="not what was recorded"):
+    with pytest.raises(FileFormatError, match="differs from the recorded file"):
         check_restored(tmp_path / "merged", tmp_path / "again")
     (tmp_path / "again" / "model.safetensors").rename(tmp_path / "again" / "other.safetensors")
     with pytest.raises(FileFormatError, match="missing") as caught:
