@@ -7,9 +7,9 @@ from typing import Any
 
 import click
 
-from adapter_merge.cli.options.adapters import adapter_options, as_typed, has_stated
+from adapter_merge.cli.options.adapters import adapter_options, has_stated, stated_arguments
 from adapter_merge.cli.options.command import ENGINE, OUTPUT, OutputOption, command, option
-from adapter_merge.cli.options.hub import push_options, revised
+from adapter_merge.cli.options.hub import add_revision, push_options
 from adapter_merge.cli.options.input_paths import check_paths
 from adapter_merge.cli.options.inputs import combination_options, has_combination, named_inputs, stated_inputs
 from adapter_merge.cli.options.shared import dry_run_option, report_options
@@ -105,12 +105,12 @@ def export(
     if not add and base_folder is not None:
         raise click.UsageError("--base belongs to --add: BASE is the first argument")
     if has_stated() and mode != "merged":
-        words = " ".join(as_typed())
+        words = " ".join(stated_arguments())
         raise click.UsageError(
             f"--mode {mode} takes no {words}: write ADAPTER with adapter-merge convert {words} first"
         )
     texts = named_inputs(adapters)
-    base = base if add else str(revised(base))
+    base = base if add else str(add_revision(base))
     recipe: Any = None
     if has_combination() or has_stated():
         recipe = stated_inputs((base, *texts)).adapter

@@ -1,4 +1,4 @@
-"""adapter-merge attest: what an output was made from, as an in-toto statement."""
+"""adapter-merge attest: the provenance of an output, as an in-toto statement."""
 
 from __future__ import annotations
 
@@ -14,12 +14,14 @@ from adapter_merge.cli.printing.console import emit, say
 
 @command(examples=["./merged", "./merged -o provenance.json"])
 @click.argument("artefact", type=SOURCE)
-@option("-o", "--output", type=click.Path(path_type=Path), help="A new file for it; stdout when not given.")
+@option(
+    "-o", "--output", type=click.Path(path_type=Path), help="The file to write, which must not exist; default: stdout."
+)
 @report_options
 def attest(artefact: str, output: Path | None, as_json: bool, quiet: bool) -> None:
     """Print the provenance of ARTEFACT (SLSA v1, an in-toto statement) from its manifest, after hashing every file.
 
-    The statement is not signed: sign it with a tool of your choice, or ARTEFACT itself (verify --signature).
+    The statement is not signed. Sign it with another tool, or sign ARTEFACT itself (see verify --signature).
     """
     from adapter_merge.errors import OutputError
     from adapter_merge.outputs.attestation import attest as run
@@ -31,7 +33,7 @@ def attest(artefact: str, output: Path | None, as_json: bool, quiet: bool) -> No
         if output.exists():
             raise OutputError(f"{output}: exists already", hint="choose another --output")
         if folder.resolve() in output.resolve().parents:
-            raise OutputError(f"{output}: is inside {folder}, which must stay as it was written")
+            raise OutputError(f"{output}: is inside {folder}, whose files must not change")
     statement = run(folder)
     if output is None:
         emit(statement)

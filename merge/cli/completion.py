@@ -1,4 +1,4 @@
-"""adapter-merge completion: the shell's completion of commands, options and paths."""
+"""adapter-merge completion: shell completion of commands, options and paths."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ VARIABLE, PROGRAM = "_ADAPTER_MERGE_COMPLETE", "adapter-merge"
 
 @command(examples=["bash --install", "zsh > ~/.zfunc/_adapter-merge"])
 @click.argument("shell", type=click.Choice(SHELLS))
-@option("--install", is_flag=True, help="Write it where the shell looks for it, for this user, and say where.")
+@option("--install", is_flag=True, help="Write the script to this user's folder of completions, and print its path.")
 @report_options
 def completion(shell: str, install: bool, as_json: bool, quiet: bool) -> None:
     """Print the completion script of SHELL, or install it.
 
-    bash needs the package bash-completion 2; zsh needs ~/.zfunc in fpath before compinit; fish needs nothing.
+    bash needs the package bash-completion 2, zsh needs ~/.zfunc in fpath before compinit, fish needs no setup.
     """
     from click.shell_completion import get_completion_class
 
@@ -36,16 +36,16 @@ def completion(shell: str, install: bool, as_json: bool, quiet: bool) -> None:
         else:
             click.echo(script)
         return
-    file = place(shell)
+    file = completion_file(shell)
     file.parent.mkdir(parents=True, exist_ok=True)
     file.write_text(script, encoding="utf-8")
     if as_json:
         emit({"shell": shell, "file": str(file)})
-    say(f"{file}: open a new {shell}", quiet=quiet)
+    say(f"{file}: written; start a new {shell} to use it", quiet=quiet)
 
 
-def place(shell: str) -> Path:
-    """Return where `shell` looks for a user's own completions."""
+def completion_file(shell: str) -> Path:
+    """Return the file in which `shell` looks for a user's completion of this program."""
     home = Path.home()
     return {
         "bash": home / ".local/share/bash-completion/completions" / PROGRAM,

@@ -1,4 +1,4 @@
-"""adapter-merge delta: dense weight deltas."""
+"""adapter-merge delta: write dense weight deltas."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from adapter_merge.cli.printing.result import show_result
 @command(examples=["./base ./adapter -o ./delta", "./base a=./one b=./two --combine ties --density 0.5 -o ./delta"])
 @click.argument("inputs", type=SOURCE, nargs=-1, metavar=INPUTS)
 @output_option
-@option("--dtype", type=DTYPES, default="float32", show_default=True, help="Of the deltas.")
+@option("--dtype", type=DTYPES, default="float32", show_default=True, help="Dtype of the deltas.")
 @combination_options
 @adapter_options
 @device_option
@@ -31,7 +31,7 @@ from adapter_merge.cli.printing.result import show_result
 def delta(inputs: tuple[str, ...], output: str, as_json: bool, quiet: bool, **settings: Any) -> None:
     """Write the dense delta of every adapted weight, W' - W0, to OUTPUT/delta.safetensors.
 
-    Of several adapters the delta of their combination, stated as for merge.
+    For several adapters, stated as for merge, it is the delta of their combination.
     """
     started = time.perf_counter()
     subject = stated_inputs(inputs)
@@ -47,6 +47,12 @@ def delta(inputs: tuple[str, ...], output: str, as_json: bool, quiet: bool, **se
     changes = result.as_json()["base_changes"]
     if changes["copies"]:
         count = len(changes["copies"])
-        say(f"to be added to a base with {count} more tensors: base_changes in {output}/{MANIFEST}", quiet=quiet)
+        say(
+            f"note: the base needs {count} more tensors, see base_changes in {output}/{MANIFEST}",
+            quiet=quiet,
+        )
     if result.not_included:
-        say(f"not weight deltas, so not in it: {', '.join(result.not_included)}", quiet=quiet)
+        say(
+            f"note: replaced in full, so without deltas: {', '.join(result.not_included)}",
+            quiet=quiet,
+        )

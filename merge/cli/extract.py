@@ -1,4 +1,4 @@
-"""adapter-merge extract: the LoRA between two checkpoints."""
+"""adapter-merge extract: write the LoRA between two checkpoints."""
 
 from __future__ import annotations
 
@@ -24,9 +24,9 @@ from adapter_merge.cli.printing.progress import working
     metavar="RANK|ENERGY",
     default="16",
     show_default=True,
-    help="A rank (16), or each weight's energy to keep (0.99).",
+    help="A rank (16), or the energy that each weight keeps (0.99).",
 )
-@option("--row-scale", is_flag=True, help="A DoRA: row scales as well, which fit changed magnitudes far better.")
+@option("--row-scale", is_flag=True, help="Write a DoRA: its row scales fit changed magnitudes of rows better.")
 @device_option
 @dry_run_option
 @report_options
@@ -42,7 +42,7 @@ def extract(
     as_json: bool,
     quiet: bool,
 ) -> None:
-    """Write the LoRA that turns BASE into FINETUNED, as well as its rank allows, with its error per weight."""
+    """Write a LoRA that approximates FINETUNED on BASE, with its error per weight."""
     started = time.perf_counter()
     check_paths(base, finetuned)
     with working(f"extracting from {finetuned}", quiet) as progress:
@@ -66,4 +66,4 @@ def extract(
         click.echo(f"{output}: {content['form']} of {len(content['layers'])} weights, rank {span}, in {seconds:.1f} s")
         click.echo(f"  relative error of dW at most {worst_error(content):.2g}")
         if content["carried_over"]:
-            click.echo(f"  carried over whole: {', '.join(content['carried_over'][:8])}")
+            click.echo(f"  copied in full: {', '.join(content['carried_over'][:8])}")

@@ -1,4 +1,4 @@
-"""adapter-merge factor: LoRA-equivalent factors as a PEFT folder."""
+"""adapter-merge factor: write low-rank factors as a PEFT folder or a GGUF file."""
 
 from __future__ import annotations
 
@@ -32,20 +32,20 @@ from adapter_merge.cli.printing.result import show_result
     "--rank",
     type=RANK,
     metavar="RANK|ENERGY",
-    help="A plain LoRA of this rank (16), or that keeps this energy (0.99); truncated, with its error.",
+    help="Truncate to a plain LoRA of this rank (16), or with this energy (0.99); states its error.",
 )
-@option("--budget", type=float, help="MB for all factors together; ranks go where they buy most error.")
+@option("--budget", type=float, help="MB for all factors together; the ranks are chosen to minimise the error.")
 @option(
     "--scale",
     type=click.Choice(["fold", "exact"]),
     default="fold",
     show_default=True,
-    help="With --rank or --budget: fold DoRA's row scale into the plain LoRA, or keep it exact beside the factors.",
+    help="With --rank or --budget: fold DoRA's row scale into the plain LoRA, or keep it exact.",
 )
 @option(
     "--calibrate",
     type=click.Path(path_type=Path, dir_okay=False),
-    help="A text file: minimise the error of the layers' outputs on it instead of the weights'.",
+    help="A text file: minimise the error of the layers' outputs on it, not that of the weights.",
 )
 @option("--end-to-end", is_flag=True, help="Compare the logits with the adapter as trained, on built-in prompts.")
 @option(
@@ -53,10 +53,10 @@ from adapter_merge.cli.printing.result import show_result
     "prompts",
     multiple=True,
     metavar="TEXT|@FILE",
-    help="--end-to-end: a prompt, or a file with one a line.",
+    help="--end-to-end: a prompt, or a file with one prompt per line.",
 )
 @option("--prompts", "prompt_file", type=click.Path(path_type=Path, dir_okay=False), hidden=True)
-@option("--max-error", type=float, help="Fail when a weight's relative error is above this.")
+@option("--max-error", type=float, help="Fail where a weight's relative error of dW is above this.")
 @combination_options
 @adapter_options
 @device_option
@@ -73,12 +73,12 @@ def factor(
     quiet: bool,
     **settings: Any,
 ) -> None:
-    """Write LoRA-equivalent factors as a PEFT folder, exact unless --rank is given.
+    """Write low-rank factors as a PEFT folder: exact, or truncated with --rank or --budget.
 
-    DCFT, LoRA and PiSSA become a plain LoRA. DoRA and DuDe become a DoRA on the original base plus its row scales.
-    BASE may be left out where no base weight is needed (DCFT, LoRA). --format gguf writes a LoRA adapter for llama.cpp
-    in place of the PEFT folder; DoRA and DuDe then need --rank. Several named adapters give the factors of their
-    combination: exact for linear, truncated to --rank for the rest.
+    DCFT, LoRA and PiSSA become a plain LoRA. DoRA and DuDe become a DoRA on the original base plus its row scales. BASE
+    may be left out where no base weight is needed (DCFT, LoRA). --format gguf writes a LoRA adapter for llama.cpp
+    instead of a PEFT folder; DoRA and DuDe then need --rank. For several named adapters the factors of their
+    combination are written: exact for linear, truncated to --rank for other methods.
     """
     started = time.perf_counter()
     written = take_written_format()
@@ -105,6 +105,7 @@ def factor(
 
 
 def _show_certificate(content: dict[str, Any]) -> None:
+    """Print the factors' form, ranks and errors."""
     certificate = content["certificate"]
     low, high = certificate["ranks"]
     span = str(low) if low == high else f"{low} .. {high}"

@@ -1,4 +1,4 @@
-"""adapter-merge inspect: what an adapter is, what it would do, and what is wrong with it."""
+"""adapter-merge inspect: show an adapter's method, targets and problems, and what the commands would do with it."""
 
 from __future__ import annotations
 
@@ -7,9 +7,9 @@ from typing import Any
 
 import click
 
-from adapter_merge.cli.options.adapters import adapter_options, one_stated
+from adapter_merge.cli.options.adapters import adapter_options, read_single_stated
 from adapter_merge.cli.options.command import command, option
-from adapter_merge.cli.options.hub import hub_options, revised
+from adapter_merge.cli.options.hub import add_revision, hub_options
 from adapter_merge.cli.options.shared import report_options
 from adapter_merge.cli.options.values import SOURCE
 from adapter_merge.cli.printing.console import emit, report_error
@@ -17,9 +17,9 @@ from adapter_merge.cli.printing.console import emit, report_error
 
 @command(examples=["./adapter", "./adapter --base ./base", "./merged"])
 @click.argument("adapter", type=SOURCE)
-@option("--base", type=SOURCE, help="Check the fit to this base as well.")
+@option("--base", type=SOURCE, help="Also check that the adapter fits this base.")
 @adapter_options
-@option("--heat-map", is_flag=True, help="Read the weights too: how much each is changed, layer by layer.")
+@option("--heat-map", is_flag=True, help="Also read the weights, and show the size of each change by layer.")
 @hub_options
 @report_options
 def inspect(
@@ -29,15 +29,16 @@ def inspect(
     as_json: bool,
     quiet: bool,
 ) -> None:
-    """Show what ADAPTER is, what it would do, and all that is wrong with it. Reads headers only but for --heat-map.
+    """Show ADAPTER's method, targets, ranks and problems, and what the commands would do with it.
 
-    ADAPTER may be a merged model, deltas or an ONNX export of adapter-merge too: what it was made from is shown.
+    Only headers are read, except with --heat-map. ADAPTER may also be a merged model, deltas or an ONNX export of
+    adapter-merge: its inputs and options are shown.
     """
     from adapter_merge.api.inspect import inspect as run
     from adapter_merge.api.options import InspectOptions
 
-    base = revised(base)
-    base_kind, options = one_stated()
+    base = add_revision(base)
+    base_kind, options = read_single_stated()
     report = run(adapter, base, InspectOptions(base_kind=base_kind, reading=options)).as_json()
     if heat_map and "method" in report and not report["problems"]:
         from adapter_merge.reporting.report import measure_changes
@@ -51,11 +52,11 @@ def inspect(
         _show(report)
     if report["problems"]:
         if not as_json:
-            _problems(report["problems"])
+            _show_problems(report["problems"])
         sys.exit(1)
 
 
-def _problems(problems: list[dict[str, Any]]) -> None:
+def _show_problems(problems: list[dict[str, Any]]) -> None:
     from adapter_merge.errors import AdapterMergeError, Problem
 
     report_error(AdapterMergeError([Problem(**problem) for problem in problems]))
@@ -69,8 +70,8 @@ def _show_artefact(report: dict[str, Any]) -> None:
         click.echo(f"adapter     {entry['name']}: {method}{entry['path']}")
     options = ", ".join(f"{key} {value}" for key, value in report["options"].items() if value not in (None, False))
     click.echo(f"options     {options}")
-    kept = f", and a pre-image of {report['preimage_bytes'] / 1e6:.1f} MB" if report["preimage_bytes"] else ""
-    click.echo(f"written     {report['created']}, {report['files']} files, {report['bytes'] / 1e6:.1f} MB{kept}")
+    preimage = f", and a pre-image of {report['preimage_bytes'] / 1e6:.1f} MB" if report["preimage_bytes"] else ""
+    click.echo(f"written     {report['created']}, {report['files']} files, {report['bytes'] / 1e6:.1f} MB{preimage}")
     for warning in report["warnings"]:
         click.echo(f"warning     {warning}")
     for name, text in report["would"].items():
@@ -81,15 +82,15 @@ def _show(report: dict[str, Any]) -> None:
     from rich.console import Console
     from rich.table import Table
 
-    console = Console(highlight=False, markup=False)  # names are no markup
+    console = Console(highlight=False, markup=False)  # names must not be read as markup
     size = report["bytes"]
     kind = f"{report['format']} ({report['certainty']})"
     console.print(report["method"], style="bold", end="")
     console.print(f" adapter, {kind}: {report['path']}", soft_wrap=True)
-    console.print(f"base        {report['base_model'] or 'not named'}")
+    console.print(f"base        {report['base_model'] or 'not stated'}")
     console.print(f"trained on  {report['trained_on']}", soft_wrap=True)
-    human = f"{size / 1e6:.2f} MB" if size >= 1e5 else f"{size / 1e3:.1f} kB"
-    console.print(f"trained     {report['parameters']:,} parameters, {human}, {report['modules']} weights")
+    size_text = f"{size / 1e6:.2f} MB" if size >= 1e5 else f"{size / 1e3:.1f} kB"
+    console.print(f"trained     {report['parameters']:,} parameters, {size_text}, {report['modules']} weights")
     table = Table(box=None, pad_edge=False)
     for column in ("target", "weights", "(out, in)", "rank"):
         table.add_column(column, justify="left" if column == "target" else "right")
@@ -109,8 +110,8 @@ def _show(report: dict[str, Any]) -> None:
         console.print(f"{name:<11} {text}", soft_wrap=True)
     if "base" in report:
         base = report["base"]
-        taken = f", taken as the {base['kind']} base: {base['evidence']}" if base["evidence"] else ""
-        console.print(f"shapes fit  {base['path']}{taken}", soft_wrap=True)
+        kind_text = f", used as the {base['kind']} base: {base['evidence']}" if base["evidence"] else ""
+        console.print(f"shapes fit  {base['path']}{kind_text}", soft_wrap=True)
         console.print(f"origin      {base['origin']}", soft_wrap=True)
         for scheme, count in base["quantised"].items():
             console.print(f"quantised   {count} weights of {scheme}", soft_wrap=True)

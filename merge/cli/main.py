@@ -1,7 +1,7 @@
-"""The adapter-merge command: a lazy table of commands, one way to report errors, one set of shared options.
+"""The program adapter-merge: the table of its commands, and how errors end it.
 
-`adapter-merge --help` imports click alone; a command's module, and torch with it, is loaded when that command runs.
-Data goes to stdout, progress and errors to stderr; with --json an error is an object on stdout as well. Exit codes:
+`adapter-merge --help` imports only click; the module of a command, and torch with it, is imported when the command
+runs. Data goes to stdout, progress and errors to stderr; with --json an error is also an object on stdout. Exit codes:
 0 done, 1 failed, 2 usage, 130 interrupted.
 """
 
@@ -20,25 +20,25 @@ from adapter_merge.cli.options.configuration import META, check_names, read_conf
 from adapter_merge.cli.printing.console import report_error
 from adapter_merge.errors import AdapterMergeError
 
-# name -> section of --help, module:attribute, and the line that --help shows without loading the module
-MAKE, LOOK, DEPLOY, BEGIN = "Make", "Look and prove", "Deploy", "Begin"
+# name -> section of --help, module:attribute, and the line that --help shows without importing the module
+MAKE, LOOK, DEPLOY, BEGIN = "Make", "Inspect and verify", "Deploy", "Get started"
 COMMANDS: Mapping[str, tuple[str, str, str]] = {
     "merge": (MAKE, "adapter_merge.cli.merge:merge", "Base + adapter -> a merged model."),
-    "factor": (MAKE, "adapter_merge.cli.factor:factor", "Base + adapter -> a LoRA-equivalent PEFT folder."),
+    "factor": (MAKE, "adapter_merge.cli.factor:factor", "Base + adapter -> low-rank factors (LoRA, DoRA)."),
     "delta": (MAKE, "adapter_merge.cli.delta:delta", "Base + adapter -> dense weight deltas."),
     "convert": (MAKE, "adapter_merge.cli.convert:convert", "Any adapter file -> a safe adapter folder."),
     "extract": (MAKE, "adapter_merge.cli.extract:extract", "Base + fine-tuned model -> the adapter between them."),
-    "restore": (MAKE, "adapter_merge.cli.restore:restore", "A merged model -> its base, to the last bit."),
-    "inspect": (LOOK, "adapter_merge.cli.inspect:inspect", "What an adapter or artefact is, and what is wrong."),
-    "verify": (LOOK, "adapter_merge.cli.verify:verify", "Prove an artefact equal to the adapter as trained."),
+    "restore": (MAKE, "adapter_merge.cli.restore:restore", "A merged model -> its base, bit for bit."),
+    "inspect": (LOOK, "adapter_merge.cli.inspect:inspect", "Show an adapter or artefact, and its problems."),
+    "verify": (LOOK, "adapter_merge.cli.verify:verify", "Check that an artefact computes what was trained."),
     "attest": (LOOK, "adapter_merge.cli.attest:attest", "Provenance of an output, as an in-toto statement."),
-    "report": (LOOK, "adapter_merge.cli.report:report", "What it changes and what was lost: a page of pictures."),
+    "report": (LOOK, "adapter_merge.cli.report:report", "Changes and losses of an artefact, as an HTML page."),
     "export": (DEPLOY, "adapter_merge.export.cli:export", "Base + adapters -> ONNX, merged or switchable."),
     "generate": (DEPLOY, "adapter_merge.export.cli:generate", "Run an ONNX export."),
     "serve": (DEPLOY, "adapter_merge.serve.cli.serve:serve", "Serve a base and many adapters in vLLM."),
     "cache": (DEPLOY, "adapter_merge.serve.cli.cache:cache", "List or clear the serving cache."),
-    "demo": (BEGIN, "adapter_merge.cli.demo:demo", "The whole way on a real small model."),
-    "doctor": (BEGIN, "adapter_merge.cli.doctor:doctor", "Versions, devices, and what works here."),
+    "demo": (BEGIN, "adapter_merge.cli.demo:demo", "All steps on a real small model."),
+    "doctor": (BEGIN, "adapter_merge.cli.doctor:doctor", "Versions, devices, and the commands that work here."),
     "completion": (BEGIN, "adapter_merge.cli.completion:completion", "Completion of commands, options and paths."),
 }
 
@@ -88,14 +88,14 @@ class LazyGroup(click.Group):
 @click.option(
     "--config",
     type=click.Path(path_type=Path, exists=True, dir_okay=False),
-    help="Defaults of options, in TOML.  [default: ~/.config/adapter-merge/config.toml]",
+    help="A TOML file with defaults of options.  [default: ~/.config/adapter-merge/config.toml]",
 )
 @click.pass_context
 def group(ctx: click.Context, config: Path | None) -> None:
-    """Put trained DCFT, DuDe, LoRA and DoRA adapters into production, and prove that what is deployed was trained.
+    """Put trained DCFT, DuDe, LoRA and DoRA adapters into production, and verify the result against training.
 
-    BASE and ADAPTER are local folders or hub ids (org/model, org/model@revision). Every option may also be an
-    environment variable: --device of merge is ADAPTER_MERGE_MERGE_DEVICE.
+    BASE and ADAPTER are local folders or hub ids (org/model, org/model@revision). Every option can also be set by an
+    environment variable: --device of merge by ADAPTER_MERGE_MERGE_DEVICE.
     """
     content = read_configuration(config)
     check_names(content, COMMANDS)
@@ -103,15 +103,16 @@ def group(ctx: click.Context, config: Path | None) -> None:
 
 
 def main() -> None:
-    """The console entry point."""
+    """Run the program; the console script calls this."""
     try:
         _main()
     finally:
-        gc.freeze()  # going through all that torch has left once more, at the end, takes most of a second
+        gc.freeze()  # a last garbage collection over all objects of torch would take most of a second
 
 
 def _main() -> None:
-    # Threads that spin while they wait lose most of their time on a busy machine.
+    """Run the command line, print errors and exit with the command's code."""
+    # OpenMP threads that spin while they wait slow down the other threads of a busy machine.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     debug = os.environ.get("ADAPTER_MERGE_DEBUG") == "1"
     try:
@@ -138,17 +139,20 @@ def _main() -> None:
     except MemoryError:
         if debug:
             raise
-        report_error(AdapterMergeError("out of memory", hint="a smaller model, or a machine with more memory"))
+        report_error(AdapterMergeError("out of memory", hint="use a smaller model, or a machine with more memory"))
         sys.exit(1)
-    except OSError as error:  # of the system, not ours
+    except OSError as error:  # of the operating system
         if debug:
             raise
         cause = f"{error.filename}: {error.strerror}" if error.filename is not None else str(error)
-        report_error(AdapterMergeError(cause, hint="check that it is there, its permissions and its disk"))
+        report_error(AdapterMergeError(cause, hint="check that the file exists, its permissions and its disk"))
         sys.exit(1)
     except Exception as error:
         if debug:
             raise
         cause = f"a bug of adapter-merge: {type(error).__name__}: {error}"
-        report_error(AdapterMergeError(cause, hint="ADAPTER_MERGE_DEBUG=1 shows where; please report it"), "Bug")
+        report_error(
+            AdapterMergeError(cause, hint="please report it, with the traceback that ADAPTER_MERGE_DEBUG=1 shows"),
+            "Bug",
+        )
         sys.exit(1)

@@ -1,4 +1,4 @@
-"""adapter-merge merge: a merged model."""
+"""adapter-merge merge: write a merged model."""
 
 from __future__ import annotations
 
@@ -34,27 +34,27 @@ from adapter_merge.cli.printing.result import show_result
 )
 @click.argument("inputs", type=SOURCE, nargs=-1, metavar=INPUTS)
 @output_option
-@option("--dtype", type=DTYPES, help="For all float tensors of the output; the base's own when not given.")
+@option("--dtype", type=DTYPES, help="Dtype of all float tensors of the output; default: that of each tensor in BASE.")
 @option(
     "--as",
     "write_as",
     type=click.Choice(["bfloat16", "float16", "float32", "same"]),
-    help="Quantised BASE: the dtype of its quantised weights in the output, dequantised and rounded once; or same: "
-    "adapted weights quantised again in BASE's own scheme, with the share of the adapter that is kept.",
+    help="Quantised BASE: the dtype in which its quantised weights are written, dequantised and rounded once; or same: "
+    "adapted weights are quantised again in BASE's scheme, and the share of the change that is kept is measured.",
 )
 @option(
     "--min-retention",
     type=SHARE,
     default=0.5,
     show_default=True,
-    help="--as same: the least share of the adapter's change that must be kept.",
+    help="--as same: fail where less than this share of the adapter's change is kept.",
 )
 @option(
     "--texts",
     "text_file",
     type=click.Path(path_type=Path, dir_okay=False),
     metavar="FILE",
-    help="--as same: texts, one a line, on which the KL divergence to the unmerged adapter is measured.",
+    help="--as same: a file with a text per line, to measure the KL divergence to the unmerged adapter.",
 )
 @option(
     "--max-shard-size",
@@ -62,7 +62,7 @@ from adapter_merge.cli.printing.result import show_result
     type=SIZE,
     metavar="SIZE",
     section=OUTPUT,
-    help="Lay the weights out anew, in files of at most so much; the base's own files when not given.",
+    help="Size of one weights file of the output, at most; default: the files of BASE.",
 )
 @engine_options
 @combination_options
@@ -74,10 +74,10 @@ from adapter_merge.cli.printing.result import show_result
 def merge(
     inputs: tuple[str, ...], output: str, as_json: bool, quiet: bool, text_file: Path | None, **settings: Any
 ) -> None:
-    """Write the merged model: every adapted weight changed exactly, everything else carried over byte for byte.
+    """Write the merged model: adapted weights are computed, everything else is copied byte for byte.
 
-    One argument is enough for a DCFT checkpoint, which holds its own base. Several adapters, each with a name, are
-    combined in delta space: merge BASE a=DIR b=DIR --weight a=0.7 --weight b=0.3 --combine ties --density 0.5. Without
+    A DCFT checkpoint needs no BASE, because it holds its own. Several adapters with names are combined in delta space:
+    merge BASE a=DIR b=DIR --weight a=0.7 --weight b=0.3 --combine ties --density 0.5. Without
     names they are applied in turn: merge BASE FIRST SECOND, where SECOND was trained on BASE with FIRST merged.
     """
     started = time.perf_counter()
@@ -101,7 +101,7 @@ def merge(
     if settings["part"] is not None and not as_json and not settings["dry_run"]:
         seconds = time.perf_counter() - started
         click.echo(f"{output}: part {result.part}, {len(result.files)} files in {seconds:.1f} s")
-        say("when all parts are made: the same command with --finish instead of --shards", quiet=quiet)
+        say("once all parts are written, run the same command with --finish instead of --shards", quiet=quiet)
         return
     plan_files(result.as_json().get("planned", []))
     show_result(result, output, started, as_json, quiet)

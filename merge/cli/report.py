@@ -1,4 +1,4 @@
-"""adapter-merge report: one HTML page about an adapter or an artefact."""
+"""adapter-merge report: write an HTML page about an adapter or an artefact."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from pathlib import Path
 
 import click
 
-from adapter_merge.cli.options.adapters import adapter_options, one_stated
+from adapter_merge.cli.options.adapters import adapter_options, read_single_stated
 from adapter_merge.cli.options.command import command, option
 from adapter_merge.cli.options.shared import report_options
 from adapter_merge.cli.options.values import SOURCE
@@ -17,16 +17,20 @@ from adapter_merge.errors import OutputError
 
 @command(examples=["./merged -o report.html", "./adapter --base ./base -o report.html"])
 @click.argument("target", type=SOURCE, metavar="ARTEFACT_OR_ADAPTER")
-@option("-o", "--output", type=click.Path(path_type=Path), help="The HTML file to write: report.html.")
-@option("--pictures", type=click.Path(path_type=Path), help="A folder for the pictures as PNG (model cards).")
-@option("--base", type=SOURCE, help="The base, where the manifest does not lead to it: for |dW| / |W| and row scales.")
+@option("-o", "--output", type=click.Path(path_type=Path), help="The HTML file to write, such as report.html.")
+@option(
+    "--pictures", type=click.Path(path_type=Path), help="A folder to write the pictures to as PNG, for model cards."
+)
+@option(
+    "--base", type=SOURCE, help="The base, for |dW| / |W| and row scales; default: the base that the manifest names."
+)
 @option(
     "--parity",
     multiple=True,
     type=click.Path(path_type=Path, exists=True, dir_okay=False),
-    help="A file with what `verify --json` printed; may be given several times.",
+    help="A file with the output of `verify --json`; may be given several times.",
 )
-@option("--overwrite", is_flag=True, help="Replace an HTML file that is there.")
+@option("--overwrite", is_flag=True, help="Replace an existing HTML file.")
 @adapter_options
 @report_options
 def report(
@@ -39,15 +43,15 @@ def report(
     as_json: bool,
     quiet: bool,
 ) -> None:
-    """Show what an artefact or an adapter does to its base, and what was lost: one HTML file, readable offline.
+    """Show how an artefact or an adapter changes its base, and what is lost, as one HTML file without network access.
 
-    Without --output a heat map is printed. With --json the data of every picture goes to stdout.
+    Without --output a heat map is printed. With --json the data of the report is printed.
     """
     if output is not None and output.is_dir():
         raise OutputError(f"{output}: is a folder", expected="a file, such as report.html")
     if output is not None and output.exists() and not overwrite:
         raise OutputError(f"{output}: exists already", hint="choose another --output, or pass --overwrite")
-    base_kind, options = one_stated()
+    base_kind, options = read_single_stated()
     with working(f"measuring {target}", quiet):
         from adapter_merge.reporting.report import gather
 
@@ -74,4 +78,4 @@ def report(
         if values:
             Console().print(heat_table(values))
         else:
-            say("its manifest says nothing of single weights", quiet=quiet)
+            say("the manifest has no figures of single weights", quiet=quiet)

@@ -1,4 +1,4 @@
-"""adapter-merge restore: the base of a merged model, bit for bit."""
+"""adapter-merge restore: write the base of a merged model, bit for bit."""
 
 from __future__ import annotations
 
@@ -16,14 +16,14 @@ from adapter_merge.cli.printing.progress import working
 @command(examples=["./merged -o ./base", "./merged --base ./the-base -o ./again"])
 @click.argument("merged", type=SOURCE)
 @output_argument
-@option("--base", type=SOURCE, help="The original base; not needed when MERGED was made with --keep-preimage.")
-@link_option("How files of --base get into the output; auto: reflink where the file system can, else copy.")
+@option("--base", type=SOURCE, help="The original base; not needed where MERGED was written with --keep-preimage.")
+@link_option("How the files of --base are written; auto: reflink where the file system supports it, else copy.")
 @dry_run_option
 @report_options
 def restore(
     merged: str, output: str, overwrite: bool, base: str | None, link: str, dry_run: bool, as_json: bool, quiet: bool
 ) -> None:
-    """Write the base that MERGED was made from, bit for bit, and prove it against the manifest's hashes."""
+    """Write the base of MERGED again, bit for bit, and check it against the hashes in the manifest."""
     from adapter_merge.api.options import RestoreOptions
     from adapter_merge.api.restore import restore as run
     from adapter_merge.outputs.staging import read_manifest
@@ -43,4 +43,4 @@ def restore(
         click.echo(f"would write {output}: the base of {merged}, {len(files)} files")
     else:
         seconds = time.perf_counter() - started
-        click.echo(f"{output}: the base of {merged}, {len(files)} files proved by their sha256, in {seconds:.1f} s")
+        click.echo(f"{output}: the base of {merged}, {len(files)} files checked by sha256, in {seconds:.1f} s")

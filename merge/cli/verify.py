@@ -1,4 +1,4 @@
-"""adapter-merge verify: is an artefact equal to the adapter as trained?"""
+"""adapter-merge verify: check that an artefact computes what the adapter was trained to compute."""
 
 from __future__ import annotations
 
@@ -20,7 +20,8 @@ from adapter_merge.cli.printing.progress import working
 from .verify_server import verify_running
 
 
-def _prove_hashes(folder: str, inputs: bool, public_key: Path | None, as_json: bool, quiet: bool) -> None:
+def _verify_hashes(folder: str, inputs: bool, public_key: Path | None, as_json: bool, quiet: bool) -> None:
+    """Check the hash of every file of an output against its manifest, and print the result."""
     from dataclasses import asdict
 
     from adapter_merge.outputs.folder_content import SIGNATURE
@@ -34,36 +35,39 @@ def _prove_hashes(folder: str, inputs: bool, public_key: Path | None, as_json: b
         emit(asdict(integrity) | {"folder": folder, "passed": True})
         return
     if integrity.signed:
-        who = f"signed by the owner of {public_key}"
+        author = f"signed by the owner of {public_key}"
     elif SIGNATURE in integrity.beside:
-        who = "its signature was not checked: --signature --public-key FILE"
+        author = "its signature was not checked: --signature --public-key FILE"
     else:
-        who = "not signed: nothing tells who wrote it"
-    click.echo(f"{folder}: {integrity.files} files, {integrity.nbytes / 1e6:.1f} MB, unchanged since written ({who})")
+        author = "not signed: its author is unknown"
+    click.echo(
+        f"{folder}: {integrity.files} files, {integrity.nbytes / 1e6:.1f} MB, unchanged since written ({author})"
+    )
     if inputs:
-        click.echo(f"  {integrity.inputs} files of base and adapters are still the ones that were merged")
+        click.echo(f"  {integrity.inputs} files of base and adapters are unchanged since the output was written")
         for name in integrity.moved:
-            click.echo(f"  not there any more: {name}")
+            click.echo(f"  does not exist any more, not checked: {name}")
     for name in integrity.changed:
-        click.echo(f"  not the file that the manifest names any more: {name}")
+        click.echo(f"  changed since the output was written: {name}")
     for name in integrity.beside:
         if name != SIGNATURE:
-            click.echo(f"  not in the manifest, not looked at: {name}")
+            click.echo(f"  not in the manifest, not checked: {name}")
 
 
-def _prove_restored(merged: str, restored: str, as_json: bool) -> None:
+def _verify_restored(merged: str, restored: str, as_json: bool) -> None:
+    """Check that `restored` is the base of `merged`, and print the result."""
     from adapter_merge.outputs.integrity import check_restored
 
     count = check_restored(merged, restored)
     if as_json:
         emit({"folder": restored, "merged": merged, "files": count, "passed": True})
     else:
-        click.echo(f"{restored}: {count} files are, to the last bit, the base that {merged} was made from")
+        click.echo(f"{restored}: {count} files are, bit for bit, those of the base of {merged}")
 
 
 @command(
     examples=[
-        "./merged                          # unchanged since it was written",
+        "./merged                          # is unchanged since it was written",
         "./base ./adapter ./merged         # computes what the adapter was trained to compute",
         "./base ./adapter --server http://localhost:8000 --model german",
     ]
@@ -71,16 +75,23 @@ def _prove_restored(merged: str, restored: str, as_json: bool) -> None:
 @click.argument("inputs", type=SOURCE, nargs=-1, metavar=f"[{INPUTS}] ARTEFACT")
 @combination_options
 @adapter_options
-@option("--inputs", "check_inputs", is_flag=True, help="ARTEFACT alone: hash base and adapters again as well.")
+@option(
+    "--inputs", "check_inputs", is_flag=True, help="ARTEFACT alone: also check the hashes of its base and adapters."
+)
 @option("--signature", is_flag=True, help="ARTEFACT alone: check its signature, model.sig, with --public-key.")
-@option("--public-key", type=click.Path(path_type=Path), metavar="FILE", help="--signature: whose it must be; PEM.")
+@option(
+    "--public-key",
+    type=click.Path(path_type=Path),
+    metavar="FILE",
+    help="--signature: the public key of the signer, PEM.",
+)
 @option("--trained", is_flag=True, help="ARTEFACT alone: compare with the base and adapters of its manifest.")
 @option(
     "--prompt",
     "prompts",
     multiple=True,
     metavar="TEXT|@FILE",
-    help="A prompt to compare on, or a file with one a line.",
+    help="A prompt to compare on, or a file with one prompt per line.",
 )
 @option(
     "--max-tokens",
@@ -91,22 +102,24 @@ def _prove_restored(merged: str, restored: str, as_json: bool) -> None:
     type=click.IntRange(min=1),
     help="Greedy tokens per prompt.",
 )
-@option("--tolerance", type=float, help="For max |dlogit|; default 1e-4, and one rounding for half precision.")
-@option("--weights-only", is_flag=True, help="Compare weights alone; no model is run.")
+@option(
+    "--tolerance", type=float, help="Largest |dlogit| that passes; default: 1e-4 in float32, none for half precision."
+)
+@option("--weights-only", is_flag=True, help="Compare only the weights, and run no model.")
 @option(
     "--min-retention",
     type=SHARE,
     default=0.5,
     show_default=True,
-    help="Of a model merged --as same: the least share of the adapter's change.",
+    help="Model merged --as same: smallest share of the adapter's change that passes.",
 )
-@option("--server", metavar="URL", help="Compare a running OpenAI-compatible server, in place of ARTEFACT.")
-@option("--model", metavar="NAME", help="--server: the name that the adapter is served under.")
-@option("--api-key", envvar="ADAPTER_MERGE_API_KEY", help="--server: its key; or set ADAPTER_MERGE_API_KEY.")
+@option("--server", metavar="URL", help="Compare a running OpenAI-compatible server instead of ARTEFACT.")
+@option("--model", metavar="NAME", help="--server: the name under which it serves the adapter.")
+@option("--api-key", envvar="ADAPTER_MERGE_API_KEY", help="--server: its API key; or set ADAPTER_MERGE_API_KEY.")
 @option(
     "--dtype",
     type=DTYPES,
-    help="--server: what it computes in; BASE's own dtype when not given.",
+    help="--server: the dtype in which it computes; default: that of BASE.",
 )
 @hub_options
 @report_options
@@ -125,34 +138,34 @@ def verify(
     quiet: bool,
     **settings: Any,
 ) -> None:
-    """Prove that ARTEFACT (merged model, factors, deltas, ONNX export) computes what ADAPTER was trained to compute.
+    """Check that ARTEFACT (merged model, factors, deltas, ONNX export) computes what ADAPTER was trained to compute.
 
     The adapter runs unmerged on BASE (PEFT for PEFT folders, the papers' formulas for DCFT and DuDe) and is compared
-    with the artefact in float32: logits, greedy tokens, every weight. Exit code 1 when they differ. With a DCFT
-    checkpoint, which holds its own base: CHECKPOINT ARTEFACT. Several adapters are stated as for merge: each runs on
-    its own, and they are combined by the method's definition.
+    with the artefact in float32: logits, greedy tokens, every weight. Exit code 1 where they differ. A DCFT checkpoint
+    needs no BASE: CHECKPOINT ARTEFACT. Several adapters are stated as for merge: each runs on its own, and the deltas
+    are combined by the method's formula.
 
-    ARTEFACT alone proves that it is unchanged since it was written: every file is hashed again and held against its
-    manifest, and nothing else may lie in the folder. Who wrote it is proved by --signature --public-key FILE. With
-    --trained the base, adapters and recipe that the manifest names are proved the same, and compared with as above.
-    MERGED RESTORED proves that a folder is the base that MERGED was made from.
+    ARTEFACT alone: check that it is unchanged since it was written. Every file is hashed and compared with the
+    manifest, and the folder may hold no other files. --signature --public-key FILE also checks who signed it. With
+    --trained the base, adapters and recipe that the manifest names are checked to be unchanged, and compared as above.
+    MERGED RESTORED: check that a folder is the base of MERGED.
 
-    BASE ADAPTER --server URL --model NAME compares a running server: its log-probabilities of prompts and of the
-    adapter's own answers, and its greedy tokens. It fails when the server ignores the adapter or serves another one.
+    BASE ADAPTER --server URL --model NAME: compare the log-probabilities of a running server, of prompts and of the
+    adapter's own answers, and its greedy tokens. It fails where the server ignores the adapter or serves another one.
     """
     from adapter_merge.outputs.integrity import inputs_of, is_merged
     from adapter_merge.storage.checkpoint import resolve
 
     texts = stated_prompts(prompts)
     if signature != (public_key is not None):
-        raise click.UsageError("--signature and --public-key FILE go together")
+        raise click.UsageError("--signature needs --public-key FILE, and --public-key needs --signature")
     if signature and (server is not None or len(inputs) != 1 or trained or has_combination()):
-        raise click.UsageError("--signature is of an ARTEFACT alone")
+        raise click.UsageError("--signature applies to an ARTEFACT alone")
     if server is not None:
         if trained or check_inputs or settings["weights_only"]:
-            raise click.UsageError("--server: no --trained, --inputs or --weights-only, which look at an ARTEFACT")
+            raise click.UsageError("--server excludes --trained, --inputs and --weights-only, which check an ARTEFACT")
         if model is None:
-            raise click.UsageError("--server: --model NAME says which of its models")
+            raise click.UsageError("--server needs --model NAME, one of its models")
         if not inputs and not has_combination():
             raise click.UsageError(f"expected {INPUTS}")
         for unused in ("weights_only", "min_retention"):
@@ -161,7 +174,7 @@ def verify(
         verify_running(stated_inputs(inputs), served, as_json, quiet, prompts=texts, dtype=dtype, **settings)
         return
     if model is not None or dtype is not None:
-        raise click.UsageError("--model and --dtype are said of a --server")
+        raise click.UsageError("--model and --dtype apply to a --server only")
     if not inputs:
         raise click.UsageError(f"expected [{INPUTS}] ARTEFACT")
     artefact = inputs[-1]
@@ -169,11 +182,11 @@ def verify(
     if len(inputs) == 1 and not combining:
         folder = str(resolve(artefact))
         if not trained:
-            _prove_hashes(folder, check_inputs, public_key, as_json, quiet)
+            _verify_hashes(folder, check_inputs, public_key, as_json, quiet)
             return
         subject = Subject(*inputs_of(folder))
     elif len(inputs) == 2 and not combining and is_merged(inputs[0]):
-        _prove_restored(inputs[0], artefact, as_json)
+        _verify_restored(inputs[0], artefact, as_json)
         return
     else:
         subject = stated_inputs(inputs[:-1])
@@ -205,6 +218,7 @@ def verify(
 
 
 def _show_verdict(report: dict[str, Any]) -> None:
+    """Print the figures of weights and logits, notes, problems, and PASS or FAIL."""
     layers = report.get("layers") or {}
     if layers:
         worst = max(layers, key=lambda name: layers[name]["relative_error"])
@@ -213,10 +227,11 @@ def _show_verdict(report: dict[str, Any]) -> None:
         if report.get("half_precision"):
             ulp = max(entry["excess_ulp"] for entry in layers.values())
             click.echo(f"         {report['half_precision']}: at most {ulp:.2g} ulp beyond one correct rounding")
-        kept = [entry["retention"] for entry in layers.values() if entry["retention"] is not None]
-        if kept:
+        retentions = [entry["retention"] for entry in layers.values() if entry["retention"] is not None]
+        if retentions:
             click.echo(
-                f"         {len(kept)} weights quantised again; retention of dW {min(kept):.2f} .. {max(kept):.2f}"
+                f"         {len(retentions)} weights quantised again; "
+                f"retention of dW {min(retentions):.2f} .. {max(retentions):.2f}"
             )
     for key in ("logits", "logits_float64"):
         logits = report.get(key)

@@ -12,10 +12,10 @@ from adapter_merge.cli.options.inputs import Subject
 from adapter_merge.cli.printing.console import emit
 from adapter_merge.cli.printing.progress import working
 
-SAID = {
+COMPARED = {
     "prompt_logprobs": "prompts and answers, by the server's prompt_logprobs",
     "echo": "prompts and answers, by echo and logprobs",
-    "generated": "answers alone: the server gives no log-probabilities of prompts",
+    "generated": "answers only, since the server returns no log-probabilities of prompts",
 }
 
 
@@ -45,12 +45,13 @@ def verify_running(subject: Subject, served: Mapping[str, Any], as_json: bool, q
 
 
 def _show(report: Mapping[str, Any]) -> None:
-    measured, greedy, bar = report["log_probabilities"], report["greedy"], report["tolerance"]
+    """Print the distances, the tolerance, greedy tokens, notes, problems and the verdict."""
+    measured, greedy, tolerance = report["log_probabilities"], report["greedy"], report["tolerance"]
     click.echo(f"server   {report['path']}, model {report['model']}")
-    click.echo(f"compared {measured['compared']} log-probabilities of {SAID[report['way']]}")
+    click.echo(f"compared {measured['compared']} log-probabilities of {COMPARED[report['way']]}")
     for label, key in (("adapter", "difference"), ("base", "from_base"), ("effect", "effect")):
-        click.echo(f"{label:<8} {_pair(measured[key])}{MEANING[key]}")
-    click.echo(f"allowed  {_pair(bar)}, for {report['dtype']}")
+        click.echo(f"{label:<8} {_format_distance(measured[key])}{MEANING[key]}")
+    click.echo(f"allowed  {_format_distance(tolerance)}, for {report['dtype']}")
     click.echo(f"greedy   {greedy['equal']}/{greedy['total']} tokens equal")
     for note in report["notes"]:
         click.echo(f"note     {note}")
@@ -66,6 +67,7 @@ MEANING = {
 }
 
 
-def _pair(figures: Mapping[str, float | None]) -> str:
+def _format_distance(figures: Mapping[str, float | None]) -> str:
+    """Return the largest and the mean difference of log-probabilities as text."""
     worst, mean = (("inf" if value is None else f"{value:.3g}") for value in (figures["max"], figures["mean"]))
     return f"max |d log p| {worst}, mean {mean}"

@@ -6,7 +6,7 @@ import json
 
 import click
 
-from adapter_merge.cli.options.adapters import adapter_options, one_stated
+from adapter_merge.cli.options.adapters import adapter_options, read_single_stated
 from adapter_merge.cli.options.command import Command, option
 from adapter_merge.cli.options.shared import report_options
 from adapter_merge.cli.options.values import SIZE, SOURCE
@@ -75,7 +75,7 @@ def add_entries(base: str, adapters: tuple[str, ...], cache_size: int, as_json: 
     from adapter_merge.serve.conversion.stating import Stated
     from adapter_merge.serve.launch.process import described
 
-    stated = Stated.of(*one_stated())
+    stated = Stated.of(*read_single_stated())
     converter = Converter(base, Cache(max_bytes=cache_size))
     problems: list[Problem] = []
     rows = []

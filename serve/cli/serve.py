@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from adapter_merge.cli.options.adapters import adapter_options, as_typed, one_stated, stated_of
+from adapter_merge.cli.options.adapters import adapter_options, read_single_stated, read_stated, stated_arguments
 from adapter_merge.cli.options.command import Command, command, option
 from adapter_merge.cli.options.inputs import named_inputs
 from adapter_merge.cli.options.shared import dry_run_option, report_options
@@ -166,7 +166,7 @@ def serve(
     if emit is not None:
         if allow_loading or roots or preload or page:
             raise click.UsageError("--emit prints no service with --allow-loading, --preload or --page")
-        stated = as_typed()
+        stated = stated_arguments()
         service = Service(
             name=name,
             base=base,
@@ -247,8 +247,8 @@ def _stated(adapters: tuple[str, ...]) -> dict[str, Stated]:
 
     names = [text.partition("=")[0] for text in adapters if "=" in text]
     if names:
-        return {name: Stated.of(*said) for name, said in stated_of(names).items()}
-    if Stated.of(*one_stated()).values:
+        return {name: Stated.of(*said) for name, said in read_stated(names).items()}
+    if Stated.of(*read_single_stated()).values:
         raise click.UsageError(f"these options are for NAME=ADAPTER; adapters in a folder say it in {FILE} beside them")
     return {}
 

@@ -31,7 +31,7 @@ class Stated:
 
     @classmethod
     def of(cls, base_kind: str | None, options: Any) -> Stated:
-        """From what `stated_of` returns for an adapter."""
+        """From what `read_stated` returns for an adapter."""
         values = {entry.name: getattr(options, entry.name) for entry in fields(options)}
         return cls({key: value for key, value in {"base_kind": base_kind, **values}.items() if value is not None})
 

@@ -1,1 +1,1 @@
-"""What the command line takes: types of values, shared options, inputs, defaults from a file."""
+"""Options and inputs of the commands: types of values, shared options, inputs, defaults from a file."""

@@ -1,6 +1,6 @@
-"""One command: its help in sections with examples, its old option names, its positional OUT, its configuration.
+"""Classes of all commands and options: help in sections with examples, old names, positional OUT, configuration.
 
-Every command of the table in main.py is a `Command`, every option an `Option`; what is said once here holds for all.
+Every command in the table of main.py is a `Command`, and every option an `Option`.
 """
 
 from __future__ import annotations
@@ -20,19 +20,19 @@ OWN, OUTPUT, COMBINATION, ADAPTER, ENGINE, HUB, GENERAL = (
     "Options",
     "Output",
     "Several adapters",
-    "What the adapter's files do not say",
+    "Settings that the adapter's files do not hold",
     "Speed, space and safety",
     "Hugging Face hub",
     "General",
 )
-# What options add to a command, such as --push-to: (before it runs, after it has run), in the context's meta.
+# Key in the context's meta of the steps that options such as --push-to add: (before the command, after it).
 STEPS = "adapter_merge.steps"
 Step = Callable[[click.Context], None]
 SECTIONS = (OWN, OUTPUT, COMBINATION, ADAPTER, ENGINE, HUB, GENERAL)
 
 
 class Option(click.Option):
-    """An option in a section of the help; `old` names still work and are not shown."""
+    """An option with its section of the help. `old` names still work, and the help does not show them."""
 
     def __init__(self, param_decls: Sequence[str], section: str = OWN, old: Sequence[str] = (), **attrs: Any) -> None:
         super().__init__([*param_decls, *old], **attrs)
@@ -57,7 +57,7 @@ class Option(click.Option):
 
 
 class OutputOption(Option):
-    """-o/--output, which may also be the last argument: OUT. `needed`: one of the two must be given."""
+    """The option -o/--output, whose value may also be the last argument, OUT. `needed`: one of both is required."""
 
     def __init__(self, param_decls: Sequence[str], needed: bool = True, **attrs: Any) -> None:
         super().__init__(param_decls, **attrs)
@@ -99,9 +99,9 @@ class Command(click.Command):
 
     def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
         ctx.default_map = {**(ctx.default_map or {}), **defaults_of(ctx)}
-        rest = super().parse_args(ctx, args)
+        remaining = super().parse_args(ctx, args)
         self._take_output(ctx)
-        return rest
+        return remaining
 
     def invoke(self, ctx: click.Context) -> Any:
         steps: Sequence[tuple[Step, Step]] = ctx.meta.get(STEPS, ())
@@ -113,23 +113,21 @@ class Command(click.Command):
         return result
 
     def _take_output(self, ctx: click.Context) -> None:
-        """Take the last argument as OUT where -o is not given and there is nothing of that name yet."""
+        """Use the last argument as OUT where -o is not given and no file or folder has that name."""
         output = next((param for param in self.params if isinstance(param, OutputOption)), None)
         if output is None or output.name is None or ctx.resilient_parsing:
             return
         last = ctx.params.pop("out", None)
         if ctx.params[output.name] is not None:
             if last is not None:
-                raise click.UsageError(f"the output is named twice: -o {ctx.params[output.name]} and {last}", ctx)
+                raise click.UsageError(f"the output is given twice: -o {ctx.params[output.name]} and {last}", ctx)
             return
-        several = next(
-            (param for param in self.params if isinstance(param, click.Argument) and param.nargs == -1), None
-        )
-        if several is not None and several.name is not None:
-            given = ctx.params[several.name]
+        inputs = next((param for param in self.params if isinstance(param, click.Argument) and param.nargs == -1), None)
+        if inputs is not None and inputs.name is not None:
+            given = ctx.params[inputs.name]
             if given and "=" not in given[-1] and not Path(given[-1]).exists():
                 last = given[-1]
-                ctx.params[several.name] = given[:-1]
+                ctx.params[inputs.name] = given[:-1]
         if last is not None:
             ctx.params[output.name] = output.type_cast_value(ctx, last)
         elif output.needed:

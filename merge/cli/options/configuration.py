@@ -4,8 +4,8 @@
     [merge]
     max-shard-size = "5GB"   # for merge
 
-What the command line or an environment variable says wins. Nothing is read from the working directory: a folder that
-somebody else wrote must not change what a command does.
+The command line and environment variables take precedence. The working directory is not searched, because a folder
+from another author must not change how a command behaves.
 """
 
 from __future__ import annotations
@@ -18,18 +18,18 @@ from typing import Any
 import click
 
 META = "adapter_merge.configuration"
-# Options that may stand outside of a command's table: each means the same for every command that has it.
+# Options that may be outside of a command's table: they have the same meaning in every command that has them.
 COMMON = ("device", "overwrite", "dry-run", "quiet", "verbose", "json", "log-level", "color", "token", "public")
 
 
 def user_file() -> Path:
-    """Return the user's own configuration file, which need not exist."""
+    """Return the path of the user's configuration file, which need not exist."""
     home = os.environ.get("XDG_CONFIG_HOME") or Path.home() / ".config"
     return Path(home) / "adapter-merge" / "config.toml"
 
 
 def read_configuration(file: Path | None) -> dict[str, Any]:
-    """Read the configuration: `file`, or the user's own where there is one. Raises UsageError."""
+    """Read `file`, or the user's configuration file where it exists. Raises UsageError for a file that is not TOML."""
     source = file or user_file()
     if file is None and not source.is_file():
         return {}
@@ -38,17 +38,17 @@ def read_configuration(file: Path | None) -> dict[str, Any]:
     try:
         return tomllib.loads(source.read_text("utf-8"))
     except (OSError, ValueError) as error:
-        raise click.UsageError(f"{source}: not a configuration in TOML ({error})") from error
+        raise click.UsageError(f"{source}: not a TOML configuration ({error})") from error
 
 
 def check_names(content: Mapping[str, Any], commands: Collection[str]) -> None:
-    """Raise UsageError for a table that is no command's, and for an option outside of a table that is not common."""
+    """Raise UsageError for a table that names no command, and for an option outside of tables that is not in COMMON."""
     for key, value in content.items():
         if isinstance(value, dict) and key not in commands:
-            raise click.UsageError(f"the configuration has a table [{key}], and there is no such command")
+            raise click.UsageError(f"the configuration has a table [{key}], but no command has that name")
         if not isinstance(value, dict) and key not in COMMON:
             raise click.UsageError(
-                f"the configuration's {key} belongs into a command's table; for all commands: {', '.join(COMMON)}"
+                f"the configuration's {key} must be in a command's table; options for all commands: {', '.join(COMMON)}"
             )
 
 

@@ -1,4 +1,4 @@
-"""Options of the hub: --push-to and its like of commands that write, --revision and --token of commands that read."""
+"""Options of the Hugging Face hub: --revision and --token for inputs, --push-to and --public for outputs."""
 
 from __future__ import annotations
 
@@ -28,11 +28,11 @@ def _keep_push(ctx: click.Context, param: click.Parameter, value: Any) -> None:
 
 def _token(ctx: click.Context, param: click.Parameter, value: str | None) -> None:
     if value is not None:
-        os.environ["HF_TOKEN"] = value  # where huggingface_hub looks first
+        os.environ["HF_TOKEN"] = value  # huggingface_hub reads it
 
 
 def hub_options(function: F) -> F:
-    """--revision and --token."""
+    """Add the options --revision and --token."""
     for decorate in (
         option(
             "--token",
@@ -40,7 +40,7 @@ def hub_options(function: F) -> F:
             section=HUB,
             expose_value=False,
             callback=_token,
-            help="For private repositories; better HF_TOKEN, or `hf auth login`, which no list of processes shows.",
+            help="Token for private repositories; safer: HF_TOKEN or `hf auth login`, which process lists do not show.",
         ),
         option(
             "--revision",
@@ -48,7 +48,7 @@ def hub_options(function: F) -> F:
             section=HUB,
             expose_value=False,
             callback=_keep,
-            help="Branch, tag or commit of BASE, where it is a hub id; of any other input: org/name@REVISION.",
+            help="Branch, tag or commit of BASE, a hub id; for other inputs write org/name@REVISION.",
         ),
     ):
         function = decorate(function)
@@ -56,7 +56,7 @@ def hub_options(function: F) -> F:
 
 
 def push_options(function: F) -> F:
-    """--push-to and --public, with --revision and --token. Carried out by Command.invoke."""
+    """Add the options --push-to and --public, and those of `hub_options`. Command.invoke runs the upload."""
     for decorate in (
         option(
             "--public",
@@ -64,7 +64,7 @@ def push_options(function: F) -> F:
             section=HUB,
             expose_value=False,
             callback=_keep,
-            help="--push-to: a new repository is public, not private.",
+            help="--push-to: make a new repository public instead of private.",
         ),
         option(
             "--push-to",
@@ -72,45 +72,45 @@ def push_options(function: F) -> F:
             section=HUB,
             expose_value=False,
             callback=_keep_push,
-            help="Upload the output, with its model card, to a new private repository.",
+            help="Also upload the output, with its model card, to a new private repository.",
         ),
     ):
         function = decorate(function)
     return hub_options(function)
 
 
-def revised(base: str | None) -> str | None:
-    """Return BASE as org/name@REVISION where --revision is given. Raises UsageError for a folder."""
+def add_revision(base: str | None) -> str | None:
+    """Return BASE as org/name@REVISION where --revision is given. Raises UsageError where BASE is a folder."""
     revision = click.get_current_context().meta.get(META, {}).get("revision")
     if revision is None:
         return base
     if base is None or Path(base).exists() or "@" in base:
-        raise click.UsageError("--revision is of a BASE that is a hub id without its own @revision")
+        raise click.UsageError("--revision needs a BASE that is a hub id without @revision")
     return f"{base}@{revision}"
 
 
 def check_push(ctx: click.Context) -> None:
     """Check the repository before the command runs. Raises UsageError or OutputError."""
-    said = ctx.meta.get(META, {})
-    if said.get("push_to") is None:
-        if said.get("public"):
-            raise click.UsageError("--public belongs to --push-to", ctx)
+    given = ctx.meta.get(META, {})
+    if given.get("push_to") is None:
+        if given.get("public"):
+            raise click.UsageError("--public needs --push-to", ctx)
         return
     if ctx.params.get("output") is None or ctx.params.get("part") is not None:
-        raise click.UsageError("--push-to uploads a whole new output: not with --shards or --add", ctx)
+        raise click.UsageError("--push-to uploads a complete new output: it excludes --shards and --add", ctx)
     from adapter_merge.files.hub_upload import check_upload
 
-    check_upload(said["push_to"], replace=bool(ctx.params.get("overwrite")))
+    check_upload(given["push_to"], replace=bool(ctx.params.get("overwrite")))
 
 
 def push(ctx: click.Context) -> None:
-    """Upload what the command has written; in a dry run say what would go."""
-    said: Mapping[str, Any] = ctx.meta.get(META, {})
-    repository = said.get("push_to")
+    """Upload the command's output; in a dry run, print what would be uploaded."""
+    given: Mapping[str, Any] = ctx.meta.get(META, {})
+    repository = given.get("push_to")
     if repository is None:
         return
     quiet = bool(ctx.params.get("quiet"))
-    visibility = "public" if said.get("public") else "private"
+    visibility = "public" if given.get("public") else "private"
     output = Path(ctx.params["output"])
     if ctx.params.get("dry_run"):
         for name in ctx.meta.get(PLANNED, ()):
@@ -121,7 +121,7 @@ def push(ctx: click.Context) -> None:
 
     say(f"uploading {output} to {repository}", quiet=quiet)
     message = f"adapter-merge {ctx.info_name}"
-    url = upload_folder(output, repository, private=not said.get("public"), message=message)
+    url = upload_folder(output, repository, private=not given.get("public"), message=message)
     say(f"{repository}: {url}", quiet=quiet)
 
 
@@ -129,5 +129,5 @@ PLANNED = "adapter_merge.planned_files"
 
 
 def plan_files(names: list[str]) -> None:
-    """Keep the names of the files that a dry run would write."""
+    """Record the names of the files that a dry run would write, for `push`."""
     click.get_current_context().meta[PLANNED] = names

@@ -1,4 +1,4 @@
-"""Inputs of a command, looked at before torch is loaded: are they there, and is BASE the model, not the adapter?"""
+"""Checks of a command's inputs before torch is imported: they exist, and BASE is a model and not an adapter."""
 
 from __future__ import annotations
 
@@ -10,9 +10,9 @@ from adapter_merge.errors import InputError, MismatchError, Problem, raise_all
 
 
 def check_paths(base: str | None, *adapters: str) -> None:
-    """Raise InputError with every input that is not there, MismatchError when an adapter stands in the base's place.
+    """Raise InputError with every input that does not exist, MismatchError where an adapter is given as the base.
 
-    Hub ids are downloaded here (once: they stay in the hub's cache).
+    Hub ids are downloaded here, into the hub's cache.
     """
     from adapter_merge.storage.checkpoint import resolve, resolve_base
 
@@ -25,25 +25,25 @@ def check_paths(base: str | None, *adapters: str) -> None:
             problems += error.problems
             folders.append(None)
     raise_all(problems)
-    own = folders[0]
-    if base is None or own is None or not is_adapter(own) or is_model(own):
+    base_folder = folders[0]
+    if base is None or base_folder is None or not is_adapter(base_folder) or is_model(base_folder):
         return
-    others = [adapter for adapter, folder in zip(adapters, folders[1:], strict=True) if folder and is_model(folder)]
-    if not others:
+    models = [adapter for adapter, folder in zip(adapters, folders[1:], strict=True) if folder and is_model(folder)]
+    if not models:
         raise MismatchError(
-            f"{base}: an adapter, where the base model belongs",
+            f"{base}: is an adapter, but the first argument must be the base model",
             expected="BASE first, then ADAPTER",
             hint=f"{command_path()} BASE {base}",
         )
     raise MismatchError(
-        f"{base} is an adapter and {others[0]} a model: swapped?",
+        f"{base} is an adapter and {models[0]} is a model: are they swapped?",
         expected="BASE first, then ADAPTER",
-        hint=f"{command_path()} {others[0]} {base}",
+        hint=f"{command_path()} {models[0]} {base}",
     )
 
 
 def command_path() -> str:
-    """Return the running command as it was called, such as `adapter-merge merge`."""
+    """Return the name of the running command with its group, such as `adapter-merge merge`."""
     context = click.get_current_context(silent=True)
     return context.command_path if context is not None else "adapter-merge"
 

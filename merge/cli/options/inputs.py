@@ -1,4 +1,4 @@
-"""The inputs of a command: BASE and ADAPTER, or several adapters and the way in which they are combined."""
+"""Inputs of a command: BASE and ADAPTER, or several adapters and how they are combined."""
 
 from __future__ import annotations
 
@@ -9,9 +9,9 @@ from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 
 import click
 
-from .adapters import one_stated, stated_of
+from .adapters import read_single_stated, read_stated
 from .command import COMBINATION, option
-from .hub import revised
+from .hub import add_revision
 from .input_paths import check_paths
 
 if TYPE_CHECKING:
@@ -29,7 +29,7 @@ INPUTS = "BASE ADAPTER | BASE NAME=ADAPTER... | BASE FIRST SECOND..."
 
 
 class Subject(NamedTuple):
-    """Base and adapter of a command, or several adapters as a recipe, with all that was stated of them."""
+    """Base and adapter of a command, or several adapters as a recipe, with the settings that the user stated."""
 
     base: str | None
     adapter: str | Recipe
@@ -38,7 +38,7 @@ class Subject(NamedTuple):
 
     @property
     def folder(self) -> str:
-        """Where the base's weights are."""
+        """The folder or hub id with the base's weights; empty where a recipe names none."""
         if self.base is not None or isinstance(self.adapter, str):
             return self.base or str(self.adapter)
         return self.adapter.base or ""
@@ -49,35 +49,35 @@ def _keep(context: click.Context, parameter: click.Parameter, value: Any) -> Non
 
 
 def combination_options(function: F) -> F:
-    """How several adapters go together. The values are kept for `stated_inputs`."""
+    """Add the options for the combination of several adapters; `stated_inputs` reads their values."""
     for decorate in (
         option(
             "--recipe",
             type=click.Path(path_type=Path, dir_okay=False),
-            help="The combination as YAML, JSON or TOML, or mergekit's YAML where it means the same (linear, "
-            "task_arithmetic); in place of NAME=ADAPTER and these options.",
+            help="A file with the combination in YAML, JSON or TOML, or in mergekit's YAML (linear, task_arithmetic); "
+            "replaces NAME=ADAPTER and these options.",
         ),
-        option("--seed", type=int, help="dare: of the random numbers; 0 when not given."),
+        option("--seed", type=int, help="dare: seed of the random numbers; default: 0."),
         option("--gamma", type=float, help="breadcrumbs: share of the largest elements dropped."),
         option(
             "--density",
             multiple=True,
             metavar="[NAME=]NUMBER",
-            help="Share of each delta's elements kept; 1 when not given. May differ from adapter to adapter.",
+            help="Share of each delta's elements that is kept; default: 1. NAME= states it for one adapter.",
         ),
         option(
             "--combine",
             type=click.Choice((*METHODS, IN_TURN)),
-            help="How; linear when not given. in-turn: each on what the ones before it have left.",
+            help="Method; default: linear. in-turn applies each adapter to the result of those before it.",
         ),
-        option("--weight", multiple=True, metavar="NAME=NUMBER", help="An adapter's weight; 1 when not given."),
+        option("--weight", multiple=True, metavar="NAME=NUMBER", help="Weight of an adapter; default: 1."),
     ):
-        function = _hidden(decorate, function)
+        function = _add_to_context(decorate, function)
     return function
 
 
-def _hidden(decorate: Callable[[F], F], function: F) -> F:
-    """Apply `decorate` so that its value goes to the context, not to the function."""
+def _add_to_context(decorate: Callable[[F], F], function: F) -> F:
+    """Apply `decorate`, with the option's value kept in the context and not passed to the function."""
     function = decorate(function)
     parameter = function.__click_params__[-1]  # type: ignore[attr-defined]
     parameter.section = COMBINATION
@@ -87,7 +87,7 @@ def _hidden(decorate: Callable[[F], F], function: F) -> F:
 
 
 def has_combination() -> bool:
-    """True when the running command was given a recipe, or how adapters go together."""
+    """Return True where the running command has a recipe or another option for combinations."""
     return any(click.get_current_context().meta.get(META, {}).values())
 
 
@@ -97,19 +97,19 @@ def _named(text: str) -> tuple[str, str] | None:
 
 
 def stated_inputs(inputs: tuple[str, ...]) -> Subject:
-    """What the arguments and options of a command say, checked without torch.
+    """Return the inputs that a command's arguments and options state, checked without torch.
 
     CHECKPOINT                 a DCFT checkpoint, which holds its own base
     BASE ADAPTER               one adapter, with or without a NAME=
-    BASE NAME=ADAPTER ...      combined in delta space, or as --combine says
-    BASE FIRST SECOND ...      in turn: each on what the ones before it have left
-    --recipe FILE [BASE]       what the file says; a recipe of this project, or mergekit's YAML
+    BASE NAME=ADAPTER ...      several adapters, combined by the method of --combine
+    BASE FIRST SECOND ...      several adapters in turn, each applied to the result of those before it
+    --recipe FILE [BASE]       a recipe of this project, or mergekit's YAML
     FILE.yaml                  the same
 
-    Raises UsageError for half of it, InputError for inputs that are not there or are swapped.
+    Raises UsageError for incomplete arguments, InputError for inputs that do not exist, MismatchError for swapped ones.
     """
-    subject = _subject(inputs)
-    subject = subject._replace(base=revised(subject.base))
+    subject = _parse_inputs(inputs)
+    subject = subject._replace(base=add_revision(subject.base))
     adapters = [subject.adapter] if isinstance(subject.adapter, str) else [i.path for i in subject.adapter.ingredients]
     check_paths(subject.base, *adapters)
     return subject
@@ -122,42 +122,45 @@ def adapter_bytes(subject: Subject) -> int:
     return sum(file.stat().st_size for file in files if file.suffix in WEIGHTS and file.is_file())
 
 
-def _subject(inputs: tuple[str, ...]) -> Subject:
+def _parse_inputs(inputs: tuple[str, ...]) -> Subject:
+    """Parse arguments and options into a `Subject`, without checking paths. Raises UsageError."""
     from adapter_merge.combine.recipe import make_recipe, read_recipe
     from adapter_merge.combine.settings import Settings
 
-    said = click.get_current_context().meta.get(META, {})
-    file, weights, densities = said.get("recipe"), said.get("weight") or (), said.get("density") or ()
-    given = {key: said[key] for key in ("combine", "gamma", "seed") if said.get(key) is not None}
+    values = click.get_current_context().meta.get(META, {})
+    file, weights, densities = values.get("recipe"), values.get("weight") or (), values.get("density") or ()
+    given = {key: values[key] for key in ("combine", "gamma", "seed") if values.get(key) is not None}
     named = [pair for text in inputs[1:] if (pair := _named(text)) is not None]
     if file is None and inputs and Path(inputs[0]).suffix in RECIPES and Path(inputs[0]).is_file():
         file, inputs = Path(inputs[0]), inputs[1:]
     if file is not None:
         if named or weights or densities or given or len(inputs) > 1:
-            raise click.UsageError("--recipe says it all: leave out adapters, weights and the other options")
-        if one_stated() != (None, _no_options()):
-            raise click.UsageError("--recipe says it all: state what the files do not say in it, adapter by adapter")
+            raise click.UsageError(
+                "--recipe excludes adapters, weights and the other options of a combination: state them in the file"
+            )
+        if read_single_stated() != (None, _no_options()):
+            raise click.UsageError("--recipe excludes options of single adapters: state them in the file")
         return Subject(inputs[0] if inputs else None, read_recipe(file))
     if not inputs:
         raise click.UsageError(f"expected {INPUTS}")
     if named and len(named) != len(inputs) - 1:
-        raise click.UsageError("give every adapter a name: BASE NAME=ADAPTER NAME=ADAPTER ...")
+        raise click.UsageError("either all adapters have names or none: BASE NAME=ADAPTER NAME=ADAPTER ...")
     if not named and len(inputs) <= 2:
         if weights or densities or given:
             raise click.UsageError("a combination needs BASE NAME=ADAPTER ...")
-        return Subject(None if len(inputs) == 1 else inputs[0], inputs[-1], *one_stated())
+        return Subject(None if len(inputs) == 1 else inputs[0], inputs[-1], *read_single_stated())
     if not named:
         if weights or densities or given.get("combine", IN_TURN) != IN_TURN or given.keys() - {"combine"}:
             raise click.UsageError(
-                "a combination needs names: BASE NAME=ADAPTER ...; without them, adapters go in turn"
+                "a combination needs names: BASE NAME=ADAPTER ...; adapters without names are applied in turn"
             )
         given["combine"] = IN_TURN
-        named = _called(inputs[1:])
+        named = _name_paths(inputs[1:])
     method = given.pop("combine", "linear")
     common = [text for text in densities if "=" not in text]
     if len(common) > 1:
         raise click.UsageError("--density is given twice")
-    density = _numbers("--density", [f"all={text}" for text in common]).get("all", 1.0)
+    density = _parse_numbers("--density", [f"all={text}" for text in common]).get("all", 1.0)
     own = tuple(text for text in densities if "=" in text)
     recipe = make_recipe(_ingredients(named, weights, own), Settings(method, density, **given))
     return Subject(inputs[0], recipe)
@@ -170,7 +173,7 @@ def _no_options() -> ReadOptions:
 
 
 def named_inputs(texts: Sequence[str]) -> tuple[str, ...]:
-    """Return every text as NAME=ADAPTER: an adapter without a name gets its folder's, the second of it -2."""
+    """Return every text as NAME=ADAPTER; an unnamed adapter gets its folder's name, with -2, -3, ... where taken."""
     taken = {pair[0] for text in texts if (pair := _named(text)) is not None}
     named = []
     for text in texts:
@@ -186,18 +189,18 @@ def named_inputs(texts: Sequence[str]) -> tuple[str, ...]:
 
 
 def _stem(path: str) -> str:
-    """Return the name of an adapter's folder or hub id, without what a name may not hold."""
+    """Return a valid adapter name from its folder or hub id; characters that a name cannot have become "-"."""
     stem = Path(path).name or Path(path).resolve().name
     return re.sub(r"[^A-Za-z0-9_.-]", "-", stem).lstrip(".-") or "adapter"
 
 
-def _called(paths: tuple[str, ...]) -> list[tuple[str, str]]:
+def _name_paths(paths: tuple[str, ...]) -> list[tuple[str, str]]:
     """Return (name, path) of adapters without names."""
     return [(name, path) for name, _, path in (text.partition("=") for text in named_inputs(paths))]
 
 
-def _numbers(flag: str, texts: Sequence[str]) -> dict[str, float]:
-    """NAME=NUMBER, by name."""
+def _parse_numbers(flag: str, texts: Sequence[str]) -> dict[str, float]:
+    """Parse texts NAME=NUMBER; return the numbers by name. Raises UsageError."""
     numbers: dict[str, float] = {}
     for text in texts:
         name, _, number = text.partition("=")
@@ -214,12 +217,14 @@ def _ingredients(
     from adapter_merge.combine.recipe import Ingredient, given_options
 
     names = [name for name, _ in named]
-    factors, shares = _numbers("--weight", weights), _numbers("--density", densities)
-    for flag, said in (("--weight", factors), ("--density", shares)):
-        unknown = sorted(said.keys() - set(names))
+    factors, shares = _parse_numbers("--weight", weights), _parse_numbers("--density", densities)
+    for flag, numbers in (("--weight", factors), ("--density", shares)):
+        unknown = sorted(numbers.keys() - set(names))
         if unknown:
-            raise click.UsageError(f"{flag} names no adapter: {', '.join(unknown)}; there are {', '.join(names)}")
-    stated = stated_of(names)
+            raise click.UsageError(
+                f"{flag} names an unknown adapter: {', '.join(unknown)}; adapters: {', '.join(names)}"
+            )
+    stated = read_stated(names)
     return [
         Ingredient(
             name, path, factors.get(name, 1.0), shares.get(name), stated[name][0], given_options(stated[name][1])

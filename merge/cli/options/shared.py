@@ -1,4 +1,4 @@
-"""Options that several commands take, each declared once: output, device, dry run, hub, what is printed, the engine."""
+"""Options that several commands share: output, device, dry run, reporting, and those of the merge engine."""
 
 from __future__ import annotations
 
@@ -17,13 +17,13 @@ F = TypeVar("F", bound=Callable[..., Any])
 
 
 def output_option(function: F) -> F:
-    """-o/--output and --overwrite of a command with any number of inputs; the last argument may be OUT in place of -o.
+    """Add -o/--output and --overwrite to a command with any number of inputs.
 
-    See Command._take_output.
+    The last argument may be OUT instead of -o (Command._take_output).
     """
-    function = option(
-        "--overwrite", is_flag=True, section=OUTPUT, help="Replace an output that adapter-merge wrote before."
-    )(function)
+    function = option("--overwrite", is_flag=True, section=OUTPUT, help="Replace an existing output of adapter-merge.")(
+        function
+    )
     return option(
         "-o",
         "--output",
@@ -31,18 +31,18 @@ def output_option(function: F) -> F:
         section=OUTPUT,
         metavar="OUT",
         type=click.Path(path_type=str),
-        help="The folder to write; must not exist. May be the last argument, without -o.",
+        help="The folder to write, which must not exist; may also be the last argument, without -o.",
     )(function)
 
 
 def output_argument(function: F) -> F:
-    """[OUT] of a command with a fixed number of inputs, and the options of `output_option`."""
+    """Add the argument [OUT] to a command with a fixed number of inputs, and the options of `output_option`."""
     function = output_option(function)
     return click.argument("out", required=False, type=click.Path(path_type=str))(function)
 
 
 def device_option(function: F) -> F:
-    """--device."""
+    """Add the option --device."""
     return option(
         "--device",
         type=DEVICE,
@@ -70,7 +70,7 @@ def _color(ctx: click.Context, param: click.Parameter, value: str) -> None:
 
 
 def report_options(function: F) -> F:
-    """--json, -q, -v, --log-level and --color."""
+    """Add the options --json, -q, -v, --log-level and --color."""
     for decorate in (
         option(
             "--color",
@@ -80,7 +80,7 @@ def report_options(function: F) -> F:
             section=GENERAL,
             expose_value=False,
             callback=_color,
-            help="Colour in what is printed.",
+            help="Whether output is coloured.",
         ),
         option(
             "--log-level",
@@ -88,7 +88,7 @@ def report_options(function: F) -> F:
             section=GENERAL,
             expose_value=False,
             callback=_log_level,
-            help="Which of the library's log lines go to stderr; warning when not given.",
+            help="Lowest level of log lines on stderr; default: warning.",
         ),
         option(
             "-v",
@@ -98,22 +98,24 @@ def report_options(function: F) -> F:
             expose_value=False,
             callback=_verbose,
             section=GENERAL,
-            help="What is read, decided and written, and every problem of an error: --log-level info.",
+            help="Log each step, and show every problem of an error; sets --log-level info.",
         ),
-        option("-q", "--quiet", is_flag=True, section=GENERAL, help="Nothing on stderr but errors."),
-        option("--json", "as_json", is_flag=True, section=GENERAL, help="One JSON object on stdout."),
+        option("-q", "--quiet", is_flag=True, section=GENERAL, help="Print only errors on stderr."),
+        option(
+            "--json", "as_json", is_flag=True, section=GENERAL, help="Print the result as one JSON object on stdout."
+        ),
     ):
         function = decorate(function)
     return function
 
 
 def dry_run_option(function: F) -> F:
-    """--dry-run."""
+    """Add the option --dry-run."""
     return option("--dry-run", is_flag=True, section=OUTPUT, help="Check everything, write nothing.")(function)
 
 
 def _part(ctx: click.Context, param: click.Parameter, value: str | None) -> tuple[int, int] | None:
-    """I/N, counted from 1."""
+    """Parse I/N, counted from 1. Raises BadParameter."""
     if value is None:
         return None
     match = re.fullmatch(r"(\d+)/(\d+)", value)
@@ -123,10 +125,13 @@ def _part(ctx: click.Context, param: click.Parameter, value: str | None) -> tupl
 
 
 def engine_options(function: F) -> F:
-    """Options of the merge engine: hashes, links, pre-images, resuming, splitting, device memory."""
+    """Add the options of the merge engine: hashes, links, pre-images, resuming, splitting, device memory."""
     for decorate in (
         option(
-            "--finish", is_flag=True, section=ENGINE, help="Check that all --shards parts are there and write the rest."
+            "--finish",
+            is_flag=True,
+            section=ENGINE,
+            help="After all --shards parts: check them, and write the other files.",
         ),
         option(
             "--shards",
@@ -134,33 +139,33 @@ def engine_options(function: F) -> F:
             callback=_part,
             metavar="I/N",
             section=ENGINE,
-            help="Make the I-th of N parts; any machines, one file system; then --finish.",
+            help="Write only part I of N. Several machines may share the parts, on one file system; then --finish.",
         ),
         option(
             "--keep-partial",
             is_flag=True,
             section=ENGINE,
-            help="Leave finished files when this run fails; a rerun goes on.",
+            help="Keep finished files where this run fails, so that the next run resumes.",
         ),
         option(
             "--keep-preimage",
             is_flag=True,
             section=ENGINE,
-            help="Keep what is overwritten: restore then needs no base.",
+            help="Store the base's changed bytes in the output, so that restore needs no base.",
         ),
         option(
             "--hashes/--no-hashes",
             default=True,
             section=ENGINE,
-            help="sha256 of every file in the manifest.  [default: on]",
+            help="Write the sha256 of every file into the manifest.  [default: on]",
         ),
-        link_option("Files that no adapter touches; auto: reflink where the file system can, else copy."),
+        link_option("How unchanged files are written; auto: reflink where the file system supports it, else copy."),
         option(
             "--vram",
             type=SIZE,
             metavar="SIZE",
             section=ENGINE,
-            help="Memory for tensors on each CUDA device; a quarter of what is free.",
+            help="Memory to use on each CUDA device; default: a quarter of the free memory.",
         ),
     ):
         function = decorate(function)
@@ -168,7 +173,7 @@ def engine_options(function: F) -> F:
 
 
 def link_option(text: str) -> Callable[[F], F]:
-    """--link."""
+    """Add the option --link with the help `text`."""
     return option(
         "--link",
         type=click.Choice(["auto", "reflink", "hardlink", "copy"]),

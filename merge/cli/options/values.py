@@ -1,4 +1,4 @@
-"""Types of option values: a wrong one is a usage error, found before torch is loaded."""
+"""Types of option values. A wrong value is a usage error, raised before torch is imported."""
 
 from __future__ import annotations
 
@@ -21,9 +21,9 @@ else:
 
 
 class Size(WholeNumber):
-    """Bytes of a size with its unit: 512MB are 512,000,000, 4GiB are 4 x 1024^3, 4096B are 4096.
+    """A size with its unit, in bytes: 512MB is 512,000,000, 4GiB is 4 x 1024^3, 4096B is 4096.
 
-    A number without a unit is refused: one reader takes 5 for bytes, the next for gigabytes.
+    A number without a unit is refused, since 5 may mean bytes or gigabytes.
     """
 
     name = "size"
@@ -39,7 +39,7 @@ class Size(WholeNumber):
 
 
 class Source(Text):
-    """A folder, a file or a hub id, or NAME= before one; any text is taken, and a shell completes paths."""
+    """A folder, a file or a hub id, with or without NAME=. Any text is accepted; shells complete paths."""
 
     name = "folder|id"
 
@@ -49,8 +49,8 @@ class Source(Text):
             return [CompletionItem(incomplete, type="file")]
         folder = Path(path).parent if not path.endswith("/") else Path(path)
         start = "" if path.endswith("/") else Path(path).name
-        found = sorted(entry for entry in folder.glob(f"{start}*")) if folder.is_dir() else []
-        return [CompletionItem(f"{name}={entry}{'/' if entry.is_dir() else ''}") for entry in found]
+        paths = sorted(entry for entry in folder.glob(f"{start}*")) if folder.is_dir() else []
+        return [CompletionItem(f"{name}={entry}{'/' if entry.is_dir() else ''}") for entry in paths]
 
 
 class Device(Text):
@@ -83,7 +83,7 @@ SHORT = {"fp32": "float32", "fp16": "float16", "bf16": "bfloat16"}
 
 
 class Dtype(Choice):
-    """A dtype by its full name; the short names of ONNX tools mean the same."""
+    """A dtype by its full name, or by the short name that ONNX tools use (fp32, fp16, bf16)."""
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
         return super().convert(SHORT.get(value, value), param, ctx)
@@ -101,7 +101,7 @@ DTYPES = Dtype(["float32", "float16", "bfloat16"])
 
 
 def stated_prompts(texts: tuple[str, ...]) -> list[str] | None:
-    """Return prompts: a text, @FILE with one a line, or - for standard input; None where none is given.
+    """Return the prompts of --prompt: a text, @FILE with one per line, or - for standard input; None without any.
 
     Raises InputError for a file that cannot be read or is empty.
     """

@@ -1,1 +1,1 @@
-"""What the command line prints: lines, JSON, progress, errors, results."""
+"""Printing of lines, JSON, progress, errors and results on the command line."""

@@ -1,4 +1,4 @@
-"""What the commands print: lines for people, one JSON object, log lines, errors."""
+"""Printing of text lines, JSON objects, log lines and errors."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ import click
 from adapter_merge.errors import AdapterMergeError, Problem
 from adapter_merge.files.escaping import terminal_text
 
-from .problem_groups import grouped
+from .problem_groups import group_problems
 from .progress import printing
 
 LEVELS = ("debug", "info", "warning", "error")
@@ -24,7 +24,7 @@ LOGGER = "adapter_merge"
 
 
 def say(text: str, *, quiet: bool = False) -> None:
-    """Print one line for people on stderr."""
+    """Print one line of text on stderr."""
     if not quiet:
         with printing():
             click.echo(terminal_text(text), err=True)
@@ -36,7 +36,7 @@ def emit(content: Mapping[str, Any]) -> None:
 
 
 def set_log_level(level: str | None) -> None:
-    """Send the library's log lines of this level and above to stderr; None shows warnings alone."""
+    """Print the library's log lines of this level and above on stderr; None: warnings and errors."""
     import logging
 
     class Lines(logging.Handler):
@@ -50,14 +50,14 @@ def set_log_level(level: str | None) -> None:
 
 
 def is_verbose() -> bool:
-    """Return True when -v or a log level below warning was asked for."""
+    """Return True with -v or a log level below warning."""
     import logging
 
     return logging.getLogger(LOGGER).isEnabledFor(logging.INFO)
 
 
 def set_color(choice: str) -> None:
-    """Say for this process, and libraries that print, whether there is colour: the environment's own two variables."""
+    """Set whether this process and its libraries print colour, by the variables NO_COLOR and FORCE_COLOR."""
     for name in ("NO_COLOR", "FORCE_COLOR") if choice != "auto" else ():
         os.environ.pop(name, None)
     if choice != "auto":
@@ -71,37 +71,37 @@ def wants_json() -> bool:
 
 
 def report_error(error: AdapterMergeError, kind: str | None = None) -> None:
-    """Print an error: with --json an object on stdout, always lines for people on stderr.
+    """Print an error as text on stderr, and with --json also as an object on stdout.
 
-    {"error": {cause, expected, got, hint, kind, problems}}: the conclusion (else the first problem), and all problems.
-    On stderr: the conclusion first, then problems of one kind as one; all of them with -v.
+    The object is {"error": {cause, expected, got, hint, kind, problems}}, with the conclusion (or else the first
+    problem) and all problems. On stderr, similar problems are group_problems; -v shows all of them.
     """
     if wants_json():
         first = error.conclusion or error.problems[0]
         problems = [asdict(problem) for problem in error.problems]
         emit({"error": {**asdict(first), "kind": kind or type(error).__name__, "problems": problems}})
     whole = is_verbose()
-    shown = list(error.problems) if whole else grouped(error.problems)
+    shown = list(error.problems) if whole else group_problems(error.problems)
     if error.conclusion is not None:
         shown.insert(0, error.conclusion)
     for problem in shown:
         _show_problem(problem)
     if not whole and len(error.problems) > len(shown):
-        click.echo(f"  all {len(error.problems)} problems: -v, or --json", err=True)
+        click.echo(f"  -v or --json shows all {len(error.problems)} problems", err=True)
 
 
 def _show_problem(problem: Problem) -> None:
-    first, *rest = terminal_text(str(problem)).split("\n")
+    cause, *details = terminal_text(str(problem)).split("\n")
     forced = "FORCE_COLOR" in os.environ
     label = "error: " if "NO_COLOR" in os.environ else click.style("error: ", fg="red", bold=True)
-    click.echo(label + first, err=True, color=True if forced else None)
-    for line in rest:
+    click.echo(label + cause, err=True, color=True if forced else None)
+    for line in details:
         click.echo(line, err=True)
 
 
 @contextmanager
 def loading() -> Iterator[None]:
-    """Import torch inside the block with the garbage collector switched off, which saves a tenth of a second."""
+    """Switch the garbage collector off inside the block, so that importing torch is a tenth of a second faster."""
     if "torch" in sys.modules or not gc.isenabled():
         yield
         return

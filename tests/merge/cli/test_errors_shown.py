@@ -74,7 +74,7 @@ def test_swapped_inputs_are_recognised(work: Path) -> None:
         assert f"hint: adapter-merge {command} {work / 'base'} {work / 'lora'}" in done.err
     done = run("export", work / "lora", work / "base", "-o", work / "x")
     assert done.code == 1 and "swapped?" in done.err
-    assert "where the base model belongs" in run("merge", work / "lora", work / "lora", "-o", work / "x").err
+    assert "the first argument must be the base model" in run("merge", work / "lora", work / "lora", "-o", work / "x").err
     assert not (work / "x").exists()
 
 

@@ -53,7 +53,7 @@ def test_everything_is_checked_before_the_work(hub: Hub, work: Path, tmp_path: P
         (["--push-to", "new"], {"HF_TOKEN": TOKEN}, "organisation/name"),
         (["--push-to", "me/new"], {"HF_TOKEN": TOKEN, "HF_HUB_OFFLINE": "1"}, "HF_HUB_OFFLINE"),
         (["--push-to", "me/new"], {"HF_TOKEN": TOKEN, "HF_ENDPOINT": "http://127.0.0.1:9"}, "cannot be reached"),
-        (["--public"], {}, "--public belongs to --push-to"),
+        (["--public"], {}, "--public needs --push-to"),
     ):
         done = run(hub, tmp_path, *pair, *arguments, **environment)
         assert done.returncode in (1, 2) and cause in done.stderr and "bug" not in done.stderr, done.stderr

@@ -100,7 +100,7 @@ def test_help_has_sections_and_examples_that_parse() -> None:
     titles = [line.rstrip(":") for line in text.splitlines() if line and not line.startswith(" ") and line[-1] == ":"]
     assert titles[0] == "Options" and titles[-1] == "Examples" and len(titles) >= 5
     top = run("--help").out
-    assert [title for title in ("Make:", "Look and prove:", "Deploy:", "Begin:") if title in top] != []
+    assert [title for title in ("Make:", "Inspect and verify:", "Deploy:", "Get started:") if title in top] != []
     for name in COMMANDS:
         assert name in top
 

@@ -292,4 +292,4 @@ def test_the_provenance_follows_the_published_schemas_and_names_every_file(out: 
     add_hidden(out)
     assert isinstance(CliRunner().invoke(group, ["attest", str(out)]).exception, FileFormatError)
     inside = CliRunner().invoke(group, ["attest", str(out), "-o", str(out / "provenance.json")])
-    assert "must stay as it was written" in str(inside.exception)
+    assert "whose files must not change" in str(inside.exception)
