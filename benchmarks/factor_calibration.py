@@ -18,7 +18,13 @@ import torch
 
 from adapter_merge.combine.open_inputs import open_pair
 from adapter_merge.factoring.calibration import collect
-from adapter_merge.factoring.end_to_end import GENERATED, figures, install_factors, logits, tokens
+from adapter_merge.factoring.end_to_end import (
+    GENERATED,
+    compute_logits,
+    install_factors,
+    measure_figures,
+    tokenize_prompts,
+)
 from adapter_merge.factoring.factor_folder import write_factors
 from adapter_merge.factoring.weight_factors import Factoriser
 from adapter_merge.verification.live_adapter import continued, load_model
@@ -52,17 +58,17 @@ def main() -> None:
     bound = open_pair(given.base, given.adapter)
     live = trained_model(bound)
     paths, starts, expected = [], [], []
-    for ids in tokens(bound.base.folder, live, data.HELD_OUT[: given.questions]):
+    for ids in tokenize_prompts(bound.base.folder, live, data.HELD_OUT[: given.questions]):
         starts.append(ids.shape[1] - 1)
         paths.append(continued(live, ids, GENERATED))
-        expected.append(logits(live, paths[-1]))
+        expected.append(compute_logits(live, paths[-1]))
     del live
     with tempfile.TemporaryDirectory() as temporary:
         file = Path(temporary) / "calibration.txt"
         file.write_text(text)
         moments = collect(bound, file)
         model = load_model(bound.base.folder).float()
-        before = [logits(model, path) for path in paths]
+        before = [compute_logits(model, path) for path in paths]
         state = {name: tensor.clone() for name, tensor in model.state_dict().items()}
         names = {item.module.name for item in bound.modules}
         for rank in given.ranks:
@@ -79,7 +85,9 @@ def main() -> None:
                     for name in names:
                         model.get_submodule(name).weight = torch.nn.Parameter(state[f"{name}.weight"].clone())
                 install_factors(model, folder)
-                found = figures(paths, starts, expected, [logits(model, path) for path in paths], before, True)
+                found = measure_figures(
+                    paths, starts, expected, [compute_logits(model, path) for path in paths], before, True
+                )
                 mean = sum(one.figures.relative_error for one in factored) / len(factored)
                 line = SimpleNamespace(rank=rank, calibrated=calibrated, mean_relative_error=round(mean, 4), **found)
                 print(json.dumps(vars(line)), flush=True)

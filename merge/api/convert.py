@@ -16,7 +16,7 @@ from adapter_merge.combine.open_inputs import adapter_only, describe_inputs
 from adapter_merge.combine.origin import bind_checked
 from adapter_merge.errors import InputError, NumericsError, Problem, UnsupportedError, raise_all
 from adapter_merge.factoring.factor_folder import saved_modules, stated_modules
-from adapter_merge.factoring.supported import require_names, unproved_heads
+from adapter_merge.factoring.supported import require_names, warn_unproved_heads
 from adapter_merge.formats.detection import open_adapter
 from adapter_merge.formats.native_writer import (
     SafeFolder,
@@ -83,7 +83,7 @@ def convert(
     trained_on = bound or (bind(opened, opened.own_base) if opened.own_base is not None else None)
     if trained_on is not None:
         described["base"] |= {"weights": base_weights(trained_on), "whole_weights": whole_weights(trained_on)}
-    content = manifest("adapter", described, {}) | {"warnings": unproved_heads(opened, options.base)}
+    content = manifest("adapter", described, {}) | {"warnings": warn_unproved_heads(opened, options.base)}
     safe = _content(opened, bound)
     _check_finite(safe, opened)
     if options.dry_run:

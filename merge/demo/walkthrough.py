@@ -1,4 +1,4 @@
-"""The whole way on a real small model: base, two trained adapters, merged, factored, verified."""
+"""All steps on a real small model: base, two trained adapters, merge, delta, factor, verify."""
 
 from __future__ import annotations
 
@@ -26,38 +26,38 @@ ANSWER_TOKENS = 40
 
 
 def adapter_folder(name: str) -> Path:
-    """Where the shipped adapter `name` lies."""
+    """Return the folder of the adapter `name`, which the package contains."""
     return Path(__file__).parent / "adapters" / name
 
 
-def answers(model: Any, tokenizer: Any, questions: tuple[str, ...] = QUESTIONS) -> list[str]:
-    """The model's greedy answer to each question."""
+def generate_answers(model: Any, tokenizer: Any, questions: tuple[str, ...] = QUESTIONS) -> list[str]:
+    """Return the model's greedy answer to each question."""
     import torch
 
-    found = []
+    texts = []
     for question in questions:
         turn = [{"role": "user", "content": question}]
         text = tokenizer.apply_chat_template(turn, tokenize=False, add_generation_prompt=True)
         ids = tokenizer(text, return_tensors="pt", add_special_tokens=False)["input_ids"]
         with torch.no_grad(), quiet_libraries():
-            made = model.generate(
+            generated = model.generate(
                 input_ids=ids,
                 attention_mask=torch.ones_like(ids),
                 do_sample=False,
                 max_new_tokens=ANSWER_TOKENS,
                 pad_token_id=0,
             )
-        found.append(tokenizer.decode(made[0, ids.shape[1] :], skip_special_tokens=True).strip())
-    return found
+        texts.append(tokenizer.decode(generated[0, ids.shape[1] :], skip_special_tokens=True).strip())
+    return texts
 
 
 def run(output: Path, base: str | None, overwrite: bool, say: Callable[[str], None]) -> dict[str, Any]:
-    """Do everything and return the figures. Files: output/base (kept between runs), output/<adapter>/<artefact>.
+    """Run all steps and return the figures. Files: output/base (kept between runs), output/<adapter>/<artefact>.
 
-    Raises ParityError when an artefact does not compute what was trained.
+    say: called with a text for each step. Raises ParityError where an artefact does not compute what was trained.
     """
     require("transformers", "peft", *(() if base else ("gguf",)), extra="demo")
-    given = open_checkpoint(base).folder if base is not None else None  # before a library asks a hub for it
+    given = open_checkpoint(base).folder if base is not None else None  # checked before a library takes it for a hub id
     import transformers
 
     started = time.perf_counter()
@@ -69,17 +69,17 @@ def run(output: Path, base: str | None, overwrite: bool, say: Callable[[str], No
     with quiet_libraries():
         tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
     report: dict[str, Any] = {"base": str(folder), "questions": list(QUESTIONS), "adapters": {}}
-    report["answers"] = answers(load_model(folder).float(), tokenizer)
+    report["answers"] = generate_answers(load_model(folder).float(), tokenizer)
     for name in ADAPTERS:
         adapter = adapter_folder(name)
         place = output / name
         say(f"{name}: as trained, then merge, delta, factor")
         entry: dict[str, Any] = {"adapter": str(adapter)}
-        entry["answers"] = answers(trained_model(open_pair(folder, adapter)), tokenizer)
+        entry["answers"] = generate_answers(trained_model(open_pair(folder, adapter)), tokenizer)
         merge(folder, adapter, place / "merged", MergeOptions(overwrite=overwrite))
         delta(folder, adapter, place / "delta", DeltaOptions(overwrite=overwrite))
         factor(folder, adapter, place / "factors", FactorOptions(overwrite=overwrite))
-        entry["merged_answers"] = answers(load_model(place / "merged"), tokenizer)
+        entry["merged_answers"] = generate_answers(load_model(place / "merged"), tokenizer)
         for artefact in ("merged", "factors"):
             say(f"{name}: verify {artefact}")
             verification = verify(folder, adapter, place / artefact, VerifyOptions(prompts=QUESTIONS, generated=24))

@@ -1,8 +1,8 @@
 """Activation statistics from text: the second moment of the input of every adapted layer, with the adapter active.
 
 The error of a layer's output on those texts is E ||(dW - T) x||^2 = ||(dW - T) S||_F^2 with S S^T = E x x^T. Directions
-that the activations never have cost no error there, so no rank is spent on them. The moment is shrunk slightly towards
-the identity, because a short text does not have all directions that later inputs will have.
+that do not occur in the activations add no error, so they take no rank. The moment is shrunk slightly towards the
+identity, because later inputs have directions that a short text does not have.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from adapter_merge.methods.lora import LoraModule
 from adapter_merge.verification.live_adapter import quiet_libraries
 from adapter_merge.verification.live_model import trained_model
 
-from .end_to_end import submodule
+from .end_to_end import find_submodule
 
 WINDOW = 256  # tokens per forward pass
 LIMIT = 32_768  # tokens in total, at most
@@ -66,7 +66,7 @@ def square_root(moment: Tensor) -> Tensor:
     return factor.to(torch.float32)
 
 
-def windows(folder: Path, file: Path) -> list[Tensor]:
+def read_windows(folder: Path, file: Path) -> list[Tensor]:
     """Return the token ids of the text in `file`, (1, T) int64 each with T <= WINDOW.
 
     Raises InputError for a file that is not UTF-8, fewer than LEAST tokens, or a base folder without tokenizer.
@@ -96,22 +96,22 @@ def windows(folder: Path, file: Path) -> list[Tensor]:
 def collect(bound: BoundAdapter, file: Path) -> Moments:
     """Run the text in `file` through the model as trained, in float32, and collect every adapted layer's moment.
 
-    Raises InputError as `windows` does, and for adapted modules that the text does not reach.
+    Raises InputError as `read_windows` does, and for adapted modules that the text does not reach.
     """
-    batches = windows(bound.base.folder, file)
+    batches = read_windows(bound.base.folder, file)
     model = trained_model(bound)
     names = [
         item.module.name
         for item in bound.modules
         if not (isinstance(item.module, LoraModule) and item.module.embedding)
     ]
-    layers = {name: submodule(model, name) for name in names}
+    layers = {name: find_submodule(model, name) for name in names}
     sources, widths = _find_shared_inputs(model, layers, batches[0][:, :8])
-    unseen = [name for name in names if name not in sources]
-    if unseen:
+    not_run = [name for name in names if name not in sources]
+    if not_run:
         raise InputError(
-            f"{len(unseen)} adapted modules did not run on {file.name}",
-            got=", ".join(unseen[:5]),
+            f"{len(not_run)} adapted modules did not run on {file.name}",
+            got=", ".join(not_run[:5]),
             hint="calibrate on another text",
         )
     moments: dict[str, Tensor] = {}

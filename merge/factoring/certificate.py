@@ -3,8 +3,8 @@
     relative_error   ||dW - F||_F / ||dW||_F          spectral_error   ||dW - F||_2 / ||dW||_2
     energy           1 - relative_error^2             output_error     ||(dW - F) S||_F / ||dW S||_F, S S^T = E x x^T
 
-F is what a server adds to W0: up down, or diag(s - 1) W0 + diag(s) up down with a row scale s. To measure it, W0 is
-read once more, in blocks; where no base is needed, the errors are computed from the QR cores of the factors.
+F is what a server adds to W0: up down, or diag(s - 1) W0 + diag(s) up down with a row scale s. To measure the errors,
+W0 is read again, in blocks; where no base is needed, they are computed from the QR cores of the factors.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from .delta_operator import AnyDelta
 from .randomised_svd import generator, spectral_norm
 from .truncated_svd import product_norms
 
-SPECTRUM_LENGTH = 64  # singular values that a manifest keeps per weight
+SPECTRUM_LENGTH = 64  # number of singular values in the manifest, per weight
 
 
 @dataclass(frozen=True)
@@ -77,18 +77,18 @@ def low_rank_errors(
     return relative(error_norm, delta_norm), relative(error_top, delta_top), output
 
 
-def _dense_errors(rest: Tensor, delta: Tensor, root: Tensor | None) -> tuple[float, float, float | None]:
-    """Return the same three errors from the error matrix `rest` and `delta`, both (out, in) float64."""
-    frobenius, whole = float(torch.linalg.vector_norm(rest)), float(torch.linalg.vector_norm(delta))
+def _dense_errors(error: Tensor, delta: Tensor, root: Tensor | None) -> tuple[float, float, float | None]:
+    """Return the three errors of `low_rank_errors` from the error matrix and the delta, both (out, in) float64."""
+    frobenius, whole = float(torch.linalg.vector_norm(error)), float(torch.linalg.vector_norm(delta))
     if not whole > 0:
         return relative(frobenius, whole), relative(frobenius, whole), None if root is None else 0.0
     unit = frobenius or 1.0
     tops = []
-    for matrix in (rest / unit, delta / whole):
+    for matrix in (error / unit, delta / whole):
         tops.append(spectral_norm(_MatrixMap(matrix.to(torch.float32)), generator("dense", matrix.device)))
     output = None
     if root is not None:
-        output = relative(float(torch.linalg.vector_norm(rest @ root)), float(torch.linalg.vector_norm(delta @ root)))
+        output = relative(float(torch.linalg.vector_norm(error @ root)), float(torch.linalg.vector_norm(delta @ root)))
     return relative(frobenius, whole), relative(tops[0] * unit, tops[1] * whole), output
 
 
@@ -117,14 +117,14 @@ class MeasuredErrors:
 
 
 class _ErrorMap:
-    """dW - F as a `LinearMap`: kept in float32 for a small weight, computed again block by block for a large one."""
+    """dW - F as a `LinearMap`: in memory in float32 for a small weight, computed block by block for a large one."""
 
     def __init__(self, delta: AnyDelta, up: Tensor, down: Tensor, scale: Tensor | None) -> None:
         self.delta = delta
         self.shape = delta.shape
         self.up, self.down = up.to(torch.float64), down.to(torch.float64)
         self.scale = None if scale is None else scale.to(torch.float64)
-        self.kept: Tensor | None = None
+        self.dense: Tensor | None = None  # (out, in) float32 of a small weight
 
     def block(self, start: int, base: Tensor, delta: Tensor) -> Tensor:
         """Return rows start .. start+n of dW - F (n, in), from the same rows of W0 and dW."""
@@ -136,13 +136,13 @@ class _ErrorMap:
         return delta.addcmul(base, scale - 1, value=-1).sub_(product.mul_(scale))
 
     def matmul(self, x: Tensor) -> Tensor:
-        if self.kept is not None:
-            return self.kept @ x
+        if self.dense is not None:
+            return self.dense @ x
         return torch.cat([self.block(*parts).to(x.dtype) @ x for parts in self.delta.delta_blocks()])
 
     def rmatmul(self, y: Tensor) -> Tensor:
-        if self.kept is not None:
-            return self.kept.T @ y
+        if self.dense is not None:
+            return self.dense.T @ y
         product = torch.zeros(self.shape[1], y.shape[1], dtype=y.dtype, device=y.device)
         for start, base, delta in self.delta.delta_blocks():
             product += self.block(start, base, delta).to(y.dtype).T @ y[start : start + base.shape[0]]
@@ -162,24 +162,24 @@ def measure(
     device = delta.rows.device
     errors = _ErrorMap(delta, up.to(device), down.to(device), None if scale is None else scale.to(device))
     squared_error = total = weighted_error = weighted_total = 0.0
-    kept = []
+    blocks = []
     for start, base, rows in delta.delta_blocks():
-        missing = errors.block(start, base, rows)
-        squared_error += float(missing.square().sum())
+        difference = errors.block(start, base, rows)
+        squared_error += float(difference.square().sum())
         total += float(rows.square().sum())
-        single = missing.to(torch.float32)
+        single = difference.to(torch.float32)
         if root is not None:
             weighted_error += float((single @ root).square().sum())
             weighted_total += float((rows.to(torch.float32) @ root).square().sum())
         if delta.rows.resident:
-            kept.append(single)
-    errors.kept = torch.cat(kept) if kept else None
+            blocks.append(single)
+    errors.dense = torch.cat(blocks) if blocks else None
     if total > 0:
         # Scale the errors so that their float32 squares do not underflow: those of exact factors are 1e-8 of the delta.
         unit = math.sqrt(squared_error) or 1.0
-        if errors.kept is not None:
-            errors.kept /= unit
-        spectral = spectral_norm(errors, generator(name, device)) * (unit if errors.kept is not None else 1.0)
+        if errors.dense is not None:
+            errors.dense /= unit
+        spectral = spectral_norm(errors, generator(name, device)) * (unit if errors.dense is not None else 1.0)
         top = spectral_norm(delta, generator(name, device)) if top is None else top
     else:
         spectral = top = 0.0
@@ -225,7 +225,7 @@ def check_errors(layers: Mapping[str, LayerFigures], limit: float) -> None:
     if above:
         problems.append(
             Problem(
-                f"{len(above)} of {len(layers)} weights are beyond --max-error",
+                f"{len(above)} of {len(layers)} weights have an error above --max-error",
                 hint="use a higher --rank or --budget, --scale exact, or no --rank for exact factors",
             )
         )

@@ -1,10 +1,9 @@
-"""dW = W' - W0 of one weight as a linear map: products with dW, computed while W0 is read in blocks of rows.
+"""The delta dW = W' - W0 of one weight as a linear map: products with dW, computed while W0 is read in blocks.
 
     dW = diag(d - 1) W0 + diag(d) up down           (DoRA, DuDe; d the row scale)
 
-Thus dW X = (d - 1) * (W0 X) + d * (up (down X)) needs only W0 and thin matrices, without a
-difference of large matrices.
-A rounded residual (DuDe on a bfloat16 base) is not such a sum: its delta is computed block by block.
+Thus dW X = (d - 1) * (W0 X) + d * (up (down X)) needs only W0 and thin matrices, and no difference of large matrices.
+A delta with a rounded residual (DuDe on a bfloat16 base) is not such a sum, and is computed block by block.
 """
 
 from __future__ import annotations
@@ -23,7 +22,7 @@ BLOCK_BYTES = 8 << 20  # of float32
 
 
 class BaseRows:
-    """Rows of W0 (out, in) in blocks: kept in memory for a small weight, read from the file for a large one."""
+    """Rows of W0 (out, in) in blocks: from memory for a small weight, from the file for a large one."""
 
     def __init__(
         self,
@@ -47,7 +46,7 @@ class BaseRows:
     def blocks(self, dtype: torch.dtype = torch.float32) -> Iterator[tuple[int, Tensor]]:
         """Yield (start, rows start .. start+n of W0 as (n, in)) in order.
 
-        A block is valid until the next one is asked for. The caller must not write to it.
+        A block is valid until the next one is requested. The caller must not write to it.
         """
         out, inner = self.shape
         step = max(1, BLOCK_BYTES // (4 * inner))
@@ -118,7 +117,7 @@ class DeltaOperator:
         self._down = down.to(torch.float32)
 
     def _measure_by_blocks(self) -> None:
-        """Compute the same figures from blocks of dW."""
+        """Compute d, ||dW||_F^2 and ||W0||_F^2 from blocks of dW."""
         self.total = self.base_total = 0.0
         scales = []
         for start, block in self.rows.blocks(torch.float64):
@@ -162,8 +161,8 @@ class DeltaOperator:
         return product
 
 
-class HeldDelta:
-    """The same linear map of a dense dW: that of a combination which no factors describe."""
+class DenseDelta:
+    """A dense dW in memory as a linear map, for a combination that no factors describe."""
 
     def __init__(
         self,
@@ -195,4 +194,4 @@ class HeldDelta:
         return self._single.T @ y
 
 
-AnyDelta = DeltaOperator | HeldDelta
+AnyDelta = DeltaOperator | DenseDelta

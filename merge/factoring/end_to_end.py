@@ -1,8 +1,8 @@
 """End-to-end part of the certificate: a model with the factors compared with the adapter as trained, on texts.
 
 The adapter as trained runs live and unmerged (live_adapter.py) and continues every prompt greedily. All figures are
-measured over prompt and continuation, teacher-forced, in float32. Where all greedy tokens of a continuation agree, the
-model with the factors would generate the same text.
+measured over prompt and continuation, teacher-forced, in float32. Where all greedy tokens of a continuation are equal,
+the model with the factors would generate the same text.
 """
 
 from __future__ import annotations
@@ -35,11 +35,11 @@ PROMPTS = (
 )
 
 
-def submodule(model: nn.Module, name: str) -> nn.Module:
-    """Return the module `name` of the adapter in `model`.
+def find_submodule(model: nn.Module, name: str) -> nn.Module:
+    """Return the module of `model` that the adapter calls `name`.
 
-    The model's path may have further leading components, or lack the first one: model classes and PEFT add and drop
-    them. Raises InputError where there is no such module.
+    Its path in the model may have further leading components, or lack the first one, because model classes and PEFT add
+    and remove them. Raises InputError where the model has no such module.
     """
     modules: dict[str, nn.Module] = dict(model.named_modules())
     if name in modules:
@@ -53,14 +53,14 @@ def submodule(model: nn.Module, name: str) -> nn.Module:
     raise InputError(f"{name}: the model class {type(model).__name__} has no such module")
 
 
-def tokens(folder: Path, model: nn.Module, prompts: Sequence[str] | None) -> list[Tensor]:
+def tokenize_prompts(folder: Path, model: nn.Module, prompts: Sequence[str] | None) -> list[Tensor]:
     """Return the token ids (1, T) int64 of every prompt, as a user's turn where the tokenizer has a chat template.
 
     Without a tokenizer, seeded random tokens replace the built-in prompts; prompts of the caller raise InputError.
     """
     if not any((folder / name).is_file() for name in ("tokenizer.json", "tokenizer_config.json", "vocab.txt")):
         if prompts is not None:
-            raise InputError(f"{folder}: has no tokenizer", hint="pass no prompts: random tokens are used instead")
+            raise InputError(f"{folder}: has no tokenizer", hint="state no prompts: random tokens are then used")
         size = int(model.config.get_text_config().vocab_size)  # type: ignore[union-attr, operator]
         random = torch.Generator().manual_seed(0)
         return [torch.randint(0, size, (1, 24), generator=random) for _ in PROMPTS]
@@ -80,10 +80,10 @@ def tokens(folder: Path, model: nn.Module, prompts: Sequence[str] | None) -> lis
 
 
 @torch.no_grad()
-def logits(model: nn.Module, ids: Tensor) -> Tensor:
+def compute_logits(model: nn.Module, ids: Tensor) -> Tensor:
     """Return float32 logits for ids (1, T): (T, vocabulary), or (1, labels) of a classifier.
 
-    A question-answering model gives its start and end logits as (T, 2).
+    For a question-answering model, the start and end logits as (T, 2).
     """
     output = model(input_ids=ids, attention_mask=torch.ones_like(ids))
     batch = getattr(output, "logits", None)
@@ -109,7 +109,7 @@ def install_factors(model: nn.Module, folder: Path) -> None:
         }
     tied = bool(read_json(folder / "adapter_config.json").get("ensure_weight_tying"))
     for name, pair in pairs.items():
-        layer = submodule(model, name)
+        layer = find_submodule(model, name)
         weight = layer.weight
         assert isinstance(weight, Tensor)
         if "embedding_A" in pair:
@@ -130,10 +130,10 @@ def install_factors(model: nn.Module, folder: Path) -> None:
 
 @torch.no_grad()
 def install_replacements(model: nn.Module, folder: Path) -> None:
-    """Put the folder's heads and biases into a float32 base model.
+    """Replace heads and biases of a float32 base model by those in `folder`.
 
-    A replaced tensor that is tied in the model (an embedding and its head) gets a parameter of its own, as in PEFT,
-    unless the adapter's config says `ensure_weight_tying`.
+    A replaced tensor that is tied in the model (an embedding and its head) gets its own parameter, as in PEFT, unless
+    the adapter's config sets `ensure_weight_tying`.
     """
     file, written = folder / REPLACEMENTS, set()
     tied = bool(read_json(folder / "adapter_config.json").get("ensure_weight_tying"))
@@ -141,11 +141,11 @@ def install_replacements(model: nn.Module, folder: Path) -> None:
     for ref in read_weights(file).tensors if file.is_file() else ():
         name = ref.name
         path, _, kind = name.rpartition(".")
-        layer = submodule(model, path)
+        layer = find_submodule(model, path)
         value = read_tensor(ref).float()
         old = getattr(layer, kind)
-        alone = tied or uses[old.data_ptr()] <= 1
-        if alone and old.shape == value.shape and old.data_ptr() not in written:
+        is_untied = tied or uses[old.data_ptr()] <= 1
+        if is_untied and old.shape == value.shape and old.data_ptr() not in written:
             old.copy_(value)
             written.add(old.data_ptr())
         else:
@@ -155,26 +155,26 @@ def install_replacements(model: nn.Module, folder: Path) -> None:
 def compare(bound: BoundAdapter, folder: Path, prompts: Sequence[str] | None = None) -> dict[str, Any]:
     """Compare the model with the factors in `folder` with the adapter as trained; return the figures as JSON values.
 
-    Loads the model twice, one after the other.
+    The model is loaded twice, one instance after the other.
     """
     live = trained_model(bound)
     sequences, expected, starts = [], [], []
     generative = generates(live)
-    for ids in tokens(bound.base.folder, live, prompts):
+    for ids in tokenize_prompts(bound.base.folder, live, prompts):
         starts.append(ids.shape[1] - 1 if generative else 0)
         sequence = continued(live, ids, GENERATED) if generative else ids
         sequences.append(sequence)
-        expected.append(logits(live, sequence))
+        expected.append(compute_logits(live, sequence))
     del live
     other = load_model(bound.base).float()
-    before = [logits(other, sequence) for sequence in sequences]
+    before = [compute_logits(other, sequence) for sequence in sequences]
     install_replacements(other, folder)
     install_factors(other, folder)
-    got = [logits(other, sequence) for sequence in sequences]
-    return figures(sequences, starts, expected, got, before, generative)
+    got = [compute_logits(other, sequence) for sequence in sequences]
+    return measure_figures(sequences, starts, expected, got, before, generative)
 
 
-def figures(
+def measure_figures(
     sequences: Sequence[Tensor],  # (1, T) int64 each
     starts: Sequence[int],  # first position whose greedy token is compared
     expected: Sequence[Tensor],  # (T, vocabulary) each: logits of the adapter as trained
@@ -182,8 +182,9 @@ def figures(
     before: Sequence[Tensor],  # of the base
     generative: bool,  # measure the perplexity as well
 ) -> dict[str, Any]:
-    """Return max and mean |dlogit|, KL(as trained || factors) in nats, greedy agreement, perplexity, and max |dlogit|
-    between the base and the adapter (its effect).
+    """Return max and mean |dlogit|, KL(as trained || factors) in nats, equal greedy tokens, perplexity, and the effect.
+
+    The effect is max |dlogit| between the base and the adapter as trained.
     """
     differences = [
         (logits_got - logits_expected).abs() for logits_got, logits_expected in zip(got, expected, strict=True)

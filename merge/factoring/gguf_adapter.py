@@ -1,4 +1,4 @@
-"""llama.cpp's LoRA adapter: one GGUF file, laid out as convert_lora_to_gguf.py of ggml-org/llama.cpp writes it.
+"""LoRA adapter of llama.cpp: one GGUF file with the layout of convert_lora_to_gguf.py in ggml-org/llama.cpp.
 
 general.type "adapter", adapter.type "lora", general.architecture as of the base, adapter.lora.alpha
 NAME.lora_a (R, in), NAME.lora_b (out, R)     float32; NAME is the base tensor's name in llama.cpp
@@ -36,9 +36,9 @@ MERGE_INSTEAD = "merge this adapter instead, and convert the merged model"
 
 
 def check_gguf(bound: BoundAdapter | None, pairs: Sequence[MaybeBoundModule], truncated: bool) -> None:
-    """Refuse what llama.cpp's LoRA cannot hold: row scales, embeddings, trained heads and biases, unknown names.
+    """Raise for parts that a LoRA of llama.cpp cannot hold: row scales, embeddings, heads, biases, unknown names.
 
-    truncated: the factors are cut to a rank, so that they have no row scale. Raises InputError without a base,
+    truncated: the factors are truncated to a rank, so that they have no row scale. Raises InputError without a base,
     UnsupportedError with every problem.
     """
     require_gguf("writing a llama.cpp adapter")
@@ -52,18 +52,18 @@ def check_gguf(bound: BoundAdapter | None, pairs: Sequence[MaybeBoundModule], tr
     problems = []
     scaled = [module.name for module, _ in pairs if module.magnitude is not None or module.own_magnitude]
     if scaled and not truncated:
-        problems.append(_no_scale(scaled))
+        problems.append(_row_scale_problem(scaled))
     for module, weight in pairs:
         assert weight is not None, "these architectures store no weight in several parts"
-        what = None
+        unsupported = None
         if module.embedding:
-            what = "an adapted embedding"
+            unsupported = "an adapted embedding"
         elif weight.name not in bound.base.tensors:
-            what = "an adapted head that is tied to the embedding in the base"
+            unsupported = "an adapted head that is tied to the embedding in the base"
         elif gguf_name(architecture, layers, weight.name) is None:
-            what = "a weight that llama.cpp has no name for"
-        if what is not None:
-            problems.append(Problem(f"{weight.name}: {what}", hint=MERGE_INSTEAD))
+            unsupported = "a weight that llama.cpp has no name for"
+        if unsupported is not None:
+            problems.append(Problem(f"{weight.name}: {unsupported}", hint=MERGE_INSTEAD))
     problems += [
         Problem(f"{name}: trained as a whole tensor, which a llama.cpp adapter cannot hold", hint=MERGE_INSTEAD)
         for name in sorted(bound.replacements)
@@ -71,7 +71,8 @@ def check_gguf(bound: BoundAdapter | None, pairs: Sequence[MaybeBoundModule], tr
     raise_all(problems[:10], UnsupportedError)
 
 
-def _no_scale(names: Sequence[str]) -> Problem:
+def _row_scale_problem(names: Sequence[str]) -> Problem:
+    """Return the problem of factors with row scales."""
     return Problem(
         f"{names[0]}: a llama.cpp adapter has no row scale, which DoRA and DuDe need",
         expected="a plain LoRA",
@@ -96,7 +97,7 @@ def write_gguf_adapter(
     architecture, layers = architecture_of(bound.base.config, bound.base.folder), layer_count(bound)
     scaled = [item.name for item in factored if item.magnitude is not None]
     if scaled:
-        raise UnsupportedError([_no_scale(scaled)])
+        raise UnsupportedError([_row_scale_problem(scaled)])
     alpha = Counter(item.down.shape[0] for item in factored).most_common(1)[0][0] or 1
     file = folder / GGUF_ADAPTER
     writer = gguf.GGUFWriter(file, architecture.name)

@@ -1,8 +1,8 @@
 """Structured randomised SVD: the leading part of dW from products with it (Halko, Martinsson, Tropp 2011, alg. 4.4).
 
-Subspace iteration with orthonormalisation at every step. The energy captured at the wanted rank grows from iteration to
-iteration, which stops when it grows by less than a small share of the remaining squared error. The random
-numbers are seeded by the weight's name: the same input gives the same bits, in whatever order weights are processed.
+Subspace iteration with orthonormalisation at every step. The energy captured at the requested rank grows with every
+iteration; the iteration stops when it grows by less than a small share of the remaining squared error. The random
+numbers are seeded by the weight's name, so that the result does not depend on the order in which weights are processed.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ def generator(name: str, device: torch.device) -> torch.Generator:
 
 
 def oversampled(rank: int, limit: int) -> int:
-    """Return the number of columns to iterate with for a wanted rank: 1.5 times, at least 10 more, at most `limit`."""
+    """Return the number of columns to iterate with for a rank: 1.5 times it, at least 10 more, at most `limit`."""
     return min(rank + max(10, rank // 2), limit)
 
 
@@ -72,9 +72,9 @@ def randomised_spectrum(
             break
         captured = now
         x, _ = torch.linalg.qr(z)
-    turn = vectors.flip(1)  # (l, l), falling
+    rotation = vectors.flip(1)  # (l, l), by descending eigenvalue
     squares = values.flip(0).clamp_min(0)
-    left, rows = q.to(torch.float64) @ turn, turn.T @ right.T.to(torch.float64)
+    left, rows = q.to(torch.float64) @ rotation, rotation.T @ right.T.to(torch.float64)
     # The captured energy can exceed `total` by rounding: their sums are computed in different orders.
     return Spectrum(left, rows, squares, max(total, float(squares.sum())), full=width == limit)
 

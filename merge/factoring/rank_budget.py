@@ -1,7 +1,7 @@
-"""Ranks under a budget of bytes: the next rank goes to the weight where it removes most squared error per byte.
+"""Ranks within a budget of bytes: each further rank goes to the weight where it removes most squared error per byte.
 
-The gain of a weight's next rank is its next squared singular value, the price 4 (out + in) bytes. The gains of a weight
-fall, so taking the best ratio first is optimal except for the last items (fractional knapsack).
+The gain of a weight's next rank is its next squared singular value, the cost 4 (out + in) bytes. The gains of a weight
+decrease, so the greedy choice by gain per byte is optimal except for the last items (fractional knapsack).
 """
 
 from __future__ import annotations
@@ -21,8 +21,8 @@ def bytes_of(shape: tuple[int, int], rank: int) -> int:
     return BYTES * rank * (shape[0] + shape[1])
 
 
-def allot(
-    squares: Sequence[Tensor],  # per weight: (l,) float64, falling
+def allot_ranks(
+    squares: Sequence[Tensor],  # per weight: (l,) float64, descending
     shapes: Sequence[tuple[int, int]],
     budget: int,  # bytes
 ) -> list[int]:

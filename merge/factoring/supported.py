@@ -1,4 +1,4 @@
-"""Inputs of a factorisation: opens and binds the adapter, and refuses adapters that low-rank factors cannot express."""
+"""Inputs of a factorisation: opening and binding of the adapter, and checks that low-rank factors can express it."""
 
 from __future__ import annotations
 
@@ -37,11 +37,11 @@ def open_factored(
     checkpoint = open_trained_base(base, trained_on) if base is not None else None
     opened = open_adapter(adapter, options, checkpoint)
     require_names(opened, checkpoint)
-    held = checkpoint or opened.own_base
-    return opened, None if held is None else bind_checked(opened, held, base_kind)
+    weights = checkpoint or opened.own_base
+    return opened, None if weights is None else bind_checked(opened, weights, base_kind)
 
 
-def unproved_heads(opened: Adapter, base: str | Path | None) -> list[str]:
+def warn_unproved_heads(opened: Adapter, base: str | Path | None) -> list[str]:
     """Return a warning where tensors of a DCFT checkpoint count as trained because there is no base to compare."""
     if base is not None or opened.own_base is None or not opened.replacements:
         return []
@@ -49,19 +49,19 @@ def unproved_heads(opened: Adapter, base: str | Path | None) -> list[str]:
     names = ", ".join(sorted(opened.replacements)[:4])
     return [
         f"{names}: not part of the adapted layers; without BASE it is unknown whether they were trained, so all are "
-        f"copied as full tensors ({size:.1f} MB). With BASE, tensors that equal the base's are left out"
+        f"copied as full tensors ({size:.1f} MB). With BASE, tensors that equal those of the base are omitted"
     ]
 
 
 def check_supported(pairs: Sequence[MaybeBoundModule], exact: bool) -> None:
-    """Refuse adapters that only a merge supports.
+    """Check that the modules have low-rank factors.
 
-    Raises UnsupportedError for modules that have no low-rank factors (the first ten), InputError for a combination of
-    full rank where exact factors are asked for.
+    Raises UnsupportedError for modules that have no low-rank factors (the first ten), InputError for a
+    combination of full rank where exact factors are requested.
     """
     if not pairs:
         raise UnsupportedError(
-            "the adapter holds whole trained tensors only, which have no factors", hint="merge this adapter instead"
+            "the adapter holds only full trained tensors, which have no factors", hint="merge this adapter instead"
         )
     problems = []
     full_rank = [module for module, _ in pairs if isinstance(module, CombinedWeight) and not module.has_form]
@@ -100,29 +100,30 @@ def check_supported(pairs: Sequence[MaybeBoundModule], exact: bool) -> None:
 
 
 def check_positional_queries(opened: Adapter, bound: BoundAdapter | None, frozen_positions: bool) -> None:
-    """Refuse factors of a DCFT whose positional queries keep the frozen weight, because a LoRA would adapt them too.
+    """Check that a LoRA expresses a DCFT of DeBERTa, whose positional queries keep the frozen weight of query_proj.
 
-    frozen_positions: the reader of the factors keeps the positional queries frozen, so that factors are correct.
-    Raises UnsupportedError for such a base, InputError where the base is needed to tell.
+    frozen_positions: the reader of the factors keeps the positional queries frozen, so that the factors are
+    correct. Raises UnsupportedError for a base with shared query weights, InputError where the base is needed for this
+    check.
     """
     if bound is None:
         queries = adapted_queries(opened)
         if queries:
             raise InputError(
                 f"{queries[0]}: on a DeBERTa with {SHARED}, a LoRA with its factors would be a different adapter",
-                expected=f"BASE, whose config tells whether it has {SHARED}",
+                expected=f"BASE, whose config states whether it has {SHARED}",
             )
     elif SHARED in bound.config_changes and not frozen_positions:
         raise UnsupportedError(
             f"{bound.base.folder}: its query_proj projects tokens and positions ({SHARED}); DCFT adapts only "
             "the former, a LoRA of query_proj adapts both",
             expected=f"a base without {SHARED}",
-            hint="merge this adapter (the merged model gets projections of its own), or export it to ONNX",
+            hint="merge this adapter (the merged model has separate projections), or export it to ONNX",
         )
 
 
 def needs_base(module: AdaptedModule) -> bool:
-    """Tell whether the module's factors cannot be computed without the base's weight."""
+    """Tell whether the module's factors depend on the base's weight."""
     magnitude = module.magnitude is not None or module.own_magnitude
     return module.needs_base or magnitude
 
@@ -150,11 +151,11 @@ def pairs_of(opened: Adapter, bound: BoundAdapter | None) -> list[MaybeBoundModu
 
 
 def require_names(opened: Adapter, base: Checkpoint | None) -> None:
-    """Raise InputError where module names have underscores for dots and there is no base to tell them apart."""
+    """Raise InputError where module names have underscores instead of dots, and no base resolves them."""
     flat = [module.name for module in opened.modules if "." not in module.name and "_" in module.name]
     if flat and base is None and opened.format == AdapterFormat.KOHYA:
         raise InputError(
             f"{opened.folder}: the file writes the dots of its modules' names as underscores",
-            expected="BASE, whose names tell which underscores are dots",
+            expected="BASE, whose names show which underscores are dots",
             got=flat[0],
         )

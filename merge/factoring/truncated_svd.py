@@ -1,4 +1,4 @@
-"""Singular value decompositions of a weight's delta, and factors of any rank cut from them.
+"""Singular value decompositions of a weight's delta, and truncated factors from them.
 
 The truncated SVD is the best rank-R approximation in every unitarily invariant norm (Eckart-Young-Mirsky). It is a
 projection: with U_R the first R left singular vectors, the best approximation is U_R (U_R^T dW). To minimise the error
@@ -18,20 +18,21 @@ NOISE = 4  # in float32 epsilons of the largest singular value
 
 @dataclass(frozen=True, eq=False)
 class Spectrum:
-    """Leading part of the SVD of dW (or of dW S), from which factors of any rank up to `rank` can be cut."""
+    """Leading part of the SVD of dW (or of dW S), from which factors of any rank up to `rank` are taken."""
 
     left: Tensor  # (out, l), orthonormal columns
     right: Tensor  # (l, in) = left^T dW
-    squares: Tensor  # (l,) float64: the part of ||dW S||_F^2 in each direction, in falling order
+    squares: Tensor  # (l,) float64: the part of ||dW S||_F^2 in each direction, in descending order
     total: float  # ||dW S||_F^2
     full: bool  # these directions span all of dW
 
     @property
     def rank(self) -> int:
+        """Number of directions."""
         return self.squares.numel()
 
     @property
-    def kept(self) -> float:
+    def energy(self) -> float:
         """Share (0 .. 1) of ||dW S||_F^2 that these directions hold; 1 for a zero delta."""
         return float(self.squares.sum()) / self.total if self.total > 0 else 1.0
 
@@ -55,8 +56,8 @@ class Spectrum:
         """Return the smallest rank that keeps `energy` (0 .. 1), or None where this part of the spectrum holds less."""
         if self.full:
             return rank_for_energy(self.squares, energy)
-        kept = torch.cumsum(self.squares, 0)
-        rank = int((kept < energy * self.total).sum()) + 1
+        captured = torch.cumsum(self.squares, 0)
+        rank = int((captured < energy * self.total).sum()) + 1
         return rank if rank <= self.rank else None
 
 
@@ -83,9 +84,9 @@ def product_norms(up: Tensor, down: Tensor) -> tuple[float, float]:
 
 
 def numerical_rank(s: Tensor) -> int:
-    """Return how many of the singular values `s` (falling) exceed the rounding of a float32 file; at least 1.
+    """Return how many of the singular values `s` (descending) exceed the rounding of a float32 file; at least 1.
 
-    The threshold does not depend on the matrix's size, so that small trained values are kept in large weights too.
+    The threshold does not depend on the matrix's size, so that small trained values of large weights count as well.
     """
     return max(1, int((s > s[0] * NOISE * torch.finfo(torch.float32).eps).sum()))
 
@@ -93,13 +94,13 @@ def numerical_rank(s: Tensor) -> int:
 def low_rank_spectrum(
     up: Tensor,  # (out, R) float64
     down: Tensor,  # (R, in) float64
-    root: Tensor | None = None,  # (in, n) float64: S, where the error counts at the layer's output
+    root: Tensor | None = None,  # (in, n) float64: S, where the error of the layer's output is minimised
 ) -> Spectrum:
     """Return the whole spectrum of up @ down (of up @ down @ S), without numerically zero values."""
     left, s, _ = core_svd(up, down if root is None else down @ root)
-    kept = numerical_rank(s)
-    left = left[:, :kept]
-    squares = s[:kept].square()
+    count = numerical_rank(s)
+    left = left[:, :count]
+    squares = s[:count].square()
     return Spectrum(left, (left.T @ up) @ down, squares, float(s.square().sum()), full=True)
 
 
@@ -115,13 +116,13 @@ def kronecker_spectrum(
     u1, s1, v1 = torch.linalg.svd(first, full_matrices=False)
     u2, s2, v2 = torch.linalg.svd(second, full_matrices=False)
     values, order = torch.outer(s1, s2).reshape(-1).sort(descending=True, stable=True)
-    kept = numerical_rank(values)
-    count = kept if limit is None else min(kept, limit)
+    nonzero = numerical_rank(values)
+    count = nonzero if limit is None else min(nonzero, limit)
     index1, index2 = order[:count] // len(s2), order[:count] % len(s2)
     left = (u1[:, None, index1] * u2[None, :, index2]).reshape(-1, count)
     right = (v1[index1, :, None] * v2[index2, None, :]).reshape(count, -1)
     squares = values.square()
-    return Spectrum(left, values[:count, None] * right, squares[:count], float(squares.sum()), full=count == kept)
+    return Spectrum(left, values[:count, None] * right, squares[:count], float(squares.sum()), full=count == nonzero)
 
 
 def dense_spectrum(
@@ -130,7 +131,8 @@ def dense_spectrum(
 ) -> Spectrum:
     """Return the whole spectrum of a dense dW from the eigenvectors of its smaller Gram matrix.
 
-    Several times faster than an SVD. Squares below 1e-16 of the largest are lost, too small to change any energy.
+    Several times faster than an SVD. Squares below 1e-16 of the largest are inaccurate, and too small to change an
+    energy.
     """
     out, inner = delta.shape
     weighted = delta if root is None else delta @ root
@@ -141,16 +143,16 @@ def dense_spectrum(
     else:
         squares, vectors = torch.linalg.eigh(weighted.T @ weighted)
         squares = squares.flip(0).clamp_min(0)
-        kept = max(1, int((squares > squares[0] * squares.numel() * torch.finfo(torch.float64).eps).sum()))
-        left, _ = torch.linalg.qr(weighted @ vectors.flip(1)[:, :kept])
-        squares = squares[:kept]
+        nonzero = max(1, int((squares > squares[0] * squares.numel() * torch.finfo(torch.float64).eps).sum()))
+        left, _ = torch.linalg.qr(weighted @ vectors.flip(1)[:, :nonzero])
+        squares = squares[:nonzero]
     count = min(left.shape[1], inner)
     left = left[:, :count]
     return Spectrum(left, left.T @ delta, squares[:count], float(weighted.square().sum()), full=True)
 
 
 def rank_for_energy(squares: Tensor, energy: float) -> int:
-    """Return the smallest rank that keeps `energy` (0 .. 1) of the squared singular values `squares`, in falling order.
+    """Return the smallest rank that keeps `energy` (0 .. 1) of the squared singular values, in descending order.
 
     Compares the omitted energy, summed from the smallest: 1 - energy may be as small as the rounding of the total.
     """

@@ -1,10 +1,10 @@
 """Factorisation of one weight: the choice of the algorithm, the factors, and their errors.
 
-exact        the canonical form itself, numerically zero singular values dropped; DoRA and DuDe with their row scale
-             (LoKr: through the SVDs of its two sides)
-cores        truncated through the QR cores of up @ down: LoRA, rsLoRA, PiSSA, DCFT, and any form with --scale exact
+exact        the canonical form itself, without numerically zero singular values; DoRA and DuDe with their row scale
+             (LoKr: from the SVDs of its two sides)
+cores        truncated by the QR cores of up @ down: LoRA, rsLoRA, PiSSA, DCFT, and any form with --scale exact
 randomised   the leading part of diag(d - 1) W0 + diag(d) up down from products with it
-dense        the same through its Gram matrix, where most of the spectrum is needed
+dense        the same from its Gram matrix, where most of the spectrum is needed
 
 A combination whose delta is not a sum of factors and scales (TIES, DARE, pruning) is factored from its dense delta.
 """
@@ -26,7 +26,7 @@ from adapter_merge.methods.peft_layer import PeftLayerModule
 from adapter_merge.storage.tensor_io import read_tensor
 
 from .certificate import SPECTRUM_LENGTH, LayerFigures, low_rank_errors, measure
-from .delta_operator import AnyDelta, BaseRows, DeltaOperator, HeldDelta
+from .delta_operator import AnyDelta, BaseRows, DeltaOperator, DenseDelta
 from .randomised_svd import generator, oversampled, randomised_spectrum
 from .truncated_svd import Spectrum, core_svd, dense_spectrum, kronecker_spectrum, low_rank_spectrum, numerical_rank
 
@@ -48,7 +48,7 @@ class Factored:
 
 
 class Factoriser:
-    """Factorisation of one adapted weight.
+    """Factoriser of one adapted weight.
 
     weight: the module bound to its base weight; None where there is no base.
     keep_scale: write the row scale d beside truncated factors, instead of truncating diag(d - 1) W0 as well.
@@ -68,7 +68,7 @@ class Factoriser:
         self._delta: AnyDelta | None = None
         combined = module if isinstance(module, CombinedWeight) else None
         self.dense = isinstance(module, PeftLayerModule) or (combined is not None and not combined.has_form)
-        self.held = self.dense or (combined is not None and combined.is_rounded)
+        self.in_memory = self.dense or (combined is not None and combined.is_rounded)
         if self.dense:  # the delta has no form: use factors of rank 0
             assert weight is not None, "a module that needs its base is bound to one"
             self.form = CanonicalForm(torch.zeros(module.shape[0], 0), torch.zeros(0, module.shape[1]))
@@ -86,8 +86,8 @@ class Factoriser:
         if self._delta is None:
             assert self.weight is not None
             rows = BaseRows(self.weight, self.device)
-            if self.held:
-                self._delta = HeldDelta(self._dense_delta(), rows, self.form.row_scale)
+            if self.in_memory:
+                self._delta = DenseDelta(self._dense_delta(), rows, self.form.row_scale)
             else:
                 self._delta = DeltaOperator(self.form, rows)
         return self._delta
@@ -116,8 +116,6 @@ class Factoriser:
             return False
         return not self.scaled or (self.keep_scale and self.form.col_scale is None and not self.form.needs_pass)
 
-    # -- exact -----------------------------------------------------------------------------------------
-
     def exact(self) -> Factored:
         """Return exact factors of the smallest rank, with magnitude and row scale where the form has them.
 
@@ -125,9 +123,9 @@ class Factoriser:
         """
         form = self.form
         if self.dense or form.col_scale is not None or form.needs_pass:
-            what = "this way of combining" if self.dense else "a scale of the input columns"
+            part = "this change" if self.dense else "a scale of the input columns"
             raise UnsupportedError(
-                f"{self.module.name}: {what} has no exact LoRA form",
+                f"{self.module.name}: {part} has no exact LoRA form",
                 hint="merge this adapter instead, or truncate it to a LoRA with --rank",
             )
         sides = self._kronecker_sides()
@@ -137,25 +135,23 @@ class Factoriser:
             return self._finish(up, down, "exact", False, self._relative_values(spectrum), None)
         plain = form.folded()
         left, s, right = core_svd(plain.up, plain.down)
-        kept = numerical_rank(s)
-        if kept == plain.rank:
+        nonzero = numerical_rank(s)
+        if nonzero == plain.rank:
             up, down = plain.up, plain.down
         else:
-            root = s[:kept].sqrt()
-            up, down = left[:, :kept] * root, root[:, None] * right[:kept]
+            root = s[:nonzero].sqrt()
+            up, down = left[:, :nonzero] * root, root[:, None] * right[:nonzero]
         if self.scaled:  # these are not the singular values of dW
             s = s[:0]
         norm = torch.linalg.vector_norm(s)
-        values = tuple(float(value / norm) if norm > 0 else 0.0 for value in s[:kept])
+        values = tuple(float(value / norm) if norm > 0 else 0.0 for value in s[:nonzero])
         return self._finish(up, down, "exact", self.scaled, values, None)
 
-    # -- truncated -------------------------------------------------------------------------------------
-
-    def spectrum(self, want: int | float) -> Spectrum:
+    def spectrum(self, target: int | float) -> Spectrum:
         """Compute at least the part of the spectrum that `want` needs: a rank (int) or an energy below 1 (float)."""
         sides = self._kronecker_sides()
         if sides is not None:
-            return kronecker_spectrum(*sides, limit=want if isinstance(want, int) else None)
+            return kronecker_spectrum(*sides, limit=target if isinstance(target, int) else None)
         if self.through_cores:
             plain = self.form.folded()
             up = plain.up
@@ -168,12 +164,12 @@ class Factoriser:
         limit = min(self.form.shape)
         random = generator(self.module.name, self.device)
         total = self.delta.total if self.root is None else self._compute_weighted_total()
-        width = min(want, limit) if isinstance(want, int) else min(FIRST_WIDTH, limit)
+        width = min(target, limit) if isinstance(target, int) else min(FIRST_WIDTH, limit)
         while oversampled(width, limit) < DENSE_SHARE * limit:
             leading = randomised_spectrum(self.delta, total, width, random, self.root)
-            if isinstance(want, int):
+            if isinstance(target, int):
                 return leading
-            if leading.rank_for(want) is not None:
+            if leading.rank_for(target) is not None:
                 return leading
             width *= 2
         return dense_spectrum(self.delta.dense(), None if self.root is None else self.root.to(torch.float64))
@@ -211,7 +207,7 @@ class Factoriser:
             raise UnsupportedError(
                 f"{self.module.name}: a scale of the input columns cannot be kept beside truncated factors",
                 expected="a scale of the output rows, or none",
-                hint="leave --scale exact out: the scale is then truncated with the rest",
+                hint="leave --scale exact out: the scale is then truncated with the factors",
             )
         rank = min(rank, spectrum.rank)
         up, down = (part.to(self.device, torch.float64) for part in spectrum.factors(rank))
@@ -227,8 +223,6 @@ class Factoriser:
         elif self.root is None and self.scaled:
             top = float(spectrum.squares[0]) ** 0.5
         return self._finish(up, down, route, self.keep_scale and self.scaled, values, top)
-
-    # -- both ------------------------------------------------------------------------------------------
 
     def with_unit_scale(self, factored: Factored) -> Factored:
         """Add magnitudes with row scale 1 to factors that have none, for a folder where other weights have a row scale.
@@ -257,7 +251,7 @@ class Factoriser:
         if with_scale:
             magnitude, row_scale = self._compute_scales(up, down, route == "exact")
         relative_delta: float | None = None
-        if self.scaled or self.held or (self.form.residual is not None and self.weight is not None):
+        if self.scaled or self.in_memory or (self.form.residual is not None and self.weight is not None):
             measured = measure(self.module.name, self.delta, up, down, row_scale, top, self.root)
             errors = measured.relative_error, measured.spectral_error, measured.output_error
             relative_delta = measured.relative_delta

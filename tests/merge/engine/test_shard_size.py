@@ -86,6 +86,6 @@ def test_what_keeps_the_files_of_the_base_is_refused(work: Path, tmp_path: Path)
         MergeOptions(max_shard_bytes=600, keep_preimage=True),
         MergeOptions(max_shard_bytes=0),
     ):
-        with pytest.raises(InputError, match="laid out"):
+        with pytest.raises(InputError, match="split into files"):
             merge(work / "base", work / "lora", tmp_path / "out", options)
     assert not (tmp_path / "out").exists()

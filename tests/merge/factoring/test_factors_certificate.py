@@ -28,7 +28,7 @@ from adapter_merge.api.options import FactorOptions, read_prompts
 from adapter_merge.combine.open_inputs import open_pair
 from adapter_merge.errors import InputError
 from adapter_merge.factoring.calibration import LEAST, SHRINKAGE, collect, square_root
-from adapter_merge.factoring.end_to_end import compare, figures, logits
+from adapter_merge.factoring.end_to_end import compare, compute_logits, measure_figures
 from adapter_merge.outputs.model_card import card, is_hub_name, merged_card
 
 PROMPTS = ["w1 w2 w3 w4", "w9 w8 w7"]
@@ -87,7 +87,7 @@ def test_figures_of_a_known_difference() -> None:
     want = torch.tensor([[0.0, 1.0, 0.0], [0.0, 0.0, 2.0], [3.0, 0.0, 0.0]])
     got = want + torch.tensor([[0.0, 0.0, 2.0], [0.0, 0.0, 0.0], [0.0, 0.0, 0.0]])
     path = torch.tensor([[0, 1, 2]])
-    found = figures([path], [0], [want], [got], [torch.zeros_like(want)], generative=True)
+    found = measure_figures([path], [0], [want], [got], [torch.zeros_like(want)], generative=True)
     assert found["max_dlogit"] == 2 and found["mean_dlogit"] == pytest.approx(2 / 9)
     assert (found["greedy_equal"], found["greedy_total"], found["texts_equal"]) == (2, 3, 0)
     assert found["effect"] == 3
@@ -292,7 +292,7 @@ def test_the_card_of_a_merged_model(base: Path, dude: Path, tmp_path: Path) -> N
 def test_logits_of_a_plain_model(base: Path) -> None:
     model = load(base)
     ids = torch.tensor([[1, 2, 3]])
-    assert torch.equal(logits(model, ids), model(input_ids=ids).logits[0].detach().float())
+    assert torch.equal(compute_logits(model, ids), model(input_ids=ids).logits[0].detach().float())
 
 
 def test_hostile_names_stay_text_in_a_card() -> None:

@@ -229,7 +229,7 @@ def test_the_same_input_gives_the_same_bytes(base: Path, dude: Path, tmp_path: P
 
 
 def test_max_error_leaves_nothing_behind(base: Path, dude: Path, tmp_path: Path) -> None:
-    with pytest.raises(ParityError, match="beyond --max-error") as caught:
+    with pytest.raises(ParityError, match="have an error above --max-error") as caught:
         factor(base, dude, tmp_path / "out", FactorOptions(rank=1, max_error=0.01))
     assert "relative error <= 0.01" in str(caught.value)
     assert list(tmp_path.iterdir()) == []

@@ -14,7 +14,7 @@ from torch import Tensor
 from adapter_merge.errors import InputError
 from adapter_merge.factoring.delta_operator import DeltaOperator
 from adapter_merge.factoring.randomised_svd import generator, randomised_spectrum, spectral_norm
-from adapter_merge.factoring.rank_budget import allot, bytes_of
+from adapter_merge.factoring.rank_budget import allot_ranks, bytes_of
 from adapter_merge.factoring.truncated_svd import (
     core_svd,
     dense_spectrum,
@@ -240,9 +240,9 @@ def test_a_budget_goes_where_it_buys_most() -> None:
     shapes = [(10, 20), (20, 10), (15, 15)]  # equal prices: greedy is optimal
     squares = [torch.rand(5).double().sort(descending=True).values * scale for scale in (1, 10, 0.1)]
     for budget in (3 * 120, 5 * 120, 8 * 120, 11 * 120):
-        ranks = allot(squares, shapes, budget)
+        ranks = allot_ranks(squares, shapes, budget)
         assert sum(bytes_of(shape, rank) for shape, rank in zip(shapes, ranks, strict=True)) <= budget
         error = sum(float(s[r:].sum()) for s, r in zip(squares, ranks, strict=True))
         assert error == pytest.approx(best_allotment(squares, shapes, budget))
     with pytest.raises(InputError, match="budget is too small"):
-        allot(squares, shapes, 300)
+        allot_ranks(squares, shapes, 300)
