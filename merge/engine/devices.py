@@ -117,7 +117,7 @@ def _restore_tf32(before: object) -> None:
 
 
 def choose_devices(name: str) -> list[torch.device]:
-    """The devices of a merge: all CUDA devices for "cuda" (and "auto" where there is one), else the one named."""
+    """Return the devices of a merge: all CUDA devices for "cuda" or "auto", else the named one."""
     device = choose_device(name)
     if device.type == "cuda" and name in ("auto", "cuda"):
         return [torch.device("cuda", index) for index in range(torch.cuda.device_count())]

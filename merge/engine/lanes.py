@@ -115,16 +115,16 @@ class Slot:
         """Return (nbytes,) uint8 of the named buffer, which is in host memory for host_in and host_out."""
         view = self._views.get((name, nbytes))
         if view is None:
-            held = self._buffers.get(name)
-            if held is None or held.numel() < nbytes:
+            buffer = self._buffers.get(name)
+            if buffer is None or buffer.numel() < nbytes:
                 self._views = {key: view for key, view in self._views.items() if key[0] != name}
-                held = (
+                buffer = (
                     torch.empty(nbytes, dtype=torch.uint8, pin_memory=self.pinned)
                     if name.startswith("host")
                     else torch.empty(nbytes, dtype=torch.uint8, device=self.device)
                 )
-                self._buffers[name] = held
-            view = self._views[name, nbytes] = held[:nbytes]
+                self._buffers[name] = buffer
+            view = self._views[name, nbytes] = buffer[:nbytes]
         return view
 
     def matrix(self, name: str, block: Block, dtype: torch.dtype) -> Tensor:
@@ -206,10 +206,10 @@ class Lane:
             return
         self.download.wait(computed)
         with self.download.activate():
-            rest = slot.bytes("out", block.elements * block.target.itemsize)
+            remaining = slot.bytes("out", block.elements * block.target.itemsize)
             for target in targets:
-                target.copy_(rest[: target.numel()], non_blocking=True)
-                rest = rest[target.numel() :]
+                target.copy_(remaining[: target.numel()], non_blocking=True)
+                remaining = remaining[target.numel() :]
             slot.host_norm.copy_(slot.norm, non_blocking=True)
             if block.measured:
                 slot.host_sums.copy_(slot.sums, non_blocking=True)

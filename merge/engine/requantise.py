@@ -1,16 +1,17 @@
 """Requantised weights: the stored parts of W' in the base's own scheme, computed when the first of them is read.
 
-The scheme's file proposes ways to quantise W' (scales kept, scales computed again), each to the nearest codes and,
-where those lose a part of the change, by drawn numbers that keep its mean (quantisation/rounding.py). dW = W' - W:
+The scheme's file proposes ways to quantise W' (with the scales of W, or with new scales). Each is tried with the
+nearest codes and, where those lose a part of the change, with stochastic rounding, which keeps the mean of the change
+(quantisation/rounding.py). With dW = W' - W:
 
-    retention = <Q(W') - W, dW> / |dW|^2        1: nothing of the change is lost on average; 0: all of it
+    retention = <Q(W') - W, dW> / |dW|^2        1: the change is kept on average; 0: it is lost
     rounding  = |Q(W') - W'| / |dW|             the error against W'
 
-The way with the smallest COHERENT (1 - retention)^2 + rounding^2 is written: noise without direction harms less than
+The way with the smallest COHERENT (1 - retention)^2 + rounding^2 is written: random errors harm less than
 a lost change of the same norm. The demo's DuDe on SmolLM2 in INT4: nearest codes (rounding 0.99, retention 0.03) have a
-KL divergence of 1.95 to the unquantised merge, nearly that of the base; drawn codes (3.04, 0.96) one of 0.10.
+KL divergence of 1.95 to the unquantised merge, nearly that of the base; stochastic rounding (3.04, 0.96) one of 0.10.
 
-One weight is computed at a time, since it is held whole in float32; its parts are freed as they are written.
+One weight is computed at a time, because it is in memory in full in float32; its parts are freed when they are written.
 """
 
 from __future__ import annotations
@@ -35,8 +36,8 @@ from adapter_merge.storage.safetensors_header import TensorRef
 from .plan import MergePlan, ShardPlan, plan_merge
 from .weight_change import WeightChange
 
-WAY_OUT = "merge with --as bfloat16, or serve the base with the adapter beside it"
-NEARLY_ALL = 0.03  # of the change: where nearest codes lose less, none are drawn
+MERGE_INSTEAD = "merge with --as bfloat16, or serve the base with the adapter beside it"
+NEARLY_ALL = 0.03  # share of the change: where nearest codes lose less, stochastic rounding is not tried
 BLOCK_BYTES = 4 << 20  # of float32 in one step
 _ONE_AT_A_TIME = threading.Lock()
 
@@ -49,8 +50,8 @@ class RequantisedWeight:
     edits: tuple[BoundModule, ...] = ()
     replacement: TensorRef | None = None
     figures: WeightChange | None = None  # once it was computed
-    _made: dict[str, Tensor] = field(default_factory=dict)  # role -> bytes, uint8 (n,), of parts that are not written
-    _left: dict[str, int] = field(default_factory=dict)  # role -> bytes that were not read yet
+    _computed: dict[str, Tensor] = field(default_factory=dict)  # role -> bytes, uint8 (n,), of parts not written yet
+    _unread: dict[str, int] = field(default_factory=dict)  # role -> number of bytes not read yet
     _lock: threading.Lock = field(default_factory=threading.Lock)
 
     def parts(self) -> dict[str, RequantisedPart]:
@@ -68,38 +69,40 @@ class RequantisedWeight:
         first: int,
         buffer: Tensor,  # (n,) uint8
     ) -> None:
-        """Fill `buffer` from byte `first` of a part; a part that was read to its end is freed."""
+        """Fill `buffer` from byte `first` of a part; a part is freed once all of its bytes were read."""
         with self._lock:
-            if role not in self._left:
+            if role not in self._unread:
                 with _ONE_AT_A_TIME:
-                    self._made = self._compute(read)
-                self._left = {name: ref.nbytes for name, ref in self.weight.parts.items()}
-            made = self._made.get(role)
-            self._left[role] -= buffer.numel()
-            if self._left[role] == 0:
-                self._made.pop(role, None)
-                del self._left[role]
+                    self._computed = self._compute(read)
+                self._unread = {name: ref.nbytes for name, ref in self.weight.parts.items()}
+            computed = self._computed.get(role)
+            self._unread[role] -= buffer.numel()
+            if self._unread[role] == 0:
+                self._computed.pop(role, None)
+                del self._unread[role]
         stored = self.weight.parts[role]
-        buffer.copy_(read(stored, first, first + buffer.numel()) if made is None else made[first : first + len(buffer)])
+        buffer.copy_(
+            read(stored, first, first + buffer.numel()) if computed is None else computed[first : first + len(buffer)]
+        )
 
     def _compute(self, read: ReadBytes) -> dict[str, Tensor]:
         """Return the bytes of the parts that change, and set `figures`. Raises NumericsError for NaN or infinity."""
-        after = self._changed(read)
+        after = self._compute_result(read)
         if not bool(torch.isfinite(after).all()):
             raise NumericsError(f"{self.weight.name}: would hold NaN or infinity")
         best: Mapping[str, Tensor] = {}
-        found: WeightChange | None = None
+        best_figures: WeightChange | None = None
         for draw in (None, draw_for(self.weight.name, self.weight.shape)):
             for parts in self.weight.candidates(after.reshape(self.weight.shape), read, draw):
                 figures = self._measure(after, read, parts)
-                if found is None or _loss(figures) < _loss(found):
-                    best, found = parts, figures
-            if found is not None and abs(1 - (found.retention or 0.0)) < NEARLY_ALL:
+                if best_figures is None or _loss(figures) < _loss(best_figures):
+                    best, best_figures = parts, figures
+            if best_figures is not None and abs(1 - (best_figures.retention or 0.0)) < NEARLY_ALL:
                 break
-        self.figures = found
+        self.figures = best_figures
         return {role: tensor.contiguous().view(-1).view(torch.uint8) for role, tensor in best.items()}
 
-    def _changed(self, read: ReadBytes) -> Tensor:
+    def _compute_result(self, read: ReadBytes) -> Tensor:
         """Return W' (rows, columns), float32."""
         edits: list[BlockEdit] = [module.stored_edit(torch.float32) for module in self.edits]
         if self.replacement is not None:
@@ -117,7 +120,7 @@ class RequantisedWeight:
         return after
 
     def _blocks(self, read: ReadBytes, parts: Mapping[str, Tensor] | None = None) -> Iterator[tuple[int, Tensor]]:
-        """Yield (start, rows) of the dequantised weight in float32; `parts` stand in for the stored ones."""
+        """Yield (start, rows) of the dequantised weight in float32; `parts` replace the stored ones."""
         weight, columns = self.weight, self.weight.shape[-1]
         if parts is not None:
             weight, read = weight.uncached(), replaced_parts(weight.parts, parts, read)
@@ -133,16 +136,16 @@ class RequantisedWeight:
         parts: Mapping[str, Tensor],
     ) -> WeightChange:
         """Return the figures of the weight that `parts` dequantise to, over all elements, summed in float64."""
-        base = delta = error = kept = absolute = unchanged = 0.0
+        base = delta = error = inner = absolute = unchanged = 0.0
         changed = 0
         for (start, before), (_, stored) in zip(self._blocks(read), self._blocks(read, parts), strict=True):
-            wanted = after[start : start + before.shape[0]]
-            change, moved = (wanted - before).double(), (stored - before).double()
+            result = after[start : start + before.shape[0]]
+            change, moved = (result - before).double(), (stored - before).double()
             same = moved == 0
             base += float(before.double().square().sum())
             delta += float(change.square().sum())
             error += float((moved - change).square().sum())
-            kept += float((moved * change).sum())
+            inner += float((moved * change).sum())
             absolute += float(change.abs().sum())
             unchanged += float((change.abs() * same).sum())
             changed += same.numel() - int(same.sum())
@@ -154,7 +157,7 @@ class RequantisedWeight:
             changed=changed / max(1, after.numel()),
             lost=unchanged / absolute if absolute else 0.0,
             sampled=1.0,
-            retention=kept / delta if delta else 1.0,
+            retention=inner / delta if delta else 1.0,
             delta_norm=math.sqrt(delta),
         )
 
@@ -181,7 +184,7 @@ def _loss(figures: WeightChange) -> float:
 
 
 def plan_requantised(bound: BoundAdapter) -> MergePlan:
-    """Plan the merge into a quantised base in its own scheme: adapted weights quantised again, the rest its bytes.
+    """Plan the merge into a quantised base in its own scheme: adapted weights are quantised again, all others copied.
 
     Raises UnsupportedError with every adapted weight whose scheme cannot be quantised again, and every tensor that the
     output would hold under a second name.
@@ -197,33 +200,35 @@ def plan_requantised(bound: BoundAdapter) -> MergePlan:
         if name not in edits and replacement is None:
             continue
         if not weight.can_pack:
-            problems.append(Problem(f"{name}: weights of {weight.scheme} are only read", hint=WAY_OUT))
+            problems.append(Problem(f"{name}: weights of {weight.scheme} are only read", hint=MERGE_INSTEAD))
         if any(module.name != name for module in edits.get(name, ())):
-            problems.append(Problem(f"{name}: the output holds it under two names, and it is quantised", hint=WAY_OUT))
+            problems.append(
+                Problem(f"{name}: the output has it under two names, and it is quantised", hint=MERGE_INSTEAD)
+            )
         weights.append(RequantisedWeight(weight, tuple(edits.get(name, ())), replacement))
     problems += [
-        Problem(f"{name}: would be a copy of a quantised weight", hint=WAY_OUT)
+        Problem(f"{name}: would be a copy of a quantised weight", hint=MERGE_INSTEAD)
         for name, ref in bound.copies.items()
         if isinstance(ref, ComputedRef)
     ]
     raise_all(problems, UnsupportedError)
     done = {item.weight.name for item in weights}
-    rest = replace(
+    unpacked = replace(
         bound,
         base=stored,
         modules=tuple(module for module in bound.modules if module.weight.name not in done),
         replacements={name: ref for name, ref in bound.replacements.items() if name not in done},
     )
     parts = {name: part for item in weights for name, part in item.parts().items()}
-    return plan_merge(stored, (rest,), parts=parts)
+    return plan_merge(stored, (unpacked,), parts=parts)
 
 
 def figures_of(plan: ShardPlan) -> dict[str, WeightChange]:
     """Return the figures of the requantised weights whose first part is in this output file."""
-    found = {}
+    figures = {}
     for job in plan.jobs:
         part = job.source
         if isinstance(part, RequantisedPart) and part.role == next(iter(part.owner.weight.parts)):
             assert part.owner.figures is not None
-            found[part.owner.weight.name] = part.owner.figures
-    return found
+            figures[part.owner.weight.name] = part.owner.figures
+    return figures

@@ -130,8 +130,8 @@ class ShardWork:
             if job.is_copy:
                 first = 0
                 while first < job.place.nbytes:  # never across a chunk's end, so that a worker can read into the chunk
-                    rest = CHUNK_BYTES - (job.place.start + first) % CHUNK_BYTES
-                    count = min(CAST_BYTES, rest, job.place.nbytes - first)
+                    chunk_left = CHUNK_BYTES - (job.place.start + first) % CHUNK_BYTES
+                    count = min(CAST_BYTES, chunk_left, job.place.nbytes - first)
                     yield Task(self, job, None, first, count, self.next_turn() if hashed else None)
                     first += count
             else:

@@ -1,1 +1,1 @@
-"""Tensors on disk: checkpoints, safetensors and GGUF headers, torch pickles, reading and writing. Knows no adapters."""
+"""Tensors on disk: checkpoints, safetensors and GGUF headers, torch pickles, reading and writing; no adapters."""

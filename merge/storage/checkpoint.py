@@ -1,4 +1,4 @@
-"""A model folder as Hugging Face writes it: shards, index, config and side files, from headers only."""
+"""Model folders in the Hugging Face layout: shards, index, config and side files, read from headers only."""
 
 from __future__ import annotations
 
@@ -44,11 +44,11 @@ CANDIDATES = (
     "pytorch_model.bin",
 )
 HUB_ID = re.compile(
-    r"(?P<repo>[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*|[A-Za-z0-9][\w-]*)"  # org/model, or one of the old single names
+    r"(?P<repo>[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*|[A-Za-z0-9][\w-]*)"  # org/model, or a single name such as gpt2
     r"(/(?P<inside>[\w-][\w.-]*(/[\w-][\w.-]*)*))?(@(?P<revision>[\w./-]+))?"
 )
-SAMPLE_BYTES = 4096  # of each end of a tensor, for fingerprints
-# How the names of output heads end; a tied head is a second name of the embeddings.
+SAMPLE_BYTES = 4096  # at each end of a tensor, for fingerprints
+# Endings of the names of output heads; a tied head is a second name of the embeddings.
 OUTPUT_HEADS = ("lm_head.weight", "embed_out.weight", "predictions.decoder.weight")
 
 
@@ -75,13 +75,16 @@ class Checkpoint:
     folder: Path
     shards: tuple[Shard, ...]
     config: Mapping[str, Any]
-    snapshot: InputSnapshot = field(default_factory=InputSnapshot, repr=False, compare=False)  # before they were read
+    snapshot: InputSnapshot = field(
+        default_factory=InputSnapshot, repr=False, compare=False
+    )  # taken before the files were read
     stored: Checkpoint | None = None
     left_out: frozenset[str] = frozenset()  # names of side files that do not belong to this view
-    notes: tuple[str, ...] = ()  # how what is run from the stored checkpoint differs from this view
+    notes: tuple[str, ...] = ()  # differences between this view and the checkpoint as its scheme's library runs it
 
     @cached_property
     def tensors(self) -> Mapping[str, TensorRef]:
+        """Every tensor by name."""
         return {ref.name: ref for shard in self.shards for ref in shard.tensors}
 
     @property
@@ -91,13 +94,14 @@ class Checkpoint:
 
     @property
     def nbytes(self) -> int:
+        """Bytes of all tensors."""
         return sum(ref.nbytes for ref in self.tensors.values())
 
     @property
     def side_files(self) -> tuple[Path, ...]:
-        """Everything beside the weights, relative to the folder: config, tokenizer, templates, remote code.
+        """All files except the weights, relative to the folder: config, tokenizer, templates, remote code.
 
-        Raises InputError with every link that leads out of the folder: an output would hold a copy of its target.
+        Raises InputError with every link that leads out of the folder, since an output would hold a copy of its target.
         """
         files, problems = [], []
         for path in sorted(self.folder.rglob("*")):
@@ -107,7 +111,7 @@ class Checkpoint:
             if path.is_file() and not hidden and not left_out and not path.name.endswith(WEIGHT_SUFFIXES):
                 require_utf8(path)
                 if leads_outside(self.folder, path):
-                    hint = "put the file itself there, or remove the link: outputs hold copies of these files"
+                    hint = "replace the link by the file, or remove it: outputs hold copies of these files"
                     problems.append(Problem(f"{path}: is a link out of its folder", got=str(path.resolve()), hint=hint))
                 files.append(relative)
         raise_all(problems)
@@ -125,8 +129,8 @@ class Checkpoint:
     def state(self) -> str:
         """Return the sha256 over the states of the weights files (`file_state`): it changes with every write to them.
 
-        The fingerprint is the same wherever a base lies, and does not see an edit in the middle of a tensor; this
-        is another one for every copy, but in the hub's cache.
+        The fingerprint is equal for every copy of a base, but does not change with an edit in the middle of a tensor.
+        The state differs between copies, except in the hub's cache.
         """
         return hashlib.sha256("\0".join(f"{file.name}\0{file_state(file)}" for file in self.files).encode()).hexdigest()
 
@@ -134,8 +138,7 @@ class Checkpoint:
     def fingerprint(self) -> str:
         """Return the sha256 over every tensor's name, dtype, shape and first and last 4 KiB, whatever the sharding.
 
-        It tells one base from another in milliseconds; it is not a proof of integrity (the manifest's
-        file hashes are).
+        It distinguishes bases in milliseconds. It does not prove integrity; the hashes of files in the manifest do.
         """
         if self.stored is not None:
             return self.stored.fingerprint
@@ -148,9 +151,9 @@ class Checkpoint:
 
 
 def file_state(file: Path) -> str:
-    """Return what changes with every write to `file`: its hash in the hub's cache, else inode, size and times.
+    """Return a text that changes with every write to `file`: its hash in the hub's cache, else inode, size and times.
 
-    A program can set the time of the last write back, but not that of the last change (ctime).
+    A program can set back the time of the last write, but not that of the last change (ctime).
     """
     target = file.resolve()
     if target.parent.name == "blobs" and HUB_HASH.fullmatch(target.name):
@@ -175,7 +178,7 @@ def read_json(file: Path) -> dict[str, Any]:
     try:
         text = file.read_text("utf-8")
         content = json.loads(text)
-        if "\\ud" in text.lower():  # half a character can be read, but never written again
+        if "\\ud" in text.lower():  # a lone surrogate can be read, but not written
             json.dumps(content, ensure_ascii=False).encode("utf-8")
     except OSError as error:
         raise FileFormatError(f"{file}: {error.strerror or error}") from error
@@ -193,16 +196,16 @@ def plain_name(name: object, source: Path) -> str:
             f"{source}: names a file outside its folder",
             expected="a plain file name",
             got=repr(name),
-            hint="do not use this folder: a well-made index never does that",
+            hint="do not use this folder: it may be malicious",
         )
     return name
 
 
 def resolve(name: str | Path) -> Path:
-    """Return a local folder, or download what is read of a hub id to the hub's cache.
+    """Return a local folder, or the folder in the hub's cache with the downloaded files of a hub id.
 
     A hub id is org/model, org/model@revision, org/model/folder for a folder of it, or a single name such as gpt2.
-    Raises InputError when there is neither, with the nearest path where there is one.
+    Raises InputError where neither exists, with a similar path as hint.
     """
     path = Path(name)
     require_utf8(path)
@@ -251,12 +254,13 @@ def open_checkpoint(folder: str | Path) -> Checkpoint:
 
 
 def _read_headers(folder: Path) -> Checkpoint:
+    """Read config, index and headers of a local folder. Raises InputError or FileFormatError with every problem."""
     for candidate in CANDIDATES:
         if (folder / candidate).is_file():
             break
     else:
         raise InputError(
-            f"{folder}: no model weights here",
+            f"{folder}: holds no model weights",
             expected=" or ".join(CANDIDATES),
             got=", ".join(sorted(path.name for path in folder.iterdir())[:12]) or "an empty folder",
         )
@@ -279,7 +283,7 @@ def _read_headers(folder: Path) -> Checkpoint:
         raise FileFormatError(f"{index_file}: has no weight_map")
     names = list(dict.fromkeys(plain_name(name, index_file) for name in weight_map.values()))
     problems = [
-        Problem(f"{index_file}: names a shard that is not there", got=name)
+        Problem(f"{index_file}: names a shard that does not exist", got=name)
         for name in names
         if not (folder / name).is_file()
     ]
@@ -290,14 +294,18 @@ def _read_headers(folder: Path) -> Checkpoint:
     placed = {ref.name: shard.file.name for shard in shards for ref in shard.tensors}
     for name, shard_name in weight_map.items():
         if placed.get(name) != shard_name:
-            got = f"in {placed[name]}" if name in placed else "nowhere"
-            problems.append(Problem(f"{index_file}: tensor {name!r} is not where the index says", shard_name, got))
+            got = f"in {placed[name]}" if name in placed else "in no shard"
+            problems.append(
+                Problem(f"{index_file}: tensor {name!r} is not in the shard that the index names", shard_name, got)
+            )
     count = sum(len(shard.tensors) for shard in shards)
     if count != len(placed):
-        problems.append(Problem(f"{index_file}: some tensors stand in two shards"))
+        problems.append(Problem(f"{index_file}: some tensors are in two shards"))
     extra = sorted(set(placed) - set(weight_map))
     if extra:
-        problems.append(Problem(f"{index_file}: tensors that the index does not name", got=", ".join(extra[:5])))
+        problems.append(
+            Problem(f"{index_file}: the shards hold tensors that the index does not name", got=", ".join(extra[:5]))
+        )
     raise_all(problems, FileFormatError)
     return Checkpoint(folder, shards, config, snapshot)
 

@@ -17,7 +17,7 @@ ReadBytes: TypeAlias = "Callable[[TensorRef, int, int], Tensor]"  # bytes first 
 
 
 class RowSource(Protocol):
-    """What computes the rows of a tensor from stored bytes."""
+    """Source that computes the rows of a tensor from stored bytes."""
 
     def rows(self, read: ReadBytes, first: int, count: int) -> Tensor:
         """Return rows first .. first + count of the tensor's 2-D view, (count, shape[-1]) in the tensor's dtype."""
@@ -27,9 +27,9 @@ class RowSource(Protocol):
 class ComputedRef(TensorRef):
     """A tensor that no file holds. Its dtype and shape are those of the values that `source` computes.
 
-    `start` and `stop` are bytes of the dense tensor, not of a file: some of its rows are a ComputedRef with another
-    shape, start and stop, as they are of a stored tensor. `file` is the one that holds most of what it is computed
-    from. Only `read_tensor` and `Sources.read` may read it.
+    `start` and `stop` are bytes of the dense tensor, not of a file. A ComputedRef with another shape, start and stop
+    describes some of its rows, as a TensorRef does for a stored tensor. `file` is the file with most of the bytes that
+    it is computed from. Only `read_tensor` and `Sources.read` may read it.
     """
 
     source: RowSource = field(compare=False, repr=False)
@@ -45,7 +45,7 @@ class ComputedRef(TensorRef):
         first: int,
         buffer: Tensor,  # (n,) uint8
     ) -> None:
-        """Fill `buffer` with the tensor's bytes from byte `first`; rows that it cuts are computed whole."""
+        """Fill `buffer` with the tensor's bytes from byte `first`; rows that it holds in part are computed in full."""
         if not buffer.numel():
             return
         row_bytes = self.shape[-1] * ITEM_BYTES[self.dtype]

@@ -1,7 +1,7 @@
 """Reader of GGUF headers: magic, metadata (key, type, value), tensor infos, then the tensors' blocks.
 
-Nothing here imports torch, numpy or the gguf package, or reads a weight. A header is checked before it is believed:
-counts and lengths inside the file, types known, rows of whole blocks, byte ranges inside the file and apart.
+Nothing here imports torch, numpy or the gguf package, or reads a weight. A header is checked before it is used:
+counts and lengths are inside the file, types are known, rows consist of whole blocks, and byte ranges do not overlap.
 Format: ggml-org/ggml, docs/gguf.md; block sizes: gguf.constants.GGML_QUANT_SIZES.
 """
 
@@ -42,7 +42,7 @@ STRING, ARRAY = 8, 9
 
 @dataclass(frozen=True)
 class GgufTensor:
-    """The place of one tensor: blocks in bytes start .. stop of the file, row-major, little-endian."""
+    """Location of one tensor: blocks in bytes start .. stop of the file, row-major, little-endian."""
 
     name: str
     type: str  # "F32", "Q8_0", ...
@@ -53,7 +53,7 @@ class GgufTensor:
 
 @dataclass(frozen=True)
 class GgufHeader:
-    """One GGUF file: its metadata and tensors. An array of strings (a vocabulary) is kept as its length."""
+    """Metadata and tensors of one GGUF file. An array of strings (a vocabulary) is represented by its length."""
 
     file: Path
     metadata: Mapping[str, Any]
@@ -61,13 +61,13 @@ class GgufHeader:
 
     @property
     def architecture(self) -> str:
-        """general.architecture; "" where the file does not state it."""
+        """The value of general.architecture; "" where the file does not state it."""
         value = self.metadata.get("general.architecture")
         return value if isinstance(value, str) else ""
 
 
 def stored_tensor(tensor: GgufTensor, file: Path) -> TensorRef:
-    """Return the tensor's bytes, (rows, bytes of a row) uint8."""
+    """Return a reference to the tensor's bytes, (rows, bytes of a row) uint8."""
     rows = math.prod(tensor.shape[:-1])
     shape = (rows, (tensor.stop - tensor.start) // rows) if rows else (0, 0)
     return TensorRef(tensor.name, file, "U8", shape, tensor.start, tensor.stop)
@@ -76,52 +76,55 @@ def stored_tensor(tensor: GgufTensor, file: Path) -> TensorRef:
 def read_gguf_header(file: Path) -> GgufHeader:
     """Read and check the header of `file`.
 
-    Raises FileFormatError for what is malformed or inconsistent, UnsupportedError for another version or byte order
+    Raises FileFormatError for a malformed or inconsistent header, UnsupportedError for another version or byte order
     and for a type of tensor that the gguf package cannot dequantise.
     """
     with reading(file), file.open("rb") as stream:
         if stream.read(4) != MAGIC:
             raise FileFormatError(f"{file}: not a GGUF file", expected="the bytes GGUF at its start")
         with mmap.mmap(stream.fileno(), 0, access=mmap.ACCESS_READ) as content:
-            return _Parser(file, content).header()
+            return _Parser(file, content).read_header()
 
 
 class _Parser:
-    """Position in the bytes of a header."""
+    """Parser of a header: its bytes and the current position."""
 
     def __init__(self, file: Path, content: mmap.mmap) -> None:
         self.file, self.content, self.size, self.position = file, content, len(content), 4
 
-    def lie(self, cause: str, *, expected: str | None = None, got: str | None = None) -> NoReturn:
-        hint = "the file is truncated or damaged: fetch it again"
+    def fail(self, cause: str, *, expected: str | None = None, got: str | None = None) -> NoReturn:
+        """Raise FileFormatError."""
+        hint = "the file is truncated or damaged: download it again"
         raise FileFormatError(f"{self.file}: {cause}", expected=expected, got=got, hint=hint)
 
-    def need(self, nbytes: int) -> int:
-        """Return the position of the next `nbytes` bytes and step over them."""
+    def skip(self, nbytes: int) -> int:
+        """Advance by `nbytes` bytes; return the position before. Raises FileFormatError beyond the end of the file."""
         start = self.position
         if nbytes > self.size - start:
-            self.lie("the header does not end inside the file", got=f"{nbytes} bytes at byte {start} of {self.size}")
+            self.fail("the header does not end inside the file", got=f"{nbytes} bytes at byte {start} of {self.size}")
         self.position += nbytes
         return start
 
-    def numbers(self, format: str) -> tuple[Any, ...]:
-        return struct.unpack_from(f"<{format}", self.content, self.need(struct.calcsize(f"<{format}")))
+    def read_numbers(self, format: str) -> tuple[Any, ...]:
+        """Read little-endian numbers by a struct format."""
+        return struct.unpack_from(f"<{format}", self.content, self.skip(struct.calcsize(f"<{format}")))
 
-    def number(self, format: str) -> Any:
-        return self.numbers(format)[0]
+    def read_number(self, format: str) -> Any:
+        return self.read_numbers(format)[0]
 
-    def string(self, limit: int | None = None) -> str:
-        length = self.number("Q")
+    def read_string(self, limit: int | None = None) -> str:
+        length = self.read_number("Q")
         if limit is not None and length > limit:
-            self.lie("a name is too long", expected=f"at most {limit} bytes", got=str(length))
-        start = self.need(length)
+            self.fail("a name is too long", expected=f"at most {limit} bytes", got=str(length))
+        start = self.skip(length)
         try:
             return self.content[start : self.position].decode("utf-8")
         except UnicodeDecodeError as error:
-            self.lie(f"a string at byte {start} is not UTF-8 ({error.reason})")
+            self.fail(f"a string at byte {start} is not UTF-8 ({error.reason})")
 
-    def header(self) -> GgufHeader:
-        version, count, keys = self.numbers("IQQ")
+    def read_header(self) -> GgufHeader:
+        """Read and check the whole header."""
+        version, count, keys = self.read_numbers("IQQ")
         if version not in VERSIONS:
             swapped = int.from_bytes(version.to_bytes(4, "little"), "big") in VERSIONS
             raise UnsupportedError(
@@ -131,48 +134,51 @@ class _Parser:
             )
         metadata: dict[str, Any] = {}
         for _ in range(keys):
-            key = self.string(MAX_NAME_BYTES)
+            key = self.read_string(MAX_NAME_BYTES)
             if key in metadata:
-                self.lie(f"the key {key!r:.200} occurs twice")
-            metadata[key] = self.value(self.number("I"), key)
-        infos = [self.info() for _ in range(count)]
+                self.fail(f"the key {key!r:.200} occurs twice")
+            metadata[key] = self.read_value(self.read_number("I"), key)
+        infos = [self.read_info() for _ in range(count)]
         alignment = metadata.get("general.alignment", DEFAULT_ALIGNMENT)
         if not isinstance(alignment, int) or alignment <= 0 or alignment & (alignment - 1):
-            self.lie("general.alignment is wrong", expected="a power of two", got=f"{alignment!r:.100}")
+            self.fail("general.alignment is wrong", expected="a power of two", got=f"{alignment!r:.100}")
         data = -(-self.position // alignment) * alignment
-        tensors = [self.place(*info, data, alignment) for info in infos]
+        tensors = [self.locate(*info, data, alignment) for info in infos]
         self.check_places(tensors)
         return GgufHeader(self.file, metadata, tuple(tensors))
 
-    def value(self, kind: int, key: str) -> Any:
+    def read_value(self, kind: int, key: str) -> Any:
+        """Read a metadata value of type `kind`."""
         if kind in SCALARS:
-            return self.number(SCALARS[kind])
+            return self.read_number(SCALARS[kind])
         if kind == STRING:
-            return self.string()
+            return self.read_string()
         if kind != ARRAY:
-            self.lie(f"the key {key!r:.200} has an unknown type", got=str(kind))
-        element, count = self.numbers("IQ")
+            self.fail(f"the key {key!r:.200} has an unknown type", got=str(kind))
+        element, count = self.read_numbers("IQ")
         if element in SCALARS:
             width = struct.calcsize(SCALARS[element])
-            start = self.need(count * width)
+            start = self.skip(count * width)
             return list(struct.unpack_from(f"<{count}{SCALARS[element]}", self.content, start))
         if element != STRING:
-            self.lie(f"the key {key!r:.200} is an array of an unknown type", got=str(element))
+            self.fail(f"the key {key!r:.200} is an array of an unknown type", got=str(element))
         for _ in range(count):
-            self.need(self.number("Q"))
+            self.skip(self.read_number("Q"))
         return count
 
-    def info(self) -> tuple[str, tuple[int, ...], int, int]:
-        """Return name, shape, number of the type, and offset in the data."""
-        name = self.string(MAX_NAME_BYTES)
-        dimensions = self.number("I")
+    def read_info(self) -> tuple[str, tuple[int, ...], int, int]:
+        """Read a tensor's name, shape, number of the type, and offset in the data."""
+        name = self.read_string(MAX_NAME_BYTES)
+        dimensions = self.read_number("I")
         if dimensions > MAX_DIMENSIONS:
-            self.lie(f"tensor {name!r} has an impossible shape", got=f"{dimensions} dimensions")
-        shape = self.numbers(f"{dimensions}Q")
-        kind, offset = self.numbers("IQ")
+            self.fail(f"tensor {name!r} has an impossible shape", got=f"{dimensions} dimensions")
+        shape = self.read_numbers(f"{dimensions}Q")
+        kind, offset = self.read_numbers("IQ")
         return name, tuple(reversed(shape)), kind, offset
 
-    def place(self, name: str, shape: tuple[int, ...], kind: int, offset: int, data: int, alignment: int) -> GgufTensor:
+    def locate(
+        self, name: str, shape: tuple[int, ...], kind: int, offset: int, data: int, alignment: int
+    ) -> GgufTensor:
         if kind not in TYPES:
             raise UnsupportedError(
                 f"{self.file}: tensor {name!r} has a type that cannot be dequantised",
@@ -182,14 +188,18 @@ class _Parser:
         type, block, block_bytes = TYPES[kind]
         count = math.prod(shape)
         if count > MAX_SIZE:
-            self.lie(f"tensor {name!r} has an impossible shape", got=str(shape))
+            self.fail(f"tensor {name!r} has an impossible shape", got=str(shape))
         if block > 1 and (not shape or shape[-1] % block):
-            self.lie(f"tensor {name!r}: its rows are no whole blocks", expected=f"multiples of {block}", got=str(shape))
+            self.fail(
+                f"tensor {name!r}: its rows do not consist of whole blocks",
+                expected=f"multiples of {block}",
+                got=str(shape),
+            )
         if offset % alignment:
-            self.lie(f"tensor {name!r} is not aligned", expected=f"a multiple of {alignment}", got=str(offset))
+            self.fail(f"tensor {name!r} is not aligned", expected=f"a multiple of {alignment}", got=str(offset))
         start, nbytes = data + offset, count // block * block_bytes
         if start + nbytes > self.size:
-            self.lie(
+            self.fail(
                 f"tensor {name!r} does not end inside the file",
                 expected=f"at least {start + nbytes} bytes",
                 got=f"{self.size} bytes",
@@ -197,13 +207,13 @@ class _Parser:
         return GgufTensor(name, type, shape, start, start + nbytes)
 
     def check_places(self, tensors: list[GgufTensor]) -> None:
-        """Refuse two tensors of one name, and tensors that share bytes."""
+        """Raise FileFormatError for two tensors of one name, and for tensors that share bytes."""
         names: set[str] = set()
         position = 0
         for tensor in sorted(tensors, key=lambda tensor: (tensor.start, tensor.stop)):
             if tensor.name in names:
-                self.lie(f"the tensor {tensor.name!r} occurs twice")
+                self.fail(f"the tensor {tensor.name!r} occurs twice")
             if tensor.start < position:
-                self.lie(f"tensor {tensor.name!r} overlaps another one")
+                self.fail(f"tensor {tensor.name!r} overlaps another one")
             names.add(tensor.name)
             position = tensor.stop

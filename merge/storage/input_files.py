@@ -40,9 +40,9 @@ class Sources:
                     fd = self._fds[ref.file] = os.open(ref.file, os.O_RDONLY)
                     os.posix_fadvise(fd, 0, 0, os.POSIX_FADV_SEQUENTIAL)
             pread_into(fd, buffer.numpy().data, ref.start + first, str(ref.file))
-        except OSError as error:  # not to be taken for a failure of the output's disk
+        except OSError as error:  # named as an input, so that it is not taken for an error of the output's disk
             raise FileFormatError(
-                f"{ref.file}: cannot be read ({error.strerror or error})", hint="its disk fails, or it was moved"
+                f"{ref.file}: cannot be read ({error.strerror or error})", hint="the file was moved, or its disk fails"
             ) from error
 
     def read_bytes(self, ref: TensorRef, first: int, stop: int) -> Tensor:

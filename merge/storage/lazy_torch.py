@@ -1,7 +1,7 @@
-"""A proxy of torch that imports it on first use: reading headers and configs (`inspect`) does not need it.
+"""Proxy of torch that imports it on first use, so that reading headers and configs (`inspect`) does not import torch.
 
-A bare `import torch` costs more than a second. Modules that only describe files use `from .lazy_torch import torch`;
-those that compute import torch itself.
+A bare `import torch` takes more than a second. Modules that only describe files use `from .lazy_torch import torch`;
+modules that compute import torch itself.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
-"""Interpreter of the pickle in a torch.save file: names, dtypes, shapes and places of tensors, without running code.
+"""Interpreter of the pickle in a torch.save file: names, dtypes, shapes and locations of tensors, without running code.
 
 A pickle is a program for a stack machine. This machine knows the opcodes that torch.save emits (protocol 2; Python's
-Lib/pickletools.py describes them), and refuses every other one. Dictionary keys are strings and numbers only, and
+Lib/pickletools.py describes them), and refuses all others. Dictionary keys are strings and numbers only, and
 there are no sets, since hashing a deeply nested tuple overflows the interpreter's C stack. The memo is a dictionary,
 so that an index of 2^32 - 1 costs nothing.
 """
@@ -37,9 +37,9 @@ MAX_NAME_BYTES = 256
 def read_pickle_table(data: bytes) -> tuple[Any, Collection[PickledStorage]]:
     """Return the content that the pickle `data` describes, and every storage that it names, used or not.
 
-    What it describes is made of dict, list, tuple, str, numbers, bytes, None, PickledTensor and opaque values.
+    The content consists of dict, list, tuple, str, numbers, bytes, None, PickledTensor and opaque values.
 
-    Raises DamagedPickle, ForbiddenPickle or UnsupportedPickle and nothing else, after at most MAX_OPCODES steps.
+    Raises only DamagedPickle, ForbiddenPickle or UnsupportedPickle, after at most MAX_OPCODES steps.
     """
     machine = _Machine(data)
     try:
@@ -70,7 +70,7 @@ class _Machine:
             self.position += 1
             if opcode == ord("."):  # STOP
                 if self.marked or len(self.stack) != 1 or self.position != len(self.data):
-                    raise DamagedPickle("it does not end with its one value")
+                    raise DamagedPickle("it does not end with exactly one value")
                 return self.stack[0]
             action = _ACTIONS.get(opcode)
             if action is None:
@@ -92,9 +92,6 @@ class _Machine:
     def pop_mark(self) -> list[Any]:
         items, self.stack = self.stack, self.marked.pop()
         return items
-
-
-# -- opcodes ---------------------------------------------------------------------------------------------
 
 
 def _mark(machine: _Machine) -> None:

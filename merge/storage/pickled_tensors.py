@@ -1,7 +1,7 @@
-"""Allow list of what a torch.save pickle may name: storages, tensors and the functions that rebuild them.
+"""Allow list of the names in a torch.save pickle: storages, tensors and the functions that rebuild them.
 
-Nothing is imported and no object of another class is made: each function on the list has a description here that takes
-the pickle's arguments, checks them and returns a table entry (torch/_utils.py: _rebuild_tensor_v2, _rebuild_parameter,
+Nothing is imported and no object of another class is created: each function on the list has a counterpart here that
+checks the pickle's arguments and returns a table entry (torch/_utils.py: _rebuild_tensor_v2, _rebuild_parameter,
 ...; torch/serialization.py: persistent ids). Nothing here imports torch.
 """
 
@@ -119,7 +119,7 @@ def is_size(value: object) -> bool:
     return type(value) is int and 0 <= value < 2**63
 
 
-def _sizes(value: object) -> tuple[int, ...]:
+def _check_sizes(value: object) -> tuple[int, ...]:
     if type(value) is not tuple or len(value) > MAX_DIMENSIONS or not all(is_size(size) for size in value):
         raise DamagedPickle(f"a shape or stride that is not up to {MAX_DIMENSIONS} sizes")
     return value
@@ -127,7 +127,7 @@ def _sizes(value: object) -> tuple[int, ...]:
 
 def _view(storage: object, dtype: str, offset: object, shape: object, strides: object) -> PickledTensor:
     """Return a view after checking that it lies inside its storage; shape () is a scalar."""
-    sizes, steps = _sizes(shape), _sizes(strides)
+    sizes, steps = _check_sizes(shape), _check_sizes(strides)
     if type(storage) is not PickledStorage or type(offset) is not int or offset < 0 or len(sizes) != len(steps):
         raise DamagedPickle("a tensor without storage, offset, shape and strides")
     tensor = PickledTensor(storage, dtype, offset, sizes, steps)
@@ -162,7 +162,7 @@ def _rebuild_tensor_v2(
     storage: Any, offset: object, shape: object, strides: object, grad: object, hooks: object, metadata: object = None
 ) -> PickledTensor:
     _check_plain(grad, hooks, metadata)
-    return _checked_grad(_rebuild_tensor(storage, offset, shape, strides), grad)
+    return _check_grad(_rebuild_tensor(storage, offset, shape, strides), grad)
 
 
 def _rebuild_tensor_v3(
@@ -184,7 +184,7 @@ def _rebuild_tensor_v3(
     return _view(storage, TENSOR_DTYPES[dtype.name], offset, shape, strides)
 
 
-def _checked_grad(tensor: PickledTensor, grad: object) -> PickledTensor:
+def _check_grad(tensor: PickledTensor, grad: object) -> PickledTensor:
     if grad and not tensor.dtype.startswith(("F", "BF", "C")):  # torch.load fails on it
         raise DamagedPickle(f"a tensor of {tensor.dtype} that requires grad")
     return tensor
@@ -195,7 +195,7 @@ def _rebuild_parameter(tensor: object, grad: object, hooks: object, state: objec
     if type(tensor) is not PickledTensor:
         raise DamagedPickle("a parameter without a tensor")
     _check_plain(grad, hooks, None)
-    return _checked_grad(tensor, grad)
+    return _check_grad(tensor, grad)
 
 
 def _rebuild_with_attributes(function: Any, kind: Any, arguments: Any, state: object) -> PickledTensor:
@@ -232,7 +232,7 @@ FUNCTIONS: dict[str, Callable[..., Any]] = {
     "torch._utils._rebuild_parameter": _rebuild_parameter,
     "torch._utils._rebuild_parameter_with_state": _rebuild_parameter,
     "torch._tensor._rebuild_from_type_v2": _rebuild_with_attributes,
-    # Values beside the tensors: of training, of an optimizer. A pickle of protocol 2 says __builtin__ for builtins.
+    # Values other than tensors, of training or an optimizer. In a pickle of protocol 2, builtins is __builtin__.
     "torch.Size": _opaque("torch.Size"),
     "torch.device": _device,
     "collections.Counter": _opaque("Counter"),

@@ -1,8 +1,8 @@
 """Reader and writer of safetensors headers: 8 bytes length, a JSON header, then the tensors' bytes.
 
-Nothing here imports torch or reads a weight. A header is checked before it is believed: lengths inside the
-file, dtypes known, shapes and byte ranges in agreement, no overlap, no hole, no duplicate name
-(format: the safetensors repository's README, "Format").
+Nothing here imports torch or reads a weight. A header is checked before it is used: lengths are inside the
+file, dtypes are known, byte ranges agree with shapes, do not overlap and leave no gap, and names are unique (format:
+the README of the safetensors repository, "Format").
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ ALIGNMENT = 8
 
 @dataclass(frozen=True)
 class TensorRef:
-    """The place of one tensor in a file: bytes start .. stop of `file`, row-major, little-endian."""
+    """Location of one tensor: bytes start .. stop of `file`, row-major, little-endian."""
 
     name: str
     file: Path
@@ -71,7 +71,7 @@ class Header:
     data_start: int
 
 
-def _no_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+def _refuse_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     result: dict[str, Any] = {}
     for key, value in pairs:
         if key in result:
@@ -80,11 +80,11 @@ def _no_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     return result
 
 
-def _no_constant(text: str) -> Any:
+def _refuse_constant(text: str) -> Any:
     raise ValueError(f"{text} is not JSON")
 
 
-def _plain_integer(text: str) -> int:
+def _parse_integer(text: str) -> int:
     """Parse an integer as Python does, but refuse -0 and integers that are too long to be a size."""
     if text.startswith("-") or len(text) > 20:
         raise ValueError(f"the number {text[:24]} is not a size")
@@ -95,7 +95,7 @@ def _is_size(value: object) -> bool:
     return isinstance(value, int) and not isinstance(value, bool) and 0 <= value <= MAX_SIZE
 
 
-def _shortened(value: object) -> str:
+def _shorten(value: object) -> str:
     """Return a value shortened for an error message: a header may hold 100 MB."""
     if isinstance(value, list) and len(value) > MAX_DIMENSIONS:
         return f"{len(value)} entries"
@@ -106,8 +106,8 @@ def _shortened(value: object) -> str:
 def read_header(file: Path) -> Header:
     """Read and check the header of `file`. Raises FileFormatError for any malformed or inconsistent entry."""
 
-    def lie(cause: str, *, expected: str | None = None, got: str | None = None) -> NoReturn:
-        hint = "the file is truncated or damaged: fetch it again"
+    def fail(cause: str, *, expected: str | None = None, got: str | None = None) -> NoReturn:
+        hint = "the file is truncated or damaged: download it again"
         raise FileFormatError(f"{file}: {cause}", expected=expected, got=got, hint=hint)
 
     try:
@@ -115,10 +115,10 @@ def read_header(file: Path) -> Header:
             size = os.fstat(stream.fileno()).st_size
             prefix = stream.read(8)
             if len(prefix) < 8:
-                lie("not a safetensors file", expected="at least 8 bytes", got=f"{len(prefix)} bytes")
+                fail("not a safetensors file", expected="at least 8 bytes", got=f"{len(prefix)} bytes")
             length = int.from_bytes(prefix, "little")
             if length > MAX_HEADER_BYTES or 8 + length > size:
-                lie(
+                fail(
                     "the header's length is wrong",
                     expected=f"at most {size - 8} bytes",
                     got=f"{length} bytes",
@@ -128,45 +128,45 @@ def read_header(file: Path) -> Header:
         raise FileFormatError(f"{file}: {error.strerror or error}") from error
     try:
         if not text.startswith(b"{"):
-            lie("the header does not begin with {")
+            fail("the header does not begin with {")
         content = json.loads(
             text.decode("utf-8"),
-            object_pairs_hook=_no_duplicates,
-            parse_constant=_no_constant,
-            parse_int=_plain_integer,
+            object_pairs_hook=_refuse_duplicates,
+            parse_constant=_refuse_constant,
+            parse_int=_parse_integer,
         )
         if b"\\ud" in text.lower():  # half a surrogate pair can be read but not written
             json.dumps(content, ensure_ascii=False).encode("utf-8")
     except (ValueError, RecursionError) as error:
-        lie(f"the header is not valid JSON ({_shortened(error)})")
+        fail(f"the header is not valid JSON ({_shorten(error)})")
     metadata = content.pop("__metadata__", None)
     metadata = {} if metadata is None else metadata
     if not isinstance(metadata, dict) or not all(isinstance(value, str) for value in metadata.values()):
-        lie("__metadata__ is not a map of strings")
+        fail("__metadata__ is not a map of strings")
 
     data_start = 8 + length
     tensors = []
     for name, entry in content.items():
         if not isinstance(entry, dict) or entry.keys() != ENTRY_KEYS:
-            lie(f"tensor {name!r} has not exactly dtype, shape and data_offsets", got=_shortened(entry))
+            fail(f"tensor {name!r} must have exactly the keys dtype, shape and data_offsets", got=_shorten(entry))
         dtype, shape, offsets = entry["dtype"], entry["shape"], entry["data_offsets"]
         if not isinstance(dtype, str) or dtype not in ITEM_BYTES:
-            lie(f"tensor {name!r} has an unknown dtype", expected=", ".join(ITEM_BYTES), got=_shortened(dtype))
+            fail(f"tensor {name!r} has an unknown dtype", expected=", ".join(ITEM_BYTES), got=_shorten(dtype))
         if not isinstance(shape, list) or len(shape) > MAX_DIMENSIONS or not all(map(_is_size, shape)):
-            lie(
+            fail(
                 f"tensor {name!r} has an impossible shape",
                 expected=f"up to {MAX_DIMENSIONS} sizes below 2^63",
-                got=_shortened(shape),
+                got=_shorten(shape),
             )
         if not isinstance(offsets, list) or len(offsets) != 2 or not all(_is_size(offset) for offset in offsets):
-            lie(f"tensor {name!r} has impossible offsets", got=_shortened(offsets))
+            fail(f"tensor {name!r} has impossible offsets", got=_shorten(offsets))
         need = ITEM_BYTES[dtype]
         for count in shape:  # in this order: safetensors also refuses a shape that overflows before a size 0
             need *= count
             if need > MAX_SIZE:
-                lie(f"tensor {name!r} has an impossible shape", expected="below 2^63 bytes", got=_shortened(shape))
+                fail(f"tensor {name!r} has an impossible shape", expected="below 2^63 bytes", got=_shorten(shape))
         if offsets[1] - offsets[0] != need:
-            lie(
+            fail(
                 f"tensor {name!r}: its byte range does not hold its shape",
                 expected=f"{need} bytes for {dtype} {shape}",
                 got=f"{offsets[1] - offsets[0]} bytes",
@@ -176,17 +176,17 @@ def read_header(file: Path) -> Header:
     position = data_start
     for ref in tensors:
         if ref.start != position:
-            lie(f"tensor {ref.name!r} overlaps another one or leaves a hole before it")
+            fail(f"tensor {ref.name!r} overlaps another tensor, or there is a gap before it")
         position = ref.stop
     if position != size:
-        lie("the file's length is wrong", expected=f"{position} bytes", got=f"{size} bytes")
+        fail("the file's length is wrong", expected=f"{position} bytes", got=f"{size} bytes")
     return Header(file, tuple(tensors), metadata, data_start)
 
 
 def layout(
     file: Path, tensors: Iterable[tuple[str, str, tuple[int, ...]]], metadata: Mapping[str, str] | None = None
 ) -> tuple[bytes, tuple[TensorRef, ...]]:
-    """Return the header's bytes and the places of `tensors` (name, dtype, shape) for a new file, in their order."""
+    """Return the header's bytes and the locations of `tensors` (name, dtype, shape) for a new file, in their order."""
     entries: dict[str, Any] = {}
     if metadata:
         entries["__metadata__"] = dict(metadata)

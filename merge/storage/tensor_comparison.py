@@ -27,17 +27,17 @@ def same_values(first: TensorRef, second: TensorRef) -> bool:
 def same_but_for_rounding(first: TensorRef, second: TensorRef) -> bool:
     """Return True for equal bytes, and for two float dtypes of which one holds the rounded values of the other.
 
-    float16 and bfloat16 do not hold each other's values: there both may be roundings of a third tensor.
+    Neither of float16 and bfloat16 holds all values of the other: both tensors may be roundings of a third one.
     """
     if first.dtype == second.dtype or first.shape != second.shape:
         return same_bytes(first, second)
     if not {first.dtype, second.dtype} <= set(FLOAT_DTYPES):
         return False
-    one, two = read_tensor(first), read_tensor(second)
+    first_values, second_values = read_tensor(first), read_tensor(second)
     if {first.dtype, second.dtype} == {"F16", "BF16"}:
-        eps = torch.finfo(one.dtype).eps + torch.finfo(two.dtype).eps
-        return torch.allclose(one.float(), two.float(), rtol=eps, atol=1e-7)
-    wide, narrow = (one, two) if one.dtype.itemsize > two.dtype.itemsize else (two, one)
+        eps = torch.finfo(first_values.dtype).eps + torch.finfo(second_values.dtype).eps
+        return torch.allclose(first_values.float(), second_values.float(), rtol=eps, atol=1e-7)
+    wide, narrow = sorted((first_values, second_values), key=lambda values: -values.dtype.itemsize)
     return torch.equal(wide.to(narrow.dtype), narrow)
 
 

@@ -48,7 +48,7 @@ SAFETENSORS_DTYPES = {"float32": "F32", "float16": "F16", "bfloat16": "BF16"}  #
 
 @cache
 def dtype_names() -> Mapping[torch.dtype, str]:
-    """Return the safetensors name of a torch dtype."""
+    """Return the safetensors names by torch dtype."""
     return {TORCH_DTYPES[name]: name for name in TORCH_NAMES}
 
 
@@ -67,12 +67,12 @@ def pread_into(fd: int, buffer: memoryview, offset: int, what: str) -> None:
 
 
 def read_tensor(ref: TensorRef) -> Tensor:
-    """Read one tensor whole, on the CPU, in its dtype. Raises FileFormatError for a short file."""
+    """Read one tensor in full, on the CPU, in its dtype. Raises FileFormatError for a short file."""
     if ref.dtype not in TORCH_DTYPES:
         raise FileFormatError(f"{ref.file}: torch has no dtype for {ref.dtype} (tensor {ref.name!r})")
     raw = torch.empty(ref.nbytes, dtype=torch.uint8)
     step = ref.nbytes
-    if isinstance(ref, ComputedRef):  # in blocks, so that what a scheme computes beside the rows stays small
+    if isinstance(ref, ComputedRef):  # in blocks, so that the temporaries of a scheme stay small
         step = max(1, COMPUTED_BYTES // max(1, ref.row_bytes)) * ref.row_bytes
     for first in range(0, ref.nbytes, max(1, step)):
         read_into(ref, first, raw[first : first + step])

@@ -1,8 +1,8 @@
-"""Reader of torch.save files without torch and without running code: the places of their tensors.
+"""Reader of torch.save files without torch and without running code: the locations of their tensors.
 
-torch.save stores tensors uncompressed in a zip archive, and their names, shapes and places in a pickle. The pickle is
-read as a table (pickle_machine.py) and every storage is compared with its zip record (torch_zip.py), so that the
-engine streams such a file like a safetensors file. What torch.load(weights_only=True) would read in another way, or
+torch.save stores tensors uncompressed in a zip archive, and their names, shapes and locations in a pickle. The pickle
+is read as a table (pickle_machine.py) and every storage is compared with its zip record (torch_zip.py), so that the
+engine streams such a file like a safetensors file. A file that torch.load(weights_only=True) would read differently, or
 not at all, is refused.
 """
 
@@ -21,7 +21,7 @@ from .safetensors_header import ITEM_BYTES, TensorRef
 from .torch_zip import TorchZip, read_torch_zip
 
 WRAPPERS = ("model_state_dict", "state_dict", "module", "model")
-# Tensors may share a storage (tied weights, views): the limit of their total size relative to the file's.
+# Tensors may share a storage (tied weights, views): limit of their total size relative to that of the file.
 MAX_GROWTH = 16
 ALWAYS_ALLOWED_BYTES = 64 << 20
 
@@ -53,37 +53,41 @@ def read_pickle(file: Path) -> dict[str, TensorRef]:
         raise FileFormatError(
             f"{file}: its pickle cannot be read: {error}",
             expected="a file that torch.save wrote",
-            hint="the file is damaged: fetch it again",
+            hint="the file is damaged: download it again",
         ) from error
     _check_storages(archive, storages)
-    tensors = _state_dict(file, content)
+    tensors = _find_state_dict(file, content)
     _check_growth(file, archive, tensors)
-    return {name: _place(archive, name, tensor) for name, tensor in tensors.items()}
+    return {name: _locate(archive, name, tensor) for name, tensor in tensors.items()}
 
 
-def _state_dict(file: Path, content: Any) -> Mapping[str, PickledTensor]:
+def _find_state_dict(file: Path, content: Any) -> Mapping[str, PickledTensor]:
+    """Return the tensors by name. Raises FileFormatError where the file is no single flat state dict of tensors."""
     if not isinstance(content, Mapping):
         raise FileFormatError(f"{file}: not a state dict", got=type(content).__name__)
     inner = {key: content[key] for key in WRAPPERS if _holds_tensors(content.get(key))}
     if len(inner) > 1:
         raise FileFormatError(
-            f"{file}: holds several state dicts", expected="one of them", got=", ".join(inner), hint="save one alone"
+            f"{file}: holds several state dicts",
+            expected="one of them",
+            got=", ".join(inner),
+            hint="save only one of them",
         )
     if inner:
-        beside = [name for name, value in content.items() if type(value) is PickledTensor and "." in str(name)]
-        if beside:
-            raise _left_out(file, beside, f"one state dict, whole under {next(iter(inner))!r}")
+        outside = [name for name, value in content.items() if type(value) is PickledTensor and "." in str(name)]
+        if outside:
+            raise _outside_error(file, outside, f"one complete state dict under {next(iter(inner))!r}")
         (content,) = inner.values()
     nested = [name for name, value in content.items() if _holds_named_tensors(name, value)]
     if nested:
-        raise _left_out(file, nested, "every tensor by its whole name in one flat dict")
+        raise _outside_error(file, nested, "every tensor by its full name in one flat dict")
     tensors = {name: value for name, value in content.items() if type(value) is PickledTensor}
     if not tensors:
         raise FileFormatError(f"{file}: holds no tensors", got=", ".join(repr(key)[:40] for key in list(content)[:5]))
     unnamed = [name for name in tensors if type(name) is not str]
     if unnamed:
         raise FileFormatError(
-            f"{file}: has tensors under keys that are no names",
+            f"{file}: has tensors under keys that are not strings",
             expected="strings",
             got=repr(unnamed[0]),
             hint="save it again with the tensors' names",
@@ -106,12 +110,12 @@ def _holds_named_tensors(name: object, value: object) -> bool:
     return isinstance(value, list | tuple) and "." in str(name) and any(type(item) is PickledTensor for item in value)
 
 
-def _left_out(file: Path, names: list[Any], expected: str) -> FileFormatError:
+def _outside_error(file: Path, names: list[Any], expected: str) -> FileFormatError:
     return FileFormatError(
-        f"{file}: holds tensors outside its state dict, which would be left out",
+        f"{file}: holds tensors outside its state dict, which would be lost",
         expected=expected,
         got=", ".join(repr(name)[:80] for name in names[:5]),
-        hint="save one flat state dict alone",
+        hint="save only one flat state dict",
     )
 
 
@@ -120,9 +124,10 @@ def _holds_tensors(value: object) -> bool:
 
 
 def _check_growth(file: Path, archive: TorchZip, tensors: Mapping[str, PickledTensor]) -> None:
-    held = sum(record.nbytes for record in archive.records.values())
+    """Raise FileFormatError where the tensors share storages so that they are much larger than the file."""
+    stored = sum(record.nbytes for record in archive.records.values())
     named = sum(tensor.numel * ITEM_BYTES[tensor.dtype] for tensor in tensors.values())
-    limit = max(MAX_GROWTH * held, ALWAYS_ALLOWED_BYTES)
+    limit = max(MAX_GROWTH * stored, ALWAYS_ALLOWED_BYTES)
     if named > limit:
         raise FileFormatError(
             f"{file}: its tensors are much larger than the file, since they share storages",
@@ -133,6 +138,7 @@ def _check_growth(file: Path, archive: TorchZip, tensors: Mapping[str, PickledTe
 
 
 def _check_storages(archive: TorchZip, storages: Iterable[PickledStorage]) -> None:
+    """Raise FileFormatError for a storage whose size differs from that of its record in the archive."""
     for storage in storages:
         record = archive.records.get(f"data/{storage.key}")
         need = storage.numel * ITEM_BYTES[storage.dtype]
@@ -141,11 +147,11 @@ def _check_storages(archive: TorchZip, storages: Iterable[PickledStorage]) -> No
                 f"{archive.file}: storage {storage.key[:40]!r} of its pickle is not the archive's",
                 expected=f"{need} bytes in record data/{storage.key[:40]}",
                 got="no such record" if record is None else f"{record.nbytes} bytes",
-                hint="the file is damaged: fetch it again",
+                hint="the file is damaged: download it again",
             )
 
 
-def _place(archive: TorchZip, name: str, tensor: PickledTensor) -> TensorRef:
+def _locate(archive: TorchZip, name: str, tensor: PickledTensor) -> TensorRef:
     if not tensor.is_contiguous:
         raise FileFormatError(
             f"{archive.file}: tensor {name!r} cannot be read in place",

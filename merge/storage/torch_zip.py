@@ -1,8 +1,8 @@
-"""Reader of the zip archive that torch.save writes: the place of each record's bytes, with all headers checked.
+"""Reader of the zip archive that torch.save writes: the location of each record's bytes, with all headers checked.
 
-    NAME/data.pkl      the pickle: names, shapes and places of the tensors
-    NAME/data/0, 1 ..  one record a storage, its bytes as they were in memory
-    NAME/byteorder     "little" or "big"; missing in files of torch before 2.1, which were little
+    NAME/data.pkl      the pickle: names, shapes and locations of the tensors
+    NAME/data/0, 1 ..  one record per storage, its bytes as they were in memory
+    NAME/byteorder     "little" or "big"; missing in files of torch before 2.1, which are little-endian
     NAME/version       of the format
 
 (torch/serialization.py, `_save`.) Every record is stored, never compressed, so that a tensor is a range of the file.
@@ -37,7 +37,7 @@ CENTRAL_MAGIC = b"PK\x01\x02"
 DESCRIPTOR_MAGIC = b"PK\x07\x08"
 HAS_DESCRIPTOR = 0x08  # flag: sizes and checksum follow the data, and the local header has zeros instead
 ALL_ONES = 0xFFFFFFFF  # a 32-bit field whose value is in the zip64 record instead
-LEFT_OUT = (0xFFFF, ALL_ONES, ALL_ONES)
+IN_ZIP64 = (0xFFFF, ALL_ONES, ALL_ONES)  # count, size and offset whose values are in the zip64 record
 ZIP64_EXTRA = 0x0001
 # The values that torch.save (miniz) and Python's zipfile write into the fields that control reading. Other values may
 # change how a reader treats an entry: bit 4 of the external attributes makes it a folder for torch.
@@ -85,9 +85,9 @@ class TorchZip:
 def read_torch_zip(file: Path, stream: BinaryIO) -> TorchZip:
     """Read the archive in `stream`, which was opened from `file`.
 
-    Raises FileFormatError for what is no zip file of torch.save, and for one that two readers could read differently:
-    records that are compressed, encrypted, there twice or overlapping, bytes between records, local headers that
-    differ from the directory, and header fields with values that neither torch nor Python's zipfile writes.
+    Raises FileFormatError for a file that is no zip file of torch.save, and for one that two readers could read
+    differently: records that are compressed, encrypted, repeated or overlapping, bytes between records, local headers
+    that differ from the directory, and header fields with values that neither torch nor Python's zipfile writes.
     """
     stream.seek(0)
     if stream.read(4) != LOCAL_MAGIC:
@@ -104,7 +104,7 @@ def read_torch_zip(file: Path, stream: BinaryIO) -> TorchZip:
     _check_version(file, stream, records)
     if records["data.pkl"].nbytes > MAX_PICKLE_BYTES:
         _refuse(file, "its pickle is too large", f"at most {MAX_PICKLE_BYTES} bytes", f"{records['data.pkl'].nbytes}")
-    return TorchZip(file, records, _content(stream, records["data.pkl"]))
+    return TorchZip(file, records, _read_record(stream, records["data.pkl"]))
 
 
 def _read_end(file: Path, stream: BinaryIO) -> tuple[int, int, int]:  # noqa: RET503
@@ -123,7 +123,7 @@ def _read_end(file: Path, stream: BinaryIO) -> tuple[int, int, int]:  # noqa: RE
             if len(more) == ZIP64_END.size and _agrees_with_zip64(more, place, (total, nbytes, offset)):
                 *_, total, nbytes, offset, _, _, _, _ = ZIP64_END.unpack(more)
                 return total, offset, offset + nbytes
-    _refuse(file, "does not end with a zip directory", hint="the file is truncated or damaged: fetch it again")
+    _refuse(file, "does not end with a zip directory", hint="the file is truncated or damaged: download it again")
 
 
 def _agrees_with_zip64(more: bytes, place: int, short: tuple[int, int, int]) -> bool:
@@ -135,7 +135,7 @@ def _agrees_with_zip64(more: bytes, place: int, short: tuple[int, int, int]) -> 
     one_disk = not disk and not first_disk and not on_disk and disks == 1
     ends = offset + nbytes == zip64_place == place - ZIP64_END.size
     same = all(
-        mine in (value, ones) for mine, value, ones in zip(short, (total, nbytes, offset), LEFT_OUT, strict=True)
+        mine in (value, ones) for mine, value, ones in zip(short, (total, nbytes, offset), IN_ZIP64, strict=True)
     )
     return whole and one_disk and ends and same
 
@@ -180,7 +180,7 @@ def _read_directory(file: Path, stream: BinaryIO, count: int, start: int, stop: 
 
 
 def _widen(file: Path, name: str, size: int, offset: int, extra: bytes) -> tuple[int, int]:
-    """Return (size, offset), from the zip64 record `extra` where their 32-bit fields are all ones."""
+    """Return (size, offset), taken from the zip64 record `extra` where their 32-bit fields are all ones."""
     wide = ([size, size] if size == ALL_ONES else []) + ([offset] if offset == ALL_ONES else [])
     expected = struct.pack("<2H", ZIP64_EXTRA, 8 * len(wide)) if wide else b""
     if len(extra) != len(expected) + 8 * len(wide) or not extra.startswith(expected):
@@ -196,6 +196,7 @@ def _widen(file: Path, name: str, size: int, offset: int, extra: bytes) -> tuple
 
 
 def _strip_archive_name(file: Path, entries: list[_Entry]) -> dict[str, _Entry]:
+    """Return the entries by name without the archive's name. Raises FileFormatError for unknown or repeated records."""
     folder = entries[0].name.partition("/")[0] if entries else ""
     named: dict[str, _Entry] = {}
     for entry in entries:
@@ -208,7 +209,7 @@ def _strip_archive_name(file: Path, entries: list[_Entry]) -> dict[str, _Entry]:
                 repr(entry.name[:80]),
             )
         if name in named:
-            _refuse(file, f"its record {name!r} is there twice")
+            _refuse(file, f"its record {name!r} occurs twice")
         named[name] = entry
     return named
 
@@ -261,13 +262,14 @@ def _descriptor_bytes(file: Path, stream: BinaryIO, entry: _Entry, record: Recor
 
 
 def _check_version(file: Path, stream: BinaryIO, records: Mapping[str, Record]) -> None:
-    text = _content(stream, records["version"])[:MAX_SMALL_BYTES].strip() if "version" in records else b""
+    """Raise FileFormatError for an unknown version of the format, or big-endian values."""
+    text = _read_record(stream, records["version"])[:MAX_SMALL_BYTES].strip() if "version" in records else b""
     if not text.isdigit() or int(text) not in VERSIONS:
         _refuse(file, "its format version is unknown", "1 to 10", text.decode("ascii", "replace") or "none")
     for name in (".format_version", ".storage_alignment", ".data/serialization_id"):
-        if name in records and not _content(stream, records[name])[:MAX_SMALL_BYTES].isdigit():
+        if name in records and not _read_record(stream, records[name])[:MAX_SMALL_BYTES].isdigit():
             _refuse(file, f"its record {name!r} is not a number")
-    order = _content(stream, records["byteorder"])[:MAX_SMALL_BYTES] if "byteorder" in records else b"little"
+    order = _read_record(stream, records["byteorder"])[:MAX_SMALL_BYTES] if "byteorder" in records else b"little"
     if order != b"little":
         _refuse(
             file,
@@ -278,7 +280,7 @@ def _check_version(file: Path, stream: BinaryIO, records: Mapping[str, Record]) 
         )
 
 
-def _content(stream: BinaryIO, record: Record) -> bytes:
+def _read_record(stream: BinaryIO, record: Record) -> bytes:
     stream.seek(record.start)
     return stream.read(record.nbytes)
 
@@ -286,5 +288,7 @@ def _content(stream: BinaryIO, record: Record) -> bytes:
 def _refuse(
     file: Path, cause: str, expected: str | None = None, got: str | None = None, hint: str | None = None
 ) -> NoReturn:
-    hint = hint or "the file is damaged, or was not written by torch.save: fetch it again, or save it again with torch"
+    hint = (
+        hint or "the file is damaged, or was not written by torch.save: download it again, or save it again with torch"
+    )
     raise FileFormatError(f"{file}: {cause}", expected=expected, got=got, hint=hint)

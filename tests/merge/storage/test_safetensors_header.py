@@ -96,7 +96,7 @@ def test_stricter_than_the_library(case: str, tmp_path: Path) -> None:
     assert not we_accept(file)
 
 
-STRICTER_REASONS = ("not exactly dtype, shape and data_offsets", "does not begin with {", "occurs twice")
+STRICTER_REASONS = ("exactly the keys dtype, shape and data_offsets", "does not begin with {", "occurs twice")
 WEIRD: list[Any] = [
     None,
     True,
