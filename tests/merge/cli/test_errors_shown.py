@@ -12,7 +12,7 @@ import torch
 from cli_runs import make_models, run
 from safetensors.torch import save_file
 
-from adapter_merge.cli.printing.problem_groups import grouped
+from adapter_merge.cli.printing.problem_groups import group_problems
 from adapter_merge.errors import Problem
 from adapter_merge.files.nearest_path import nearest_path
 
@@ -59,12 +59,12 @@ def test_sixty_problems_are_one_line_after_the_conclusion(work: Path) -> None:
 def test_what_differs_stays_apart() -> None:
     shapes = [Problem(f"a.b{i}.c: another shape", str(i), "x", "the hint") for i in range(9)]
     other = [Problem("no space"), Problem("a.b.c: NaN"), Problem("a.b.d: NaN")]
-    shown = grouped([*shapes, *other])
+    shown = group_problems([*shapes, *other])
     assert [problem.cause for problem in shown[1:]] == ["no space", "a.b.c: NaN", "a.b.d: NaN"]
     assert shown[0].cause == "9 times: another shape: a.b0.c, a.b1.c, a.b2.c, ..."
     assert shown[0].expected == "0, 1, 2, ..." and shown[0].got == "x" and shown[0].hint == "the hint"
-    assert grouped([Problem("the same")] * 4)[0].cause == "4 times: the same"
-    assert grouped([]) == []
+    assert group_problems([Problem("the same")] * 4)[0].cause == "4 times: the same"
+    assert group_problems([]) == []
 
 
 def test_swapped_inputs_are_recognised(work: Path) -> None:
@@ -74,7 +74,8 @@ def test_swapped_inputs_are_recognised(work: Path) -> None:
         assert f"hint: adapter-merge {command} {work / 'base'} {work / 'lora'}" in done.err
     done = run("export", work / "lora", work / "base", "-o", work / "x")
     assert done.code == 1 and "swapped?" in done.err
-    assert "the first argument must be the base model" in run("merge", work / "lora", work / "lora", "-o", work / "x").err
+    swapped = run("merge", work / "lora", work / "lora", "-o", work / "x").err
+    assert "the first argument must be the base model" in swapped
     assert not (work / "x").exists()
 
 
