@@ -209,7 +209,7 @@ def test_split_verify_and_restore_on_the_command_line(tmp_path: Path, pair: tupl
     (out / "config.json").write_text("{}")
     done = command("verify", out)
     assert done.returncode == 1
-    assert "config.json: is not what was recorded" in done.stderr
+    assert "config.json: differs from the recorded file" in done.stderr
 
 
 @pytest.mark.parametrize("arguments", [["--shards", "3/2"], ["--shards", "x"], ["--vram", "much"]])

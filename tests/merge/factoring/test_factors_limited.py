@@ -247,8 +247,8 @@ def test_max_error_leaves_nothing_behind(base: Path, dude: Path, tmp_path: Path)
         ({"budget": -1}, "--budget is wrong"),
         ({"budget": 1e-5}, "--budget is too small"),
         ({"rank": 2, "budget": 1.0}, "exclude each other"),
-        ({"keep_scale": True}, "--scale exact is about a truncation"),
-        ({"calibrate": __file__}, "--calibrate is about a truncation"),
+        ({"keep_scale": True}, "--scale exact applies to truncated factors only"),
+        ({"calibrate": __file__}, "--calibrate applies to truncated factors only"),
         ({"rank": 2, "calibrate": "no-such.txt"}, "no such file"),
     ],
 )

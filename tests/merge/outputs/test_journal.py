@@ -85,7 +85,7 @@ def test_a_whole_run_that_fails_over_finished_parts_leaves_them(
 
 
 def test_finishing_without_any_part_leaves_nothing_behind(tmp_path: Path, pair: tuple[Path, Path]) -> None:
-    with pytest.raises(OutputError, match="no part"):
+    with pytest.raises(OutputError, match="none of its parts"):
         merge(*pair, tmp_path / "out", MergeOptions(finish=True))
     assert sorted(path.name for path in tmp_path.iterdir()) == ["adapter", "base"]
 
