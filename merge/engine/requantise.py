@@ -28,7 +28,7 @@ from adapter_merge.binding.bound import BoundAdapter, BoundModule
 from adapter_merge.errors import NumericsError, Problem, UnsupportedError, raise_all
 from adapter_merge.methods.block_edits import BlockEdit, Replaced
 from adapter_merge.quantisation.dense_view import packed_weights
-from adapter_merge.quantisation.packed_weight import PackedWeight, replaced_parts, requantisation_loss
+from adapter_merge.quantisation.packed_weight import NEARLY_ALL, PackedWeight, replaced_parts, requantisation_loss
 from adapter_merge.quantisation.rounding import draw_for
 from adapter_merge.storage.computed_tensor import ComputedRef, ReadBytes
 from adapter_merge.storage.safetensors_header import TensorRef
@@ -37,7 +37,6 @@ from .plan import MergePlan, ShardPlan, plan_merge
 from .weight_change import WeightChange
 
 MERGE_INSTEAD = "merge with --as bfloat16, or serve the base with the adapter beside it"
-NEARLY_ALL = 0.03  # share of the change: where nearest codes lose less, stochastic rounding is not tried
 BLOCK_BYTES = 4 << 20  # of float32 in one step
 _ONE_AT_A_TIME = threading.Lock()
 

@@ -24,6 +24,7 @@ Read: TypeAlias = "Callable[[TensorRef, int, int], Tensor]"  # the bytes first .
 # What a lost part of a change weighs, over noise of the same norm. Measured on SmolLM2 with the demo's DuDe in INT4:
 # without the change the KL divergence is 2.1; with all of it and noise of three times its norm, 0.10.
 COHERENT = 100.0
+NEARLY_ALL = 0.03  # of a change: where nearest codes lose less, none are drawn
 
 
 @dataclass(frozen=True)

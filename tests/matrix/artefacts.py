@@ -19,6 +19,7 @@ from adapter_merge.api.verify import verify
 from adapter_merge.combine.recipe import Recipe
 from adapter_merge.errors import AdapterMergeError
 from adapter_merge.outputs.integrity import check_integrity, check_restored
+from adapter_merge.quantisation.dense_view import open_base
 from adapter_merge.serve.conversion.cache import Cache
 from adapter_merge.serve.conversion.served import Converter
 from adapter_merge.serve.conversion.stating import Stated
@@ -37,18 +38,34 @@ Make = Callable[[Trained, Path], Path]  # writes below a folder that is there; t
 
 
 def _merged(trained: Trained, place: Path) -> Path:
-    merge(trained.base, trained.adapter, place / "merged", MergeOptions(device="cpu", reading=trained.options))
+    merge(trained.base, trained.adapter, place / "merged", _options(trained, write_as="float32"))
     return place / "merged"
 
 
 def _merged_bfloat16(trained: Trained, place: Path) -> Path:
-    merge(
-        trained.base,
-        trained.adapter,
-        place / "merged",
-        MergeOptions(device="cpu", reading=trained.options, dtype="bfloat16"),
+    options = (
+        _options(trained, write_as="bfloat16") if is_quantised(trained.base) else _options(trained, dtype="bfloat16")
     )
+    merge(trained.base, trained.adapter, place / "merged", options)
     return place / "merged"
+
+
+def _merged_same(trained: Trained, place: Path) -> Path:
+    if not is_quantised(trained.base):
+        raise NotForItError("of a quantised base")
+    merge(trained.base, trained.adapter, place / "merged", _options(trained, write_as="same"))
+    return place / "merged"
+
+
+def is_quantised(base: Path | None) -> bool:
+    """True for a base whose merge has to be told how to write it."""
+    return base is not None and open_base(base).stored is not None
+
+
+def _options(trained: Trained, *, write_as: str | None = None, **stated: Any) -> MergeOptions:
+    """Options of a merge; write_as counts where the base is quantised."""
+    taken = write_as if is_quantised(trained.base) else None
+    return MergeOptions(device="cpu", reading=trained.options, write_as=taken, **stated)
 
 
 def _delta(trained: Trained, place: Path) -> Path:
@@ -86,8 +103,7 @@ def _converted(trained: Trained, place: Path) -> Path:
 
 
 def _restored(trained: Trained, place: Path) -> Path:
-    options: dict[str, Any] = {"device": "cpu", "reading": trained.options, "keep_preimage": True}
-    merge(trained.base, trained.adapter, place / "of", MergeOptions(**options))
+    merge(trained.base, trained.adapter, place / "of", _options(trained, write_as="same", keep_preimage=True))
     restore(place / "of", place / "restored")
     return place / "restored"
 
@@ -126,6 +142,7 @@ def _only(trained: Trained) -> str | Path:
 ARTEFACTS: dict[str, Make] = {
     "merged": _merged,
     "merged, bfloat16": _merged_bfloat16,
+    "merged, same": _merged_same,
     "delta": _delta,
     "factors": _factors,
     "truncated": _truncated,

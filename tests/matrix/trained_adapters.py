@@ -15,8 +15,10 @@ from pathlib import Path
 from typing import Any
 from unittest import mock
 
+import gguf_files
 import peft
 import pico
+import quantised_bases
 import test_formats_foreign as foreign
 import torch
 from artefact_files import tensors_in, write_tensor
@@ -93,6 +95,20 @@ def _kohya(kind: str, dora: str | None) -> Make:
     return make
 
 
+def _beside_plain(arguments: dict[str, Any]) -> Make:
+    """A LoRA of PEFT trained on the unquantised twin of a quantised base."""
+
+    def make(base: Path, folder: Path, seed: int) -> None:
+        plain = folder.parent / "plain"
+        with quiet():
+            model = gguf_files.pico("llama") if any(base.glob("*.gguf")) else quantised_bases.llama(64)
+            model.save_pretrained(plain)
+            config = peft.LoraConfig(**arguments)
+        train(plain, config, folder, seed=seed + 1)
+
+    return make
+
+
 def _dcft_folder(base: Path, folder: Path, seed: int) -> None:
     with _seeded(seed):
         dcft_adapter(base, folder)
@@ -142,6 +158,9 @@ KINDS: dict[str, Kind] = {
             ReadOptions(residual_dtype="bfloat16"),
         ),
     ),
+    "PEFT lora on INT4": Kind("int4", _beside_plain(LORA)),
+    "PEFT DoRA on FP8": Kind("fp8", _beside_plain({**LORA, "use_dora": True})),
+    "PEFT lora on GGUF": Kind("gguf", _beside_plain(LORA)),
     "PEFT classifier of BERT": Kind("bert", _classifier("bert")),
     "PEFT DoRA classifier of RoBERTa": Kind("roberta", _classifier("roberta", use_dora=True)),
     "DCFT checkpoint": Kind("llama", _foreign(foreign.dcft_checkpoint)),
@@ -171,8 +190,18 @@ KINDS: dict[str, Kind] = {
     },
 }  # fmt: skip
 
+
+def _gguf(folder: Path) -> Path:
+    folder.mkdir()
+    gguf_files.write(folder / "model.gguf", gguf_files.pico("llama"), "llama", gguf_files.Kind.Q8_0)
+    return folder
+
+
 _MORE_BASES: dict[str, Callable[[Path], Path]] = {
     "bfloat16": lambda folder: llama(folder, dtype=torch.bfloat16),
+    "int4": lambda folder: quantised_bases.quantised("W4A16", folder, 64)[0],
+    "fp8": lambda folder: quantised_bases.quantised("FP8_DYNAMIC", folder, 64)[0],
+    "gguf": _gguf,
     "bert": lambda folder: pico.save_base(pico.pico_model("bert"), folder),
     "roberta": lambda folder: pico.save_base(pico.pico_model("roberta"), folder, shard="1GB"),
 }

@@ -20,6 +20,8 @@ from adapter_merge.api.options import MergeOptions, RestoreOptions, VerifyOption
 from adapter_merge.api.restore import restore
 from adapter_merge.api.verify import verify
 from adapter_merge.errors import InputError, ParityError
+from adapter_merge.quantisation.dense_view import open_base, packed_weights
+from adapter_merge.storage.tensor_io import read_bytes, read_tensor
 
 TARGETS = ["q_proj", "down_proj"]
 SAME = MergeOptions(write_as="same")
@@ -131,6 +133,35 @@ def test_verify_sees_one_changed_code(
         assert any(name.removesuffix("_packed") in problem for problem in report.problems), target
         file.write_bytes(right)
     assert verify(base, loras(0.1), tmp_path / "out", only).passed
+
+
+@pytest.mark.parametrize("factor", [0.0, 1.3])
+@pytest.mark.parametrize("kind", KINDS)
+def test_verify_sees_wrong_scales_with_the_right_codes(
+    kind: str, factor: float, bases: Callable[[str], Base], loras: Callable[[float], Path], tmp_path: Path
+) -> None:
+    """For scales of zero every code is the nearest one; coarser scales with their nearest codes lose what they can."""
+    base, _ = bases(kind)
+    merge(base, loras(0.1), tmp_path / "out", SAME)
+    merged = open_base(tmp_path / "out")
+    name = "model.layers.1.self_attn.q_proj.weight"
+    weight = packed_weights(merged)[name]
+    dense = read_tensor(merged.tensors[name]).float()
+    role = "nested_absmax" if kind == "nf4" else "scale"
+    (file,) = {weight.parts[role].file}
+    spoilt = load_file(file)
+    scale = spoilt[weight.parts[role].name]
+    scale.copy_((scale.float() * factor).to(scale.dtype))
+    save_file(spoilt, file, {"format": "pt"})
+    if factor:
+        after = packed_weights(open_base(tmp_path / "out"))[name]
+        codes = next(iter(after.candidates(dense, read_bytes)))
+        for part, value in codes.items():
+            written = load_file(after.parts[part].file)
+            written[after.parts[part].name] = value.reshape(written[after.parts[part].name].shape).contiguous()
+            save_file(written, after.parts[part].file, {"format": "pt"})
+    report = verify(base, loras(0.1), tmp_path / "out", VerifyOptions(weights_only=True))
+    assert any(name in problem for problem in report.problems), report.problems
 
 
 @pytest.mark.parametrize("kind", ["nf4", "W4A16"])
