@@ -170,7 +170,7 @@ ATTACKS: dict[str, tuple[Any, str]] = {
         lambda: saved({"q.lora_A": torch.zeros(2), "layers.1": {"lora_A": torch.ones(2)}}), "outside its state"),
     "tensors in a list": (
         lambda: saved({"q.lora_A": torch.zeros(2), "k.lora_A": [torch.ones(2)]}), "outside its state"),
-    "numbered tensors": (lambda: saved({1: torch.zeros(2)}), "no names"),
+    "numbered tensors": (lambda: saved({1: torch.zeros(2)}), "not strings"),
 }  # fmt: skip
 
 
