@@ -39,11 +39,11 @@ def serve_export(
     from .application import LOCAL, Service, make_application
     from .engines import DecoderEngine, Engine, GenaiEngine, Worker
 
+    key = server_key(api_key)
     check_packages("onnx_ir", "transformers")
     manifest = read_export(folder)
     if manifest.kind != "decoder":
         raise InputError(f"{folder}: generates no text", expected="an exported decoder")
-    key = api_key or next((os.environ[name] for name in KEYS if os.environ.get(name)), None)
     stops = Prompter(folder).stops
     with_genai = manifest.mode != "batched" and (folder / GENAI).is_file()
     engine: Engine = (GenaiEngine if with_genai else DecoderEngine)(folder, manifest.device, stops)
@@ -56,3 +56,15 @@ def serve_export(
     open_to_all = "" if key or local else "; WITHOUT A KEY: anyone who reaches it can use it"
     say(f"http://{host}:{port}/v1 ({reach}{open_to_all})")
     uvicorn.run(app, host=host, port=port, log_level="warning", timeout_graceful_shutdown=shutdown_timeout)
+
+
+def server_key(api_key: str | None) -> str | None:
+    """Return the key that requests must carry: `api_key`, else of the environment; None where neither is stated.
+
+    Raises InputError for one that is stated and empty: a server that was meant to be closed would be open to all.
+    """
+    stated = {"--api-key": api_key, **{name: os.environ.get(name) for name in KEYS}}
+    name, key = next(((name, key) for name, key in stated.items() if key is not None), ("", None))
+    if key is not None and not key.strip():
+        raise InputError(f"{name} is empty", expected="a key", hint="leave it out to serve without a key")
+    return key

@@ -1,8 +1,7 @@
 """Pico bases of schemes whose libraries pack on a GPU alone (GPTQ, AWQ), and gpt-oss with MXFP4 experts.
 
 Codes are packed by the formats' published layouts; the dequantised weights are compressed-tensors' (AWQ) and
-transformers' (gpt-oss), or the formula in float64, rounded once (GPTQ: benchmarks/gptqmodel_parity.py compares with
-GPTQModel itself).
+transformers' (gpt-oss), or the formula in float64, rounded once (GPTQ).
 """
 
 from __future__ import annotations

@@ -22,9 +22,11 @@ pytest.importorskip("fastapi")
 import uvicorn
 
 from adapter_merge.api.verify_server import verify_server
+from adapter_merge.errors import InputError
 from adapter_merge.export.engine.prompting import Prompter
 from adapter_merge.export.folder.contents import read_export
 from adapter_merge.export.serving.application import Service, make_application
+from adapter_merge.export.serving.command import serve_export
 from adapter_merge.export.serving.engines import DecoderEngine, Engine, GenaiEngine, Worker
 from adapter_merge.verification.completions_client import ServedModel
 
@@ -202,3 +204,17 @@ def test_serve_refuses_what_belongs_to_vllm(switchable: Path) -> None:
     for more in (["x=./adapter"], ["--allow-loading"], ["--", "--dtype", "float16"]):
         done = CliRunner().invoke(group, ["serve", str(switchable), *more])
         assert done.exit_code == 2 and "is an ONNX export" in done.output
+
+
+@pytest.mark.parametrize(("key", "variable"), [("", None), (" ", None), (None, "ADAPTER_MERGE_API_KEY")])
+def test_an_empty_key_is_refused(
+    switchable: Path, key: str | None, variable: str | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def served(*_: object, **__: object) -> None:
+        raise AssertionError("served without a key")
+
+    monkeypatch.setattr(uvicorn, "run", served)
+    if variable:
+        monkeypatch.setenv(variable, "")
+    with pytest.raises(InputError, match="is empty"):
+        serve_export(switchable, api_key=key)
