@@ -16,6 +16,8 @@ import pytest
 from conftest import Running, prompts
 from server import GREEDY, client_of
 
+from adapter_merge.serve.api_server.loader import LOOK_SECONDS
+
 pytestmark = pytest.mark.vllm
 
 COUNT = 8
@@ -76,8 +78,10 @@ def test_what_a_folder_states_is_read(running: Running) -> None:
     (folder / "read_options.json").write_text(json.dumps({"alpha": 32}))
     assert running.server.complete("stated", prompt, COUNT) == (200, running.tokens("dcft-1", prompt))
     (folder / "read_options.json").write_text(json.dumps({"alpha": 0.001}))
+    time.sleep(LOOK_SECONDS)  # an edit of a small file is seen within this time
     assert running.server.complete("stated", prompt, COUNT) == (200, running.tokens(None, prompt))
     (folder / "read_options.json").write_text(json.dumps({"alpha": "none"}))
+    time.sleep(LOOK_SECONDS)
     assert running.server.complete("stated", prompt, COUNT)[0] == 400
     shutil.rmtree(folder)
 
@@ -94,6 +98,7 @@ def test_a_replaced_folder_is_never_served_stale(running: Running) -> None:
     # In place, file by file: the config of one and the weights of another never make an adapter.
     raw = running.world.adapters["dude-1"].raw
     shutil.copyfile(raw / "adapter_config.json", folder / "adapter_config.json")
+    time.sleep(LOOK_SECONDS)
     assert running.server.complete("moving", prompt, COUNT)[0] == 400
     shutil.copyfile(raw / "adapter_model.safetensors", folder / "adapter_model.safetensors")
     assert running.server.complete("moving", prompt, COUNT) == (200, running.tokens("dude-1", prompt))
