@@ -18,6 +18,7 @@ from adapter_merge.combine.combined_weight import CombinedModule
 from adapter_merge.storage.input_files import Sources
 from adapter_merge.storage.tensor_io import read_tensor
 
+from .compare_weights import WEIGHT_TOLERANCE
 from .weight_formulas import Adapted, TensorFormula
 from .whole_formulas import formula_of
 
@@ -71,7 +72,8 @@ def not_optimal(item: BoundModule, factors: BoundModule, *, calibrated: bool = F
             return f"relative error {error:.3g}, possible {best:.3g}: too far off for a calibration"
     else:
         overlap = max(by_rows, by_columns)
-        if not error <= best + OPTIMUM_TOLERANCE:
+        # Factors whose rank holds all of dW are exact ones, or wrong.
+        if not error <= best + (OPTIMUM_TOLERANCE if best > WEIGHT_TOLERANCE else WEIGHT_TOLERANCE):
             return f"relative error {error:.3g}, possible {best:.3g}"
     return f"not a projection of dW, by {overlap:.3g}" if not overlap <= PROJECTION_TOLERANCE else None
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import time
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from adapter_merge.errors import AdapterMergeError, InputError
-from adapter_merge.serve.api_server.loader import Source
+from adapter_merge.serve.api_server.loader import LOOK_SECONDS, Source
 from adapter_merge.serve.conversion.cache import Cache
 from adapter_merge.serve.conversion.served import Converter, Served, inside
 from adapter_merge.serve.conversion.stating import FILE, Stated, beside, checked
@@ -98,6 +99,7 @@ def test_the_adapter_before_training(qwen2: World, converter: Converter, tmp_pat
     assert seen.same()
     file = folders[1] / "adapter_model.safetensors"
     save_file({key: 2 * tensor for key, tensor in load_file(file).items()}, file)
+    time.sleep(LOOK_SECONDS)
     assert not seen.same(), "what is read beside the adapter is watched too"
     assert converter.obtain(folders[0]).folder != served.folder
 
