@@ -7,6 +7,7 @@ every artefact: the kinds of WHOLE are spoiled in every way, the others in two w
 from __future__ import annotations
 
 import re
+import zlib
 from pathlib import Path
 
 import pytest
@@ -71,7 +72,7 @@ def refusal_of(kind: str, artefact: str) -> str | None:
 def test_every_artefact_passes_and_no_spoiled_one_does(kind: str, trainer: Trainer, tmp_path: Path) -> None:
     wrong: list[str] = []
     for number, artefact in enumerate(ARTEFACTS):
-        seed = list(KINDS).index(kind)
+        seed = zlib.crc32(kind.encode())  # the same tensors, whatever kinds are added
         chosen = sabotages_of(kind, artefact)
         with_logits = artefact == "merged"
         cell = run_cell(trainer, kind, artefact, tmp_path / str(number), chosen, (seed,), logits=with_logits)
