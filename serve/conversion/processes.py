@@ -6,6 +6,7 @@ server reads only the folder that comes out, which this package wrote and whose 
 
 from __future__ import annotations
 
+import atexit
 import json
 import os
 import select
@@ -160,17 +161,25 @@ class ConversionProcess:
 
 
 class ConversionProcesses:
-    """A ConversionProcess for each thread that asks for one."""
+    """A ConversionProcess for each thread that asks for one. All are ended, and waited for, when this process exits."""
 
     def __init__(self, base: str, cache: Cache, limits: Limits) -> None:
         self.cache = cache
         self._arguments = (base, cache, limits)
         self._own = threading.local()
+        self._all: list[ConversionProcess] = []
+        atexit.register(self.close)
+
+    def close(self) -> None:
+        """End every process. No thread may ask for a conversion any more."""
+        for process in self._all:
+            process.close()
 
     @property
     def own(self) -> ConversionProcess:
         """This thread's."""
         if not hasattr(self._own, "process"):
             self._own.process = ConversionProcess(*self._arguments)
+            self._all.append(self._own.process)
         process: ConversionProcess = self._own.process
         return process
