@@ -83,7 +83,7 @@ class Source:
         all files when that is LOOK_SECONDS ago.
         """
         try:
-            if self.weights != self.folder and file_signature(self.weights) not in self.seen:
+            if file_signature(self.weights) not in self.seen:
                 return False
             if time.monotonic() - self.looked >= LOOK_SECONDS:
                 if signature(self.folder, *self.paths) != self.seen:

@@ -99,3 +99,16 @@ def test_a_manifest_does_not_make_plain_noise_a_calibration(inputs: tuple[Path, 
     (tmp_path / "out" / "adapter_merge.json").write_text(json.dumps(manifest), "utf-8")
     report = verify(base, adapter, tmp_path / "out", VerifyOptions(weights_only=True))
     assert any("too far off for a calibration" in text for text in report.problems), report.problems
+
+
+def test_factors_whose_rank_holds_the_delta_must_be_exact(inputs: tuple[Path, Path, Path], tmp_path: Path) -> None:
+    """A change of 5e-5 of dW is no truncation: the adapter's own rank leaves nothing out."""
+    factor(*inputs[:2], tmp_path / "exact")
+    options = VerifyOptions(weights_only=True)
+    assert verify(*inputs[:2], tmp_path / "exact", options).passed
+    tensors = load_file(tmp_path / "exact" / "adapter_model.safetensors")
+    for name in tensors:
+        if name.endswith("lora_B.weight"):
+            tensors[name].mul_(1 + 5e-5)
+    save_file(tensors, tmp_path / "exact" / "adapter_model.safetensors")
+    assert not verify(*inputs[:2], tmp_path / "exact", options).passed

@@ -157,3 +157,12 @@ def test_a_single_file(qwen2: World, converter: Converter, tmp_path: Path) -> No
     served = converter.obtain(file)
     for name, merged in qwen2.adapters["lora-1"].merged.items():
         torch.testing.assert_close(served_weight(qwen2, served, name), merged, rtol=1e-5, atol=1e-6)
+
+
+def test_an_adapter_of_one_file_is_looked_at_with_every_request(tmp_path: Path) -> None:
+    file = tmp_path / "adapter.safetensors"
+    save_file({"a": torch.zeros(2)}, file)
+    seen = Source.at(file)
+    assert seen.same()
+    save_file({"a": torch.ones(3)}, file)
+    assert not seen.same()
