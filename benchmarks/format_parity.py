@@ -45,7 +45,7 @@ from adapter_merge.combine.delta_ops import Settings
 from adapter_merge.combine.recipe import Ingredient, make_recipe
 from adapter_merge.errors import AdapterMergeError
 from adapter_merge.export.graph.adapter_source import factors_of
-from adapter_merge.formats.read_options import ReadOptions
+from adapter_merge.formats.stated_settings import ReadOptions
 from adapter_merge.serve.conversion.cache import Cache
 from adapter_merge.serve.conversion.served import Converter
 

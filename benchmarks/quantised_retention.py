@@ -41,7 +41,7 @@ from adapter_merge.api.verify import verify
 from adapter_merge.combine.open_inputs import open_pair
 from adapter_merge.demo.smollm2 import obtain_base
 from adapter_merge.demo.walkthrough import ADAPTERS, adapter_folder
-from adapter_merge.formats.read_options import ReadOptions
+from adapter_merge.formats.stated_settings import ReadOptions
 from adapter_merge.quantisation.dense_view import open_base, packed_weights
 from adapter_merge.storage.tensor_io import read_tensor
 from adapter_merge.verification.live_adapter import quiet_libraries

@@ -64,7 +64,7 @@ if TYPE_CHECKING:  # the names of _PUBLIC for type checkers; a test compares the
         ParityError,
         UnsupportedError,
     )
-    from adapter_merge.formats.read_options import ReadOptions
+    from adapter_merge.formats.stated_settings import ReadOptions
     from adapter_merge.methods.adapter import Adapter
 
 _PUBLIC = {  # module -> names
@@ -116,7 +116,7 @@ _PUBLIC = {  # module -> names
         "ParityError",
         "UnsupportedError",
     ],
-    "formats.read_options": ["ReadOptions"],
+    "formats.stated_settings": ["ReadOptions"],
     "methods.adapter": ["Adapter"],
 }
 _MODULES = {name: module for module, names in _PUBLIC.items() for name in names}

@@ -12,7 +12,7 @@ from adapter_merge.combine.open_inputs import open_pair
 from adapter_merge.errors import UnsupportedError
 from adapter_merge.export.engine.classifying import Classifier
 from adapter_merge.export.folder.manifest import Manifest
-from adapter_merge.formats.read_options import ReadOptions
+from adapter_merge.formats.stated_settings import ReadOptions
 from adapter_merge.quantisation.dense_view import open_base
 
 from .verdict import check_base, find_adapter, header, reference_model, sample_tokens, verdict

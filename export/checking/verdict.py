@@ -8,7 +8,7 @@ from typing import Any
 
 from adapter_merge.errors import InputError, MismatchError
 from adapter_merge.export.folder.manifest import Manifest
-from adapter_merge.formats.read_options import ReadOptions
+from adapter_merge.formats.stated_settings import ReadOptions
 
 TOKENS = 256  # positions compared when no prompt is given
 BARS: Mapping[str, float] = {"fp32": 1e-3, "fp16": 0.25, "bf16": 2.0}

@@ -29,7 +29,7 @@ from adapter_merge.export.folder.contents import read_export
 from adapter_merge.export.folder.manifest import Manifest
 from adapter_merge.export.graph.adapter_file import SUFFIX, load_tensors
 from adapter_merge.export.graph.targets import Layout, Target, decoder_targets, read_layout
-from adapter_merge.formats.read_options import ReadOptions
+from adapter_merge.formats.stated_settings import ReadOptions
 from adapter_merge.quantisation.dense_view import open_base
 from adapter_merge.storage.checkpoint import Checkpoint
 from adapter_merge.storage.tensor_io import read_tensor

@@ -28,7 +28,7 @@ def factors_of(base: Path, adapter: Path, force: bool = False) -> Factors:
     evidence contradicts the base, unless `force`.
     """
     from adapter_merge.combine.open_inputs import open_pair
-    from adapter_merge.formats.read_options import ReadOptions
+    from adapter_merge.formats.stated_settings import ReadOptions
 
     options = ReadOptions(force=True) if force else None
     if is_factor_folder(adapter):

@@ -81,7 +81,7 @@ def merge_adapters(
     from adapter_merge.api.options import MergeOptions
     from adapter_merge.combine.delta_ops import Settings
     from adapter_merge.combine.recipe import Ingredient, make_recipe
-    from adapter_merge.formats.read_options import ReadOptions
+    from adapter_merge.formats.stated_settings import ReadOptions
 
     dtype = DTYPES[request.precision]
     quantised = request.checkpoint.stored is not None

@@ -41,7 +41,7 @@ from adapter_merge.errors import InputError, Problem, raise_all
 from adapter_merge.factoring.certificate import check_errors, summary
 from adapter_merge.factoring.factor_folder import write_factors
 from adapter_merge.factoring.gguf_adapter import check_gguf, write_gguf_adapter
-from adapter_merge.factoring.rank_budget import allot_ranks, bytes_of
+from adapter_merge.factoring.rank_choice import allot_ranks, bytes_of
 from adapter_merge.factoring.supported import (
     MaybeBoundModule,
     check_positional_queries,

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from adapter_merge.formats.detection import open_adapter
-from adapter_merge.formats.read_options import ReadOptions
+from adapter_merge.formats.stated_settings import ReadOptions
 from adapter_merge.methods.adapter import Adapter
 from adapter_merge.quantisation.dense_view import open_base
 

@@ -12,7 +12,7 @@ from typing import Any
 from adapter_merge.binding.bind import BoundAdapter
 from adapter_merge.combine.open_inputs import AdapterInput, open_pair, parts_of
 from adapter_merge.errors import InputError, MismatchError, UnsupportedError
-from adapter_merge.formats.read_options import ReadOptions
+from adapter_merge.formats.stated_settings import ReadOptions
 from adapter_merge.storage.checkpoint import read_json
 from adapter_merge.verification.compare_logits import PROMPTS, token_paths
 from adapter_merge.verification.compare_server import DTYPES, Distance, Transcript, compare_server, expect, judge

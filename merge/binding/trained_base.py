@@ -10,8 +10,8 @@ from adapter_merge.errors import InputError, MissingDependencyError, Problem, Un
 from adapter_merge.files.installation import install_command
 from adapter_merge.methods.adapter import Adapter
 from adapter_merge.quantisation.dense_view import open_base, packed_weights
-from adapter_merge.quantisation.simulated import SimulatedWeight, TrainedOn, parse_trained_on
-from adapter_merge.quantisation.turned_cache import TurnedCache
+from adapter_merge.quantisation.simulated_4bit import SimulatedWeight, TrainedOn, parse_trained_on
+from adapter_merge.quantisation.transposed_cache import TurnedCache
 from adapter_merge.storage.checkpoint import Checkpoint
 from adapter_merge.storage.computed_tensor import ComputedRef
 from adapter_merge.storage.safetensors_header import FLOAT_DTYPES

@@ -7,10 +7,10 @@ from typing import Any
 
 import click
 
-from adapter_merge.cli.options.adapters import adapter_options, read_single_stated
 from adapter_merge.cli.options.command import command, option
 from adapter_merge.cli.options.hub import add_revision, push_options
 from adapter_merge.cli.options.shared import dry_run_option, output_argument, report_options
+from adapter_merge.cli.options.stated_settings import adapter_options, read_single_stated
 from adapter_merge.cli.options.values import SOURCE
 from adapter_merge.cli.printing.progress import working
 from adapter_merge.cli.printing.result import show_result

@@ -7,7 +7,7 @@ from pathlib import Path
 import click
 
 from adapter_merge.cli.options.command import command, option
-from adapter_merge.cli.options.input_paths import check_paths
+from adapter_merge.cli.options.input_checks import check_paths
 from adapter_merge.cli.options.shared import report_options
 from adapter_merge.cli.options.values import SOURCE
 from adapter_merge.cli.printing.console import emit, say

@@ -7,7 +7,7 @@ import time
 import click
 
 from adapter_merge.cli.options.command import command, option
-from adapter_merge.cli.options.input_paths import check_paths
+from adapter_merge.cli.options.input_checks import check_paths
 from adapter_merge.cli.options.shared import device_option, dry_run_option, output_argument, report_options
 from adapter_merge.cli.options.values import RANK, SOURCE
 from adapter_merge.cli.printing.console import emit

@@ -8,11 +8,11 @@ from typing import Any
 
 import click
 
-from adapter_merge.cli.options.adapters import adapter_options, take_written_format
 from adapter_merge.cli.options.command import command, option
 from adapter_merge.cli.options.hub import push_options
 from adapter_merge.cli.options.inputs import INPUTS, adapter_bytes, combination_options, stated_inputs
 from adapter_merge.cli.options.shared import device_option, dry_run_option, output_option, report_options
+from adapter_merge.cli.options.stated_settings import adapter_options, take_written_format
 from adapter_merge.cli.options.values import RANK, SOURCE, stated_prompts
 from adapter_merge.cli.printing.console import loading
 from adapter_merge.cli.printing.progress import working

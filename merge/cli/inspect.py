@@ -7,10 +7,10 @@ from typing import Any
 
 import click
 
-from adapter_merge.cli.options.adapters import adapter_options, read_single_stated
 from adapter_merge.cli.options.command import command, option
 from adapter_merge.cli.options.hub import add_revision, hub_options
 from adapter_merge.cli.options.shared import report_options
+from adapter_merge.cli.options.stated_settings import adapter_options, read_single_stated
 from adapter_merge.cli.options.values import SOURCE
 from adapter_merge.cli.printing.console import emit, report_error
 

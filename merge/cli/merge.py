@@ -8,7 +8,6 @@ from typing import Any
 
 import click
 
-from adapter_merge.cli.options.adapters import adapter_options
 from adapter_merge.cli.options.command import OUTPUT, command, option
 from adapter_merge.cli.options.hub import plan_files, push_options
 from adapter_merge.cli.options.inputs import INPUTS, combination_options, stated_inputs
@@ -19,6 +18,7 @@ from adapter_merge.cli.options.shared import (
     output_option,
     report_options,
 )
+from adapter_merge.cli.options.stated_settings import adapter_options
 from adapter_merge.cli.options.values import DTYPES, SHARE, SIZE, SOURCE
 from adapter_merge.cli.printing.console import loading, say
 from adapter_merge.cli.printing.progress import working

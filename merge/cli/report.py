@@ -6,9 +6,9 @@ from pathlib import Path
 
 import click
 
-from adapter_merge.cli.options.adapters import adapter_options, read_single_stated
 from adapter_merge.cli.options.command import command, option
 from adapter_merge.cli.options.shared import report_options
+from adapter_merge.cli.options.stated_settings import adapter_options, read_single_stated
 from adapter_merge.cli.options.values import SOURCE
 from adapter_merge.cli.printing.console import emit, say
 from adapter_merge.cli.printing.progress import working

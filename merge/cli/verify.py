@@ -8,11 +8,11 @@ from typing import Any
 
 import click
 
-from adapter_merge.cli.options.adapters import adapter_options
 from adapter_merge.cli.options.command import command, option
 from adapter_merge.cli.options.hub import hub_options
 from adapter_merge.cli.options.inputs import INPUTS, Subject, combination_options, has_combination, stated_inputs
 from adapter_merge.cli.options.shared import report_options
+from adapter_merge.cli.options.stated_settings import adapter_options
 from adapter_merge.cli.options.values import DTYPES, SHARE, SOURCE, stated_prompts
 from adapter_merge.cli.printing.console import emit, say
 from adapter_merge.cli.printing.progress import working

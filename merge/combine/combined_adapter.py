@@ -17,7 +17,7 @@ from adapter_merge.binding.positional import check_together
 from adapter_merge.binding.trained_base import open_trained_base
 from adapter_merge.errors import InputError, Problem, UnsupportedError, raise_all
 from adapter_merge.formats.detection import open_adapter
-from adapter_merge.formats.read_options import ReadOptions
+from adapter_merge.formats.stated_settings import ReadOptions
 from adapter_merge.methods.adapter import Adapter, AdapterFormat
 from adapter_merge.methods.lora import ExpertModule, RowSliceModule
 from adapter_merge.methods.tokens import TokenModule

@@ -31,8 +31,8 @@ from adapter_merge.methods.block_edits import BlockEdit
 from adapter_merge.methods.canonical_form import CanonicalForm
 from adapter_merge.storage.random_numbers import BITS, random_bits
 
-from .settings import METHODS as METHODS
-from .settings import Settings as Settings
+from .combination_settings import METHODS as METHODS
+from .combination_settings import Settings as Settings
 
 HIGH_BINS, LOW_BINS = 1 << 16, 1 << 15  # of the 31 bits of a float32's size
 

@@ -13,7 +13,7 @@ from adapter_merge.errors import InputError
 from adapter_merge.files.hashing import hash_files
 from adapter_merge.files.input_snapshot import InputSnapshot
 from adapter_merge.formats.detection import open_adapter
-from adapter_merge.formats.read_options import ReadOptions
+from adapter_merge.formats.stated_settings import ReadOptions
 from adapter_merge.methods.adapter import Adapter
 from adapter_merge.quantisation.dense_view import packed_weights
 from adapter_merge.storage.checkpoint import Checkpoint

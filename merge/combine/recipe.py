@@ -29,11 +29,11 @@ from typing import TYPE_CHECKING, Any
 from adapter_merge.errors import FileFormatError, InputError, MissingDependencyError, Problem, raise_all
 from adapter_merge.files.json_types import NAME, PATH
 
+from .combination_settings import METHODS, Settings
 from .mergekit import from_mergekit, is_mergekit, output_dtype
-from .settings import METHODS, Settings
 
 if TYPE_CHECKING:
-    from adapter_merge.formats.read_options import ReadOptions
+    from adapter_merge.formats.stated_settings import ReadOptions
 
 IN_TURN = "in-turn"
 KEYS = ("method", "density", "gamma", "seed", "base", "adapters")

@@ -1,14 +1,8 @@
-"""Lanes of CUDA devices: their streams, and how much of a device's memory they may use.
-
-A device computes a block about a hundred times faster than a host thread reads, hashes and writes it, so the time of a
-merge is the time of the host's work. Each device therefore has several workers. Their blocks are small: blocks of 8 MB
-are transferred over PCIe at the same rate as blocks of 32 MB.
-"""
+"""Lanes of CUDA devices: three streams (upload, compute, download) and the slots that they work on."""
 
 from __future__ import annotations
 
 import contextlib
-import os
 from collections.abc import Sequence
 from functools import partial
 from typing import Any
@@ -16,22 +10,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from adapter_merge.errors import InputError
-
+from .cuda_memory import DEPTH, share_memory
 from .lanes import Lane, LaneMaker, Mark, Slot, current_device
 from .plan import ShardPlan
-from .tasks import arithmetic_of, estimate_edit_bytes
-
-BLOCK_BYTES = 8 << 20  # of float32 in one block, at most
-LEAST_BYTES = 1 << 16  # of float32 in one block, at least
-DEPTH = 3  # slots of a lane: one is uploaded, one computed and one downloaded at the same time
-WORKERS = 2  # per device: one reads while the other's blocks are written; six took more than twice as long
-HASHING_WORKERS = 4  # per device: each hashes the file that it reads, in parallel with the others
-VRAM_FRACTION = 0.25  # of the free device memory, where --vram is not given
-BLOCKS_PER_SLOT = 4  # input, work, spare, output
-TEMPORARY_BLOCKS = 8  # temporary tensors of an edit
-BLOCKS_PER_SHARE = 12  # temporary tensors per adapter of a combination: delta, int64 sizes, its part of the stack
-EDITS_HELD = 2  # per worker: the edits in use, and the previous ones, which the allocator still keeps
 
 
 class CudaQueue:
@@ -65,34 +46,6 @@ def pinned_bytes(nbytes: int) -> Tensor:
     return torch.empty(nbytes, dtype=torch.uint8, pin_memory=True)
 
 
-def free_cublas_workspaces() -> None:
-    """Free the workspaces that cuBLAS keeps per thread and stream; every merge uses new threads and new streams."""
-    torch._C._cuda_clearCublasWorkspaces()
-
-
-def measure_cublas_workspace(device: torch.device) -> int:
-    """Return the bytes of device memory that cuBLAS takes per thread: 8 MB, on Hopper 32 MB."""
-    free_cublas_workspaces()
-    with current_device(device), CudaQueue(device).activate():
-        factor = torch.ones(16, 16, device=device)
-        product = torch.empty_like(factor)
-        before = torch.cuda.memory_allocated(device)
-        torch.mm(factor, factor, out=product)
-        nbytes = torch.cuda.memory_allocated(device) - before
-    free_cublas_workspaces()
-    return nbytes
-
-
-def _estimate_worker_memory(shards: Sequence[ShardPlan]) -> tuple[int, int, int]:
-    """Return what one worker needs on a device: bytes of its edits, number of blocks, bytes of the smallest block."""
-    jobs = [job for shard in shards for job in shard.jobs if job.edits]
-    edits = max(map(estimate_edit_bytes, jobs), default=0)
-    row = max((job.source.shape[-1] * arithmetic_of(job).itemsize for job in jobs), default=0)
-    shares = max((edit.module.share_count for job in jobs for edit in job.edits), default=0)
-    blocks = DEPTH * BLOCKS_PER_SLOT + TEMPORARY_BLOCKS + shares * BLOCKS_PER_SHARE
-    return EDITS_HELD * edits, blocks, max(LEAST_BYTES, row)
-
-
 def cuda_lanes(
     devices: Sequence[torch.device],
     shards: Sequence[ShardPlan],
@@ -102,29 +55,8 @@ def cuda_lanes(
 ) -> tuple[list[LaneMaker], int]:
     """Return a maker of a lane for every worker, and the size of their blocks in bytes of float32.
 
-    Where a device's memory does not suffice for all workers, it gets fewer. A pass over a whole weight needs as much
-    memory as a worker. Raises InputError where a device has too little memory for one worker and one pass.
+    Raises InputError where a device has too little memory (cuda_memory.py).
     """
-    cores = max(1, len(os.sched_getaffinity(0)) // len(devices))
-    most = workers or min(cores, HASHING_WORKERS if hashing else WORKERS)
-    edits, blocks, least = _estimate_worker_memory(shards)
-    sizes: list[tuple[torch.device, int]] = []
-    for device in devices:
-        kept = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)  # by this process's allocator
-        free = torch.cuda.mem_get_info(device)[0] + kept
-        fixed = edits + measure_cublas_workspace(device)
-        per_worker = fixed + blocks * least
-        need = 2 * per_worker
-        given = min(vram or int(free * VRAM_FRACTION), free)
-        if vram is None and given < need <= free:
-            given = need
-        if given < need:
-            raise InputError(
-                f"{device}: {given / 1e6:.0f} MB of device memory are too little" + (" (--vram)" if vram else ""),
-                expected=f"{need / 1e6:.0f} MB for the adapter's largest factors and a few rows of a weight",
-                hint="allow more with --vram, or use --device cpu",
-            )
-        each = min(most, given // per_worker - 1)
-        sizes += [(device, min(BLOCK_BYTES, (given // (each + 1) - fixed) // blocks))] * each
+    sizes = share_memory(devices, shards, workers, vram, hashing)
     block = min(size for _, size in sizes)  # any worker may take any block
     return [partial(cuda_lane, device, block) for device, _ in sizes], block

@@ -26,7 +26,8 @@ from adapter_merge.files.links import LINKS
 from adapter_merge.storage.input_files import Sources
 
 from .chunked_file import ChunkPool, aligned_bytes
-from .cuda_lanes import cuda_lanes, free_cublas_workspaces, pinned_bytes
+from .cuda_lanes import cuda_lanes, pinned_bytes
+from .cuda_memory import free_cublas_workspaces
 from .devices import exact_products, one_thread
 from .lanes import LaneMaker, cpu_lane
 from .plan import MergePlan, ShardPlan

@@ -16,7 +16,7 @@ from adapter_merge.combine.origin import bind_checked
 from adapter_merge.combine.recipe import Recipe
 from adapter_merge.errors import InputError, Problem, UnsupportedError, raise_all
 from adapter_merge.formats.detection import open_adapter
-from adapter_merge.formats.read_options import ReadOptions
+from adapter_merge.formats.stated_settings import ReadOptions
 from adapter_merge.methods.adapter import AdaptedModule, Adapter, AdapterFormat
 from adapter_merge.methods.lora import BiasModule, ExpertModule, RowSliceModule, StackModule
 from adapter_merge.methods.peft_layer import PeftLayerModule

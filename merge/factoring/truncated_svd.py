@@ -13,6 +13,8 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
+from .rank_choice import rank_for_energy
+
 NOISE = 4  # in float32 epsilons of the largest singular value
 
 
@@ -149,19 +151,6 @@ def dense_spectrum(
     count = min(left.shape[1], inner)
     left = left[:, :count]
     return Spectrum(left, left.T @ delta, squares[:count], float(weighted.square().sum()), full=True)
-
-
-def rank_for_energy(squares: Tensor, energy: float) -> int:
-    """Return the smallest rank that keeps `energy` (0 .. 1) of the squared singular values, in descending order.
-
-    Compares the omitted energy, summed from the smallest: 1 - energy may be as small as the rounding of the total.
-    """
-    squares = squares.to(torch.float64)
-    tails = torch.flip(torch.cumsum(torch.flip(squares, (0,)), 0), (0,))  # tails[k] = sum of squares[k:]
-    if not float(tails[0]) > 0:
-        return 1
-    allowed = (1.0 - energy) * float(tails[0])
-    return max(1, min(int((tails > allowed).sum()), squares.numel()))
 
 
 def truncate(

@@ -23,7 +23,7 @@ from adapter_merge.storage.safetensors_header import TensorRef
 from adapter_merge.storage.tensor_comparison import same_bytes, same_values
 
 from .dcft_tensors import DCFT_ROLE, SHARED_ROLES, dcft_modules, group_dcft
-from .settings import KnownSettings
+from .known_settings import KnownSettings
 from .statements import against, against_tensors
 
 # Keys of the reference's training arguments, which the merged model's config must not contain.

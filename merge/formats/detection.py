@@ -30,7 +30,7 @@ from .gguf_lora import holds_gguf_lora, read_gguf_lora
 from .kohya import IMAGE_PREFIXES, PREFIXES, holds_kohya, read_kohya
 from .mytransformers import read_mytransformers
 from .native import NATIVE_TYPES, read_native
-from .read_options import ReadOptions
+from .stated_settings import ReadOptions
 
 log = logging.getLogger(__name__)
 

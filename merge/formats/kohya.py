@@ -25,7 +25,7 @@ from adapter_merge.storage.checkpoint import Checkpoint, read_weights
 from adapter_merge.storage.safetensors_header import FLOAT_DTYPES, TensorRef
 from adapter_merge.storage.tensor_io import read_tensor
 
-from .settings import KnownSettings
+from .known_settings import KnownSettings
 from .statements import against_tensors
 
 LORA_ROLES = {"lora_down.weight": "A", "lora_up.weight": "B", "lora_mid.weight": "t2", "lora_down": "A", "lora_up": "B"}

@@ -29,8 +29,8 @@ from adapter_merge.methods.residual import Initial
 from adapter_merge.storage.checkpoint import Checkpoint, read_json, read_weights
 from adapter_merge.storage.safetensors_header import TensorRef
 
+from .known_settings import note_of
 from .mytransformers_arguments import ARGUMENTS, VARIANTS
-from .settings import note_of
 from .state_dict import SortedTensors, sort_tensors
 from .statements import against, against_name
 

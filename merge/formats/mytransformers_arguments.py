@@ -6,7 +6,7 @@ hhnqqq/MyTransformers to 2025-11. The trainer builds the layers of the first var
 
 from __future__ import annotations
 
-from .settings import KnownSettings
+from .known_settings import KnownSettings
 
 # The supported variants, in the order of MyTransformers' LORA_VARIANTS.
 VARIANTS = {

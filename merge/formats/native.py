@@ -37,8 +37,8 @@ from adapter_merge.storage.checkpoint import read_json, read_weights
 from adapter_merge.storage.safetensors_header import TensorRef
 
 from .dcft_tensors import dcft_modules, group_dcft, is_pair
+from .known_settings import KnownSettings
 from .kohya import group_lycoris, lycoris_modules, method_of
-from .settings import KnownSettings
 from .statements import against, against_tensors
 
 NATIVE_TYPES = ("DCFT", "DUDE", "LYCORIS")

@@ -16,7 +16,7 @@ from adapter_merge.combine.recipe import PATH_KEYS, Ingredient, Recipe, given_op
 from adapter_merge.errors import FileFormatError, InputError, Problem, raise_all
 from adapter_merge.files.hashing import hash_files
 from adapter_merge.files.symlinks import is_hub_blob
-from adapter_merge.formats.read_options import ReadOptions
+from adapter_merge.formats.stated_settings import ReadOptions
 from adapter_merge.storage.checkpoint import open_checkpoint
 
 from .folder_content import list_content, stated_hashes

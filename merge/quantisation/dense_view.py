@@ -7,13 +7,14 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from adapter_merge.quantisation.configuration import LOCATIONS, SIDE_FILE
 from adapter_merge.quantisation.detection import find_packed
 from adapter_merge.quantisation.gguf.checkpoint import gguf_file, open_gguf
 from adapter_merge.quantisation.packed_weight import PackedWeight, dense_ref
 from adapter_merge.storage.checkpoint import Checkpoint, open_checkpoint, resolve_base
 from adapter_merge.storage.computed_tensor import ComputedRef
 from adapter_merge.storage.safetensors_header import TensorRef
+
+from .known_settings import LOCATIONS, SIDE_FILE
 
 # Files in which quantisation tools repeat the config: loaders would look for quantised weights.
 SETTINGS_FILES = frozenset((SIDE_FILE, "quantize_config.json", "quant_config.json"))

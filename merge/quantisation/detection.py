@@ -5,8 +5,8 @@ from __future__ import annotations
 import re
 
 from adapter_merge.errors import FileFormatError, UnsupportedError
-from adapter_merge.quantisation.configuration import Configuration, read_configuration
 from adapter_merge.quantisation.findings import Findings
+from adapter_merge.quantisation.known_settings import Configuration, read_configuration
 from adapter_merge.quantisation.packed import Packed
 from adapter_merge.storage.checkpoint import Checkpoint
 from adapter_merge.storage.safetensors_header import FLOAT_DTYPES

@@ -28,7 +28,7 @@ from adapter_merge.factoring.certificate import SPECTRUM_LENGTH, relative
 from adapter_merge.factoring.factor_folder import ROW_SCALES
 from adapter_merge.factoring.weight_factors import Factoriser
 from adapter_merge.formats.detection import open_adapter
-from adapter_merge.formats.read_options import ReadOptions
+from adapter_merge.formats.stated_settings import ReadOptions
 from adapter_merge.methods.adapter import Adapter
 from adapter_merge.outputs.leftovers import PREIMAGE_FOLDER
 from adapter_merge.outputs.staging import MANIFEST, read_manifest

@@ -12,7 +12,7 @@ import struct
 from collections.abc import Callable, Collection
 from typing import Any
 
-from .pickled_tensors import (
+from .pickle_allow_list import (
     DEVICES,
     FUNCTIONS,
     STORAGE_DTYPES,

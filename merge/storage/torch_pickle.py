@@ -15,8 +15,8 @@ from typing import Any
 from adapter_merge.errors import FileFormatError
 from adapter_merge.files.input_errors import reading
 
+from .pickle_allow_list import DamagedPickle, ForbiddenPickle, PickledStorage, PickledTensor, UnsupportedPickle
 from .pickle_machine import read_pickle_table
-from .pickled_tensors import DamagedPickle, ForbiddenPickle, PickledStorage, PickledTensor, UnsupportedPickle
 from .safetensors_header import ITEM_BYTES, TensorRef
 from .torch_zip import TorchZip, read_torch_zip
 

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from adapter_merge.binding.bind import BoundAdapter, BoundModule
 from adapter_merge.combine.open_inputs import open_pair
-from adapter_merge.formats.read_options import ReadOptions
+from adapter_merge.formats.stated_settings import ReadOptions
 from adapter_merge.methods.lora import LoraModule
 
 

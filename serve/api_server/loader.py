@@ -26,7 +26,7 @@ from adapter_merge.serve.conversion.served import (
     refuse_links_out,
     signature,
 )
-from adapter_merge.serve.conversion.stating import beside
+from adapter_merge.serve.conversion.stated_settings import beside
 
 from .metrics import Metrics
 

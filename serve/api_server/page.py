@@ -24,7 +24,7 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 
 from adapter_merge.serve.conversion.cache import ENTRY
 from adapter_merge.serve.conversion.served import Served
-from adapter_merge.serve.conversion.stating import flags_of
+from adapter_merge.serve.conversion.stated_settings import flags_of
 
 from .guard import path_of
 from .loader import Loader

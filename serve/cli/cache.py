@@ -6,9 +6,9 @@ import json
 
 import click
 
-from adapter_merge.cli.options.adapters import adapter_options, read_single_stated
 from adapter_merge.cli.options.command import Command, option
 from adapter_merge.cli.options.shared import report_options
+from adapter_merge.cli.options.stated_settings import adapter_options, read_single_stated
 from adapter_merge.cli.options.values import SIZE, SOURCE
 from adapter_merge.serve.conversion.cache import DEFAULT_BYTES
 
@@ -72,7 +72,7 @@ def add_entries(base: str, adapters: tuple[str, ...], cache_size: int, as_json: 
     from adapter_merge.errors import AdapterMergeError, Problem, raise_all
     from adapter_merge.serve.conversion.cache import Cache
     from adapter_merge.serve.conversion.served import Converter, allowed_rank
-    from adapter_merge.serve.conversion.stating import Stated
+    from adapter_merge.serve.conversion.stated_settings import Stated
     from adapter_merge.serve.launch.process import described
 
     stated = Stated.of(*read_single_stated())

@@ -9,15 +9,15 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from adapter_merge.cli.options.adapters import adapter_options, read_single_stated, read_stated, stated_arguments
 from adapter_merge.cli.options.command import Command, command, option
 from adapter_merge.cli.options.inputs import named_inputs
 from adapter_merge.cli.options.shared import dry_run_option, report_options
+from adapter_merge.cli.options.stated_settings import adapter_options, read_single_stated, read_stated, stated_arguments
 from adapter_merge.cli.options.values import SIZE, SOURCE
 from adapter_merge.serve.conversion.cache import DEFAULT_BYTES
 
 if TYPE_CHECKING:
-    from adapter_merge.serve.conversion.stating import Stated
+    from adapter_merge.serve.conversion.stated_settings import Stated
 
 
 CONVERSION_BYTES, CONVERSION_SECONDS = 8 * 10**9, 900
@@ -243,7 +243,7 @@ def _joined(direct: dict[str, Any], rest: list[str]) -> list[str]:
 
 def _stated(adapters: tuple[str, ...]) -> dict[str, Stated]:
     """What the options say of each named adapter."""
-    from adapter_merge.serve.conversion.stating import FILE, Stated
+    from adapter_merge.serve.conversion.stated_settings import FILE, Stated
 
     names = [text.partition("=")[0] for text in adapters if "=" in text]
     if names:

@@ -26,7 +26,7 @@ from adapter_merge.errors import (
 )
 
 from .cache import ENTRY, Cache, Lease, key_of
-from .stating import Stated, beside
+from .stated_settings import Stated, beside
 
 # The ranks that vLLM's --max-lora-rank takes (vllm/config/lora.py, 0.28 to 0.32).
 RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)

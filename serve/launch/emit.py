@@ -13,10 +13,10 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from adapter_merge.cli.options.adapters import PATH
+from adapter_merge.cli.options.stated_settings import PATH
 from adapter_merge.errors import InputError, MissingDependencyError, Problem, raise_all
 from adapter_merge.serve.conversion.served import allowed_rank, check_name
-from adapter_merge.serve.conversion.stating import KINDS
+from adapter_merge.serve.conversion.stated_settings import KINDS
 
 from .flags import DRAIN, flag_problems, has_option, option
 from .process import GRACE

@@ -26,7 +26,7 @@ from adapter_merge.serve.api_server.loader import VARIABLE, Settings
 from adapter_merge.serve.conversion.cache import Cache
 from adapter_merge.serve.conversion.processes import Limits
 from adapter_merge.serve.conversion.served import Converter, Outline, allowed_rank, check_name, folders, inside
-from adapter_merge.serve.conversion.stating import Stated
+from adapter_merge.serve.conversion.stated_settings import Stated
 
 from .flags import DRAIN, LOOPBACK, OURS, flag_problems, has_key, has_option, is_cpu_build, is_loopback, option
 

@@ -31,7 +31,7 @@ from safetensors.torch import save_file
 
 from adapter_merge.combine.delta_ops import METHODS, Settings
 from adapter_merge.combine.recipe import IN_TURN, Ingredient, Recipe, make_recipe
-from adapter_merge.formats.read_options import ReadOptions
+from adapter_merge.formats.stated_settings import ReadOptions
 
 MAIN, OTHER = 0, 1  # seeds: the adapter, and another one of its kind
 

@@ -35,7 +35,7 @@ from adapter_merge.api.factor import factor
 from adapter_merge.api.merge import merge
 from adapter_merge.api.options import ConvertOptions, FactorOptions, MergeOptions
 from adapter_merge.errors import AdapterMergeError
-from adapter_merge.formats.read_options import ReadOptions
+from adapter_merge.formats.stated_settings import ReadOptions
 
 SECONDS = 10  # for one case
 OUT, IN, RANK = 12, 8, 2

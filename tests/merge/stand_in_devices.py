@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator
 import pytest
 import torch
 
-from adapter_merge.engine import cuda_lanes
+from adapter_merge.engine import cuda_lanes, cuda_memory
 from adapter_merge.engine import execute as engine
 from adapter_merge.engine.chunked_file import aligned_bytes
 from adapter_merge.engine.lanes import Inline, Lane, Slot
@@ -27,7 +27,7 @@ def device_slot() -> Slot:
 
 def lagging_lane(block_bytes: int) -> Lane:
     """A lane of such slots, several blocks in flight."""
-    slots = tuple(device_slot() for _ in range(cuda_lanes.DEPTH))
+    slots = tuple(device_slot() for _ in range(cuda_memory.DEPTH))
     return Lane(CPU, slots, Inline(), Inline(), Inline(), block_bytes)
 
 
@@ -47,9 +47,9 @@ def stand_in_devices(
     for module in ("worker", "schedule"):
         patch.setattr(f"adapter_merge.engine.{module}.current_device", lambda device: contextlib.nullcontext())
     patch.setattr(cuda_lanes, "cuda_lane", lane_of)
-    patch.setattr(cuda_lanes, "measure_cublas_workspace", lambda device: WORKSPACE)
+    patch.setattr(cuda_memory, "measure_cublas_workspace", lambda device: WORKSPACE)
     patch.setattr(engine, "free_cublas_workspaces", lambda: None)
     patch.setattr(engine, "pinned_bytes", aligned_bytes)
     patch.setattr(torch.cuda, "mem_get_info", lambda device: (free[device.index], 80 << 30))
-    patch.setattr(cuda_lanes.os, "sched_getaffinity", lambda pid: range(8))
+    patch.setattr(cuda_memory.os, "sched_getaffinity", lambda pid: range(8))
     yield given

@@ -82,7 +82,7 @@ def test_the_wheel_runs_where_nothing_else_of_the_repository_is(built: Path, tmp
         "import adapter_merge, adapter_merge.cli.main as main\n"
         "from importlib.metadata import entry_points\n"
         "entry_points(group='vllm.general_plugins')['adapter_merge'].load()\n"
-        "import adapter_merge.export.cli, adapter_merge.serve.cli.serve\n"
+        "import adapter_merge.export.cli.export, adapter_merge.export.cli.generate, adapter_merge.serve.cli.serve\n"
         "print(adapter_merge.__file__, adapter_merge.__version__)\n"
     )
     loaded = subprocess.run([python, "-c", code], cwd=tmp_path, env=environment, capture_output=True, text=True)

@@ -21,7 +21,7 @@ from trained import ALL, MAKERS, Adapter, make_base, module_names, normal
 from adapter_merge.errors import AdapterMergeError
 from adapter_merge.serve.conversion.cache import Cache
 from adapter_merge.serve.conversion.served import Converter
-from adapter_merge.serve.conversion.stating import Stated
+from adapter_merge.serve.conversion.stated_settings import Stated
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 

@@ -9,14 +9,14 @@ from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 
 import click
 
-from .adapters import read_single_stated, read_stated
 from .command import COMBINATION, option
 from .hub import add_revision
-from .input_paths import check_paths
+from .input_checks import check_paths
+from .stated_settings import read_single_stated, read_stated
 
 if TYPE_CHECKING:
     from adapter_merge.combine.recipe import Ingredient, Recipe
-    from adapter_merge.formats.read_options import ReadOptions
+    from adapter_merge.formats.stated_settings import ReadOptions
 
 F = TypeVar("F", bound=Callable[..., Any])
 META = "adapter_merge.combination"
@@ -124,8 +124,8 @@ def adapter_bytes(subject: Subject) -> int:
 
 def _parse_inputs(inputs: tuple[str, ...]) -> Subject:
     """Parse arguments and options into a `Subject`, without checking paths. Raises UsageError."""
+    from adapter_merge.combine.combination_settings import Settings
     from adapter_merge.combine.recipe import make_recipe, read_recipe
-    from adapter_merge.combine.settings import Settings
 
     values = click.get_current_context().meta.get(META, {})
     file, weights, densities = values.get("recipe"), values.get("weight") or (), values.get("density") or ()
@@ -167,7 +167,7 @@ def _parse_inputs(inputs: tuple[str, ...]) -> Subject:
 
 
 def _no_options() -> ReadOptions:
-    from adapter_merge.formats.read_options import ReadOptions
+    from adapter_merge.formats.stated_settings import ReadOptions
 
     return ReadOptions()
 

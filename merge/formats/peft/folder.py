@@ -12,14 +12,14 @@ from pathlib import Path
 from typing import Any
 
 from adapter_merge.errors import AdapterError, Problem, UnsupportedError, raise_all
-from adapter_merge.formats.settings import KnownSettings, note_of
+from adapter_merge.formats.known_settings import KnownSettings, note_of
 from adapter_merge.methods.adapter import AdaptedModule, Adapter, AdapterFormat
 from adapter_merge.storage.checkpoint import read_json, read_weights
 
+from .known_settings import BIASES, PEFT_SETTINGS
 from .layer_types import LAYER_TYPES, REFUSED_TYPES, REPLACED_TYPES, read_layer_type
 from .lora import ADALORA_ROLES, LORA_ROLES, TOKEN_ROLES, read_adalora, read_lora, read_tokens
 from .lycoris import LOHA_ROLES, LOKR_ROLES, VERA_ROLES, read_loha, read_lokr, read_vera
-from .settings import BIASES, PEFT_SETTINGS
 from .targeting import against_targets
 from .tensors import WEIGHT_FILES, PeftExtras, PeftTensors, find_weights, group_tensors
 

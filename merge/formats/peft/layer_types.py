@@ -12,14 +12,14 @@ from pathlib import Path
 from typing import Any
 
 from adapter_merge.errors import AdapterError, Problem, UnsupportedError, raise_all
-from adapter_merge.formats.settings import KnownSettings, note_of
+from adapter_merge.formats.known_settings import KnownSettings, note_of
 from adapter_merge.methods.adapter import Adapter, AdapterFormat
 from adapter_merge.methods.peft_layer import PREFIX, PeftLayerModule, layer_config, require_peft
 from adapter_merge.storage.checkpoint import read_weights
 from adapter_merge.storage.safetensors_header import TensorRef
 
+from .known_settings import BIASES
 from .patterns import pattern_fault
-from .settings import BIASES
 
 
 @dataclass(frozen=True)

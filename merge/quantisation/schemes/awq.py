@@ -14,11 +14,11 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
-from adapter_merge.quantisation.configuration import Configuration
 from adapter_merge.quantisation.findings import Findings
+from adapter_merge.quantisation.known_settings import Configuration
 from adapter_merge.quantisation.packed_weight import PackedWeight, Read, read_part
 from adapter_merge.quantisation.scale_grid import ScaleGrid
-from adapter_merge.quantisation.turned_cache import TurnedCache
+from adapter_merge.quantisation.transposed_cache import TurnedCache
 from adapter_merge.storage.lazy_torch import torch
 from adapter_merge.storage.tensor_io import TORCH_DTYPES
 

@@ -14,8 +14,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from adapter_merge.errors import Problem, UnsupportedError, raise_all
-from adapter_merge.quantisation.configuration import Configuration
 from adapter_merge.quantisation.findings import Findings
+from adapter_merge.quantisation.known_settings import Configuration
 from adapter_merge.quantisation.scale_grid import ScaleGrid
 from adapter_merge.storage.tensor_io import read_tensor
 

@@ -11,8 +11,8 @@ from __future__ import annotations
 
 import math
 
-from adapter_merge.quantisation.configuration import Configuration
 from adapter_merge.quantisation.findings import Findings
+from adapter_merge.quantisation.known_settings import Configuration
 from adapter_merge.quantisation.scale_grid import ScaleGrid
 from adapter_merge.storage.safetensors_header import TensorRef
 

@@ -17,12 +17,12 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 from adapter_merge.errors import FileFormatError
-from adapter_merge.quantisation.configuration import Configuration
 from adapter_merge.quantisation.findings import Findings
+from adapter_merge.quantisation.known_settings import Configuration
 from adapter_merge.quantisation.packed_weight import PackedWeight, Read, read_part
 from adapter_merge.quantisation.scale_grid import ScaleGrid
 from adapter_merge.quantisation.stored_codes import unpack_words
-from adapter_merge.quantisation.turned_cache import TurnedCache
+from adapter_merge.quantisation.transposed_cache import TurnedCache
 from adapter_merge.storage.lazy_torch import torch
 from adapter_merge.storage.tensor_io import TORCH_DTYPES
 

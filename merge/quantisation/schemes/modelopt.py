@@ -6,8 +6,8 @@ FP8    weight F8_E4M3, weight_scale F32, one
 
 from __future__ import annotations
 
-from adapter_merge.quantisation.configuration import Configuration
 from adapter_merge.quantisation.findings import Findings
+from adapter_merge.quantisation.known_settings import Configuration
 from adapter_merge.quantisation.scale_grid import ScaleGrid
 from adapter_merge.storage.safetensors_header import TensorRef
 

@@ -29,7 +29,7 @@ from adapter_merge.quantisation.stored_codes import (
     encode_e2m1,
     pack_low_first,
 )
-from adapter_merge.quantisation.turned_cache import TurnedCache
+from adapter_merge.quantisation.transposed_cache import TurnedCache
 from adapter_merge.storage.lazy_torch import torch
 from adapter_merge.storage.safetensors_header import TensorRef
 

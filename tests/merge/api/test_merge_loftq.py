@@ -21,7 +21,7 @@ from adapter_merge.api.merge import merge
 from adapter_merge.api.options import MergeOptions, VerifyOptions
 from adapter_merge.api.verify import verify
 from adapter_merge.errors import UnsupportedError
-from adapter_merge.formats.read_options import ReadOptions
+from adapter_merge.formats.stated_settings import ReadOptions
 
 TARGETS = ["q_proj", "down_proj"]
 

@@ -18,7 +18,7 @@ from adapter_merge.api.merge import merge
 from adapter_merge.api.options import ConvertOptions, FactorOptions, MergeOptions, VerifyOptions
 from adapter_merge.api.verify import verify
 from adapter_merge.combine.open_inputs import open_pair
-from adapter_merge.formats.read_options import ReadOptions
+from adapter_merge.formats.stated_settings import ReadOptions
 
 TOLERANCE = 1e-4
 

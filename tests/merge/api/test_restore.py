@@ -15,7 +15,7 @@ from adapter_merge.api.merge import merge
 from adapter_merge.api.options import MergeOptions, RestoreOptions
 from adapter_merge.api.restore import restore
 from adapter_merge.errors import FileFormatError, InputError, MismatchError
-from adapter_merge.formats.read_options import ReadOptions
+from adapter_merge.formats.stated_settings import ReadOptions
 from adapter_merge.outputs.integrity import check_integrity
 
 pytestmark = pytest.mark.preloaded("torch")

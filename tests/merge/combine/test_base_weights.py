@@ -19,7 +19,7 @@ from adapter_merge.api.merge import merge
 from adapter_merge.api.options import ConvertOptions, DeltaOptions, FactorOptions, MergeOptions, VerifyOptions
 from adapter_merge.api.verify import verify
 from adapter_merge.errors import MismatchError
-from adapter_merge.formats.read_options import ReadOptions
+from adapter_merge.formats.stated_settings import ReadOptions
 from adapter_merge.storage.checkpoint import open_checkpoint
 
 NAME = "model.layers.1.mlp.gate_proj.weight"  # (96, 48) float32: 18 KiB, of which 8 are sampled

@@ -23,7 +23,7 @@ from adapter_merge.binding.bound import UNKNOWN_ORIGIN
 from adapter_merge.combine.delta_ops import Settings
 from adapter_merge.combine.recipe import Ingredient, make_recipe
 from adapter_merge.errors import AdapterError, AdapterMergeError, MismatchError
-from adapter_merge.formats.read_options import ReadOptions
+from adapter_merge.formats.stated_settings import ReadOptions
 
 FORCED = ReadOptions(force=True)
 ANOTHER = r"not trained on this base|trained on another base"

@@ -25,7 +25,7 @@ from adapter_merge.api.options import ConvertOptions, DeltaOptions, FactorOption
 from adapter_merge.combine.delta_ops import METHODS, Settings
 from adapter_merge.combine.recipe import IN_TURN, Ingredient, Recipe, make_recipe, read_recipe
 from adapter_merge.errors import InputError, OutputError
-from adapter_merge.formats.read_options import ReadOptions
+from adapter_merge.formats.stated_settings import ReadOptions
 
 peft = pytest.importorskip("peft", reason="PEFT is the oracle (extra verify)")
 

@@ -24,7 +24,7 @@ from adapter_merge.api.factor import factor
 from adapter_merge.api.merge import merge
 from adapter_merge.api.options import DeltaOptions, ExtractOptions, FactorOptions, MergeOptions
 from adapter_merge.api.restore import restore
-from adapter_merge.engine import cuda_lanes
+from adapter_merge.engine import cuda_memory
 from adapter_merge.errors import InputError, NumericsError
 
 pytestmark = pytest.mark.gpu
@@ -267,7 +267,7 @@ def test_device_memory_stays_within_what_is_given(
     if combined:
         adapters = {"a": adapter, "b": write_lora(tmp_path / "b", tensors)}
         adapter = recipe(adapters, {"a": 0.5, "b": 0.5}, method="ties", density=0.5)
-    cuda_lanes.free_cublas_workspaces()
+    cuda_memory.free_cublas_workspaces()
     held = torch.cuda.memory_allocated()
     torch.cuda.reset_peak_memory_stats()
     merge(base, adapter, tmp_path / "out", MergeOptions(device="cuda:0", vram=vram))

@@ -28,7 +28,7 @@ from adapter_merge.api.options import MergeOptions
 from adapter_merge.api.restore import restore
 from adapter_merge.combine.delta_ops import METHODS, CombinedEdit, Settings, WeightedEdit
 from adapter_merge.combine.open_inputs import open_pair
-from adapter_merge.engine import cuda_lanes, lanes
+from adapter_merge.engine import cuda_lanes, cuda_memory, lanes
 from adapter_merge.engine import execute as engine
 from adapter_merge.engine.devices import exact_products
 from adapter_merge.engine.lanes import Block, Done, Inline, Lane, Mark, Slot
@@ -173,7 +173,7 @@ class RecordedMark:
         self.log.append(f"host waits for {self.name}")
 
 
-def recorded_lane(log: list[str], depth: int = cuda_lanes.DEPTH, block_bytes: int = 1 << 12) -> Lane:
+def recorded_lane(log: list[str], depth: int = cuda_memory.DEPTH, block_bytes: int = 1 << 12) -> Lane:
     slots = tuple(device_slot() for _ in range(depth))
     queues = [Recorded(name, log) for name in ("upload", "compute", "download")]
     return Lane(CPU, slots, *queues, block_bytes)
@@ -242,7 +242,7 @@ def test_the_engine_keeps_several_blocks_in_flight_and_waits_before_it_reads(
     monkeypatch.setattr(engine, "cpu_lane", lambda: recorded_lane(log, block_bytes=1 << 16))
     (tmp_path / "out").mkdir()
     finished = engine.execute(plan, tmp_path / "out", CPU, workers=1)
-    assert max(flying) == cuda_lanes.DEPTH
+    assert max(flying) == cuda_memory.DEPTH
     assert not pending
     found, exact = read_model(tmp_path / "out"), expected(tensors, adapter)
     for name, tensor in tensors.items():
@@ -308,11 +308,11 @@ def test_several_devices_share_the_shards(tmp_path: Path, monkeypatch: pytest.Mo
         (tmp_path / name).mkdir()
     engine.execute(plan, tmp_path / "one", CPU, workers=1)
     devices = [torch.device("cuda", index) for index in range(2)]
-    forms, blocks, _ = cuda_lanes._estimate_worker_memory(plan.shards)
+    forms, blocks, _ = cuda_memory._estimate_worker_memory(plan.shards)
     each = forms + WORKSPACE + blocks * lanes.CPU_BLOCK_BYTES  # blocks of another size add up in another order
-    free = tuple(int(share * (cuda_lanes.HASHING_WORKERS + 1) * each / cuda_lanes.VRAM_FRACTION) for share in (1, 3))
+    free = tuple(int(share * (cuda_memory.HASHING_WORKERS + 1) * each / cuda_memory.VRAM_FRACTION) for share in (1, 3))
     computed: dict[torch.device, int] = dict.fromkeys(devices, 0)
-    together = threading.Barrier(len(devices) * cuda_lanes.HASHING_WORKERS)  # nobody is done before all have begun
+    together = threading.Barrier(len(devices) * cuda_memory.HASHING_WORKERS)  # nobody is done before all have begun
     begun = threading.local()
     owner: dict[int, torch.device] = {}
     real = Lane.launch
@@ -347,7 +347,7 @@ def test_blocks_stay_within_the_memory_that_is_given(
     shards = plan_merge(bound.base, (bound,)).shards
     with stand_in_devices(monkeypatch, lambda device, size: recorded_lane([]), (80 << 30,)):
         makers, size = cuda_lanes.cuda_lanes([CUDA], shards, None, vram, hashing=True)
-    assert size == cuda_lanes.BLOCK_BYTES or vram < 1 << 30
+    assert size == cuda_memory.BLOCK_BYTES or vram < 1 << 30
     with fake_cuda():
         slot = Slot(CUDA, pinned=False)
         rows = size // (4 * COLUMNS)
@@ -358,8 +358,8 @@ def test_blocks_stay_within_the_memory_that_is_given(
         lane.launch(slot, block, [form], [torch.empty(block.elements * 4, dtype=torch.uint8, device=CPU)])
         names = ("in", "work", "spare", "out")
         held = sum(slot.bytes(name, 1).untyped_storage().nbytes() for name in names)
-    one = WORKSPACE + cuda_lanes.DEPTH * held + cuda_lanes.TEMPORARY_BLOCKS * size
-    assert held == cuda_lanes.BLOCKS_PER_SLOT * block.elements * 4
+    one = WORKSPACE + cuda_memory.DEPTH * held + cuda_memory.TEMPORARY_BLOCKS * size
+    assert held == cuda_memory.BLOCKS_PER_SLOT * block.elements * 4
     assert (len(makers) + 1) * one <= vram  # one more for a pass over a whole weight
 
 

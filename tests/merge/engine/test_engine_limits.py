@@ -19,7 +19,7 @@ from torch import Tensor
 
 from adapter_merge.api.merge import open_pair
 from adapter_merge.binding.bound import BoundModule
-from adapter_merge.engine import cuda_lanes, schedule
+from adapter_merge.engine import cuda_memory, schedule
 from adapter_merge.engine import execute as engine
 from adapter_merge.engine.lanes import Block, Inline, Lane, Mark, Slot
 from adapter_merge.engine.plan import MergePlan, plan_merge
@@ -92,20 +92,20 @@ def test_a_block_fits_the_device_with_the_least_memory(
         engine.execute(plan, tmp_path / "out", DEVICES)
     sizes = {size for _, size in given}
     assert len(sizes) == 1
-    assert 0 < largest <= min(sizes) < cuda_lanes.BLOCK_BYTES
+    assert 0 < largest <= min(sizes) < cuda_memory.BLOCK_BYTES
 
 
 def test_factors_count_as_device_memory(plan: MergePlan, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Blocks get what the largest factors leave; where they leave nothing, it is said before anything is written."""
-    forms, blocks, least = cuda_lanes._estimate_worker_memory(plan.shards)
+    forms, blocks, least = cuda_memory._estimate_worker_memory(plan.shards)
     largest = max(
         module.stored_form().up.nbytes + module.stored_form().down.nbytes
         for bound in plan.adapters
         for module in bound.modules
     )
-    assert forms == cuda_lanes.EDITS_HELD * largest
+    assert forms == cuda_memory.EDITS_HELD * largest
     need = forms + WORKSPACE + blocks * least
-    each = cuda_lanes.HASHING_WORKERS
+    each = cuda_memory.HASHING_WORKERS
     with stand_in_devices(monkeypatch, lambda device, size: lagging_lane(size), (4 << 30, 4 << 30)) as given:
         engine.execute(plan, tmp_path / "out", DEVICES, vram=(each + 1) * (need + 8 * blocks))
         assert sorted(given) == [(0, least + 8)] * each + [(1, least + 8)] * each
@@ -118,11 +118,11 @@ def test_factors_count_as_device_memory(plan: MergePlan, tmp_path: Path, monkeyp
 def test_a_device_with_little_memory_has_fewer_workers(
     plan: MergePlan, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    forms, blocks, least = cuda_lanes._estimate_worker_memory(plan.shards)
+    forms, blocks, least = cuda_memory._estimate_worker_memory(plan.shards)
     free = (3 * (forms + WORKSPACE + blocks * least) + 8, 4 << 30)
     with stand_in_devices(monkeypatch, lambda device, size: lagging_lane(size), free) as given:
         engine.execute(plan, tmp_path / "out", DEVICES, vram=1 << 30)
-    assert sorted(device for device, _ in given) == [0, 0] + [1] * cuda_lanes.HASHING_WORKERS
+    assert sorted(device for device, _ in given) == [0, 0] + [1] * cuda_memory.HASHING_WORKERS
 
 
 def test_every_share_of_a_combination_counts_as_device_memory(tmp_path: Path) -> None:
@@ -137,9 +137,9 @@ def test_every_share_of_a_combination_counts_as_device_memory(tmp_path: Path) ->
         rows, columns = job.source.shape
         assert estimate_edit_bytes(job) == 4 * (rows + columns) * 2 * (4 + 4)
     single = open_pair(base, adapters["one"])
-    alone, both = (cuda_lanes._estimate_worker_memory(plan_merge(one.base, (one,)).shards) for one in (single, bound))
+    alone, both = (cuda_memory._estimate_worker_memory(plan_merge(one.base, (one,)).shards) for one in (single, bound))
     assert both[0] == 2 * alone[0]
-    assert both[1] == alone[1] + 2 * cuda_lanes.BLOCKS_PER_SHARE
+    assert both[1] == alone[1] + 2 * cuda_memory.BLOCKS_PER_SHARE
 
 
 def test_passes_of_a_device_are_taken_one_at_a_time_where_blocks_are_computed(
@@ -225,7 +225,7 @@ def test_a_failure_waits_for_the_blocks_in_flight(
     monkeypatch.setattr(engine, "cpu_lane", lambda: lagging_lane(1 << 16))
     with pytest.raises(NumericsError):
         engine.execute(plan, tmp_path / "out", CPU, 1)
-    assert len(flying) == cuda_lanes.DEPTH
+    assert len(flying) == cuda_memory.DEPTH
     assert list(flying) == waited
 
 

@@ -25,7 +25,7 @@ from adapter_merge.api.options import FactorOptions, VerifyOptions, parse_rank
 from adapter_merge.api.verify import verify
 from adapter_merge.errors import InputError, ParityError
 from adapter_merge.factoring import delta_operator
-from adapter_merge.formats.read_options import ReadOptions
+from adapter_merge.formats.stated_settings import ReadOptions
 
 
 @pytest.fixture(scope="module")

@@ -14,7 +14,7 @@ from torch import Tensor
 from adapter_merge.errors import InputError
 from adapter_merge.factoring.delta_operator import DeltaOperator
 from adapter_merge.factoring.randomised_svd import generator, randomised_spectrum, spectral_norm
-from adapter_merge.factoring.rank_budget import allot_ranks, bytes_of
+from adapter_merge.factoring.rank_choice import allot_ranks, bytes_of, rank_for_energy
 from adapter_merge.factoring.truncated_svd import (
     core_svd,
     dense_spectrum,
@@ -22,7 +22,6 @@ from adapter_merge.factoring.truncated_svd import (
     low_rank_spectrum,
     numerical_rank,
     product_norms,
-    rank_for_energy,
     truncate,
 )
 from adapter_merge.methods.canonical_form import CanonicalForm, Residual

@@ -21,7 +21,7 @@ from adapter_merge.api.delta import delta
 from adapter_merge.api.factor import factor
 from adapter_merge.api.merge import merge
 from adapter_merge.api.options import ConvertOptions, FactorOptions, MergeOptions
-from adapter_merge.formats.read_options import ReadOptions
+from adapter_merge.formats.stated_settings import ReadOptions
 
 
 @pytest.fixture

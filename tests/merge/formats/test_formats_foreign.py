@@ -18,7 +18,7 @@ from adapter_merge.api.options import ConvertOptions, FactorOptions, MergeOption
 from adapter_merge.api.verify import verify
 from adapter_merge.errors import AdapterError, InputError, MismatchError, UnsupportedError
 from adapter_merge.formats.detection import detect
-from adapter_merge.formats.read_options import ReadOptions
+from adapter_merge.formats.stated_settings import ReadOptions
 
 peft = pytest.importorskip("peft", reason="PEFT must load what is written for it (extra verify)")
 

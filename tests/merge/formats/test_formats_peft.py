@@ -31,7 +31,7 @@ from adapter_merge.api.options import ConvertOptions, DeltaOptions, MergeOptions
 from adapter_merge.api.verify import verify
 from adapter_merge.errors import InputError, MismatchError, NumericsError
 from adapter_merge.formats.detection import detect
-from adapter_merge.formats.read_options import ReadOptions
+from adapter_merge.formats.stated_settings import ReadOptions
 
 peft = pytest.importorskip("peft", reason="PEFT is the oracle (extra verify)")
 

@@ -23,7 +23,7 @@ from adapter_merge.api.merge import merge
 from adapter_merge.api.options import MergeOptions
 from adapter_merge.errors import AdapterError, MismatchError, UnsupportedError
 from adapter_merge.formats.detection import open_adapter
-from adapter_merge.formats.read_options import ReadOptions
+from adapter_merge.formats.stated_settings import ReadOptions
 
 peft = pytest.importorskip("peft", reason="PEFT is the oracle (extra verify)")
 

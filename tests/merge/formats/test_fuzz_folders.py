@@ -9,7 +9,7 @@ from fuzz_folders import base_model, fuzz, seeds
 
 from adapter_merge.api.merge import merge
 from adapter_merge.api.options import MergeOptions
-from adapter_merge.formats.read_options import ReadOptions
+from adapter_merge.formats.stated_settings import ReadOptions
 
 
 @pytest.mark.parametrize("kind", sorted(seeds()))

@@ -22,7 +22,7 @@ from adapter_merge.api.options import ConvertOptions, MergeOptions, VerifyOption
 from adapter_merge.api.verify import verify
 from adapter_merge.errors import AdapterError, AdapterMergeError, MismatchError, UnsupportedError
 from adapter_merge.formats.detection import open_adapter
-from adapter_merge.formats.read_options import ReadOptions
+from adapter_merge.formats.stated_settings import ReadOptions
 
 MODULES = [f"model.layers.{layer}.{kind}" for layer in (0, 1) for kind in ("self_attn.q_proj", "mlp.down_proj")]
 RANK, SCALER = 3, 7.0  # s = 7 / 3: scaling by it rounds

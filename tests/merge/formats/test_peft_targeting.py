@@ -18,7 +18,7 @@ from adapter_merge.api.options import MergeOptions, VerifyOptions
 from adapter_merge.api.verify import verify
 from adapter_merge.errors import AdapterError, AdapterMergeError
 from adapter_merge.formats.peft.targeting import adapts
-from adapter_merge.formats.read_options import ReadOptions
+from adapter_merge.formats.stated_settings import ReadOptions
 
 TARGETS = ["q_proj", "v_proj", "down_proj"]
 NAMES = (

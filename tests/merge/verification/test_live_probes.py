@@ -11,7 +11,7 @@ from safetensors.torch import load_file, save_file
 
 import adapter_merge as am
 from adapter_merge.combine.open_inputs import open_pair
-from adapter_merge.formats.read_options import ReadOptions
+from adapter_merge.formats.stated_settings import ReadOptions
 from adapter_merge.storage.input_files import Sources
 from adapter_merge.storage.tensor_io import read_tensor
 from adapter_merge.verification.live_probes import unlike_live

@@ -78,7 +78,7 @@ def test_a_right_merge_passes_one_layer_at_a_time(
 def test_a_given_residual_dtype_is_that_of_the_live_model(base: Callable[[str], Path], tmp_path: Path) -> None:
     from pico_bases import llama
 
-    from adapter_merge.formats.read_options import ReadOptions
+    from adapter_merge.formats.stated_settings import ReadOptions
 
     with quiet():
         half = llama(tmp_path / "half", dtype=torch.bfloat16)

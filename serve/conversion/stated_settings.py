@@ -16,7 +16,7 @@ from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
-from adapter_merge.cli.options.adapters import CHOICE, FLAG, NUMBER, OPTIONS, PATH
+from adapter_merge.cli.options.stated_settings import CHOICE, FLAG, NUMBER, OPTIONS, PATH
 from adapter_merge.errors import AdapterError, InputError, Problem, raise_all
 
 FILE = "read_options.json"
@@ -47,7 +47,7 @@ class Stated:
     @property
     def options(self) -> Any:
         """The same as merge.formats.ReadOptions."""
-        from adapter_merge.formats.read_options import ReadOptions
+        from adapter_merge.formats.stated_settings import ReadOptions
 
         return ReadOptions(**{key: value for key, value in self.values.items() if key != "base_kind"})
 

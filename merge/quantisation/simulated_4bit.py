@@ -20,7 +20,7 @@ from adapter_merge.storage.lazy_torch import torch
 from adapter_merge.storage.safetensors_header import ITEM_BYTES, TensorRef
 from adapter_merge.storage.tensor_io import SAFETENSORS_DTYPES, TORCH_DTYPES
 
-from .turned_cache import TurnedCache
+from .transposed_cache import TurnedCache
 
 if TYPE_CHECKING:
     from torch import Tensor

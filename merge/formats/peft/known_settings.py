@@ -7,7 +7,7 @@ dtype of the factors (known from the tensors) and learning rates.
 
 from __future__ import annotations
 
-from adapter_merge.formats.settings import KnownSettings
+from adapter_merge.formats.known_settings import KnownSettings
 
 _BASIC_READ = ("peft_type", "base_model_name_or_path", "modules_to_save")
 _BASIC_IGNORED = (

@@ -18,7 +18,7 @@ from adapter_merge.errors import AdapterMergeError, InputError
 from adapter_merge.serve.api_server.loader import LOOK_SECONDS, Source
 from adapter_merge.serve.conversion.cache import Cache
 from adapter_merge.serve.conversion.served import Converter, Served, inside
-from adapter_merge.serve.conversion.stating import FILE, Stated, beside, checked
+from adapter_merge.serve.conversion.stated_settings import FILE, Stated, beside, checked
 
 
 @pytest.fixture

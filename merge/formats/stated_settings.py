@@ -22,6 +22,6 @@ class ReadOptions:
     init_adapter: Path | None = None  # PiSSA and others: the PEFT folder saved before training
     residual_dtype: str | None = None  # PiSSA, DuDe: the dtype of the frozen residual, where not the base's
     prefix: str | None = None  # prefix of the adapter's module names in the base
-    trained_on: str | None = None  # how the base was quantised at training: "nf4-double", ... (simulated.py)
+    trained_on: str | None = None  # how the base was quantised at training: "nf4-double", ... (simulated_4bit.py)
     force: bool | None = None  # use the adapter where evidence contradicts the base or a statement about it
     magnitude_axis: str | None = None  # "out" or "in": the dimension of a magnitude of a square weight

@@ -20,8 +20,8 @@ from adapter_merge.combine.open_inputs import describe_inputs
 from adapter_merge.combine.recipe import Ingredient, make_recipe
 from adapter_merge.errors import AdapterError, AdapterMergeError, InputError, UnsupportedError
 from adapter_merge.formats.detection import open_adapter
-from adapter_merge.formats.peft.settings import PEFT_SETTINGS
-from adapter_merge.formats.read_options import ReadOptions
+from adapter_merge.formats.peft.known_settings import PEFT_SETTINGS
+from adapter_merge.formats.stated_settings import ReadOptions
 
 peft = pytest.importorskip("peft", reason="PEFT is the oracle (extra verify)")
 

@@ -1,7 +1,8 @@
-"""Ranks within a budget of bytes: each further rank goes to the weight where it removes most squared error per byte.
+"""Choice of ranks: the smallest rank that keeps an energy, and ranks of all weights within a budget of bytes.
 
-The gain of a weight's next rank is its next squared singular value, the cost 4 (out + in) bytes. The gains of a weight
-decrease, so the greedy choice by gain per byte is optimal except for the last items (fractional knapsack).
+Within a budget each further rank goes to the weight where it removes most squared error per byte. The gain of a
+weight's next rank is its next squared singular value, the cost 4 (out + in) bytes. The gains of a weight decrease, so
+the greedy choice by gain per byte is optimal except for the last items (fractional knapsack).
 """
 
 from __future__ import annotations
@@ -9,11 +10,25 @@ from __future__ import annotations
 import heapq
 from collections.abc import Sequence
 
+import torch
 from torch import Tensor
 
 from adapter_merge.errors import InputError
 
 BYTES = 4  # float32
+
+
+def rank_for_energy(squares: Tensor, energy: float) -> int:
+    """Return the smallest rank that keeps `energy` (0 .. 1) of the squared singular values, in descending order.
+
+    Compares the omitted energy, summed from the smallest: 1 - energy may be as small as the rounding of the total.
+    """
+    squares = squares.to(torch.float64)
+    tails = torch.flip(torch.cumsum(torch.flip(squares, (0,)), 0), (0,))  # tails[k] = sum of squares[k:]
+    if not float(tails[0]) > 0:
+        return 1
+    allowed = (1.0 - energy) * float(tails[0])
+    return max(1, min(int((tails > allowed).sum()), squares.numel()))
 
 
 def bytes_of(shape: tuple[int, int], rank: int) -> int:

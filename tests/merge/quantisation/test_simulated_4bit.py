@@ -12,8 +12,8 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from adapter_merge.errors import InputError
-from adapter_merge.quantisation.simulated import SimulatedWeight, dynamic_map, parse_trained_on
-from adapter_merge.quantisation.turned_cache import TurnedCache
+from adapter_merge.quantisation.simulated_4bit import SimulatedWeight, dynamic_map, parse_trained_on
+from adapter_merge.quantisation.transposed_cache import TurnedCache
 from adapter_merge.storage.safetensors_header import read_header
 from adapter_merge.storage.tensor_io import read_tensor
 

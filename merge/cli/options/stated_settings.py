@@ -18,7 +18,7 @@ from .command import ADAPTER, option
 from .values import SOURCE
 
 if TYPE_CHECKING:
-    from adapter_merge.formats.read_options import ReadOptions
+    from adapter_merge.formats.stated_settings import ReadOptions
 
 F = TypeVar("F", bound=Callable[..., Any])
 META = "adapter_merge.stated"
@@ -91,7 +91,7 @@ def read_stated(names: Sequence[str] = ()) -> dict[str, tuple[str | None, ReadOp
     Without names, the result has one adapter, "", and "=" in a value has no meaning. Raises UsageError for a wrong
     value, and for a name that no adapter has.
     """
-    from adapter_merge.formats.read_options import ReadOptions
+    from adapter_merge.formats.stated_settings import ReadOptions
 
     given = click.get_current_context().meta.get(META, {})
     stated: dict[str, dict[str, Any]] = {name: {} for name in names or ("",)}

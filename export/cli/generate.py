@@ -1,0 +1,104 @@
+"""adapter-merge generate: run an ONNX export."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import click
+
+from adapter_merge.cli.options.command import ENGINE, command, option
+from adapter_merge.cli.options.shared import report_options
+from adapter_merge.cli.options.values import DEVICE, stated_prompts
+from adapter_merge.cli.printing.console import emit, say
+
+
+@command(examples=["./out --prompt 'What is gravity?'", "./out --adapter de --adapter fr --prompt @questions.txt"])
+@click.argument("folder", metavar="ONNX_DIR", type=click.Path(path_type=Path))
+@option("--prompt", required=True, metavar="TEXT|@FILE", help="What to answer; @FILE reads a file, - standard input.")
+@option("--system", help="A system message.")
+@option("--adapter", "adapters", multiple=True, help="Repeat it to compare; 'base' is the model without any.")
+@option(
+    "--device",
+    type=DEVICE,
+    metavar="DEVICE",
+    default="cpu",
+    show_default=True,
+    section=ENGINE,
+    help="cpu, cuda or cuda:N.",
+)
+@option("--max-tokens", old=("--tokens",), default=128, show_default=True, type=click.IntRange(min=1))
+@option("--temperature", default=0.0, show_default=True, type=click.FloatRange(min=0), help="0 is greedy.")
+@option("--top-p", default=1.0, show_default=True, type=click.FloatRange(min=0, max=1, min_open=True))
+@option("--seed", type=int)
+@option("--raw", is_flag=True, help="Without the chat template.")
+@option("--engine", type=click.Choice(["auto", "genai", "onnxruntime"]), default="auto", show_default=True)
+@option("--threads", type=click.IntRange(min=1), help="Of onnxruntime on the CPU.")
+@report_options
+def generate(
+    folder: Path,
+    prompt: str,
+    system: str | None,
+    adapters: tuple[str, ...],
+    device: str,
+    max_tokens: int,
+    temperature: float,
+    top_p: float,
+    seed: int | None,
+    raw: bool,
+    engine: str,
+    threads: int | None,
+    as_json: bool,
+    quiet: bool,
+) -> None:
+    """Answer PROMPT with the export in ONNX_DIR, streaming; with several --adapter, once for each."""
+    from dataclasses import asdict
+
+    from adapter_merge.export import generation
+    from adapter_merge.export.engine.prompting import Sampling
+
+    prompt = "\n".join(stated_prompts((prompt,)) or [""])
+    together = len(adapters) > 1
+    at_once = together and batched(folder)  # streams of one batch would interleave
+    last: list[str] = []
+
+    def show(adapter: str, text: str) -> None:
+        if as_json or at_once or not text:
+            return
+        if together and last[-1:] != [adapter]:
+            click.echo(("\n" if last else "") + f"[{adapter}] ", nl=False)
+            last.append(adapter)
+        click.echo(text, nl=False)
+
+    answers = generation.generate(
+        folder,
+        prompt,
+        adapters,
+        device=device,
+        system=system,
+        raw=raw,
+        sampling=Sampling(max_tokens, temperature, top_p, seed),
+        engine=engine,
+        threads=threads,
+        show=show,
+    )
+    if as_json:
+        emit({"answers": [{**asdict(answer), "tokens_per_second": answer.tokens_per_second} for answer in answers]})
+        return
+    if at_once:
+        for answer in answers:
+            click.echo(f"[{answer.adapter}] {answer.text}")
+    else:
+        click.echo()
+    for answer in answers:
+        say(
+            f"{answer.adapter}: {answer.tokens} tokens, prefill {answer.prefill_seconds * 1e3:.0f} ms, "
+            f"decode {answer.tokens_per_second:.1f} tokens/s ({answer.engine})",
+            quiet=quiet,
+        )
+
+
+def batched(folder: Path) -> bool:
+    """Return True for an export that gives all answers at once."""
+    from adapter_merge.export.folder.contents import read_export
+
+    return read_export(folder).mode == "batched"
