@@ -151,9 +151,8 @@ class Schedule:
         """Create the output file, write its header, and prepare its tasks."""
 
         def done(sha256: str | None) -> None:
-            source_sha256 = shard.digest.hexdigest() if shard.digest is not None else None
-            figures = shard.figures | figures_of(plan)
-            self._on_finished(FinishedShard(plan.file, sha256, source_sha256, figures, sorted(shard.not_finite)))
+            shard.sha256 = sha256
+            self.finish_part(shard)
 
         output = ChunkedFile(
             self.settings.folder / plan.file,
@@ -170,6 +169,15 @@ class Schedule:
         output.put(torch.frombuffer(bytearray(plan.header), dtype=torch.uint8), 0)
         shard.tasks = shard.iterate_tasks(self._prepare, LOOK_AHEAD * self.settings.workers, self._may_prepare)
         return shard
+
+    def finish_part(self, shard: ShardWork) -> None:
+        """Count the output, or a task that only hashes and records, as finished; the last one ends the shard."""
+        if not shard.finish_part():
+            return
+        source_sha256 = shard.digest.hexdigest() if shard.digest is not None else None
+        figures = shard.figures | figures_of(shard.plan)
+        finished = FinishedShard(shard.plan.file, shard.sha256, source_sha256, figures, sorted(shard.not_finite))
+        self._on_finished(finished)
 
     def _may_prepare(self, job: TensorJob) -> bool:
         """Tell whether this job's edits still fit into AHEAD_BYTES beside those already prepared."""

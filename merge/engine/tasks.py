@@ -91,9 +91,22 @@ class ShardWork:
         self.workers = 0
         self.figures: dict[str, WeightChange] = {}
         self.not_finite: set[str] = set()  # copied tensors that hold NaN or infinity
+        self.sha256: str | None = None  # of the output, once it is on the disk
+        originals = (job.original.nbytes for job in plan.jobs if job.original is not None)
+        self._unfinished = 1 + sum(-(-nbytes // CAST_BYTES) for nbytes in originals)
+        self._lock = threading.Lock()
         turn = self.next_turn()
         if self.digest is not None and turn is not None:
             self.digest.update(turn, plan.source_header)
+
+    def finish_part(self) -> bool:
+        """Count the output, or a task that only hashes and records, as finished; True when nothing is left.
+
+        The output may be on the disk while another worker still hashes bytes of the input that it does not have.
+        """
+        with self._lock:
+            self._unfinished -= 1
+            return self._unfinished == 0
 
     def next_turn(self) -> int | None:
         """Return the position of the next piece in the input's hash; None where the input is not hashed."""

@@ -129,6 +129,7 @@ class Worker:
             self._read(task, buffer)
             if self.settings.recorder is not None:
                 self.settings.recorder.record(task.shard.plan, task.job, task.first, buffer, None)
+            self.schedule.finish_part(task.shard)
             return
         offset = task.job.place.start + task.first
         window = task.shard.output.window(offset, 1, task.count, torch.uint8)

@@ -8,6 +8,7 @@ import json
 import os
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -201,6 +202,32 @@ def test_replaced_tensors_are_the_adapters_and_the_base_is_hashed_all_the_same(t
     assert torch.equal(read_model(tmp_path / "out")["lm_head.weight"], head.bfloat16())
     for file in base.glob("*.safetensors"):
         assert content["base"]["files"][file.name] == sha256_of(file)
+
+
+def test_a_file_ends_after_the_bytes_that_are_only_read(tmp_path: Path) -> None:
+    """The replacement may be on the disk before the base's bytes, which it replaces, are recorded."""
+    tensors = base_tensors()
+    base = write_base(tmp_path / "base", tensors, shards=1)
+    head = torch.randn(50, 64, dtype=torch.bfloat16)
+    adapter = write_lora(
+        tmp_path / "adapter",
+        tensors,
+        extra={"base_model.model.lm_head.weight": head},
+        config={"modules_to_save": ["lm_head"]},
+    )
+    bound = open_pair(base, adapter)
+    plan = plan_merge(bound.base, (bound,))
+    (tmp_path / "out").mkdir()
+    order: list[str] = []
+
+    class Slow:
+        def record(self, shard: object, job: object, first: int, before: torch.Tensor, after: object) -> None:
+            if after is None:
+                time.sleep(0.5)
+                order.append("recorded")
+
+    execute(plan, tmp_path / "out", CPU, 2, recorder=Slow(), on_shard=lambda shard: order.append("finished"))
+    assert order == ["recorded", "finished"]
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
