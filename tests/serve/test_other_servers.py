@@ -14,8 +14,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import World
 from safetensors.torch import load_file
+from world import World
 
 from adapter_merge.serve.conversion.cache import Cache
 from adapter_merge.serve.conversion.served import Converter

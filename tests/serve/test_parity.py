@@ -7,8 +7,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import RunEngine, World, prompts
 from safetensors.torch import save_file
+from world import RunEngine, World, prompts
 
 pytestmark = pytest.mark.vllm
 

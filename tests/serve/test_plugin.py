@@ -8,9 +8,9 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from conftest import RunEngine, World, prompts
 from safetensors.torch import load_file, save_file
 from test_parity import COUNT, check, requests_of
+from world import RunEngine, World, prompts
 
 pytestmark = pytest.mark.vllm
 

@@ -11,12 +11,12 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import RunEngine, prompts
 from oracle import Oracle
 from quantised import KINDS, quantise
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 from trained import ALL, MAKERS, Adapter, make_base, module_names, normal
+from world import RunEngine, prompts
 
 from adapter_merge.errors import AdapterMergeError
 from adapter_merge.serve.conversion.cache import Cache

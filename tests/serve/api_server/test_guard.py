@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import Steps, World, request
+from world import Steps, World, request
 
 pytestmark = pytest.mark.vllm
 

@@ -9,8 +9,8 @@ from typing import Any
 
 import pytest
 from browser import Browser
-from conftest import Running, Steps, World, request
 from server import KEY
+from world import Running, Steps, World, request
 
 pytestmark = pytest.mark.vllm
 

@@ -13,8 +13,8 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
-from conftest import Running, prompts
 from server import GREEDY, client_of
+from world import Running, prompts
 
 from adapter_merge.serve.api_server.loader import LOOK_SECONDS
 

@@ -9,9 +9,9 @@ from typing import Any
 
 import pytest
 from click.testing import CliRunner
-from conftest import Running
 from safetensors.torch import load_file, save_file
 from server import KEY
+from world import Running
 
 from adapter_merge.api.verify_server import verify_server
 from adapter_merge.cli.main import group

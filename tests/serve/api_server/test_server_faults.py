@@ -15,9 +15,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import Running, prompts
 from safetensors.torch import load_file, save_file
 from server import GREEDY, Server, client_of
+from world import Running, prompts
 
 pytestmark = pytest.mark.vllm
 

@@ -13,7 +13,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from conftest import World
+from world import World
 
 from adapter_merge.errors import AdapterError, FileFormatError, InputError, UnsupportedError
 from adapter_merge.files.locks import lock_file
@@ -81,6 +81,7 @@ def locked(process: ConversionProcess, qwen2: World, name: str) -> int:
     return lock_file(process.cache.root / f"{key}.lock", fcntl.LOCK_EX)
 
 
+@pytest.mark.slow
 def test_too_much_time_and_a_crash_end_the_process_alone(qwen2: World, tmp_path: Path) -> None:
     process = ConversionProcess(str(qwen2.base), Cache(tmp_path), Limits(seconds=2.0))
     raw = qwen2.adapters["lora-1"].raw
@@ -114,6 +115,7 @@ process.obtain(sys.argv[3])
 """
 
 
+@pytest.mark.slow
 def test_it_ends_with_the_server(qwen2: World, tmp_path: Path) -> None:
     """kill -9 of the server in the middle of a conversion."""
     process = ConversionProcess(str(qwen2.base), Cache(tmp_path), Limits())

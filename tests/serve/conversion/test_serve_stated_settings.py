@@ -10,9 +10,9 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import World
 from safetensors.torch import load_file, save_file
 from torch import Tensor
+from world import World
 
 from adapter_merge.errors import AdapterMergeError, InputError
 from adapter_merge.serve.api_server.loader import LOOK_SECONDS, Source

@@ -9,8 +9,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import World
 from safetensors.torch import load_file, save_file
+from world import World
 
 from adapter_merge.errors import InputError, MismatchError, UnsupportedError
 from adapter_merge.serve.conversion.cache import Cache

@@ -12,10 +12,13 @@ from typing import Any
 import pytest
 import yaml
 from click.testing import CliRunner
-from conftest import HERE, World, vllm_environment
+from engine import vllm_environment
 from test_parity import check, requests_of
+from world import World
 
 from adapter_merge.serve.cli.serve import serve
+
+HERE = Path(__file__).parents[1]
 
 pytestmark = pytest.mark.cluster
 

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 from click.testing import CliRunner
-from conftest import World
+from world import World
 
 from adapter_merge.errors import InputError
 from adapter_merge.serve.cli.serve import serve

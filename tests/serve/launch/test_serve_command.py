@@ -11,8 +11,8 @@ from typing import Any
 
 import pytest
 from click.testing import CliRunner
-from conftest import World
 from safetensors.torch import load_file, save_file
+from world import World
 
 from adapter_merge.errors import InputError, MissingDependencyError
 from adapter_merge.serve.api_server.loader import VARIABLE, Settings

@@ -9,8 +9,8 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from conftest import World
 from server import Server
+from world import World
 
 pytestmark = pytest.mark.vllm
 
