@@ -109,7 +109,7 @@ def batched(pico: Path, adapters: dict[str, Path], tmp_path_factory: pytest.Temp
     return output
 
 
-@pytest.mark.slow
+@pytest.mark.slow(first=False)
 @pytest.mark.parametrize(("mode", "overwrite"), [("switchable", False), ("switchable", True), ("batched", False)])
 def test_a_kill_at_any_moment_leaves_an_export_that_answers_and_takes_the_next_add(
     mode: str, overwrite: bool, pico: Path, adapters: dict[str, Path], tmp_path: Path, reference: Reference,

@@ -138,6 +138,7 @@ def test_gpt2(tmp_path: Path) -> None:
     assert run(tmp_path / "out", program) == by_transformers(tmp_path / "out", expected)
 
 
+@pytest.mark.slow
 def test_classifier(tmp_path: Path) -> None:
     from peft import PeftModel
     from transformers import AutoModelForSequenceClassification, AutoTokenizer

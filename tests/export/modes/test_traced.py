@@ -104,7 +104,7 @@ def test_switchable_classifier(family: str, classifier: Exporter) -> None:
     assert verify_onnx(base, adapters["dcft"], output, name="dcft")["passed"] is True
 
 
-@pytest.mark.slow
+@pytest.mark.slow(first=False)
 @pytest.mark.parametrize("family", ["roberta", "deberta-v2"])
 def test_merged_classifier(family: str, tmp_path: Path) -> None:
     base = save_encoder(tmp_path / "base", family)
@@ -119,6 +119,7 @@ def test_merged_classifier(family: str, tmp_path: Path) -> None:
     assert read_export(tmp_path / "out").kind == "encoder"
 
 
+@pytest.mark.slow
 def test_verify_sees_a_wrong_adapter(classifier: Exporter) -> None:
     base, adapters, output = classifier("roberta")
     assert verify_onnx(base, adapters["dora"], output)["passed"] is True
@@ -126,6 +127,7 @@ def test_verify_sees_a_wrong_adapter(classifier: Exporter) -> None:
     assert verify_onnx(base, None, output)["passed"] is True
 
 
+@pytest.mark.slow
 def test_question_answering(tmp_path: Path) -> None:
     from transformers import AutoModelForQuestionAnswering
 

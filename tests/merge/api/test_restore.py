@@ -191,6 +191,7 @@ def command(*arguments: object) -> subprocess.CompletedProcess[str]:
     return subprocess.run([sys.executable, "-c", program, *map(str, arguments)], capture_output=True, text=True)
 
 
+@pytest.mark.slow
 def test_split_verify_and_restore_on_the_command_line(tmp_path: Path, pair: tuple[Path, Path]) -> None:
     out, back = tmp_path / "out", tmp_path / "back"
     for part in ("1/2", "2/2"):

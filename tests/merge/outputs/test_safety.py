@@ -56,6 +56,7 @@ def driver(*arguments: object, timeout: float = 300) -> dict[str, int]:
 # -- kills ---------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_kill_at_random_moments(tmp_path: Path) -> None:
     """Whatever the moment, the output is not there or whole; reruns get to the same bytes."""
     kills = int(os.environ.get("ADAPTER_MERGE_KILLS", "50"))

@@ -135,7 +135,7 @@ def test_an_adapter_whose_effect_is_within_the_tolerance_never_passes(world: Wor
         assert wide["verdict"] == "INCONCLUSIVE"
 
 
-@pytest.mark.slow
+@pytest.mark.slow(first=False)
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
 def test_a_half_precision_server_is_held_to_a_bound_that_is_measured(world: World, dtype: str) -> None:
     wanted = getattr(torch, dtype)
