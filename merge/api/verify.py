@@ -41,6 +41,7 @@ from adapter_merge.verification.compare_weights import (
 )
 from adapter_merge.verification.live_probes import unlike_live
 from adapter_merge.verification.opened_artefact import open_artefact
+from adapter_merge.verification.own_quantiser import quantiser_note
 from adapter_merge.verification.requantised_weights import requantised_weights
 from adapter_merge.verification.side_files import changed_side_files, other_tokens
 from adapter_merge.verification.streamed_adapter import streamed_trained
@@ -102,7 +103,9 @@ def verify(
     for part in parts_of(bound):
         check_whole_base(part)
     bases, notes = _compare_bases(folder, bound)
-    report["notes"] = [*notes, *_quantisation_notes(bound)]
+    report["notes"] = [*notes, *bound.base.notes]
+    if bound.base.stored is not None and not options.weights_only:
+        report["notes"].append(quantiser_note(bound.base))
     proof = _prove_weights(bound, folder, kind, options.min_retention, progress)
     report["layers"] = {name: asdict(figures) for name, figures in proof.layers.items()}
     report["half_precision"], report["compared"] = proof.half, proof.compared
@@ -222,16 +225,6 @@ def artefact_kind(folder: Path) -> str:
 def _starts_at_zero(config: Mapping[str, Any]) -> bool:
     """Tell whether the LoRA starts at zero; PiSSA, OLoRA and others do not, and act on a residual."""
     return config.get("init_lora_weights", True) in (True, False, "gaussian", None)
-
-
-def _quantisation_notes(bound: BoundAdapter) -> list[str]:
-    """Return notes on the weights that are run instead of a quantised base's; none for other bases."""
-    if bound.base.stored is None:
-        return []
-    return [
-        "models are run from the base's dequantised weights, as the scheme's library gives them",
-        *bound.base.notes,
-    ]
 
 
 def _compare_bases(folder: Path, bound: BoundAdapter) -> tuple[list[str], list[str]]:

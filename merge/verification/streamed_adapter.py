@@ -7,7 +7,7 @@ Anything else runs by its method's own forward (formulas.py).
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -41,7 +41,8 @@ from .live_adapter import (
     with_heads,
 )
 from .opened_artefact import open_artefact
-from .streamed_model import PartLoader, Source, StreamedModel, file_sources, skeleton, with_placeholders
+from .streamed_model import PartLoader, StreamedModel, skeleton, with_placeholders
+from .tensor_sources import Source, base_sources, file_sources
 from .whole_formulas import modules_by_tensor, whole_weight
 
 # Types whose layer PEFT builds from the values of the weight: these models are loaded whole, not part by part.
@@ -51,24 +52,28 @@ BUILT_FROM_WEIGHTS = ("LN_TUNING", "OSF", "PSOFT")
 def streamed_base(base: Checkpoint, dtype: torch.dtype) -> StreamedModel:
     """Return the model that `base` holds."""
     config = model_config(base.folder)
-    loader = PartLoader(config, file_sources(base.tensors, dtype), dtype)
-    return StreamedModel(with_placeholders(skeleton(config, dtype)), loader)
+    return StreamedModel(with_placeholders(skeleton(config, dtype)), _loader(config, base, dtype))
 
 
 def streamed_trained(bound: BoundAdapter, dtype: torch.dtype) -> StreamedModel:
     """Return the base with one adapter live in it, unmerged."""
     config = model_config(bound.base.folder)
     is_peft = bound.adapter.format == AdapterFormat.PEFT
-    tensors: dict[str, TensorRef] = dict(bound.base.tensors)
+    tensors: dict[str, TensorRef] = {}
     # As it was trained: DCFT's attention shares its projections, see deberta.py.
     changes = {key: value for key, value in bound.config_changes.items() if key != "share_att_key"}
     if is_peft:
         changes.pop("tie_word_embeddings", None)  # PEFT trains a copy beside the tie
     else:
         tensors |= {**bound.copies, **bound.replacements}
-    tensors |= {item.weight.name: item.weight for item in bound.modules if item.weight.name in tensors}
+    known = {**bound.base.tensors, **tensors}
+    tensors |= {
+        item.weight.name: item.weight
+        for item in bound.modules
+        if item.weight.name in known and item.weight != known[item.weight.name]
+    }
     _set(config, changes)
-    loader = PartLoader(config, file_sources(tensors, dtype), dtype)
+    loader = _loader(config, bound.base, dtype, file_sources(tensors, dtype))
     if is_peft and bound.adapter.method in BUILT_FROM_WEIGHTS:
         return StreamedModel(adapted_model(bound, dtype, load_model(bound.base.folder)), loader)
     model = with_placeholders(skeleton(config, dtype))
@@ -85,10 +90,10 @@ def streamed_combination(bound: CombinedBound, dtype: torch.dtype) -> StreamedMo
     """
     config = model_config(bound.base.folder)
     _set(config, bound.config_changes)
-    sources = file_sources({**bound.base.tensors, **bound.copies, **bound.replacements}, dtype)
+    sources = file_sources({**bound.copies, **bound.replacements}, dtype)
     for name, items in modules_by_tensor(bound).items():
         sources[name] = lambda items=items: whole_weight(items)[1].to(dtype)  # type: ignore[misc]
-    return StreamedModel(with_placeholders(skeleton(config, dtype)), PartLoader(config, sources, dtype))
+    return StreamedModel(with_placeholders(skeleton(config, dtype)), _loader(config, bound.base, dtype, sources))
 
 
 def streamed_artefact(bound: BoundAdapter, folder: Path, kind: str, dtype: torch.dtype) -> StreamedModel:
@@ -98,26 +103,33 @@ def streamed_artefact(bound: BoundAdapter, folder: Path, kind: str, dtype: torch
     if kind == "adapter":
         return streamed_trained(open_artefact(bound, folder, bound.base_kind), dtype)
     config = model_config(bound.base.folder)
-    sources = file_sources(bound.base.tensors, dtype)
     if kind == "factors" and not (folder / "adapter_config.json").is_file():  # a llama.cpp adapter
         return streamed_trained(open_artefact(bound, folder, bound.base_kind), dtype)
     if kind == "factors":
         heads = folder / REPLACEMENTS
         own = {ref.name: ref for ref in read_weights(heads).tensors} if heads.is_file() else {}
         live = with_heads(_in_peft(with_placeholders(skeleton(config, dtype)), folder, "original"), own)
-        return StreamedModel(live, PartLoader(config, sources, dtype))
+        return StreamedModel(live, _loader(config, bound.base, dtype))
     _set(config, bound.config_changes)
-    sources |= file_sources({**bound.copies, **bound.replacements}, dtype)
+    sources = file_sources({**bound.copies, **bound.replacements}, dtype)
     outputs = {item.name: item.weight for item in bound.modules}
     for ref in read_weights(folder / "delta.safetensors").tensors:
         sources[ref.name] = _sum(outputs.get(ref.name, ref), ref, dtype)
-    return StreamedModel(with_placeholders(skeleton(config, dtype)), PartLoader(config, sources, dtype))
+    return StreamedModel(with_placeholders(skeleton(config, dtype)), _loader(config, bound.base, dtype, sources))
 
 
 def held_model(streamed: StreamedModel) -> nn.Module:
     """Return the model with all of its weights in memory."""
     streamed.hold_all()
     return streamed.model
+
+
+def _loader(
+    config: Any, base: Checkpoint, dtype: torch.dtype, changed: Mapping[str, Source] | None = None
+) -> PartLoader:
+    """Return the loader of a model on `base`, with the tensors of `changed` in place of its own."""
+    sources, quantiser = base_sources(base, dtype, changed)
+    return PartLoader(config, sources, dtype, quantiser)
 
 
 def _sum(base: TensorRef, delta: TensorRef, dtype: torch.dtype) -> Source:

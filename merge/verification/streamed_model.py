@@ -2,8 +2,9 @@
 
 The model is built without weights. Its parts (one decoder layer, a large embedding or head) are loaded the first time
 that one of their modules runs: tensors through our own readers, names and layouts through transformers' own
-conversion, so that whatever from_pretrained can load can be streamed. Parts stay while all that is held is below
-KEPT_BYTES; the rest is read again in every forward. An 8B model runs in the memory of its largest part.
+conversion, quantised weights dequantised by its own quantiser, so that whatever from_pretrained can load can be
+streamed. Parts stay while all that is held is below KEPT_BYTES; the rest is read again in every forward. An 8B model
+runs in the memory of its largest part.
 """
 
 from __future__ import annotations
@@ -16,17 +17,16 @@ import torch
 from torch import Tensor, nn
 
 from adapter_merge.errors import UnsupportedError
-from adapter_merge.storage.safetensors_header import TensorRef
-from adapter_merge.storage.tensor_io import read_tensor
 
 from .live_adapter import quiet_libraries, require
+from .own_quantiser import Quantiser, dense_value
+from .tensor_sources import Source
 
 KEPT_BYTES = 1 << 30
 LARGE_LEAF = 64 << 20  # bytes from which an embedding or head is a part of its own
 WRAPPERS = ("base_layer", "original_module", "token_adapter")  # what PEFT puts into a module's path
 REST = ""
 
-Source = Callable[[], Tensor]
 Adjust = Callable[[], None]
 
 
@@ -34,11 +34,6 @@ def plain_path(path: str) -> str:
     """Return a module's or parameter's path without PEFT's wrappers."""
     plain = path.removeprefix("base_model.model.")
     return ".".join(part for part in plain.split(".") if part not in WRAPPERS)
-
-
-def file_sources(tensors: Mapping[str, TensorRef], dtype: torch.dtype) -> dict[str, Source]:
-    """Return a function per tensor that reads it in `dtype`."""
-    return {name: lambda ref=ref: read_tensor(ref).to(dtype) for name, ref in tensors.items()}  # type: ignore[misc]
 
 
 def skeleton(config: Any, dtype: torch.dtype) -> nn.Module:
@@ -75,9 +70,14 @@ def with_placeholders(model: nn.Module) -> nn.Module:
 
 
 class PartLoader:
-    """Loads the parameters of one part of a model at a time from a checkpoint."""
+    """Loads the parameters of one part of a model at a time from a checkpoint.
 
-    def __init__(self, config: Any, sources: Mapping[str, Source], dtype: torch.dtype) -> None:
+    quantiser: what transformers dequantises the stored tensors of `sources` with while it loads them, if it does.
+    """
+
+    def __init__(
+        self, config: Any, sources: Mapping[str, Source], dtype: torch.dtype, quantiser: Quantiser | None = None
+    ) -> None:
         from transformers.conversion_mapping import get_model_conversion_mapping
         from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
 
@@ -85,8 +85,12 @@ class PartLoader:
         self.sources = sources
         self.dtype = dtype
         self.parts = _parts(self.model)
+        self._quantiser = quantiser
+        if quantiser is not None:
+            with quiet_libraries():
+                quantiser.preprocess_model(model=self.model, dtype=dtype, device_map={"": "cpu"})
         state = self.model.state_dict()
-        self._mapping = get_model_conversion_mapping(self.model)
+        self._mapping = get_model_conversion_mapping(self.model, None, quantiser)
         renamings = [entry for entry in self._mapping if isinstance(entry, WeightRenaming)]
         converters = [entry for entry in self._mapping if isinstance(entry, WeightConverter)]
         prefix = self.model.base_model_prefix
@@ -149,12 +153,15 @@ class PartLoader:
             info, _ = convert_and_load_state_dict_in_model(
                 model=self.model,
                 state_dict=tensors,
-                load_config=LoadStateDictConfig(dtype=self.dtype, weight_mapping=self._mapping),
+                load_config=LoadStateDictConfig(
+                    dtype=self.dtype, weight_mapping=self._mapping, hf_quantizer=self._quantiser
+                ),
             )
         if info.conversion_errors or info.error_msgs:
             raise UnsupportedError(f"transformers cannot load this checkpoint: {next(iter(info.conversion_errors))}")
         loaded = missing - set(info.missing_keys) - {name for name, *_ in info.mismatched_keys}
-        return {path: value.detach() for path, (_, _, value) in self._slots(sorted(loaded))}
+        slots = self._slots(sorted(loaded))
+        return {path: dense_value(module, value, self.dtype) for path, (module, _, value) in slots}
 
 
 def _put(owner: nn.Module, name: str, value: Tensor) -> None:
