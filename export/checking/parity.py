@@ -102,7 +102,10 @@ def compare_all(
             found += [f"{problem}, behind a cache of {texts[1].before} random positions" for problem in far["problems"]]
         problems += [Problem(f"the export does not compute {name}: {problem}") for problem in found]
     if problems:
-        raise_all([*problems, Problem("nothing was written", hint="--no-check writes it all the same")], MismatchError)
+        raise_all(
+            [*problems, Problem("nothing was written", hint="--no-check writes the export without the check")],
+            MismatchError,
+        )
     return figures
 
 
@@ -234,5 +237,8 @@ def compare_encoders(
         figures[name] = {**result["logits"], "tolerance": result["tolerance"]}
         problems += [Problem(f"the export does not compute {name}: {text}") for text in result["problems"]]
     if problems:
-        raise_all([*problems, Problem("nothing was written", hint="--no-check writes it all the same")], MismatchError)
+        raise_all(
+            [*problems, Problem("nothing was written", hint="--no-check writes the export without the check")],
+            MismatchError,
+        )
     return figures

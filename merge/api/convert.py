@@ -11,8 +11,8 @@ from pathlib import Path
 import torch
 
 from adapter_merge.binding.bind import BoundAdapter, bind
-from adapter_merge.combine.base_weights import base_weights, whole_weights
-from adapter_merge.combine.open_inputs import adapter_only, describe_inputs
+from adapter_merge.combine.base_weights import fingerprint_weights, hash_whole_weights
+from adapter_merge.combine.open_inputs import describe_adapter_alone, describe_inputs
 from adapter_merge.combine.origin import bind_checked
 from adapter_merge.errors import InputError, NumericsError, Problem, UnsupportedError, raise_all
 from adapter_merge.factoring.factor_folder import saved_modules, stated_modules
@@ -79,10 +79,13 @@ def convert(
     inputs = (opened.folder,) if checkpoint is None else (opened.folder, checkpoint.folder)
     check_output(output, options.overwrite, inputs)
     opened.check_values()
-    described = describe_inputs(bound, options.reading) if bound is not None else adapter_only(opened)
+    described = describe_inputs(bound, options.reading) if bound is not None else describe_adapter_alone(opened)
     trained_on = bound or (bind(opened, opened.own_base) if opened.own_base is not None else None)
     if trained_on is not None:
-        described["base"] |= {"weights": base_weights(trained_on), "whole_weights": whole_weights(trained_on)}
+        described["base"] |= {
+            "weights": fingerprint_weights(trained_on),
+            "whole_weights": hash_whole_weights(trained_on),
+        }
     content = manifest("adapter", described, {}) | {"warnings": warn_unproved_heads(opened, options.base)}
     safe = _content(opened, bound)
     _check_finite(safe, opened)

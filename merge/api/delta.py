@@ -10,7 +10,7 @@ from adapter_merge.combine.base_weights import check_whole_base
 from adapter_merge.combine.open_inputs import (
     AdapterInput,
     check_values,
-    combination_of,
+    describe_combination,
     describe_inputs,
     input_folders,
     open_pair,
@@ -63,7 +63,7 @@ def delta(
     check_space(output, plan.nbytes)
     devices = choose_devices(options.device)
     stated = {"dtype": options.dtype, "device": str(devices[0])}
-    content = manifest("deltas", describe_inputs(bound, options.reading), stated | combination_of(bound))
+    content = manifest("deltas", describe_inputs(bound, options.reading), stated | describe_combination(bound))
     content["not_included"] = sorted(bound.replacements)
     content["base_changes"] = _base_changes(bound)
     if options.dry_run:

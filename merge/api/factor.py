@@ -25,11 +25,11 @@ import torch
 
 from adapter_merge.binding.bind import BoundAdapter
 from adapter_merge.binding.positional import SHARED
-from adapter_merge.combine.base_weights import base_weights, check_whole_base, whole_weights
+from adapter_merge.combine.base_weights import check_whole_base, fingerprint_weights, hash_whole_weights
 from adapter_merge.combine.combined_adapter import CombinedBound
 from adapter_merge.combine.open_inputs import (
     AdapterInput,
-    adapter_only,
+    describe_adapter_alone,
     describe_inputs,
     input_folders,
     parts_of,
@@ -101,15 +101,15 @@ def factor(
     inputs = opened.snapshot if bound is None else snapshot_of(bound)
     if options.calibrate is not None:
         inputs += InputSnapshot([Path(options.calibrate)])
-    described = describe_inputs(bound, options.reading) if bound is not None else adapter_only(opened)
+    described = describe_inputs(bound, options.reading) if bound is not None else describe_adapter_alone(opened)
     if bound is not None:
         parts = parts_of(bound)
-        described["base"]["weights"] = {name: sha for part in parts for name, sha in base_weights(part).items()}
+        described["base"]["weights"] = {name: sha for part in parts for name, sha in fingerprint_weights(part).items()}
         if options.hash_base:
             for part in parts:
                 check_whole_base(part)
-            whole = {name: sha for part in parts for name, sha in whole_weights(part).items()}
-            described["base"]["whole_weights"] = whole
+            hashes = {name: sha for part in parts for name, sha in hash_whole_weights(part).items()}
+            described["base"]["whole_weights"] = hashes
     content = manifest("factors", described, _options_as_json(options, bound))
     content["warnings"] = warn_unproved_heads(opened, base)
     content["frozen_positions"] = bound is not None and SHARED in bound.config_changes
@@ -247,7 +247,7 @@ def _read_replacements(opened: Adapter, bound: BoundAdapter | None) -> dict[str,
     """Return the full tensors that replace tensors of the base; those of a combination are combined first."""
     replaced = bound.replacements if bound is not None else opened.replacements
     tensors = {name: read_tensor(ref) for name, ref in replaced.items()}
-    return tensors | bound.whole_tensors() if isinstance(bound, CombinedBound) else tensors
+    return tensors | bound.merged_tensors() if isinstance(bound, CombinedBound) else tensors
 
 
 def _check_options(options: FactorOptions) -> None:

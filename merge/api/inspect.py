@@ -87,7 +87,7 @@ def inspect(
     if base is not None and not problems:
         from adapter_merge.binding.bind import bind
         from adapter_merge.combine.origin import find_origin
-        from adapter_merge.combine.plausibility import large_changes, missing_layers, sampled_changes
+        from adapter_merge.combine.plausibility import sample_changes, warn_of_large_changes, warn_of_missing_layers
 
         try:
             assert checkpoint is not None
@@ -103,7 +103,7 @@ def inspect(
                 "quantised": dict(Counter(weight.scheme for weight in packed_weights(bound.base).values())),
                 "notes": list(bound.base.notes),
             }
-            report["warnings"] = missing_layers(bound) + large_changes(sampled_changes(bound))
+            report["warnings"] = warn_of_missing_layers(bound) + warn_of_large_changes(sample_changes(bound))
             problems += [] if opened.forced else origin.contradictions
         except AdapterMergeError as error:
             problems += error.problems

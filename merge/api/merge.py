@@ -12,7 +12,7 @@ from adapter_merge.combine.base_weights import check_whole_base
 from adapter_merge.combine.open_inputs import (
     AdapterInput,
     check_values,
-    combination_of,
+    describe_combination,
     describe_inputs,
     input_folders,
     is_stale_quantization,
@@ -21,7 +21,12 @@ from adapter_merge.combine.open_inputs import (
     snapshot_of,
     training_warnings,
 )
-from adapter_merge.combine.plausibility import large_changes, missing_layers, not_finite, sampled_changes
+from adapter_merge.combine.plausibility import (
+    sample_changes,
+    warn_of_large_changes,
+    warn_of_missing_layers,
+    warn_of_nonfinite,
+)
 from adapter_merge.engine.devices import choose_devices
 from adapter_merge.engine.execute import FinishedShard, Progress, execute
 from adapter_merge.engine.plan import MergePlan, ShardPlan, plan_merge
@@ -108,13 +113,15 @@ def merge(
         stated["max_shard_bytes"] = limit
     if options.write_as is not None:
         stated["as"] = options.write_as
-    content = manifest("merged model", describe_inputs(bound, options.reading), stated | combination_of(bound))
+    content = manifest("merged model", describe_inputs(bound, options.reading), stated | describe_combination(bound))
     content["warnings"] = [
         *_missing_config(bound),
-        *(text for part in parts_of(bound) for text in missing_layers(part)),
+        *(text for part in parts_of(bound) for text in warn_of_missing_layers(part)),
     ]
     if options.dry_run:
-        content["warnings"] += [text for part in parts_of(bound) for text in large_changes(sampled_changes(part))]
+        content["warnings"] += [
+            text for part in parts_of(bound) for text in warn_of_large_changes(sample_changes(part))
+        ]
         return MergeResult(output, content | {"dry_run": True, "bytes": plan.nbytes, "planned": planned_files(plan)})
     for part in parts_of(bound):
         check_whole_base(part)
@@ -169,10 +176,10 @@ def merge(
         if options.write_as == SAME and options.part is None:
             content["certificate"] = certify(content["layers"], options.min_retention)
         content["warnings"] += training_warnings(bound, options.reading)
-        content["warnings"] += large_changes(
+        content["warnings"] += warn_of_large_changes(
             {name: figures["relative_delta"] for name, figures in content["layers"].items()}
         )
-        content["warnings"] += not_finite(name for shard in finished.values() for name in shard.not_finite)
+        content["warnings"] += warn_of_nonfinite(name for shard in finished.values() for name in shard.not_finite)
         content["warnings"] += [] if options.write_as == SAME else _rounding_warnings(content["layers"])
         if options.part is not None:
             done = {name: shard.sha256 for name, shard in sorted(finished.items())}

@@ -22,7 +22,7 @@ from typing import Any
 import torch
 
 from adapter_merge.binding.bind import BoundAdapter
-from adapter_merge.combine.base_weights import check_whole_base, other_weights
+from adapter_merge.combine.base_weights import check_whole_base, find_changed_weights
 from adapter_merge.combine.open_inputs import AdapterInput, open_pair, parts_of
 from adapter_merge.combine.recipe import Recipe
 from adapter_merge.errors import InputError, ParityError
@@ -240,7 +240,7 @@ def _compare_bases(folder: Path, bound: BoundAdapter) -> tuple[list[str], list[s
         for part in parts_of(bound)
         for cause in (problem.cause for problem in part.origin.contradictions)
     ]
-    other = [problem.cause for part in parts_of(bound) for problem in other_weights(part, folder)]
+    other = [problem.cause for part in parts_of(bound) for problem in find_changed_weights(part, folder)]
     if other or not stated.get("fingerprint") or stated["fingerprint"] == bound.base.fingerprint:
         return ["its manifest names another base: the same tensors with other values"] if other else [], notes
     if stated.get("layout") == bound.base.layout:

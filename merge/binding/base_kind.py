@@ -132,7 +132,7 @@ def _check_statements(user: str | None, config: str | None, measured: str | None
         problems.append(
             Problem(
                 f"--base-kind {user} contradicts the adapter's config, which says that its base was the {config}",
-                hint=f"leave --base-kind out and give the {config} base; --force takes the statement all the same",
+                hint=f"leave --base-kind out and give the {config} base; --force uses the stated value",
             )
         )
     claimed = user or config
@@ -144,7 +144,7 @@ def _check_statements(user: str | None, config: str | None, measured: str | None
                 expected=f"cosine {'>= ' if claimed == 'original' else '<= '}"
                 f"{ORIGINAL_ABOVE if claimed == 'original' else RESIDUAL_BELOW} for every weight",
                 got=evidence,
-                hint="give the base of the training; --force takes the statement all the same",
+                hint="give the base of the training; --force uses the stated value",
             )
         )
     return Origin(contradictions=tuple(problems))

@@ -1,11 +1,12 @@
 """Fingerprints of the base weights that an adapter adapts: adapters that adapter-merge writes record them.
 
-They tell the base of the training from another one of the same shapes, also where other tensors differ: heads, resized
-embeddings, the names of a prefix. A fingerprint is "DTYPE SHAPE SHA256" over the first and last 4 KiB of a weight (16
-hex digits), as it is stored. It takes milliseconds, and every command compares it.
+They distinguish the base of the training from another base of the same shapes. Only the adapted weights count, so that
+a new head, resized embeddings or a prefix of the names make no difference. A fingerprint is "DTYPE SHAPE SHA256" over
+the first and last 4 KiB of a weight (16 hex digits), as it is stored. It takes milliseconds; every command compares it.
 
-Folders made with their base at hand record the sha256 of whole weights too (`whole_weights`). Commands that read the
-weights anyway compare those (`check_whole_base`): an edit in the middle of a weight shows there alone.
+Folders that were written with access to their base also record the sha256 of whole weights (`hash_whole_weights`).
+Commands that read all weights anyway compare these (`check_whole_base`), which also detects an edit in the middle of a
+weight.
 """
 
 from __future__ import annotations
@@ -26,14 +27,14 @@ from adapter_merge.storage.computed_tensor import ComputedRef
 from adapter_merge.storage.safetensors_header import TensorRef
 from adapter_merge.storage.tensor_comparison import same_but_for_rounding
 
-from .adapter_hashes import MANIFEST, manifest_of
+from .adapter_hashes import MANIFEST, read_manifest_of
 
 PIECE = 1 << 20  # bytes of a weight that are hashed at a time
 
 
 @dataclass(frozen=True)
 class Comparison:
-    """Recorded weights against those of a base: how many are equal, and the names of those that are not."""
+    """The result of comparing recorded fingerprints with a base: the number of equal weights, the names of others."""
 
     equal: int
     different: tuple[str, ...]
@@ -47,22 +48,23 @@ def weight_fingerprint(ref: TensorRef, rows: tuple[int, int] | None = None) -> s
     return f"{ref.dtype} {shape} {digest.hexdigest()[:16]}"
 
 
-def base_weights(bound: BoundAdapter) -> dict[str, str]:
-    """Return the fingerprints of all adapted weights by the names of modules and parameters at the training.
+def fingerprint_weights(bound: BoundAdapter) -> dict[str, str]:
+    """Return the fingerprints of all adapted weights, by the names that modules and parameters had at training.
 
-    Left out: weights that no file holds (of a quantised base) or the adapter brings along, and modules that the base
-    stores as several tensors.
+    Not included: weights that no file of the base holds (dequantised ones, and those that the adapter replaces), and
+    modules that the base stores as several tensors.
     """
-    return {name: weight_fingerprint(item.weight, item.rows) for name, item in _named(bound).items()}
+    return {name: weight_fingerprint(item.weight, item.rows) for name, item in _items_by_name(bound).items()}
 
 
-def whole_weights(bound: BoundAdapter) -> dict[str, str]:
-    """Return the sha256 of all bytes of the same weights, by the same names; reads them, one core per weight."""
-    named = _named(bound)
+def hash_whole_weights(bound: BoundAdapter) -> dict[str, str]:
+    """Return the sha256 of the same weights over all their bytes, by the same names. Hashes weights in parallel."""
+    named = _items_by_name(bound)
     return dict(zip(named, _hash_all(list(named.values())), strict=True))
 
 
-def _named(bound: BoundAdapter) -> dict[str, BoundModule]:
+def _items_by_name(bound: BoundAdapter) -> dict[str, BoundModule]:
+    """Return the modules that `fingerprint_weights` covers, by the name of module and parameter."""
     named = [(f"{item.module.name}.{item.module.parameter}", item) for item in bound.modules]
     counts = Counter(name for name, _ in named)
     return {
@@ -75,11 +77,13 @@ def _named(bound: BoundAdapter) -> dict[str, BoundModule]:
 
 
 def _hash_all(items: Sequence[BoundModule]) -> list[str]:
+    """Return the sha256 of each item's weight, in order; one thread per core."""
     with ThreadPoolExecutor(max(1, len(os.sched_getaffinity(0)))) as pool:
-        return list(pool.map(_whole_hash, items))
+        return list(pool.map(_hash_whole_weight, items))
 
 
-def _whole_hash(item: BoundModule) -> str:
+def _hash_whole_weight(item: BoundModule) -> str:
+    """Return the sha256 of the weight's bytes, or of its adapted rows."""
     ref = item.weight
     first, stop = item.rows or (0, ref.rows)
     digest, remaining = hashlib.sha256(), (stop - first) * ref.row_bytes
@@ -95,19 +99,19 @@ def _whole_hash(item: BoundModule) -> str:
 
 
 def check_whole_base(bound: BoundAdapter) -> None:
-    """Compare whole weights of the base with what the adapter's files hold of it: hashes, or the weights themselves.
+    """Compare whole weights of the base with the hashes, or the frozen weights, that the adapter's files hold.
 
     Raises MismatchError where they differ and the adapter is not forced.
     """
     if bound.adapter.forced:
         return
-    problems = other_weights(bound, bound.adapter.folder) + _other_than_own(bound)
+    problems = find_changed_weights(bound, bound.adapter.folder) + _compare_with_own_base(bound)
     raise_all(problems, MismatchError)
 
 
-def other_weights(bound: BoundAdapter, folder: Path) -> list[Problem]:
+def find_changed_weights(bound: BoundAdapter, folder: Path) -> list[Problem]:
     """Return the problem where the manifest of `folder` records other values of the base's adapted weights."""
-    stated = manifest_of(folder).get("base")
+    stated = read_manifest_of(folder).get("base")
     recorded = stated.get("whole_weights") if isinstance(stated, dict) else None
     if not isinstance(recorded, dict):
         return []
@@ -115,9 +119,9 @@ def other_weights(bound: BoundAdapter, folder: Path) -> list[Problem]:
     ends = ends if isinstance(ends, dict) else {}
     named = {
         name: item
-        for name, item in _named(bound).items()
+        for name, item in _items_by_name(bound).items()
         if isinstance(recorded.get(name), str)
-        and _kind(ends.get(name)) == _kind(weight_fingerprint(item.weight, item.rows))
+        and _dtype_and_shape(ends.get(name)) == _dtype_and_shape(weight_fingerprint(item.weight, item.rows))
     }
     different = [
         name for name, sha in zip(named, _hash_all(list(named.values())), strict=True) if sha != recorded[name]
@@ -128,29 +132,29 @@ def other_weights(bound: BoundAdapter, folder: Path) -> list[Problem]:
         Problem(
             f"{folder / MANIFEST}: names another base: the same tensors with other values",
             got=f"{len(different)} of {len(named)} adapted weights differ in some of their bytes, first {different[0]}",
-            hint="give the base that it names; --force uses this one all the same",
+            hint="give the base that it names; --force accepts this base",
         )
     ]
 
 
-def _kind(fingerprint: object) -> list[str] | None:
-    """Return dtype and shape of a fingerprint: weights of another dtype are not compared by bytes."""
+def _dtype_and_shape(fingerprint: object) -> list[str] | None:
+    """Return dtype and shape of a fingerprint: bytes are compared only where both are equal."""
     return fingerprint.split()[:2] if isinstance(fingerprint, str) else None
 
 
-def _other_than_own(bound: BoundAdapter) -> list[Problem]:
+def _compare_with_own_base(bound: BoundAdapter) -> list[Problem]:
     """Return the problem where a checkpoint that holds its base holds other values than the given base."""
-    own = bound.adapter.own_base
-    if own is None or bound.base.stored is not None or own.folder.resolve() == bound.base.folder.resolve():
+    own_base = bound.adapter.own_base
+    if own_base is None or bound.base.stored is not None or own_base.folder.resolve() == bound.base.folder.resolve():
         return []
     different = [
         item.weight.name
         for item in bound.modules
         if item.module.parameter == "weight"
         and not item.transposed
-        and (held := own.tensors.get(f"{item.module.name}.weight")) is not None
-        and held.shape == item.weight.shape
-        and not same_but_for_rounding(held, item.weight)
+        and (trained_weight := own_base.tensors.get(f"{item.module.name}.weight")) is not None
+        and trained_weight.shape == item.weight.shape
+        and not same_but_for_rounding(trained_weight, item.weight)
     ]
     if not different:
         return []
@@ -158,18 +162,18 @@ def _other_than_own(bound: BoundAdapter) -> list[Problem]:
         Problem(
             "the checkpoint was trained on another base: its frozen weights are not this base's",
             got=f"{len(different)} weights differ, first {different[0]}",
-            hint="leave BASE out, since the checkpoint holds its base; --force uses this one all the same",
+            hint="leave BASE out, since the checkpoint holds its base; --force accepts this base",
         )
     ]
 
 
 def compare_weights(recorded: Mapping[str, object], bound: BoundAdapter) -> Comparison:
-    """Compare recorded fingerprints with the base of `bound`; those of another dtype or shape are passed over."""
+    """Compare recorded fingerprints with the base of `bound`; those of another dtype or shape are not counted."""
     equal, different = 0, []
-    for name, found in base_weights(bound).items():
+    for name, fingerprint in fingerprint_weights(bound).items():
         stated = recorded.get(name)
-        if stated == found:
+        if stated == fingerprint:
             equal += 1
-        elif isinstance(stated, str) and stated.split()[:2] == found.split()[:2]:
+        elif isinstance(stated, str) and stated.split()[:2] == fingerprint.split()[:2]:
             different.append(name)
     return Comparison(equal, tuple(different))

@@ -1,4 +1,4 @@
-"""Combination of adapters that are bound to one base: one edit per tensor, each adapter with its own scales and norms.
+"""Combination of adapters that are bound to one base: one edit per tensor, from each adapter's own scales and norms.
 
 A `CombinedBound` is a `BoundAdapter`, which merge, delta, factor and verify take like any other.
 """
@@ -60,9 +60,9 @@ class CombinedBound(BoundAdapter):
         raise_all(problems, UnsupportedError)
         return tuple(item for item in self._combined_modules() if item.combination.is_matrix)
 
-    def whole_tensors(self) -> dict[str, Tensor]:
-        """Return combined heads and biases by tensor name, float32, which a PEFT folder holds beside its factors."""
-        return {item.name: item.whole() for item in self._combined_modules() if not item.combination.is_matrix}
+    def merged_tensors(self) -> dict[str, Tensor]:
+        """Return combined heads and biases by tensor name, float32; a PEFT folder stores them beside its factors."""
+        return {item.name: item.merged_weight() for item in self._combined_modules() if not item.combination.is_matrix}
 
     def _combined_modules(self) -> list[CombinedModule]:
         return [item for item in self.modules if isinstance(item, CombinedModule)]
@@ -76,9 +76,10 @@ def open_combination(recipe: Recipe, base: str | Path | None = None) -> Combined
     stated = {(item.options or {}).get("trained_on") for item in recipe.ingredients}
     if len(stated) > 1:
         raise InputError(
-            "the adapters were trained on different bases", got=", ".join(sorted(str(text) for text in stated)),
+            "the adapters were trained on different bases",
+            got=", ".join(sorted(str(text) for text in stated)),
             hint="their deltas apply to different weights: merge one at a time",
-        )  # fmt: skip
+        )
     checkpoint = open_trained_base(chosen, stated.pop() if stated else None)
     bound: list[BoundAdapter] = []
     for item in recipe.ingredients:
@@ -98,7 +99,7 @@ def _combine_bound(recipe: Recipe, parts: tuple[BoundAdapter, ...], base: Checkp
     used = [(item, bound) for item, bound in zip(recipe.ingredients, parts, strict=True) if item.weight != 0]
     modules, problems = _group_by_tensor(recipe, used, base)
     problems += check_together([(item.name, bound) for item, bound in used], recipe.in_turn)
-    taken: dict[str, tuple[str, TensorRef]] = {}
+    replaced: dict[str, tuple[str, TensorRef]] = {}
     changes: dict[str, Any] = {}
     copies: dict[str, TensorRef] = {}
     names = {module.name for module in modules}
@@ -106,14 +107,14 @@ def _combine_bound(recipe: Recipe, parts: tuple[BoundAdapter, ...], base: Checkp
         for name, ref in bound.replacements.items():
             if _combinable(base, name, ref):
                 continue
-            if (name in taken and not recipe.in_turn) or name in names:
+            if (name in replaced and not recipe.in_turn) or name in names:
                 problems.append(
                     Problem(
                         f"{name}: {item.name!r} and another adapter replace it, and the base has none of its shape",
                         hint="without a base tensor there is no delta to combine: leave one adapter out",
                     )
                 )
-            taken[name] = (item.name, ref)
+            replaced[name] = (item.name, ref)
         for key, value in bound.config_changes.items():
             if changes.setdefault(key, value) != value:
                 problems.append(Problem(f"the adapters disagree about {key}", got=f"{changes[key]} and {value}"))
@@ -126,7 +127,7 @@ def _combine_bound(recipe: Recipe, parts: tuple[BoundAdapter, ...], base: Checkp
             and any(isinstance(m.module, TokenModule) and m.name.endswith(EMBEDDINGS) for m in bound.modules)
         ]
     raise_all(problems, InputError)
-    replacements = {name: ref for name, (_, ref) in taken.items()}
+    replacements = {name: ref for name, (_, ref) in replaced.items()}
     return CombinedBound(
         adapter=_describe_as_adapter(recipe, parts, modules, replacements),
         base=base,
@@ -192,8 +193,8 @@ def _group_by_tensor(
         turned = isinstance(place, BoundModule) and place.transposed
         shape = ref.shape if len(ref.shape) > 1 else (1, *ref.shape)
         shape = (shape[1], shape[0]) if turned else (shape[0], shape[-1])
-        whole = CombinedWeight(name, shape, tuple(tensor_shares), recipe.settings, recipe.in_turn)
-        combined.append(CombinedModule(whole, ref, turned, None if name == ref.name else name))
+        combination = CombinedWeight(name, shape, tuple(tensor_shares), recipe.settings, recipe.in_turn)
+        combined.append(CombinedModule(combination, ref, turned, None if name == ref.name else name))
     return tuple(combined), problems
 
 
@@ -208,7 +209,7 @@ def _describe_as_adapter(
     modules: tuple[CombinedModule, ...],
     replacements: dict[str, TensorRef],
 ) -> Adapter:
-    """Describe the combination as an `Adapter`, whose names, task and heads are written beside the weights."""
+    """Describe the combination as an `Adapter`; its names, task and heads are written to the output's config."""
     adapters = [bound.adapter for bound in parts]
     saved: set[str] = set()
     for adapter in adapters:

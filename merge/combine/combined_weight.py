@@ -104,8 +104,8 @@ class CombinedWeight(ModuleDefaults):
         """True when the change is the weighted sum of the adapters' deltas."""
         if self.in_turn:
             return len(self.shares) == 1
-        whole = self.settings.gamma == 0 and all(share.density >= 1 for share in self.shares)
-        return whole and (not self.settings.elects or len(self.shares) == 1)
+        keeps_all = self.settings.gamma == 0 and all(share.density >= 1 for share in self.shares)
+        return keeps_all and (not self.settings.elects or len(self.shares) == 1)
 
     @property
     def has_form(self) -> bool:
@@ -158,7 +158,7 @@ class CombinedModule(BoundModule):
         delta = applied(self.stored_edit(torch.float64).to(device), stored).sub_(stored)
         return delta.T.contiguous() if self.transposed else delta
 
-    def whole(self) -> Tensor:
+    def merged_weight(self) -> Tensor:
         """Return W' in float32, so that a trained head in a PEFT folder keeps its precision on a bfloat16 base."""
         stored = read_tensor(self.weight)
         rows = stored.reshape(1, -1) if stored.dim() < 2 else stored

@@ -3,18 +3,18 @@
 Each dW_i = W'_i - W0 is that adapter's whole effect on the original base: its own scale, rsLoRA, norms and magnitudes.
 
 linear           sum w_i dW_i
-magnitude-prune  the same, of each dW_i only the `density` largest elements by size
-breadcrumbs      the same, without the share `gamma` of largest elements (arXiv 2312.06795)
-dare             each element dropped with probability 1 - density, the rest divided by density (arXiv 2311.03099)
-ties             magnitude-prune, then per element the sign of sum w_i dW_i is elected, and the weighted mean of those
-                 that agree is taken times sum |w_i| (arXiv 2306.01708, where lambda = sum |w_i|); with weights that
-                 add up to 1 this is also mergekit's normalised form
-dare-ties        dare's dropping, then ties' election
+magnitude-prune  linear, where each dW_i keeps only its share `density` of largest elements by magnitude
+breadcrumbs      magnitude-prune that first drops the share `gamma` of largest elements (arXiv 2312.06795)
+dare             each element is dropped with probability 1 - density, the others divided by density (arXiv 2311.03099)
+ties             magnitude-prune; then the sign of sum w_i dW_i is elected per element, and the result is the weighted
+                 mean of the elements that agree with it, times sum |w_i| (arXiv 2306.01708, where
+                 lambda = sum |w_i|); with weights that add up to 1 this is also mergekit's normalised form
+dare-ties        the random dropping of dare, then the election of ties
 
-Thresholds are exact for the whole tensor, which is never held: the k-th largest magnitude follows from two histograms
-of float32 bit patterns (which have the order of magnitudes), one pass over the blocks each. Elements equal to a
-threshold are all kept. Random numbers are a hash (SplitMix64) of seed, adapter, tensor and element, so that blocks,
-workers and devices do not affect them.
+Thresholds are exact for the whole tensor although only blocks of it are in memory: the k-th largest magnitude follows
+from two histograms of float32 bit patterns (which sort like magnitudes), with one pass over the blocks for each.
+Elements equal to a threshold are all kept. Random numbers are a hash (SplitMix64) of seed, adapter, tensor and element,
+so that blocks, workers and devices do not affect them.
 """
 
 from __future__ import annotations
@@ -47,21 +47,22 @@ class WeightedEdit:
     key: int  # of the random numbers, see `key_of`
 
     @property
-    def whole(self) -> bool:
+    def keeps_all(self) -> bool:
+        """True when no element is dropped."""
         return self.density >= 1
 
 
 def combine_edits(parts: Sequence[WeightedEdit], settings: Settings) -> BlockEdit | None:
-    """Return one edit for all `parts`, None where nothing changes.
+    """Return one edit for all `parts`; None where every weight or density is 0.
 
     Callers sort the parts by name, so that the result does not depend on the order in which they are given.
     """
     parts = [part for part in parts if part.weight != 0 and part.density > 0]
-    whole = all(part.whole for part in parts) and settings.gamma == 0
+    keeps_all = all(part.keeps_all for part in parts) and settings.gamma == 0
     if not parts:
         return None
     linear = not settings.elects or len(parts) == 1
-    if linear and whole:
+    if linear and keeps_all:
         if len(parts) == 1 and parts[0].weight == 1:
             return parts[0].edit
         forms = [part.edit for part in parts if isinstance(part.edit, CanonicalForm)]
@@ -70,7 +71,7 @@ def combine_edits(parts: Sequence[WeightedEdit], settings: Settings) -> BlockEdi
                 torch.cat([form.up * part.weight for form, part in zip(forms, parts, strict=True)], dim=1),
                 torch.cat([form.down for form in forms]),
             )
-    return CombinedEdit(tuple(parts), settings, pending=2 if settings.by_size and not whole else 0)
+    return CombinedEdit(tuple(parts), settings, pending=2 if settings.by_size and not keeps_all else 0)
 
 
 @dataclass(frozen=True, eq=False)
@@ -87,9 +88,12 @@ class CombinedEdit:
 
     @property
     def needs_pass(self) -> bool:
+        """True until every threshold, and every sum of the parts' own edits, is known."""
         return self.pending > 0 or any(part.edit.needs_pass for part in self.parts)
 
     def to(self, device: torch.device | str | None = None, dtype: torch.dtype | None = None) -> CombinedEdit:
+        """Return the edit with its tensors on `device`, and the factors of its parts in `dtype`."""
+
         def move(tensor: Tensor | None) -> Tensor | None:
             return None if tensor is None else tensor.to(device)
 
@@ -101,12 +105,16 @@ class CombinedEdit:
     # -- passes ----------------------------------------------------------------------------------------
 
     def _edits_of_next_pass(self) -> list[int]:
-        """Return the parts whose own pass comes next: all canonical forms, else one other edit."""
+        """Return the indices of the parts whose own pass comes next: all canonical forms, else one other edit."""
         waiting = [index for index, part in enumerate(self.parts) if part.edit.needs_pass]
         plain = [index for index in waiting if isinstance(self.parts[index].edit, CanonicalForm)]
         return plain or waiting[:1]
 
     def pass_sums(self, block: Tensor, start: int) -> Tensor:
+        """Return what the next pass adds up over the rows of `block` (rows, columns), which begin at row `start`.
+
+        Sums of the parts' own edits while these need passes, then (n, HIGH_BINS) or (2 n, LOW_BINS) histogram counts.
+        """
         inner = self._edits_of_next_pass()
         if inner:
             edits = [self.parts[index].edit for index in inner]
@@ -118,12 +126,13 @@ class CombinedEdit:
                 counts.append(torch.bincount(bits >> 15, minlength=HIGH_BINS))
                 continue
             assert self.bins is not None
-            for which in range(2):
-                inside = bits[(bits >> 15) == self.bins[index, which]]
+            for bound in range(2):
+                inside = bits[(bits >> 15) == self.bins[index, bound]]
                 counts.append(torch.bincount(inside & (LOW_BINS - 1), minlength=LOW_BINS))
         return torch.stack(counts)
 
     def with_pass_sums(self, sums: Tensor) -> CombinedEdit:
+        """Return the edit after one pass; `sums` is the sum of `pass_sums` over all blocks of the tensor."""
         inner = self._edits_of_next_pass()
         if inner:
             parts = list(self.parts)
@@ -132,10 +141,10 @@ class CombinedEdit:
             return replace(self, parts=tuple(parts))
         if self.pending == 2:
             total = int(sums[0].sum())
-            wanted = torch.tensor(
+            wanted_ranks = torch.tensor(
                 [self._threshold_ranks(total, part) for part in self.parts], device=sums.device
             )  # (n, 2)
-            bins, ranks = _find_bins(sums[:, None].expand(-1, 2, -1), wanted)
+            bins, ranks = _find_bins(sums[:, None].expand(-1, 2, -1), wanted_ranks)
             return replace(self, pending=1, bins=bins, ranks=ranks)
         assert self.bins is not None and self.ranks is not None
         low_bits, _ = _find_bins(sums.view(len(self.parts), 2, LOW_BINS), self.ranks)
@@ -147,17 +156,19 @@ class CombinedEdit:
 
     def _threshold_ranks(self, total: int, part: WeightedEdit) -> tuple[int, int]:
         """Return the ranks, from the largest, of the last element kept and of the last one dropped as too large."""
-        dropped = int(self.settings.gamma * total) if self.settings.method == "breadcrumbs" else 0
-        kept = int(part.density * total)
-        return (min(total, dropped + kept) if kept else 0), dropped
+        drop_count = int(self.settings.gamma * total) if self.settings.method == "breadcrumbs" else 0
+        keep_count = int(part.density * total)
+        return (min(total, drop_count + keep_count) if keep_count else 0), drop_count
 
     # -- blocks ----------------------------------------------------------------------------------------
 
     def apply_(self, block: Tensor, start: int) -> Tensor | None:
+        """Add the combined delta to `block` (rows, columns) in place; its rows begin at row `start`."""
         block.add_(self.delta_rows(block, start))
         return None
 
     def delta_rows(self, block: Tensor, start: int) -> Tensor:
+        """Return the combined delta (rows, columns) of the rows `block` of W0, which begin at row `start`."""
         assert self.pending == 0, "make the passes before delta_rows"
         deltas = []
         for index, part in enumerate(self.parts):
@@ -165,9 +176,9 @@ class CombinedEdit:
             if self.low is not None and self.high is not None:
                 bits = size_bits(delta)
                 delta = delta * ((bits >= self.low[index]) & (bits < self.high[index]))
-            if self.settings.random and not part.whole:
-                kept = random_keep(part.key, part.density, start * delta.shape[1], delta.numel(), delta.device)
-                delta = delta * kept.view_as(delta) / part.density
+            if self.settings.random and not part.keeps_all:
+                keep_mask = random_keep(part.key, part.density, start * delta.shape[1], delta.numel(), delta.device)
+                delta = delta * keep_mask.view_as(delta) / part.density
             deltas.append(delta * part.weight)
         if not self.settings.elects:
             total = deltas[0]

@@ -7,10 +7,10 @@
       - model: org/base+./german       # base and adapter, as mergekit writes them
         parameters: {weight: 0.7}
 
-Everything else is refused with its reason: linear weights that are not normalised and do not sum to 1 scale the base
-too, mergekit's ties divides by the weights that agree and its dare draws other random numbers, so that the same words
-would give another model. Source: mergekit/config.py (MergeConfiguration),
-merge_methods/linear.py and generalized_task_arithmetic.py.
+Everything else is refused with its reason, because the same settings would give another model: linear weights that are
+not normalised and do not sum to 1 also scale the base, mergekit's ties divides by the weights that agree, and its dare
+draws other random numbers. Source: mergekit/config.py (MergeConfiguration), merge_methods/linear.py and
+generalized_task_arithmetic.py.
 """
 
 from __future__ import annotations
@@ -24,25 +24,28 @@ from adapter_merge.errors import InputError, Problem, UnsupportedError, raise_al
 
 METHODS = {"linear": True, "task_arithmetic": False}  # whether weights are normalised when nothing says so
 KEYS = ("merge_method", "base_model", "models", "parameters", "dtype", "out_dtype")
-PARAMETERS = ("weight", "normalize", "lambda", "int8_mask")  # int8_mask: how mergekit stores a mask, no meaning here
+PARAMETERS = ("weight", "normalize", "lambda", "int8_mask")  # int8_mask only sets the dtype of mergekit's masks
 
 
 def is_mergekit(content: Mapping[str, Any]) -> bool:
-    """True for what mergekit reads."""
+    """Return True for the content of a mergekit configuration."""
     return "merge_method" in content
 
 
 def from_mergekit(content: Mapping[str, Any], file: Path) -> dict[str, Any]:
-    """Return the recipe's content that means the same. Raises UnsupportedError, or InputError with all problems."""
+    """Return the content of the equivalent recipe.
+
+    Raises UnsupportedError for other methods of mergekit, InputError with every problem of the values.
+    """
     method = content["merge_method"]
     if method not in METHODS:
         raise UnsupportedError(
-            f"{file}: mergekit's {method!r} does not mean the same here",
+            f"{file}: mergekit's method {method!r} has no equivalent in adapter-merge",
             expected=" or ".join(METHODS),
-            hint="state it in this project's own words: method, density, adapters (adapter-merge merge --help)",
+            hint="write an adapter-merge recipe: method, density, adapters (adapter-merge merge --help)",
         )
     problems = [
-        Problem(f"{file}: {key} has no counterpart here", ", ".join(KEYS), repr(content[key])[:80])
+        Problem(f"{file}: {key} has no equivalent in adapter-merge", ", ".join(KEYS), repr(content[key])[:80])
         for key in content
         if key not in KEYS
     ]
@@ -54,31 +57,32 @@ def from_mergekit(content: Mapping[str, Any], file: Path) -> dict[str, Any]:
     adapters: list[dict[str, Any]] = []
     total = 0.0
     for number, entry in enumerate(models, 1):
-        where = f"{file}: model {number}"
-        own = {**common, **(entry.get("parameters") or {})}
-        problems += _check_parameters(own, where)
+        owner = f"{file}: model {number}"
+        parameters = {**common, **(entry.get("parameters") or {})}
+        problems += _check_parameters(parameters, owner)
         name = entry.get("model")
         if not isinstance(name, str):
-            problems.append(Problem(f"{where} is not a text", "base+adapter", repr(name)[:80]))
+            problems.append(Problem(f"{owner} is not a text", "base+adapter", repr(name)[:80]))
             continue
-        of, plus, adapter = name.partition("+")
-        base = base if base is not None else of
-        if of != base:
+        base_name, separator, adapter = name.partition("+")
+        base = base if base is not None else base_name
+        if base_name != base:
             problems.append(
-                Problem(f"{where} has another base", str(base), of, "adapter-merge extract gives a model's adapter")
+                Problem(
+                    f"{owner} has another base", str(base), base_name, "adapter-merge extract gives a model's adapter"
+                )
             )
-        weight = own.get("weight")
+        weight = parameters.get("weight")
         if weight is None or not _is_number(weight):
-            problems.append(Problem(f"{where}: weight is missing, or differs from tensor to tensor", "one number"))
+            problems.append(Problem(f"{owner}: weight is missing, or differs from tensor to tensor", "one number"))
             continue
-        if plus or method == "linear":  # the base itself has no task vector
+        if separator or method == "linear":  # the base itself has no task vector
             total += weight
-        if plus:
+        if separator:
             label = Path(adapter).name.partition("@")[0]
-            taken = sum(item["name"].startswith(label) for item in adapters)
-            adapters.append(
-                {"name": label if not taken else f"{label}-{taken + 1}", "path": _from_here(adapter), "weight": weight}
-            )
+            same_label_count = sum(item["name"].startswith(label) for item in adapters)
+            unique_label = f"{label}-{same_label_count + 1}" if same_label_count else label
+            adapters.append({"name": unique_label, "path": _absolute_if_present(adapter), "weight": weight})
     raise_all(problems, InputError)
     if not adapters:
         problems.append(Problem(f"{file}: no adapters", "models written as base+adapter"))
@@ -99,26 +103,27 @@ def from_mergekit(content: Mapping[str, Any], file: Path) -> dict[str, Any]:
     factor = float(common.get("lambda", 1.0)) / (total if normal else 1.0)
     return {
         "method": "linear",
-        "base": _from_here(str(base)),
+        "base": _absolute_if_present(str(base)),
         "adapters": [{**item, "weight": item["weight"] * factor} for item in adapters],
     }
 
 
-def _from_here(name: str) -> str:
-    """Return a path that exists from the working directory, as mergekit takes it; a hub id as it is."""
+def _absolute_if_present(name: str) -> str:
+    """Return the absolute path of an existing file or folder (mergekit uses the working directory), or the hub id."""
     return str(Path(name).absolute()) if Path(name).exists() else name
 
 
-def _check_parameters(own: Mapping[str, Any], where: str) -> list[Problem]:
+def _check_parameters(parameters: Mapping[str, Any], owner: str) -> list[Problem]:
+    """Return a problem for each parameter that is unknown or has a wrong value; `owner` begins the message."""
     problems = [
-        Problem(f"{where}: the parameter {key} has no counterpart here", ", ".join(PARAMETERS))
-        for key in own
+        Problem(f"{owner}: the parameter {key} has no equivalent in adapter-merge", ", ".join(PARAMETERS))
+        for key in parameters
         if key not in PARAMETERS
     ]
-    if not isinstance(own.get("normalize", False), bool):
-        problems.append(Problem(f"{where}: normalize is wrong", "true or false", repr(own["normalize"])[:80]))
-    if not _is_number(own.get("lambda", 1.0)):
-        problems.append(Problem(f"{where}: lambda is wrong", "one number", repr(own["lambda"])[:80]))
+    if not isinstance(parameters.get("normalize", False), bool):
+        problems.append(Problem(f"{owner}: normalize is wrong", "true or false", repr(parameters["normalize"])[:80]))
+    if not _is_number(parameters.get("lambda", 1.0)):
+        problems.append(Problem(f"{owner}: lambda is wrong", "one number", repr(parameters["lambda"])[:80]))
     return problems
 
 
@@ -127,6 +132,6 @@ def _is_number(value: object) -> bool:
 
 
 def output_dtype(content: Mapping[str, Any]) -> str | None:
-    """Return the dtype that the merged model is to have, None where the file does not say."""
+    """Return the stated dtype of the merged model (out_dtype, else dtype); None where the file states none."""
     stated = content.get("out_dtype") or content.get("dtype")
     return str(stated) if stated is not None else None

@@ -19,7 +19,7 @@ from adapter_merge.quantisation.dense_view import packed_weights
 from adapter_merge.storage.checkpoint import Checkpoint
 from adapter_merge.storage.safetensors_header import FLOAT_DTYPES
 
-from .adapter_hashes import adapter_files, combined_sha256, made_from, merged_into
+from .adapter_hashes import combined_sha256, hash_adapter_files, hashes_of_merged_adapters, hashes_of_origins
 from .combined_adapter import CombinedBound, open_combination
 from .origin import bind_checked
 from .recipe import Recipe
@@ -103,7 +103,7 @@ def _describe_base(base: Checkpoint, adapter: Adapter) -> dict[str, Any]:
     described: dict[str, Any] = {"name": name, "path": str((base.stored or base).folder)}
     if schemes:
         described["quantised"] = dict(schemes)
-    merged = merged_into((base.stored or base).folder)
+    merged = hashes_of_merged_adapters((base.stored or base).folder)
     if merged:
         described["merged"] = sorted(merged)
     return described | ({"notes": list(base.notes)} if base.notes else {})
@@ -127,13 +127,13 @@ def _describe_bound(bound: BoundAdapter, stated: dict[str, Any]) -> dict[str, An
 
 def _describe_files(adapter: Adapter) -> dict[str, Any]:
     """Return the hashes of an adapter, of its files, and of what it was made from."""
-    files, origins = adapter_files(adapter), made_from(adapter.folder)
+    files, origins = hash_adapter_files(adapter), hashes_of_origins(adapter.folder)
     described: dict[str, Any] = {"sha256": combined_sha256(files), "files": files}
     return described | ({"made_from": sorted(origins)} if origins else {})
 
 
 def _describe_adapter(adapter: Adapter) -> dict[str, Any]:
-    """Return what an adapter's files say, for its entry in the manifest."""
+    """Return the adapter's name, path, format, method, modules and notes, for its entry in the manifest."""
     return {
         "name": adapter.folder.resolve().name,
         "path": str(adapter.folder),
@@ -145,7 +145,7 @@ def _describe_adapter(adapter: Adapter) -> dict[str, Any]:
     }
 
 
-def adapter_only(adapter: Adapter) -> dict[str, Any]:
+def describe_adapter_alone(adapter: Adapter) -> dict[str, Any]:
     """Describe an adapter without a base for the manifest."""
     causes = [problem.cause for problem in adapter.contradictions]
     entry = {**_describe_adapter(adapter), "contradictions": causes, **_describe_files(adapter)}
@@ -166,13 +166,13 @@ def stated_options(options: ReadOptions | None) -> dict[str, Any]:
 
 
 def training_warnings(bound: BoundAdapter, options: ReadOptions | None) -> list[str]:
-    """Return a warning for each adapter that names a 4-bit base while the given one is not quantised."""
+    """Return a warning for each adapter whose config names a 4-bit base while the given base is not quantised."""
     stated = options.trained_on if options is not None else None
     if isinstance(bound, CombinedBound):
         stated = (bound.recipe.ingredients[0].options or {}).get("trained_on")
     return [
         f"{part.adapter.folder}: names {part.adapter.base_name} as its base, and is applied to unquantised weights: "
-        "--trained-on nf4-double takes those that it was trained on, --trained-on original says that these are meant"
+        "--trained-on nf4-double uses the quantised weights of the training, --trained-on original confirms these"
         for part in parts_of(bound)
         if is_unstated_4bit(part.adapter, bound.base, stated)
     ]
@@ -185,6 +185,6 @@ def is_stale_quantization(base: Checkpoint) -> bool:
     return all(ref.dtype in FLOAT_DTYPES for ref in base.tensors.values() if len(ref.shape) > 1)
 
 
-def combination_of(bound: BoundAdapter) -> dict[str, Any]:
-    """The manifest's option that says how several adapters went together; none for one."""
+def describe_combination(bound: BoundAdapter) -> dict[str, Any]:
+    """Return the manifest's option "combination" for a combination of adapters; an empty dict for a single adapter."""
     return {"combination": bound.recipe.as_json()} if isinstance(bound, CombinedBound) else {}

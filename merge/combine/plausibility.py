@@ -15,7 +15,7 @@ from adapter_merge.errors import AdapterMergeError
 from adapter_merge.methods.block_edits import applied
 from adapter_merge.storage.tensor_io import read_tensor
 
-from .origin import spread
+from .origin import sample_modules
 
 LARGE = 10.0  # ||dW|| / ||W||; training a low-rank adapter moves a weight by less than its own norm
 NAMED = 6  # names in a warning
@@ -23,7 +23,7 @@ NAMED = 6  # names in a warning
 CHOOSING = ("exclude_modules", "layers_to_transform", "layers_pattern")
 
 
-def missing_layers(bound: BoundAdapter) -> list[str]:
+def warn_of_missing_layers(bound: BoundAdapter) -> list[str]:
     """Return a warning where target_modules names weights of the base that the adapter's files leave out.
 
     Only for a list of names: PEFT adapts every module whose name ends with one of them.
@@ -45,25 +45,25 @@ def missing_layers(bound: BoundAdapter) -> list[str]:
         return []
     return [
         f"{bound.adapter.folder}: {len(left_out)} of {len(left_out) + len(bound.modules)} weights that its "
-        f"target_modules name have no adapter: {_listed(left_out)}"
+        f"target_modules name have no adapter: {_list_names(left_out)}"
     ]
 
 
-def large_changes(changes: Mapping[str, float]) -> list[str]:
+def warn_of_large_changes(changes: Mapping[str, float]) -> list[str]:
     """Return a warning where a change is far larger than its weight; changes: ||dW|| / ||W|| by weight."""
     large = sorted((name for name, change in changes.items() if not change <= LARGE), key=lambda name: -changes[name])
     if not large:
         return []
     return [
         f"the change is more than {LARGE:g} times as large as the weight itself in {len(large)} of {len(changes)} "
-        f"weights (up to {changes[large[0]]:.3g} times): {_listed(large)}; is alpha right, and is this the base?"
+        f"weights (up to {changes[large[0]]:.3g} times): {_list_names(large)}; is alpha right, and is this the base?"
     ]
 
 
-def sampled_changes(bound: BoundAdapter) -> dict[str, float]:
-    """Return ||dW|| / ||W|| of a few small weights spread over the model, in float32."""
+def sample_changes(bound: BoundAdapter) -> dict[str, float]:
+    """Return ||dW|| / ||W|| of a few small weights sample_modules over the model, in float32."""
     found = {}
-    for item in spread(bound.modules):
+    for item in sample_modules(bound.modules):
         try:
             weight = item.oriented_weight().float()
             edit = item.module.edit(read_tensor, item.oriented_weight, torch.float32)
@@ -77,14 +77,14 @@ def sampled_changes(bound: BoundAdapter) -> dict[str, float]:
     return found
 
 
-def not_finite(names: Iterable[str]) -> list[str]:
+def warn_of_nonfinite(names: Iterable[str]) -> list[str]:
     """Return a warning of base tensors with NaN or infinity, which are carried over as they are."""
     listed = sorted(names)
     if not listed:
         return []
-    return [f"the base holds NaN or infinity in {len(listed)} weights, which are carried over: {_listed(listed)}"]
+    return [f"the base holds NaN or infinity in {len(listed)} weights, which are carried over: {_list_names(listed)}"]
 
 
-def _listed(names: list[str]) -> str:
+def _list_names(names: list[str]) -> str:
     more = f" and {len(names) - NAMED} more" if len(names) > NAMED else ""
     return ", ".join(names[:NAMED]) + more

@@ -94,8 +94,8 @@ class Recipe:
         settings, notes = self.settings, []
         densities = {settings.density if item.density is None else item.density for item in self.ingredients}
         if densities == {1} and settings.method not in ("linear", IN_TURN) and not settings.gamma:
-            rest = "only the signs are elected" if settings.elects else "the result is that of linear"
-            notes.append(f"{settings.method} with a density of 1 drops nothing, {rest}: state a density below 1")
+            effect = "only the signs are elected" if settings.elects else "the result is that of linear"
+            notes.append(f"{settings.method} with a density of 1 drops nothing, {effect}: state a density below 1")
         if settings.seed and not settings.random:
             notes.append(f"the seed has no effect: {settings.method} draws no random numbers")
         return tuple(notes)
@@ -158,8 +158,8 @@ def make_recipe(ingredients: Sequence[Ingredient], settings: Settings, base: str
     return Recipe(tuple(ingredients), settings, base)
 
 
-def given_options(options: ReadOptions) -> dict[str, Any]:
-    """Return the stated options, as an ingredient holds them."""
+def list_stated_options(options: ReadOptions) -> dict[str, Any]:
+    """Return the options that are not None, by name, as `Ingredient.options` holds them."""
     return {key: value for key, value in vars(options).items() if value is not None}
 
 
@@ -191,35 +191,9 @@ def read_recipe(file: str | Path) -> Recipe:
         entries = []
     ingredients = []
     for number, entry in enumerate(entries, 1):
-        problems += [
-            Problem(f"{path}: adapter {number}: unknown key {key!r}", ", ".join(ADAPTER_KEYS))
-            for key in entry
-            if key not in ADAPTER_KEYS
-        ]
-        where = entry.get("path")
-        if not PATH.holds(where) or not where:
-            problems.append(Problem(f"{path}: adapter {number}: path is missing or wrong", "a folder, file or hub id"))
-            continue
-        name = entry.get("name", Path(where).name)
-        if not NAME.holds(name) or not name:
-            problems.append(Problem(f"{path}: adapter {number}: name is wrong", "a text", repr(name)[:100]))
-            continue
-        problems += _check_options(entry, f"{path}: adapter {number}")
-        options = {key: entry[key] for key in OPTION_KEYS if entry.get(key) is not None}
-        for key in PATH_KEYS:
-            if isinstance(options.get(key), str):
-                options[key] = path.parent / options[key]
-        local = path.parent / where
-        ingredients.append(
-            Ingredient(
-                name,
-                str(local) if local.exists() else where,
-                entry.get("weight", 1.0),
-                entry.get("density"),
-                entry.get("base_kind"),
-                options,
-            )
-        )
+        ingredient = _read_ingredient(entry, path.parent, f"{path}: adapter {number}", problems)
+        if ingredient is not None:
+            ingredients.append(ingredient)
     base = content.get("base")
     if base is not None and not PATH.holds(base):
         problems.append(Problem(f"{path}: base is wrong", "a folder or hub id", repr(base)[:100]))
@@ -232,7 +206,39 @@ def read_recipe(file: str | Path) -> Recipe:
     return replace(make_recipe(ingredients, settings, base), dtype=dtype)
 
 
-def _check_options(entry: Mapping[str, Any], where: str) -> list[Problem]:
+def _read_ingredient(entry: Mapping[str, Any], folder: Path, owner: str, problems: list[Problem]) -> Ingredient | None:
+    """Return the ingredient of one entry of `adapters`; None without a usable path and name. Adds to `problems`.
+
+    Paths are relative to `folder`; `owner` begins each problem's message.
+    """
+    problems += [
+        Problem(f"{owner}: unknown key {key!r}", ", ".join(ADAPTER_KEYS)) for key in entry if key not in ADAPTER_KEYS
+    ]
+    path = entry.get("path")
+    if not PATH.holds(path) or not path:
+        problems.append(Problem(f"{owner}: path is missing or wrong", "a folder, file or hub id"))
+        return None
+    name = entry.get("name", Path(path).name)
+    if not NAME.holds(name) or not name:
+        problems.append(Problem(f"{owner}: name is wrong", "a text", repr(name)[:100]))
+        return None
+    problems += _check_options(entry, owner)
+    options = {key: entry[key] for key in OPTION_KEYS if entry.get(key) is not None}
+    for key in PATH_KEYS:
+        if isinstance(options.get(key), str):
+            options[key] = folder / options[key]
+    local = folder / path
+    return Ingredient(
+        name,
+        str(local) if local.exists() else path,
+        entry.get("weight", 1.0),
+        entry.get("density"),
+        entry.get("base_kind"),
+        options,
+    )
+
+
+def _check_options(entry: Mapping[str, Any], owner: str) -> list[Problem]:
     """Return a problem for each value that is not a number, not a text or not one of the choices."""
     problems = []
     for key in OPTION_KEYS:
@@ -240,14 +246,14 @@ def _check_options(entry: Mapping[str, Any], where: str) -> list[Problem]:
         if value is None:
             continue
         if key in NUMBER_KEYS and not _is_number(value):
-            problems.append(Problem(f"{where}: {key} is wrong", "a number", repr(value)[:100]))
+            problems.append(Problem(f"{owner}: {key} is wrong", "a number", repr(value)[:100]))
         elif key == "force" and not isinstance(value, bool):
-            problems.append(Problem(f"{where}: {key} is wrong", "true or false", repr(value)[:100]))
+            problems.append(Problem(f"{owner}: {key} is wrong", "true or false", repr(value)[:100]))
         elif key in (*NUMBER_KEYS, "force"):
             continue
         elif not (isinstance(value, str) and value in CHOICES.get(key, (value,))):
             problems.append(
-                Problem(f"{where}: {key} is wrong", ", ".join(CHOICES.get(key, ("a text",))), repr(value)[:100])
+                Problem(f"{owner}: {key} is wrong", ", ".join(CHOICES.get(key, ("a text",))), repr(value)[:100])
             )
     return problems
 
@@ -265,7 +271,7 @@ def _read_content(path: Path) -> dict[str, Any]:
             content = tomllib.loads(text)
         else:
             content = _parse_yaml(text)
-        json.dumps(content, ensure_ascii=False, default=str).encode("utf-8")  # half a character could not be written
+        json.dumps(content, ensure_ascii=False, default=str).encode("utf-8")  # refuses lone surrogates, not UTF-8
     except MissingDependencyError:
         raise
     except (ValueError, RecursionError) as error:

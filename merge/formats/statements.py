@@ -45,5 +45,5 @@ def against_tensors(
 def _contradiction(option: str, stated: str, held: str, where: Path) -> Problem:
     return Problem(
         f"{where}: holds {option} {held}, which --{option} {stated} contradicts",
-        hint=f"leave --{option} out; --force takes the statement all the same",
+        hint=f"leave --{option} out; --force uses the stated value",
     )

@@ -12,7 +12,7 @@ from typing import Any
 
 from adapter_merge.combine.adapter_hashes import combined_sha256
 from adapter_merge.combine.delta_ops import Settings
-from adapter_merge.combine.recipe import PATH_KEYS, Ingredient, Recipe, given_options, make_recipe
+from adapter_merge.combine.recipe import PATH_KEYS, Ingredient, Recipe, list_stated_options, make_recipe
 from adapter_merge.errors import FileFormatError, InputError, Problem, raise_all
 from adapter_merge.files.hashing import hash_files
 from adapter_merge.files.symlinks import is_hub_blob
@@ -211,7 +211,7 @@ def inputs_of(folder: str | Path) -> tuple[str | None, str | Recipe, str | None,
             combination["weights"][entry["name"]],
             densities.get(entry["name"]),
             entry["base_kind"],
-            given_options(_read_options(entry["stated"])),
+            list_stated_options(_read_options(entry["stated"])),
         )
         for entry in adapters
     ]

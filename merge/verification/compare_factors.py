@@ -35,7 +35,7 @@ def adapter_weights(
     """
     if isinstance(bound, CombinedBound):
         wanted: dict[str, list[BoundModule]] = {item.name: [item] for item in bound.factor_modules()}
-        whole = bound.whole_tensors()
+        whole = bound.merged_tensors()
     else:
         wanted, whole = modules_by_tensor(bound), {}
     theirs = modules_by_tensor(other)

@@ -214,7 +214,7 @@ def _parse_numbers(flag: str, texts: Sequence[str]) -> dict[str, float]:
 def _ingredients(
     named: list[tuple[str, str]], weights: tuple[str, ...], densities: tuple[str, ...]
 ) -> list[Ingredient]:
-    from adapter_merge.combine.recipe import Ingredient, given_options
+    from adapter_merge.combine.recipe import Ingredient, list_stated_options
 
     names = [name for name, _ in named]
     factors, shares = _parse_numbers("--weight", weights), _parse_numbers("--density", densities)
@@ -227,7 +227,7 @@ def _ingredients(
     stated = read_stated(names)
     return [
         Ingredient(
-            name, path, factors.get(name, 1.0), shares.get(name), stated[name][0], given_options(stated[name][1])
+            name, path, factors.get(name, 1.0), shares.get(name), stated[name][0], list_stated_options(stated[name][1])
         )
         for name, path in named
     ]

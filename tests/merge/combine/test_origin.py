@@ -120,7 +120,7 @@ def test_the_right_residual_base_agrees(bases: dict[str, Path], tmp_path: Path) 
     pico.save_base(residual, tmp_path / "residual")
     report = inspect(tmp_path / "adapter", tmp_path / "residual").as_json()
     assert report["problems"] == [] and report["base"]["kind"] == "residual"
-    assert "the base lacks what was subtracted before training" in report["base"]["origin"]
+    assert "the base lacks the part that was subtracted before training" in report["base"]["origin"]
 
 
 def test_a_checkpoint_that_holds_its_base_refuses_another(bases: dict[str, Path], tmp_path: Path) -> None:
