@@ -20,16 +20,16 @@ from adapter_merge.factoring.supported import require_names, warn_unproved_heads
 from adapter_merge.formats.detection import open_adapter
 from adapter_merge.formats.native_writer import (
     SafeFolder,
-    dcft,
-    dcft_reshape,
-    dude,
-    is_peft_lora,
-    lycoris,
-    peft_copy,
-    peft_lora,
+    build_dcft,
+    build_dcft_reshape,
+    build_dude,
+    build_lycoris,
+    build_peft_lora,
+    copy_peft_folder,
+    fits_peft_lora,
 )
 from adapter_merge.formats.peft.tensors import PREFIX
-from adapter_merge.methods.adapter import Adapter, AdapterFormat
+from adapter_merge.methods.adapter import Adapter, AdapterFormat, MethodName
 from adapter_merge.methods.dcft import DcftModule
 from adapter_merge.methods.dcft_reshape import DcftReshapeModule
 from adapter_merge.methods.loha import LohaModule
@@ -70,7 +70,7 @@ def convert(
         for module in opened.modules
         if isinstance(module, LoraModule) and module.initial and not module.initial.refs and module.frozen is None
     ]
-    if opened.method == "DuDe" and bound is None and unknown:
+    if opened.method == MethodName.DUDE and bound is None and unknown:
         raise InputError(
             f"{adapter}: a DuDe folder of PEFT does not state on which base weights it was trained",
             expected="--base BASE, the original base or the residual",
@@ -116,21 +116,21 @@ def _content(opened: Adapter, bound: BoundAdapter | None) -> SafeFolder:
     """Return the safe folder's config and tensors, in the format that fits the adapter's method."""
     modules = opened.modules
     if modules and all(isinstance(module, DcftModule) for module in modules):
-        safe = dcft(modules)
+        safe = build_dcft(modules)
     elif modules and all(isinstance(module, DcftReshapeModule) for module in modules):
-        safe = dcft_reshape(modules)
+        safe = build_dcft_reshape(modules)
     elif opened.format == AdapterFormat.PEFT and not _stores_initial(opened):
-        return peft_copy(opened)
-    elif is_peft_lora(modules) and opened.config.get("peft_type") != "DUDE":
+        return copy_peft_folder(opened)
+    elif fits_peft_lora(modules) and opened.config.get("peft_type") != "DUDE":
         conv1d = bound is not None and any(item.transposed for item in bound.modules)
-        safe = peft_lora(modules, opened.fan_in_fan_out or conv1d)
+        safe = build_peft_lora(modules, opened.fan_in_fan_out or conv1d)
     elif all(isinstance(module, LoraModule | LokrModule | LohaModule) for module in modules) and (
         opened.format == AdapterFormat.KOHYA or opened.config.get("peft_type") == "LYCORIS"
     ):
-        safe = lycoris(modules)
+        safe = build_lycoris(modules)
     else:
         _check_lora_weights_only(opened)
-        safe = dude(opened, bound)
+        safe = build_dude(opened, bound)
     targets = opened.config.get("target_modules") if opened.config.get("peft_type") else None
     common = {
         "base_model_name_or_path": opened.base_name,
@@ -151,7 +151,7 @@ def _stores_initial(opened: Adapter) -> bool:
     initials = [module.initial for module in opened.modules if isinstance(module, LoraModule) and module.initial]
     if any(initial.refs or initial.dtype is not None for initial in initials):
         return True
-    return opened.method == "DuDe" and not _find_other_modules(opened)
+    return opened.method == MethodName.DUDE and not _find_other_modules(opened)
 
 
 def _find_other_modules(opened: Adapter) -> list[str]:

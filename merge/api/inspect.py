@@ -8,7 +8,7 @@ from typing import Any
 
 from adapter_merge.errors import AdapterMergeError, Problem
 from adapter_merge.formats.detection import open_adapter
-from adapter_merge.methods.adapter import Adapter
+from adapter_merge.methods.adapter import Adapter, MethodName
 from adapter_merge.methods.peft_layer import PeftLayerModule
 
 from .inspect_artefact import inspect_artefact
@@ -115,7 +115,7 @@ def _describe_commands(opened: Adapter) -> dict[str, str]:
     """Return what `merge` and `factor` would do with the adapter, as texts by command."""
     if any(isinstance(module, PeftLayerModule) for module in opened.modules):
         factors = "no exact LoRA; with --rank a truncated LoRA with its error stated"
-    elif opened.method in ("DoRA", "DuDe"):
+    elif opened.method in (MethodName.DORA, MethodName.DUDE):
         factors = "exact factors plus row scales (needs the base's row norms); a plain LoRA only with --rank"
     elif any(module.needs_base for module in opened.modules):
         factors = "an exact plain LoRA of twice the rank (needs the base, to repeat its SVD)"

@@ -22,9 +22,9 @@ from adapter_merge.storage.checkpoint import OUTPUT_HEADS, Checkpoint
 from adapter_merge.storage.safetensors_header import TensorRef
 from adapter_merge.storage.tensor_comparison import same_bytes, same_values
 
-from .dcft_tensors import DCFT_ROLE, SHARED_ROLES, dcft_modules, group_dcft
+from .dcft_tensors import DCFT_ROLE, SHARED_ROLES, group_dcft, make_dcft_modules
 from .known_settings import KnownSettings
-from .statements import against, against_tensors
+from .statements import compare_number, compare_number_tensors
 
 # Keys of the reference's training arguments, which the merged model's config must not contain.
 TRAINING_KEYS = (
@@ -41,18 +41,18 @@ TRAINING_KEYS = (
 ADAPTER_WORDS = ("lora", "adapter", "dcft", "deconv", "bitfit", "peft", "prefix_tuning", "prompt_tuning")
 
 
-def _check_settings(config: Mapping[str, object], where: str) -> list[Problem]:
+def _check_settings(config: Mapping[str, object], file: str) -> list[Problem]:
     """Return a problem for each training argument that does not belong to a plain DCFT."""
     problems = []
     for key, right in (("apply_lora", True), ("lora_type", "svd"), ("apply_adapter", False)):
         value = config.get(key)
         if value is not None and value != right:
-            problems.append(Problem(f"{where}: {key} is not the value of a DCFT", repr(right), f"{value!r:.100}"))
+            problems.append(Problem(f"{file}: {key} is not the value of a DCFT", repr(right), f"{value!r:.100}"))
     rank = config.get("lora_r")
     if rank is not None and (isinstance(rank, bool) or not isinstance(rank, int | float) or rank <= 0):
-        problems.append(Problem(f"{where}: lora_r is wrong", "a number above 0", f"{rank!r:.100}"))
+        problems.append(Problem(f"{file}: lora_r is wrong", "a number above 0", f"{rank!r:.100}"))
     ours = {key: value for key, value in config.items() if any(word in key.lower() for word in ADAPTER_WORDS)}
-    return problems + KnownSettings(frozenset(TRAINING_KEYS)).check(ours, where)[0]
+    return problems + KnownSettings(frozenset(TRAINING_KEYS)).check(ours, file)[0]
 
 
 def holds_dcft(checkpoint: Checkpoint) -> bool:
@@ -70,30 +70,33 @@ def read_dcft_checkpoint(
 ) -> Adapter:
     """Read the adapter in a checkpoint of the reference. `alpha` overrides lora_alpha of config.json.
 
-    The replacements are the heads that were trained beside the adapter (see `trained_tensors`). Raises AdapterError
-    with every problem, UnsupportedError for other methods. combine/origin.py compares a base with the frozen weights.
+    The replacements are the heads that were trained beside the adapter (see `find_trained_tensors`). The frozen
+    weights become `Adapter.own_base`, which combine/origin.py compares with a given base. Raises AdapterError with
+    every problem, UnsupportedError for other methods.
     """
     weights = checkpoint.shards[0].file
-    groups, others, problems = group_dcft(tuple(checkpoint.tensors.values()), "", weights)
+    groups, other_tensors, problems = group_dcft(tuple(checkpoint.tensors.values()), "", weights)
     for name in groups:
-        if f"{name}.weight" not in others or len(others[f"{name}.weight"].shape) != 2:
+        if f"{name}.weight" not in other_tensors or len(other_tensors[f"{name}.weight"].shape) != 2:
             problems.append(Problem(f"{weights}: {name} has DCFT tensors but no (out, in) weight"))
     problems += [
         Problem(f"{weights}: unknown tensor {name!r}", expected="lora_A, lora_B, lora_C, ranknum")
-        for name in others
+        for name in other_tensors
         if name.rpartition(".")[2].startswith(("lora_", "loraA", "loraB")) or ".lora_" in name
     ]
     raise_all(problems, AdapterError)
-    shapes = {name: others[f"{name}.weight"].shape for name in groups}
+    shapes = {name: other_tensors[f"{name}.weight"].shape for name in groups}
     config = checkpoint.config
     raise_all(_check_settings(config, str(checkpoint.folder / "config.json")), UnsupportedError)
-    modules, problems = dcft_modules(
+    modules, problems = make_dcft_modules(
         groups, config.get("lora_alpha") if alpha is None else alpha, None, shapes, weights, ranknum
     )
     raise_all(problems, AdapterError)
-    contradictions = against("alpha", alpha, config.get("lora_alpha"), checkpoint.folder / "config.json")
-    contradictions += against_tensors("ranknum", ranknum, (group.get("ranknum") for group in groups.values()), weights)
-    own = Checkpoint(
+    contradictions = compare_number("alpha", alpha, config.get("lora_alpha"), checkpoint.folder / "config.json")
+    contradictions += compare_number_tensors(
+        "ranknum", ranknum, (group.get("ranknum") for group in groups.values()), weights
+    )
+    own_base = Checkpoint(
         checkpoint.folder,
         tuple(
             replace(
@@ -113,17 +116,17 @@ def read_dcft_checkpoint(
         format=AdapterFormat.DCFT,
         method="DCFT",
         modules=modules,
-        replacements=trained_tensors(others, adapted, base, bool(config.get("tie_word_embeddings"))),
+        replacements=find_trained_tensors(other_tensors, adapted, base, bool(config.get("tie_word_embeddings"))),
         config=config,
         base_name=config.get("_name_or_path"),
-        own_base=own,
+        own_base=own_base,
         files=tuple(dict.fromkeys(shard.file for shard in checkpoint.shards)),
         contradictions=contradictions,
     )
 
 
-def trained_tensors(
-    others: Mapping[str, TensorRef], adapted: set[str], base: Checkpoint | None, tied: bool
+def find_trained_tensors(
+    other_tensors: Mapping[str, TensorRef], adapted: set[str], base: Checkpoint | None, tied: bool
 ) -> dict[str, TensorRef]:
     """Return the tensors that were trained in full, out of `others`, which are those without a DCFT role.
 
@@ -133,18 +136,20 @@ def trained_tensors(
     embeddings, which torch.save writes a second time, is not counted as trained.
     """
     weights = {f"{name}.weight" for name in adapted}
-    rest = {name: ref for name, ref in others.items() if name not in weights}
+    candidates = {name: ref for name, ref in other_tensors.items() if name not in weights}
     if tied:
-        kept = [ref for name, ref in rest.items() if not name.endswith(OUTPUT_HEADS)]
-        for name in [name for name in rest if name.endswith(OUTPUT_HEADS)]:
-            if any(ref.shape == rest[name].shape and same_bytes(ref, rest[name]) for ref in kept):
-                del rest[name]
+        body_tensors = [ref for name, ref in candidates.items() if not name.endswith(OUTPUT_HEADS)]
+        for name in [name for name in candidates if name.endswith(OUTPUT_HEADS)]:
+            if any(ref.shape == candidates[name].shape and same_bytes(ref, candidates[name]) for ref in body_tensors):
+                del candidates[name]
     if base is not None:
         return {
             name: ref
-            for name, ref in rest.items()
+            for name, ref in candidates.items()
             if name not in base.tensors or not same_values(ref, base.tensors[name])
         }
     tops = {name.split(".", 1)[0] for name in adapted}
     backbone = f"{tops.pop()}." if len(tops) == 1 else ""
-    return {name: ref for name, ref in rest.items() if not name.startswith(backbone) or "pooler" in name.split(".")}
+    return {
+        name: ref for name, ref in candidates.items() if not name.startswith(backbone) or "pooler" in name.split(".")
+    }

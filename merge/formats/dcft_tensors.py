@@ -29,7 +29,7 @@ def group_dcft(
     `prefix` is removed from every name; a name without it is a problem.
     """
     groups: dict[str, dict[str, TensorRef]] = {}
-    others: dict[str, TensorRef] = {}
+    other_tensors: dict[str, TensorRef] = {}
     problems = []
     for ref in refs:
         name = ref.name.removeprefix(prefix)
@@ -42,16 +42,16 @@ def group_dcft(
                 problems.append(Problem(f"{weights}: {match['module']} has two tensors for {role}"))
             group[role] = ref
         else:
-            others[name] = ref
+            other_tensors[name] = ref
     for name in SHARED_ROLES:
-        shared = others.pop(name, None)
+        shared = other_tensors.pop(name, None)
         if shared is not None:
             for group in groups.values():
                 group.setdefault(name.removesuffix(".weight"), shared)
-    return groups, others, problems
+    return groups, other_tensors, problems
 
 
-def dcft_modules(
+def make_dcft_modules(
     groups: Mapping[str, Mapping[str, TensorRef]],
     alpha: object,
     stride: object,

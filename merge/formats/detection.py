@@ -19,9 +19,10 @@ from adapter_merge.files.input_snapshot import InputSnapshot, snapshot_folder
 from adapter_merge.formats.dcft_reshape_file import read_dcft_reshape
 from adapter_merge.formats.peft.folder import read_peft
 from adapter_merge.formats.peft.initialisation import is_plain_init
-from adapter_merge.formats.peft.layer_types import INDICES, LAYER_TYPES
+from adapter_merge.formats.peft.layer_types import INDICES
 from adapter_merge.formats.peft.tensors import WEIGHT_FILES, PeftExtras
 from adapter_merge.methods.adapter import Adapter
+from adapter_merge.methods.peft_layer import PeftLayerModule
 from adapter_merge.storage.checkpoint import CANDIDATES, Checkpoint, open_checkpoint, read_json, read_weights, resolve
 from adapter_merge.storage.safetensors_header import FLOAT_DTYPES
 
@@ -123,9 +124,9 @@ def detect(path: Path, stated: str | None = None, name: str | Path | None = None
     name: what the user calls `path`, such as a hub id.
     """
     if stated is not None:
-        known = (*USED_OPTIONS, *FILE_FORMATS)
-        if stated not in known:
-            raise InputError(f"--format {stated}: unknown", expected=", ".join(known))
+        formats = (*USED_OPTIONS, *FILE_FORMATS)
+        if stated not in formats:
+            raise InputError(f"--format {stated}: unknown", expected=", ".join(formats))
         return Detected(stated, "stated", "--format")
     config_file = path / "adapter_config.json"
     if path.is_dir() and config_file.is_file():
@@ -143,7 +144,7 @@ def detect(path: Path, stated: str | None = None, name: str | Path | None = None
         raise AdapterError(
             f"{path}: a model without an adapter in it",
             expected="adapter_config.json, or a DCFT checkpoint with lora_A, lora_B and lora_C tensors",
-            hint="a merged model has nothing left to merge",
+            hint="a merged model holds no adapter: give the adapter that was merged",
         )
     file = _single_file(path)
     if file is not None:
@@ -158,22 +159,24 @@ def detect(path: Path, stated: str | None = None, name: str | Path | None = None
             certainty = file_format.recognise(names)
             if certainty is not None:
                 return Detected(name, certainty, file_format.evidence)
-    got = path.name
+    contents = path.name
     inside = adapters_inside(path)
     if inside:
-        said, at, revision = str(name or path).partition("@" if name is not None and not Path(name).exists() else "\0")
+        adapter_id, at, revision = str(name or path).partition(
+            "@" if name is not None and not Path(name).exists() else "\0"
+        )
         raise AdapterError(
             f"{name or path}: holds {len(inside)} adapters in folders of their own",
             expected="one of them as ADAPTER",
             got=", ".join(inside[:20]),
-            hint=f"{said.rstrip('/')}/{inside[-1]}{at}{revision}",
+            hint=f"{adapter_id.rstrip('/')}/{inside[-1]}{at}{revision}",
         )
     if path.is_dir():
-        got = ", ".join(sorted(entry.name for entry in path.iterdir())[:12]) or "an empty folder"
+        contents = ", ".join(sorted(entry.name for entry in path.iterdir())[:12]) or "an empty folder"
     raise AdapterError(
         f"{path}: not an adapter",
         expected=f"adapter_config.json with {WEIGHT_FILES[0]}, or a DCFT checkpoint",
-        got=got,
+        got=contents,
     )
 
 
@@ -181,11 +184,11 @@ def adapters_inside(path: Path) -> list[str]:
     """Return the folders of `path` that hold an adapter: PEFT's named adapters, checkpoints of a training."""
     if not path.is_dir():
         return []
-    return sorted((file.parent.name for file in path.glob("*/adapter_config.json")), key=_in_order)
+    return sorted((file.parent.name for file in path.glob("*/adapter_config.json")), key=_natural_sort_key)
 
 
-def _in_order(name: str) -> list[str | int]:
-    """checkpoint-900 comes before checkpoint-1000."""
+def _natural_sort_key(name: str) -> list[str | int]:
+    """Return a sort key that compares numbers by value: checkpoint-900 comes before checkpoint-1000."""
     return [int(part) if part.isdigit() else part for part in re.split(r"(\d+)", name)]
 
 
@@ -216,7 +219,7 @@ def open_adapter(folder: str | Path, options: ReadOptions | None = None, base: C
     snapshot += InputSnapshot(stated)
     detected = detect(path, options.format, folder)
     _refuse_unused(path, detected.format, options)
-    adapter = _read(path, detected, options, base)
+    adapter = _call_reader(path, detected, options, base)
     stated_wrongly = () if options.force else adapter.contradictions
     raise_all([*_check_names(path, adapter), *_check_dtypes(adapter), *stated_wrongly], AdapterError)
     files = dict.fromkeys([*adapter.files, *stated, *(ref.file for ref in adapter.refs)])
@@ -246,18 +249,18 @@ def _stated_files(options: ReadOptions) -> list[Path]:
 
 def _refuse_unused(path: Path, format: str, options: ReadOptions) -> None:
     """Raise InputError with every option that has no effect on an adapter of this format."""
-    wanted = FILE_FORMATS[format].options if format in FILE_FORMATS else USED_OPTIONS[format]
+    used_options = FILE_FORMATS[format].options if format in FILE_FORMATS else USED_OPTIONS[format]
     kind = format
     if format in ("peft", "native"):
         config = read_json(path / "adapter_config.json")
         kind = str(config.get("peft_type"))
-        wanted = USED_BY_TYPE.get(kind, wanted)
+        used_options = USED_BY_TYPE.get(kind, used_options)
         if kind == "DCFT" and config.get("form") == "reshape":
-            wanted = ()
+            used_options = ()
         if format == "peft" and kind == "LORA" and not config.get("use_dora"):
-            wanted = tuple(key for key in wanted if key != "magnitudes")
+            used_options = tuple(key for key in used_options if key != "magnitudes")
         if format == "peft" and kind == "LORA" and is_plain_init(config.get("init_lora_weights", True)):
-            wanted = tuple(key for key in wanted if key not in ("init_adapter", "residual_dtype"))
+            used_options = tuple(key for key in used_options if key not in ("init_adapter", "residual_dtype"))
     raise_all(
         [
             Problem(
@@ -267,7 +270,7 @@ def _refuse_unused(path: Path, format: str, options: ReadOptions) -> None:
                 "with several adapters, name the one that it belongs to: NAME=VALUE",
             )
             for key, value in vars(options).items()
-            if value is not None and key not in (*wanted, "format", "prefix", "trained_on", "force")
+            if value is not None and key not in (*used_options, "format", "prefix", "trained_on", "force")
         ],
         InputError,
     )
@@ -292,16 +295,21 @@ def _check_names(path: Path, adapter: Adapter) -> list[Problem]:
 
 def _check_dtypes(adapter: Adapter) -> list[Problem]:
     """Return a problem for each factor that is not floating-point (quantised without its scales, or damaged)."""
-    refs = {ref.name: ref for module in adapter.modules for ref in module.refs}
+    refs = {
+        ref.name: ref
+        for module in adapter.modules
+        for ref in module.refs
+        if not (isinstance(module, PeftLayerModule) and ref.name.endswith(INDICES))
+    }
     return [
         Problem(f"{ref.file}: tensor {name!r} holds no floating-point numbers", "/".join(FLOAT_DTYPES), ref.dtype)
         for name, ref in refs.items()
-        if ref.dtype not in FLOAT_DTYPES and not (adapter.method in LAYER_TYPES and name.endswith(INDICES))
+        if ref.dtype not in FLOAT_DTYPES
     ]
 
 
-def _read(path: Path, detected: Detected, options: ReadOptions, base: Checkpoint | None) -> Adapter:
-    """Call the reader of the detected format."""
+def _call_reader(path: Path, detected: Detected, options: ReadOptions, base: Checkpoint | None) -> Adapter:
+    """Read the adapter by the reader of the detected format."""
     if detected.format == "native":
         return read_native(path, options.alpha, options.ranknum)
     if detected.format == "peft":

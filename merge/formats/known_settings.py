@@ -3,8 +3,8 @@
 Every key of a config has one of four kinds:
 
 read       the reader uses its value;
-ignored    it describes how the adapter was trained or is loaded, without effect on the trained weights;
-refused    it switches on an unsupported method: accepted while it is off;
+ignored    it describes how the adapter was trained or is loaded, and has no effect on the trained weights;
+refused    it switches on an unsupported method; accepted only while it is off;
 unknown    accepted while it is null, false or empty, and then named in a note; refused with any other value.
 
 The last rule accepts configs of newer PEFT releases. PEFT writes every field of its config class, so each release adds
@@ -29,18 +29,19 @@ class KnownSettings:
     ignored: frozenset[str] = frozenset()
     refused: Mapping[str, str] = field(default_factory=dict)  # key -> what it switches on
 
-    def check(self, config: Mapping[str, Any], where: str, *, strict: bool = False) -> tuple[list[Problem], list[str]]:
-        """Return the problems of the settings in `config`, and the unknown keys that are off; `where` names the file.
+    def check(self, config: Mapping[str, Any], file: str, *, strict: bool = False) -> tuple[list[Problem], list[str]]:
+        """Return the problems of the settings in `config`, and the unknown keys that are off.
 
+        file: the config's path, for the messages.
         strict: an unknown key is a problem whatever its value (for adapter-merge's own formats).
         """
         problems, off = [], []
         for key, value in config.items():
-            got = f"{key} = {value!r:.200}"
+            setting = f"{key} = {value!r:.200}"
             if key in self.refused:
                 if value:
                     problems.append(
-                        Problem(f"{where}: {self.refused[key]} is not supported", f"{key} switched off", got)
+                        Problem(f"{file}: {self.refused[key]} is not supported", f"{key} switched off", setting)
                     )
             elif key in self.read or key in self.ignored:
                 continue
@@ -49,9 +50,9 @@ class KnownSettings:
             else:
                 problems.append(
                     Problem(
-                        f"{where}: the setting {key!r:.100} is unknown",
+                        f"{file}: the setting {key!r:.100} is unknown",
                         "a known setting" if strict else "a known setting, or null or false",
-                        got,
+                        setting,
                         "it may change what the adapter computes: remove it from the file if you know that it does not",
                     )
                 )
@@ -63,8 +64,8 @@ def is_off(value: object) -> bool:
     return value is None or value is False or value in ("", [], {})
 
 
-def note_of(off: list[str], where: str) -> tuple[str, ...]:
+def describe_off_settings(off: list[str], file: str) -> tuple[str, ...]:
     """Return a note on unknown settings that are off; () where there are none."""
     if not off:
         return ()
-    return (f"{where}: unknown settings, all null, false or empty: {', '.join(sorted(off))}",)
+    return (f"{file}: unknown settings, all null, false or empty: {', '.join(sorted(off))}",)

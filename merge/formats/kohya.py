@@ -1,7 +1,7 @@
 """Files of kohya sd-scripts and LyCORIS for a language model (text encoder): LoRA, LoKr, LoHa, DoRA.
 
 One safetensors file. A module's name is a prefix (lora_te_, lora_te1_, lora_te2_, lycoris_) and its path with dots
-replaced by underscores, so that only the base tells where the dots were. Per module: lora_down.weight (r, in),
+replaced by underscores; the base's names are needed to find the path. Per module: lora_down.weight (r, in),
 lora_up.weight (out, r), or lokr_* or hada_*; alpha (one number, s = alpha / r; without it s = 1, as in sd-scripts); and
 dora_scale, (out, 1) for norms of output rows, (1, in) for norms of input columns (LyCORIS' wd_on_out).
 LyCORIS' LoKr with two full matrices has s = 1.
@@ -16,7 +16,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from adapter_merge.errors import AdapterError, Problem, UnsupportedError, raise_all
-from adapter_merge.formats.peft.lycoris import LOHA_ROLES, LOKR_ROLES, fits, loha_module, side
+from adapter_merge.formats.peft.lycoris import LOHA_ROLES, LOKR_ROLES, can_multiply, find_factor, make_loha_module
 from adapter_merge.methods.adapter import AdaptedModule, Adapter, AdapterFormat
 from adapter_merge.methods.loha import LohaModule
 from adapter_merge.methods.lokr import LokrModule
@@ -26,7 +26,7 @@ from adapter_merge.storage.safetensors_header import FLOAT_DTYPES, TensorRef
 from adapter_merge.storage.tensor_io import read_tensor
 
 from .known_settings import KnownSettings
-from .statements import against_tensors
+from .statements import compare_number_tensors
 
 LORA_ROLES = {"lora_down.weight": "A", "lora_up.weight": "B", "lora_mid.weight": "t2", "lora_down": "A", "lora_up": "B"}
 COMMON_ROLES = {"alpha": "alpha", "dora_scale": "m"}
@@ -83,18 +83,18 @@ def read_kohya(file: Path, alpha: float | None, magnitude_axis: str | None, base
             )
         else:
             named[name] = group
-    modules = lycoris_modules(named, alpha, rsloras, magnitude_axis, file, problems)
+    modules = make_lycoris_modules(named, alpha, rsloras, magnitude_axis, file, problems)
     raise_all(problems, AdapterError)
     return Adapter(
         folder=file.parent,
         format=AdapterFormat.KOHYA,
-        method=method_of(modules),
+        method=name_method(modules),
         modules=modules,
         replacements={},
         config={},
         base_name=shard.metadata.get("ss_sd_model_name"),
         files=(file,),
-        contradictions=against_tensors("alpha", alpha, (group.get("alpha") for group in named.values()), file),
+        contradictions=compare_number_tensors("alpha", alpha, (group.get("alpha") for group in named.values()), file),
     )
 
 
@@ -114,7 +114,7 @@ def group_lycoris(
     return groups, problems
 
 
-def lycoris_modules(
+def make_lycoris_modules(
     groups: Mapping[str, Mapping[str, TensorRef]],
     alpha: float | None,
     rslora: bool,
@@ -128,12 +128,12 @@ def lycoris_modules(
     """
     modules: list[AdaptedModule] = []
     for name, group in sorted(groups.items()):
-        module = _module(name, group, alpha, rslora, file, problems)
+        module = _make_module(name, group, alpha, rslora, file, problems)
         if module is None:
             continue
         scale = group.get("m")
         if scale is not None:
-            axis = _axis(scale, module.shape, magnitude_axis)
+            axis = _find_magnitude_axis(scale, module.shape, magnitude_axis)
             if axis is None:
                 problems.append(
                     Problem(
@@ -151,7 +151,7 @@ def lycoris_modules(
     return tuple(modules)
 
 
-def method_of(modules: Iterable[AdaptedModule]) -> str:
+def name_method(modules: Iterable[AdaptedModule]) -> str:
     """Return the display name of the methods, for example "LoKr with magnitudes" or "LoHa and LoRA"."""
     kinds = {type(module).__name__.removesuffix("Module") for module in modules}
     method = " and ".join(sorted({"Lora": "LoRA", "Lokr": "LoKr", "Loha": "LoHa"}[kind] for kind in kinds))
@@ -178,7 +178,7 @@ def _find_path(flat: str, base: Checkpoint | None) -> str | None:
     return exact[0] if len(exact) == 1 else None
 
 
-def _module(
+def _make_module(
     name: str,
     group: Mapping[str, TensorRef],
     alpha: float | None,
@@ -199,20 +199,22 @@ def _module(
         return stored / (math.sqrt(rank) if rslora else rank)
 
     a, b = group.get("A"), group.get("B")
-    if a is not None and b is not None and fits(b, a) and not lokr and not hada:
+    if a is not None and b is not None and can_multiply(b, a) and not lokr and not hada:
         return LoraModule(name, a, b, scale(a.shape[0]))
     if lokr and not hada and a is None and b is None:
-        w1, w2 = side(lokr, "w1"), side(lokr, "w2")
+        w1, w2 = find_factor(lokr, "w1"), find_factor(lokr, "w2")
         if w1 and w2:
             low = [pair[1].shape[0] for pair in (w1, w2) if len(pair) == 2]
             return LokrModule(name, w1, w2, scale(low[0]) if low else 1.0)
     if hada and not lokr and a is None and b is None:
         rank = hada["w1_b"].shape[0] if "w1_b" in hada and hada["w1_b"].shape else 1
-        module = loha_module(name, hada, scale(max(rank, 1)))
+        module = make_loha_module(name, hada, scale(max(rank, 1)))
         if module is not None:
             return module
-    got = ", ".join(f"{role} {ref.shape}" for role, ref in group.items())
-    problems.append(Problem(f"{file}: the tensors of {name} do not fit", "the factors of one LoRA, LoKr or LoHa", got))
+    shapes = ", ".join(f"{role} {ref.shape}" for role, ref in group.items())
+    problems.append(
+        Problem(f"{file}: the tensors of {name} do not fit", "the factors of one LoRA, LoKr or LoHa", shapes)
+    )
     return None
 
 
@@ -230,7 +232,7 @@ def _read_alpha(ref: TensorRef | None, problems: list[Problem]) -> float | None:
     return value
 
 
-def _axis(scale: TensorRef, shape: tuple[int, int], stated: str | None) -> int | None:
+def _find_magnitude_axis(scale: TensorRef, shape: tuple[int, int], stated: str | None) -> int | None:
     """Return 0 for a magnitude per output row, 1 for one per input column, None where neither shape nor user tells."""
     out, inner = shape
     rows = scale.shape == (out, 1) or (scale.shape == (out,) and (out != inner or stated == "out"))

@@ -23,16 +23,16 @@ from typing import Any
 
 from adapter_merge.errors import AdapterError, Problem, UnsupportedError, raise_all
 from adapter_merge.formats.peft.initialisation import RESIDUAL_DTYPES
-from adapter_merge.methods.adapter import Adapter, AdapterFormat
+from adapter_merge.methods.adapter import Adapter, AdapterFormat, MethodName
 from adapter_merge.methods.lora import LoraModule, lora_scale
 from adapter_merge.methods.residual import Initial
 from adapter_merge.storage.checkpoint import Checkpoint, read_json, read_weights
 from adapter_merge.storage.safetensors_header import TensorRef
 
-from .known_settings import note_of
+from .known_settings import describe_off_settings
 from .mytransformers_arguments import ARGUMENTS, VARIANTS
 from .state_dict import SortedTensors, sort_tensors
-from .statements import against, against_name
+from .statements import compare_name, compare_number
 
 ROLES = {
     "weight_a": "A",
@@ -42,10 +42,15 @@ ROLES = {
     "init_weight_b": "B0",
     "weight": "W",
 }
-REPEATABLE_ITERATIONS = 2  # up to this number, pissa_n_iters and milora_n_iters mean a full SVD
+REPEATABLE_ITERATIONS = 2  # with at most this number, pissa_n_iters and milora_n_iters select a full SVD
 DTYPES = {"fp32": "F32", "bf16": "BF16", "fp16": "F16"}
 TORCH_NAMES = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}
-DECOMPOSED = {"PiSSA": "svd", "DuDe": "svd", "OLoRA": "qr", "MiLoRA": "svd_least"}
+DECOMPOSED = {
+    MethodName.PISSA: "svd",
+    MethodName.DUDE: "svd",
+    MethodName.OLORA: "qr",
+    MethodName.MILORA: "svd_least",
+}
 MILORA_NOTE = (
     "MiLoRA starts from the smallest singular values: the factors do not show whether the base is the original. "
     "It is assumed to be the original, as in MyTransformers"
@@ -56,7 +61,7 @@ MILORA_NOTE = (
 class Training:
     """The training arguments that apply to all modules."""
 
-    method: str
+    method: MethodName
     scaler: float
     rank: int | None
     fast: bool  # the decomposition was a randomised SVD
@@ -94,18 +99,18 @@ def read_mytransformers(
             )
         )
     problems += _check_rope_theta(config, config_file, base)
-    iterations = config.get("milora_n_iters" if method == "MiLoRA" else "pissa_n_iters", 1)
+    iterations = config.get("milora_n_iters" if method == MethodName.MILORA else "pissa_n_iters", 1)
     training = Training(
         method,
         _read_scaler(config, alpha, file, problems),
         _read_rank(config, config_file, problems),
-        method != "OLoRA" and not (isinstance(iterations, int) and iterations <= REPEATABLE_ITERATIONS),
+        method != MethodName.OLORA and not (isinstance(iterations, int) and iterations <= REPEATABLE_ITERATIONS),
         1 if magnitude_axis == "in" else 0,
         _find_training_dtype(config, residual_dtype, config_file, problems),
         _read_flag(config, "run_lora_in_fp32", config_file, problems),
         bool(config),
     )
-    modules = _modules(tensors, training, file, problems)
+    modules = _make_modules(tensors, training, file, problems)
     raise_all(problems, AdapterError)
     assumed = any(m.initial is not None and m.initial.method == "svd_least" and m.frozen is None for m in modules)
     return Adapter(
@@ -117,16 +122,16 @@ def read_mytransformers(
         config=config,
         files=(file, *((config_file,) if config else ())),
         contradictions=(
-            *against("alpha", alpha, config.get("lora_scaler"), config_file),
-            *against_name(
+            *compare_number("alpha", alpha, config.get("lora_scaler"), config_file),
+            *compare_name(
                 "residual-dtype", residual_dtype, TORCH_NAMES.get(str(config.get("default_dtype"))), config_file
             ),
         ),
-        notes=(*tensors.notes, *note_of(off, str(config_file)), *((MILORA_NOTE,) if assumed else ())),
+        notes=(*tensors.notes, *describe_off_settings(off, str(config_file)), *((MILORA_NOTE,) if assumed else ())),
     )
 
 
-def _find_variant(config: Mapping[str, Any], config_file: Path, problems: list[Problem]) -> str:
+def _find_variant(config: Mapping[str, Any], config_file: Path, problems: list[Problem]) -> MethodName:
     """Return the variant whose flag is set, LoRA where none is; adds a problem where several are."""
     chosen = [key for key in VARIANTS if _read_flag(config, key, config_file, problems)]
     if len(chosen) > 1:
@@ -138,7 +143,7 @@ def _find_variant(config: Mapping[str, Any], config_file: Path, problems: list[P
                 "MyTransformers uses one of them, depending on its version: keep the one that was trained",
             )
         )
-    return VARIANTS[chosen[0]] if chosen else "LoRA"
+    return VARIANTS[chosen[0]] if chosen else MethodName.LORA
 
 
 def _read_flag(config: Mapping[str, Any], key: str, config_file: Path, problems: list[Problem]) -> bool:
@@ -195,22 +200,24 @@ def _check_rope_theta(config: Mapping[str, Any], config_file: Path, base: Checkp
     if theta is None or base is None:
         return []
     nested = base.config.get("rope_parameters")
-    known = base.config.get("rope_theta", nested.get("rope_theta") if isinstance(nested, dict) else None)
-    if known is None or known == theta:
+    base_theta = base.config.get("rope_theta", nested.get("rope_theta") if isinstance(nested, dict) else None)
+    if base_theta is None or base_theta == theta:
         return []
-    return [Problem(f"{config_file}: rope_theta is not the base's", repr(known)[:100], repr(theta)[:100])]
+    return [Problem(f"{config_file}: rope_theta is not the base's", repr(base_theta)[:100], repr(theta)[:100])]
 
 
-def _modules(tensors: SortedTensors, training: Training, file: Path, problems: list[Problem]) -> tuple[LoraModule, ...]:
+def _make_modules(
+    tensors: SortedTensors, training: Training, file: Path, problems: list[Problem]
+) -> tuple[LoraModule, ...]:
     """Return one module per group of tensors; adds to `problems`."""
     modules: list[LoraModule] = []
-    scaled = training.method in ("DuDe", "DoRA")
+    scaled = training.method in (MethodName.DUDE, MethodName.DORA)
     for name, group in sorted(tensors.groups.items()):
         a, b, m, frozen = (group.get(role) for role in ("A", "B", "m", "W"))
         if a is None or b is None or not len(a.shape) == len(b.shape) == 2 or a.shape[0] != b.shape[1] or 0 in a.shape:
-            got = ", ".join(f"{role} {ref.shape}" for role, ref in group.items())
+            shapes = ", ".join(f"{role} {ref.shape}" for role, ref in group.items())
             problems.append(
-                Problem(f"{file}: the tensors of {name} do not fit", "weight_a (r, in), weight_b (out, r)", got)
+                Problem(f"{file}: the tensors of {name} do not fit", "weight_a (r, in), weight_b (out, r)", shapes)
             )
             continue
         rank, shape = a.shape[0], (b.shape[0], a.shape[1])
@@ -228,13 +235,13 @@ def _modules(tensors: SortedTensors, training: Training, file: Path, problems: l
             problems.append(
                 Problem(f"{file}: the magnitude of {name} does not fit", f"({shape[training.axis]},)", str(m.shape))
             )
-        initial = _initial(training, group, a, b, frozen, file, problems)
+        initial = _find_initial(training, group, a, b, frozen, file, problems)
         modules.append(
             LoraModule(
                 name,
                 a,
                 b,
-                lora_scale(training.scaler, rank, training.method == "rsLoRA"),
+                lora_scale(training.scaler, rank, training.method == MethodName.RSLORA),
                 magnitude=m if scaled else None,
                 initial=initial,
                 magnitude_dim=training.axis,
@@ -247,7 +254,7 @@ def _modules(tensors: SortedTensors, training: Training, file: Path, problems: l
     return tuple(modules)
 
 
-def _initial(
+def _find_initial(
     training: Training,
     group: Mapping[str, TensorRef],
     a: TensorRef,
@@ -275,7 +282,7 @@ def _initial(
     a0, b0 = group.get("A0"), group.get("B0")
     if a0 is not None and b0 is not None and a0.shape == a.shape and b0.shape == b.shape:
         return Initial(a0, b0, dtype=dtype, method=method, product=product)
-    if training.fast and frozen is None and training.method == "MiLoRA":
+    if training.fast and frozen is None and training.method == MethodName.MILORA:
         problems.append(
             Problem(
                 f"{file}: its initialisation used a randomised SVD, which cannot be repeated",

@@ -6,16 +6,18 @@ hhnqqq/MyTransformers to 2025-11. The trainer builds the layers of the first var
 
 from __future__ import annotations
 
+from adapter_merge.methods.adapter import MethodName
+
 from .known_settings import KnownSettings
 
 # The supported variants, in the order of MyTransformers' LORA_VARIANTS.
 VARIANTS = {
-    "use_dora": "DoRA",
-    "use_rslora": "rsLoRA",
-    "use_pissa": "PiSSA",
-    "use_olora": "OLoRA",
-    "use_milora": "MiLoRA",
-    "use_dude": "DuDe",
+    "use_dora": MethodName.DORA,
+    "use_rslora": MethodName.RSLORA,
+    "use_pissa": MethodName.PISSA,
+    "use_olora": MethodName.OLORA,
+    "use_milora": MethodName.MILORA,
+    "use_dude": MethodName.DUDE,
 }
 _READ = """
 bf16 default_dtype fp16 lora_rank lora_scaler milora_n_iters pissa_n_iters rope_theta run_lora_in_fp32

@@ -27,19 +27,19 @@ from typing import Any
 from adapter_merge.errors import AdapterError, Problem, raise_all
 from adapter_merge.formats.dcft_reshape_file import read_reshaped
 from adapter_merge.formats.peft.initialisation import RESIDUAL_DTYPES
-from adapter_merge.formats.peft.lora import LORA_ROLES, lora_modules, method_name
+from adapter_merge.formats.peft.lora import LORA_ROLES, make_lora_modules, name_lora_method
 from adapter_merge.formats.peft.tensors import PREFIX, WEIGHT_FILES, PeftTensors, find_weights, group_tensors
-from adapter_merge.methods.adapter import AdaptedModule, Adapter, AdapterFormat
+from adapter_merge.methods.adapter import AdaptedModule, Adapter, AdapterFormat, MethodName
 from adapter_merge.methods.dcft import DcftModule
 from adapter_merge.methods.lora import LoraModule
 from adapter_merge.methods.residual import DECOMPOSITIONS, LOST_INITS, Initial
 from adapter_merge.storage.checkpoint import read_json, read_weights
 from adapter_merge.storage.safetensors_header import TensorRef
 
-from .dcft_tensors import dcft_modules, group_dcft, is_pair
+from .dcft_tensors import group_dcft, is_pair, make_dcft_modules
 from .known_settings import KnownSettings
-from .kohya import group_lycoris, lycoris_modules, method_of
-from .statements import against, against_tensors
+from .kohya import group_lycoris, make_lycoris_modules, name_method
+from .statements import compare_number, compare_number_tensors
 
 NATIVE_TYPES = ("DCFT", "DUDE", "LYCORIS")
 FORMAT_VERSION = 1
@@ -100,9 +100,11 @@ def read_native(folder: Path, alpha: float | None = None, ranknum: float | None 
     contradictions: tuple[Problem, ...] = ()
     if config["peft_type"] == "LYCORIS":
         lycoris, format_problems = group_lycoris(shard.tensors, weights, PREFIX)
-        modules = lycoris_modules(lycoris, alpha, False, None, weights, format_problems)
-        contradictions = against_tensors("alpha", alpha, (group.get("alpha") for group in lycoris.values()), weights)
-        method = method_of(modules)
+        modules = make_lycoris_modules(lycoris, alpha, False, None, weights, format_problems)
+        contradictions = compare_number_tensors(
+            "alpha", alpha, (group.get("alpha") for group in lycoris.values()), weights
+        )
+        method = name_method(modules)
     elif config["peft_type"] == "DUDE":
         tensors = group_tensors(shard.tensors, weights, DUDE_ROLES)
         method, modules = _read_dude(tensors, config, problems)
@@ -113,11 +115,11 @@ def read_native(folder: Path, alpha: float | None = None, ranknum: float | None 
     else:
         groups, replacements, format_problems = group_dcft(shard.tensors, PREFIX, weights)
         chosen = config.get("lora_alpha") if alpha is None else alpha
-        contradictions = against("alpha", alpha, config.get("lora_alpha"), config_file)
-        contradictions += against_tensors(
+        contradictions = compare_number("alpha", alpha, config.get("lora_alpha"), config_file)
+        contradictions += compare_number_tensors(
             "ranknum", ranknum, (group.get("ranknum") for group in groups.values()), weights
         )
-        modules, module_problems = dcft_modules(groups, chosen, config.get("stride"), None, weights, ranknum)
+        modules, module_problems = make_dcft_modules(groups, chosen, config.get("stride"), None, weights, ranknum)
         format_problems = [*format_problems, *module_problems, *_check_dcft_config(config, modules, config_file)]
         method = "DCFT"
     raise_all(problems + format_problems, AdapterError)
@@ -188,13 +190,13 @@ def _read_dude(
     trained = choices["magnitude"] == "trained"
     axis = int(choices["magnitude_axis"] == "in")
     modules: list[AdaptedModule] = []
-    for module in lora_modules(tensors, {**config, "use_dora": trained}, initial, axis=axis):
+    for module in make_lora_modules(tensors, {**config, "use_dora": trained}, initial, axis=axis):
         if isinstance(module, LoraModule):
             frozen = tensors.groups[module.name].get("frozen")
             if frozen is not None and frozen.shape != module.shape:
-                got = str(frozen.shape)
-                problems.append(Problem(f"the frozen weight of {module.name} does not fit", str(module.shape), got))
+                shape = str(frozen.shape)
+                problems.append(Problem(f"the frozen weight of {module.name} does not fit", str(module.shape), shape))
             module = replace(module, frozen=frozen, own_magnitude=choices["magnitude"] == "frozen", magnitude_dim=axis)
         modules.append(module)
-    method = method_name({"use_dora": choices["magnitude"] != "none"}, initial)
-    return "DuDe" if trained and choices["base"] == "residual" else method, tuple(modules)
+    method = name_lora_method({"use_dora": choices["magnitude"] != "none"}, initial)
+    return MethodName.DUDE if trained and choices["base"] == "residual" else method, tuple(modules)

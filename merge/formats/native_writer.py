@@ -1,10 +1,10 @@
-"""Config and tensors of a converted adapter folder, for each method, without loss of what the source states.
+"""Config and tensors of a converted adapter folder, for each method. Every setting of the source is kept.
 
 PEFT copy   config and tensors of a PEFT folder, read from its pickle, with magnitudes from another file
 PEFT LoRA   factors of another format, with r and alpha (and their patterns) for its scales; DoRA with row magnitudes
 LYCORIS     LoKr, LoHa, magnitudes of columns, mixtures: LyCORIS' roles under the modules' dotted names
-DCFT        both forms: the transposed one with its kernel and stride, and the reshaped one ("form": "reshape")
-DUDE        PiSSA, OLoRA, DuDe: what was subtracted from the base and in which dtype, or the saved residual itself
+DCFT        both forms: transposed convolution with kernel and stride, and reshape ("form": "reshape")
+DUDE        PiSSA, OLoRA, DuDe: the initial factors and the residual's dtype, or the saved residual itself
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ class SafeFolder:
         self.tensors[f"{PREFIX}{module.name}.{role}"] = tensor.contiguous()
 
 
-def peft_copy(opened: Adapter) -> SafeFolder:
+def copy_peft_folder(opened: Adapter) -> SafeFolder:
     """Copy a PEFT folder, with the magnitudes that were read from another file."""
     weights = find_weights(opened.folder)
     assert weights is not None, "the adapter was read from this folder"
@@ -59,15 +59,15 @@ def peft_copy(opened: Adapter) -> SafeFolder:
     return copy
 
 
-def is_peft_lora(modules: Sequence[AdaptedModule]) -> bool:
+def fits_peft_lora(modules: Sequence[AdaptedModule]) -> bool:
     """Return True when a PEFT folder can hold the modules: LoRA, or DoRA with a magnitude per output row in each."""
     loras = [module for module in modules if isinstance(module, LoraModule)]
-    own = any(m.initial is not None or m.frozen is not None or m.own_magnitude or m.e is not None for m in loras)
+    needs_more = any(m.initial is not None or m.frozen is not None or m.own_magnitude or m.e is not None for m in loras)
     axes = {None if module.magnitude is None else module.magnitude_dim for module in loras}
-    return len(loras) == len(modules) and not own and axes in ({None}, {0})
+    return len(loras) == len(modules) and not needs_more and axes in ({None}, {0})
 
 
-def peft_lora(modules: Sequence[AdaptedModule], fan_in_fan_out: bool) -> SafeFolder:
+def build_peft_lora(modules: Sequence[AdaptedModule], fan_in_fan_out: bool) -> SafeFolder:
     """Build a PEFT LoRA or DoRA folder from LoRA modules of any format; tensors keep their dtype."""
     loras = [module for module in modules if isinstance(module, LoraModule)]
     safe = SafeFolder(
@@ -87,7 +87,7 @@ def peft_lora(modules: Sequence[AdaptedModule], fan_in_fan_out: bool) -> SafeFol
     return safe
 
 
-def lycoris(modules: Sequence[AdaptedModule]) -> SafeFolder:
+def build_lycoris(modules: Sequence[AdaptedModule]) -> SafeFolder:
     """Build a LYCORIS folder: dotted module names, alpha = s r, and magnitudes whose shape shows their axis."""
     safe = SafeFolder({"peft_type": "LYCORIS", "format_version": FORMAT_VERSION})
     for module in modules:
@@ -97,9 +97,9 @@ def lycoris(modules: Sequence[AdaptedModule]) -> SafeFolder:
             safe.put(module, "lora_down.weight", read_tensor(module.a))
             safe.put(module, "lora_up.weight", read_tensor(module.b))
         elif isinstance(module, LokrModule):
-            rank = next((side[1].shape[0] for side in (module.w1, module.w2) if len(side) == 2), None)
-            for name, side in (("lokr_w1", module.w1), ("lokr_w2", module.w2)):
-                for part, ref in zip(("",) if len(side) == 1 else ("_a", "_b"), side, strict=True):
+            rank = next((factor[1].shape[0] for factor in (module.w1, module.w2) if len(factor) == 2), None)
+            for name, factor in (("lokr_w1", module.w1), ("lokr_w2", module.w2)):
+                for part, ref in zip(("",) if len(factor) == 1 else ("_a", "_b"), factor, strict=True):
                     safe.put(module, name + part, read_tensor(ref))
         else:
             rank = module.w1b.shape[0]
@@ -113,7 +113,7 @@ def lycoris(modules: Sequence[AdaptedModule]) -> SafeFolder:
     return safe
 
 
-def dcft(modules: Sequence[AdaptedModule]) -> SafeFolder:
+def build_dcft(modules: Sequence[AdaptedModule]) -> SafeFolder:
     """Build a DCFT folder. Raises UnsupportedError for strides that one config cannot state."""
     adapted = [module for module in modules if isinstance(module, DcftModule)]
     alphas = {module.alpha for module in adapted}
@@ -144,7 +144,7 @@ def dcft(modules: Sequence[AdaptedModule]) -> SafeFolder:
     return safe
 
 
-def dcft_reshape(modules: Sequence[AdaptedModule]) -> SafeFolder:
+def build_dcft_reshape(modules: Sequence[AdaptedModule]) -> SafeFolder:
     """Build a DCFT folder of the reshape form, which has no scale."""
     safe = SafeFolder({"peft_type": "DCFT", "format_version": FORMAT_VERSION, "form": "reshape"})
     for module in modules:
@@ -155,7 +155,7 @@ def dcft_reshape(modules: Sequence[AdaptedModule]) -> SafeFolder:
     return safe
 
 
-def dude(opened: Adapter, bound: BoundAdapter | None) -> SafeFolder:
+def build_dude(opened: Adapter, bound: BoundAdapter | None) -> SafeFolder:
     """Build a DUDE folder: PiSSA, OLoRA, DuDe, and DoRA whose magnitude is not trained or belongs to the columns.
 
     For an original base the factors at initialisation are stored, decomposed again where they were not saved; a
@@ -179,12 +179,12 @@ def dude(opened: Adapter, bound: BoundAdapter | None) -> SafeFolder:
     magnitude = "trained" if any(module.magnitude is not None for module in loras) else "none"
     if any(module.own_magnitude for module in loras):
         magnitude = "frozen"
-    kept: Mapping[str, Any] = opened.config
-    scales = {key: kept.get(key) for key in ("r", "lora_alpha", "use_rslora", "rank_pattern", "alpha_pattern")}
+    config: Mapping[str, Any] = opened.config
+    scales = {key: config.get(key) for key in ("r", "lora_alpha", "use_rslora", "rank_pattern", "alpha_pattern")}
     safe.config = {
         "peft_type": "DUDE",
         "format_version": FORMAT_VERSION,
-        **(scales if kept.get("peft_type") else _state_scales(loras)),
+        **(scales if config.get("peft_type") else _state_scales(loras)),
         "fan_in_fan_out": opened.fan_in_fan_out,
         "base": "residual" if residual else "original",
         "initial": "none" if residual or not principal else methods.pop() if len(methods) == 1 else "svd",
@@ -253,7 +253,7 @@ def _state_scales(loras: Sequence[LoraModule]) -> dict[str, Any]:
         "lora_alpha": alpha,
         "use_rslora": False,
         "rank_pattern": {name: rank for name, (rank, _) in stated.items() if rank != r},
-        "alpha_pattern": {name: own for name, (_, own) in stated.items() if own != alpha},
+        "alpha_pattern": {name: module_alpha for name, (_, module_alpha) in stated.items() if module_alpha != alpha},
     }
 
 

@@ -1,4 +1,4 @@
-"""State dicts that hold adapter and model tensors: sorts them into adapter tensors, trained ones and base ones."""
+"""Sorting of a state dict that holds adapter and model tensors: factors, tensors trained in full, base tensors."""
 
 from __future__ import annotations
 
@@ -36,31 +36,31 @@ class SortedTensors:
 def sort_tensors(refs: Iterable[TensorRef], roles: Mapping[str, str], base: Checkpoint | None) -> SortedTensors:
     """Sort the tensors `refs` of a state dict by `roles` (name suffix -> role).
 
-    A group of tensors is an adapted module where it has any role but "W" (the weight itself). With a base, other
-    tensors that differ from it count as trained, and tensors that it lacks as problems.
+    A module is adapted where it has any tensor besides "W" (the weight itself). With a base, every other tensor that
+    differs from the base's counts as trained in full, and a tensor that the base lacks is a problem.
     """
     result = SortedTensors()
     by_length = sorted(roles, key=len, reverse=True)
-    others = result.others
+    other_tensors = result.others
     for ref in refs:
         role = next((r for r in by_length if ref.name.endswith("." + r)), None)
         if role is None:
-            others[ref.name] = ref
+            other_tensors[ref.name] = ref
         else:
             result.groups.setdefault(ref.name[: -len(role) - 1], {})[roles[role]] = ref
     for name in [name for name, group in result.groups.items() if group.keys() == {"W"}]:
         ref = result.groups.pop(name)["W"]
-        others[ref.name] = ref
+        other_tensors[ref.name] = ref
     if base is None:
         return result
     rename, _ = find_renaming([(f"{name}.weight", None) for name in result.groups], base.tensors)
-    for name, ref in others.items():
+    for name, ref in other_tensors.items():
         target = rename(name)
-        held = base.tensors.get(target)
-        if held is None:
+        base_tensor = base.tensors.get(target)
+        if base_tensor is None:
             hint = "the base lacks it: is this the model that was trained?"
             result.problems.append(Problem(f"{ref.file}: {name} is no adapter tensor", hint=hint))
-        elif not same_bytes(ref, held):
+        elif not same_bytes(ref, base_tensor):
             result.replacements[target] = ref
     result.others = {}
     return result

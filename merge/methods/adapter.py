@@ -44,6 +44,22 @@ class AdapterFormat(StrEnum):
     COMBINATION = "combination"  # several adapters combined by a recipe; no file has this layout
 
 
+class MethodName(StrEnum):
+    """The methods by which readers and commands decide. The values are shown to users and written to reports.
+
+    `Adapter.method` also holds other texts: types of PEFT, mixtures such as "LoHa and LoRA".
+    """
+
+    LORA = "LoRA"
+    RSLORA = "rsLoRA"
+    DORA = "DoRA"
+    PISSA = "PiSSA"
+    OLORA = "OLoRA"
+    MILORA = "MiLoRA"
+    DUDE = "DuDe"
+    DCFT = "DCFT"
+
+
 class AdaptedModule(Protocol):
     """The adaptation of one weight by one method. The classes in methods/ provide it; the engine uses only this."""
 
@@ -193,7 +209,7 @@ class Adapter:
 
     folder: Path
     format: AdapterFormat
-    method: str  # "LoRA", "rsLoRA", "DoRA", "PiSSA", "DuDe", "DCFT", ...
+    method: str  # a MethodName, the peft_type of a layer type, or a text such as "LoHa and LoRA"
     modules: tuple[AdaptedModule, ...]
     replacements: Mapping[str, TensorRef]  # base tensor name -> the trained tensor
     config: Mapping[str, Any]

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from adapter_merge.errors import AdapterError, Problem, UnsupportedError, raise_all
-from adapter_merge.formats.known_settings import KnownSettings, note_of
+from adapter_merge.formats.known_settings import KnownSettings, describe_off_settings
 from adapter_merge.methods.adapter import AdaptedModule, Adapter, AdapterFormat
 from adapter_merge.storage.checkpoint import read_json, read_weights
 
@@ -20,7 +20,7 @@ from .known_settings import BIASES, PEFT_SETTINGS
 from .layer_types import LAYER_TYPES, REFUSED_TYPES, REPLACED_TYPES, read_layer_type
 from .lora import ADALORA_ROLES, LORA_ROLES, TOKEN_ROLES, read_adalora, read_lora, read_tokens
 from .lycoris import LOHA_ROLES, LOKR_ROLES, VERA_ROLES, read_loha, read_lokr, read_vera
-from .targeting import against_targets
+from .targeting import check_targets
 from .tensors import WEIGHT_FILES, PeftExtras, PeftTensors, find_weights, group_tensors
 
 CONVERTED_NOTE = (
@@ -81,8 +81,8 @@ def read_peft(folder: Path, extras: PeftExtras | None = None) -> Adapter:
     fan_in_fan_out = config.get("fan_in_fan_out", False)
     base_name = config.get("base_model_name_or_path")
     if not isinstance(fan_in_fan_out, bool | None):
-        got = f"{fan_in_fan_out!r:.100}"
-        raise AdapterError(f"{config_file}: fan_in_fan_out is wrong", expected="true or false", got=got)
+        stated_value = f"{fan_in_fan_out!r:.100}"
+        raise AdapterError(f"{config_file}: fan_in_fan_out is wrong", expected="true or false", got=stated_value)
     shard = read_weights(weights)
     tensors = group_tensors(shard.tensors, weights, method_entry.roles)
     method, modules = method_entry.read(tensors, config, extras or PeftExtras())
@@ -99,11 +99,11 @@ def read_peft(folder: Path, extras: PeftExtras | None = None) -> Adapter:
         files=(config_file, weights),
         notes=(
             *((CONVERTED_NOTE,) if is_converted(config, weights, shard.metadata) else ()),
-            *note_of(off, str(config_file)),
+            *describe_off_settings(off, str(config_file)),
         ),
         base_layers=tensors.base_layers,
         tied=bool(config.get("ensure_weight_tying")),
-        contradictions=() if kind in UNTARGETED else against_targets(config, tensors),
+        contradictions=() if kind in UNTARGETED else check_targets(config, tensors),
     )
 
 

@@ -1,4 +1,4 @@
-"""The initialisation of a LoRA (init_lora_weights), and what it subtracted from the base.
+"""The initialisation of a LoRA (init_lora_weights), and the factors that it subtracted from the base.
 
 As of PEFT 0.21: PiSSA and OLoRA decompose the weight, which can be repeated exactly; pissa_niter_*, CorDA,
 LoRA-GA and LoftQ need the folder that was saved before training (--init-adapter), or the residual base.
@@ -28,8 +28,8 @@ def is_plain_init(init_lora_weights: object) -> bool:
     return isinstance(init_lora_weights, bool | str | None) and str(init_lora_weights).lower() in PLAIN_INITS
 
 
-def initial_of(config: Mapping[str, Any], tensors: PeftTensors, extras: PeftExtras) -> Initial | None:
-    """Return what the initialisation subtracted from the base; None where it left the base as it is.
+def find_initial(config: Mapping[str, Any], tensors: PeftTensors, extras: PeftExtras) -> Initial | None:
+    """Return the initialisation that changed the base; None where it left the base unchanged.
 
     Raises UnsupportedError for an unknown initialisation.
     """
@@ -56,7 +56,7 @@ def initial_of(config: Mapping[str, Any], tensors: PeftTensors, extras: PeftExtr
     )
 
 
-def with_initial(
+def add_initial_factors(
     module: LoraModule,
     group: Mapping[str, TensorRef],
     before: Mapping[str, tuple[TensorRef, TensorRef, float]],

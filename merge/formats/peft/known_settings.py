@@ -12,7 +12,12 @@ from adapter_merge.formats.known_settings import KnownSettings
 _BASIC_READ = ("peft_type", "base_model_name_or_path", "modules_to_save")
 _BASIC_IGNORED = (
     *("task_type", "auto_mapping", "peft_version", "revision", "inference_mode"),
-    *("target_modules", "exclude_modules", "layers_to_transform", "layers_pattern"),  # held against the tensors
+    *(
+        "target_modules",
+        "exclude_modules",
+        "layers_to_transform",
+        "layers_pattern",
+    ),  # targeting.py compares these with the tensors
 )
 _LORA_IGNORED = (
     *("lora_dropout", "megatron_core", "runtime_config", "qalora_group_size", "merge_weights"),
@@ -52,7 +57,7 @@ _LYCORIS_READ = ("r", "alpha", "rank_pattern", "alpha_pattern")
 _LYCORIS_IGNORED = ("rank_dropout", "module_dropout", "use_effective_conv2d", "init_weights")
 
 
-def _known(*read: str, ignored: tuple[str, ...] = (), refused: dict[str, str] | None = None) -> KnownSettings:
+def _make_settings(*read: str, ignored: tuple[str, ...] = (), refused: dict[str, str] | None = None) -> KnownSettings:
     return KnownSettings(
         frozenset((*_BASIC_READ, *read)), frozenset((*_BASIC_IGNORED, *ignored)), refused if refused is not None else {}
     )
@@ -61,25 +66,25 @@ def _known(*read: str, ignored: tuple[str, ...] = (), refused: dict[str, str] | 
 BIASES = (None, "none", "all", "lora_only")  # which biases were trained: they are among the tensors
 
 PEFT_SETTINGS = {
-    "LORA": _known(
+    "LORA": _make_settings(
         *("r", "lora_alpha", "use_rslora", "use_dora", "init_lora_weights", "rank_pattern", "alpha_pattern"),
         *("bias", "fan_in_fan_out", "target_parameters", "trainable_token_indices", "ensure_weight_tying", "lora_bias"),
         ignored=_LORA_IGNORED,
         refused=_LORA_REFUSED,
     ),
-    "ADALORA": _known(
+    "ADALORA": _make_settings(
         *("init_r", "lora_alpha", "bias", "fan_in_fan_out"),
         ignored=(*_LORA_IGNORED, *_ADALORA_IGNORED, "lora_bias"),
         refused=_LORA_REFUSED | _LORA_ONLY,
     ),
-    "LOKR": _known(
+    "LOKR": _make_settings(
         *_LYCORIS_READ,
         ignored=(*_LYCORIS_IGNORED, "decompose_both", "decompose_factor", "rank_dropout_scale"),
     ),
-    "LOHA": _known(*_LYCORIS_READ, ignored=_LYCORIS_IGNORED),
-    "VERA": _known(
+    "LOHA": _make_settings(*_LYCORIS_READ, ignored=_LYCORIS_IGNORED),
+    "VERA": _make_settings(
         *("r", "projection_prng_key", "bias", "fan_in_fan_out"),
         ignored=("save_projection", "vera_dropout", "d_initial", "init_weights"),
     ),
-    "TRAINABLE_TOKENS": _known("token_indices", ignored=("init_weights",)),
+    "TRAINABLE_TOKENS": _make_settings("token_indices", ignored=("init_weights",)),
 }

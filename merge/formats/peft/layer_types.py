@@ -1,7 +1,8 @@
-"""Every type of PEFT: how its folder is read, or why it is refused; and the reader of those that PEFT's layer merges.
+"""Table of all PEFT types: how the folder of each is read, or why it is refused; reader of the layer types.
 
-FORMULA types have a reader and a formula of their own (lora.py, lycoris.py); LAYER types are merged by PEFT's own layer
-(methods/peft_layer.py); of LN_TUNING the trained norms replace the base's; REFUSED types have a reason.
+Types in METHODS (folder.py) have a reader and a formula of their own (lora.py, lycoris.py). Types in LAYER_TYPES are
+merged by PEFT's own layer (methods/peft_layer.py). In LN_TUNING, the trained norms replace the base's. REFUSED_TYPES
+states why a type is not supported.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from adapter_merge.errors import AdapterError, Problem, UnsupportedError, raise_all
-from adapter_merge.formats.known_settings import KnownSettings, note_of
+from adapter_merge.formats.known_settings import KnownSettings, describe_off_settings
 from adapter_merge.methods.adapter import Adapter, AdapterFormat
 from adapter_merge.methods.peft_layer import PREFIX, PeftLayerModule, layer_config, require_peft
 from adapter_merge.storage.checkpoint import read_weights
@@ -75,12 +76,13 @@ REFUSED_TYPES = {
     "ADAPTION_PROMPT": "it adds gated prompt tokens to the attention and changes no weight",
     "ADAMSS": "its subspaces come from k-means clusters of the base's weights that the folder does not hold",
     "FROD": "its rotations come from a joint decomposition of one kind of weight over all layers",
-    "LILY": "a router mixes its experts for each token, so that it is no weight; PEFT cannot merge it either",
-    "POLY": "a router mixes its skills by the task of each input, so that it is no weight",
-    "SHADOW": "its change depends on the input, so that it is no weight; PEFT cannot merge it either",
+    "LILY": "a router mixes its experts for each token, so that no single weight equals it; "
+    "PEFT cannot merge it either",
+    "POLY": "a router mixes its skills by the task of each input, so that no single weight equals it",
+    "SHADOW": "its change depends on the input, so that no single weight equals it; PEFT cannot merge it either",
     "TINYLORA": "which vector a module uses follows the order of the model's modules, which the folder does not hold",
     "UNILORA": "the places in its vector follow the order of the model's modules, which the folder does not hold",
-    "XLORA": "a classifier mixes its LoRAs for each token, so that it is no weight",
+    "XLORA": "a classifier mixes its LoRAs for each token, so that no single weight equals it",
 }
 
 
@@ -93,32 +95,32 @@ def read_layer_type(folder: Path, config: Mapping[str, Any], weights: Path, conf
     kind = str(config["peft_type"])
     notes = _check_settings(kind, config, config_file)
     mark = LAYER_TYPES[kind].mark if kind in LAYER_TYPES else REPLACED_TYPES[kind]
-    own: dict[str, dict[str, TensorRef]] = {}
+    module_tensors: dict[str, dict[str, TensorRef]] = {}
     shared: dict[str, TensorRef] = {}
     replaced: dict[str, TensorRef] = {}
     problems: list[Problem] = []
     for ref in read_weights(weights).tensors:
         name = ref.name.removeprefix(PREFIX)
-        module, found, rest = name.partition(f".{mark}")
+        module, separator, role = name.partition(f".{mark}")
         if name == ref.name and ref.name.startswith(f"base_model.{mark}"):
             shared[ref.name] = ref
         elif name == ref.name:
             problems.append(Problem(f"{weights}: unknown tensor {ref.name!r}", expected=f"a name under {PREFIX}"))
-        elif found and rest.startswith("embedding_"):
+        elif separator and role.startswith("embedding_"):
             problems.append(Problem(f"{weights}: {kind} on an embedding is not supported", got=ref.name))
-        elif found and kind in REPLACED_TYPES and rest in ("layers.weight", "layers.bias"):
-            replaced[f"{module}.{rest.removeprefix('layers.')}"] = ref
-        elif found and kind in LAYER_TYPES:
-            own.setdefault(module, {})[ref.name] = ref
+        elif separator and kind in REPLACED_TYPES and role in ("layers.weight", "layers.bias"):
+            replaced[f"{module}.{role.removeprefix('layers.')}"] = ref
+        elif separator and kind in LAYER_TYPES:
+            module_tensors.setdefault(module, {})[ref.name] = ref
         elif ".original_module." not in name:
             replaced.setdefault(name.replace(".modules_to_save.", ".").replace(".base_layer.", "."), ref)
-    if not own and not replaced and not problems:
+    if not module_tensors and not replaced and not problems:
         problems.append(Problem(f"{weights}: holds no tensors of {kind}"))
     raise_all(problems, AdapterError)
     entry = LAYER_TYPES.get(kind)
     modules = tuple(
         PeftLayerModule(name, kind, tensors | shared, config, entry.changes, entry.drawn, entry.changes[0])
-        for name, tensors in sorted(own.items())
+        for name, tensors in sorted(module_tensors.items())
         if entry is not None
     )
     base_name = config.get("base_model_name_or_path")
@@ -146,8 +148,8 @@ def _check_settings(kind: str, config: Mapping[str, Any], config_file: Path) -> 
         raise UnsupportedError(
             f"{config_file}: PEFT {peft.__version__} has no type {kind}", hint="pip install --upgrade peft"
         )
-    known = KnownSettings(frozenset(field.name for field in fields(PEFT_TYPE_TO_CONFIG_MAPPING[kind])))
-    problems, off = known.check(config, str(config_file))
+    settings = KnownSettings(frozenset(field.name for field in fields(PEFT_TYPE_TO_CONFIG_MAPPING[kind])))
+    problems, off = settings.check(config, str(config_file))
     entry = LAYER_TYPES.get(kind)
     for key, (value, why) in ((entry.refused if entry else None) or {}).items():
         if config.get(key) == value:
@@ -170,7 +172,7 @@ def _check_settings(kind: str, config: Mapping[str, Any], config_file: Path) -> 
         raise UnsupportedError(
             f"{config_file}: PEFT {peft.__version__} refuses this config", got=f"{type(error).__name__}: {error}"[:400]
         ) from error
-    return note_of(off, str(config_file)) + _version_note(config, peft.__version__, kind)
+    return describe_off_settings(off, str(config_file)) + _version_note(config, peft.__version__, kind)
 
 
 def _expressions(config: Mapping[str, Any], key: str) -> tuple[str, ...]:

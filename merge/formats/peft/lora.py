@@ -8,28 +8,29 @@ AdaLoRA lora_A (r, in), lora_B (out, r), lora_E (r, 1); token_adapter.trainable_
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from adapter_merge.errors import AdapterError, Problem, raise_all
-from adapter_merge.methods.adapter import AdaptedModule
+from adapter_merge.methods.adapter import AdaptedModule, MethodName
 from adapter_merge.methods.lora import ADALORA_EPSILON, BiasModule, LoraModule, StackModule, lora_scale
 from adapter_merge.methods.residual import Initial
 from adapter_merge.methods.tokens import TokenModule
 from adapter_merge.storage.checkpoint import read_json, read_weights
 from adapter_merge.storage.safetensors_header import TensorRef
 
-from .initialisation import initial_of, with_initial
-from .patterns import read_pattern
+from .initialisation import add_initial_factors, find_initial
+from .patterns import Pattern, read_pattern
 from .tensors import (
     PREFIX,
     PeftExtras,
     PeftTensors,
     find_weights,
-    flag,
     group_tensors,
-    number,
-    rank_of,
+    read_flag,
+    read_number,
+    read_rank,
     require_factors,
 )
 
@@ -53,22 +54,41 @@ def read_lora(
     tensors: PeftTensors, config: Mapping[str, Any], extras: PeftExtras
 ) -> tuple[str, tuple[AdaptedModule, ...]]:
     """Return method and modules of a LORA folder; problems are added to `tensors.problems`."""
-    initial = initial_of(config, tensors, extras)
-    return method_name(config, initial), lora_modules(tensors, config, initial, extras)
+    initial = find_initial(config, tensors, extras)
+    return name_lora_method(config, initial), make_lora_modules(tensors, config, initial, extras)
 
 
-def method_name(config: Mapping[str, Any], initial: Initial | None) -> str:
+def name_lora_method(config: Mapping[str, Any], initial: Initial | None) -> str:
     """Return the display name of a LoRA-family method: LoRA, rsLoRA, DoRA, PiSSA, OLoRA, MiLoRA or DuDe."""
     if config.get("use_dora"):
-        return "DuDe" if initial is not None else "DoRA"
+        return MethodName.DUDE if initial is not None else MethodName.DORA
     if initial is not None:
-        return {"svd": "PiSSA", "qr": "OLoRA", "svd_least": "MiLoRA"}.get(
-            initial.method, f"LoRA ({config.get('init_lora_weights')})"
-        )
-    return "rsLoRA" if config.get("use_rslora") else "LoRA"
+        by_decomposition = {"svd": MethodName.PISSA, "qr": MethodName.OLORA, "svd_least": MethodName.MILORA}
+        return by_decomposition.get(initial.method, f"LoRA ({config.get('init_lora_weights')})")
+    return MethodName.RSLORA if config.get("use_rslora") else MethodName.LORA
 
 
-def lora_modules(
+@dataclass(frozen=True)
+class Scales:
+    """Rank and scale of every module path, by r, lora_alpha, use_rslora and their patterns in the config."""
+
+    rank: int
+    alpha: float
+    rslora: bool
+    rank_pattern: Pattern
+    alpha_pattern: Pattern
+
+    def rank_of(self, path: str) -> float:
+        """Return the rank that the config states for the module or parameter at `path`; unchecked in a pattern."""
+        stated: float = self.rank_pattern.get(path, self.rank)
+        return stated
+
+    def scale_of(self, path: str, rank: int) -> float:
+        """Return s of the module or parameter at `path`, whose factors have `rank`."""
+        return lora_scale(float(self.alpha_pattern.get(path, self.alpha)), rank, self.rslora)
+
+
+def make_lora_modules(
     tensors: PeftTensors,
     config: Mapping[str, Any],
     initial: Initial | None,
@@ -80,102 +100,138 @@ def lora_modules(
     axis: 0 for magnitudes per output row, as PEFT has them; 1 for magnitudes per input column.
     """
     extras = extras or PeftExtras()
-    where = str(tensors.weights.parent)
-    dora, rslora = flag(config, "use_dora", tensors), flag(config, "use_rslora", tensors)
-    biased = flag(config, "lora_bias", tensors)
-    rank = rank_of(config, "r", tensors)
-    alpha = number(
-        config,
-        "lora_alpha",
-        tensors,
-        "the scale is alpha / r: it must be known, a guess would merge a wrong adapter",
-    )
-    ranks = read_pattern(config, "rank_pattern", where, tensors.problems)
-    alphas = read_pattern(config, "alpha_pattern", where, tensors.problems)
+    dora, biased = read_flag(config, "use_dora", tensors), read_flag(config, "lora_bias", tensors)
+    scales = _read_scales(config, tensors)
     magnitudes = _read_magnitudes(extras.magnitudes) if extras.magnitudes is not None else {}
-    before = initial_factors(extras.init_adapter) if extras.init_adapter is not None and initial is not None else {}
-    stacks = _read_target_parameters(config, tensors)
+    before: Mapping[str, tuple[TensorRef, TensorRef, float]] = {}
+    if extras.init_adapter is not None and initial is not None:
+        before = read_initial_factors(extras.init_adapter)
+    target_parameters = _read_target_parameters(config, tensors)
     modules: list[AdaptedModule] = []
     for name, group in sorted(tensors.groups.items()):
         if "T" in group:
             modules += _read_token_rows(name, group["T"], config.get("trainable_token_indices"), tensors)
             if len(group) == 1:
                 continue
-        embedding = "EA" in group or "EB" in group
-        a, b = (group.get("EA"), group.get("EB")) if embedding else (group.get("A"), group.get("B"))
-        if a is None or b is None or {"A", "EA"} <= group.keys():
-            tensors.problems.append(Problem(f"{tensors.weights}: {name} has only one of its two factors, or too many"))
+        factors = _select_factors(name, group, tensors)
+        if factors is None:
             continue
-        if len(a.shape) != 2 or len(b.shape) != 2 or a.shape[0] != b.shape[1] or 0 in (*a.shape, *b.shape):
-            hint = "convolutions are not supported" if len(a.shape) > 2 else None
-            tensors.problems.append(
-                Problem(
-                    f"{tensors.weights}: the factors of {name} do not fit",
-                    "A (r, in), B (out, r)",
-                    f"A {a.shape}, B {b.shape}",
-                    hint,
-                )
-            )
+        a, b = factors
+        embedding = "EA" in group
+        stack = None if embedding else _make_stack(name, a, b, scales, target_parameters, tensors)
+        if stack is not None:
+            modules.append(stack)
             continue
-
-        def scale_of(path: str, rank: int) -> float:
-            return lora_scale(float(alphas.get(path, alpha)), rank, rslora)
-
-        owner, _, _ = name.partition(".base_layer")
-        targets = []
-        plain = name == owner and ranks.get(name, rank) == a.shape[0]
-        for parameter in stacks.get(owner.rpartition(".")[2], ()):
-            if plain and "." not in parameter[0]:
-                continue  # a bare name belongs to experts: their A has a multiple of r rows
-            path = f"{owner}.{parameter[1]}"
-            if path == parameter[0] or path.endswith("." + parameter[0]):
-                own_rank = int(ranks.get(path, rank))
-                if a.shape[0] % own_rank == 0:
-                    targets.append((parameter[1], own_rank, scale_of(path, own_rank)))
-        if targets and not embedding:
-            wrappers = sum(other.partition(".base_layer")[0] == owner for other in tensors.groups)
-            depth = name.count(".base_layer")
-            modules.append(StackModule(owner, a, b, tuple(targets), depth, wrappers))
-            continue
-        stated_rank = ranks.get(name, rank)
-        if stated_rank != a.shape[0]:
+        if scales.rank_of(name) != a.shape[0]:
             tensors.problems.append(
                 Problem(
                     f"{tensors.weights}: the rank of {name} is not the config's",
-                    f"r = {stated_rank}",
+                    f"r = {scales.rank_of(name)}",
                     f"r = {a.shape[0]}",
                 )
             )
             continue
         magnitude = group.get("m") or magnitudes.get(name)
-        scale = scale_of(name, a.shape[0])
+        scale = scales.scale_of(name, a.shape[0])
         module = LoraModule(
             name, a, b, scale, magnitude=magnitude, initial=initial, embedding=embedding, magnitude_dim=axis
         )
-        module = with_initial(module, group, before, tensors)
+        module = add_initial_factors(module, group, before, tensors)
         _check_magnitude(module, dora, tensors)
-        if not embedding and biased != ("bias" in group):
-            tensors.problems.append(
-                Problem(
-                    f"{tensors.weights}: {name} has {'no' if biased else 'a'} lora_B.bias although lora_bias is "
-                    f"{'set' if biased else 'not set'}",
-                    hint="use the adapter_config.json of the training",
-                )
-            )
+        _check_bias(module, group.get("bias"), biased, dora, tensors)
         if "bias" in group:
-            bias = group["bias"]
-            if dora or bias.shape != (b.shape[0],) or embedding:
-                tensors.problems.append(
-                    Problem(
-                        f"{tensors.weights}: the lora_B.bias of {name} cannot be merged",
-                        f"({b.shape[0]},), without DoRA",
-                        str(bias.shape) + (" with DoRA" if dora else ""),
-                    )
-                )
-            modules.append(BiasModule(name, bias, scale))
+            modules.append(BiasModule(name, group["bias"], scale))
         modules.append(module)
     require_factors(modules, tensors)
     return tuple(modules)
+
+
+def _read_scales(config: Mapping[str, Any], tensors: PeftTensors) -> Scales:
+    """Return ranks and scales of the config; problems are added to `tensors.problems`."""
+    folder = str(tensors.weights.parent)
+    return Scales(
+        rank=read_rank(config, "r", tensors),
+        alpha=read_number(
+            config,
+            "lora_alpha",
+            tensors,
+            "the scale is alpha / r: it must be known, a guess would merge a wrong adapter",
+        ),
+        rslora=read_flag(config, "use_rslora", tensors),
+        rank_pattern=read_pattern(config, "rank_pattern", folder, tensors.problems),
+        alpha_pattern=read_pattern(config, "alpha_pattern", folder, tensors.problems),
+    )
+
+
+def _select_factors(
+    name: str, group: Mapping[str, TensorRef], tensors: PeftTensors
+) -> tuple[TensorRef, TensorRef] | None:
+    """Return A (r, in) and B (out, r) of one module; where they are incomplete or do not fit, add a problem."""
+    embedding = "EA" in group or "EB" in group
+    a, b = (group.get("EA"), group.get("EB")) if embedding else (group.get("A"), group.get("B"))
+    if a is None or b is None or {"A", "EA"} <= group.keys():
+        tensors.problems.append(Problem(f"{tensors.weights}: {name} has only one of its two factors, or too many"))
+        return None
+    if len(a.shape) != 2 or len(b.shape) != 2 or a.shape[0] != b.shape[1] or 0 in (*a.shape, *b.shape):
+        tensors.problems.append(
+            Problem(
+                f"{tensors.weights}: the factors of {name} do not fit",
+                "A (r, in), B (out, r)",
+                f"A {a.shape}, B {b.shape}",
+                "convolutions are not supported" if len(a.shape) > 2 else None,
+            )
+        )
+        return None
+    return a, b
+
+
+def _make_stack(
+    name: str,
+    a: TensorRef,
+    b: TensorRef,
+    scales: Scales,
+    target_parameters: Mapping[str, list[tuple[str, str]]],
+    tensors: PeftTensors,
+) -> StackModule | None:
+    """Return the module of factors that target_parameters assigns to stacked experts; None for any other module."""
+    owner, _, _ = name.partition(".base_layer")
+    has_plain_rank = name == owner and scales.rank_of(name) == a.shape[0]
+    targets = []
+    for entry, parameter in target_parameters.get(owner.rpartition(".")[2], ()):
+        if has_plain_rank and "." not in entry:
+            continue  # a parameter name without its owner belongs to experts, whose A has a multiple of r rows
+        path = f"{owner}.{parameter}"
+        rank = scales.rank_of(path)
+        is_target = path == entry or path.endswith("." + entry)
+        if is_target and rank == int(rank) and a.shape[0] % int(rank) == 0:
+            targets.append((parameter, int(rank), scales.scale_of(path, int(rank))))
+    if not targets:
+        return None
+    wrappers = sum(group_name.partition(".base_layer")[0] == owner for group_name in tensors.groups)
+    return StackModule(owner, a, b, tuple(targets), name.count(".base_layer"), wrappers)
+
+
+def _check_bias(
+    module: LoraModule, bias: TensorRef | None, lora_bias: bool, use_dora: bool, tensors: PeftTensors
+) -> None:
+    """Add a problem where lora_B.bias is missing or unexpected by the config's lora_bias, or cannot be merged."""
+    if not module.embedding and lora_bias != (bias is not None):
+        tensors.problems.append(
+            Problem(
+                f"{tensors.weights}: {module.name} has {'no' if lora_bias else 'a'} lora_B.bias although lora_bias is "
+                f"{'set' if lora_bias else 'not set'}",
+                hint="use the adapter_config.json of the training",
+            )
+        )
+    out = module.b.shape[0]
+    if bias is not None and (use_dora or bias.shape != (out,) or module.embedding):
+        tensors.problems.append(
+            Problem(
+                f"{tensors.weights}: the lora_B.bias of {module.name} cannot be merged",
+                f"({out},), without DoRA",
+                str(bias.shape) + (" with DoRA" if use_dora else ""),
+            )
+        )
 
 
 def _read_magnitudes(source: Path) -> dict[str, TensorRef]:
@@ -216,26 +272,26 @@ def _read_target_parameters(config: Mapping[str, Any], tensors: PeftTensors) -> 
 
 def _read_token_rows(name: str, values: TensorRef, indices: object, tensors: PeftTensors) -> Iterator[TokenModule]:
     """Yield the module of the trained rows of embedding `name`; where the indices do not fit, add a problem."""
-    where = str(tensors.weights.parent)
-    own = indices
+    folder = str(tensors.weights.parent)
+    rows = indices
     if isinstance(indices, dict):
-        own = next(
+        rows = next(
             (value for key, value in indices.items() if isinstance(key, str) and f".{name}".endswith(f".{key}")), None
         )
     if (
-        not isinstance(own, list)
-        or not all(isinstance(index, int) and not isinstance(index, bool) and 0 <= index < 1 << 40 for index in own)
-        or len(set(own)) != len(own)
+        not isinstance(rows, list)
+        or not all(isinstance(index, int) and not isinstance(index, bool) and 0 <= index < 1 << 40 for index in rows)
+        or len(set(rows)) != len(rows)
     ):
         tensors.problems.append(
-            Problem(f"{where}: the token indices of {name} are missing or wrong", "a list of rows", repr(own)[:200])
+            Problem(f"{folder}: the token indices of {name} are missing or wrong", "a list of rows", repr(rows)[:200])
         )
-    elif len(values.shape) != 2 or values.shape[0] != len(own):
+    elif len(values.shape) != 2 or values.shape[0] != len(rows):
         tensors.problems.append(
-            Problem(f"{tensors.weights}: the tokens of {name} do not fit", f"({len(own)}, dim)", str(values.shape))
+            Problem(f"{tensors.weights}: the tokens of {name} do not fit", f"({len(rows)}, dim)", str(values.shape))
         )
     else:
-        yield TokenModule(name, values, tuple(own))
+        yield TokenModule(name, values, tuple(rows))
 
 
 def _check_magnitude(module: LoraModule, use_dora: bool, tensors: PeftTensors) -> None:
@@ -269,8 +325,8 @@ def read_adalora(
     tensors: PeftTensors, config: Mapping[str, Any], extras: PeftExtras
 ) -> tuple[str, tuple[AdaptedModule, ...]]:
     """Read an ADALORA folder: dW = s B diag(E) A, s = alpha / (init_r + 1e-5), since PEFT's ranknum stays at init_r."""
-    rank = rank_of(config, "init_r", tensors)
-    alpha = number(config, "lora_alpha", tensors)
+    rank = read_rank(config, "init_r", tensors)
+    alpha = read_number(config, "lora_alpha", tensors)
     modules: list[AdaptedModule] = []
     for name, group in sorted(tensors.groups.items()):
         a, b, e = group.get("A"), group.get("B"), group.get("E")
@@ -308,7 +364,7 @@ def read_tokens(
     return "trainable tokens", tuple(modules)
 
 
-def initial_factors(folder: Path) -> dict[str, tuple[TensorRef, TensorRef, float]]:
+def read_initial_factors(folder: Path) -> dict[str, tuple[TensorRef, TensorRef, float]]:
     """Return (A0, B0, scale) by module from the PEFT folder that was saved before training. Raises AdapterError."""
     config = read_json(folder / "adapter_config.json")
     weights = find_weights(folder)
@@ -318,6 +374,6 @@ def initial_factors(folder: Path) -> dict[str, tuple[TensorRef, TensorRef, float
     plain = {**config, "use_dora": False}
     for group in tensors.groups.values():
         group.pop("m", None)
-    modules = lora_modules(tensors, plain, None)
+    modules = make_lora_modules(tensors, plain, None)
     raise_all(tensors.problems, AdapterError)
     return {m.name: (m.a, m.b, m.scale) for m in modules if isinstance(m, LoraModule)}

@@ -13,7 +13,7 @@ from adapter_merge.methods.vera import Projections, VeraModule
 from adapter_merge.storage.safetensors_header import TensorRef
 
 from .patterns import read_pattern
-from .tensors import PeftExtras, PeftTensors, number, rank_of, require_factors
+from .tensors import PeftExtras, PeftTensors, read_number, read_rank, require_factors
 
 LOKR_ROLES = {f"lokr_{role}": role for role in ("w1", "w1_a", "w1_b", "w2", "w2_a", "w2_b", "t2")}
 LOHA_ROLES = {f"hada_{role}": role for role in ("w1_a", "w1_b", "w2_a", "w2_b", "t1", "t2")}
@@ -21,18 +21,18 @@ VERA_ROLES = {"vera_lambda_b": "b", "vera_lambda_d": "d", "vera_A": "A", "vera_B
 ReadResult = tuple[str, tuple[AdaptedModule, ...]]
 
 
-def side(group: Mapping[str, TensorRef], name: str) -> tuple[TensorRef, ...]:
+def find_factor(group: Mapping[str, TensorRef], name: str) -> tuple[TensorRef, ...]:
     """Return one Kronecker factor of a LoKr: (full,), (a, b), or () where it is missing or its shapes do not fit."""
     if name in group:
         full = group[name]
         return (full,) if len(full.shape) == 2 and 0 not in full.shape else ()
     a, b = group.get(f"{name}_a"), group.get(f"{name}_b")
-    if a is None or b is None or not fits(a, b):
+    if a is None or b is None or not can_multiply(a, b):
         return ()
     return (a, b)
 
 
-def fits(a: TensorRef, b: TensorRef) -> bool:
+def can_multiply(a: TensorRef, b: TensorRef) -> bool:
     """Return True when a (n, r) and b (r, m) are non-empty matrices that can be multiplied."""
     return len(a.shape) == len(b.shape) == 2 and a.shape[1] == b.shape[0] and 0 not in (*a.shape, *b.shape)
 
@@ -45,14 +45,14 @@ def refuse_convolution(group: Mapping[str, TensorRef], name: str, tensors: PeftT
 
 def read_lokr(tensors: PeftTensors, config: Mapping[str, Any], extras: PeftExtras) -> ReadResult:
     """Read a LOKR folder: dW = s kron(W1, W2), s = alpha / r. Returns the method's name and its modules."""
-    rank, alpha = rank_of(config, "r", tensors), number(config, "alpha", tensors)
-    where = str(tensors.weights.parent)
-    ranks = read_pattern(config, "rank_pattern", where, tensors.problems)
-    alphas = read_pattern(config, "alpha_pattern", where, tensors.problems)
+    rank, alpha = read_rank(config, "r", tensors), read_number(config, "alpha", tensors)
+    folder = str(tensors.weights.parent)
+    ranks = read_pattern(config, "rank_pattern", folder, tensors.problems)
+    alphas = read_pattern(config, "alpha_pattern", folder, tensors.problems)
     modules: list[AdaptedModule] = []
     for name, group in sorted(tensors.groups.items()):
         refuse_convolution(group, name, tensors)
-        w1, w2 = side(group, "w1"), side(group, "w2")
+        w1, w2 = find_factor(group, "w1"), find_factor(group, "w2")
         if not w1 or not w2:
             tensors.problems.append(
                 Problem(
@@ -69,14 +69,14 @@ def read_lokr(tensors: PeftTensors, config: Mapping[str, Any], extras: PeftExtra
 
 def read_loha(tensors: PeftTensors, config: Mapping[str, Any], extras: PeftExtras) -> ReadResult:
     """Read a LOHA folder: dW = s (W1a W1b) * (W2a W2b), s = alpha / r. Returns the method's name and its modules."""
-    rank, alpha = rank_of(config, "r", tensors), number(config, "alpha", tensors)
-    where = str(tensors.weights.parent)
-    ranks = read_pattern(config, "rank_pattern", where, tensors.problems)
-    alphas = read_pattern(config, "alpha_pattern", where, tensors.problems)
+    rank, alpha = read_rank(config, "r", tensors), read_number(config, "alpha", tensors)
+    folder = str(tensors.weights.parent)
+    ranks = read_pattern(config, "rank_pattern", folder, tensors.problems)
+    alphas = read_pattern(config, "alpha_pattern", folder, tensors.problems)
     modules: list[AdaptedModule] = []
     for name, group in sorted(tensors.groups.items()):
         refuse_convolution(group, name, tensors)
-        module = loha_module(name, group, float(alphas.get(name, alpha)) / ranks.get(name, rank))
+        module = make_loha_module(name, group, float(alphas.get(name, alpha)) / ranks.get(name, rank))
         if module is None:
             tensors.problems.append(
                 Problem(
@@ -91,13 +91,13 @@ def read_loha(tensors: PeftTensors, config: Mapping[str, Any], extras: PeftExtra
     return "LoHa", tuple(modules)
 
 
-def loha_module(name: str, group: Mapping[str, TensorRef], scale: float) -> LohaModule | None:
+def make_loha_module(name: str, group: Mapping[str, TensorRef], scale: float) -> LohaModule | None:
     """Return the LoHa module of `group`, or None where a tensor is missing or the shapes do not fit."""
     refs = [group.get(role) for role in ("w1_a", "w1_b", "w2_a", "w2_b")]
     if any(ref is None for ref in refs):
         return None
     w1a, w1b, w2a, w2b = (ref for ref in refs if ref is not None)
-    if not fits(w1a, w1b) or not fits(w2a, w2b):
+    if not can_multiply(w1a, w1b) or not can_multiply(w2a, w2b):
         return None
     if w1a.shape[0] != w2a.shape[0] or w1b.shape[1] != w2b.shape[1]:
         return None
@@ -106,7 +106,7 @@ def loha_module(name: str, group: Mapping[str, TensorRef], scale: float) -> Loha
 
 def read_vera(tensors: PeftTensors, config: Mapping[str, Any], extras: PeftExtras) -> ReadResult:
     """Read a VERA folder: shared matrices that were saved, or are drawn again from projection_prng_key."""
-    rank = rank_of(config, "r", tensors)
+    rank = read_rank(config, "r", tensors)
     shared = tensors.groups.pop("", {})
     a, b = shared.get("A"), shared.get("B")
     seed = config.get("projection_prng_key")

@@ -36,21 +36,21 @@ class Pattern:
         return default
 
 
-def read_pattern(config: Mapping[str, Any], name: str, where: str, problems: list[Problem]) -> Pattern:
+def read_pattern(config: Mapping[str, Any], name: str, file: str, problems: list[Problem]) -> Pattern:
     """Return the pattern `name` of an adapter's config; unusable keys and values are added to `problems`."""
     content = config.get(name)
     if content is None:
         return Pattern()
     if not isinstance(content, dict):
-        problems.append(Problem(f"{where}: {name} is wrong", "a map of patterns to numbers", repr(content)[:200]))
+        problems.append(Problem(f"{file}: {name} is wrong", "a map of patterns to numbers", repr(content)[:200]))
         return Pattern()
     good = {}
     for key, value in content.items():
         wrong = pattern_fault(key)
         if wrong is not None:
-            problems.append(Problem(f"{where}: {name}: the key {key[:100]!r} is not usable", got=wrong))
+            problems.append(Problem(f"{file}: {name}: the key {key[:100]!r} is not usable", got=wrong))
         elif isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < 1e9:
-            problems.append(Problem(f"{where}: {name}[{key[:100]!r}] is wrong", "a positive number", repr(value)[:100]))
+            problems.append(Problem(f"{file}: {name}[{key[:100]!r}] is wrong", "a positive number", repr(value)[:100]))
         else:
             good[key] = value
     return Pattern(good)

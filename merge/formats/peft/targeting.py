@@ -1,7 +1,7 @@
-"""Which modules a PEFT config adapts, held against those that the weights file has tensors of.
+"""Comparison of the modules that a PEFT config adapts with those that the weights file has tensors for.
 
-PEFT makes its layers by the config and leaves every other tensor of the file out, with a warning at most
-(peft.tuners.tuners_utils.check_target_module_exists; 0.21): such a tensor is no part of the adapter as it runs.
+PEFT creates its layers from the config and does not load any other tensor of the file, with a warning at most
+(peft.tuners.tuners_utils.check_target_module_exists; 0.21): such a tensor has no effect when PEFT runs the adapter.
 """
 
 from __future__ import annotations
@@ -20,11 +20,11 @@ IN_A_LAYER = re.compile(r"\.\d+\.")
 FIRST_INDEX = r".*?\.[^.]*\.(?P<index>\d+)\."  # of a layer: the first number after two names
 
 
-def against_targets(config: Mapping[str, Any], tensors: PeftTensors) -> tuple[Problem, ...]:
+def check_targets(config: Mapping[str, Any], tensors: PeftTensors) -> tuple[Problem, ...]:
     """Return the contradiction where the file holds factors of modules that the config does not adapt.
 
-    Nothing where the config does not say which (no target_modules, `all-linear`, a pattern that could take hours), and
-    for parameters (target_parameters) and trained tokens, which have rules of their own.
+    Returns () where the config does not list its modules (no target_modules, `all-linear`, a pattern that could take
+    hours to match). Parameters (target_parameters) and trained tokens are not checked: other settings select them.
     """
     left_out = [
         name
@@ -32,15 +32,15 @@ def against_targets(config: Mapping[str, Any], tensors: PeftTensors) -> tuple[Pr
         if set(group) != {"T"}
         and not _of_parameters(name, config)
         and not adapts(config, name)
-        and not (config.get("ensure_weight_tying") and IN_A_LAYER.search(name) is None)  # the other end of the tie
+        and not (config.get("ensure_weight_tying") and IN_A_LAYER.search(name) is None)  # the tied weight
     ]
     if not left_out:
         return ()
     return (
         Problem(
             f"{tensors.weights}: holds factors of {len(left_out)} modules that its config does not adapt, first "
-            f"{left_out[0]}: PEFT leaves them out",
-            expected="modules that target_modules, exclude_modules, layers_to_transform and modules_to_save let in",
+            f"{left_out[0]}: PEFT does not load them",
+            expected="modules that target_modules, exclude_modules, layers_to_transform and modules_to_save select",
             hint="use the adapter_config.json of the training; --force applies every tensor of the file",
         ),
     )
@@ -77,11 +77,13 @@ def _in_layers(name: str, config: Mapping[str, Any]) -> bool:
     if named and isinstance(named, list):
         if any(not isinstance(pattern, str) or pattern_fault(pattern) is not None for pattern in named):
             return True
-        found = next(filter(None, (re.match(rf"(?:^|.*?\.){one}\.(?P<index>\d+)\.", name) for one in named)), None)
+        match = next(
+            filter(None, (re.match(rf"(?:^|.*?\.){pattern}\.(?P<index>\d+)\.", name) for pattern in named)), None
+        )
     else:
-        found = re.match(FIRST_INDEX, name)
+        match = re.match(FIRST_INDEX, name)
     layers = chosen if isinstance(chosen, list) else [chosen]
-    return found is not None and int(found["index"]) in layers
+    return match is not None and int(match["index"]) in layers
 
 
 def _of_parameters(name: str, config: Mapping[str, Any]) -> bool:

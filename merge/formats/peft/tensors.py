@@ -59,7 +59,7 @@ def group_tensors(refs: tuple[TensorRef, ...], weights: Path, roles: Mapping[str
     """
     tensors = PeftTensors(weights)
     by_length = sorted(roles, key=len, reverse=True)
-    own = tuple(f".{role.split('.', 1)[0]}" for role in roles if not role.startswith("token_adapter."))
+    factor_markers = tuple(f".{role.split('.', 1)[0]}" for role in roles if not role.startswith("token_adapter."))
     for ref in refs:
         name = ref.name.removeprefix(PREFIX)
         role = next((r for r in by_length if name.endswith("." + r)), None)
@@ -75,7 +75,7 @@ def group_tensors(refs: tuple[TensorRef, ...], weights: Path, roles: Mapping[str
             tensors.groups.setdefault(name[: -len(role) - 1], {})[roles[role]] = ref
         elif ".original_module." in name:
             continue  # PEFT saves the untouched original beside a trained copy
-        elif any(marker in name for marker in own) or ".lora_" in name:
+        elif any(marker in name for marker in factor_markers) or ".lora_" in name:
             tensors.problems.append(Problem(f"{weights}: unknown tensor {ref.name!r}", expected=", ".join(roles)))
         else:
             target = name.replace(".token_adapter.", ".").replace(".modules_to_save.", ".")
@@ -91,7 +91,7 @@ def group_tensors(refs: tuple[TensorRef, ...], weights: Path, roles: Mapping[str
     return tensors
 
 
-def number(config: Mapping[str, Any], key: str, tensors: PeftTensors, hint: str | None = None) -> float:
+def read_number(config: Mapping[str, Any], key: str, tensors: PeftTensors, hint: str | None = None) -> float:
     """Return the number `key` of the config; where it is missing, zero or not finite, add a problem and return 1."""
     value = config.get(key)
     if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < abs(value) < 1e12:
@@ -107,7 +107,7 @@ def number(config: Mapping[str, Any], key: str, tensors: PeftTensors, hint: str 
     return float(value)
 
 
-def rank_of(config: Mapping[str, Any], key: str, tensors: PeftTensors) -> int:
+def read_rank(config: Mapping[str, Any], key: str, tensors: PeftTensors) -> int:
     """Return the rank `key` of the config; where it is not a whole number >= 1, add a problem and return 1."""
     value = config.get(key)
     if isinstance(value, bool) or not isinstance(value, int) or not 1 <= value < 1 << 31:
@@ -122,7 +122,7 @@ def rank_of(config: Mapping[str, Any], key: str, tensors: PeftTensors) -> int:
     return value
 
 
-def flag(config: Mapping[str, Any], key: str, tensors: PeftTensors) -> bool:
+def read_flag(config: Mapping[str, Any], key: str, tensors: PeftTensors) -> bool:
     """Return the boolean `key` of the config, False where it is missing; add a problem where it is not a boolean."""
     value = config.get(key)
     if value is not None and not isinstance(value, bool):
