@@ -8,7 +8,13 @@ from itertools import pairwise
 
 from adapter_merge.errors import AdapterError, Problem, UnsupportedError
 from adapter_merge.methods.lora import LoraModule
-from adapter_merge.methods.residual import LOST_HINT, LOST_INITS, ORIGINAL_ABOVE, RESIDUAL_BELOW, base_evidence
+from adapter_merge.methods.residual import (
+    ORIGINAL_ABOVE,
+    RESIDUAL_BELOW,
+    UNREPEATABLE_HINT,
+    UNREPEATABLE_INITS,
+    measure_base_evidence,
+)
 from adapter_merge.storage.computed_tensor import ComputedRef
 from adapter_merge.storage.tensor_io import read_tensor
 
@@ -16,10 +22,10 @@ from .bound import BoundAdapter, BoundModule, Origin
 
 EVIDENCE_SAMPLES = 6
 HALF = {"BF16": "bfloat16", "F16": "float16"}
-WIDE = 8  # times the rank: in narrower weights random products already have a large cosine
+WIDE = 8  # narrower weights than this times the rank: random products already have a large cosine
 
 
-def with_base_kind(bound: BoundAdapter, base_kind: str | None) -> BoundAdapter:
+def decide_base_kind(bound: BoundAdapter, base_kind: str | None) -> BoundAdapter:
     """Decide whether the base is the original or the residual, and drop the residual step in the latter case."""
     principal = [(item, module) for item, module in _select_loras(bound) if module.initial is not None]
     if not principal:
@@ -28,16 +34,16 @@ def with_base_kind(bound: BoundAdapter, base_kind: str | None) -> BoundAdapter:
     stated = bound.adapter.config.get("base") if bound.adapter.config.get("peft_type") == "DUDE" else None
     initials = [module.initial for _, module in principal if module.initial]
     unsaved = [module.initial for _, module in principal if module.frozen is None]
-    lost = next((i.method for i in unsaved if i and i.method in LOST_INITS and not i.refs), None)
+    unrepeatable_method = next((i.method for i in unsaved if i and i.method in UNREPEATABLE_INITS and not i.refs), None)
     measurable = all(i.method in ("svd", "qr", "pissa_niter") for i in initials)
     if base_kind is None and not measurable:
-        if lost is None and "loftq" not in {i.method for i in initials}:
-            base_kind = "original"  # the initial factors were given: they are to be subtracted
+        if unrepeatable_method is None and "loftq" not in {i.method for i in initials}:
+            base_kind = "original"  # the initial factors are known and will be subtracted
         else:
-            raise _unrepeatable(bound, str(lost or "loftq"))
+            raise _make_unrepeatable_error(bound, str(unrepeatable_method or "loftq"))
     if measurable:
         cosines, evidence = _measure_cosines(principal)
-        measured = _measured_kind(cosines)
+        measured = _decide_kind(cosines)
         if base_kind is None and measured is None:
             raise AdapterError(
                 "cannot tell whether the base is the original or the residual (a wrong guess gives a wrong model)",
@@ -49,10 +55,10 @@ def with_base_kind(bound: BoundAdapter, base_kind: str | None) -> BoundAdapter:
         base_kind = base_kind or measured
     if base_kind == "original":
         _check_not_quantised(bound, [item for item, _ in principal])
-        if lost is not None:
-            raise _unrepeatable(bound, lost)
-        taken = _check_residual_dtype(principal, evidence, bound.adapter.forced)
-        return replace(bound, modules=tuple(_state_dtype(item) for item in bound.modules), evidence=taken)
+        if unrepeatable_method is not None:
+            raise _make_unrepeatable_error(bound, unrepeatable_method)
+        full_evidence = _check_residual_dtype(principal, evidence, bound.adapter.forced)
+        return replace(bound, modules=tuple(_state_dtype(item) for item in bound.modules), evidence=full_evidence)
     modules = tuple(
         replace(item, module=replace(item.module, initial=None)) if isinstance(item.module, LoraModule) else item
         for item in bound.modules
@@ -61,16 +67,16 @@ def with_base_kind(bound: BoundAdapter, base_kind: str | None) -> BoundAdapter:
 
 
 def _check_not_quantised(bound: BoundAdapter, items: Sequence[BoundModule]) -> None:
-    """Raise UnsupportedError where a residual would have to be cut out of a quantised weight.
+    """Raise UnsupportedError where the residual would have to be computed from a quantised weight.
 
-    PEFT cuts it out of the unquantised weight (its pissa_init refuses other dtypes) and the residual is quantised
-    after that: q(W - s B0 A0), which q(W) does not give.
+    PEFT subtracts the initial factors from the unquantised weight (its pissa_init refuses other dtypes) and quantises
+    the residual afterwards: q(W - s B0 A0), which cannot be computed from q(W).
     """
     quantised = [item.name for item in items if isinstance(item.weight, ComputedRef)]
     if quantised:
         config = bound.adapter.config
         raise UnsupportedError(
-            f"{bound.adapter.folder}: was trained beside a residual, and the base's weights are quantised",
+            f"{bound.adapter.folder}: was trained on a residual base, and the weights of this base are quantised",
             expected="the residual, which was quantised after the initial factors were subtracted",
             got=f"init_lora_weights {config.get('init_lora_weights')!r}; {len(quantised)} weights, as {quantised[0]}",
             hint="give the residual base (stored quantised, or with --trained-on) and --base-kind residual",
@@ -83,33 +89,35 @@ def _select_loras(bound: BoundAdapter) -> list[tuple[BoundModule, LoraModule]]:
 
 
 def _measure_cosines(modules: Sequence[tuple[BoundModule, LoraModule]]) -> tuple[list[float], str]:
-    """Return base_evidence of a few small weights, spread over the model, and a sentence with their range."""
+    """Return measure_base_evidence of a few small weights, spread over the model, and a sentence with their range."""
     count = min(EVIDENCE_SAMPLES, len(modules))
     bounds = [number * len(modules) // count for number in range(count + 1)]
     cosines = []
     for first, stop in pairwise(bounds):
         item, module = min(modules[first:stop], key=_measuring_cost)
         scale = module.scale if module.initial is not None and module.initial.method == "qr" else None
-        cosines.append(base_evidence(item.oriented_weight(), read_tensor(module.a), read_tensor(module.b), scale))
+        cosines.append(
+            measure_base_evidence(item.oriented_weight(), read_tensor(module.a), read_tensor(module.b), scale)
+        )
     return cosines, f"cosine of base and B A: {min(cosines):.3f} .. {max(cosines):.3f} over {len(cosines)} weights"
 
 
-def _measured_kind(cosines: Sequence[float]) -> str | None:
-    """Return the kind of base that the cosines of all looked-at weights show; None where they show neither."""
+def _decide_kind(cosines: Sequence[float]) -> str | None:
+    """Return the kind of base that all cosines show; None where they disagree or lie between the bounds."""
     if min(cosines) >= ORIGINAL_ABOVE:
         return "original"
     return "residual" if max(cosines) <= RESIDUAL_BELOW else None
 
 
 def _measuring_cost(pair: tuple[BoundModule, LoraModule]) -> tuple[bool, int]:
-    """Return a sort key: wide weights before narrow ones, whose cosines mean little; then by their size."""
+    """Return a sort key: wide weights before narrow ones, whose cosines are no evidence; then by their size."""
     shape, rank = pair[1].shape, pair[1].rank
     narrow = min(shape) < WIDE * rank
     return narrow, -min(shape) if narrow else shape[0] * shape[1]
 
 
 def _check_residual(bound: BoundAdapter, base_kind: str | None) -> BoundAdapter:
-    """Hold a DuDe folder that states the residual base against the measured kind of this one."""
+    """Check a DuDe folder that states the residual base against the measured kind of the given base."""
     if bound.adapter.config.get("peft_type") != "DUDE" or bound.adapter.config.get("base") != "residual":
         return bound
     loras = _select_loras(bound)
@@ -131,7 +139,7 @@ def _check_statements(user: str | None, config: str | None, measured: str | None
     if user is not None and config is not None and user != config and measured is None:
         problems.append(
             Problem(
-                f"--base-kind {user} contradicts the adapter's config, which says that its base was the {config}",
+                f"--base-kind {user} contradicts the adapter's config, which states the {config} base",
                 hint=f"leave --base-kind out and give the {config} base; --force uses the stated value",
             )
         )
@@ -155,8 +163,9 @@ def _check_residual_dtype(
 ) -> str | None:
     """Return `evidence` with the dtype that the residual is rounded to.
 
-    Raises AdapterError where nothing tells it: a base that is stored in half precision may have been loaded in float32
-    for the training, and the factors of PEFT are float32 either way. Factors in the base's own half precision tell it.
+    Raises AdapterError where it is unknown: a base that is stored in half precision may have been loaded in float32 for
+    the training, and PEFT's factors are float32 in both cases. Factors in the base's half precision show that the base
+    was loaded as stored.
     """
     dtypes, unknown = set(), set()
     for item, module in principal:
@@ -191,13 +200,13 @@ def _state_dtype(item: BoundModule) -> BoundModule:
     return replace(item, module=replace(module, initial=replace(module.initial, dtype=item.weight.dtype)))
 
 
-def _unrepeatable(bound: BoundAdapter, method: str) -> UnsupportedError:
+def _make_unrepeatable_error(bound: BoundAdapter, method: str) -> UnsupportedError:
     """Return the error for an initialisation that cannot be computed again."""
     config = bound.adapter.config
     return UnsupportedError(
-        f"{bound.adapter.folder}: init_lora_weights {config.get('init_lora_weights')!r} {LOST_INITS[method]}",
+        f"{bound.adapter.folder}: init_lora_weights {config.get('init_lora_weights')!r} {UNREPEATABLE_INITS[method]}",
         expected="the factors at initialisation, or the residual base"
         if method != "loftq"
         else "the base after the initialisation, with --base-kind residual",
-        hint=LOST_HINT if method != "loftq" else None,
+        hint=UNREPEATABLE_HINT if method != "loftq" else None,
     )

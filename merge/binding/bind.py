@@ -2,8 +2,8 @@
 
 bound.py               the result: BoundModule, BoundAdapter
 weight_names.py        names and places of weights in the checkpoint: prefixes, fused projections
-transformers_names.py  the same, by transformers' mapping between hub names and the model's names
-fitting.py             one module and its stored weight: shape, orientation
+transformers_names.py  names and places by transformers' mapping between hub names and the model's names
+fitting.py             binding of one module to its stored weight: shape, orientation
 replacements.py        tensors that were trained in full, and the stored tensors that they replace
 peft_layers.py         modules that PEFT's own layer computes
 experts.py             experts, stacked in one tensor or stored as one tensor each
@@ -26,14 +26,14 @@ from adapter_merge.methods.vera import VeraModule
 from adapter_merge.storage.checkpoint import Checkpoint
 from adapter_merge.storage.safetensors_header import TensorRef
 
-from .base_kind import with_base_kind
-from .bound import BoundAdapter, BoundModule, parameter_of
-from .embeddings import TIED_HEADS, text_config, with_config
+from .base_kind import decide_base_kind
+from .bound import BoundAdapter, BoundModule
+from .embeddings import TIED_HEADS, add_config_changes, text_config
 from .fitting import bind_module, check_overlaps, set_vera_sizes
 from .peft_layers import set_companions
-from .positional import with_positional_projections
+from .positional import add_positional_projections
 from .replacements import missing_replacements, place_replacement
-from .transformers_names import transformers_names
+from .transformers_names import list_transformers_names
 from .weight_names import Renaming, find_renaming
 
 log = logging.getLogger(__name__)
@@ -51,7 +51,7 @@ def bind(adapter: Adapter, base: Checkpoint, base_kind: str | None = None) -> Bo
     Names are used unchanged where the base has them all, else by transformers' mapping, else with one prefix.
     `base_kind` is "original" or "residual" for PiSSA and DuDe, None to decide by measurement (base_kind.py).
     """
-    match = _best_match(adapter, base)
+    match = _find_best_match(adapter, base)
     problems = match.problems
     if problems:
         first = next(iter(base.tensors), "none")
@@ -65,8 +65,8 @@ def bind(adapter: Adapter, base: Checkpoint, base_kind: str | None = None) -> Bo
     bound = BoundAdapter(
         adapter, base, tuple(set_companions(set_vera_sizes(match.modules))), match.replacements, "original"
     )
-    bound = with_base_kind(with_positional_projections(with_config(bound)), base_kind)
-    log.info("%s: fits %s, taken as the %s base", adapter.folder, base.folder, bound.base_kind)
+    bound = decide_base_kind(add_positional_projections(add_config_changes(bound)), base_kind)
+    log.info("%s: fits %s, used as the %s base", adapter.folder, base.folder, bound.base_kind)
     return bound
 
 
@@ -79,19 +79,19 @@ class Match:
     problems: list[Problem] = field(default_factory=list)
 
 
-def _best_match(adapter: Adapter, base: Checkpoint) -> Match:
+def _find_best_match(adapter: Adapter, base: Checkpoint) -> Match:
     """Return the match of the first renaming without a problem, else the one with the fewest problems."""
     if adapter.prefix is not None:
-        return _match(adapter, base, _find_renaming(adapter, base)[0])
-    plain = _match(adapter, base, Renaming(base.tensors))
+        return _bind_with(adapter, base, _find_renaming(adapter, base)[0])
+    plain = _bind_with(adapter, base, Renaming(base.tensors))
     if adapter.own_base is not None or (
         not _may_be_transposed(adapter) and (not plain.problems or _has_all_names(adapter, base))
     ):
         return plain
     matches = []
-    mapped, reason = transformers_names(base, adapter.config)
+    mapped, reason = list_transformers_names(base, adapter.config)
     for names in mapped:
-        match = _match(adapter, base, Renaming(base.tensors, mapped=names))
+        match = _bind_with(adapter, base, Renaming(base.tensors, mapped=names))
         if not match.problems:
             return match
         matches.append(match)
@@ -100,17 +100,17 @@ def _best_match(adapter: Adapter, base: Checkpoint) -> Match:
             return matches[0]
         plain.problems += _check_square_experts(base) if not mapped else []
         return plain
-    rename, others = _find_renaming(adapter, base)
-    own = _match(adapter, base, rename)
-    if others:
-        own.problems.append(
+    rename, other_prefixes = _find_renaming(adapter, base)
+    with_prefix = _bind_with(adapter, base, rename)
+    if other_prefixes:
+        with_prefix.problems.append(
             Problem(
                 "the adapter fits several parts of the base",
-                got=", ".join(repr(prefix) for prefix in (rename.prefix, *others[:5])),
+                got=", ".join(repr(prefix) for prefix in (rename.prefix, *other_prefixes[:5])),
                 hint="pass --prefix with the one that it was trained in",
             )
         )
-    best = min([own, *matches], key=lambda match: len(match.problems))
+    best = min([with_prefix, *matches], key=lambda match: len(match.problems))
     if best.problems and not mapped and reason:
         best.problems.append(
             Problem("the model's parameter names could not be compared with the base's", got=reason, hint=NAMES_HINT)
@@ -118,7 +118,7 @@ def _best_match(adapter: Adapter, base: Checkpoint) -> Match:
     return best
 
 
-def _match(adapter: Adapter, base: Checkpoint, rename: Renaming) -> Match:
+def _bind_with(adapter: Adapter, base: Checkpoint, rename: Renaming) -> Match:
     """Bind every module and replacement with one renaming."""
     match = Match()
     for module in adapter.modules:
@@ -140,8 +140,8 @@ def _match(adapter: Adapter, base: Checkpoint, rename: Renaming) -> Match:
 def _may_be_transposed(adapter: Adapter) -> bool:
     """Return True for stacks of square matrices, which some hub layouts hold transposed under the same name."""
     factors = [(module.b.shape[0], module.a.shape[1]) for module in adapter.modules if isinstance(module, StackModule)]
-    whole = [ref.shape[1:] for ref in adapter.replacements.values() if len(ref.shape) == 3]
-    return any(rows == columns for rows, columns in (*factors, *whole))
+    stacks = [ref.shape[1:] for ref in adapter.replacements.values() if len(ref.shape) == 3]
+    return any(rows == columns for rows, columns in (*factors, *stacks))
 
 
 def _check_square_experts(base: Checkpoint) -> list[Problem]:
@@ -159,23 +159,23 @@ def _check_square_experts(base: Checkpoint) -> list[Problem]:
 
 def _has_all_names(adapter: Adapter, base: Checkpoint) -> bool:
     """Return True where the base has every name of the adapter, so that renaming cannot solve a problem."""
-    names = [f"{module.name}.{parameter_of(module)}" for module in adapter.modules]
+    names = [f"{module.name}.{module.parameter}" for module in adapter.modules]
     return all(name in base.tensors for name in (*names, *adapter.replacements))
 
 
 def _find_renaming(adapter: Adapter, base: Checkpoint) -> tuple[Renaming, tuple[str, ...]]:
     """Return the renaming with one prefix that fits, and other prefixes that also fit."""
-    wanted: list[tuple[str, tuple[int, int] | None]] = []
+    names: list[tuple[str, tuple[int, int] | None]] = []
     for module in adapter.modules:
         if isinstance(module, StackModule):
-            wanted.append((f"{module.name}.", None))
+            names.append((f"{module.name}.", None))
         elif isinstance(module, BiasModule | TokenModule | VeraModule | PeftLayerModule):
-            wanted.append((f"{module.name}.{parameter_of(module)}", None))
+            names.append((f"{module.name}.{module.parameter}", None))
         else:
-            wanted.append((f"{module.name}.{parameter_of(module)}", module.shape))
-    wanted.sort(key=lambda item: item[1] is None)
-    if not wanted:
-        wanted = [(name, None) for name in adapter.replacements]
-    exempt = frozenset(name for name, _ in wanted if name.endswith(TIED_HEADS))
+            names.append((f"{module.name}.{module.parameter}", module.shape))
+    names.sort(key=lambda item: item[1] is None)
+    if not names:
+        names = [(name, None) for name in adapter.replacements]
+    exempt = frozenset(name for name, _ in names if name.endswith(TIED_HEADS))
     resized = frozenset(name for name in adapter.base_layers)
-    return find_renaming(wanted, base.tensors, exempt | resized, adapter.prefix)
+    return find_renaming(names, base.tensors, exempt | resized, adapter.prefix)

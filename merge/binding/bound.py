@@ -1,4 +1,4 @@
-"""Bound adapters: the result of bind.py, with the stored weight of every module. All later steps work on them."""
+"""Bound adapters: the result of bind.py, with the stored weight of every module. All later steps use them."""
 
 from __future__ import annotations
 
@@ -71,11 +71,11 @@ class BoundModule:
 
 @dataclass(frozen=True)
 class Origin:
-    """Evidence of the base that an adapter was trained on, held against the base that it is bound to."""
+    """Evidence of the base that an adapter was trained on, compared with the base that it is bound to."""
 
     findings: tuple[str, ...] = ()  # what agrees with the base, as sentences
-    contradictions: tuple[Problem, ...] = ()  # what shows another base, or a false statement about this one
-    doubts: tuple[str, ...] = ()  # what differs, but may differ on the right base too
+    contradictions: tuple[Problem, ...] = ()  # evidence of another base, or of a false statement about this base
+    doubts: tuple[str, ...] = ()  # differences that also occur on the right base
 
     def __add__(self, other: Origin) -> Origin:
         return Origin(
@@ -84,17 +84,17 @@ class Origin:
 
     @property
     def text(self) -> str:
-        """What is known, in one line."""
-        against = tuple(problem.cause for problem in self.contradictions)
-        return "; ".join((*against, *self.doubts, *self.findings)) or UNKNOWN_ORIGIN
+        """All evidence as one line."""
+        contradictions = tuple(problem.cause for problem in self.contradictions)
+        return "; ".join((*contradictions, *self.doubts, *self.findings)) or UNKNOWN_ORIGIN
 
 
-UNKNOWN_ORIGIN = "shapes fit; nothing in the files tells which base it was trained on"
+UNKNOWN_ORIGIN = "shapes fit; the files do not show which base it was trained on"
 
 
 @dataclass(frozen=True)
 class BoundAdapter:
-    """An adapter bound to a base: every name is found in it."""
+    """An adapter bound to a base: the stored weight of every module and the tensor of every replacement are known."""
 
     adapter: Adapter
     base: Checkpoint
@@ -105,8 +105,3 @@ class BoundAdapter:
     copies: Mapping[str, TensorRef] = field(default_factory=dict)  # new tensor name -> base tensor to copy
     config_changes: Mapping[str, Any] = field(default_factory=dict)  # changed keys of the merged model's config
     origin: Origin = Origin()  # evidence of the base that the adapter was trained on
-
-
-def parameter_of(module: AdaptedModule) -> str:
-    """Return the adapted parameter's name within its module: weight, bias, or a bare parameter."""
-    return module.parameter

@@ -26,7 +26,7 @@ def text_config(config: Mapping[str, Any]) -> Mapping[str, Any]:
 
 
 def is_tied(base: Checkpoint) -> bool:
-    """Return True when the head is the embedding: as the config states, else (transformers' default) without a head."""
+    """Return True when head and embedding are one tensor: as the config states, else when no head is stored."""
     stated = base.config.get("tie_word_embeddings", text_config(base.config).get("tie_word_embeddings"))
     if isinstance(stated, bool):
         return stated
@@ -39,7 +39,7 @@ def is_resized(name: str, old: TensorRef, new: TensorRef) -> bool:
     return head and len(old.shape) == len(new.shape) and old.shape[1:] == new.shape[1:]
 
 
-def with_config(bound: BoundAdapter) -> BoundAdapter:
+def add_config_changes(bound: BoundAdapter) -> BoundAdapter:
     """Return `bound` with the config changes of untied heads and resized vocabularies, and a copy of an untied head.
 
     Raises UnsupportedError for a shared embedding that is adapted only in part, MismatchError for vocabulary sizes that
@@ -66,7 +66,7 @@ def with_config(bound: BoundAdapter) -> BoundAdapter:
             changes["tie_word_embeddings"] = False
             frozen = changed[embedding].weight if embedding in changed else base.tensors[embedding]
             copies["lm_head.weight"] = base.tensors[embedding] if embedding in bound.replacements else frozen
-    elif tied and heads and not (embedding is not None and _replaced_alike(bound, embedding, heads)):
+    elif tied and heads and not (embedding is not None and _replaced_by_same_values(bound, embedding, heads)):
         changes["tie_word_embeddings"] = False
     sizes = {
         ref.shape[0]
@@ -114,12 +114,12 @@ def _has_language_head(bound: BoundAdapter) -> bool:
     return bound.adapter.config.get("task_type") == "CAUSAL_LM"
 
 
-def _replaced_alike(bound: BoundAdapter, embedding: str, heads: list[str]) -> bool:
+def _replaced_by_same_values(bound: BoundAdapter, embedding: str, heads: list[str]) -> bool:
     """Return True when embedding and heads are replaced by the same values, as PEFT saves tied ones."""
     trained = bound.replacements.get(embedding)
-    others = [bound.replacements.get(name) for name in heads]
+    trained_heads = [bound.replacements.get(name) for name in heads]
     return (
-        bool(others)
+        bool(trained_heads)
         and trained is not None
-        and all(other is not None and same_bytes(trained, other) for other in others)
+        and all(head is not None and same_bytes(trained, head) for head in trained_heads)
     )

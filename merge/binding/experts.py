@@ -60,7 +60,7 @@ def bind_stack(
                     repr(adapter.config.get("peft_version"))[:100],
                     "add the version of PEFT that saved the adapter: 0.19.1 changed the orientation",
                 )
-            fits.append((parameter, turned, _experts(module, experts, scale, shape, stored, turned)))
+            fits.append((parameter, turned, _bind_experts(module, experts, scale, shape, stored, turned)))
     if len(fits) > 1 and stated is not None:
         fits = [fit for fit in fits if fit[1] == stated]
     if len(fits) > 1:
@@ -69,7 +69,7 @@ def bind_stack(
         return fits[0][2]
     if quantised:
         return Problem(f"{quantised[0]}: the base's weight is quantised", "/".join(FLOAT_DTYPES),
-                       rename.held[quantised[0]].dtype if quantised[0] in rename.held else None,
+                       rename.tensors[quantised[0]].dtype if quantised[0] in rename.tensors else None,
                        "merge into the unquantised base, then quantise")  # fmt: skip
     return Problem(
         f"{module.name}: "
@@ -81,7 +81,7 @@ def bind_stack(
     )
 
 
-def _experts(
+def _bind_experts(
     module: StackModule,
     experts: int,
     scale: float,
@@ -89,16 +89,19 @@ def _experts(
     stored: Sequence[StoredRows],
     turned: bool,
 ) -> list[BoundModule]:
-    """Return one module per run of stored rows within one expert; `turned`: the parameter is the delta transposed."""
+    """Return one module per run of stored rows within one expert.
+
+    shape: of the parameter, (experts, n, m). turned: the parameter is adapted by the transposed delta.
+    """
     ups = ExpertUps(module.b, experts)
     bound = []
     for item in stored:
         size = shape[2] if item.turned else shape[1]
         across = turned != item.turned  # stored rows are columns of B A
-        for first in range(item.own[0], item.own[1], size):
-            index, stop = first // size, min(item.own[1], (first // size + 1) * size)
+        for first in range(item.parameter_rows[0], item.parameter_rows[1], size):
+            index, stop = first // size, min(item.parameter_rows[1], (first // size + 1) * size)
             part = (first - index * size, stop - index * size)
-            start = item.rows[0] + first - item.own[0]
+            start = item.rows[0] + first - item.parameter_rows[0]
             rows = (start, start + stop - first)
             expert = ExpertModule(
                 module.name,
@@ -111,8 +114,8 @@ def _experts(
                 columns=part if across else (0, module.a.shape[1]),
                 ups=ups,
             )
-            whole = len(item.ref.shape) == 2 and rows == (0, item.ref.rows)
-            bound.append(BoundModule(expert, item.ref, across, rows=None if whole else rows))
+            is_whole = len(item.ref.shape) == 2 and rows == (0, item.ref.rows)
+            bound.append(BoundModule(expert, item.ref, across, rows=None if is_whole else rows))
     ups.uses = len(bound)
     return bound
 
@@ -120,7 +123,7 @@ def _experts(
 def _select_by_nesting(
     fits: list[tuple[str, bool, list[BoundModule]]], module: StackModule, rename: Renaming
 ) -> list[tuple[str, bool, list[BoundModule]]]:
-    """Select the fit by PEFT's nesting: it wraps the parameters of a module in their order, the first one innermost."""
+    """Select the fit by PEFT's nesting: it wraps the parameters of a module in order, and the first is innermost."""
     names = [target[0] for target in module.targets]
     if rename.mapped is not None:
         order = [name.rpartition(".")[2] for name in rename.mapped.shapes]
@@ -131,8 +134,8 @@ def _select_by_nesting(
         return fits
     if module.wrappers != len(names):
         return fits
-    own = names[module.wrappers - 1 - module.depth]
-    return [fit for fit in fits if fit[0] == own]
+    innermost = names[module.wrappers - 1 - module.depth]
+    return [fit for fit in fits if fit[0] == innermost]
 
 
 def _find_stored_rows(name: str, experts: int, rename: Renaming) -> tuple[tuple[int, ...], Sequence[StoredRows]]:
@@ -141,8 +144,8 @@ def _find_stored_rows(name: str, experts: int, rename: Renaming) -> tuple[tuple[
     parameter = mapped.parameter(name) if mapped is not None else None
     if mapped is not None and parameter is not None and mapped.rows_of(parameter):
         return mapped.shapes[parameter], mapped.rows_of(parameter)
-    for form in rename.forms(name):
-        ref = rename.held.get(form)
+    for form in rename.spellings(name):
+        ref = rename.tensors.get(form)
         if ref is not None:
             return ref.shape, (StoredRows(ref, (0, ref.rows), (0, ref.rows)),)
     return _find_separate_experts(name, experts, rename)
@@ -162,19 +165,19 @@ def _is_transposed(adapter: Adapter, base: Checkpoint) -> bool | None:
 
 
 def _find_separate_experts(name: str, experts: int, rename: Renaming) -> tuple[tuple[int, ...], Sequence[StoredRows]]:
-    """Return the same for experts stored as one 2-D tensor each (gate and up too); () and () where one is missing."""
+    """Return shape and stored rows of experts with one 2-D tensor each per projection; () and () if one is missing."""
     owner, _, parameter = name.rpartition(".")
     kinds = {"gate_up_proj": (GATES, UPS), "up_proj": (UPS,), "down_proj": (DOWNS,)}.get(parameter, ())
     stored: list[StoredRows] = []
     shapes = set()
     for index in range(experts):
         for kind in kinds:
-            names = [form for projection in kind for form in rename.forms(f"{owner}.{index}.{projection}.weight")]
-            ref = next((rename.held[form] for form in names if form in rename.held), None)
+            names = [form for projection in kind for form in rename.spellings(f"{owner}.{index}.{projection}.weight")]
+            ref = next((rename.tensors[form] for form in names if form in rename.tensors), None)
             if ref is None or len(ref.shape) != 2:
                 return (), ()
             shapes.add(ref.shape)
-            start = stored[-1].own[1] if stored else 0
+            start = stored[-1].parameter_rows[1] if stored else 0
             stored.append(StoredRows(ref, (0, ref.rows), (start, start + ref.rows)))
     if len(shapes) != 1:
         return (), ()

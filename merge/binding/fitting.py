@@ -15,11 +15,11 @@ from adapter_merge.quantisation.detection import CONV1D_MODELS as CONV1D_MODELS
 from adapter_merge.storage.checkpoint import Checkpoint
 from adapter_merge.storage.safetensors_header import FLOAT_DTYPES
 
-from .bound import BoundModule, parameter_of
+from .bound import BoundModule
 from .embeddings import EMBEDDINGS, TIED_HEADS, is_tied, text_config
 from .experts import INPUT_FIRST, bind_stack
 from .peft_layers import bind_layer
-from .weight_names import Place, Renaming, places
+from .weight_names import Place, Renaming, find_places
 
 
 def bind_module(
@@ -30,7 +30,7 @@ def bind_module(
         return bind_stack(module, adapter, base, rename)
     if isinstance(module, PeftLayerModule):
         return bind_layer(module, adapter, base, rename)
-    name = f"{module.name}.{parameter_of(module)}"
+    name = f"{module.name}.{module.parameter}"
     kind = base.config.get("model_type")
     conv1d = adapter.fan_in_fan_out or kind in CONV1D_MODELS
     if adapter.fan_in_fan_out and kind not in CONV1D_MODELS and module.shape[0] == module.shape[1]:
@@ -43,8 +43,8 @@ def bind_module(
                 "PEFT transposes a Conv1D, never an nn.Linear: set fan_in_fan_out accordingly in adapter_config.json",
             )
         conv1d = False
-    own = adapter.base_layers.get(name)
-    stored = places(name, module.shape, rename)
+    saved_weight = adapter.base_layers.get(name)
+    stored = find_places(name, module.shape, rename)
     output = None
     if not stored and rename(name).endswith(TIED_HEADS) and is_tied(base):
         ref = next((base.tensors[key] for key in base.tensors if key.endswith(EMBEDDINGS)), None)
@@ -52,15 +52,16 @@ def bind_module(
             stored, output = (Place(ref),), rename(name)
     if not stored:
         failure = rename.mapped.failures.get(rename.mapped.parameter(name) or "") if rename.mapped is not None else None
-        return Problem(f"the base has no {parameter_of(module)} for {module.name}", rename(name), failure)
+        return Problem(f"the base has no {module.parameter} for {module.name}", rename(name), failure)
     in_stack = any(place.rows is not None and len(place.ref.shape) == 3 for place in stored)
     if in_stack and text_config(base.config).get("model_type") in INPUT_FIRST:
         return Problem(
             f"{module.name}: the base stores its experts as (experts, in, out): an adapter of one expert does not fit",
             hint="train it with target_parameters",
         )
-    if own is not None and stored[0].is_whole and stored[0].ref.shape != own.shape:
-        output, stored = output or stored[0].ref.name, (Place(own),)  # the vocabulary was resized before training
+    if saved_weight is not None and stored[0].is_whole and stored[0].ref.shape != saved_weight.shape:
+        # The vocabulary was resized before training, so that the adapter's files hold the weight.
+        output, stored = output or stored[0].ref.name, (Place(saved_weight),)
     bound = []
     for place in stored:
         fitted = _fit(module, place, conv1d, output)
@@ -83,7 +84,7 @@ def _fit(module: AdaptedModule, place: Place, conv1d: bool, output: str | None) 
         if len(ref.shape) != 2 or ref.shape[1] != module.shape[1]:
             return wrong
         if max(module.indices, default=0) >= ref.shape[0]:
-            return Problem(f"{module.name}: a trained token is beyond the embedding",
+            return Problem(f"{module.name}: a trained token is outside the embedding",
                            f"rows below {ref.shape[0]}", str(max(module.indices)))  # fmt: skip
         return BoundModule(module, ref, output=output)
     if not place.is_whole:
@@ -141,14 +142,14 @@ def set_vera_sizes(modules: list[BoundModule]) -> list[BoundModule]:
 
 def check_overlaps(modules: Iterable[BoundModule]) -> list[Problem]:
     """Return a problem for each weight of which two modules of one adapter change the same rows."""
-    seen: dict[str, list[tuple[float, float, bool]]] = {}
+    row_ranges: dict[str, list[tuple[float, float, bool]]] = {}
     problems = []
     for item in modules:
         first, stop = item.rows or (0, float("inf"))
-        tokens = isinstance(item.module, TokenModule)
-        for begin, end, other in seen.get(item.name, ()):
-            if first < end and begin < stop and tokens == other:
+        is_tokens = isinstance(item.module, TokenModule)
+        for begin, end, other_is_tokens in row_ranges.get(item.name, ()):
+            if first < end and begin < stop and is_tokens == other_is_tokens:
                 problems.append(Problem(f"{item.name} is adapted twice by one adapter"))
                 break
-        seen.setdefault(item.name, []).append((first, stop, tokens))
+        row_ranges.setdefault(item.name, []).append((first, stop, is_tokens))
     return problems

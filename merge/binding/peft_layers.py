@@ -13,14 +13,14 @@ from adapter_merge.storage.safetensors_header import FLOAT_DTYPES, TensorRef
 
 from .bound import BoundModule
 from .embeddings import EMBEDDINGS
-from .weight_names import Renaming, places
+from .weight_names import Renaming, find_places
 
 
 def bind_layer(
     module: PeftLayerModule, adapter: Adapter, base: Checkpoint, rename: Renaming
 ) -> list[BoundModule] | Problem:
     """Bind one layer to its stored weight and bias, or return the problem."""
-    weight = _whole(f"{module.name}.weight", 2, module, rename)
+    weight = _find_whole_tensor(f"{module.name}.weight", 2, module, rename)
     if isinstance(weight, Problem):
         return weight
     if adapter.fan_in_fan_out or base.config.get("model_type") in CONV1D_MODELS:
@@ -29,8 +29,8 @@ def bind_layer(
         return Problem(f"{module.name}: {module.kind} is supported on nn.Linear, not on an embedding", got=weight.name)
     rows, columns = weight.shape
     name = f"{module.name}.bias"
-    has_bias = any(form in rename.held for form in rename.forms(name))
-    bias = _whole(name, 1, module, rename) if has_bias or "weight" not in module.changes else None
+    has_bias = any(form in rename.tensors for form in rename.spellings(name))
+    bias = _find_whole_tensor(name, 1, module, rename) if has_bias or "weight" not in module.changes else None
     if isinstance(bias, Problem):
         return bias
     bound = []
@@ -41,9 +41,9 @@ def bind_layer(
     return bound
 
 
-def _whole(name: str, dimensions: int, module: PeftLayerModule, rename: Renaming) -> TensorRef | Problem:
+def _find_whole_tensor(name: str, dimensions: int, module: PeftLayerModule, rename: Renaming) -> TensorRef | Problem:
     """Return the stored tensor of a parameter that the base stores as it is, or the problem."""
-    stored = places(name, module.shape, rename)
+    stored = find_places(name, module.shape, rename)
     if not stored:
         return Problem(f"the base has no {name.rpartition('.')[2]} for {module.name}", rename(name))
     ref = stored[0].ref
@@ -62,7 +62,7 @@ def _whole(name: str, dimensions: int, module: PeftLayerModule, rename: Renaming
 
 
 def set_companions(modules: list[BoundModule]) -> list[BoundModule]:
-    """Tell every layer the sizes of all adapted weights: some types share tensors as large as the largest."""
+    """Give every layer the sizes of all adapted weights: some types share tensors that have the largest size."""
     shapes = {
         item.module.shape
         for item in modules

@@ -6,10 +6,10 @@ tokens. DCFT's authors (github Godz-z/DCFT, commit 38f71d2, modeling_deberta_v2.
     positional queries   nn.Linear.forward(self.query_proj, r)     the frozen weight, without the delta
     positional keys      self.key_proj(r)                          with the delta
 
-so that one merged query_proj cannot serve tokens and positions. In transformers this is a model without
-`share_att_key`: pos_query_proj is then the frozen query_proj, and pos_key_proj the merged key_proj. PEFT and the
-reshape form of DCFT (github youseefmoemen/DCFT) replace the layer in transformers' model: there both uses have the
-delta.
+so one merged query_proj cannot be used for both tokens and positions. The merge writes a model without
+`share_att_key`, where pos_query_proj is the frozen query_proj and pos_key_proj the merged key_proj. PEFT and the
+reshape form of DCFT (github youseefmoemen/DCFT) replace the layer in transformers' model, so that both uses include
+the delta.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ POSITIONAL_TERMS = ("c2p", "p2c")  # scores of transformers: content to position
 SHARED = "share_att_key"
 
 
-def with_positional_projections(bound: BoundAdapter) -> BoundAdapter:
+def add_positional_projections(bound: BoundAdapter) -> BoundAdapter:
     """Return `bound` with separate positional projections where the positional queries use the frozen weight.
 
     New tensors are in `copies` (the frozen query_proj, biases) and in `modules` (the merged key_proj); the config
@@ -70,7 +70,7 @@ def with_positional_projections(bound: BoundAdapter) -> BoundAdapter:
 
 
 def check_together(parts: Sequence[tuple[str, BoundAdapter]], in_turn: bool) -> list[Problem]:
-    """Return the problems of combining named adapters: mixed treatments of the positional projections are undefined."""
+    """Return the problems of combining named adapters that treat the positional projections differently."""
     apart = [name for name, bound in parts if SHARED in bound.config_changes]
     if not apart or len(parts) == 1:
         return []
@@ -89,7 +89,7 @@ def check_together(parts: Sequence[tuple[str, BoundAdapter]], in_turn: bool) -> 
         if touched:
             problems.append(
                 Problem(
-                    f"{touched[0]}: {name!r} trained it for positions too, {apart[0]!r} uses the frozen one for them",
+                    f"{touched[0]}: {name!r} adapts it for positions, {apart[0]!r} uses the frozen weight for them",
                     "adapters that treat the positional queries in the same way",
                     hint=hint,
                 )
@@ -120,7 +120,7 @@ def keeps_queries_frozen(adapter: Adapter, base: Checkpoint) -> bool:
 
 
 def is_positional(item: BoundModule) -> bool:
-    """Return True for a module that `with_positional_projections` added: a weight written again for positions."""
+    """Return True for a module that `add_positional_projections` added for positions."""
     return item.output is not None and ".pos_key_proj." in item.output
 
 
@@ -130,9 +130,9 @@ def positional_name(name: str) -> str:
 
 
 def shared_terms(config: Mapping[str, Any]) -> tuple[str, ...]:
-    """Return the positional scores ("c2p", "p2c") for which a DeBERTa base shares query_proj and key_proj, () for none.
+    """Return the positional scores ("c2p", "p2c") for which a DeBERTa base shares query_proj and key_proj; or ().
 
-    Raises UnsupportedError for a base for which DCFT's authors have no forward.
+    Raises UnsupportedError for a base that the authors' forward does not cover.
     """
     kind = config.get("model_type")
     if kind is None:

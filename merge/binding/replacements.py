@@ -45,13 +45,13 @@ def missing_replacements(adapter: Adapter, base: Checkpoint) -> list[Problem]:
     saved = adapter.config.get("modules_to_save")
     if adapter.format != AdapterFormat.PEFT or not isinstance(saved, list):
         return []
-    held = {*adapter.replacements, *(f"{module.name}." for module in adapter.modules)}
+    trained_names = {*adapter.replacements, *(f"{module.name}." for module in adapter.modules)}
     missing = [
         module
         for module in saved
         if isinstance(module, str)
         and any(f".{module}." in f".{name}" for name in base.tensors)
-        and not any(f".{module}." in f".{name}" for name in held)
+        and not any(f".{module}." in f".{name}" for name in trained_names)
     ]
     return [
         Problem(
@@ -64,10 +64,10 @@ def missing_replacements(adapter: Adapter, base: Checkpoint) -> list[Problem]:
 
 
 def _split_rows(name: str, ref: TensorRef, rename: Renaming) -> dict[str, TensorRef] | Problem | None:
-    """Return the same for a parameter that the base stores as several tensors (experts); None for other parameters."""
+    """Return output names and rows of a parameter that the base stores as several tensors; None for any other."""
     mapped = rename.mapped
     parameter = mapped.parameter(name) if mapped is not None else None
-    if mapped is None or parameter is None or mapped.whole(parameter) is not None:
+    if mapped is None or parameter is None or mapped.find_whole_tensor(parameter) is not None:
         return None
     rows, shape = mapped.rows_of(parameter), mapped.shapes[parameter]
     if not rows:
@@ -78,11 +78,11 @@ def _split_rows(name: str, ref: TensorRef, rename: Renaming) -> dict[str, Tensor
             f"{name}: was trained in full, but the base stores it as parts of other tensors",
             hint="save the base in the model's layout: save_pretrained(..., save_original_format=False)",
         )
-    return {item.ref.name: _slice_rows(ref, item.own, item.ref.shape) for item in rows}
+    return {item.ref.name: _slice_rows(ref, item.parameter_rows, item.ref.shape) for item in rows}
 
 
 def _is_new(name: str, target: str, adapter: Adapter, base: Checkpoint, rename: Renaming) -> bool:
-    """Return True for a tensor of the model that the base lacks: of a saved module, or a head that was tied."""
+    """Return True for a tensor that the model has and the base lacks: of a saved module, or a head that was tied."""
     if target in TIED_HEADS:
         return rename.mapped is not None or not any(key.endswith("." + target) for key in base.tensors)
     saved = adapter.config.get("modules_to_save")

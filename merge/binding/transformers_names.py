@@ -38,7 +38,7 @@ AUTO_CLASSES = {  # task_type of a PEFT config -> the class that PEFT trains it 
 # Operations that move whole rows or transpose a matrix; all other operations are refused.
 ROW_OPERATIONS = ("MergeModulelist", "SplitModulelist", "Concatenate", "Chunk", "Split", "Interleave", "Transpose",
                   "PermuteForRope", "ErnieFuseAndSplitTextVisionExperts")  # fmt: skip
-NUMBER_BITS = 40  # a row's label: number of its tensor << 40 | number of the row
+NUMBER_BITS = 40  # the label of a row is (number of its tensor << 40) | number of the row
 
 
 @dataclass(frozen=True)
@@ -47,7 +47,7 @@ class StoredRows:
 
     ref: TensorRef
     rows: tuple[int, int]  # of the stored tensor
-    own: tuple[int, int]  # of the parameter's 2-D view; of its transpose where `turned`
+    parameter_rows: tuple[int, int]  # of the parameter's 2-D view; of its transpose where `turned`
     turned: bool = False  # the stored tensor holds the last two dimensions transposed
 
 
@@ -57,7 +57,7 @@ class TransformersNames:
 
     architecture: str
     shapes: Mapping[str, tuple[int, ...]]  # parameter (and saved buffer) -> shape
-    held: Mapping[str, TensorRef]
+    tensors: Mapping[str, TensorRef]  # of the checkpoint, by their stored names
     model: Any  # on the meta device
     renamings: Sequence[Any]
     converters: Sequence[Any]
@@ -71,9 +71,9 @@ class TransformersNames:
         from transformers.core_model_loading import dot_natural_key
 
         first_pattern = {pattern: converter for converter in self.converters for pattern in converter.source_patterns}
-        for key in sorted(self.held, key=dot_natural_key):
-            self.by_model_name[self.renamed(key)] = self.held[key]
-            name, pattern = self._renamed(key)
+        for key in sorted(self.tensors, key=dot_natural_key):
+            self.by_model_name[self.rename(key)] = self.tensors[key]
+            name, pattern = self._find_parameter(key)
             self._sources.setdefault(name, []).append((key, pattern))
             if pattern is not None:
                 targets = first_pattern[pattern].target_patterns
@@ -84,10 +84,10 @@ class TransformersNames:
         """Return the parameter called `name`, in the model's names or in a checkpoint's; None where there is none."""
         if name in self.shapes:
             return name
-        renamed, pattern = self._renamed(name)
+        renamed, pattern = self._find_parameter(name)
         return renamed if renamed in self.shapes and pattern is None else None
 
-    def renamed(self, name: str) -> str:
+    def rename(self, name: str) -> str:
         """Return the model's name of a checkpoint tensor, before tensors are fused or split."""
         from transformers.core_model_loading import rename_source_key
 
@@ -95,10 +95,10 @@ class TransformersNames:
 
     def contradiction(self, name: str) -> str | None:
         """Return the other parameter that the checkpoint's tensor `name` is loaded as, where both are parameters."""
-        if name not in self.shapes or name not in self.held:
+        if name not in self.shapes or name not in self.tensors:
             return None
-        other = self._renamed(name)[0]
-        return None if other == name else other
+        loaded_as = self._find_parameter(name)[0]
+        return None if loaded_as == name else loaded_as
 
     def rows_of(self, parameter: str) -> tuple[StoredRows, ...]:
         """Return the stored rows of `parameter`, in order; () where there are none, or where they are unknown.
@@ -109,15 +109,15 @@ class TransformersNames:
             self._convert(self._groups.get(parameter, parameter))
         return self._rows.setdefault(parameter, ())
 
-    def whole(self, parameter: str) -> TensorRef | None:
-        """Return the one stored tensor that is `parameter`, unchanged; None where there is none."""
+    def find_whole_tensor(self, parameter: str) -> TensorRef | None:
+        """Return the stored tensor that equals `parameter`; None where the parameter is assembled or transposed."""
         rows = self.rows_of(parameter)
         if len(rows) != 1 or rows[0].turned:
             return None
         ref = rows[0].ref
         return ref if ref.shape[1:] == self.shapes[parameter][1:] and rows[0].rows == (0, ref.rows) else None
 
-    def _renamed(self, name: str) -> tuple[str, str | None]:
+    def _find_parameter(self, name: str) -> tuple[str, str | None]:
         """Return (name in the model, pattern of the converter or None) with which transformers loads tensor `name`."""
         from transformers.core_model_loading import rename_source_key
 
@@ -134,7 +134,7 @@ class TransformersNames:
         sources = self._sources.get(first, [])
         if not sources:
             return
-        refs = [self.held[key] for key, _ in sources]
+        refs = [self.tensors[key] for key, _ in sources]
         pattern = sources[0][1]
         if pattern is None:
             ref = refs[-1]  # of two tensors with one name, transformers loads the last
@@ -142,7 +142,7 @@ class TransformersNames:
                 self._rows[first] = (StoredRows(ref, (0, ref.rows), (0, ref.rows)),)
             return
         if any(len(ref.shape) < 2 for ref in refs):
-            self.failures[first] = "it is joined from vectors"
+            self.failures[first] = "transformers joins it from vectors"
             return
         converter = deepcopy(next(item for item in self.converters if pattern in item.source_patterns))
         unknown = [type(item).__name__ for item in converter.operations if type(item).__name__ not in ROW_OPERATIONS]
@@ -160,7 +160,7 @@ class TransformersNames:
             converter.add_tensor(first, key, own_pattern, labels.view(*ref.shape[:-1], 1))
         try:
             made = converter.convert(first, model=self.model, config=self.model.config)
-        except Exception as error:  # an operation that needs the weights themselves
+        except Exception as error:  # the operation needs the values of the weights
             self.failures[first] = f"{type(error).__name__}: {error}"[:200]
             return
         for name, labels in made.items():
@@ -171,14 +171,14 @@ class TransformersNames:
             straight, turned = (*shape[:-1], 1), (*shape[:-2], 1, shape[-1])
             widths = {ref.shape[-1] for ref in refs}
             if tuple(value.shape) == straight and widths == {shape[-1]}:
-                self._rows[name] = tuple(_runs(value.reshape(-1), refs, shape[-2:], turned=False))
+                self._rows[name] = tuple(_split_runs(value.reshape(-1), refs, shape[-2:], turned=False))
             elif tuple(value.shape) == turned and widths == {shape[-2]}:
-                self._rows[name] = tuple(_runs(value.reshape(-1), refs, shape[-2:], turned=True))
+                self._rows[name] = tuple(_split_runs(value.reshape(-1), refs, shape[-2:], turned=True))
             else:
                 self.failures[name] = "transformers joins it from columns, or from another number of rows"
 
 
-def _runs(labels: Any, refs: Sequence[TensorRef], matrix: Sequence[int], *, turned: bool) -> Iterator[StoredRows]:
+def _split_runs(labels: Any, refs: Sequence[TensorRef], matrix: Sequence[int], *, turned: bool) -> Iterator[StoredRows]:
     """Yield the runs of consecutive stored rows in `labels` (rows of the parameter,), cut at each matrix of a stack."""
     import torch
 
@@ -194,10 +194,10 @@ def _runs(labels: Any, refs: Sequence[TensorRef], matrix: Sequence[int], *, turn
         yield StoredRows(ref, (row, row + end - begin), (begin, end), turned)
 
 
-def transformers_names(base: Checkpoint, config: Mapping[str, Any]) -> tuple[list[TransformersNames], str]:
-    """Return the names of `base` in each class that the adapter may have been trained in, the likeliest first.
+def list_transformers_names(base: Checkpoint, config: Mapping[str, Any]) -> tuple[list[TransformersNames], str]:
+    """Return the names of `base` in each class that the adapter may have been trained in, the most likely first.
 
-    The second value is the reason where there are none: transformers is missing, too old, or does not know the model.
+    The second value is the reason for an empty list: transformers is missing, too old, or does not know the model.
     """
     if not isinstance(base.config.get("model_type"), str):
         return [], "config.json names no model_type"
@@ -209,32 +209,32 @@ def transformers_names(base: Checkpoint, config: Mapping[str, Any]) -> tuple[lis
     reasons: list[str] = []
     for name in _architectures(base, config):
         try:
-            made = _names_in(base, name)
+            made = _build_names(base, name)
         except Exception as error:  # model code may raise anything for an unexpected config
             reasons.append(f"{name}: {type(error).__name__}: {error}"[:300])
             continue
-        if made is not None and all(made.architecture != other.architecture for other in names):
+        if made is not None and all(made.architecture != known.architecture for known in names):
             names.append(made)
     return names, "; ".join(reasons)
 
 
 def _architectures(base: Checkpoint, config: Mapping[str, Any]) -> Iterator[str]:
-    """Yield names of transformers' classes: the adapter's, that of its task, the base's, the bare model."""
+    """Yield names of transformers' classes: the adapter's, that of its task, the base's, and AutoModel."""
     auto_mapping = config.get("auto_mapping")
     if isinstance(auto_mapping, dict) and isinstance(auto_mapping.get("base_model_class"), str):
         yield auto_mapping["base_model_class"]
-    own = base.config.get("architectures")
+    architectures = base.config.get("architectures")
     task = AUTO_CLASSES.get(str(config.get("task_type")))
     if task is not None and task != "AutoModelForCausalLM":
         yield task
-    if isinstance(own, list) and own and isinstance(own[0], str):
-        yield own[0]
+    if isinstance(architectures, list) and architectures and isinstance(architectures[0], str):
+        yield architectures[0]
     if task is not None:
         yield task
     yield "AutoModel"
 
 
-def _names_in(base: Checkpoint, architecture: str) -> TransformersNames | None:
+def _build_names(base: Checkpoint, architecture: str) -> TransformersNames | None:
     """Build the names of `base` in one class; None where the class does not apply."""
     import torch
     import transformers
@@ -270,9 +270,9 @@ def _names_in(base: Checkpoint, architecture: str) -> TransformersNames | None:
     )
 
 
-def model_of(base: Checkpoint, architecture: str) -> Any:
+def build_model(base: Checkpoint, architecture: str) -> Any:
     """Build the model of one class without weights; None where the class does not apply. Raises ImportError."""
-    names = _names_in(base, architecture)
+    names = _build_names(base, architecture)
     return None if names is None else names.model
 
 

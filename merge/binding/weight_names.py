@@ -1,8 +1,8 @@
 """Places of a model's weights in the checkpoint: prefixes, fused projections, stacked or separate experts.
 
-An adapter names modules as in its model at training. The checkpoint may hold the same weights with one prefix more or
-less (a backbone alone, a language model inside a vision model), fused (q, k, v in one matrix) or split, stacked (all
-experts in one 3-D tensor) or separate. A renaming is used only where it makes every module fit exactly.
+An adapter has the module names of the model at training. The checkpoint may hold the same weights with an added or
+missing prefix (a backbone alone, a language model inside a vision model), fused (q, k, v in one matrix) or split,
+stacked (all experts in one 3-D tensor) or separate. A renaming is used only where it makes every module fit exactly.
 Facts about expert names: transformers' conversion_mapping.py, entries "mixtral" and "qwen2_moe".
 """
 
@@ -20,7 +20,7 @@ from .transformers_names import TransformersNames
 EXPERT = re.compile(r"(?P<experts>.+\.experts)\.(?P<index>\d+)\.(?P<kind>[^.]+)\.weight")
 GATES, UPS, DOWNS = ("gate_proj", "w1"), ("up_proj", "w3"), ("down_proj", "w2")
 SIBLINGS = ((".mlp.", ".block_sparse_moe."), (".block_sparse_moe.", ".mlp."))
-MAX_RUNS = 64  # of consecutive rows per 2-D weight; q, k and v of a fused projection are three
+MAX_RUNS = 64  # runs of consecutive rows per 2-D weight; a fused projection of q, k and v has three
 # projection -> (fused projection, the part of it)
 FUSED_PARTS: Mapping[str, Sequence[tuple[str, str]]] = {
     "q_proj": (("qkv_proj", "q"),),
@@ -52,41 +52,41 @@ class Place:
 class Renaming:
     """A renaming from an adapter's names to the checkpoint's: transformers' mapping, or one prefix for all names.
 
-    Without `mapped`: leading components are stripped, then a prefix is added. With it, each name is a parameter of the
-    model, whose rows the mapping finds; other names are searched among the renamed tensors.
+    Without `mapped`: the leading components `strip` are removed, then `prefix` is added. With `mapped`: the mapping
+    gives the stored rows of a parameter of the model; other names are searched among the renamed tensors.
     """
 
     def __init__(
         self,
-        held: Mapping[str, TensorRef],
+        tensors: Mapping[str, TensorRef],
         strip: str = "",
         prefix: str = "",
         mapped: TransformersNames | None = None,
     ) -> None:
         self.strip, self.prefix, self.mapped = strip, prefix, mapped
-        self.held = held if mapped is None else mapped.by_model_name
+        self.tensors = tensors if mapped is None else mapped.by_model_name
 
     def __call__(self, name: str) -> str:
         """Return the checkpoint's name for `name`, or `name` itself where only that one exists."""
         if self.mapped is not None:
             parameter = self.mapped.parameter(name)
-            whole = self.mapped.whole(parameter) if parameter is not None else None
-            if whole is not None:
-                return whole.name
-            name = parameter or self.mapped.renamed(name)
-            return self.held[name].name if name in self.held else name
+            whole_tensor = self.mapped.find_whole_tensor(parameter) if parameter is not None else None
+            if whole_tensor is not None:
+                return whole_tensor.name
+            name = parameter or self.mapped.rename(name)
+            return self.tensors[name].name if name in self.tensors else name
         renamed = self.prefix + name.removeprefix(self.strip)
-        if renamed in self.held:
+        if renamed in self.tensors:
             return renamed
         for old, new in SIBLINGS:
-            if old in renamed and renamed.replace(old, new) in self.held:
+            if old in renamed and renamed.replace(old, new) in self.tensors:
                 return renamed.replace(old, new)
-        return name if name in self.held else renamed
+        return name if name in self.tensors else renamed
 
-    def forms(self, name: str) -> Iterator[str]:
+    def spellings(self, name: str) -> Iterator[str]:
         """Yield the renamed name and its alternative spellings, whether they exist or not."""
         if self.mapped is not None:
-            name = self.mapped.parameter(name) or self.mapped.renamed(name)
+            name = self.mapped.parameter(name) or self.mapped.rename(name)
         renamed = self.prefix + name.removeprefix(self.strip)
         yield renamed
         for old, new in SIBLINGS:
@@ -94,34 +94,36 @@ class Renaming:
                 yield renamed.replace(old, new)
 
 
-def places(name: str, shape: tuple[int, int], rename: Renaming, transposed: bool = False) -> tuple[Place, ...]:
+def find_places(name: str, shape: tuple[int, int], rename: Renaming, transposed: bool = False) -> tuple[Place, ...]:
     """Return the places of the weight `name` of `shape` (out, in); () where it is not in the checkpoint.
 
     Fused and stacked tensors are searched only where no tensor has the name itself.
     """
-    held = rename.held
+    tensors = rename.tensors
     parameter = rename.mapped.parameter(name) if rename.mapped is not None else None
     if rename.mapped is not None and parameter is not None:
         return _find_mapped(rename.mapped, parameter)
-    for form in rename.forms(name):
-        if form in held:
-            return (Place(held[form]),)
-    for form in rename.forms(name):
+    for form in rename.spellings(name):
+        if form in tensors:
+            return (Place(tensors[form]),)
+    for form in rename.spellings(name):
         placed = (
-            _find_in_stack(form, shape, held) or _find_in_fused(form, shape, held) or _find_split(form, shape, held)
+            _find_in_stack(form, shape, tensors)
+            or _find_in_fused(form, shape, tensors)
+            or _find_split(form, shape, tensors)
         )
         if placed:
             return placed
-    if name in held:
-        return (Place(held[name]),)
+    if name in tensors:
+        return (Place(tensors[name]),)
     return ()
 
 
 def _find_mapped(names: TransformersNames, parameter: str) -> tuple[Place, ...]:
     """Return the stored rows from which transformers loads `parameter`."""
-    whole = names.whole(parameter)
-    if whole is not None:
-        return (Place(whole),)
+    whole_tensor = names.find_whole_tensor(parameter)
+    if whole_tensor is not None:
+        return (Place(whole_tensor),)
     stored = names.rows_of(parameter)
     if len(stored) > MAX_RUNS:
         names.failures[parameter] = "transformers reorders its rows"
@@ -130,7 +132,7 @@ def _find_mapped(names: TransformersNames, parameter: str) -> tuple[Place, ...]:
     result = []
     for item in stored:
         rows = None if item.rows == (0, item.ref.rows) else item.rows
-        part = None if item.own == (0, total) and not item.turned else item.own
+        part = None if item.parameter_rows == (0, total) and not item.turned else item.parameter_rows
         if item.turned:
             if len(stored) > 1 or rows is not None:
                 return ()
@@ -139,14 +141,14 @@ def _find_mapped(names: TransformersNames, parameter: str) -> tuple[Place, ...]:
     return tuple(result)
 
 
-def _find_in_stack(name: str, shape: tuple[int, int], held: Mapping[str, TensorRef]) -> tuple[Place, ...]:
+def _find_in_stack(name: str, shape: tuple[int, int], tensors: Mapping[str, TensorRef]) -> tuple[Place, ...]:
     """Return the rows of one expert's 2-D weight in a stacked (experts, out, in) tensor."""
     match = EXPERT.fullmatch(name)
     if match is None:
         return ()
     index, kind = int(match["index"]), match["kind"]
     gated = kind in GATES + UPS
-    ref = held.get(f"{match['experts']}.{'gate_up_proj' if gated else 'down_proj'}")
+    ref = tensors.get(f"{match['experts']}.{'gate_up_proj' if gated else 'down_proj'}")
     if ref is None or len(ref.shape) != 3 or index >= ref.shape[0] or kind not in GATES + UPS + DOWNS:
         return ()
     _, out, inner = ref.shape
@@ -156,11 +158,11 @@ def _find_in_stack(name: str, shape: tuple[int, int], held: Mapping[str, TensorR
     return (Place(ref, rows=(start, start + shape[0])),)
 
 
-def _find_in_fused(name: str, shape: tuple[int, int], held: Mapping[str, TensorRef]) -> tuple[Place, ...]:
+def _find_in_fused(name: str, shape: tuple[int, int], tensors: Mapping[str, TensorRef]) -> tuple[Place, ...]:
     """Return the rows of q, k, v, gate or up in a fused projection."""
     module, _, kind = name.removesuffix(".weight").rpartition(".")
     for fused, part in FUSED_PARTS.get(kind, ()):
-        ref = held.get(f"{module}.{fused}.weight")
+        ref = tensors.get(f"{module}.{fused}.weight")
         if ref is None or len(ref.shape) != 2 or ref.shape[1] != shape[1] or not name.endswith(".weight"):
             continue
         total, rows = ref.shape[0], shape[0]
@@ -175,11 +177,11 @@ def _find_in_fused(name: str, shape: tuple[int, int], held: Mapping[str, TensorR
     return ()
 
 
-def _find_split(name: str, shape: tuple[int, int], held: Mapping[str, TensorRef]) -> tuple[Place, ...]:
+def _find_split(name: str, shape: tuple[int, int], tensors: Mapping[str, TensorRef]) -> tuple[Place, ...]:
     """Return the separate projections that together hold a fused one."""
     module, _, kind = name.removesuffix(".weight").rpartition(".")
     parts = SPLITS.get(kind, ())
-    refs = [held.get(f"{module}.{part}.weight") for part in parts]
+    refs = [tensors.get(f"{module}.{part}.weight") for part in parts]
     fitting = [ref for ref in refs if ref is not None and len(ref.shape) == 2 and ref.shape[1] == shape[1]]
     if not parts or len(fitting) != len(parts) or sum(ref.shape[0] for ref in fitting) != shape[0]:
         return ()
@@ -191,8 +193,8 @@ def _find_split(name: str, shape: tuple[int, int], held: Mapping[str, TensorRef]
 
 
 def find_renaming(
-    wanted: Sequence[tuple[str, tuple[int, int] | None]],
-    held: Mapping[str, TensorRef],
+    names: Sequence[tuple[str, tuple[int, int] | None]],
+    tensors: Mapping[str, TensorRef],
     exempt: frozenset[str] = frozenset(),
     prefix: str | None = None,
 ) -> tuple[Renaming, tuple[str, ...]]:
@@ -203,44 +205,44 @@ def find_renaming(
     matches any tensor below it.
     """
     if prefix is not None:
-        return Renaming(held, prefix=prefix and prefix.rstrip(".") + "."), ()
+        return Renaming(tensors, prefix=prefix and prefix.rstrip(".") + "."), ()
 
     def fits(renaming: Renaming) -> bool:
-        return all(name in exempt or _exists(name, shape, renaming) for name, shape in wanted)
+        return all(name in exempt or _exists(name, shape, renaming) for name, shape in names)
 
-    same = Renaming(held)
-    if not wanted or fits(same):
-        return same, ()
-    first = next((n for n, _ in wanted if n not in exempt), wanted[0][0])
+    unchanged = Renaming(tensors)
+    if not names or fits(unchanged):
+        return unchanged, ()
+    first = next((n for n, _ in names if n not in exempt), names[0][0])
     components = first.split(".")
     for count in range(len(components) - 1):
         strip = "".join(part + "." for part in components[:count])
-        rest = first[len(strip) :]
+        suffix = first[len(strip) :]
         prefixes = {""} if count else set()
-        for key in held:
-            for tail in _tails(rest):
+        for key in tensors:
+            for tail in _tails(suffix):
                 if tail.endswith("."):
                     prefixes.add(key[: key.find("." + tail) + 1])
                 elif key.endswith("." + tail):
                     prefixes.add(key[: -len(tail)])
-        good = [p for p in sorted(prefixes, key=lambda p: (p.count("."), p)) if fits(Renaming(held, strip, p))]
+        good = [p for p in sorted(prefixes, key=lambda p: (p.count("."), p)) if fits(Renaming(tensors, strip, p))]
         if good:
-            return Renaming(held, strip, good[0]), tuple(good[1:])
-    return same, ()
+            return Renaming(tensors, strip, good[0]), tuple(good[1:])
+    return unchanged, ()
 
 
-def _tails(rest: str) -> Iterator[str]:
+def _tails(suffix: str) -> Iterator[str]:
     """Yield `rest` and the names of fused, split or stacked tensors that may hold it."""
-    yield rest
+    yield suffix
     for old, new in SIBLINGS:
-        if old in "." + rest:
-            yield ("." + rest).replace(old, new)[1:]
-    stem, _, kind = rest.removesuffix(".weight").rpartition(".")
+        if old in "." + suffix:
+            yield ("." + suffix).replace(old, new)[1:]
+    stem, _, kind = suffix.removesuffix(".weight").rpartition(".")
     for fused, _ in FUSED_PARTS.get(kind, ()):
         yield f"{stem}.{fused}.weight"
     for part in SPLITS.get(kind, ())[:1]:
         yield f"{stem}.{part}.weight"
-    match = EXPERT.fullmatch(rest)
+    match = EXPERT.fullmatch(suffix)
     if match:
         yield f"{match['experts']}.{'down_proj' if match['kind'] in DOWNS else 'gate_up_proj'}"
 
@@ -248,8 +250,8 @@ def _tails(rest: str) -> Iterator[str]:
 def _exists(name: str, shape: tuple[int, int] | None, renaming: Renaming) -> bool:
     """Return True when the checkpoint holds `name`, and in a fitting shape where `shape` is given."""
     if name.endswith("."):
-        return any(key.startswith(form) for form in renaming.forms(name) for key in renaming.held)
+        return any(key.startswith(form) for form in renaming.spellings(name) for key in renaming.tensors)
     if shape is None:
-        return any(form in renaming.held for form in renaming.forms(name)) or name in renaming.held
-    placed = places(name, shape, renaming)
+        return any(form in renaming.tensors for form in renaming.spellings(name)) or name in renaming.tensors
+    placed = find_places(name, shape, renaming)
     return bool(placed) and (not placed[0].is_whole or placed[0].ref.shape in (shape, shape[::-1]))

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from adapter_merge.binding.bound import BoundModule
 from adapter_merge.methods.adapter import ModuleDefaults, Reader, Weight
-from adapter_merge.methods.block_edits import BlockEdit, Replaced, applied, in_turn
+from adapter_merge.methods.block_edits import BlockEdit, Replaced, apply_edit, chain_edits
 from adapter_merge.methods.canonical_form import CanonicalForm
 from adapter_merge.methods.lora import BiasModule, ExpertModule, LoraModule, RowSliceModule
 from adapter_merge.methods.peft_layer import PeftLayerModule
@@ -33,7 +33,7 @@ class Share:
     def edit(self, dtype: torch.dtype) -> BlockEdit:
         """Return the whole change of the stored tensor by this adapter, in `dtype`."""
         edits: list[BlockEdit] = [Replaced(self.replacement)] if self.replacement is not None else []
-        return in_turn([*edits, *(module.stored_edit(dtype) for module in self.modules)])
+        return chain_edits([*edits, *(module.stored_edit(dtype) for module in self.modules)])
 
     @property
     def is_matrix(self) -> bool:
@@ -122,7 +122,7 @@ class CombinedWeight(ModuleDefaults):
     def stored_edit(self, dtype: torch.dtype) -> BlockEdit:
         """Return the combined change of the stored tensor, in `dtype`."""
         edits = [share.edit(dtype) for share in self.shares]
-        edit = in_turn(edits) if self.in_turn else combine_edits(self.parts(edits), self.settings)
+        edit = chain_edits(edits) if self.in_turn else combine_edits(self.parts(edits), self.settings)
         assert edit is not None, "tensors without a change have no CombinedWeight"
         return edit
 
@@ -155,12 +155,12 @@ class CombinedModule(BoundModule):
     def dense_delta(self, device: torch.device) -> Tensor:
         """Return dW (out, in) in float64 on `device`, for any method."""
         stored = read_tensor(self.weight).to(device=device, dtype=torch.float64)
-        delta = applied(self.stored_edit(torch.float64).to(device), stored).sub_(stored)
+        delta = apply_edit(self.stored_edit(torch.float64).to(device), stored).sub_(stored)
         return delta.T.contiguous() if self.transposed else delta
 
     def merged_weight(self) -> Tensor:
         """Return W' in float32, so that a trained head in a PEFT folder keeps its precision on a bfloat16 base."""
         stored = read_tensor(self.weight)
         rows = stored.reshape(1, -1) if stored.dim() < 2 else stored
-        after = applied(self.stored_edit(torch.float64), rows.to(torch.float64))
+        after = apply_edit(self.stored_edit(torch.float64), rows.to(torch.float64))
         return after.to(torch.float32).reshape(stored.shape)

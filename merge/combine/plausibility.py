@@ -12,7 +12,7 @@ import torch
 
 from adapter_merge.binding.bound import BoundAdapter
 from adapter_merge.errors import AdapterMergeError
-from adapter_merge.methods.block_edits import applied
+from adapter_merge.methods.block_edits import apply_edit
 from adapter_merge.storage.tensor_io import read_tensor
 
 from .origin import sample_modules
@@ -67,7 +67,7 @@ def sample_changes(bound: BoundAdapter) -> dict[str, float]:
         try:
             weight = item.oriented_weight().float()
             edit = item.module.edit(read_tensor, item.oriented_weight, torch.float32)
-            change = applied(edit, weight.clone()) - weight
+            change = apply_edit(edit, weight.clone()) - weight
         except AdapterMergeError:  # reported where the adapter is used
             continue
         size = float(torch.linalg.vector_norm(weight.double()))

@@ -32,7 +32,7 @@ from adapter_merge.formats.peft.tensors import PREFIX, WEIGHT_FILES, PeftTensors
 from adapter_merge.methods.adapter import AdaptedModule, Adapter, AdapterFormat, MethodName
 from adapter_merge.methods.dcft import DcftModule
 from adapter_merge.methods.lora import LoraModule
-from adapter_merge.methods.residual import DECOMPOSITIONS, LOST_INITS, Initial
+from adapter_merge.methods.residual import DECOMPOSITIONS, UNREPEATABLE_INITS, Initial
 from adapter_merge.storage.checkpoint import read_json, read_weights
 from adapter_merge.storage.safetensors_header import TensorRef
 
@@ -46,7 +46,7 @@ FORMAT_VERSION = 1
 DUDE_ROLES = {**LORA_ROLES, "frozen.weight": "frozen"}
 CHOICES = {
     "base": ("original", "residual"),
-    "initial": (*DECOMPOSITIONS, "none", *LOST_INITS),
+    "initial": (*DECOMPOSITIONS, "none", *UNREPEATABLE_INITS),
     "magnitude": ("trained", "frozen", "none"),
     "magnitude_axis": ("out", "in"),
 }

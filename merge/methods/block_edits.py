@@ -56,11 +56,11 @@ class BlockEdit(Protocol):
         """
 
     def delta_rows(self, block: Tensor, start: int) -> Tensor:
-        """Return the same rows of W' - W0, (n, columns), in the block's dtype; the block is not changed."""
+        """Return W' - W0 (n, columns) of the same rows, in the block's dtype; the block is not changed."""
 
 
-class _OnePass:
-    """An edit that needs no pass before it."""
+class _WithoutPass:
+    """Base class of edits that can be applied without a pass over all rows."""
 
     needs_pass = False
 
@@ -87,7 +87,7 @@ class RowRange:
         return replace(self, edit=self.edit.to(device, dtype))
 
     def _rows_in_range(self, block: Tensor, start: int) -> tuple[Tensor, int]:
-        """Return the rows of `block` that lie in the range, as a view, and the first one's number in the range."""
+        """Return the rows of `block` that lie in the range, as a view, and the first row's number within the range."""
         begin, end = max(start, self.first), min(start + block.shape[0], self.stop)
         return block[max(0, begin - start) : max(0, end - start)], max(0, begin - self.first)
 
@@ -114,7 +114,7 @@ class RowRange:
 
 
 @dataclass(frozen=True, eq=False)
-class RowsReplaced(_OnePass):
+class RowsReplaced(_WithoutPass):
     """The replacement of row `indices[i]` by `values[i]`; all other rows stay unchanged."""
 
     indices: Tensor  # (n,) int64, each once
@@ -135,7 +135,7 @@ class RowsReplaced(_OnePass):
 
 
 @dataclass(frozen=True, eq=False)
-class Replaced(_OnePass):
+class Replaced(_WithoutPass):
     """The replacement of every row by the same row of `source`, a stored tensor of the same shape."""
 
     source: TensorRef
@@ -145,6 +145,7 @@ class Replaced(_OnePass):
         return replace(self, device=device or self.device)
 
     def _read_rows(self, start: int, count: int, columns: int) -> Tensor:
+        """Return rows start .. start + count of `source`, (count, columns), in its dtype."""
         dtype = TORCH_DTYPES[self.source.dtype]
         raw = torch.empty(count * columns * dtype.itemsize, dtype=torch.uint8)
         read_into(self.source, start * columns * dtype.itemsize, raw)
@@ -159,10 +160,10 @@ class Replaced(_OnePass):
 
 
 @dataclass(frozen=True, eq=False)
-class WholeReplaced(_OnePass):
+class WholeReplaced(_WithoutPass):
     """The replacement of a weight by one that was computed from it, so that it applies to this W0 only.
 
-    Raises UnsupportedError for a block with other values: an adapter in turn after another one would undo the first.
+    Raises UnsupportedError for a block with other values: after another adapter, the replacement would undo its change.
     """
 
     before: Tensor  # (rows, columns) W0, in the base's dtype
@@ -178,6 +179,7 @@ class WholeReplaced(_OnePass):
         return WholeReplaced(*(part.T.contiguous() for part in (self.before, self.after, self.change)))
 
     def _rows_of(self, block: Tensor, start: int) -> slice:
+        """Return the slice of the rows of `block`. Raises UnsupportedError where they are not rows of `before`."""
         rows = slice(start, start + block.shape[0])
         if not torch.equal(block, self.before[rows].to(block)):
             raise UnsupportedError(
@@ -198,7 +200,7 @@ class WholeReplaced(_OnePass):
 class InTurn:
     """Several edits of one tensor, applied one after the other.
 
-    Edits that need a pass get it in their order, since a later edit acts on the result of the earlier ones. Only
+    Passes are made in the order of the edits, since a later edit acts on the result of the earlier ones. Only
     `RowRange`s share a pass: they are experts, whose rows are disjoint.
     """
 
@@ -217,10 +219,10 @@ class InTurn:
         return InTurn(tuple(edit.to(device, dtype) for edit in self.edits))
 
     def pass_sums(self, block: Tensor, start: int) -> Tensor:
-        wanted = self._edits_of_next_pass()
+        pass_indices = self._edits_of_next_pass()
         sums = []
-        for index, edit in enumerate(self.edits[: wanted[-1] + 1]):
-            if index in wanted:
+        for index, edit in enumerate(self.edits[: pass_indices[-1] + 1]):
+            if index in pass_indices:
                 sums.append(edit.pass_sums(block.clone(), start))
             else:
                 edit.apply_(block, start)
@@ -243,12 +245,12 @@ class InTurn:
         return after.sub_(block)
 
 
-def in_turn(edits: Sequence[BlockEdit]) -> BlockEdit:
+def chain_edits(edits: Sequence[BlockEdit]) -> BlockEdit:
     """Return one edit that applies all of `edits` in their order."""
     return edits[0] if len(edits) == 1 else InTurn(tuple(edits))
 
 
-def applied(edit: BlockEdit, weight: Tensor) -> Tensor:
+def apply_edit(edit: BlockEdit, weight: Tensor) -> Tensor:
     """Return W' for a whole stored tensor W0 of any shape, in its dtype.
 
     The result is that of the engine, which applies the same edit block by block.

@@ -4,7 +4,7 @@
 
 W0 is one linear weight in the Hugging Face orientation, (out, in), y = x W'^T + bias. The row scale of DoRA and DuDe
 depends on W0 (d = m / rownorm(W0 + up down)): the form then holds the magnitude m and computes the norms while it is
-applied to the rows. PiSSA and DuDe were trained beside a frozen residual that was rounded to the base's dtype: the
+applied to the rows. PiSSA and DuDe train factors added to a frozen residual that was rounded to the base's dtype: the
 form then holds that residual, so that the rounding is reproduced.
 """
 
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, eq=False)
 class Residual:
-    """The frozen weight beside trained factors: W_f = round(W0 - up @ down, dtype) (PiSSA eq. 2-4, DuDe eq. 5).
+    """The frozen weight to which trained factors are added: W_f = round(W0 - up @ down) (PiSSA eq. 2-4, DuDe eq. 5).
 
     The rounding must be reproduced: in bfloat16 its error is as large as a small update.
     """
@@ -35,7 +35,7 @@ class Residual:
         """Return the rows of W_f, (n, in) in `dtype`, that belong to `block` (n, in) of W0.
 
         The difference is computed in float32, as at training, whatever the block's dtype: rounding a float64
-        difference would give other bits than the adapter was trained beside.
+        difference would give other bits than the frozen weight of the training.
         """
         product = self.up[rows].to(torch.float32) @ self.down.to(torch.float32)
         return torch.sub(block.to(torch.float32), product).to(self.dtype)
@@ -46,7 +46,7 @@ class Residual:
 
     @property
     def is_rounded(self) -> bool:
-        """True when W_f differs from W0 - up @ down by more than float32 arithmetic does."""
+        """True when W_f differs from W0 - up @ down by more than float32 rounding."""
         return self.dtype not in (torch.float32, torch.float64)
 
 
@@ -75,9 +75,9 @@ class SavedResidual(Residual):
 class ProductRoundedResidual(Residual):
     """The residual as MyTransformers computes it: W_f = round(round(W0) - round(s round(b @ a))).
 
-    The model was loaded in `dtype` before it was decomposed; b and a are in the dtype `product`, and so are their
-    product and its scaled value; that is then rounded to `dtype`, and so is the difference, taken in float32.
-    up @ down is s b @ a without these roundings.
+    The model was loaded in `dtype` before it was decomposed. b, a, b @ a and s b @ a are in the dtype `product`. The
+    scaled product is rounded to `dtype`, and so is the difference, which is computed in float32. up @ down is s b @ a
+    without these roundings.
     """
 
     b: Tensor | None = None  # (out, r), in `product`

@@ -79,7 +79,7 @@ class DcftModule(ModuleDefaults):
         if not (math.isfinite(number) and number > 0):
             raise AdapterError(
                 f"{self.name}: ranknum is not a usable number",
-                expected="the rank that was counted at training, > 0",
+                expected="a rank > 0, as the training stored it",
                 got=str(number),
                 hint="pass --ranknum NUMBER",
             )
@@ -98,17 +98,17 @@ def infer_stride(size: int, steps: int, kernel: int) -> int | None:
     """Return the stride with which `steps` inputs and a kernel of that size give exactly `size` outputs, or None."""
     if steps == 1:
         return kernel if size == kernel else None
-    stride, rest = divmod(size - kernel, steps - 1)
-    return stride if rest == 0 and stride >= 1 else None
+    stride, remainder = divmod(size - kernel, steps - 1)
+    return stride if remainder == 0 and stride >= 1 else None
 
 
 def infer_steps(size: int, kernel: int, stride: int) -> int | None:
     """Return the number of inputs from which such a kernel at this stride gives exactly `size` outputs, or None.
 
-    A stride above the kernel's size would leave outputs that nothing reaches: None.
+    Also None for a stride above the kernel's size, which would leave outputs without an input.
     """
-    steps, rest = divmod(size - kernel, stride)
-    return steps + 1 if rest == 0 and steps >= 0 and stride <= kernel else None
+    steps, remainder = divmod(size - kernel, stride)
+    return steps + 1 if remainder == 0 and steps >= 0 and stride <= kernel else None
 
 
 def deconvolve(
@@ -131,10 +131,10 @@ def dcft_factors(
     """Return up (out, R) and down (R, in), float64, with up @ down == dW; R = r_sub * numerical rank of the kernel."""
     u, s, vh = torch.linalg.svd(c.to(torch.float64), full_matrices=False)
     # Singular values below float32's precision count as zero, whatever the stored dtype.
-    kept = max(1, int((s > s[0] * max(c.shape) * torch.finfo(torch.float32).eps).sum()))
-    root = s[:kept].sqrt()  # (j,)
-    down = deconvolve(a.to(torch.float64), (u[:, :kept] * root).T, stride[0])  # (R, in)
-    up = deconvolve(b.to(torch.float64).T, root[:, None] * vh[:kept], stride[1])  # (R, out)
+    kernel_rank = max(1, int((s > s[0] * max(c.shape) * torch.finfo(torch.float32).eps).sum()))
+    root = s[:kernel_rank].sqrt()  # (j,)
+    down = deconvolve(a.to(torch.float64), (u[:, :kernel_rank] * root).T, stride[0])  # (R, in)
+    up = deconvolve(b.to(torch.float64).T, root[:, None] * vh[:kernel_rank], stride[1])  # (R, out)
     return scale * up.T.contiguous(), down
 
 

@@ -4,9 +4,9 @@
     Delta = conv_transpose2d(P, deconv.weight, stride d) + deconv.bias          (in, out)
     dW = Delta.view(out, in),  y = x (W0 + dW)^T                                without scale or ranknum
 
-Viewing (in, out), row-major, as (out, in) cuts its rows into pieces of g = gcd(in, out) elements: Delta = X Y of rank
-R becomes factors of rank R (in / g) (out / g), exactly. Where that rank is not below min(in, out), one factor is the
-dense matrix and the other the identity.
+Viewing (in, out), row-major, as (out, in) divides its rows into pieces of g = gcd(in, out) elements: Delta = X Y of
+rank R has exact factors of rank R (in / g) (out / g) after the view. Where that rank is not below min(in, out), one
+factor is the dense matrix and the other the identity.
 """
 
 from __future__ import annotations
@@ -59,12 +59,12 @@ class DcftReshapeModule(ModuleDefaults):
         channels, rank = self.c.shape[0], self.a.shape[-2]
         images = read(self.b).reshape(channels, -1, rank).mT, read(self.a).reshape(channels, rank, -1).mT
         up, down = channel_factors(*images, read(self.c)[:, 0], stride, 1.0)
-        left, right = down.T, up.T  # (in, R), (R, out)
+        image_left, image_right = down.T, up.T  # (in, R), (R, out)
         if self.bias is not None:
-            constant = read(self.bias).to(left).reshape(1, 1)
-            left = torch.cat((left, torch.ones_like(left[:, :1])), 1)
-            right = torch.cat((right, constant.expand(1, right.shape[1])))
-        new_up, new_down = reshaped_factors(left, right)
+            constant = read(self.bias).to(image_left).reshape(1, 1)
+            image_left = torch.cat((image_left, torch.ones_like(image_left[:, :1])), 1)
+            image_right = torch.cat((image_right, constant.expand(1, image_right.shape[1])))
+        new_up, new_down = reshaped_factors(image_left, image_right)
         return CanonicalForm(new_up.to(dtype), new_down.to(dtype))
 
 

@@ -45,8 +45,8 @@ class LokrModule(ModuleDefaults):
 
     def form(self, read: Reader, weight: Weight, dtype: torch.dtype) -> CanonicalForm:
         """Return the canonical form in `dtype`. Does not read the base."""
-        up1, down1 = _factors(tuple(read(ref).to(torch.float64) for ref in self.w1))
-        up2, down2 = _factors(tuple(read(ref).to(torch.float64) for ref in self.w2))
+        up1, down1 = _split_factor(tuple(read(ref).to(torch.float64) for ref in self.w1))
+        up2, down2 = _split_factor(tuple(read(ref).to(torch.float64) for ref in self.w2))
         magnitude = read(self.magnitude).to(dtype).reshape(-1) if self.magnitude is not None else None
         return CanonicalForm(
             (torch.kron(up1, up2) * self.scale).to(dtype),
@@ -56,16 +56,16 @@ class LokrModule(ModuleDefaults):
         )
 
 
-def _rank(side: tuple[TensorRef, ...]) -> int:
+def _rank(factor: tuple[TensorRef, ...]) -> int:
     """Return an upper bound of the rank of W1 or W2."""
-    return min(side[0].shape) if len(side) == 1 else side[0].shape[1]
+    return min(factor[0].shape) if len(factor) == 1 else factor[0].shape[1]
 
 
-def _factors(side: tuple[Tensor, ...]) -> tuple[Tensor, Tensor]:
+def _split_factor(factor: tuple[Tensor, ...]) -> tuple[Tensor, Tensor]:
     """Return up (o, R) and down (R, i) with up @ down == W1 or W2; R is the smaller side of a full matrix."""
-    if len(side) == 2:
-        return side[0], side[1]
-    full = side[0]
+    if len(factor) == 2:
+        return factor[0], factor[1]
+    full = factor[0]
     rows, columns = full.shape
     if rows <= columns:
         return torch.eye(rows, dtype=full.dtype), full

@@ -19,9 +19,9 @@ from adapter_merge.storage.safetensors_header import TensorRef
 from adapter_merge.storage.tensor_io import TORCH_DTYPES
 
 from .adapter import ModuleDefaults, Reader, Weight
-from .block_edits import BlockEdit, Replaced, in_turn
+from .block_edits import BlockEdit, Replaced, chain_edits
 from .canonical_form import CanonicalForm, Residual
-from .residual import Initial, residual_of, saved_residual
+from .residual import Initial, make_residual, make_saved_residual
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -64,8 +64,8 @@ class LoraModule(ModuleDefaults):
     @property
     def refs(self) -> tuple[TensorRef, ...]:
         initial = self.initial.refs if self.initial is not None else ()
-        own = (self.e, self.magnitude, self.frozen)
-        return (self.a, self.b, *(ref for ref in own if ref is not None), *initial)
+        optional = (self.e, self.magnitude, self.frozen)
+        return (self.a, self.b, *(ref for ref in optional if ref is not None), *initial)
 
     @property
     def untrained(self) -> tuple[TensorRef, ...]:
@@ -83,8 +83,8 @@ class LoraModule(ModuleDefaults):
         """Return the canonical form in `dtype`, on the CPU.
 
         Calls `weight`, which reads W0 (out, in) in the base's dtype, only for a residual or a computed magnitude.
-        Raises MismatchError where a saved residual is not one of this base, UnsupportedError where an initialisation
-        cannot be repeated.
+        Raises MismatchError where a saved residual does not belong to this base, UnsupportedError where an
+        initialisation cannot be repeated.
         """
         a = read(self.a).to(dtype)  # (r, in)
         b = read(self.b).to(dtype)  # (out, r)
@@ -97,9 +97,9 @@ class LoraModule(ModuleDefaults):
         magnitude = read(self.magnitude).to(dtype).reshape(-1) if self.magnitude is not None else None
         residual: Residual | None = None
         if self.initial is not None and self.frozen is not None:
-            residual = saved_residual(read(self.frozen), weight(), self.rank, dtype, self.name)
+            residual = make_saved_residual(read(self.frozen), weight(), self.rank, dtype, self.name)
         elif self.initial is not None:
-            residual = residual_of(self.initial, self.rank, self.scale, read, weight, dtype)
+            residual = make_residual(self.initial, self.rank, self.scale, read, weight, dtype)
         if self.own_magnitude:
             frozen = read(self.frozen).to(dtype) if self.frozen is not None else None
             if frozen is None:
@@ -114,7 +114,7 @@ class LoraModule(ModuleDefaults):
         """Return the change of the stored weight in `dtype`; a saved residual replaces the base weight first."""
         if self.frozen is None:
             return self.form(read, weight, dtype)
-        return in_turn((Replaced(self.frozen), replace(self, initial=None).form(read, weight, dtype)))
+        return chain_edits((Replaced(self.frozen), replace(self, initial=None).form(read, weight, dtype)))
 
 
 @dataclass(frozen=True)
@@ -183,9 +183,9 @@ class RowSliceModule(ModuleDefaults):
 
 
 class ExpertUps:
-    """B (out, r E) of a stacked parameter: read once for all E experts, released after the last one has taken its B.
+    """B (out, r E) of a stacked parameter: read once for all E experts, released after the last expert has taken its B.
 
-    The expert is the fastest dimension of B, so that the values of one expert are spread over the whole tensor.
+    The expert is the fastest index of B, so the values of each expert are spread over the whole tensor.
     """
 
     def __init__(self, b: TensorRef, experts: int, uses: int = 1) -> None:
@@ -198,8 +198,8 @@ class ExpertUps:
         """Return B (out, r) of expert `index`, in the stored dtype. May be called by several threads."""
         with self._lock:
             if self._by_expert is None:
-                whole = read(self.b)
-                self._by_expert = whole.reshape(whole.shape[0], -1, self.experts).permute(2, 0, 1).contiguous()
+                stacked = read(self.b)
+                self._by_expert = stacked.reshape(stacked.shape[0], -1, self.experts).permute(2, 0, 1).contiguous()
                 self._uses_left = self.uses
             b = self._by_expert[index].clone()
             self._uses_left -= 1
@@ -244,8 +244,8 @@ class ExpertModule(ModuleDefaults):
         item = TORCH_DTYPES[self.a.dtype].itemsize
         size = self.rank * self.a.shape[1] * item
         start = self.a.start + self.index * size
-        own = replace(self.a, shape=(self.rank, self.a.shape[1]), start=start, stop=start + size)
-        down = read(own)[:, slice(*self.columns)].to(dtype).contiguous()
+        expert_a = replace(self.a, shape=(self.rank, self.a.shape[1]), start=start, stop=start + size)
+        down = read(expert_a)[:, slice(*self.columns)].to(dtype).contiguous()
         up = self.ups.take(read, self.index)[slice(*self.rows)].to(dtype).contiguous()
         return CanonicalForm(up * self.scale, down)
 
@@ -280,5 +280,5 @@ class StackModule(ModuleDefaults):
     def form(self, read: Reader, weight: Weight, dtype: torch.dtype) -> CanonicalForm:
         """Raise UnsupportedError: the base is needed to divide the factors among experts."""
         raise UnsupportedError(
-            f"{self.name}: adapted experts need the base, which tells how many there are", hint="give BASE as well"
+            f"{self.name}: adapted experts need the base, whose shapes give their number", hint="give BASE as well"
         )

@@ -1,8 +1,8 @@
-"""Methods that PEFT's own layer computes: PEFT builds its layer around one weight, and its own `merge` gives W'.
+"""Methods that PEFT's own layer computes: PEFT builds its layer around one weight, and the layer's `merge` gives W'.
 
-A method that has no file of its own here needs no second implementation of its formula: the layer holds one weight W0
-(out, in), gets the adapter's tensors, and merges in float64. The result is an edit of the whole weight. One layer is
-built at a time, on the CPU, so that memory holds one weight. Needs peft (the extra `verify`).
+For these methods the formula is not implemented a second time: the layer holds one weight W0 (out, in), loads the
+adapter's tensors and merges in float64. The result is an edit of the whole weight. One layer is built at a time, on the
+CPU, so that only one weight is in memory. Needs peft (the extra `verify`).
 
 Sources: peft.get_peft_model, peft.set_peft_model_state_dict, peft.tuners.*.layer (`merge`).
 """
@@ -29,9 +29,9 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 PREFIX = "base_model.model."  # of the tensors of single modules in a PEFT folder
-_one_at_a_time = threading.Lock()  # PEFT draws from torch's global generator, and one layer bounds the memory
-# Settings that choose modules of a model: the layer is built for one module, by its name.
-_CHOICE = ("target_modules", "exclude_modules", "layers_to_transform", "layers_pattern", "modules_to_save",
+_layer_lock = threading.Lock()  # PEFT uses torch's global generator, and memory is for one layer
+# Settings that select modules of a model; they are dropped, since the layer is built for one named module.
+_MODULE_SETTINGS = ("target_modules", "exclude_modules", "layers_to_transform", "layers_pattern", "modules_to_save",
            "target_parameters", "auto_mapping", "task_type")  # fmt: skip
 
 
@@ -50,7 +50,7 @@ class PeftLayerModule(ModuleDefaults):
 
     name: str
     kind: str  # PEFT's peft_type
-    tensors: Mapping[str, TensorRef]  # by their full names in the folder; those that all modules share included
+    tensors: Mapping[str, TensorRef]  # by their full names in the folder, with those that all modules share
     config: Mapping[str, Any]
     changes: tuple[str, ...] = ("weight",)  # the parameters that a merge changes
     drawn: tuple[str, ...] = ()  # names of tensors that the folder may leave out, because a seed gives them
@@ -86,20 +86,20 @@ class PeftLayerModule(ModuleDefaults):
 
     def edit(self, read: Reader, weight: Weight, dtype: torch.dtype) -> BlockEdit:
         """Return the whole weight (out, in) or bias (1, out) after PEFT's merge in float64, rounded to `dtype`."""
-        own = weight()
-        with _one_at_a_time, torch.no_grad():
-            layer = self._build(read, own)
+        stored = weight()
+        with _layer_lock, torch.no_grad():
+            layer = self._build(read, stored)
             layer.merge()
             merged = getattr(layer.get_base_layer(), self.parameter).detach().reshape(self.shape)
-        before = own.reshape(self.shape)
+        before = stored.reshape(self.shape)
         change = (merged - before.to(torch.float64)).to(dtype)
         return WholeReplaced(before, merged.to(dtype), change)
 
-    def live(self, read: Reader, weight: Weight) -> Tensor:
-        """Return W' (out, in), or the bias (1, out), float64, from the unmerged layer's answers to unit vectors."""
-        own = weight()
-        with _one_at_a_time, torch.no_grad():
-            layer = self._build(read, own)
+    def probe_layer(self, read: Reader, weight: Weight) -> Tensor:
+        """Return W' (out, in), or the bias (1, out), float64, from the unmerged layer's outputs for unit vectors."""
+        stored = weight()
+        with _layer_lock, torch.no_grad():
+            layer = self._build(read, stored)
             inner = layer.get_base_layer().weight.shape[1]
             offset: Tensor = layer(torch.zeros(1, inner, dtype=torch.float64))  # (1, out)
             if self.parameter == "bias":
@@ -111,20 +111,20 @@ class PeftLayerModule(ModuleDefaults):
                 ]
             ).T.contiguous()
 
-    def _build(self, read: Reader, own: Tensor) -> Any:
+    def _build(self, read: Reader, stored: Tensor) -> Any:
         """Return PEFT's layer in float64 around W0 and the bias, where there is one."""
-        other = read(self.partner) if self.partner is not None else None
-        matrix, bias = (other, own) if self.parameter == "bias" else (own, other)
+        partner = read(self.partner) if self.partner is not None else None
+        matrix, bias = (partner, stored) if self.parameter == "bias" else (stored, partner)
         assert matrix is not None, "binding must set the weight beside a bias"
         require_peft(self.kind)
         from peft import get_peft_model, set_peft_model_state_dict
 
-        others = [shape for shape in self.companions if shape != tuple(matrix.shape)]
-        names = [self.name, *(f"adapter_merge_companion.{index}" for index in range(len(others)))]
+        other_shapes = [shape for shape in self.companions if shape != tuple(matrix.shape)]
+        names = [self.name, *(f"adapter_merge_companion.{index}" for index in range(len(other_shapes)))]
         root = torch.nn.Module()
-        _put(root, self.name, _linear(matrix.clone(), bias))
-        for name, shape in zip(names[1:], others, strict=True):
-            _put(root, name, _linear(torch.zeros(1, dtype=matrix.dtype).expand(shape), None))
+        _add_module(root, self.name, _make_linear(matrix.clone(), bias))
+        for name, shape in zip(names[1:], other_shapes, strict=True):
+            _add_module(root, name, _make_linear(torch.zeros(1, dtype=matrix.dtype).expand(shape), None))
         state = {key: read(ref) for key, ref in self.tensors.items()}
         try:
             with warnings.catch_warnings():
@@ -171,15 +171,15 @@ def layer_config(config: Mapping[str, Any], names: list[str]) -> Any:
     """Return PEFT's config object of an adapter_config.json, for the modules `names`, whose weights are (out, in)."""
     from peft import PeftConfig
 
-    kept = {key: value for key, value in config.items() if key not in _CHOICE}
-    if "fan_in_fan_out" in kept:
-        kept["fan_in_fan_out"] = False
-    made = PeftConfig.from_peft_type(**kept)
-    made.target_modules = set(names)
-    return made
+    settings = {key: value for key, value in config.items() if key not in _MODULE_SETTINGS}
+    if "fan_in_fan_out" in settings:
+        settings["fan_in_fan_out"] = False
+    peft_config = PeftConfig.from_peft_type(**settings)
+    peft_config.target_modules = set(names)
+    return peft_config
 
 
-def _linear(weight: Tensor, bias: Tensor | None) -> torch.nn.Linear:
+def _make_linear(weight: Tensor, bias: Tensor | None) -> torch.nn.Linear:
     """Return a linear layer with these parameters, neither copied nor initialised."""
     out, inner = weight.shape
     layer = torch.nn.Linear(inner, out, bias=bias is not None, device="meta")
@@ -189,7 +189,7 @@ def _linear(weight: Tensor, bias: Tensor | None) -> torch.nn.Linear:
     return layer
 
 
-def _put(root: torch.nn.Module, path: str, layer: torch.nn.Module) -> None:
+def _add_module(root: torch.nn.Module, path: str, layer: torch.nn.Module) -> None:
     """Add `layer` below `root` under a dotted path."""
     *parents, last = path.split(".")
     for part in parents:
@@ -200,5 +200,5 @@ def _put(root: torch.nn.Module, path: str, layer: torch.nn.Module) -> None:
 
 
 def with_companions(module: PeftLayerModule, shapes: tuple[tuple[int, int], ...]) -> PeftLayerModule:
-    """Return the module with the sizes of all adapted weights, which shared tensors are as large as."""
+    """Return the module with the sizes of all adapted weights; they determine the size of shared tensors."""
     return replace(module, companions=shapes)

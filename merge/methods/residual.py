@@ -4,8 +4,7 @@
     PiSSA   W' = W_f + s B A                         MiLoRA (arXiv 2406.09044): with the smallest singular values
     DuDe    W' = diag(m / rownorm(W_f + s B A)) (W_f + s B A),  m starts as rownorm(W0)
 
-On the original base W_f is computed again; a residual base is W_f itself. `base_evidence` measures which of the two a
-base is.
+On the original base W_f is computed again; a residual base is W_f itself. `measure_base_evidence` distinguishes them.
 """
 
 from __future__ import annotations
@@ -24,16 +23,16 @@ from .canonical_form import ProductRoundedResidual, Residual, SavedResidual
 if TYPE_CHECKING:
     from torch import Tensor
 
-ORIGINAL_ABOVE = 0.3  # base_evidence of an original base is at least this
-RESIDUAL_BELOW = 0.1  # base_evidence of a residual base is at most this
+ORIGINAL_ABOVE = 0.3  # measure_base_evidence of an original base is at least this
+RESIDUAL_BELOW = 0.1  # measure_base_evidence of a residual base is at most this
 # Initialisations (PEFT 0.21, init_lora_weights) whose change of the base cannot be computed again, and the reason.
-LOST_INITS = {
+UNREPEATABLE_INITS = {
     "pissa_niter": "used a randomised SVD, which cannot be repeated",
     "corda": "subtracted directions of training data, which are not in the adapter",
     "lora_ga": "subtracted directions of the first gradient, which are not in the adapter",
     "loftq": "replaced the base by a quantised one",
 }
-LOST_HINT = (
+UNREPEATABLE_HINT = (
     "pass --init-adapter FOLDER (saved before training), or merge on the residual base with --base-kind residual"
 )
 OVERSAMPLING = 8  # directions of a randomised SVD beyond those that are kept (Halko et al., arXiv 0909.4061)
@@ -46,7 +45,7 @@ class Initial:
     a: TensorRef | None = None  # (r, in)
     b: TensorRef | None = None  # (out, r)
     dtype: str | None = None  # the residual's dtype as safetensors names it ("BF16"); None: the base's own
-    method: str = "svd"  # a key of DECOMPOSITIONS or of LOST_INITS
+    method: str = "svd"  # a key of DECOMPOSITIONS or of UNREPEATABLE_INITS
     scale: float | None = None  # of the stored factors; None: the scale of the trained ones
     product: str | None = None  # the dtype that the factors and s B0 A0 were rounded to (MyTransformers); None: not
 
@@ -115,7 +114,7 @@ def decompose(
         raise UnsupportedError(
             f"the initialisation {initial.method!r} cannot be repeated",
             expected=", ".join(DECOMPOSITIONS),
-            hint=LOST_HINT,
+            hint=UNREPEATABLE_HINT,
         )
     if initial.product is None:
         return DECOMPOSITIONS[initial.method](weight.to(torch.float32), rank, scale)
@@ -129,7 +128,7 @@ def _residual_dtype(initial: Initial, weight: Tensor) -> torch.dtype:
     return TORCH_DTYPES[initial.dtype] if initial.dtype else weight.dtype
 
 
-def residual_of(
+def make_residual(
     initial: Initial,
     rank: int,
     scale: float,
@@ -157,7 +156,7 @@ def residual_of(
     return ProductRoundedResidual(up, down, rounded, b.to(product), a.to(product), factor_scale, product)
 
 
-def saved_residual(
+def make_saved_residual(
     frozen: Tensor,  # (out, in), in the dtype that it was saved in
     weight: Tensor,  # (out, in): W0
     rank: int,
@@ -166,7 +165,7 @@ def saved_residual(
 ) -> SavedResidual:
     """Return the residual W_f that was saved beside its factors, with the rank-r part of W0 - W_f as up @ down.
 
-    The rest of the difference must be the rounding of W_f. Raises MismatchError where the rest is larger: W_f is then
+    The remainder W0 - W_f - up @ down must be the rounding of W_f. Raises MismatchError where it is larger: W_f is then
     not the residual of this weight.
     """
     wide = weight.to(torch.float64)
@@ -179,20 +178,20 @@ def saved_residual(
     else:
         u, s, vh = torch.linalg.svd(difference, full_matrices=False)
     up, down = u[:, :rank] * s[:rank], vh[:rank]
-    rest = float(torch.linalg.vector_norm(difference - up @ down))
+    remainder = float(torch.linalg.vector_norm(difference - up @ down))
     eps = max(torch.finfo(frozen.dtype).eps, torch.finfo(weight.dtype).eps)
     limit = 4 * eps * float(torch.linalg.vector_norm(wide))
-    if rest > limit:
+    if remainder > limit:
         raise MismatchError(
             f"{name}: the residual saved beside the adapter is not this base minus a matrix of rank {rank}",
-            expected=f"a rest of at most {limit:.2g} (the rounding to {str(frozen.dtype).removeprefix('torch.')})",
-            got=f"{rest:.2g}, for a weight of norm {float(torch.linalg.vector_norm(wide)):.2g}",
+            expected=f"a remainder of at most {limit:.2g} (the rounding to {str(frozen.dtype).removeprefix('torch.')})",
+            got=f"{remainder:.2g}, for a weight of norm {float(torch.linalg.vector_norm(wide)):.2g}",
             hint="is this the base of the training? merge uses the saved residual without this check",
         )
     return SavedResidual(up.to(dtype), down.to(dtype).contiguous(), frozen.dtype, frozen)
 
 
-def base_evidence(
+def measure_base_evidence(
     weight: Tensor,  # (out, in)
     a: Tensor,  # (r, in), trained
     b: Tensor,  # (out, r), trained
@@ -200,8 +199,9 @@ def base_evidence(
 ) -> float:
     """Return the cosine <W, B A> / (||W_r|| ||B A||) of `weight` W and the trained product B A.
 
-    W_r is the best rank-r approximation of W. On the original weight the cosine is 1 before training, and still
-    0.5 when training added as much as there was. On the residual it is 0, since the initial factors were subtracted.
+    W_r is the best rank-r approximation of W. On the original weight the cosine is 1 before training, and still 0.5
+    when training has added a change as large as the initial product. On the residual it is 0, since the initial factors
+    were subtracted.
     OLoRA's factors are not the principal part: with `scale` the result is the coefficient <W, s B A> / ||s B A||^2,
     which is 1 or 0 in the same way.
     """

@@ -261,7 +261,7 @@ def _step(item: BoundModule) -> Adapted | Rows:
     if isinstance(module, TokenModule):
         return Rows(torch.tensor(module.indices, dtype=torch.int64), _read(module.values))
     if isinstance(module, PeftLayerModule):
-        dense = module.live(read_tensor, item.oriented_weight)
+        dense = module.probe_layer(read_tensor, item.oriented_weight)
         dense = dense - item.oriented_weight().to(torch.float64).reshape(dense.shape)
         return Adapted(lambda first, stop: dense[first:stop], dense.shape[1])
     if isinstance(module, BiasModule):

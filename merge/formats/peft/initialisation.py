@@ -12,7 +12,7 @@ from typing import Any
 
 from adapter_merge.errors import Problem, UnsupportedError
 from adapter_merge.methods.lora import LoraModule
-from adapter_merge.methods.residual import LOST_INITS, Initial
+from adapter_merge.methods.residual import UNREPEATABLE_INITS, Initial
 from adapter_merge.storage.safetensors_header import TensorRef
 
 from .tensors import PeftExtras, PeftTensors
@@ -46,13 +46,13 @@ def find_initial(config: Mapping[str, Any], tensors: PeftTensors, extras: PeftEx
         return None
     if init in REPEATABLE_INITS:
         return Initial(dtype=dtype, method=REPEATABLE_INITS[init])
-    for start in LOST_INITS:
+    for start in UNREPEATABLE_INITS:
         if init.startswith(start):
             return Initial(dtype=dtype, method=start)
     raise UnsupportedError(
         f"{tensors.weights.parent}: init_lora_weights {init_lora_weights!r:.100} changed the base at training "
         "and is unknown",
-        expected=f"true, {', '.join((*PLAIN_INITS, *REPEATABLE_INITS, *LOST_INITS))}",
+        expected=f"true, {', '.join((*PLAIN_INITS, *REPEATABLE_INITS, *UNREPEATABLE_INITS))}",
     )
 
 

@@ -80,7 +80,7 @@ def test_evidence_looks_at_small_weights_that_are_wide_enough(tmp_path: Path, mo
         seen.append(tuple(weight.shape))
         return 1.0
 
-    monkeypatch.setattr("adapter_merge.binding.base_kind.base_evidence", evidence)
+    monkeypatch.setattr("adapter_merge.binding.base_kind.measure_base_evidence", evidence)
     for rank, smallest in ((2, (24, 48)), (4, (48, 48)), (16, (48, 48))):
         seen.clear()
         open_pair(base, tmp_path / f"r{rank}")

@@ -161,7 +161,7 @@ def test_verify_fails_a_merge_that_adapts_the_positional_queries(
         assert any("share_att_key is True" in problem for problem in report["problems"])
     assert any("dlogit" in problem for problem in verify(base, checkpoint, naive).as_json()["problems"])
     # The same mistake in the code that binds, merges and lists the weights: the live forward alone tells.
-    monkeypatch.setattr("adapter_merge.binding.bind.with_positional_projections", lambda bound: bound)
+    monkeypatch.setattr("adapter_merge.binding.bind.add_positional_projections", lambda bound: bound)
     merge(base, checkpoint, tmp_path / "again")
     assert differs(load(tmp_path / "again"), want) > 0.01
     report = verify(base, checkpoint, tmp_path / "again").as_json()

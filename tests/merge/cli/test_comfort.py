@@ -86,7 +86,7 @@ def test_time_left_is_of_the_running_stage() -> None:
 def test_verbose_says_what_is_read_decided_and_written(work: Path, tmp_path: Path) -> None:
     pair = [work / "base", work / "lora"]
     loud = run("merge", *pair, "-o", tmp_path / "one", "-v").err
-    assert "info: " in loud and "7 tensors" in loud and "LoRA, 2 modules" in loud and "taken as the original" in loud
+    assert "info: " in loud and "7 tensors" in loud and "LoRA, 2 modules" in loud and "used as the original" in loud
     assert str(tmp_path / "one") in loud
     assert loud == run("merge", *pair, "-o", tmp_path / "two", "--log-level", "info").err.replace("two", "one")
     assert "info:" not in run("merge", *pair, "-o", tmp_path / "three").err

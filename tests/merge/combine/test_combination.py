@@ -27,7 +27,7 @@ from adapter_merge.combine.delta_ops import (
 )
 from adapter_merge.combine.recipe import Recipe, read_recipe
 from adapter_merge.errors import FileFormatError, InputError, MismatchError
-from adapter_merge.methods.block_edits import applied
+from adapter_merge.methods.block_edits import apply_edit
 from adapter_merge.methods.canonical_form import CanonicalForm
 
 peft = pytest.importorskip("peft", reason="PEFT is the oracle (extra verify)")
@@ -240,7 +240,7 @@ def test_thresholds_are_exact_over_blocks() -> None:
             edit = edit.with_pass_sums(sum(edit.pass_sums(weight[i : i + 7].clone(), i) for i in range(0, 40, 7)))
         expected = 2 * top(delta, int(density * 1200))
         torch.testing.assert_close(edit.delta_rows(weight, 0), expected)
-        after = applied(unread, weight)
+        after = apply_edit(unread, weight)
         torch.testing.assert_close(after, weight + expected)
 
 

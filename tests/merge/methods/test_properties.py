@@ -22,7 +22,7 @@ from adapter_merge.api.options import DeltaOptions, FactorOptions, MergeOptions
 from adapter_merge.combine.delta_ops import METHODS, Settings, WeightedEdit, combine_edits, combine_forms
 from adapter_merge.combine.recipe import IN_TURN, Ingredient, make_recipe
 from adapter_merge.formats.peft.patterns import Pattern, pattern_fault
-from adapter_merge.methods.block_edits import RowRange, RowsReplaced, applied, in_turn
+from adapter_merge.methods.block_edits import RowRange, RowsReplaced, apply_edit, chain_edits
 from adapter_merge.methods.canonical_form import CanonicalForm
 from adapter_merge.verification.combination_definition import defined_delta
 
@@ -85,9 +85,9 @@ def test_row_ranges_are_independent(experts: int, out: int, inner: int, rank: in
     torch.manual_seed(seed)
     weights = [torch.randn(out, inner, dtype=torch.float64) for _ in range(experts)]
     forms = [form_of(out, inner, rank, "rows", weight) for weight in weights]
-    stacked = in_turn([RowRange(form, i * out, (i + 1) * out) for i, form in enumerate(forms)])
+    stacked = chain_edits([RowRange(form, i * out, (i + 1) * out) for i, form in enumerate(forms)])
     expected = torch.stack([form.merged(weight) for form, weight in zip(forms, weights, strict=True)])
-    torch.testing.assert_close(applied(stacked, torch.stack(weights)), expected)
+    torch.testing.assert_close(apply_edit(stacked, torch.stack(weights)), expected)
 
 
 @QUICK
@@ -98,7 +98,7 @@ def test_replaced_rows(rows: int, columns: int, data: st.DataObject) -> None:
     expected = weight.clone()
     expected[indices] = values
     edit = RowsReplaced(torch.tensor(indices, dtype=torch.int64), values)
-    assert torch.equal(applied(edit, weight), expected)
+    assert torch.equal(apply_edit(edit, weight), expected)
 
 
 @QUICK
@@ -112,7 +112,7 @@ def test_linear_combination_is_the_weighted_sum_of_deltas(
     expected = weight + sum(w * form.delta(weight) for form, (_, _, w) in zip(forms, adapters, strict=True))
     parts = [WeightedEdit(form, w, 1.0, 0) for form, (_, _, w) in zip(forms, adapters, strict=True)]
     edit = combine_edits(parts, Settings())
-    torch.testing.assert_close(weight if edit is None else applied(edit, weight), expected)
+    torch.testing.assert_close(weight if edit is None else apply_edit(edit, weight), expected)
     whole = combine_forms(forms, [w for _, _, w in adapters], weight)
     if whole.row_scale is None or float(whole.row_scale.abs().min()) > 1e-3:
         torch.testing.assert_close(whole.merged(weight), expected, atol=1e-6, rtol=1e-6)
@@ -135,16 +135,16 @@ def test_combinations_change_only_what_some_adapter_changes(
     ]
     edit = combine_edits(parts, chosen)
     assert edit is not None
-    after = applied(edit, weight)
+    after = apply_edit(edit, weight)
     assert bool(torch.isfinite(after).all())
     alone = combine_edits(parts[:1], chosen)
-    assert alone is None or torch.equal(applied(alone, weight)[0], weight[0])
+    assert alone is None or torch.equal(apply_edit(alone, weight)[0], weight[0])
     bound = sum(abs(p.weight) * f.delta(weight).abs() for p, f in zip(parts, forms, strict=True))
     if method in ("linear", "magnitude-prune", "breadcrumbs"):
         assert bool(((after - weight).abs() <= bound + 1e-9).all())
     shuffled = combine_edits([parts[i] for i in order], chosen)
     assert shuffled is not None
-    torch.testing.assert_close(applied(shuffled, weight), after)
+    torch.testing.assert_close(apply_edit(shuffled, weight), after)
 
 
 # -- whole folders ------------------------------------------------------------------------------------------
@@ -265,7 +265,7 @@ def test_combinations_are_their_definition_in_blocks_too(
     expected, unsure = defined_delta([deltas[i] for i in taken], [parts[i] for i in taken], chosen)
     edit = combine_edits(parts, chosen)
     assert edit is not None
-    got = applied(edit, weight) - weight
+    got = apply_edit(edit, weight) - weight
     torch.testing.assert_close(got[~unsure], expected[~unsure], atol=1e-6, rtol=1e-6)
     # Float32 cannot order elements at a threshold: a few of each adapter, and a share of a large matrix.
     assert float(unsure.sum()) <= 0.1 * unsure.numel() + max(8, 3 * len(taken))
