@@ -37,15 +37,17 @@ from adapter_merge.combine.open_inputs import (
 )
 from adapter_merge.engine.devices import choose_device
 from adapter_merge.engine.weight_pool import WeightMap, weight_pool
-from adapter_merge.errors import InputError, Problem, raise_all
+from adapter_merge.errors import InputError, Problem, UnsupportedError, raise_all
 from adapter_merge.factoring.certificate import check_errors, summary
 from adapter_merge.factoring.factor_folder import write_factors
 from adapter_merge.factoring.gguf_adapter import check_gguf, write_gguf_adapter
 from adapter_merge.factoring.rank_choice import allot_ranks, bytes_of
 from adapter_merge.factoring.supported import (
     MaybeBoundModule,
+    check_convolutions,
     check_positional_queries,
     check_supported,
+    kernels_of,
     needs_base,
     open_factored,
     pairs_of,
@@ -143,7 +145,7 @@ def factor(
             assert bound is not None
             write_gguf_adapter(folder, bound, pairs, factored)
         else:
-            write_factors(folder, opened, factored, _read_replacements(opened, bound), conv1d)
+            write_factors(folder, opened, factored, _read_replacements(opened, bound), conv1d, kernels_of(pairs, bound))
         if options.end_to_end or options.prompts:
             from adapter_merge.factoring.end_to_end import compare
 
@@ -162,6 +164,12 @@ def _check_inputs(opened: Adapter, bound: BoundAdapter | None, options: FactorOp
     check_positional_queries(opened, bound, options.frozen_positions)
     pairs = pairs_of(opened, bound)
     check_supported(pairs, exact=not options.is_truncation)
+    check_convolutions(opened, pairs, bound)
+    if options.calibrate is not None and kernels_of(pairs, bound):
+        raise UnsupportedError(
+            f"{opened.folder}: adapts convolutions, and --calibrate measures inputs of linear layers",
+            hint="leave --calibrate out",
+        )
     if options.format == "gguf":
         check_gguf(bound, pairs, options.is_truncation)
     runs_model = options.calibrate is not None or options.end_to_end or bool(options.prompts)

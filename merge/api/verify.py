@@ -39,6 +39,7 @@ from adapter_merge.verification.compare_weights import (
     merged_weights,
     weight_problems,
 )
+from adapter_merge.verification.live_adapter import require_tokens
 from adapter_merge.verification.live_probes import unlike_live
 from adapter_merge.verification.opened_artefact import open_artefact
 from adapter_merge.verification.own_quantiser import quantiser_note
@@ -173,6 +174,7 @@ def _prove_logits(
 ) -> tuple[dict[str, Any], list[str]]:
     """Compare the live layers with the formulas, then the logits; return the figures and the problems."""
     problems: list[str] = []
+    require_tokens(bound.base.folder)
     say("live layers of the adapter as trained, in float64")
     wrong = [name for part in parts_of(bound) for name in unlike_live(part, streamed_trained(part, torch.float64))]
     if wrong:

@@ -6,6 +6,7 @@ transformers_names.py  names and places by transformers' mapping between hub nam
 fitting.py             binding of one module to its stored weight: shape, orientation
 replacements.py        tensors that were trained in full, and the stored tensors that they replace
 peft_layers.py         modules that PEFT's own layer computes
+convolutions.py        the model's layers of adapted convolutions: groups, dilation, padding
 experts.py             experts, stacked in one tensor or stored as one tensor each
 embeddings.py          embeddings and heads: tied or resized, and the config after the merge
 positional.py          DeBERTa: the weights of positional queries and keys after DCFT
@@ -17,7 +18,7 @@ from __future__ import annotations
 import logging
 from dataclasses import dataclass, field
 
-from adapter_merge.errors import MismatchError, Problem, raise_all
+from adapter_merge.errors import MismatchError, Problem, UnsupportedError, raise_all
 from adapter_merge.methods.adapter import Adapter
 from adapter_merge.methods.lora import BiasModule, StackModule
 from adapter_merge.methods.peft_layer import PeftLayerModule
@@ -27,7 +28,8 @@ from adapter_merge.storage.checkpoint import Checkpoint
 from adapter_merge.storage.safetensors_header import TensorRef
 
 from .base_kind import decide_base_kind
-from .bound import BoundAdapter, BoundModule
+from .bound import BoundAdapter, BoundModule, Origin
+from .convolutions import convolution_layers, unlike_weights
 from .embeddings import TIED_HEADS, add_config_changes, text_config
 from .fitting import bind_module, check_overlaps, set_vera_sizes
 from .peft_layers import set_companions
@@ -48,6 +50,8 @@ NAMES_HINT = "where the base's names differ from the model's, transformers' mapp
 def bind(adapter: Adapter, base: Checkpoint, base_kind: str | None = None) -> BoundAdapter:
     """Bind `adapter` to `base`. Raises MismatchError with every module or tensor that does not fit.
 
+    Raises UnsupportedError for convolutions whose trained update is none of their weight.
+
     Names are used unchanged where the base has them all, else by transformers' mapping, else with one prefix.
     `base_kind` is "original" or "residual" for PiSSA and DuDe, None to decide by measurement (base_kind.py).
     """
@@ -62,8 +66,16 @@ def bind(adapter: Adapter, base: Checkpoint, base_kind: str | None = None) -> Bo
         share = f"{min(len(problems), count)} of its {count} tensors do not fit"
         cause = f"{adapter.folder}: the adapter does not belong to this base, {base.folder}: {share}"
         raise_all(problems, MismatchError, Problem(cause, hint=hint))
+    layers, unknown = convolution_layers(match.modules, base, adapter.config)
+    raise_all(unlike_weights(adapter, match.modules, layers), UnsupportedError)
+    doubts = (f"dilation and padding of its convolutions were not compared ({unknown})",) if unknown else ()
     bound = BoundAdapter(
-        adapter, base, tuple(set_companions(set_vera_sizes(match.modules))), match.replacements, "original"
+        adapter,
+        base,
+        tuple(set_companions(set_vera_sizes(match.modules))),
+        match.replacements,
+        "original",
+        origin=Origin(doubts=doubts),
     )
     bound = decide_base_kind(add_positional_projections(add_config_changes(bound)), base_kind)
     log.info("%s: fits %s, used as the %s base", adapter.folder, base.folder, bound.base_kind)

@@ -16,6 +16,7 @@ from adapter_merge.storage.checkpoint import Checkpoint
 from adapter_merge.storage.safetensors_header import FLOAT_DTYPES
 
 from .bound import BoundModule
+from .convolutions import CONVOLVED
 from .embeddings import EMBEDDINGS, TIED_HEADS, is_tied, text_config
 from .experts import INPUT_FIRST, bind_stack
 from .peft_layers import bind_layer
@@ -107,6 +108,11 @@ def _fit(module: AdaptedModule, place: Place, conv1d: bool, output: str | None) 
         return BoundModule(replace(module, inner=ref.shape[0 if turned else 1]), ref, turned, output)
     embedding = isinstance(module, LoraModule) and module.embedding
     shape = module.shape
+    if isinstance(module, CONVOLVED):
+        if isinstance(module, LoraModule) and not _same_kernel(module.kernel, ref.shape[2:]):
+            return wrong
+        if len(ref.shape) > 2 and ref.as_matrix().shape == shape:
+            return BoundModule(module, ref.as_matrix(), output=output)
     if place.turned:
         return BoundModule(module, ref, True, output) if ref.shape == shape[::-1] and not conv1d else wrong
     straight, turned = ref.shape == shape, ref.shape == shape[::-1]
@@ -117,6 +123,11 @@ def _fit(module: AdaptedModule, place: Place, conv1d: bool, output: str | None) 
     if turned and not embedding and conv1d:
         return BoundModule(module, ref, True, output)
     return wrong
+
+
+def _same_kernel(adapted: tuple[int, ...], stored: tuple[int, ...]) -> bool:
+    """Return True for equal kernels; a linear layer and a convolution of one place count as equal."""
+    return adapted == stored or (set(adapted) <= {1} and set(stored) <= {1})
 
 
 def set_vera_sizes(modules: list[BoundModule]) -> list[BoundModule]:

@@ -254,4 +254,4 @@ def _exists(name: str, shape: tuple[int, int] | None, renaming: Renaming) -> boo
     if shape is None:
         return any(form in renaming.tensors for form in renaming.spellings(name)) or name in renaming.tensors
     placed = find_places(name, shape, renaming)
-    return bool(placed) and (not placed[0].is_whole or placed[0].ref.shape in (shape, shape[::-1]))
+    return bool(placed) and (not placed[0].is_whole or placed[0].ref.as_matrix().shape in (shape, shape[::-1]))

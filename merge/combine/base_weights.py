@@ -20,6 +20,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from adapter_merge.binding.bound import BoundAdapter, BoundModule
+from adapter_merge.binding.convolutions import stored_weight
 from adapter_merge.errors import MismatchError, Problem, raise_all
 from adapter_merge.files.input_errors import reading
 from adapter_merge.storage.checkpoint import sample_bytes
@@ -71,7 +72,7 @@ def _items_by_name(bound: BoundAdapter) -> dict[str, BoundModule]:
         name: item
         for name, item in named
         if counts[name] == 1
-        and bound.base.tensors.get(item.weight.name) == item.weight
+        and bound.base.tensors.get(item.weight.name) == stored_weight(item, bound.base)
         and not isinstance(item.weight, ComputedRef)
     }
 

@@ -21,7 +21,6 @@ from adapter_merge.storage.checkpoint import Checkpoint, Shard, read_json
 from adapter_merge.storage.computed_tensor import ComputedRef
 from adapter_merge.storage.safetensors_header import FLOAT_DTYPES, ITEM_BYTES, TensorRef, layout
 
-INDEX = "model.safetensors.index.json"
 EMPTY: Mapping[str, TensorRef] = MappingProxyType({})
 
 
@@ -97,8 +96,13 @@ class MergePlan:
         """Size of all output shards in bytes."""
         return sum(shard.nbytes for shard in self.shards)
 
+    @property
+    def index_name(self) -> str:
+        """Name of the index of several shards."""
+        return f"{self.base.stem}.safetensors.index.json"
+
     def index(self) -> dict[str, Any] | None:
-        """Return the content of model.safetensors.index.json, or None for a single shard."""
+        """Return the content of the index, or None for a single shard."""
         if len(self.shards) == 1:
             return None
         placed = {job.place.name: shard.file for shard in self.shards for job in shard.jobs}
@@ -138,23 +142,26 @@ def plan_merge(
     raise_all(problems, InputError)
     # Tensors read from the adapter instead of the base: replaced ones, and adapted saved ones (resized embedding).
     own = {**parts, **replacements}
+    matrices: dict[str, TensorRef] = {}  # convolutions, which are computed as (out, in k k)
     for name, modules in edits.items():
         if name in base.tensors and modules[0].weight != base.tensors[name]:
-            own[name] = modules[0].weight
+            found = matrices if modules[0].weight == base.tensors[name].as_matrix() else own
+            found[name] = modules[0].weight
     copies = {name: ref for bound in adapters for name, ref in bound.copies.items()}
 
     layout_shards = base.shards if max_shard_bytes is None else resharded(base, max_shard_bytes, dtype, computed)
     count = len(layout_shards)
     shards = []
     for number, shard in enumerate(layout_shards, 1):
-        file = "model.safetensors" if count == 1 else f"model-{number:05d}-of-{count:05d}.safetensors"
+        file = f"{base.stem}{'' if count == 1 else f'-{number:05d}-of-{count:05d}'}.safetensors"
         entries = [
             _Entry(
-                own.get(ref.name, ref),
+                own.get(ref.name) or matrices.get(ref.name, ref),
                 ref.name,
                 (computed or ref.dtype) if isinstance(ref, ComputedRef) else ref.dtype,
                 tuple(edits.get(ref.name, ())),
                 ref if ref.name in own and shard.is_whole else None,
+                ref.shape if ref.name in matrices else None,
             )
             for ref in shard.tensors
         ]
@@ -205,9 +212,19 @@ def plan_delta(bound: BoundAdapter, dtype: str = "F32") -> MergePlan:
     edits: dict[str, list[BoundModule]] = {}
     for module in bound.modules:
         edits.setdefault(module.name, []).append(module)
-    entries = [_Entry(modules[0].weight, name, dtype, tuple(modules)) for name, modules in edits.items()]
+    held = bound.base.tensors
+    entries = [
+        _Entry(modules[0].weight, name, dtype, tuple(modules), shape=_stored_shape(modules[0].weight, held))
+        for name, modules in edits.items()
+    ]
     shard = _plan_shard("delta.safetensors", entries, dtype, {"format": "pt"})
     return MergePlan(bound.base, (bound,), (shard,), None, (), operation="delta")
+
+
+def _stored_shape(weight: TensorRef, held: Mapping[str, TensorRef]) -> tuple[int, ...] | None:
+    """Return the base's shape of a weight that is computed as a matrix; None for any other."""
+    ref = held.get(weight.name)
+    return ref.shape if ref is not None and ref != weight and ref.as_matrix() == weight else None
 
 
 class _Entry(NamedTuple):
@@ -218,6 +235,7 @@ class _Entry(NamedTuple):
     dtype: str  # of the output where the caller asks for none
     edits: tuple[BoundModule, ...] = ()
     original: TensorRef | None = None
+    shape: tuple[int, ...] | None = None  # of the output, where the source is read in another one
 
 
 def _plan_shard(
@@ -229,7 +247,7 @@ def _plan_shard(
 ) -> ShardPlan:
     """Lay out one output file. `base` is the base's shard whose tensors are the first entries, in its order."""
     tensors = [
-        (entry.name, dtype if dtype and entry.dtype in FLOAT_DTYPES else entry.dtype, entry.source.shape)
+        (entry.name, dtype if dtype and entry.dtype in FLOAT_DTYPES else entry.dtype, entry.shape or entry.source.shape)
         for entry in entries
     ]
     header, places = layout(Path(file), tensors, metadata)

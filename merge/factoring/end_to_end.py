@@ -21,7 +21,7 @@ from adapter_merge.errors import InputError
 from adapter_merge.formats.peft.tensors import PREFIX, REPLACEMENTS
 from adapter_merge.storage.checkpoint import read_json, read_weights
 from adapter_merge.storage.tensor_io import read_tensor
-from adapter_merge.verification.live_adapter import continued, generates, load_model, quiet_libraries
+from adapter_merge.verification.live_adapter import continued, generates, load_model, quiet_libraries, require_tokens
 from adapter_merge.verification.live_model import trained_model
 
 from .factor_folder import ROW_SCALES
@@ -119,10 +119,11 @@ def install_factors(model: nn.Module, folder: Path) -> None:
                 continue
         else:
             transposed = type(layer).__name__ == "Conv1D"
-            new = (weight.T if transposed else weight) + pair["B.weight"] @ pair["A.weight"]
+            matrix = weight.T if transposed else weight.flatten(1)  # of a convolution (out, in k ...)
+            new = matrix + pair["B.weight"].flatten(1) @ pair["A.weight"].flatten(1)
             if name in scales:
                 new = scales[name][:, None] * new
-            new = new.T if transposed else new
+            new = new.T if transposed else new.reshape(weight.shape)
         layer.weight = nn.Parameter(
             new.contiguous(), requires_grad=False
         )  # a new parameter: a tied head keeps its values
@@ -157,6 +158,7 @@ def compare(bound: BoundAdapter, folder: Path, prompts: Sequence[str] | None = N
 
     The model is loaded twice, one instance after the other.
     """
+    require_tokens(bound.base.folder)
     live = trained_model(bound)
     sequences, expected, starts = [], [], []
     generative = generates(live)

@@ -42,6 +42,7 @@ class WeightFactors:
     magnitude: Tensor | None = None  # (out,); of an embedding (dim,)
     row_scale: Tensor | None = None  # (out,): s
     embedding: bool = False  # the weight is (vocabulary, dim), whose transposed factors PEFT stores
+    kernel: tuple[int, ...] = ()  # of a convolution, whose weight is (out, in k ...) here
 
     @property
     def rank(self) -> int:
@@ -53,9 +54,12 @@ class WeightFactors:
         if self.embedding:
             tensors = {f"{stem}.lora_embedding_A": self.up.T, f"{stem}.lora_embedding_B": self.down.T}
         else:
-            tensors = {f"{stem}.lora_A.weight": self.down, f"{stem}.lora_B.weight": self.up}
+            ones = (1,) * len(self.kernel)
+            down = self.down.reshape(self.rank, -1, *self.kernel)
+            tensors = {f"{stem}.lora_A.weight": down, f"{stem}.lora_B.weight": self.up.reshape(*self.up.shape, *ones)}
         if self.magnitude is not None:
-            tensors[f"{stem}.lora_magnitude_vector"] = self.magnitude
+            shape = (1, -1, *(1 for _ in self.kernel)) if self.kernel else (-1,)
+            tensors[f"{stem}.lora_magnitude_vector"] = self.magnitude.reshape(shape)
         return {name: tensor.contiguous().to(torch.float32) for name, tensor in tensors.items()}
 
 
@@ -110,11 +114,20 @@ def write_factors(
     factored: Sequence[Factored],
     replacements: Mapping[str, Tensor],
     conv1d: bool,
+    kernels: Mapping[str, tuple[int, ...]],
 ) -> None:
-    """Write the factor folder of an adapter into the empty `folder`."""
+    """Write the factor folder of an adapter into the empty `folder`. kernels: those of the adapted convolutions."""
     embeddings = {module.name for module in opened.modules if module.embedding}
     factors = [
-        WeightFactors(item.name, item.up, item.down, item.magnitude, item.row_scale, item.name in embeddings)
+        WeightFactors(
+            item.name,
+            item.up,
+            item.down,
+            item.magnitude,
+            item.row_scale,
+            item.name in embeddings,
+            kernels.get(item.name, ()),
+        )
         for item in factored
     ]
     targets, task = opened.config.get("target_modules"), opened.config.get("task_type")

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from adapter_merge.binding.bind import BoundAdapter, BoundModule
+from adapter_merge.binding.convolutions import convolution_layers, kernel_of
 from adapter_merge.binding.positional import SHARED, adapted_queries, is_positional
 from adapter_merge.binding.trained_base import open_trained_base
 from adapter_merge.combine.combined_adapter import CombinedBound
@@ -18,7 +19,9 @@ from adapter_merge.errors import InputError, Problem, UnsupportedError, raise_al
 from adapter_merge.formats.detection import open_adapter
 from adapter_merge.formats.stated_settings import ReadOptions
 from adapter_merge.methods.adapter import AdaptedModule, Adapter, AdapterFormat
-from adapter_merge.methods.lora import BiasModule, ExpertModule, RowSliceModule, StackModule
+from adapter_merge.methods.loha import LohaModule
+from adapter_merge.methods.lokr import LokrModule
+from adapter_merge.methods.lora import BiasModule, ExpertModule, LoraModule, RowSliceModule, StackModule
 from adapter_merge.methods.peft_layer import PeftLayerModule
 from adapter_merge.methods.tokens import TokenModule
 from adapter_merge.storage.checkpoint import Checkpoint
@@ -148,6 +151,50 @@ def pairs_of(opened: Adapter, bound: BoundAdapter | None) -> list[MaybeBoundModu
         else:
             pairs[id(item)] = (module, item)
     return list(pairs.values())
+
+
+def check_convolutions(opened: Adapter, pairs: Sequence[MaybeBoundModule], bound: BoundAdapter | None) -> None:
+    """Check that a LoRA of PEFT expresses the factors of every adapted convolution, which must not be grouped.
+
+    PEFT's A of a grouped convolution reads all input channels: (R, in, k, ...) beside a weight (out, in / groups, k,
+    ...). Raises UnsupportedError for a grouped convolution, and where the model's class is needed and cannot be built;
+    InputError for a LoHa or LoKr without the base, which alone has the kernel.
+    """
+    if bound is None:
+        flat = [module.name for module, _ in pairs if isinstance(module, LohaModule | LokrModule)]
+        if flat:
+            raise InputError(
+                f"{flat[0]}: its factors cannot be written without the base",
+                expected="BASE, whose weights tell convolutions from linear layers",
+            )
+        return
+    items = [item for _, item in pairs if item is not None and kernel_of(item, bound.base)]
+    layers, unknown = convolution_layers(items, bound.base, opened.config)
+    trained_here = opened.format in (AdapterFormat.PEFT, AdapterFormat.DIFFUSERS)
+    problems = []
+    for item in items:
+        layer = layers.get(item.module.name)
+        if layer is None and not (trained_here and isinstance(item.module, LoraModule)):  # PEFT's tells by its shapes
+            cause = f"{item.module.name}: it is unknown whether this convolution is grouped"
+            problems.append(Problem(cause, "a model class of transformers or diffusers", unknown or None))
+        elif layer is not None and layer.groups > 1:
+            problems.append(
+                Problem(
+                    f"{item.module.name}: has no LoRA factors: the convolution has {layer.groups} groups, in each of "
+                    "which PEFT's LoRA reads all input channels",
+                    hint="merge this adapter instead",
+                )
+            )
+    raise_all(problems[:10], UnsupportedError)
+
+
+def kernels_of(pairs: Sequence[MaybeBoundModule], bound: BoundAdapter | None) -> dict[str, tuple[int, ...]]:
+    """Return the kernel of every adapted convolution by its module: the base's, or without it that of a LoRA."""
+    kernels = {}
+    for module, item in pairs:
+        own = module.kernel if isinstance(module, LoraModule) else ()
+        kernels[module.name] = own if item is None or bound is None else kernel_of(item, bound.base)
+    return {name: kernel for name, kernel in kernels.items() if kernel}
 
 
 def require_names(opened: Adapter, base: Checkpoint | None) -> None:

@@ -180,10 +180,7 @@ class Factoriser:
             return None
         first, second = (
             torch.linalg.multi_dot(parts) if len(parts) > 1 else parts[0]
-            for parts in (
-                [read_tensor(ref).to(self.device, torch.float64) for ref in side]
-                for side in (self.module.w1, self.module.w2)
-            )
+            for parts in ([part.to(self.device) for part in side] for side in self.module.sides(read_tensor))
         )
         return first * self.module.scale, second
 

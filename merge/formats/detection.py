@@ -27,6 +27,7 @@ from adapter_merge.storage.checkpoint import CANDIDATES, Checkpoint, open_checkp
 from adapter_merge.storage.safetensors_header import FLOAT_DTYPES
 
 from .dcft_checkpoint import holds_dcft, read_dcft_checkpoint
+from .diffusers_lora import holds_diffusers, read_diffusers
 from .gguf_lora import holds_gguf_lora, read_gguf_lora
 from .kohya import IMAGE_PREFIXES, PREFIXES, holds_kohya, read_kohya
 from .mytransformers import read_mytransformers
@@ -94,6 +95,12 @@ FILE_FORMATS: dict[str, FileFormat] = {
         "lora_a and lora_b tensors of llama.cpp",
         (),
         lambda file, options, base: read_gguf_lora(file, base),
+    ),
+    "diffusers": FileFormat(
+        lambda names: "certain" if holds_diffusers(names) else None,
+        "PEFT's factors under the names of a pipeline's components",
+        (),
+        lambda file, options, base: read_diffusers(file, base),
     ),
     "kohya": FileFormat(
         _recognise_kohya,

@@ -25,6 +25,7 @@ from adapter_merge.storage.checkpoint import Checkpoint, read_weights
 from adapter_merge.storage.safetensors_header import FLOAT_DTYPES, TensorRef
 from adapter_merge.storage.tensor_io import read_tensor
 
+from .components import component_of, diffusers_name, others_note
 from .known_settings import KnownSettings
 from .statements import compare_number_tensors
 
@@ -32,8 +33,15 @@ LORA_ROLES = {"lora_down.weight": "A", "lora_up.weight": "B", "lora_mid.weight":
 COMMON_ROLES = {"alpha": "alpha", "dora_scale": "m"}
 ROLES = {**LORA_ROLES, **{key: f"lokr_{v}" for key, v in LOKR_ROLES.items()},
          **{key: f"hada_{v}" for key, v in LOHA_ROLES.items()}, **COMMON_ROLES}  # fmt: skip
-PREFIXES = ("lora_te1_", "lora_te2_", "lora_te_", "lycoris_")
+# prefix -> component of a pipeline; lora_unet_ stands before the modules of a transformer (Flux) as well
+COMPONENT_PREFIXES = {
+    "lora_te_": "text_encoder", "lora_te1_": "text_encoder", "lora_te2_": "text_encoder_2",
+    "lora_te3_": "text_encoder_3", "lora_unet_": "unet", "lora_transformer_": "transformer",
+}  # fmt: skip
+PREFIXES = (*COMPONENT_PREFIXES, "lycoris_")
 IMAGE_PREFIXES = ("lora_unet_", "lora_transformer_", "lora_vae_")
+FOREIGN_NAMES = "is this the model that was trained? Files in another layout than diffusers': load_lora_weights and "
+FOREIGN_NAMES += "save_lora_weights of diffusers write them in its own names"
 
 # Metadata of sd-scripts (train_network.py) and LyCORIS (lycoris.kohya) that describe the network.
 NETWORK_KEYS = ("ss_network_module", "ss_network_dim", "ss_network_alpha", "ss_network_dropout", "ss_network_args")
@@ -65,22 +73,16 @@ def read_kohya(file: Path, alpha: float | None, magnitude_axis: str | None, base
     """Read the adapter in `file`. Raises AdapterError with every problem, UnsupportedError for an image model."""
     shard = read_weights(file)
     groups, problems = group_lycoris(shard.tensors, file)
-    image = [name for name in groups if name.startswith(IMAGE_PREFIXES)]
-    if image:
-        raise UnsupportedError(
-            f"{file}: {len(image)} modules belong to an image model (first: {image[0]})",
-            expected="a language model's modules (lora_te_..., lycoris_...)",
-            hint="first write the text encoder's tensors into a file of their own",
-        )
+    groups, notes = _groups_of(groups, base, file)
     arguments = _network_arguments(shard.metadata, file)
     rsloras = str(arguments.get("rs_lora")).lower() == "true"
     named: dict[str, Mapping[str, TensorRef]] = {}
     for flat, group in sorted(groups.items()):
         name = _find_path(flat, base)
         if name is None:
-            problems.append(
-                Problem(f"{file}: the base has no weight for {flat}", hint="is this the model that was trained?")
-            )
+            problems.append(Problem(f"{file}: the base has no weight for {flat}", hint=FOREIGN_NAMES))
+        elif name in named:
+            problems.append(Problem(f"{file}: two modules of the file have the name {name}"))
         else:
             named[name] = group
     modules = make_lycoris_modules(named, alpha, rsloras, magnitude_axis, file, problems)
@@ -94,8 +96,40 @@ def read_kohya(file: Path, alpha: float | None, magnitude_axis: str | None, base
         config={},
         base_name=shard.metadata.get("ss_sd_model_name"),
         files=(file,),
+        notes=notes,
         contradictions=compare_number_tensors("alpha", alpha, (group.get("alpha") for group in named.values()), file),
     )
+
+
+def _groups_of(
+    groups: dict[str, dict[str, TensorRef]], base: Checkpoint | None, file: Path
+) -> tuple[dict[str, dict[str, TensorRef]], tuple[str, ...]]:
+    """Return the modules of the component that `base` is, and a note on the others.
+
+    Raises UnsupportedError where all belong to an image model and `base` is none.
+    """
+    by_component: dict[str, list[str]] = {}
+    for name in groups:
+        prefix = next((prefix for prefix in COMPONENT_PREFIXES if name.startswith(prefix)), None)
+        by_component.setdefault(COMPONENT_PREFIXES[prefix] if prefix is not None else "", []).append(name)
+    if base is None or by_component.keys() <= {""}:
+        return groups, ()
+    if (
+        "_class_name" in base.config
+        and "unet" in by_component
+        and not str(base.config["_class_name"]).startswith("UNet")
+    ):
+        by_component["transformer"] = [*by_component.get("transformer", ()), *by_component.pop("unet")]
+    component = component_of(base, by_component)
+    if component is None and "" not in by_component:
+        raise UnsupportedError(
+            f"{file}: its modules belong to an image model or to its text encoders",
+            expected="a base that is that part of the pipeline, such as PIPELINE/unet",
+            got=", ".join(f"{len(names)} modules of {name}" for name, names in by_component.items()),
+        )
+    chosen = {*by_component.get(component or "", ()), *by_component.get("", ())}
+    counts = {name: len(names) for name, names in by_component.items() if name}
+    return {name: group for name, group in groups.items() if name in chosen}, others_note(counts, component)
 
 
 def group_lycoris(
@@ -131,7 +165,7 @@ def make_lycoris_modules(
         module = _make_module(name, group, alpha, rslora, file, problems)
         if module is None:
             continue
-        scale = group.get("m")
+        scale = group["m"].as_matrix() if "m" in group else None  # of a convolution (out, 1, 1, 1)
         if scale is not None:
             axis = _find_magnitude_axis(scale, module.shape, magnitude_axis)
             if axis is None:
@@ -170,6 +204,10 @@ def _find_path(flat: str, base: Checkpoint | None) -> str | None:
     if base is None:
         return name
     modules = [key.removesuffix(".weight") for key in base.tensors if key.endswith(".weight")]
+    if "_class_name" in base.config:
+        name = diffusers_name(name, base.config.get("layers_per_block")) or name
+        same = [module for module in modules if module.replace(".", "_") == name.replace(".", "_")]
+        return same[0] if len(same) == 1 else None
     exact = [module for module in modules if module.replace(".", "_") == name.replace(".", "_")]
     if not exact:
         exact = [module for module in modules if f"_{module}".replace(".", "_").endswith("_" + name.replace(".", "_"))]
@@ -187,8 +225,6 @@ def _make_module(
     problems: list[Problem],
 ) -> LoraModule | LokrModule | LohaModule | None:
     """Return the module of one group; None, and a problem, where its tensors do not fit each other."""
-    if any(role.endswith(("t1", "t2")) for role in group):
-        raise UnsupportedError(f"{file}: {name} adapts a convolution", expected="linear layers only")
     stored = _read_alpha(group.get("alpha"), problems) if alpha is None else alpha
     lokr = {role.removeprefix("lokr_"): ref for role, ref in group.items() if role.startswith("lokr_")}
     hada = {role.removeprefix("hada_"): ref for role, ref in group.items() if role.startswith("hada_")}
@@ -198,14 +234,19 @@ def _make_module(
             return 1.0
         return stored / (math.sqrt(rank) if rslora else rank)
 
-    a, b = group.get("A"), group.get("B")
-    if a is not None and b is not None and can_multiply(b, a) and not lokr and not hada:
-        return LoraModule(name, a, b, scale(a.shape[0]))
+    a, b, core = group.get("A"), group.get("B"), group.get("t2")
+    if a is not None and b is not None and not lokr and not hada:
+        kernel = core.shape[2:] if core is not None else a.shape[2:]
+        pointwise = set(b.shape[2:]) <= {1} and (core is None or set(a.shape[2:]) <= {1})
+        a, b = a.as_matrix(), b.as_matrix()
+        inner = core is None or core.shape[:2] == (b.shape[-1], a.shape[0])  # lora_mid: (r, r, k, ...)
+        if pointwise and inner and can_multiply(b, a):
+            return LoraModule(name, a, b, scale(a.shape[0]), kernel=kernel, core=core)
     if lokr and not hada and a is None and b is None:
-        w1, w2 = find_factor(lokr, "w1"), find_factor(lokr, "w2")
+        w1, w2 = find_factor(lokr, "w1"), find_factor(lokr, "w2", lokr.get("t2"))
         if w1 and w2:
             low = [pair[1].shape[0] for pair in (w1, w2) if len(pair) == 2]
-            return LokrModule(name, w1, w2, scale(low[0]) if low else 1.0)
+            return LokrModule(name, w1, w2, scale(low[0]) if low else 1.0, core=lokr.get("t2"))
     if hada and not lokr and a is None and b is None:
         rank = hada["w1_b"].shape[0] if "w1_b" in hada and hada["w1_b"].shape else 1
         module = make_loha_module(name, hada, scale(max(rank, 1)))

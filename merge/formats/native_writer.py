@@ -64,6 +64,7 @@ def fits_peft_lora(modules: Sequence[AdaptedModule]) -> bool:
     loras = [module for module in modules if isinstance(module, LoraModule)]
     needs_more = any(m.initial is not None or m.frozen is not None or m.own_magnitude or m.e is not None for m in loras)
     axes = {None if module.magnitude is None else module.magnitude_dim for module in loras}
+    needs_more = needs_more or any(m.core is not None for m in loras)
     return len(loras) == len(modules) and not needs_more and axes in ({None}, {0})
 
 
@@ -94,16 +95,21 @@ def build_lycoris(modules: Sequence[AdaptedModule]) -> SafeFolder:
         assert isinstance(module, Lycoris)
         if isinstance(module, LoraModule):
             rank: int | None = module.rank
-            safe.put(module, "lora_down.weight", read_tensor(module.a))
-            safe.put(module, "lora_up.weight", read_tensor(module.b))
+            _put_pair(safe, module, "lora_down.weight", "lora_up.weight")
+            if module.core is not None:
+                safe.put(module, "lora_mid.weight", read_tensor(module.core))
         elif isinstance(module, LokrModule):
             rank = next((factor[1].shape[0] for factor in (module.w1, module.w2) if len(factor) == 2), None)
             for name, factor in (("lokr_w1", module.w1), ("lokr_w2", module.w2)):
                 for part, ref in zip(("",) if len(factor) == 1 else ("_a", "_b"), factor, strict=True):
                     safe.put(module, name + part, read_tensor(ref))
+            if module.core is not None:
+                safe.put(module, "lokr_t2", read_tensor(module.core))
         else:
             rank = module.w1b.shape[0]
             for role, ref in zip(("w1_a", "w1_b", "w2_a", "w2_b"), module.refs, strict=False):
+                safe.put(module, f"hada_{role}", read_tensor(ref))
+            for role, ref in zip(("t1", "t2"), module.cores or (), strict=False):
                 safe.put(module, f"hada_{role}", read_tensor(ref))
         if rank is not None:  # LoKr of two full matrices has the scale 1
             safe.put(module, "alpha", torch.tensor(_alpha_of(module.scale, rank), dtype=torch.float64))
@@ -196,11 +202,21 @@ def build_dude(opened: Adapter, bound: BoundAdapter | None) -> SafeFolder:
     return safe
 
 
+def _put_pair(safe: SafeFolder, module: LoraModule, a: str, b: str) -> None:
+    """Add A and B under these roles; those of a convolution as (r, in, k, ...) and (out, r, 1, ...)."""
+    down, up = read_tensor(module.a), read_tensor(module.b)
+    if module.kernel:
+        kernel = module.kernel if module.core is None else (1,) * len(module.kernel)
+        down = down.reshape(down.shape[0], -1, *kernel)
+        up = up.reshape(*up.shape, *(1 for _ in kernel))
+    safe.put(module, a, down)
+    safe.put(module, b, up)
+
+
 def _put_factors(safe: SafeFolder, module: LoraModule) -> None:
     """Add A, B and the magnitude of a module."""
     a, b = ("lora_embedding_A", "lora_embedding_B") if module.embedding else ("lora_A.weight", "lora_B.weight")
-    safe.put(module, a, read_tensor(module.a))
-    safe.put(module, b, read_tensor(module.b))
+    _put_pair(safe, module, a, b)
     if module.magnitude is not None:
         safe.put(module, "lora_magnitude_vector", read_tensor(module.magnitude).reshape(-1))
 

@@ -41,6 +41,7 @@ class AdapterFormat(StrEnum):
     MYTRANSFORMERS = "MyTransformers checkpoint"
     KOHYA = "kohya / LyCORIS file"
     GGUF = "llama.cpp LoRA"
+    DIFFUSERS = "diffusers LoRA file"
     COMBINATION = "combination"  # several adapters combined by a recipe; no file has this layout
 
 

@@ -3,6 +3,7 @@
 LoRA     W' = W0 + s B A                                     s = alpha / r, or alpha / sqrt(r) for rsLoRA
 DoRA     W' = diag(m / rownorm(W0 + s B A)) (W0 + s B A)     norms of the output rows, as in all implementations
 AdaLoRA  W' = W0 + s B diag(E) A                             s = alpha / (r at initialisation + 1e-5)
+Convolution  A (r, in, k, ...) and B (out, r, 1, ...) as matrices (r, in k ...) and (out, r); W0 as (out, in k ...)
 Embedding (vocabulary, dim): W' = W0 + s (B A)^T; the norms of DoRA are then those of the columns of W0
 """
 
@@ -22,6 +23,7 @@ from .adapter import ModuleDefaults, Reader, Weight
 from .block_edits import BlockEdit, Replaced, chain_edits
 from .canonical_form import CanonicalForm, Residual
 from .residual import Initial, make_residual, make_saved_residual
+from .tucker import kernel_size, tucker_down
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -50,6 +52,8 @@ class LoraModule(ModuleDefaults):
     magnitude_dim: int = 0  # 1: a magnitude per input column (some LyCORIS files, early MyTransformers)
     frozen: TensorRef | None = None  # (out, in): the residual, where it was saved beside the factors
     own_magnitude: bool = False  # the magnitude is the norm of the frozen residual (MyTransformers before 83fcc6a)
+    kernel: tuple[int, ...] = ()  # of an adapted convolution, whose `a` is (r, in k ...); (): a linear layer
+    core: TensorRef | None = None  # (r, r, k, ...): `a` is then (r, in) (tucker.py)
 
     @property
     def rank(self) -> int:
@@ -58,13 +62,13 @@ class LoraModule(ModuleDefaults):
     @property
     def shape(self) -> tuple[int, int]:
         """(rows, columns) of the weight in the model; transposed for a Conv1D."""
-        out, inner = self.b.shape[0], self.a.shape[1]
+        out, inner = self.b.shape[0], self.a.shape[1] * kernel_size(self.core)
         return (inner, out) if self.embedding else (out, inner)
 
     @property
     def refs(self) -> tuple[TensorRef, ...]:
         initial = self.initial.refs if self.initial is not None else ()
-        optional = (self.e, self.magnitude, self.frozen)
+        optional = (self.e, self.magnitude, self.frozen, self.core)
         return (self.a, self.b, *(ref for ref in optional if ref is not None), *initial)
 
     @property
@@ -90,6 +94,8 @@ class LoraModule(ModuleDefaults):
         b = read(self.b).to(dtype)  # (out, r)
         if self.e is not None:
             a = a * read(self.e).to(dtype).reshape(-1, 1)
+        if self.core is not None:
+            a = tucker_down(read(self.core).to(dtype), a)
         if self.embedding:
             up, down = a.T.contiguous() * self.scale, b.T.contiguous()
         else:

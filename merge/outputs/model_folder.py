@@ -9,7 +9,7 @@ from typing import Any
 
 from adapter_merge.combine.adapter_hashes import relative_name
 from adapter_merge.engine.execute import FinishedShard
-from adapter_merge.engine.plan import INDEX, MergePlan
+from adapter_merge.engine.plan import MergePlan
 from adapter_merge.files.hashing import hash_files
 from adapter_merge.storage.checkpoint import CANDIDATES
 
@@ -32,7 +32,7 @@ def write_side_files(
         write_text(folder / "config.json", json.dumps(plan.config, indent=2, ensure_ascii=False) + "\n")
     index = plan.index()
     if index is not None:
-        write_json(folder / INDEX, index)
+        write_json(folder / plan.index_name, index)
     write_text(folder / "README.md", merged_card(content, title, plan.config or plan.base.config))
     if keep_preimage:
         side = folder / PREIMAGE_FOLDER / SIDE
@@ -66,7 +66,7 @@ def planned_files(plan: MergePlan) -> list[str]:
     """Return the names of all files that a merge writes, without those of a pre-image."""
     names = {path.as_posix() for path in _carried(plan)} | {shard.file for shard in plan.shards}
     names |= {"README.md", MANIFEST} | ({"config.json"} if plan.config is not None else set())
-    return sorted(names | ({INDEX} if len(plan.shards) > 1 else set()))
+    return sorted(names | ({plan.index_name} if len(plan.shards) > 1 else set()))
 
 
 def base_files(plan: MergePlan, finished: Mapping[str, FinishedShard]) -> dict[str, str]:

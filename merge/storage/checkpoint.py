@@ -42,6 +42,10 @@ CANDIDATES = (
     "model.safetensors",
     "pytorch_model.bin.index.json",
     "pytorch_model.bin",
+    # one model of a diffusers pipeline
+    "diffusion_pytorch_model.safetensors.index.json",
+    "diffusion_pytorch_model.safetensors",
+    "diffusion_pytorch_model.bin",
 )
 HUB_ID = re.compile(
     r"(?P<repo>[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*|[A-Za-z0-9][\w-]*)"  # org/model, or a single name such as gpt2
@@ -96,6 +100,11 @@ class Checkpoint:
     def nbytes(self) -> int:
         """Bytes of all tensors."""
         return sum(ref.nbytes for ref in self.tensors.values())
+
+    @property
+    def stem(self) -> str:
+        """How the names of its weights files begin: diffusers' models have another than transformers'."""
+        return "diffusion_pytorch_model" if "_class_name" in self.config else "model"
 
     @property
     def side_files(self) -> tuple[Path, ...]:
@@ -259,6 +268,16 @@ def _read_headers(folder: Path) -> Checkpoint:
         if (folder / candidate).is_file():
             break
     else:
+        if (folder / "model_index.json").is_file():
+            parts = sorted(
+                path.name for path in folder.iterdir() if any((path / name).is_file() for name in CANDIDATES)
+            )
+            raise InputError(
+                f"{folder}: a pipeline of several models",
+                expected="the folder of one of them as BASE",
+                got=", ".join(parts) or "no folder with weights",
+                hint=f"merge into each that the adapter changes, such as {folder / parts[0]}" if parts else None,
+            )
         raise InputError(
             f"{folder}: holds no model weights",
             expected=" or ".join(CANDIDATES),

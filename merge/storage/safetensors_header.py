@@ -11,9 +11,9 @@ import json
 import math
 import os
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any, NoReturn, Self
 
 from adapter_merge.errors import FileFormatError
 
@@ -59,6 +59,10 @@ class TensorRef:
     @property
     def row_bytes(self) -> int:
         return self.nbytes // self.rows if self.rows else 0
+
+    def as_matrix(self) -> Self:
+        """Return the same bytes as a matrix (first dimension, all others): a convolution's weight as (out, in k k)."""
+        return replace(self, shape=(self.shape[0], math.prod(self.shape[1:]))) if len(self.shape) > 2 else self
 
 
 @dataclass(frozen=True)

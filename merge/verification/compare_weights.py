@@ -18,7 +18,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from adapter_merge.binding.bind import BoundAdapter
+from adapter_merge.binding.bound import BoundAdapter, BoundModule
 from adapter_merge.engine.weight_pool import weight_pool
 from adapter_merge.storage.checkpoint import Checkpoint, read_weights
 from adapter_merge.storage.input_files import Sources
@@ -135,6 +135,7 @@ def stored_weights(
     """Every adapted weight but those `skipped` as it lies in a merged model, or its delta in a folder of deltas."""
     modules = modules_by_tensor(bound)
     problems, names = [], []
+    held = {name: _as_compared(ref, bound.base.tensors.get(name), modules.get(name)) for name, ref in held.items()}
     for name, items in modules.items():
         ref = held.get(name)
         if name in skipped:
@@ -160,6 +161,12 @@ def stored_weights(
     finally:
         sources.close()
     return WeightProof(layers, problems + weight_problems(layers), len(layers))
+
+
+def _as_compared(ref: TensorRef, stored: TensorRef | None, items: Sequence[BoundModule] | None) -> TensorRef:
+    """Return the artefact's tensor, as a matrix where the formula has a convolution as one."""
+    is_matrix = items is not None and stored is not None and items[0].weight.shape == stored.as_matrix().shape
+    return ref.as_matrix() if is_matrix and stored is not None and ref.shape == stored.shape else ref
 
 
 def merged_weights(bound: BoundAdapter, merged: Checkpoint, progress: Progress | None = None) -> WeightProof:

@@ -31,6 +31,8 @@ Forward = Callable[[nn.Module, Callable[[Tensor], Tensor], Tensor], Tensor]  # (
 
 def forward_of(module: AdaptedModule, layer: nn.Module, dtype: torch.dtype) -> Forward:
     """Return the adapted layer's forward in `dtype`; `layer` must hold the weight with the base's values."""
+    if isinstance(layer, nn.Conv1d | nn.Conv2d | nn.Conv3d):
+        raise UnsupportedError(f"{module.name}: no reference forward for a convolution", hint="pass --weights-only")
     if isinstance(module, DcftModule):
         return _added(_dcft_delta(module, dtype))
     if isinstance(module, DcftReshapeModule):

@@ -75,6 +75,24 @@ def load_model(model: Any, config: Any = None) -> nn.Module:
     return loaded.eval()
 
 
+def require_tokens(folder: Path) -> None:
+    """Raise UnsupportedError for a model that takes no token ids alone, such as one of images or speech."""
+    require("transformers")
+    import transformers
+
+    config = model_config(folder)
+    names = getattr(config, "architectures", None) or []
+    kind = getattr(transformers, names[0], None) if names else None
+    taken = getattr(kind, "main_input_name", "input_ids")
+    if taken != "input_ids" or not hasattr(config.get_text_config(), "vocab_size"):
+        raise UnsupportedError(
+            f"{folder}: logits are compared on text, and this model takes other inputs",
+            expected="input_ids",
+            got=str(taken),
+            hint="compare weights alone: verify --weights-only, factor without --end-to-end",
+        )
+
+
 def adapted_model(bound: BoundAdapter, dtype: torch.dtype, model: nn.Module) -> nn.Module:
     """Return `model`, which is changed, with a PEFT adapter live in it, unmerged, computing in `dtype`."""
     return with_heads(_in_peft(model, bound).to(dtype), bound.replacements).eval()

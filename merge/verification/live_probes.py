@@ -24,6 +24,7 @@ from .streamed_model import StreamedModel
 from .whole_formulas import modules_by_tensor, whole_weight
 
 PROBES = 8
+SIGNAL = 6  # positions per dimension of a convolution's input, beyond its kernel
 
 
 @torch.no_grad()
@@ -77,6 +78,8 @@ def _alike(layer: Any, items: Sequence[BoundModule], weights: _Weights, source: 
         weights = weights.each(lambda whole: whole.reshape(-1, whole.shape[-1])[rows])
     if item.transposed:
         weights = weights.each(lambda whole: whole.T)
+    if isinstance(innermost(layer), nn.Conv1d | nn.Conv2d | nn.Conv3d):
+        return _same_convolution(layer, weights, source)
     if weights.after.dim() != 2:
         return True
     if isinstance(innermost(layer), nn.Embedding):
@@ -89,6 +92,18 @@ def _alike(layer: Any, items: Sequence[BoundModule], weights: _Weights, source: 
     if isinstance(item.module, RowSliceModule):
         got = got[:, item.module.start : item.module.stop]
     return weights.answered(got, x)
+
+
+def _same_convolution(layer: Any, weights: _Weights, source: torch.Generator) -> bool:
+    """A convolution on random signals: the model's own layer with W' in it, its groups, dilation and padding."""
+    inner: Any = innermost(layer)
+    sizes = [SIGNAL + step * (width - 1) for step, width in zip(inner.dilation, inner.kernel_size, strict=True)]
+    x = torch.randn(2, inner.in_channels, *sizes, generator=source, dtype=torch.float64)
+    with_adapter, without = (
+        torch.func.functional_call(inner, {"weight": matrix.reshape(inner.weight.shape)}, (x,))
+        for matrix in (weights.after, weights.base)
+    )
+    return _close(layer(x), with_adapter, without)
 
 
 def _inner_weight(layer: Any) -> tuple[int, int, bool]:

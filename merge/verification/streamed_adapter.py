@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from adapter_merge.binding.bind import BoundAdapter, BoundModule
+from adapter_merge.binding.convolutions import stored_weight
 from adapter_merge.combine.combined_adapter import CombinedBound
 from adapter_merge.errors import UnsupportedError
 from adapter_merge.formats.peft.tensors import REPLACEMENTS, find_weights
@@ -68,9 +69,9 @@ def streamed_trained(bound: BoundAdapter, dtype: torch.dtype) -> StreamedModel:
         tensors |= {**bound.copies, **bound.replacements}
     known = {**bound.base.tensors, **tensors}
     tensors |= {
-        item.weight.name: item.weight
+        item.weight.name: stored_weight(item, bound.base)
         for item in bound.modules
-        if item.weight.name in known and item.weight != known[item.weight.name]
+        if item.weight.name in known and stored_weight(item, bound.base) != known[item.weight.name]
     }
     _set(config, changes)
     loader = _loader(config, bound.base, dtype, file_sources(tensors, dtype))
@@ -92,7 +93,8 @@ def streamed_combination(bound: CombinedBound, dtype: torch.dtype) -> StreamedMo
     _set(config, bound.config_changes)
     sources = file_sources({**bound.copies, **bound.replacements}, dtype)
     for name, items in modules_by_tensor(bound).items():
-        sources[name] = lambda items=items: whole_weight(items)[1].to(dtype)  # type: ignore[misc]
+        shape = stored_weight(items[0], bound.base).shape
+        sources[name] = lambda items=items, shape=shape: whole_weight(items)[1].reshape(shape).to(dtype)  # type: ignore[misc]
     return StreamedModel(with_placeholders(skeleton(config, dtype)), _loader(config, bound.base, dtype, sources))
 
 
@@ -112,7 +114,7 @@ def streamed_artefact(bound: BoundAdapter, folder: Path, kind: str, dtype: torch
         return StreamedModel(live, _loader(config, bound.base, dtype))
     _set(config, bound.config_changes)
     sources = file_sources({**bound.copies, **bound.replacements}, dtype)
-    outputs = {item.name: item.weight for item in bound.modules}
+    outputs = {item.name: stored_weight(item, bound.base) for item in bound.modules}
     for ref in read_weights(folder / "delta.safetensors").tensors:
         sources[ref.name] = _sum(outputs.get(ref.name, ref), ref, dtype)
     return StreamedModel(with_placeholders(skeleton(config, dtype)), _loader(config, bound.base, dtype, sources))

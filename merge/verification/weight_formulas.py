@@ -310,6 +310,9 @@ def _delta(module: AdaptedModule, turned: bool) -> tuple[Delta, Tensor | None, b
 
 def _lora(module: LoraModule, item: BoundModule, part: tuple[int, int] | None) -> Adapted:
     a, b = _read(module.a), _read(module.b)  # (r, in), (out, r)
+    if module.core is not None:
+        core = _read(module.core).flatten(2)
+        a = torch.stack([a.T @ core[..., place].T for place in range(core.shape[2])], dim=2).permute(1, 0, 2).flatten(1)
     if module.e is not None:
         a = _read(module.e).reshape(-1, 1) * a
     up, down = b * module.scale, a
@@ -370,8 +373,9 @@ def _reshaped(module: DcftReshapeModule) -> Tensor:  # (out, in), whole
 
 def _kron(module: LokrModule, turned: bool) -> Delta:
     sides = []
-    for side in (module.w1, module.w2):
-        whole = reduce(torch.matmul, [_read(ref) for ref in side])
+    for side, core in ((module.w1, None), (module.w2, module.core)):
+        parts = [_read(ref) for ref in side]
+        whole = reduce(torch.matmul, parts) if core is None else _through_core(_read(core), *parts)
         sides.append(whole.T if turned else whole)
     outer, inner = sides
 
@@ -383,8 +387,18 @@ def _kron(module: LokrModule, turned: bool) -> Delta:
     return rows
 
 
+def _through_core(core: Tensor, wa: Tensor, wb: Tensor) -> Tensor:
+    """(out, in k k): sum over i, j of wa[i, o] core[i, j, k] wb[j, n], one place of the kernel after the other."""
+    flat = core.flatten(2)
+    return torch.stack([wa.T @ flat[..., place] @ wb for place in range(flat.shape[2])], dim=2).flatten(1)
+
+
 def _hadamard(module: LohaModule, turned: bool) -> Delta:
     up1, down1, up2, down2 = (_read(ref) for ref in (module.w1a, module.w1b, module.w2a, module.w2b))
+    if module.cores is not None:
+        first, second = (_read(core) for core in module.cores)
+        dense = _through_core(first, up1, down1) * _through_core(second, up2, down2) * module.scale
+        return lambda first, stop: (dense.T if turned else dense)[first:stop]
     if turned:
         up1, down1, up2, down2 = down1.T, up1.T, down2.T, up2.T
     return lambda first, stop: (up1[first:stop] @ down1) * (up2[first:stop] @ down2) * module.scale

@@ -8,7 +8,7 @@ AdaLoRA lora_A (r, in), lora_B (out, r), lora_E (r, 1); token_adapter.trainable_
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -47,6 +47,10 @@ LORA_ROLES = {
     "lora_embedding_B": "EB",
     "token_adapter.trainable_tokens_delta": "T",
 }
+GROUPED_HINT = (
+    "PEFT's LoRA of a grouped convolution reads all input channels in every group, as no weight of the layer can: it "
+    "cannot be merged, by PEFT neither"
+)
 ADALORA_ROLES = {"lora_A": "A", "lora_B": "B", "lora_E": "E"}
 
 
@@ -118,6 +122,11 @@ def make_lora_modules(
             continue
         a, b = factors
         embedding = "EA" in group
+        kernel: tuple[int, ...] = ()
+        if is_convolution(a, b) and not embedding:
+            kernel = a.shape[2:]
+            group = {role: as_vector(ref) if role == "m" else ref.as_matrix() for role, ref in group.items()}
+            a, b = a.as_matrix(), b.as_matrix()
         stack = None if embedding else _make_stack(name, a, b, scales, target_parameters, tensors)
         if stack is not None:
             modules.append(stack)
@@ -131,10 +140,27 @@ def make_lora_modules(
                 )
             )
             continue
+        if kernel and initial is not None:
+            tensors.problems.append(
+                Problem(
+                    f"{tensors.weights}: {name} adapts a convolution, which PEFT does not initialise so",
+                    "init_lora_weights true or gaussian",
+                    repr(config.get("init_lora_weights"))[:100],
+                )
+            )
         magnitude = group.get("m") or magnitudes.get(name)
+        magnitude = as_vector(magnitude) if magnitude is not None and kernel else magnitude
         scale = scales.scale_of(name, a.shape[0])
         module = LoraModule(
-            name, a, b, scale, magnitude=magnitude, initial=initial, embedding=embedding, magnitude_dim=axis
+            name,
+            a,
+            b,
+            scale,
+            magnitude=magnitude,
+            initial=initial,
+            embedding=embedding,
+            magnitude_dim=axis,
+            kernel=kernel,
         )
         module = add_initial_factors(module, group, before, tensors)
         _check_magnitude(module, dora, tensors)
@@ -166,23 +192,40 @@ def _read_scales(config: Mapping[str, Any], tensors: PeftTensors) -> Scales:
 def _select_factors(
     name: str, group: Mapping[str, TensorRef], tensors: PeftTensors
 ) -> tuple[TensorRef, TensorRef] | None:
-    """Return A (r, in) and B (out, r) of one module; where they are incomplete or do not fit, add a problem."""
+    """Return A (r, in) and B (out, r) of one module; where they are incomplete or do not fit, add a problem.
+
+    Those of a convolution are A (r, in, k, ...) and B (out, r, 1, ...).
+    """
     embedding = "EA" in group or "EB" in group
     a, b = (group.get("EA"), group.get("EB")) if embedding else (group.get("A"), group.get("B"))
     if a is None or b is None or {"A", "EA"} <= group.keys():
         tensors.problems.append(Problem(f"{tensors.weights}: {name} has only one of its two factors, or too many"))
         return None
-    if len(a.shape) != 2 or len(b.shape) != 2 or a.shape[0] != b.shape[1] or 0 in (*a.shape, *b.shape):
+    convolved = is_convolution(a, b) and not embedding
+    matrices = convolved or len(a.shape) == len(b.shape) == 2
+    if not matrices or a.shape[0] != b.shape[1] or 0 in (*a.shape, *b.shape):
         tensors.problems.append(
             Problem(
                 f"{tensors.weights}: the factors of {name} do not fit",
-                "A (r, in), B (out, r)",
+                "A (r, in), B (out, r); of a convolution A (r, in, k, ...), B (out, r, 1, ...)",
                 f"A {a.shape}, B {b.shape}",
-                "convolutions are not supported" if len(a.shape) > 2 else None,
+                GROUPED_HINT if convolved else None,
             )
         )
         return None
     return a, b
+
+
+def is_convolution(a: TensorRef, b: TensorRef) -> bool:
+    """Return True for the factors of a convolution: A (r, in, k, ...) and B (out, r, 1, ...)."""
+    return 2 < len(a.shape) == len(b.shape) and set(b.shape[2:]) == {1}
+
+
+def as_vector(magnitude: TensorRef) -> TensorRef:
+    """Return a convolution's magnitude (1, out, 1, ...) as (out,); any other shape unchanged."""
+    shape = magnitude.shape
+    inner = len(shape) > 2 and shape[0] == 1 and set(shape[2:]) == {1}
+    return replace(magnitude, shape=(shape[1],)) if inner else magnitude
 
 
 def _make_stack(

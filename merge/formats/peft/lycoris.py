@@ -9,6 +9,7 @@ from adapter_merge.errors import Problem, UnsupportedError
 from adapter_merge.methods.adapter import AdaptedModule
 from adapter_merge.methods.loha import LohaModule
 from adapter_merge.methods.lokr import LokrModule
+from adapter_merge.methods.tucker import core_fits
 from adapter_merge.methods.vera import Projections, VeraModule
 from adapter_merge.storage.safetensors_header import TensorRef
 
@@ -21,13 +22,16 @@ VERA_ROLES = {"vera_lambda_b": "b", "vera_lambda_d": "d", "vera_A": "A", "vera_B
 ReadResult = tuple[str, tuple[AdaptedModule, ...]]
 
 
-def find_factor(group: Mapping[str, TensorRef], name: str) -> tuple[TensorRef, ...]:
-    """Return one Kronecker factor of a LoKr: (full,), (a, b), or () where it is missing or its shapes do not fit."""
+def find_factor(group: Mapping[str, TensorRef], name: str, core: TensorRef | None = None) -> tuple[TensorRef, ...]:
+    """Return one Kronecker factor of a LoKr: (full,), (a, b), or () where it is missing or its shapes do not fit.
+
+    core: that between a (r, o2) and b (r, i2) of an adapted convolution.
+    """
     if name in group:
-        full = group[name]
+        full = group[name].as_matrix() if name == "w2" else group[name]
         return (full,) if len(full.shape) == 2 and 0 not in full.shape else ()
     a, b = group.get(f"{name}_a"), group.get(f"{name}_b")
-    if a is None or b is None or not can_multiply(a, b):
+    if a is None or b is None or not (can_multiply(a, b) if core is None else core_fits(core, a, b)):
         return ()
     return (a, b)
 
@@ -35,12 +39,6 @@ def find_factor(group: Mapping[str, TensorRef], name: str) -> tuple[TensorRef, .
 def can_multiply(a: TensorRef, b: TensorRef) -> bool:
     """Return True when a (n, r) and b (r, m) are non-empty matrices that can be multiplied."""
     return len(a.shape) == len(b.shape) == 2 and a.shape[1] == b.shape[0] and 0 not in (*a.shape, *b.shape)
-
-
-def refuse_convolution(group: Mapping[str, TensorRef], name: str, tensors: PeftTensors) -> None:
-    """Raise UnsupportedError where `group` holds t1 or t2, which only adapted convolutions have."""
-    if "t1" in group or "t2" in group:
-        raise UnsupportedError(f"{tensors.weights}: {name} adapts a convolution", expected="linear layers only")
 
 
 def read_lokr(tensors: PeftTensors, config: Mapping[str, Any], extras: PeftExtras) -> ReadResult:
@@ -51,8 +49,14 @@ def read_lokr(tensors: PeftTensors, config: Mapping[str, Any], extras: PeftExtra
     alphas = read_pattern(config, "alpha_pattern", folder, tensors.problems)
     modules: list[AdaptedModule] = []
     for name, group in sorted(tensors.groups.items()):
-        refuse_convolution(group, name, tensors)
-        w1, w2 = find_factor(group, "w1"), find_factor(group, "w2")
+        core = group.get("t2")
+        w1, w2 = find_factor(group, "w1"), find_factor(group, "w2", core)
+        if "w2" in group and len(group["w2"].shape) == 3:
+            raise UnsupportedError(
+                f"{tensors.weights}: {name} adapts a Conv1d by a full lokr_w2",
+                expected="lokr_w2_a and lokr_w2_b, or a Conv2d",
+                got="PEFT lays out the product of its three dimensions in another order than LyCORIS does",
+            )
         if not w1 or not w2:
             tensors.problems.append(
                 Problem(
@@ -62,7 +66,7 @@ def read_lokr(tensors: PeftTensors, config: Mapping[str, Any], extras: PeftExtra
                 )
             )
             continue
-        modules.append(LokrModule(name, w1, w2, float(alphas.get(name, alpha)) / ranks.get(name, rank)))
+        modules.append(LokrModule(name, w1, w2, float(alphas.get(name, alpha)) / ranks.get(name, rank), core=core))
     require_factors(modules, tensors)
     return "LoKr", tuple(modules)
 
@@ -75,13 +79,13 @@ def read_loha(tensors: PeftTensors, config: Mapping[str, Any], extras: PeftExtra
     alphas = read_pattern(config, "alpha_pattern", folder, tensors.problems)
     modules: list[AdaptedModule] = []
     for name, group in sorted(tensors.groups.items()):
-        refuse_convolution(group, name, tensors)
         module = make_loha_module(name, group, float(alphas.get(name, alpha)) / ranks.get(name, rank))
         if module is None:
             tensors.problems.append(
                 Problem(
                     f"{tensors.weights}: the tensors of {name} do not fit",
-                    "hada_w1_a (out, r), hada_w1_b (r, in), hada_w2_a (out, r), hada_w2_b (r, in)",
+                    "hada_w1_a (out, r), hada_w1_b (r, in), hada_w2_a (out, r), hada_w2_b (r, in); with cores hada_t1 "
+                    "and hada_t2 (r, r, k, k) w1_a and w2_a (r, out)",
                     ", ".join(f"{role} {ref.shape}" for role, ref in group.items()),
                 )
             )
@@ -97,6 +101,13 @@ def make_loha_module(name: str, group: Mapping[str, TensorRef], scale: float) ->
     if any(ref is None for ref in refs):
         return None
     w1a, w1b, w2a, w2b = (ref for ref in refs if ref is not None)
+    core1, core2 = group.get("t1"), group.get("t2")
+    if core1 is not None and core2 is not None:
+        same = w1a.shape[1:] == w2a.shape[1:] and w1b.shape[1:] == w2b.shape[1:] and core1.shape[2:] == core2.shape[2:]
+        fitting = core_fits(core1, w1a, w1b) and core_fits(core2, w2a, w2b) and same
+        return LohaModule(name, w1a, w1b, w2a, w2b, scale, cores=(core1, core2)) if fitting else None
+    if core1 is not None or core2 is not None:
+        return None
     if not can_multiply(w1a, w1b) or not can_multiply(w2a, w2b):
         return None
     if w1a.shape[0] != w2a.shape[0] or w1b.shape[1] != w2b.shape[1]:
