@@ -51,9 +51,10 @@ def parse_trained_on(text: str) -> TrainedOn | None:
     scheme, *settings = text.split(",")
     kind, _, double = scheme.partition("-")
     values = dict(setting.partition("=")[::2] for setting in settings)
+    twice = len(values) < len(settings)
     block, dtype = values.pop("block", "64"), values.pop("dtype", None)
     known = scheme == ORIGINAL or (kind in CODES and double in ("", "double"))
-    good = not values and block.isdigit() and int(block) in (32, 64, 128, 256, 512, 1024, 2048, 4096)
+    good = not values and not twice and block in ("32", "64", "128", "256", "512", "1024", "2048", "4096")
     if not known or not good or (scheme == ORIGINAL and settings) or dtype not in (None, *SAFETENSORS_DTYPES):
         raise InputError(f"--trained-on {text}: not known", expected=SYNTAX)
     if scheme == ORIGINAL:

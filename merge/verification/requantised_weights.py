@@ -2,8 +2,9 @@
 
 Of each adapted weight, W' by the formula in float64 and Q, what the artefact's parts dequantise to:
 
-- every element of Q is, for the scales that the artefact holds, the value of its scheme nearest to W', or every one is
-  the neighbour of W' that the weight's own numbers draw (quantisation/rounding.py);
+- every element of Q is, for the scales that the artefact holds, the value of its scheme that W' rounds to, or every one
+  is the neighbour of W' that the weight's own numbers draw (quantisation/rounding.py). Beside a tie, where W' and W' as
+  float32 computes it round apart, it is either value;
 - its requantisation_loss is that of the best way to quantise W' again (the base's scales or new ones, nearest or drawn
   codes): values can be right for scales that are wrong, as those of scales that are all zero are;
 - the retention <Q - W, dW> / |dW|^2 of all weights together is at least what was asked.
@@ -83,9 +84,9 @@ def _wanted(items: list[BoundModule]) -> Tensor:
 def _compare(made: PackedWeight, before: Tensor, after: Tensor) -> tuple[WeightFigures, bool]:
     """The figures of one weight, and whether its elements are the nearest ones; both tensors float64."""
     got = made.rows(read_bytes, 0, made.row_count).to(torch.float64).reshape(after.shape)
-    best = _rounded(made, after, None)
     noise = FLOAT32_ERROR * (before.abs() + (after - before).abs() + float(after.square().mean().sqrt()))
-    exact = bool(((got - after).abs() <= (best - after).abs() + noise).all())
+    low, high = _rounded(made, after - noise, None), _rounded(made, after + noise, None)
+    exact = bool(((torch.minimum(low, high) <= got) & (got <= torch.maximum(low, high))).all())
     if not exact:
         draw = draw_for(made.name, made.shape)
         above = _rounded(made, after, (draw - DRAW_NOISE).clamp_(min=0.0))

@@ -84,7 +84,17 @@ def test_the_dynamic_map_is_bitsandbytes() -> None:
 
 
 @pytest.mark.parametrize(
-    "text", ["int8", "nf4-triple", "nf4,block=63", "nf4,dtype=int8", "original,block=64", "nf4,x=1", ""]
+    "text",
+    [
+        "int8",
+        "nf4-triple",
+        "nf4,block=63",
+        "nf4,dtype=int8",
+        "original,block=64",
+        "nf4,x=1",
+        "nf4,block=64,block=32",
+        "",
+    ],
 )
 def test_what_is_not_known_is_refused(text: str) -> None:
     with pytest.raises(InputError, match="--trained-on"):
