@@ -17,6 +17,7 @@ from typing import Any, TypeAlias
 import torch
 from torch import Tensor, nn
 
+from adapter_merge.binding.trained_base import is_simulated
 from adapter_merge.quantisation.dense_view import packed_weights
 from adapter_merge.quantisation.known_settings import Configuration, read_configuration
 from adapter_merge.quantisation.packed_weight import PackedWeight
@@ -66,6 +67,8 @@ def quantiser_note(base: Checkpoint) -> str:
     """Return the sentence that says where the weights of models on the quantised `base` come from."""
     assert base.stored is not None
     configuration = read_configuration(base.stored)
+    if is_simulated(base):
+        return "models are run from the weights that --trained-on states, quantised here by bitsandbytes' formulas"
     if configuration is None:
         return "models are run from the base's dequantised weights, as the gguf package gives them"
     obstacle = _obstacle(configuration, base)

@@ -24,6 +24,7 @@ from transformers.quantizers.quantizer_finegrained_fp8 import FineGrainedFP8HfQu
 from adapter_merge.api.merge import merge
 from adapter_merge.api.options import MergeOptions, VerifyOptions
 from adapter_merge.api.verify import verify
+from adapter_merge.binding.trained_base import open_trained_base
 from adapter_merge.quantisation.dense_view import open_base, packed_weights
 from adapter_merge.verification import own_quantiser
 from adapter_merge.verification.streamed_adapter import held_model, streamed_base
@@ -212,5 +213,8 @@ def test_what_transformers_dequantises_otherwise_is_read_here(
         assert own_quantiser.own_quantiser(view) is None
         note = own_quantiser.quantiser_note(view)
         assert "as they are read here" in note and words in note, note
+    stated = open_trained_base(nf4.with_name("nf4-plain"), "nf4")
+    assert own_quantiser.own_quantiser(stated) is None
+    assert "--trained-on states" in own_quantiser.quantiser_note(stated)
     monkeypatch.setattr(own_quantiser, "find_spec", lambda name: None)
     assert "transformers needs compressed_tensors" in own_quantiser.quantiser_note(open_base(int4))
