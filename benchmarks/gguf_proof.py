@@ -1,7 +1,7 @@
 """llama.cpp with our adapter file, and our merges of GGUF bases, against transformers on SmolLM2-135M.
 
     python -m venv LLAMA && LLAMA/bin/pip install llama-cpp-python     # compiled: about four minutes
-    python benchmarks/gguf_proof.py --llama LLAMA/bin/python [--work FOLDER] [--adapter ADAPTER]
+    python benchmarks/gguf_proof.py --llama LLAMA/bin/python [--work FOLDER] [--adapter ADAPTER] [--kinds Q8_0 ...]
 
 llama.cpp runs in its own interpreter, because the wheel is built where it is installed. Greedy tokens and the logits
 after the prompt are compared:
@@ -9,9 +9,11 @@ after the prompt are compared:
     F32 model in GGUF                       with the model in transformers (what the comparison itself is worth)
     F32 model in GGUF + adapter.gguf        with the merged model in transformers
     the same at other ranks                 a LoRA with rank_pattern: one alpha for several ranks
-    Q8_0, Q6_K, Q4_K_M + adapter.gguf       with the model that `merge` makes of that file, which llama.cpp quantised
+    Q8_0, Q6_K, Q4_K_M                      with what transformers reads from that file, which llama.cpp quantised
+    Q8_0, Q6_K, Q4_K_M + adapter.gguf       with the model that `merge` makes of that file
 
-llama.cpp quantises activations to 8 bits beside quantised weights, so that there the logits differ more and tokens may.
+llama.cpp quantises activations to 8 bits beside quantised weights, so that there logits and tokens differ: the lines
+without an adapter, in which nothing of this package takes part, say how much.
 """
 
 from __future__ import annotations
@@ -96,12 +98,12 @@ def in_llama_cpp(python: str, model: Path, ids: Sequence[Sequence[int]], lora: P
 
 
 @torch.no_grad()
-def in_transformers(folder: Path, ids: Sequence[Sequence[int]]) -> Answers:
-    """Run the model of `folder` in transformers in float32, in the same way."""
+def in_transformers(folder: Path, ids: Sequence[Sequence[int]], file: str | None = None) -> Answers:
+    """Run the model of `folder`, or of the GGUF `file` in it, in transformers in float32, in the same way."""
     from transformers import AutoModelForCausalLM
 
     with quiet_libraries():
-        model: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+        model: Any = AutoModelForCausalLM.from_pretrained(folder, gguf_file=file, dtype=torch.float32).eval()
     model.generation_config.eos_token_id = None  # go on after the end, as llama.cpp is told to
     answers: Answers = []
     for prompt in ids:
@@ -156,13 +158,14 @@ def main() -> None:
     parser.add_argument("--llama", required=True, help="a Python that has llama_cpp")
     parser.add_argument("--work", type=Path, help="where the models go (3 GB); a temporary folder when not given")
     parser.add_argument("--adapter", type=Path, default=adapter_folder("dcft-pirate"))
+    parser.add_argument("--kinds", nargs="*", choices=QUANTISED, default=list(QUANTISED))
     stated = parser.parse_args()
     with tempfile.TemporaryDirectory() as temporary:
-        passed = prove(stated.llama, stated.work or Path(temporary), stated.adapter)
+        passed = prove(stated.llama, stated.work or Path(temporary), stated.adapter, stated.kinds)
     sys.exit(0 if passed else 1)
 
 
-def prove(python: str, work: Path, adapter: Path) -> bool:
+def prove(python: str, work: Path, adapter: Path, kinds: Sequence[str]) -> bool:
     """Print every comparison; return whether those in float32 are equal in every token."""
     from transformers import AutoTokenizer
 
@@ -183,10 +186,11 @@ def prove(python: str, work: Path, adapter: Path) -> bool:
         merge(base, source, merged, MergeOptions(overwrite=True))
         told = in_transformers(merged, ids)
         passed &= compare(f"F32 + {name}.gguf", in_llama_cpp(python, plain, ids, factors / "adapter.gguf"), told)
-    for name, kind in QUANTISED.items():
+    for name in kinds:
         file = work / f"{name}.gguf"
-        command = [python, "-c", QUANTISE, str(plain), str(file), str(kind)]
+        command = [python, "-c", QUANTISE, str(plain), str(file), str(QUANTISED[name])]
         subprocess.run(command, check=True, capture_output=True)
+        compare(name, in_llama_cpp(python, file, ids), in_transformers(work, ids, file.name))
         factors, merged = work / f"{name}-factors", work / f"{name}-merged"
         factor(file, adapter, factors, FactorOptions(format="gguf", overwrite=True))
         merge(file, adapter, merged, MergeOptions(write_as="float32", overwrite=True))

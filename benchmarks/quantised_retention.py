@@ -1,9 +1,10 @@
 """The demo's adapters on a SmolLM2-135M of every quantisation scheme: merged in each way, beside the unmerged adapter.
 
-    python benchmarks/quantised_retention.py SCRATCH [--schemes NAME ...] [--adapters NAME ...]
+    python benchmarks/quantised_retention.py SCRATCH [--schemes NAME ...] [--adapters NAME ...] [--questions N]
 
 SCRATCH holds the quantised bases (0.1 to 0.4 GB each), made by the schemes' own libraries (GPTQ and AWQ are packed by
-their published layouts), and the merges of one row at a time. One line per scheme and adapter:
+their published layouts), the chats and factors, which a second run takes from there, and the merges of one row at a
+time. One line per scheme and adapter:
 
     worst error     of the dequantised weights here, against the library's own dequantisation
     retention       <Q(W') - W, dW> / |dW|^2 of merge --as same
@@ -19,6 +20,7 @@ residual, which cannot be cut out of quantised weights: it goes in as its exact 
 from __future__ import annotations
 
 import argparse
+import json
 import shutil
 import sys
 import warnings
@@ -88,16 +90,18 @@ def worst_error(folder: Path, dense: Dense) -> tuple[int, int, float]:
 
 
 @torch.inference_mode()
-def chats(plain: Path, adapter: Path, scratch: Path) -> list[str]:
-    """The questions in the model's chat template, with the greedy answers of the unquantised merge."""
+def chats(plain: Path, adapter: Path, scratch: Path, count: int) -> list[str]:
+    """The first `count` questions in the model's chat template, with the greedy answers of the unquantised merge."""
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    merge(plain, adapter, scratch, MergeOptions(overwrite=True))
-    texts = []
+    kept, texts = scratch / f"chats-{adapter.name}.json", []
+    if kept.is_file():
+        return list(json.loads(kept.read_text("utf-8"))[:count])
+    merge(plain, adapter, scratch / "plain-merge", MergeOptions(overwrite=True))
     with quiet_libraries():
         tokenizer = AutoTokenizer.from_pretrained(plain)
-        model: Any = AutoModelForCausalLM.from_pretrained(scratch, dtype=torch.float32).eval()
-        for question in QUESTIONS:
+        model: Any = AutoModelForCausalLM.from_pretrained(scratch / "plain-merge", dtype=torch.float32).eval()
+        for question in QUESTIONS[:count]:
             turn = [{"role": "user", "content": question}]
             text = tokenizer.apply_chat_template(turn, tokenize=False, add_generation_prompt=True)
             ids = tokenizer(text, return_tensors="pt", add_special_tokens=False)["input_ids"]
@@ -105,6 +109,8 @@ def chats(plain: Path, adapter: Path, scratch: Path) -> list[str]:
             made = model.generate(input_ids=ids, attention_mask=mask, do_sample=False, max_new_tokens=ANSWER_TOKENS,
                                   pad_token_id=0)  # fmt: skip
             texts.append(text + tokenizer.decode(made[0, ids.shape[1] :]))
+    shutil.rmtree(scratch / "plain-merge")
+    kept.write_text(json.dumps(texts), "utf-8")
     return texts
 
 
@@ -144,18 +150,19 @@ def main() -> None:
     parser.add_argument("scratch", type=Path)
     parser.add_argument("--schemes", nargs="+", choices=SCHEMES, default=list(SCHEMES))
     parser.add_argument("--adapters", nargs="+", choices=ADAPTERS, default=list(ADAPTERS))
+    parser.add_argument("--questions", type=int, choices=range(1, len(QUESTIONS) + 1), default=len(QUESTIONS))
     options = parser.parse_args()
     warnings.simplefilter("ignore")
     torch.set_num_threads(1)
     plain = obtain_base(options.scratch / "smollm2")
-    texts = {name: chats(plain, adapter_folder(name), options.scratch / "plain-merge") for name in options.adapters}
-    shutil.rmtree(options.scratch / "plain-merge")
+    texts = {name: chats(plain, adapter_folder(name), options.scratch, options.questions) for name in options.adapters}
     ready = {}
     for name in options.adapters:
         ready[name] = adapter_folder(name)
         if name.startswith("dude"):
             ready[name] = options.scratch / f"{name}-factors"
-            factor(plain, adapter_folder(name), ready[name], FactorOptions(overwrite=True))
+            if not ready[name].exists():
+                factor(plain, adapter_folder(name), ready[name])
     print("| scheme | adapter | elements off the library's | retention | KL: base | --as bfloat16 | --as same | "
           "same tokens: bfloat16 | same | verify |")  # fmt: skip
     print("|---|---|---|---|---|---|---|---|---|---|", flush=True)
