@@ -8,6 +8,7 @@ DoRA, DuDe                   an exact DoRA of rank <= 2r on the original base, w
 rank or budget               a truncated plain LoRA; the manifest states the error of every weight
 ... with keep_scale          the row scale stays exact, and only the low-rank part is truncated
 format "gguf"                the plain LoRA as one GGUF file for llama.cpp; a row scale is refused
+stacked experts              PEFT's target_parameters, exact (expert_factors.py)
 linear combination           one LoRA or DoRA whose rank is at most the sum of the adapters' ranks; other combinations
                              have full rank and are truncated
 """
@@ -16,7 +17,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from numbers import Integral, Real
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -38,15 +39,19 @@ from adapter_merge.combine.open_inputs import (
 from adapter_merge.engine.devices import choose_device
 from adapter_merge.engine.weight_pool import WeightMap, weight_pool
 from adapter_merge.errors import InputError, Problem, UnsupportedError, raise_all
-from adapter_merge.factoring.certificate import check_errors, summary
+from adapter_merge.factoring.certificate import LayerFigures, check_errors, summary
+from adapter_merge.factoring.expert_factors import expert_factors
 from adapter_merge.factoring.factor_folder import write_factors
 from adapter_merge.factoring.gguf_adapter import check_gguf, write_gguf_adapter
 from adapter_merge.factoring.rank_choice import allot_ranks, bytes_of
 from adapter_merge.factoring.supported import (
     MaybeBoundModule,
     check_convolutions,
+    check_experts,
     check_positional_queries,
+    check_single_experts,
     check_supported,
+    has_experts,
     kernels_of,
     needs_base,
     open_factored,
@@ -127,11 +132,13 @@ def factor(
         moments = collect(bound, Path(options.calibrate))
         content["calibration"] = moments.as_json()
     factored = _find_factors(pairs, options, moments, progress)
+    experts = expert_factors(opened, bound) if bound is not None and not isinstance(bound, CombinedBound) else []
     content["seconds"] = round(time.perf_counter() - started, 2)
-    layers = {item.name: item.figures for item in factored}
+    layers = {item.name: item.figures for item in factored} | {item.path: item.figures for item in experts}
     if options.max_error is not None:
         check_errors(layers, options.max_error)
-    content |= _summarise(factored, options)
+    content |= _summarise(factored, layers, options)
+    content["experts"] = len(experts)
     worst = content["certificate"]["max_relative_error"]
     if not options.is_truncation and not content["exact"]:
         content["warnings"] += [
@@ -140,12 +147,13 @@ def factor(
             "on the residual base"
         ]
     with staged(output, options.overwrite, inputs) as folder:
-        conv1d = opened.fan_in_fan_out or (bound is not None and any(item.transposed for item in bound.modules))
+        conv1d = opened.fan_in_fan_out or any(item is not None and item.transposed for _, item in pairs)
         if options.format == "gguf":
             assert bound is not None
             write_gguf_adapter(folder, bound, pairs, factored)
         else:
-            write_factors(folder, opened, factored, _read_replacements(opened, bound), conv1d, kernels_of(pairs, bound))
+            kernels, replaced = kernels_of(pairs, bound), _read_replacements(opened, bound)
+            write_factors(folder, opened, factored, replaced, conv1d, kernels, experts)
         if options.end_to_end or options.prompts:
             from adapter_merge.factoring.end_to_end import compare
 
@@ -163,7 +171,16 @@ def _check_inputs(opened: Adapter, bound: BoundAdapter | None, options: FactorOp
     """Return the modules with their base weights. Raises where they cannot be factored, or not without the base."""
     check_positional_queries(opened, bound, options.frozen_positions)
     pairs = pairs_of(opened, bound)
-    check_supported(pairs, exact=not options.is_truncation)
+    runs_model = options.calibrate is not None or options.end_to_end or bool(options.prompts)
+    experts = has_experts(opened) and not isinstance(bound, CombinedBound)
+    if experts:
+        check_experts(opened, pairs, bound, exact_folder=options.format == "peft" and not options.is_truncation)
+    check_supported(pairs, exact=not options.is_truncation, experts=experts)
+    if experts and runs_model:
+        raise UnsupportedError(
+            f"{opened.folder}: adapts experts, which --end-to-end does not run", hint="compare with verify, afterwards"
+        )
+    check_single_experts(pairs, keeps_scale=not options.is_truncation or options.keep_scale)
     check_convolutions(opened, pairs, bound)
     if options.calibrate is not None and kernels_of(pairs, bound):
         raise UnsupportedError(
@@ -172,7 +189,6 @@ def _check_inputs(opened: Adapter, bound: BoundAdapter | None, options: FactorOp
         )
     if options.format == "gguf":
         check_gguf(bound, pairs, options.is_truncation)
-    runs_model = options.calibrate is not None or options.end_to_end or bool(options.prompts)
     if bound is None and (runs_model or any(needs_base(module) for module, _ in pairs)):
         raise InputError(
             f"{opened.folder}: its factors cannot be found without the base",
@@ -238,9 +254,10 @@ def _find_factors(
     return factored
 
 
-def _summarise(factored: Sequence[Factored], options: FactorOptions) -> dict[str, Any]:
+def _summarise(
+    factored: Sequence[Factored], layers: Mapping[str, LayerFigures], options: FactorOptions
+) -> dict[str, Any]:
     """Return the manifest's entries on the factors: their form, whether they are exact, and their errors."""
-    layers = {item.name: item.figures for item in factored}
     scaled = any(item.magnitude is not None for item in factored)
     worst = max((figures.relative_error for figures in layers.values()), default=0.0)
     return {

@@ -60,7 +60,7 @@ def bind_stack(
                     repr(adapter.config.get("peft_version"))[:100],
                     "add the version of PEFT that saved the adapter: 0.19.1 changed the orientation",
                 )
-            fits.append((parameter, turned, _bind_experts(module, experts, scale, shape, stored, turned)))
+            fits.append((parameter, turned, _bind_experts(module, parameter, experts, scale, shape, stored, turned)))
     if len(fits) > 1 and stated is not None:
         fits = [fit for fit in fits if fit[1] == stated]
     if len(fits) > 1:
@@ -83,6 +83,7 @@ def bind_stack(
 
 def _bind_experts(
     module: StackModule,
+    parameter: str,
     experts: int,
     scale: float,
     shape: tuple[int, ...],
@@ -113,6 +114,8 @@ def _bind_experts(
                 rows=(0, module.b.shape[0]) if across else part,
                 columns=part if across else (0, module.a.shape[1]),
                 ups=ups,
+                target=parameter,
+                turned=turned,
             )
             is_whole = len(item.ref.shape) == 2 and rows == (0, item.ref.rows)
             bound.append(BoundModule(expert, item.ref, across, rows=None if is_whole else rows))

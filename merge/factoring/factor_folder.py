@@ -1,7 +1,8 @@
 """Factor folder: a PEFT LoRA (or DoRA) folder with scale 1, and files for row scales and full replacements.
 
 adapter_model.safetensors   base_model.model.<module>.lora_A.weight (R, in), .lora_B.weight (out, R), float32; with a
-                            row scale .lora_magnitude_vector (out,) as well: PEFT loads it as DoRA
+                            row scale .lora_magnitude_vector (out,) as well: PEFT loads it as DoRA; stacked experts as
+                            in expert_factors.py
 row_scale.safetensors       base_model.model.<module>.row_scale (out,) = m / rownorm(W0 + B A)
 replacements.safetensors    <base tensor name> -> heads and biases that were trained as full tensors
 
@@ -12,7 +13,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +25,8 @@ from adapter_merge.methods.adapter import Adapter
 from adapter_merge.outputs.staging import write_json
 from adapter_merge.storage.tensor_io import write_safetensors
 
+from .expert_factors import PEFT_VERSION, ExpertFactors
+from .supported import SINGLE_EXPERT
 from .weight_factors import Factored
 
 ROW_SCALES = "row_scale.safetensors"
@@ -73,13 +76,19 @@ class FolderConfig:
     targets: list[str] | str | None = None  # target_modules; None: the name of every module
     saved: tuple[str, ...] = ()  # modules_to_save of the adapter's own config
     tied: bool = False  # the head is tied to the embedding, as in training
+    parameters: tuple[str, ...] = ()  # target_parameters of the adapter's own config
 
 
 def write_folder(
-    folder: Path, factors: Sequence[WeightFactors], replacements: Mapping[str, Tensor], settings: FolderConfig
+    folder: Path,
+    factors: Sequence[WeightFactors],
+    replacements: Mapping[str, Tensor],
+    settings: FolderConfig,
+    experts: Sequence[ExpertFactors] = (),
 ) -> None:
     """Write config, factors, row scales and replacements into the empty `folder`."""
-    tensors = {name: tensor for item in factors for name, tensor in item.tensors().items()}
+    parts = [item.tensors() for item in factors] + [item.tensors() for item in experts]
+    tensors = {name: tensor for part in parts for name, tensor in part.items()}
     scales = {
         f"{PREFIX}{item.module}.row_scale": item.row_scale.to(torch.float32)
         for item in factors
@@ -99,7 +108,8 @@ def write_folder(
         else:
             saved.add(module)
     write_json(
-        folder / "adapter_config.json", _make_config(factors, settings, saved_modules(saved, settings.saved), bias)
+        folder / "adapter_config.json",
+        _make_config(factors, experts, settings, saved_modules(saved, settings.saved), bias),
     )
     write_safetensors(folder / "adapter_model.safetensors", tensors, {"format": "pt"})
     if scales:
@@ -115,9 +125,11 @@ def write_factors(
     replacements: Mapping[str, Tensor],
     conv1d: bool,
     kernels: Mapping[str, tuple[int, ...]],
+    experts: Sequence[ExpertFactors] = (),
 ) -> None:
     """Write the factor folder of an adapter into the empty `folder`. kernels: those of the adapted convolutions."""
     embeddings = {module.name for module in opened.modules if module.embedding}
+    factored = _with_equal_ranks(factored)
     factors = [
         WeightFactors(
             item.name,
@@ -131,6 +143,7 @@ def write_factors(
         for item in factored
     ]
     targets, task = opened.config.get("target_modules"), opened.config.get("task_type")
+    parameters = opened.config.get("target_parameters") if experts else None
     settings = FolderConfig(
         opened.base_name,
         task if isinstance(task, str) else None,
@@ -138,8 +151,26 @@ def write_factors(
         targets if isinstance(targets, list | str) and targets not in ("all-linear", "", []) else None,
         stated_modules(opened),
         opened.tied,
+        tuple(parameters) if isinstance(parameters, list) else (),
     )
-    write_folder(folder, factors, replacements, settings)
+    write_folder(folder, factors, replacements, settings, experts)
+
+
+def _with_equal_ranks(factored: Sequence[Factored]) -> list[Factored]:
+    """Pad the factors of single experts with zeros to one rank: PEFT stacks them on loading.
+
+    Source: peft.utils.transformers_weight_conversion.
+    """
+    rank = max((item.down.shape[0] for item in factored if SINGLE_EXPERT.search(item.name)), default=0)
+
+    def padded(item: Factored) -> Factored:
+        missing = rank - item.down.shape[0]
+        if missing == 0 or not SINGLE_EXPERT.search(item.name):
+            return item
+        pad = torch.nn.functional.pad
+        return replace(item, up=pad(item.up, (0, missing)), down=pad(item.down, (0, 0, 0, missing)))
+
+    return [padded(item) for item in factored]
 
 
 def stated_modules(opened: Adapter) -> tuple[str, ...]:
@@ -160,15 +191,22 @@ def saved_modules(replaced: Iterable[str], stated: Iterable[str]) -> list[str] |
 
 
 def _make_config(
-    factors: Sequence[WeightFactors], settings: FolderConfig, modules_to_save: list[str] | None, bias: str
+    factors: Sequence[WeightFactors],
+    experts: Sequence[ExpertFactors],
+    settings: FolderConfig,
+    modules_to_save: list[str] | None,
+    bias: str,
 ) -> dict[str, Any]:
     """Return adapter_config.json. alpha == rank for every module, so that the scale is 1.
 
-    r is the most common rank; the patterns hold the other ranks.
+    r is the most common rank, or that of single experts, for which PEFT reads no pattern; the patterns hold the other
+    ranks.
     """
     ranks = {item.module: item.rank for item in factors}
-    common = Counter(ranks.values()).most_common(1)[0][0] if ranks else 1
-    pattern = {name: rank for name, rank in ranks.items() if rank != common}
+    every = ranks | {item.path: item.rank for item in experts}
+    single = [rank for name, rank in ranks.items() if SINGLE_EXPERT.search(name)]
+    common = Counter(single or every.values()).most_common(1)[0][0] if every else 1
+    pattern = {name: rank for name, rank in every.items() if rank != common}
     return {
         "peft_type": "LORA",
         "base_model_name_or_path": settings.base_name,
@@ -187,4 +225,5 @@ def _make_config(
         "init_lora_weights": True,
         "modules_to_save": modules_to_save,
         **({"ensure_weight_tying": True} if settings.tied else {}),
+        **({"target_parameters": [*settings.parameters], "peft_version": PEFT_VERSION} if experts else {}),
     }

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
@@ -26,6 +27,9 @@ from adapter_merge.methods.peft_layer import PeftLayerModule
 from adapter_merge.methods.tokens import TokenModule
 from adapter_merge.storage.checkpoint import Checkpoint
 
+from .expert_factors import is_of_stack
+
+SINGLE_EXPERT = re.compile(r"\.experts\.\d+\.")  # in the name of a module that belongs to one expert
 MaybeBoundModule = tuple[AdaptedModule, BoundModule | None]
 
 
@@ -56,13 +60,13 @@ def warn_unproved_heads(opened: Adapter, base: str | Path | None) -> list[str]:
     ]
 
 
-def check_supported(pairs: Sequence[MaybeBoundModule], exact: bool) -> None:
-    """Check that the modules have low-rank factors.
+def check_supported(pairs: Sequence[MaybeBoundModule], exact: bool, experts: bool = False) -> None:
+    """Check that the modules have low-rank factors. experts: the adapter has those of experts beside `pairs`.
 
     Raises UnsupportedError for modules that have no low-rank factors (the first ten), InputError for a
     combination of full rank where exact factors are requested.
     """
-    if not pairs:
+    if not pairs and not experts:
         raise UnsupportedError(
             "the adapter holds only full trained tensors, which have no factors", hint="merge this adapter instead"
         )
@@ -134,8 +138,8 @@ def needs_base(module: AdaptedModule) -> bool:
 def pairs_of(opened: Adapter, bound: BoundAdapter | None) -> list[MaybeBoundModule]:
     """Return every adapted module with its bound weight, or with None where there is no base.
 
-    A plain LoRA on a weight that the base stores in several parts (a fused qkv) has None as well: its factors do not
-    depend on them.
+    Experts of target_parameters are left out where there is a base (expert_factors.py). A plain LoRA on a weight that
+    the base stores in several parts (a fused qkv) has None as well: its factors do not depend on them.
     """
     if bound is None:
         return [(module, None) for module in opened.modules]
@@ -144,13 +148,60 @@ def pairs_of(opened: Adapter, bound: BoundAdapter | None) -> list[MaybeBoundModu
     pairs: dict[int, MaybeBoundModule] = {}
     for item in bound.modules:
         module = item.module
-        if is_positional(item):
+        if is_positional(item) or is_of_stack(module, opened):
             continue
         if isinstance(module, RowSliceModule) and module.whole.magnitude is None:
             pairs[id(module.whole)] = (module.whole, None)
         else:
             pairs[id(item)] = (module, item)
     return list(pairs.values())
+
+
+def has_experts(opened: Adapter) -> bool:
+    """Tell whether the adapter adapts parameters by PEFT's target_parameters."""
+    return any(isinstance(module, StackModule) for module in opened.modules)
+
+
+def check_experts(
+    opened: Adapter, pairs: Sequence[MaybeBoundModule], bound: BoundAdapter | None, exact_folder: bool
+) -> None:
+    """Check that PEFT's target_parameters express the adapter's experts.
+
+    exact_folder: exact factors are written, as a PEFT folder. Raises InputError without a base, UnsupportedError for
+    truncated factors, other formats, and row scales, which PEFT has not beside target_parameters.
+    """
+    if bound is None:
+        raise InputError(
+            f"{opened.folder}: adapts experts, whose number the base tells",
+            expected="BASE and ADAPTER",
+            hint=f"its base seems to be {opened.base_name}" if opened.base_name else None,
+        )
+    if not exact_folder:
+        raise UnsupportedError(
+            f"{opened.folder}: adapts experts, whose factors are written exactly and as a PEFT folder only",
+            expected="neither --rank nor --budget nor --format gguf",
+            hint="merge this adapter instead",
+        )
+    scaled = [module.name for module, _ in pairs if module.magnitude is not None or module.own_magnitude]
+    if scaled:
+        raise UnsupportedError(
+            f"{scaled[0]}: has a row scale (DoRA), which a PEFT folder with target_parameters for experts cannot have",
+            hint="merge this adapter instead",
+        )
+
+
+def check_single_experts(pairs: Sequence[MaybeBoundModule], keeps_scale: bool) -> None:
+    """Raise UnsupportedError for experts, trained as a module each, whose factors have a row scale.
+
+    transformers 5 stacks them, PEFT's target_parameters have no DoRA, and vLLM adapts experts by plain LoRA alone.
+    """
+    for module, _ in pairs:
+        if keeps_scale and SINGLE_EXPERT.search(module.name) and (module.magnitude is not None or module.own_magnitude):
+            raise UnsupportedError(
+                f"{module.name}: an expert with a row scale (DoRA, DuDe) has no exact factors that anything loads",
+                expected="a plain LoRA, which alone PEFT's target_parameters and vLLM's experts are",
+                hint="merge this adapter, or truncate it to a plain LoRA with --rank",
+            )
 
 
 def check_convolutions(opened: Adapter, pairs: Sequence[MaybeBoundModule], bound: BoundAdapter | None) -> None:

@@ -232,6 +232,8 @@ class ExpertModule(ModuleDefaults):
     rows: tuple[int, int]
     columns: tuple[int, int]
     ups: ExpertUps = field(compare=False, repr=False)  # of `b`, shared by all experts
+    target: str = ""  # the stacked parameter
+    turned: bool = False  # the parameter's experts are B A transposed
 
     @property
     def rank(self) -> int:

@@ -146,7 +146,8 @@ def factor_card(content: Mapping[str, Any], opened: Adapter, folder: Path, title
         else f"{kind}: a plain LoRA of scale 1 (`lora_alpha` is the rank)."
     )
     rank = content["certificate"]["ranks"][1]
-    loading = _loading_section(base, title, task, scaled, heads, rank) if library == "peft" else LLAMA_CPP
+    experts = bool(content.get("experts"))
+    loading = _loading_section(base, title, task, scaled, heads, rank, experts) if library == "peft" else LLAMA_CPP
     body = f"""{summary}
 
 Made by adapter-merge {content["versions"]["adapter-merge"]} from:
@@ -167,7 +168,9 @@ every weight.
     return card(title, base, "adapter", library, tags, body, PIPELINES.get(str(task)))
 
 
-def _loading_section(base: str | None, title: str, task: object, scaled: bool, heads: bool, rank: int) -> str:
+def _loading_section(
+    base: str | None, title: str, task: object, scaled: bool, heads: bool, rank: int, experts: bool
+) -> str:
     model = base or "BASE"
     auto = AUTO_CLASSES.get(str(task), "AutoModel")
     fence = code_fence(model, title)
@@ -198,6 +201,14 @@ model.load_adapter({json.dumps(title, ensure_ascii=False)})
 adapter-merge serve {shlex.quote(model)} {shlex.quote(f"mine={title}")}
 {fence}"""
         )
+    elif experts:
+        parts.append(
+            "Experts are PEFT's target_parameters. vLLM (0.28 to 0.32) reads them where gate_up_proj and down_proj are "
+            "both adapted: for classes that load stacked experts (Qwen3-VL-MoE, Qwen3.5-MoE, gpt-oss, InternS1-Pro), "
+            "for other mixtures with --enable-mixed-moe-lora-format and is_3d_lora_weight in the LoRA request. "
+            "adapter-merge did not run that: the merged model is served everywhere."
+        )
+        return "\n\n".join(parts)
     elif heads:
         parts.append(
             "vLLM cannot serve this folder as a LoRA, since heads or biases were trained too: serve the merged model."
