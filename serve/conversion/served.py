@@ -170,6 +170,7 @@ class Converter:
         from importlib.metadata import version
 
         from adapter_merge.formats.detection import open_adapter
+        from adapter_merge.methods.lora import StackModule
         from adapter_merge.outputs.staging import sha256
 
         source = locate(adapter)
@@ -193,6 +194,23 @@ class Converter:
             problems.append(
                 Problem(
                     f"{source}: adapts {', '.join(strange[:3])}; only linear layers are served exactly",
+                    hint="merge it into the base instead: adapter-merge merge",
+                )
+            )
+        experts = [module.name for module in opened.modules if isinstance(module, StackModule)]
+        if experts:
+            problems.append(
+                Problem(
+                    f"{source}: adapts experts ({experts[0]}), whose layout in vLLM differs by model class",
+                    hint="merge it into the base instead: adapter-merge merge",
+                )
+            )
+        held = self.checkpoint.tensors
+        convolved = [name for name in modules if f"{name}.weight" in held and len(held[f"{name}.weight"].shape) > 2]
+        if convolved:
+            problems.append(
+                Problem(
+                    f"{source}: adapts {convolved[0]}, a convolution; vLLM adapts linear layers only",
                     hint="merge it into the base instead: adapter-merge merge",
                 )
             )

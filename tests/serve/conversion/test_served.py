@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import warnings
 from pathlib import Path
 
 import pytest
@@ -12,6 +13,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from world import World
 
+from adapter_merge.api.factor import factor
 from adapter_merge.errors import InputError, MismatchError, UnsupportedError
 from adapter_merge.serve.conversion.cache import Cache
 from adapter_merge.serve.conversion.served import Converter, allowed_rank, check_name, inside, signature
@@ -183,6 +185,34 @@ def test_whole_tensors_and_embeddings_are_refused(qwen2: World, converter: Conve
     with pytest.raises(UnsupportedError, match="only linear layers"):
         converter.obtain(raw)
     assert converter.cache.entries() == []
+
+
+@pytest.mark.parametrize("form", ["as trained", "factors"])
+@pytest.mark.parametrize(("kind", "reason"), [("experts", "adapts experts"), ("convolution", "a convolution")])
+def test_experts_and_convolutions_are_refused(tmp_path: Path, kind: str, reason: str, form: str) -> None:
+    peft = pytest.importorskip("peft", reason="PEFT makes the adapter (extra verify)")
+    transformers = pytest.importorskip("transformers", reason="transformers makes the model (extra verify)")
+    if kind == "experts":
+        config = transformers.MixtralConfig(
+            vocab_size=64, hidden_size=16, intermediate_size=24, num_hidden_layers=1, num_attention_heads=2,
+            num_key_value_heads=1, num_local_experts=2,
+        )  # fmt: skip
+        model = transformers.MixtralForCausalLM(config)
+        lora = peft.LoraConfig(r=2, target_modules=[], target_parameters=["gate_up_proj", "down_proj"])
+    else:
+        config = transformers.ResNetConfig(embedding_size=8, hidden_sizes=[8], depths=[1])
+        model = transformers.ResNetForImageClassification(config)
+        lora = peft.LoraConfig(r=2, target_modules=["convolution"])
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of PEFT and transformers, about what is meant here
+        model.save_pretrained(tmp_path / "base")
+        peft.get_peft_model(model, lora).save_pretrained(tmp_path / "adapter")
+    adapter = tmp_path / "adapter"
+    if form == "factors":
+        adapter = tmp_path / "factors"
+        factor(tmp_path / "base", tmp_path / "adapter", adapter)
+    with pytest.raises(UnsupportedError, match=reason):
+        Converter(tmp_path / "base", Cache(tmp_path / "cache")).obtain(adapter)
 
 
 def test_linear_targets(converter: Converter) -> None:
