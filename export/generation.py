@@ -1,8 +1,8 @@
 """Streamed text generation from an export: by onnxruntime-genai where its configuration exists, else by onnxruntime.
 
-onnxruntime-genai knows no adapter_ids, so a batched export always runs in onnxruntime, with the answers of all
-adapters in one batch. An adapter is chosen before the first token of an answer: switching in the middle would
-keep a KV cache that another adapter has written.
+onnxruntime-genai does not support adapter_ids, so a batched export always runs in onnxruntime, with the answers of all
+adapters in one batch. An adapter is selected before the first token of an answer, because the KV cache holds values of
+one adapter.
 """
 
 from __future__ import annotations
@@ -16,13 +16,13 @@ from typing import Any
 
 from adapter_merge.errors import InputError
 from adapter_merge.export.engine.genai import open_genai
-from adapter_merge.export.engine.prompting import Prompter, Sampling, chooser, within_context
+from adapter_merge.export.engine.prompting import Prompter, Sampling, limit_to_context, make_chooser
 from adapter_merge.export.engine.running import Decoder
 from adapter_merge.export.engine.runtime import check_packages
 from adapter_merge.export.folder.contents import folder_layout, read_export
 from adapter_merge.export.graph.adapter_file import SUFFIX, check_adapter
 
-BASE = "base"  # what --adapter calls the model without an adapter
+BASE = "base"  # the name of the model without an adapter in --adapter
 
 
 @dataclass(frozen=True)
@@ -68,15 +68,17 @@ def generate(
         raise InputError(f"{folder}: a classifier, which generates no text", hint="run it with onnxruntime")
     layout = folder_layout(folder)
     names = list(adapters) or [BASE]
-    known = set(layout.adapters) if layout.mode == "batched" else _files(folder)
+    adapter_names = set(layout.adapters) if layout.mode == "batched" else _list_adapter_files(folder)
     if layout.mode == "merged":
-        known = set()
-    wrong = [name for name in names if name != BASE and name not in known]
+        adapter_names = set()
+    wrong = [name for name in names if name != BASE and name not in adapter_names]
     if wrong:
-        raise InputError(f"{folder}: no adapter named {', '.join(wrong)}", expected=", ".join([BASE, *sorted(known)]))
+        raise InputError(
+            f"{folder}: no adapter named {', '.join(wrong)}", expected=", ".join([BASE, *sorted(adapter_names)])
+        )
     prompter = Prompter(folder)
     ids = prompter.encode(prompt, system, raw)
-    sampling = within_context(folder, len(ids), sampling)
+    sampling = limit_to_context(folder, len(ids), sampling)
     engine = choose_engine(folder, layout.mode, engine)
     if engine == "genai":
         runner: Iterator[Answer] = _with_genai(folder, ids, names, prompter, device, sampling, show)
@@ -87,13 +89,13 @@ def generate(
     return list(runner)
 
 
-def choose_engine(folder: Path, mode: str, wanted: str) -> str:
+def choose_engine(folder: Path, mode: str, engine: str) -> str:
     """Return "genai" or "onnxruntime". Raises InputError when `wanted` cannot run this export."""
     possible = mode != "batched" and (folder / "genai_config.json").is_file()
     installed = find_spec("onnxruntime_genai") is not None
-    if wanted == "auto":
+    if engine == "auto":
         return "genai" if possible and installed else "onnxruntime"
-    if wanted == "genai":
+    if engine == "genai":
         check_packages("onnxruntime_genai")
         if not possible:
             raise InputError(
@@ -101,10 +103,10 @@ def choose_engine(folder: Path, mode: str, wanted: str) -> str:
                 expected="a merged or switchable export with genai_config.json",
                 hint="--engine onnxruntime",
             )
-    return wanted
+    return engine
 
 
-def _files(folder: Path) -> set[str]:
+def _list_adapter_files(folder: Path) -> set[str]:
     return {path.name.removesuffix(SUFFIX) for path in folder.glob(f"*{SUFFIX}")}
 
 
@@ -124,8 +126,8 @@ def _with_genai(
         if name != BASE:
             check_adapter(folder / f"{name}{SUFFIX}", layout)
     model = open_genai(folder, device)
-    loaded = og.Adapters(model)
-    known: set[str] = set()
+    genai_adapters = og.Adapters(model)
+    loaded_names: set[str] = set()
     for name in names:
         switching = time.perf_counter()
         parameters = og.GeneratorParams(model)
@@ -137,10 +139,10 @@ def _with_genai(
         parameters.set_search_options(**options)
         generator = og.Generator(model, parameters)
         if name != BASE:
-            if name not in known:
-                loaded.load(str((folder / f"{name}{SUFFIX}").resolve()), name)
-                known.add(name)
-            generator.set_active_adapter(loaded, name)
+            if name not in loaded_names:
+                genai_adapters.load(str((folder / f"{name}{SUFFIX}").resolve()), name)
+                loaded_names.add(name)
+            generator.set_active_adapter(genai_adapters, name)
         started = time.perf_counter()
         generator.append_tokens(ids)
         push, text, count = prompter.stream(), "", 0
@@ -156,8 +158,8 @@ def _with_genai(
             piece = push(token)
             text += piece
             show(name, piece)
-        done = time.perf_counter()
-        yield Answer(name, text, count, first - started, done - first, started - switching, "onnxruntime-genai")
+        ended = time.perf_counter()
+        yield Answer(name, text, count, first - started, ended - first, started - switching, "onnxruntime-genai")
         del generator
 
 
@@ -176,7 +178,7 @@ def _with_onnxruntime(
     decoder = Decoder(folder, device, threads)
     for name in names:
         switching = time.perf_counter()
-        choose = chooser(sampling)
+        choose = make_chooser(sampling)
         cache = decoder.start(len(ids) + sampling.max_tokens, None if name == BASE else name)
         started = time.perf_counter()
         logits = decoder.step(cache, np.asarray([ids]))
@@ -193,8 +195,8 @@ def _with_onnxruntime(
             if count == sampling.max_tokens:
                 break
             logits = decoder.step(cache, np.asarray([[token]]))
-        done = time.perf_counter()
-        yield Answer(name, text, count, first - started, done - first, started - switching, "onnxruntime")
+        ended = time.perf_counter()
+        yield Answer(name, text, count, first - started, ended - first, started - switching, "onnxruntime")
 
 
 def _in_one_batch(
@@ -213,7 +215,7 @@ def _in_one_batch(
     decoder = Decoder(folder, device, threads)
     rows = [None if name == BASE else name for name in names]
     cache = decoder.start(len(ids) + sampling.max_tokens, rows)
-    choosers = [chooser(sampling) for _ in names]
+    choosers = [make_chooser(sampling) for _ in names]
     streams = [prompter.stream() for _ in names]
     texts, counts, running = [""] * len(names), [0] * len(names), [True] * len(names)
     started = time.perf_counter()
@@ -234,6 +236,6 @@ def _in_one_batch(
         if not any(running) or step + 1 == sampling.max_tokens:
             break
         logits = decoder.step(cache, np.asarray(tokens)[:, None])
-    done = time.perf_counter()
+    ended = time.perf_counter()
     for row, name in enumerate(names):
-        yield Answer(name, texts[row], counts[row], first - started, done - first, 0.0, "onnxruntime")
+        yield Answer(name, texts[row], counts[row], first - started, ended - first, 0.0, "onnxruntime")

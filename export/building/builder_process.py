@@ -1,11 +1,11 @@
 """The model builder of onnxruntime-genai in a process of its own: python -m ...building.builder_process.
 
-It changes sys.path, prints to stdout and keeps the model in memory; a process gives all of that back. Two
-things that it reads wrongly from transformers' configurations (onnxruntime-genai 0.18, transformers 5.23) are
-put right before it sees them:
+The builder changes sys.path, prints to stdout and keeps the model in memory; the end of the process undoes all three.
+It reads some of transformers' configurations wrongly (onnxruntime-genai 0.18, transformers 5.23), so `repair` changes
+them first:
 
-- a sliding window without layer_types (Mistral, Phi-3): it takes every layer for full attention, silently;
-- rope_parameters by layer type (Gemma 3): it expects them flat and stops with KeyError: 'rope_type';
+- a sliding window without layer_types (Mistral, Phi-3): the builder treats every layer as full attention, silently;
+- rope_parameters by layer type (Gemma 3): the builder expects them flat and fails with KeyError: 'rope_type';
 - scaled rotary positions: see rotary.py.
 """
 
@@ -33,7 +33,7 @@ WINDOWED = ("mistral", "phi3")
 def leave_positions_out(model_class: Any) -> None:
     """Make the builder's SmolLM3 leave rotary positions out of the layers that its config says have none.
 
-    It turns them off in the attention operator alone, and would then compute them in nodes of their own.
+    The builder only switches them off in the attention operator, and would then add separate nodes that compute them.
     """
     computed = model_class.make_attention_qk_rope
 

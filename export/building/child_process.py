@@ -1,6 +1,6 @@
-"""Builds in a process of their own: how they are started, and how their errors come back as one line.
+"""Start of a build in a child process, and the transfer of its error to the parent as one line.
 
-The line names the first cause, without the frames of the libraries, and without folders that are gone by then.
+The line names the first cause, without stack frames, and without temporary folders that no longer exist.
 """
 
 from __future__ import annotations
@@ -26,22 +26,22 @@ def run_module(
     made: Path,
     names: Mapping[str, str],  # path -> what an error calls it
 ) -> None:
-    """Run `python -m module JOB` in `folder`. Raises AdapterMergeError(`failed`) unless it ends well and writes `made`.
+    """Run `python -m module JOB` in `folder`. Raises AdapterMergeError(`failed`) unless it succeeds and writes `made`.
 
-    The child gets no network and no warnings' settings of the parent.
+    The child uses no network and does not inherit the parent's PYTHONWARNINGS.
     """
     command = [sys.executable, "-m", module, json.dumps(job)]
     environment = {**os.environ, "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
     environment.pop("PYTHONWARNINGS", None)
-    done = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, check=False)
-    if done.returncode == 0 and made.is_file():
+    result = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, check=False)
+    if result.returncode == 0 and made.is_file():
         return
-    lines = [line.strip() for line in done.stderr.splitlines() if line.strip()]
+    lines = [line.strip() for line in result.stderr.splitlines() if line.strip()]
     marked = [json.loads(line.removeprefix(MARK)) for line in lines if line.startswith(MARK)]
-    text = str((marked or lines or [f"exit code {done.returncode}"])[-1])
+    text = str((marked or lines or [f"exit code {result.returncode}"])[-1])
     for path, name in names.items():
         text = text.replace(path, name)
-    hint = "a SIGKILL means too little memory" if done.returncode < 0 else None
+    hint = "a SIGKILL means too little memory" if result.returncode < 0 else None
     raise AdapterMergeError(failed, got=text, hint=hint)
 
 
@@ -55,7 +55,7 @@ def reporting(main: Callable[[], None]) -> None:
 
 
 def first_cause(error: BaseException) -> str:
-    """Return one line on the error at the beginning of the chain."""
+    """Return one line that describes the first error in the chain of causes."""
     while True:
         earlier = error.__cause__ or (None if error.__suppress_context__ else error.__context__)
         if earlier is None:
@@ -64,7 +64,7 @@ def first_cause(error: BaseException) -> str:
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     text = lines[0] if lines else ""
     if isinstance(error, KeyError):
-        return f"it looks for {text}, which neither the configuration nor the weights have"
+        return f"{text} is missing in the configuration or the weights"
     if isinstance(error, ZeroDivisionError):
-        return "it divides by zero: a size in the configuration is 0, or too large for another one"
+        return "division by zero: a size in the configuration is 0, or too large for another size"
     return f"{type(error).__name__}: {text}" if text else type(error).__name__

@@ -28,7 +28,7 @@ def silent(text: str) -> None:
 
 @dataclass(frozen=True)
 class Request:
-    """One export, checked as far as it can be without reading an adapter."""
+    """One export, after all checks that do not read an adapter."""
 
     mode: str
     checkpoint: Checkpoint
@@ -71,8 +71,7 @@ class Request:
         )  # fmt: skip
 
     def layout(self, targets: tuple[Target, ...] = (), heads: Mapping[str, str] | None = None) -> Layout:
-        """Return the layout of this export's graph. A decoder's layers get a branch, except on CUDA, whose graphs
-        do not support If."""
+        """Return the layout of this export's graph, with these targets and heads."""
         dtype = io_dtype(self.precision, self.device)
         return Layout(self.mode, self.checkpoint.fingerprint, self.precision, dtype, targets, dict(heads or {}))
 
@@ -111,7 +110,7 @@ def open_request(
         raise UnsupportedError(
             f"{checkpoint.folder}: is quantised, and an export reads the weights of its base as they are stored",
             expected="--mode merged with adapters, which merges into the dequantised weights first",
-            hint="export what `adapter-merge merge QBASE ADAPTER --as float32` writes",
+            hint="export the output of `adapter-merge merge QBASE ADAPTER --as float32`",
         )
     if not traced:
         check_decoder(checkpoint.config, checkpoint.folder, precision, kind)

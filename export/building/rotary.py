@@ -1,8 +1,8 @@
-"""Scaled rotary positions: which the export can hold, and tables of cosines and sines from transformers' own formulas.
+"""Scaled rotary positions: the kinds that an export supports, and their tables by transformers' own formulas.
 
-The model builder (onnxruntime-genai 0.18) knows one scaling for Llama, llama3, and exports the others as if they were
-not scaled, without a word; for yarn it needs betas that most configurations leave out. So its tables are computed here
-from the inverse frequencies that transformers gives the model (modeling_rope_utils.ROPE_INIT_FUNCTIONS).
+The model builder (onnxruntime-genai 0.18) implements one scaling for Llama, llama3, and exports the others unscaled
+without an error; for yarn it needs betas that most configurations leave out. The tables of cosines and sines are
+therefore computed here from transformers' inverse frequencies (modeling_rope_utils.ROPE_INIT_FUNCTIONS).
 """
 
 from __future__ import annotations
@@ -41,11 +41,13 @@ NEEDED: Mapping[str, tuple[str, ...]] = {
 
 
 def rope_settings(config: Mapping[str, Any]) -> list[dict[str, Any]]:
-    """Return the rotary settings in a config.json, one per kind of layer: rope_scaling, or rope_parameters flat or by
-    layer type."""
-    given = config.get("rope_parameters") or config.get("rope_scaling") or {}
-    nested = [dict(value) for value in given.values() if isinstance(value, dict)]
-    return nested or [dict(given)]
+    """Return the rotary settings in a config.json, one per kind of layer.
+
+    Sources: rope_scaling, or rope_parameters, flat or by layer type.
+    """
+    stated = config.get("rope_parameters") or config.get("rope_scaling") or {}
+    nested = [dict(value) for value in stated.values() if isinstance(value, dict)]
+    return nested or [dict(stated)]
 
 
 def rope_problems(config: Mapping[str, Any], source: Path) -> list[Problem]:
@@ -70,31 +72,31 @@ def rope_problems(config: Mapping[str, Any], source: Path) -> list[Problem]:
         if missing:
             problems.append(Problem(f"{source}: {kind} rotary positions without {', '.join(missing)}"))
         problems += [
-            Problem(f"{source}: {kind} rotary positions", f"{key}: {what}", f"{given!r}"[:80])
-            for key, what, given in _wrong_numbers(settings, config)
+            Problem(f"{source}: {kind} rotary positions", f"{key}: {expected}", f"{value!r}"[:80])
+            for key, expected, value in _find_wrong_numbers(settings, config)
         ]
     return problems
 
 
-def _wrong_numbers(settings: Mapping[str, Any], config: Mapping[str, Any]) -> list[tuple[str, str, Any]]:
-    """Return (setting, what it must be, what it is) of settings that no formula can take."""
+def _find_wrong_numbers(settings: Mapping[str, Any], config: Mapping[str, Any]) -> list[tuple[str, str, Any]]:
+    """Return (setting, expected value, stated value) of each setting that its formula cannot use."""
     wrong: list[tuple[str, str, Any]] = []
     for key in POSITIVE:
-        given = settings.get(key)
-        if given is not None and not _is_positive(given):
-            wrong.append((key, "a number above 0", given))
+        value = settings.get(key)
+        if value is not None and not _is_positive(value):
+            wrong.append((key, "a number above 0", value))
     heads = int(config.get("num_attention_heads") or 1)
     size = int(config.get("head_dim") or int(config.get("hidden_size") or 0) // heads)
     count = int(size * float(settings.get("partial_rotary_factor", config.get("partial_rotary_factor", 1.0)))) // 2
     for key in ("short_factor", "long_factor"):
-        given = settings.get(key)
-        if given is not None and not (
-            isinstance(given, list) and len(given) == count and all(map(_is_positive, given))
+        value = settings.get(key)
+        if value is not None and not (
+            isinstance(value, list) and len(value) == count and all(map(_is_positive, value))
         ):
-            wrong.append((key, f"{count} numbers above 0", given))
+            wrong.append((key, f"{count} numbers above 0", value))
     key = "original_max_position_embeddings"
     inner, outer = settings.get(key), config.get(key)
-    if None not in (inner, outer) and inner != outer:  # the builder reads one, transformers the other
+    if None not in (inner, outer) and inner != outer:  # the builder reads the outer value, transformers the inner one
         wrong.append((key, f"{outer}, as outside of the rotary settings", inner))
     return wrong
 
@@ -103,9 +105,11 @@ def _is_positive(value: object) -> bool:
     return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value) and value > 0
 
 
-def fixed_frequencies(config: Any) -> tuple[Any, float] | None:
-    """Return inverse frequencies (rotary dims / 2,) float32 and the factor of cosines and sines of a transformers
-    config with FIXED scaling; None for any other."""
+def compute_fixed_frequencies(config: Any) -> tuple[Any, float] | None:
+    """Return inverse frequencies (rotary dims / 2,) float32 and the factor of cosines and sines.
+
+    None for a transformers config without FIXED scaling.
+    """
     rope = getattr(config, "rope_parameters", None) or {}
     if rope.get("rope_type") not in FIXED:
         return None
@@ -116,16 +120,21 @@ def fixed_frequencies(config: Any) -> tuple[Any, float] | None:
 
 
 def scaled_context(config: Any) -> int:
-    """Return how many positions a model with FIXED scaling is for: its config's, or the original ones times the factor
-    where the config still states these (Qwen2 with yarn, linear scaling)."""
+    """Return the number of positions of a model with FIXED scaling.
+
+    It is the config's number, or the original number times the factor where the config still states the original one
+    (Qwen2 with yarn, linear scaling).
+    """
     limit, rope = int(config.max_position_embeddings), config.rope_parameters
     original = int(rope.get("original_max_position_embeddings") or limit)
     return max(limit, int(original * rope["factor"])) if rope["rope_type"] in ("linear", "yarn") else limit
 
 
 def use_transformers_tables(model_class: Any, config: Any) -> None:
-    """Make the builder's `model_class` take its tables from transformers, and let `config`, which is changed, look
-    unscaled to it. Longrope gets the factor of its cosines that transformers computes."""
+    """Make the builder's `model_class` use tables of transformers' formulas, and set `config` to unscaled positions.
+
+    For longrope, the builder's tables are kept and get the factor of cosines and sines that transformers computes.
+    """
     rope = dict(getattr(config, "rope_parameters", None) or {})
     if rope.get("rope_type") == "longrope":
         from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
@@ -133,7 +142,7 @@ def use_transformers_tables(model_class: Any, config: Any) -> None:
         factor = float(ROPE_INIT_FUNCTIONS["longrope"](config, device="cpu", seq_len=1)[1])
         config.rope_parameters = {**rope, "type": "longrope", "short_mscale": factor, "long_mscale": factor}
         return
-    tables = fixed_frequencies(config)
+    tables = compute_fixed_frequencies(config)
     if tables is None:
         return
     import torch
@@ -144,7 +153,7 @@ def use_transformers_tables(model_class: Any, config: Any) -> None:
 
     def caches(self: Any) -> tuple[Any, Any]:
         angles = torch.outer(torch.arange(self.rope_attrs["cache_length"], dtype=torch.float32), frequencies)
-        both = torch.cat((angles, angles), dim=-1)  # (positions, rotary dims)
-        return both.cos() * factor, both.sin() * factor
+        doubled = torch.cat((angles, angles), dim=-1)  # (positions, rotary dims)
+        return doubled.cos() * factor, doubled.sin() * factor
 
     model_class.make_rotary_embedding_caches_from_scratch = caches

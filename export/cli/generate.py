@@ -14,9 +14,14 @@ from adapter_merge.cli.printing.console import emit, say
 
 @command(examples=["./out --prompt 'What is gravity?'", "./out --adapter de --adapter fr --prompt @questions.txt"])
 @click.argument("folder", metavar="ONNX_DIR", type=click.Path(path_type=Path))
-@option("--prompt", required=True, metavar="TEXT|@FILE", help="What to answer; @FILE reads a file, - standard input.")
+@option("--prompt", required=True, metavar="TEXT|@FILE", help="The prompt; @FILE reads a file, - standard input.")
 @option("--system", help="A system message.")
-@option("--adapter", "adapters", multiple=True, help="Repeat it to compare; 'base' is the model without any.")
+@option(
+    "--adapter",
+    "adapters",
+    multiple=True,
+    help="An adapter's name; 'base' is the model without an adapter. Repeat it to compare.",
+)
 @option(
     "--device",
     type=DEVICE,
@@ -30,9 +35,9 @@ from adapter_merge.cli.printing.console import emit, say
 @option("--temperature", default=0.0, show_default=True, type=click.FloatRange(min=0), help="0 is greedy.")
 @option("--top-p", default=1.0, show_default=True, type=click.FloatRange(min=0, max=1, min_open=True))
 @option("--seed", type=int)
-@option("--raw", is_flag=True, help="Without the chat template.")
+@option("--raw", is_flag=True, help="Do not use the chat template.")
 @option("--engine", type=click.Choice(["auto", "genai", "onnxruntime"]), default="auto", show_default=True)
-@option("--threads", type=click.IntRange(min=1), help="Of onnxruntime on the CPU.")
+@option("--threads", type=click.IntRange(min=1), help="Number of onnxruntime's threads on the CPU.")
 @report_options
 def generate(
     folder: Path,
@@ -50,21 +55,21 @@ def generate(
     as_json: bool,
     quiet: bool,
 ) -> None:
-    """Answer PROMPT with the export in ONNX_DIR, streaming; with several --adapter, once for each."""
+    """Answer PROMPT with the export in ONNX_DIR, streamed; with several --adapter, one answer for each."""
     from dataclasses import asdict
 
     from adapter_merge.export import generation
     from adapter_merge.export.engine.prompting import Sampling
 
     prompt = "\n".join(stated_prompts((prompt,)) or [""])
-    together = len(adapters) > 1
-    at_once = together and batched(folder)  # streams of one batch would interleave
+    compares = len(adapters) > 1
+    at_once = compares and is_batched(folder)  # the streams of one batch would interleave
     last: list[str] = []
 
     def show(adapter: str, text: str) -> None:
         if as_json or at_once or not text:
             return
-        if together and last[-1:] != [adapter]:
+        if compares and last[-1:] != [adapter]:
             click.echo(("\n" if last else "") + f"[{adapter}] ", nl=False)
             last.append(adapter)
         click.echo(text, nl=False)
@@ -97,8 +102,8 @@ def generate(
         )
 
 
-def batched(folder: Path) -> bool:
-    """Return True for an export that gives all answers at once."""
+def is_batched(folder: Path) -> bool:
+    """Return True for an export that computes all answers in one batch."""
     from adapter_merge.export.folder.contents import read_export
 
     return read_export(folder).mode == "batched"

@@ -23,7 +23,7 @@ def open_genai(folder: Path, device: str) -> Any:
     config.clear_providers()
     kind, index = parse_device(device)
     if kind == "cuda":
-        providers(device)  # raises when this onnxruntime has no CUDA
+        providers(device)  # raises MissingDependencyError without a CUDA provider
         config.append_provider("cuda")
         config.set_provider_option("cuda", "device_id", str(index))
     model = og.Model(config)

@@ -73,7 +73,7 @@ class Prompter:
         return push
 
 
-def within_context(folder: Path, prompt: int, sampling: Sampling) -> Sampling:
+def limit_to_context(folder: Path, prompt: int, sampling: Sampling) -> Sampling:
     """Return `sampling` limited to the model's positions. Raises InputError for too long a prompt."""
     settings = decoder_settings(folder)
     if settings:
@@ -88,7 +88,7 @@ def within_context(folder: Path, prompt: int, sampling: Sampling) -> Sampling:
     return replace(sampling, max_tokens=min(sampling.max_tokens, limit - prompt))
 
 
-def chooser(sampling: Sampling) -> Callable[[Any], int]:
+def make_chooser(sampling: Sampling) -> Callable[[Any], int]:
     """Return a function from logits (vocabulary,) to the next token."""
     import numpy as np
 
@@ -101,8 +101,8 @@ def chooser(sampling: Sampling) -> Callable[[Any], int]:
         probabilities = np.exp(scaled - scaled.max())
         probabilities /= probabilities.sum()
         order = np.argsort(-probabilities)
-        kept = order[: int(np.searchsorted(np.cumsum(probabilities[order]), sampling.top_p)) + 1]
-        weights = probabilities[kept] / probabilities[kept].sum()
-        return int(random.choice(kept, p=weights))
+        nucleus = order[: int(np.searchsorted(np.cumsum(probabilities[order]), sampling.top_p)) + 1]
+        weights = probabilities[nucleus] / probabilities[nucleus].sum()
+        return int(random.choice(nucleus, p=weights))
 
     return choose

@@ -1,4 +1,4 @@
-"""The content of an export's adapter_merge.json, and what it takes from the base."""
+"""The content of an export's adapter_merge.json, with the licence of the base."""
 
 from __future__ import annotations
 
@@ -30,12 +30,12 @@ class Manifest:
 
 
 def base_license(base: Path) -> dict[str, str]:
-    """Return what the model card in `base` says about its licence; empty where it says nothing."""
+    """Return the licence keys of the model card in `base`; empty where the card has none."""
     from huggingface_hub.repocard import metadata_load
 
     try:
-        said = metadata_load(base / "README.md") or {}
-    except Exception:  # no card, or one whose front matter the hub's reader refuses (yaml raises its own kinds)
+        metadata = metadata_load(base / "README.md") or {}
+    except Exception:  # no card, or front matter that the hub's reader refuses (with yaml's own exceptions)
         return {}
     keys = ("license", "license_name", "license_link")
-    return {key: said[key] for key in keys if isinstance(said.get(key), str)}
+    return {key: metadata[key] for key in keys if isinstance(metadata.get(key), str)}

@@ -1,8 +1,8 @@
-"""One atomic step of `--add`: files are written under hidden names, then a journal, which is the decision.
+"""The atomic change of an export by `--add`: files under hidden names, then a journal that lists the renames.
 
-Before the journal has its name nothing has changed; from then on the change is made, by this run or by the next one:
-each move is done once, the manifest comes last, and the journal goes when it is there. A kill at any moment leaves the
-old export or the new one, or a journal that says how to get from one to the other.
+Before the journal has its final name, the export is unchanged. Afterwards the change will be completed, by this run or
+by the next one: each file is renamed once, the manifest is written last, and then the journal is removed. A process
+that is killed at any moment leaves the old export, the new one, or a journal from which the next run continues.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ STACKS = re.compile(r"adapters(\.\d+)?\.onnx\.data")
 
 
 def hidden(file: Path) -> Path:
-    """Return the name under which a file is written before the decision."""
+    """Return the name under which a file is written before the journal is complete."""
     return file.with_name(f".{file.name}.new")
 
 
@@ -32,7 +32,7 @@ def commit(
     entries: Mapping[str, Mapping[str, Any]],
     parity: Mapping[str, Mapping[str, Any]],
 ) -> None:
-    """Give `files`, written under their hidden names, their own, and add `entries` and `parity` to the manifest."""
+    """Rename `files` from their hidden names to their own, and add `entries` and `parity` to the manifest."""
     journal = folder / JOURNAL
     hidden(journal).unlink(missing_ok=True)
     content = {"files": files, "entries": dict(entries), "parity": dict(parity)}
@@ -43,7 +43,7 @@ def commit(
 
 
 def recover(folder: Path) -> None:
-    """Finish what a journal has decided, and remove what a killed run has left without a decision."""
+    """Complete the change of an existing journal, and remove the hidden files of a run that was killed before it."""
     journal = folder / JOURNAL
     if journal.is_file():
         content = read_json(journal)

@@ -1,8 +1,8 @@
 """NAME.onnx_adapter: one adapter's tensors in ONNX Runtime's adapter format, for one export.
 
-Packed targets (q, k, v) get one A with the parts' ranks side by side and one block-diagonal B: the zeros are
-exact, and one thin product replaces three. What an adapter does not touch it does not mention: the graph's
-defaults (rank 0, scale 1) make it the base.
+Packed targets (q, k, v) get one A with the columns of all parts and one block-diagonal B: the zeros are exact, and one
+product replaces three. The file holds only the targets that the adapter changes; for all others the graph's default
+inputs (rank 0, scale 1) compute the base.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
 SUFFIX = ".onnx_adapter"
-FORMAT_LIMIT = 2**31 - 2**20  # flatbuffers: a larger file is written without an error and cannot be loaded
+FORMAT_LIMIT = 2**31 - 2**20  # bytes; flatbuffers writes a larger file without an error, but cannot load it
 
 
 def match_factors(factors: Factors, layout: Layout) -> None:
@@ -35,16 +35,16 @@ def match_factors(factors: Factors, layout: Layout) -> None:
         if module not in places:
             problems.append(
                 Problem(
-                    f"{factors.source}: {module} carries no adapter in this export",
+                    f"{factors.source}: this export has no inputs for an adapter of {module}",
                     hint="export again with this adapter named on the command line, or merge it",
                 )
             )
             continue
         target, part = places[module]
         shape = (part.size, target.k)
-        got = (linear.up.shape[0], linear.down.shape[1])
-        if shape != got:
-            problems.append(Problem(f"{factors.source}: {module} has another shape", str(shape), str(got)))
+        found_shape = (linear.up.shape[0], linear.down.shape[1])
+        if shape != found_shape:
+            problems.append(Problem(f"{factors.source}: {module} has another shape", str(shape), str(found_shape)))
     problems.extend(
         Problem(
             f"{factors.source}: replaces {name}, which this export cannot switch",
@@ -60,21 +60,21 @@ def match_factors(factors: Factors, layout: Layout) -> None:
 def _shared_queries(factors: Factors, layout: Layout) -> list[Problem]:
     """Return the problems of a DeBERTa adapter whose positional queries are not stated or not supported."""
     positions = {part.module for target in layout.targets for part in target.parts if part.module.endswith(POSITIONS)}
-    together = {target.name for target in layout.targets if len(target.nodes) > 1}
+    shared_targets = {target.name for target in layout.targets if len(target.nodes) > 1}
     adapted = [name for name in factors.linears if f".{name}".endswith(f".{QUERY}")]
     if factors.frozen_positions:
         return [
             Problem(
-                f"{factors.source}: adapts {name} for tokens alone, and this export for their positions too",
-                hint="export again: this version keeps the two apart",
+                f"{factors.source}: adapts {name} for tokens only, and this export adapts it for positions too",
+                hint="export again: this version separates the two",
             )
             for name in adapted
-            if name in together
+            if name in shared_targets
         ]
     return [
         Problem(
-            f"{factors.source}: factors of a DCFT that do not say what its positional queries are",
-            hint="export the DCFT itself: an older version made these factors, and a LoRA adapts both uses",
+            f"{factors.source}: factors of a DCFT that do not state whether they apply to positional queries",
+            hint="export the DCFT itself: these factors were made by an older version",
         )
         for name in adapted
         if factors.method == "DCFT" and name + POSITIONS in positions
@@ -94,7 +94,7 @@ def match_all(factors: Mapping[str, Factors], layout: Layout) -> None:
 
 def aligned(factors: Factors, layout: Layout) -> Factors:
     """Return the factors under the names of the export's modules and tensors."""
-    return factors.aligned((part.module for target in layout.targets for part in target.parts), layout.heads)
+    return factors.rename_for((part.module for target in layout.targets for part in target.parts), layout.heads)
 
 
 def packed(target: Target, linears: Mapping[str, LinearFactors]) -> tuple[Any, Any, Any] | None:
@@ -163,7 +163,7 @@ def write_adapter(factors: Factors, layout: Layout, file: Path) -> int:
     content = onnxruntime.AdapterFormat()
     content.set_adapter_version(1)
     content.set_model_version(layout.version)
-    # AdapterFormat keeps pointers into these values, not the values: they must outlive export_adapter
+    # AdapterFormat keeps pointers to these values, which must therefore live until export_adapter returns.
     values = {name: ort_value(tensor, layout.dtype) for name, tensor in tensors.items()}
     content.set_parameters(values)
     temporary = file.with_name(f".{file.name}.new")

@@ -1,4 +1,4 @@
-"""Factors of any adapter: a factor folder is read, any other form is factored first."""
+"""Factors of any adapter: a factor folder is read, any other format is factored first."""
 
 from __future__ import annotations
 
@@ -22,10 +22,10 @@ def is_factor_folder(folder: Path) -> bool:
 
 
 def factors_of(base: Path, adapter: Path, force: bool = False) -> Factors:
-    """Return the factors of `adapter` (any form) on `base`, of which only the needed weights are read.
+    """Return the factors of `adapter` (any format) on `base`; reads only those weights of the base that it needs.
 
-    Nothing is read from `adapter` later. Raises FileFormatError where it changes meanwhile, MismatchError where
-    evidence contradicts the base, unless `force`.
+    All values are read before it returns. Raises FileFormatError where a file of `adapter` changes during the reading,
+    MismatchError where evidence contradicts the base, unless `force`.
     """
     from adapter_merge.combine.open_inputs import open_pair
     from adapter_merge.formats.stated_settings import ReadOptions
@@ -36,7 +36,9 @@ def factors_of(base: Path, adapter: Path, force: bool = False) -> Factors:
         factors = read_factors(adapter)
         origin = open_pair(base, adapter, None, options).origin
         inputs.check()
-        return replace(factors, origin=origin.text, contradictions=tuple(one.cause for one in origin.contradictions))
+        return replace(
+            factors, origin=origin.text, contradictions=tuple(problem.cause for problem in origin.contradictions)
+        )
     from adapter_merge.api.factor import factor
     from adapter_merge.api.options import FactorOptions
 
@@ -44,8 +46,8 @@ def factors_of(base: Path, adapter: Path, force: bool = False) -> Factors:
         folder = Path(temporary) / "factors"
         result = factor(base, adapter, folder, FactorOptions(device="cpu", frozen_positions=True, reading=options))
         (entry,) = result.as_json()["adapters"]
-        known = {"origin": entry["origin"], "contradictions": tuple(entry["contradictions"])}
-        return replace(read_factors(folder, adapter), **known)
+        evidence = {"origin": entry["origin"], "contradictions": tuple(entry["contradictions"])}
+        return replace(read_factors(folder, adapter), **evidence)
 
 
 def parse_adapters(entries: tuple[str, ...]) -> dict[str, Path]:
@@ -61,7 +63,12 @@ def parse_adapters(entries: tuple[str, ...]) -> dict[str, Path]:
                 Problem(f"{name!r} cannot name an adapter", "letters, digits, '.', '_' and '-', not a dot first")
             )
         elif name in adapters or name == "base":
-            problems.append(Problem(f"the adapter name {name!r} is taken", "names of their own, and not 'base'"))
+            problems.append(
+                Problem(
+                    f"the adapter name {name!r} is used twice or reserved",
+                    "a different name for each adapter, not 'base'",
+                )
+            )
         else:
             try:
                 adapters[name] = resolve(source)

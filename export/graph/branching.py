@@ -1,9 +1,9 @@
-"""A decoder graph with its layers twice, with and without adapters; one input selects the branch that runs.
+"""A decoder graph that holds its layers twice, with and without adapters; one input selects the branch that runs.
 
-The four nodes that an adapter needs at every product cost the base 3 to 6 % on a small model, even when they
-add nothing. So the layers lie in the branches of one If: without an adapter the plain ones run, and cost nothing.
-Both branches multiply by the same weights, of which onnxruntime 1.31 keeps one packed copy, and write into the
-same KV cache.
+An adapter needs four nodes at every product. On a small model they cost the base 3 to 6 % even when no adapter is
+active. The layers are therefore the two branches of one If, and without an adapter the branch without these nodes runs.
+Both branches multiply by the same weights, of which onnxruntime 1.31 keeps one packed copy, and write to the same KV
+cache.
 """
 
 from __future__ import annotations
@@ -14,20 +14,20 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     import onnx_ir as ir
 
-ACTIVE = "adapter_active"  # [0.] by default; every adapter file says [1.]
+ACTIVE = "adapter_active"  # [0.] by default; every adapter file sets [1.]
 
 
-def branch_off(model: ir.Model, targets: Collection[str], dtype: ir.DataType) -> ir.Graph:
+def split_into_branches(model: ir.Model, targets: Collection[str], dtype: ir.DataType) -> ir.Graph:
     """Move the nodes between those named in `targets` into an If; return the branch for the adapters.
 
-    Adds the optional input ACTIVE. Nodes before the first target (embedding, mask) and behind the last one (norm,
-    lm_head) stay where they are, once.
+    Adds the optional input ACTIVE. Nodes before the first target (embedding, mask) and after the last target (norm,
+    lm_head) stay outside and are not duplicated.
     """
     import numpy as np
     import onnx_ir as ir
 
     graph = model.graph
-    body = _between(graph, targets)
+    body = _select_between(graph, targets)
     inside = set(body)
     ends = [
         value
@@ -55,7 +55,7 @@ def branch_off(model: ir.Model, targets: Collection[str], dtype: ir.DataType) ->
         for value in node.outputs:
             if value.name:
                 value.name = f"plain/{value.name.removeprefix('adapted/')}"
-    active = optional_input(graph, ACTIVE, [1], np.zeros(1), dtype)
+    active = add_optional_input(graph, ACTIVE, [1], np.zeros(1), dtype)
     condition = ir.node("Cast", [active], {"to": ir.DataType.BOOL}, name=f"/{ACTIVE}/Cast")
     condition.outputs[0].name = f"/{ACTIVE}/Cast/output_0"
     choice = ir.Node(
@@ -71,7 +71,9 @@ def branch_off(model: ir.Model, targets: Collection[str], dtype: ir.DataType) ->
     return adapted
 
 
-def optional_input(graph: ir.Graph, name: str, shape: list[int | str], default: object, dtype: ir.DataType) -> ir.Value:
+def add_optional_input(
+    graph: ir.Graph, name: str, shape: list[int | str], default: object, dtype: ir.DataType
+) -> ir.Value:
     """Add an optional input to `graph`, with the array `default` as its initialiser."""
     import numpy as np
     import onnx_ir as ir
@@ -83,7 +85,7 @@ def optional_input(graph: ir.Graph, name: str, shape: list[int | str], default: 
     return value
 
 
-def _between(graph: ir.Graph, targets: Collection[str]) -> list[ir.Node]:
+def _select_between(graph: ir.Graph, targets: Collection[str]) -> list[ir.Node]:
     """Return the targets and every node on a path from one target to another, in the graph's order."""
     nodes = list(graph)
     behind: set[ir.Node] = set()

@@ -11,7 +11,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from adapter_merge.errors import AdapterError, InputError, Problem, raise_all
+from adapter_merge.formats.peft.patterns import read_pattern
 from adapter_merge.storage.checkpoint import read_json
+from adapter_merge.storage.module_paths import match_module_paths
 
 from .targets import POSITIONS
 
@@ -47,79 +49,86 @@ class Factors:
     method: str = "factors"
     error: float = 0.0  # largest relative error of a weight's change, where factoring measured one
     origin: str | None = None  # evidence of the base that the adapter was trained on, as a sentence
-    contradictions: tuple[str, ...] = ()  # what of it speaks against the base, where it was forced
+    contradictions: tuple[str, ...] = ()  # evidence against the base, where the adapter was used with force
     frozen_positions: bool = False  # DeBERTa: the positional queries keep the frozen weight (DCFT with share_att_key)
 
     def evidence(self) -> dict[str, Any]:
-        """Return the manifest's keys of what tells the base of the training."""
+        """Return the evidence of the base as keys of the manifest."""
         return {"origin": self.origin, **({"contradictions": list(self.contradictions)} if self.contradictions else {})}
 
-    def aligned(self, modules: Iterable[str], tensors: Iterable[str]) -> Factors:
+    def rename_for(self, modules: Iterable[str], tensors: Iterable[str]) -> Factors:
         """Return the factors under a graph's names, which may have one leading component more or less.
 
-        PEFT and transformers name an encoder's modules with or without the body's prefix. A positional product (see
-        targets.POSITIONS) has the factors of its module, unless they are for tokens alone.
+        PEFT and transformers name an encoder's modules with or without the body's prefix. The product of the relative
+        positions (targets.POSITIONS) gets the factors of its module, unless these are for tokens only.
         """
-
-        def place(name: str, known: set[str], endings: Mapping[str, list[str]]) -> str:
-            shorter = name.partition(".")[2]
-            if name in known:
-                return name
-            if shorter in known:
-                return shorter
-            longer = endings.get(name, [])
-            return longer[0] if len(longer) == 1 else name
-
-        paths, names = set(modules), set(tensors)
-        path_ends, name_ends = _endings(paths), _endings(names)
-        linears = {place(name, paths, path_ends): value for name, value in self.linears.items()}
+        paths = set(modules)
+        module_paths = match_module_paths(self.linears, paths)
+        tensor_names = match_module_paths(self.replacements, tensors)
+        linears = {module_paths.get(name, name): value for name, value in self.linears.items()}
         if not self.frozen_positions:
             linears |= {name + POSITIONS: value for name, value in linears.items() if name + POSITIONS in paths}
-        return replace(
-            self,
-            linears=linears,
-            replacements={place(name, names, name_ends): value for name, value in self.replacements.items()},
-        )
+        replacements = {tensor_names.get(name, name): value for name, value in self.replacements.items()}
+        return replace(self, linears=linears, replacements=replacements)
 
     @property
     def max_rank(self) -> int:
         return max((linear.rank for linear in self.linears.values()), default=0)
 
 
-def _endings(names: set[str]) -> dict[str, list[str]]:
-    ends: dict[str, list[str]] = {}
-    for name in sorted(names):
-        ends.setdefault(name.partition(".")[2], []).append(name)
-    return ends
-
-
 def read_factors(folder: Path, source: Path | None = None) -> Factors:
-    """Read the factors in `folder`. Raises InputError or AdapterError with every problem found.
+    """Read the factors in `folder`. Raises InputError or AdapterError with every problem.
 
-    source: the adapter that they were made from, where `folder` is a temporary one; errors name it.
+    source: the adapter that the factors were made from, where `folder` is a temporary folder; errors name it.
     """
-    named = source or folder
+    name = source or folder
     import numpy as np
 
     weights = folder / "adapter_model.safetensors"
     if not weights.is_file():
-        raise InputError(f"{named}: no factors here", expected="adapter_model.safetensors")
+        raise InputError(f"{name}: holds no factors", expected="adapter_model.safetensors")
     config = read_json(folder / "adapter_config.json")
-    manifest_file = folder / "adapter_merge.json"
-    manifest: dict[str, Any] = read_json(manifest_file) if manifest_file.is_file() else {}
+    tensors = _read_arrays(weights)
+    scales = _read_optional(folder / "row_scale.safetensors")
+    replacements = _read_optional(folder / "replacements.safetensors")
     problems = []
     if config.get("peft_type") != "LORA":
-        problems.append(Problem(f"{named}: not a factor folder", "peft_type LORA", repr(config.get("peft_type"))))
-    tensors = _load(weights)
-    scales = _load(folder / "row_scale.safetensors") if (folder / "row_scale.safetensors").is_file() else {}
+        problems.append(Problem(f"{name}: not a factor folder", "peft_type LORA", repr(config.get("peft_type"))))
     if config.get("use_dora") and not scales:
         problems.append(
             Problem(
-                f"{named}: a DoRA adapter without its row scales",
+                f"{name}: a DoRA adapter without its row scales",
                 expected="row_scale.safetensors",
                 hint="adapter-merge factor BASE ADAPTER -o FOLDER writes it",
             )
         )
+    linears = _pair_factors(tensors, scales, config, name, problems)
+    problems += _check_unused(tensors, linears, replacements, name)
+    problems += [
+        Problem(f"{name}: {key} holds NaN or infinity")
+        for key, tensor in {**tensors, **scales}.items()
+        if not np.isfinite(tensor).all()
+    ]
+    raise_all(problems, AdapterError)
+    manifest_file = folder / "adapter_merge.json"
+    manifest: dict[str, Any] = read_json(manifest_file) if manifest_file.is_file() else {}
+    entries = manifest.get("adapters")
+    method = entries[0].get("method", "factors") if isinstance(entries, list) and entries else "factors"
+    error = max((layer.get("relative_error") or 0.0 for layer in manifest.get("layers", {}).values()), default=0.0)
+    frozen = manifest.get("frozen_positions") is True
+    return Factors(name, linears, replacements, method, error, frozen_positions=frozen)
+
+
+def _pair_factors(
+    tensors: Mapping[str, Any],
+    scales: Mapping[str, Any],
+    config: Mapping[str, Any],
+    source: Path,
+    problems: list[Problem],
+) -> dict[str, LinearFactors]:
+    """Return the factors by module path; those that do not fit each other are added to `problems`."""
+    ranks = read_pattern(config, "rank_pattern", str(source), problems)
+    alphas = read_pattern(config, "alpha_pattern", str(source), problems)
     linears = {}
     for key in sorted(tensors):
         if not key.startswith(PREFIX) or not key.endswith(DOWN):
@@ -130,15 +139,17 @@ def read_factors(folder: Path, source: Path | None = None) -> Factors:
         if up is None or down.ndim != 2 or up.ndim != 2 or up.shape[1] != down.shape[0]:
             problems.append(
                 Problem(
-                    f"{module}: lora_A and lora_B do not belong together",
+                    f"{module}: lora_A and lora_B do not fit each other",
                     "(R, in) and (out, R)",
                     f"{down.shape} and {None if up is None else up.shape}",
                 )
             )
             continue
         if scale is not None and scale.shape != (up.shape[0],):
-            problems.append(Problem(f"{module}: row_scale", f"({up.shape[0]},)", str(scale.shape)))
-        rank, alpha = _pattern(config, module, "rank", "r"), _pattern(config, module, "alpha", "lora_alpha")
+            problems.append(
+                Problem(f"{module}: row_scale has another size than the rows", f"({up.shape[0]},)", str(scale.shape))
+            )
+        rank, alpha = ranks.get(module, config.get("r")), alphas.get(module, config.get("lora_alpha"))
         if rank != down.shape[0] or alpha != rank:
             problems.append(
                 Problem(
@@ -149,51 +160,44 @@ def read_factors(folder: Path, source: Path | None = None) -> Factors:
                 )
             )
         linears[module] = LinearFactors(down, up, scale)
-    known = {f"{PREFIX}{module}{suffix}" for module in linears for suffix in (DOWN, UP, ".lora_magnitude_vector")}
-    replacements_file = folder / "replacements.safetensors"
-    replacements = _load(replacements_file) if replacements_file.is_file() else {}
-    for name in replacements:  # PEFT's copies of them
+    return linears
+
+
+def _check_unused(
+    tensors: Mapping[str, Any], linears: Iterable[str], replacements: Iterable[str], source: Path
+) -> list[Problem]:
+    """Return a problem where the folder adapts an embedding, and one where it holds tensors that are not used."""
+    used = {f"{PREFIX}{module}{suffix}" for module in linears for suffix in (DOWN, UP, ".lora_magnitude_vector")}
+    for name in replacements:  # the folder holds them a second time, under PEFT's names
         module, _, kind = name.rpartition(".")
-        known |= {f"{PREFIX}{name}", f"{PREFIX}{module}.base_layer.{kind}"}
+        used |= {f"{PREFIX}{name}", f"{PREFIX}{module}.base_layer.{kind}"}
     embeddings = [name for name in tensors if name.endswith((".lora_embedding_A", ".lora_embedding_B"))]
+    unused = sorted(set(tensors) - used - set(embeddings))
+    problems = []
     if embeddings:
         problems.append(
             Problem(
-                f"{named}: adapts an embedding, which a graph cannot switch",
+                f"{source}: adapts an embedding, which a graph cannot switch",
                 got=embeddings[0],
                 hint="export with --mode merged",
             )
         )
-    unused = sorted(set(tensors) - known - set(embeddings))
     if unused:
-        problems.append(Problem(f"{named}: tensors that nothing uses", got=", ".join(unused[:5])))
-    for name, tensor in {**tensors, **scales}.items():
-        if not np.isfinite(tensor).all():
-            problems.append(Problem(f"{named}: {name} holds NaN or infinity"))
-    raise_all(problems, AdapterError)
-    entries = manifest.get("adapters")
-    method = entries[0].get("method", "factors") if isinstance(entries, list) and entries else "factors"
-    errors = [layer.get("relative_error") or 0.0 for layer in manifest.get("layers", {}).values()]
-    frozen = manifest.get("frozen_positions") is True
-    error = max(errors, default=0.0)
-    return Factors(named, linears, replacements, method, error, frozen_positions=frozen)
+        problems.append(Problem(f"{source}: holds tensors that are not used", got=", ".join(unused[:5])))
+    return problems
 
 
-def _pattern(config: Mapping[str, Any], module: str, kind: str, default: str) -> Any:
-    """PEFT's rank_pattern or alpha_pattern, whose keys are module paths or their ends."""
-    import re
-
-    for pattern, value in (config.get(f"{kind}_pattern") or {}).items():
-        if re.match(rf"(.*\.)?({pattern})$", module):
-            return value
-    return config.get(default)
+def _read_optional(file: Path) -> dict[str, Any]:
+    """Return the arrays in `file`; an empty dict where there is no such file."""
+    return _read_arrays(file) if file.is_file() else {}
 
 
-def _load(file: Path) -> dict[str, Any]:
+def _read_arrays(file: Path) -> dict[str, Any]:
+    """Return the float32 arrays in a safetensors file. Raises FileFormatError for a damaged file."""
     from adapter_merge.storage.safetensors_header import read_header
 
-    read_header(file)  # a damaged file is named here, with its reason
+    read_header(file)  # checks the header, with an error that states the reason
     from safetensors.torch import load_file
 
-    # Copies: load_file maps the file, and a change of it would reach the arrays.
+    # Copies: load_file maps the file into memory, and a later change of the file would change the arrays.
     return {name: tensor.float().numpy().copy() for name, tensor in load_file(file).items()}

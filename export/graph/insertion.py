@@ -1,15 +1,15 @@
 """Insertion of adapters into a finished graph, as optional inputs.
 
-Every target y = x W0 becomes y = (x W0 + (x A) B) * s with A (k, 0), B (0, n) and s = [1] as graph inputs
-that are initialisers as well: nothing given, nothing added, and the base is computed bit for bit. The bias stays
-behind s, where DoRA and DuDe have it. Only the graph changes: the weights file is not touched.
+Every target y = x W0 becomes y = (x W0 + (x A) B) * s. A, B and s are graph inputs with the default values A (k, 0),
+B (0, n) and s = [1] (initialisers of the same names), with which the graph computes the base bit for bit. The bias is
+added after s, as in DoRA and DuDe. Only the graph changes, not the weights file.
 """
 
 from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from .branching import branch_off, optional_input
+from .branching import add_optional_input, split_into_branches
 from .targets import Layout
 
 if TYPE_CHECKING:
@@ -17,20 +17,20 @@ if TYPE_CHECKING:
 
 
 def insert_switches(model: ir.Model, layout: Layout) -> None:
-    """Give every target of `model` its three optional inputs, and the model its metadata, in place."""
+    """Add three optional inputs (A, B, s) for every target of `model`, and the layout as metadata, in place."""
     import numpy as np
     import onnx_ir as ir
 
     dtype = ir.DataType[_IR_NAMES[layout.dtype]]
     graph = body = model.graph
     if layout.branched:
-        body = branch_off(model, {name for target in layout.targets for name in target.nodes}, dtype)
+        body = split_into_branches(model, {name for target in layout.targets for name in target.nodes}, dtype)
     nodes = {node.name: node for node in body}
     for target in layout.targets:
         rank = f"{target.name}.rank"
-        down = optional_input(graph, target.down_name, [target.k, rank], np.zeros((target.k, 0)), dtype)
-        up = optional_input(graph, target.up_name, [rank, target.n], np.zeros((0, target.n)), dtype)
-        scale = optional_input(graph, target.scale_name, [f"{target.name}.scale_size"], np.ones(1), dtype)
+        down = add_optional_input(graph, target.down_name, [target.k, rank], np.zeros((target.k, 0)), dtype)
+        up = add_optional_input(graph, target.up_name, [rank, target.n], np.zeros((0, target.n)), dtype)
+        scale = add_optional_input(graph, target.scale_name, [f"{target.name}.scale_size"], np.ones(1), dtype)
         for number, name in enumerate(target.nodes):
             suffix = f"_{number}" if number else ""
             attach(body, nodes[name], target.name + suffix, down, up, scale)
@@ -50,7 +50,7 @@ def insert_stacks(
     graph = model.graph
     ids = graph.initializers.get(IDS)
     if ids is None:
-        ids = optional_input(graph, IDS, ["adapter_batch_size"], np.zeros(1), ir.DataType.INT64)
+        ids = add_optional_input(graph, IDS, ["adapter_batch_size"], np.zeros(1), ir.DataType.INT64)
     ids = check_ids(graph, ids, len(layout.adapters))
     nodes = {node.name: node for node in graph}
     for target in layout.targets:
@@ -65,12 +65,12 @@ def insert_stacks(
                 name=name,
                 shape=ir.Shape(stack.shape),
                 type=ir.TensorType(dtype),
-                const_value=_tensor(stack, name, dtype),
+                const_value=_make_tensor(stack, name, dtype),
             )
             graph.register_initializer(value)
             gather = ir.node("Gather", [value, ids], {"axis": 0}, name=f"/{name}/Gather")
             gather.outputs[0].name = f"{name}/gathered"
-            _place(graph, nodes[target.nodes[0]], gather)
+            _insert_before(graph, nodes[target.nodes[0]], gather)
             gathered.append(gather.outputs[0])
         for number, node_name in enumerate(target.nodes):
             suffix = f"_{number}" if number else ""
@@ -79,10 +79,10 @@ def insert_stacks(
 
 
 def check_ids(graph: ir.Graph, ids: ir.Value, count: int) -> ir.Value:
-    """Add nodes that end a run whose adapter_ids are not all in 0 .. count; return the checked ids.
+    """Add nodes that make a run fail unless all adapter_ids are in 0 .. count; return the checked ids.
 
-    Gather alone counts a negative number from the end, and on CUDA answers zeros (the base) for a number too large. A
-    Reshape to a size that cannot be, in a node whose name says why, fails on every provider.
+    Without them, Gather counts a negative number from the end, and on CUDA returns zeros (the base) for a number that
+    is too large. A Reshape to an impossible size fails on every provider; the node's name states the reason.
     """
     import numpy as np
     import onnx_ir as ir
@@ -135,12 +135,12 @@ def remove_stacks(model: ir.Model, layout: Layout) -> None:
                 continue
             y, value = nodes[product].outputs[0], present[-1].outputs[0]
             output = value in graph.outputs
-            kept = value.name
+            output_name = value.name
             ir.convenience.replace_all_uses_with(value, y, replace_graph_outputs=True)
-            # the Add (or Mul) that begins the chain reads y itself
+            # The first node of the chain (Add or Mul) reads y, so the chain is removed from its end.
             graph.remove(reversed(present), safe=True)
             if output:
-                y.name = kept
+                y.name = output_name
         for name in (target.down_name, target.up_name, target.scale_name):
             gather = nodes.get(f"/{name}/Gather")
             if gather is not None:
@@ -168,13 +168,13 @@ def attach(
         inner = x
         for kind, factor, label in steps:
             node = ir.node(kind, [inner, factor], name=f"/{name}/{label}/{kind}")
-            inner = _follow(graph, last, node, y)
+            inner = _append_node(graph, last, node, y)
             last = node
         node = ir.node("Add", [y, inner], name=f"/{name}/lora/Add")
-        value, last = _follow(graph, last, node, y), node
+        value, last = _append_node(graph, last, node, y), node
     if scale is not None:
         node = ir.node("Mul", [value, scale], name=f"/{name}/out_scale/Mul")
-        value, last = _follow(graph, last, node, y), node
+        value, last = _append_node(graph, last, node, y), node
     if value is y:
         return
     for user, index in uses:
@@ -192,19 +192,19 @@ def stamp(model: ir.Model, layout: Layout) -> None:
 
 
 IDS = "adapter_ids"
-CHECK = f"/{IDS} "  # beginning of the names of the nodes that check it
-IMPOSSIBLE = 2**31 - 1  # sequences of a batch
-_ADDED = ("lora_A/MatMul", "lora_B/MatMul", "lora/Add", "out_scale/Mul")  # as attach names them, in its order
+CHECK = f"/{IDS} "  # prefix of the names of the nodes that check adapter_ids
+IMPOSSIBLE = 2**31 - 1  # a batch size that no input has
+_ADDED = ("lora_A/MatMul", "lora_B/MatMul", "lora/Add", "out_scale/Mul")  # names of attach's nodes, in order
 _IR_NAMES = {"float32": "FLOAT", "float16": "FLOAT16", "bfloat16": "BFLOAT16"}
 
 
-def _tensor(array: Any, name: str, dtype: ir.DataType) -> ir.TensorProtocol:
+def _make_tensor(array: Any, name: str, dtype: ir.DataType) -> ir.TensorProtocol:
     import onnx_ir as ir
 
     return ir.Tensor(array.astype(dtype.numpy()), dtype=dtype, name=name)
 
 
-def _follow(graph: ir.Graph, previous: ir.Node, node: ir.Node, like: ir.Value) -> ir.Value:
+def _append_node(graph: ir.Graph, previous: ir.Node, node: ir.Node, like: ir.Value) -> ir.Value:
     graph.insert_after(previous, node)
     output = node.outputs[0]
     output.name = f"{node.name}/output_0"
@@ -212,12 +212,12 @@ def _follow(graph: ir.Graph, previous: ir.Node, node: ir.Node, like: ir.Value) -
     return output
 
 
-def _place(graph: ir.Graph, before: ir.Node, node: ir.Node) -> None:
+def _insert_before(graph: ir.Graph, before: ir.Node, node: ir.Node) -> None:
     graph.insert_before(before, node)
 
 
 def make_optional(model: ir.Model, name: str) -> None:
-    """Make the initialiser `name` an optional input too; its first size may differ (another number of labels)."""
+    """Make the initialiser `name` also an optional input, whose first size may differ (the number of labels)."""
     import onnx_ir as ir
 
     value = model.graph.initializers[name]
@@ -229,7 +229,7 @@ def make_optional(model: ir.Model, name: str) -> None:
 def split_gemm(graph: ir.Graph, node: ir.Node) -> ir.Node:
     """Replace a Gemm with alpha = beta = 1 by MatMul and Add; return the MatMul.
 
-    An adapter's scale stands between the product and the bias.
+    The scale of an adapter is applied between the product and the bias.
     """
     import onnx_ir as ir
 

@@ -1,9 +1,10 @@
-"""The graph as a plain onnxruntime loop meets it: padded batches, sizes of the KV cache, sliding windows.
+"""Changes of a decoder's graph for a plain onnxruntime loop: padding on any side, KV cache shapes, sliding windows.
 
-GroupQueryAttention counts a row's tokens (the sum of its attention mask) and takes them from the left: padding on the
-right is right, padding on the left answers with other tokens, without a word. So the tokens of a step move to the left
-of their row, in their order, before the embedding, and their hidden states move back before lm_head. Where nothing is
-padded both are the identity. Positions follow: the operator counts them from the same sum.
+GroupQueryAttention counts a row's tokens (the sum of its attention mask) and reads them from the left. Padding on the
+right is therefore correct; with padding on the left it computes other tokens without an error. The inserted nodes move
+the tokens of a step to the left of their row, in order, before the embedding, and move the hidden states back before
+lm_head. Without padding both moves are the identity. Positions need no change: the operator derives them from the same
+sum.
 """
 
 from __future__ import annotations
@@ -18,13 +19,16 @@ from .targets import HEAD
 if TYPE_CHECKING:
     import onnx_ir as ir
 
-ROOM = "/padding"
-WINDOW = "sliding_window_cache"  # a KV cache of the window's length, which onnxruntime refuses for padded rows
+NODE_PREFIX = "/padding"
+WINDOW = "sliding_window_cache"  # limits the KV cache to the window, which onnxruntime refuses for padded rows
 
 
 def prepare_graph(model: ir.Model, settings: Mapping[str, Any], *, whole_cache: bool = False) -> None:
-    """Accept padding, state the head size in the shapes of the KV cache, and with `whole_cache` keep all positions of
-    layers with a sliding window in it; in place. settings: genai_config.json. Raises MismatchError."""
+    """Make the decoder `model` accept padding and state the head size in the shapes of its KV cache, in place.
+
+    settings: the content of genai_config.json. whole_cache: layers with a sliding window keep all positions in the
+    cache. Raises MismatchError for a graph without the expected inputs and lm_head.
+    """
     import onnx_ir as ir
 
     accept_padding(model)
@@ -38,10 +42,10 @@ def prepare_graph(model: ir.Model, settings: Mapping[str, Any], *, whole_cache: 
 
 
 def accept_padding(model: ir.Model) -> None:
-    """Make the decoder `model` right for any padding of a prompt, in place.
+    """Make the decoder `model` compute the same for any padding of a prompt, in place.
 
-    Valid tokens (mask 1) of a step's columns go to the left, the others behind them: with m the mask's last S columns,
-    new place = cumsum(m) - 1 where m is 1, else sum(m) + column - cumsum(m). Raises MismatchError for a graph without
+    The valid tokens (mask 1) of a step move to the left, the padding behind them: with m the mask's last S columns, the
+    new column is cumsum(m) - 1 where m is 1, else sum(m) + column - cumsum(m). Raises MismatchError for a graph without
     input_ids, attention_mask or lm_head.
     """
     graph = model.graph
@@ -55,7 +59,7 @@ def accept_padding(model: ir.Model) -> None:
         )
     ids, mask = inputs["input_ids"], inputs["attention_mask"]
     readers = list(ids.uses())
-    make = _Maker(graph)
+    make = _NodeBuilder(graph)
     zero, one = make.constant("0", [0]), make.constant("1", [1])
     scalars = make.constant("zero", 0), make.constant("one", 1)
     size = make.node("Size", "Gather", [make.node("Shape", "Shape", [ids]), one], axis=0)  # [S]
@@ -66,47 +70,50 @@ def accept_padding(model: ir.Model) -> None:
     count = make.node("Count", "ReduceSum", [valid, one], keepdims=1)  # (batch, 1)
     length = make.node("Length", "Squeeze", [size, zero])
     columns = make.node("Columns", "Range", [scalars[0], length, scalars[1]])  # (S,)
-    kept = make.node("Kept", "Sub", [before, one])
+    valid_places = make.node("Kept", "Sub", [before, one])
     behind = make.node("Behind", "Add", [make.node("Padding", "Sub", [columns, before]), count])
-    place = make.node("Place", "Where", [make.node("IsValid", "Greater", [valid, zero]), kept, behind])
+    place = make.node("Place", "Where", [make.node("IsValid", "Greater", [valid, zero]), valid_places, behind])
     moved = make.node("Tokens", "ScatterElements", [ids, place, ids], axis=1)
     index = make.node("Index", "Unsqueeze", [place, make.constant("2", [2])])  # (batch, S, 1)
     for user, position in readers:
         if user.op_type != "Shape":
             user.replace_input_with(position, moved)
-    make.before(graph[0])
+    make.insert_before(graph[0])
     hidden = heads[0].inputs[0]
-    back = _Maker(graph)
+    back = _NodeBuilder(graph)
     restored = back.node("Restored", "GatherND", [hidden, index], batch_dims=1)
     restored.type = hidden.type if hidden is not None else None
-    back.before(heads[0])
+    back.insert_before(heads[0])
     heads[0].replace_input_with(0, restored)
 
 
-class _Maker:
-    """Nodes under ROOM, put into the graph together."""
+class _NodeBuilder:
+    """Builds nodes whose names begin with NODE_PREFIX, and inserts them into the graph."""
 
     def __init__(self, graph: ir.Graph) -> None:
         self.graph = graph
         self.nodes: list[ir.Node] = []
 
     def constant(self, name: str, value: Any) -> ir.Value:
+        """Add an int64 constant as an initialiser of the graph."""
         import numpy as np
         import onnx_ir as ir
 
-        full = f"{ROOM}/constant_{name}"
-        tensor = ir.Tensor(np.asarray(value, np.int64), name=full)
-        made = ir.Value(name=full, shape=tensor.shape, type=ir.TensorType(tensor.dtype), const_value=tensor)
-        self.graph.register_initializer(made)
-        return made
+        full_name = f"{NODE_PREFIX}/constant_{name}"
+        tensor = ir.Tensor(np.asarray(value, np.int64), name=full_name)
+        result = ir.Value(name=full_name, shape=tensor.shape, type=ir.TensorType(tensor.dtype), const_value=tensor)
+        self.graph.register_initializer(result)
+        return result
 
     def node(self, name: str, kind: str, inputs: list[Any], **attributes: Any) -> ir.Value:
+        """Create a node of operator `kind`; return its output. `insert_before` inserts it."""
         import onnx_ir as ir
 
-        made = ir.node(kind, inputs, attributes, name=f"{ROOM}/{name}")
-        made.outputs[0].name = f"{ROOM}/{name}/output_0"
-        self.nodes.append(made)
-        return made.outputs[0]
+        node = ir.node(kind, inputs, attributes, name=f"{NODE_PREFIX}/{name}")
+        node.outputs[0].name = f"{NODE_PREFIX}/{name}/output_0"
+        self.nodes.append(node)
+        return node.outputs[0]
 
-    def before(self, node: ir.Node) -> None:
+    def insert_before(self, node: ir.Node) -> None:
+        """Insert all created nodes before `node`."""
         self.graph.insert_before(node, self.nodes)

@@ -1,8 +1,8 @@
 """The products of a graph that can carry an adapter, and the linear layers of the checkpoint that they compute.
 
-The model builder packs q, k and v into one product (and gate and up, when asked): one target then has several
-parts, one after the other in its columns. The inputs of a target are named after the module's path, as PEFT
-names them: `model.layers.0.self_attn.o_proj.lora_A.weight`, and for a packed one
+The model builder packs q, k and v into one product (and gate and up, on request): one target then has several parts,
+which are ranges of its columns. The inputs of a target are named after the module's path, as in PEFT:
+`model.layers.0.self_attn.o_proj.lora_A.weight`, and for a packed target
 `model.layers.0.self_attn.qkv_proj.lora_A.weight`.
 """
 
@@ -19,8 +19,8 @@ from adapter_merge.errors import FileFormatError, UnsupportedError
 
 KEYS = ("mode", "base", "precision", "dtype", "targets", "heads", "adapters")
 PREFIX = "adapter_merge."
-# DeBERTa with share_att_key: the same weight projects tokens and relative positions, and an adapter may be for the
-# tokens alone. The product of the positions is a target of its own, named after the module and this.
+# DeBERTa with share_att_key projects tokens and relative positions with one weight, and an adapter may apply to tokens
+# only. The product of the positions is a separate target, whose name is the module's path and this suffix.
 POSITIONS = ".positions"
 NODE = re.compile(r"/model/layers\.(?P<layer>\d+)/(?P<block>attn|mlp)/(?P<name>\w+)/MatMul(NBits|_Q\d+)?")
 HEAD = re.compile(r"/lm_head/MatMul(NBits|_Q\d+)?")
@@ -56,7 +56,7 @@ class ModuleSlice:
 class Target:
     """One product x (.., k) -> y (.., n) of the graph that can carry an adapter."""
 
-    name: str  # path that its three inputs are named after
+    name: str  # the path from which its three inputs are named
     nodes: tuple[str, ...]  # usually one; DeBERTa multiplies by the same key_proj twice in a layer
     k: int
     n: int
@@ -77,7 +77,7 @@ class Target:
 
 @dataclass(frozen=True)
 class Layout:
-    """The adapters' targets and settings, as the graph's metadata holds them."""
+    """The adapters' targets and settings, which the graph's metadata stores."""
 
     mode: str  # "switchable" or "batched" ("merged" has no targets)
     base: str  # fingerprint of the base checkpoint
@@ -86,12 +86,14 @@ class Layout:
     targets: tuple[Target, ...]
     heads: Mapping[str, str]  # tensor of the checkpoint -> input of the graph that replaces it
     adapters: tuple[str, ...] = ()  # batched: their order; id 0 is the base
-    branched: bool = False  # switchable: the adapters lie in one branch of an If (branching.py)
+    branched: bool = False  # switchable: adapters are applied in one branch of an If (branching.py)
 
     @property
     def version(self) -> int:
-        """31 bits of a hash over base and targets, stored in the only field of ONNX Runtime's adapter format that can
-        identify the export of an adapter file. ONNX Runtime does not check it."""
+        """31 bits of a hash over base and targets, which identify the export that an adapter file was written for.
+
+        ONNX Runtime's adapter format has no other field for it (model_version), and ONNX Runtime does not check it.
+        """
         content = [
             self.base,
             self.dtype,
@@ -130,7 +132,7 @@ def read_layout(metadata: Mapping[str, str], source: str) -> Layout:
         branched = bool(json.loads(metadata.get(PREFIX + "branched", "false")))
     except (KeyError, ValueError, TypeError, AttributeError) as error:
         raise FileFormatError(
-            f"{source}: not an export of adapter-merge (its metadata lacks or garbles {error})",
+            f"{source}: not an export of adapter-merge (its metadata lacks {error} or holds a wrong value)",
             expected=", ".join(PREFIX + key for key in KEYS),
         ) from error
     mode, base, precision, dtype = (values[key] for key in KEYS[:4])
@@ -171,7 +173,7 @@ def decoder_targets(
                     break
             else:
                 raise UnsupportedError(
-                    f"{node}: no linear of the checkpoint belongs to this product",
+                    f"{node}: the checkpoint has no linear layer for this product",
                     expected=" or ".join("+".join(choice) for choice in choices) or "a known product",
                     hint="export with --mode merged",
                 )

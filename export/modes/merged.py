@@ -1,7 +1,7 @@
-"""Export of a model with adapters merged into it, or with none: no switching, and no cost at run time.
+"""Export of a model with adapters merged into it, or without adapters: no switching, and no cost at run time.
 
-Adapters are merged before the builder sees the weights, in float32 arithmetic with one rounding, so an int4
-export quantises the merged weights. Several are combined as `adapter-merge merge` combines them.
+Adapters are merged before the builder reads the weights, in float32 arithmetic with one rounding, so an int4 export
+quantises the merged weights. Several adapters are combined as by `adapter-merge merge`.
 """
 
 from __future__ import annotations
@@ -36,8 +36,8 @@ def export_merged(
 ) -> dict[str, Any]:
     """Write the export of `base` with `adapters` merged into it to `output`; return the report.
 
-    recipe: how several adapters go together; their plain sum when not given. Other options: see
-    request.open_request. Disk: the merged checkpoint lies beside the output while the builder reads it.
+    recipe: how several adapters are combined; None: their sum. Other options: see request.open_request. Disk: the
+    merged checkpoint is stored beside the output while the builder reads it.
 
     Raises InputError, MismatchError, UnsupportedError, OutputError or MissingDependencyError before the build.
     """

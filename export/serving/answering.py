@@ -11,7 +11,7 @@ from .job import Job, Token
 
 @dataclass
 class Answer:
-    """What has been said so far."""
+    """The text and tokens of an answer so far, and the reason of its end."""
 
     text: str = ""
     tokens: list[Token] = field(default_factory=list)
@@ -21,28 +21,28 @@ class Answer:
 def pieces(
     job: Job, push: Callable[[int], str], stops: Collection[int], texts: Collection[str], answer: Answer
 ) -> Iterator[str]:
-    """Yield the text of `job` as it is certain, and keep what was said in `answer`.
+    """Yield the text of `job` piece by piece, and record it in `answer`.
 
-    push: from the next token to the text that it completes. stops: tokens that end an answer, without a text. texts:
-    stop texts; what could begin one is held back until it is certain.
+    push: maps the next token to the text that it completes. stops: tokens that end an answer and have no text. texts:
+    stop texts; the end of the text is delayed while it could be the beginning of a stop text.
     """
-    held, longest = "", max((len(text) for text in texts), default=1) - 1
-    with closing(job.tokens()) as made:
-        for token in made:
+    pending, longest = "", max((len(text) for text in texts), default=1) - 1
+    with closing(job.tokens()) as tokens:
+        for token in tokens:
             answer.tokens.append(token)
             if token.id in stops:
                 answer.reason = "stop"
                 break
-            held += push(token.id)
-            found = [place for text in texts if (place := held.find(text)) >= 0]
-            if found:
-                held, answer.reason = held[: min(found)], "stop"
+            pending += push(token.id)
+            stop_positions = [place for text in texts if (place := pending.find(text)) >= 0]
+            if stop_positions:
+                pending, answer.reason = pending[: min(stop_positions)], "stop"
                 break
-            certain = len(held) - longest
+            certain = len(pending) - longest
             if certain > 0:
-                answer.text += held[:certain]
-                yield held[:certain]
-                held = held[certain:]
-    answer.text += held
-    if held:
-        yield held
+                answer.text += pending[:certain]
+                yield pending[:certain]
+                pending = pending[certain:]
+    answer.text += pending
+    if pending:
+        yield pending

@@ -15,7 +15,7 @@ from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse, Response, StreamingResponse
 
 from adapter_merge.errors import AdapterMergeError, InputError
-from adapter_merge.export.engine.prompting import Prompter, Sampling, within_context
+from adapter_merge.export.engine.prompting import Prompter, Sampling, limit_to_context
 from adapter_merge.export.folder.manifest import Manifest
 
 from .answering import Answer, pieces
@@ -27,7 +27,7 @@ LOCAL = ("localhost", "127.0.0.1", "[::1]")
 
 
 class Refused(Exception):
-    """A request that is answered with an error."""
+    """A request that is refused with an HTTP status and an error of OpenAI's API."""
 
     def __init__(self, status: int, message: str, kind: str = "invalid_request_error") -> None:
         super().__init__(message)
@@ -35,7 +35,7 @@ class Refused(Exception):
 
 
 class Service:
-    """One export and its names: the folder's for the model without an adapter, and one for each adapter."""
+    """One export and its model names: the folder's name for the base, and one name for each adapter."""
 
     def __init__(self, folder: Path, manifest: Manifest, worker: Worker) -> None:
         self.folder, self.worker, self.prompter = folder, worker, Prompter(folder)
@@ -63,7 +63,7 @@ class Service:
         if wrong:
             raise Refused(400, f"token {wrong[0]} is outside the vocabulary of {limit}")
         try:
-            sampling = within_context(self.folder, len(ids), sampling)
+            sampling = limit_to_context(self.folder, len(ids), sampling)
         except InputError as error:
             raise Refused(400, self.told(error)) from error
         return self.worker.submit(Job(ids, adapter, sampling, scored))
@@ -74,19 +74,22 @@ class Service:
 
     @property
     def vocabulary(self) -> int:
-        """The model's number of tokens; 0 where its settings do not say it."""
+        """The size of the model's vocabulary; 0 where its settings do not state it."""
         from adapter_merge.export.engine.decoder_settings import decoder_settings
 
         return int(decoder_settings(self.folder).get("model", {}).get("vocab_size", 0))
 
 
 def make_application(service: Service, api_key: str | None, hosts: tuple[str, ...] | None = LOCAL) -> FastAPI:
-    """Return the application. hosts: names in the Host header that are answered (a web page that reaches a loopback
-    server under a name of its own must not be); None: all."""
+    """Return the application with all routes.
+
+    hosts: accepted names in the Host header; None: all. The list keeps out web pages that reach a loopback server
+    under a host name of their own.
+    """
 
     def authorised(request: Request) -> None:
-        given = request.headers.get("authorization", "").removeprefix("Bearer ")
-        if api_key is not None and not hmac.compare_digest(given.encode(), api_key.encode()):
+        sent_key = request.headers.get("authorization", "").removeprefix("Bearer ")
+        if api_key is not None and not hmac.compare_digest(sent_key.encode(), api_key.encode()):
             raise Refused(401, "this server asks for an API key", "AuthenticationError")
 
     app = FastAPI(title="adapter-merge", docs_url=None, redoc_url=None, openapi_url=None)
@@ -101,8 +104,8 @@ def make_application(service: Service, api_key: str | None, hosts: tuple[str, ..
 
     @app.exception_handler(RequestValidationError)
     def invalid(_: Request, error: RequestValidationError) -> JSONResponse:
-        said = "; ".join(f"{'.'.join(map(str, one['loc'][1:]))}: {one['msg']}" for one in error.errors()[:5])
-        return JSONResponse(_error(said, "invalid_request_error", 400), 400)
+        message = "; ".join(f"{'.'.join(map(str, entry['loc'][1:]))}: {entry['msg']}" for entry in error.errors()[:5])
+        return JSONResponse(_error(message, "invalid_request_error", 400), 400)
 
     @app.exception_handler(AdapterMergeError)
     def failed(_: Request, error: AdapterMergeError) -> JSONResponse:
@@ -129,7 +132,7 @@ def make_application(service: Service, api_key: str | None, hosts: tuple[str, ..
         sampling = Sampling(body.max_tokens, body.temperature, body.top_p, body.seed)
         scored = body.prompt_logprobs is not None or (body.echo and body.logprobs is not None)
         if body.stream and (scored or body.echo or body.logprobs is not None):
-            raise Refused(400, "stream: without echo, logprobs and prompt_logprobs")
+            raise Refused(400, "stream cannot be combined with echo, logprobs or prompt_logprobs")
         job = service.job(body.model, ids, sampling, scored)
         answer = Answer()
         parts = pieces(job, service.prompter.stream(), service.prompter.stops, body.stops, answer)
@@ -149,7 +152,7 @@ def make_application(service: Service, api_key: str | None, hosts: tuple[str, ..
         messages = [message.model_dump() for message in body.messages]
         try:
             text = tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
-        except Exception as error:  # a template raises what it likes
+        except Exception as error:  # a chat template may raise any exception
             raise Refused(400, f"the chat template refuses these messages: {str(error)[:200]}") from error
         ids = [int(token) for token in tokenizer(text, add_special_tokens=False)["input_ids"]]
         count = body.max_completion_tokens or body.max_tokens or 2**31
@@ -195,13 +198,13 @@ def _completion(
 def _stream(
     head: dict[str, Any], parts: Iterator[str], answer: Answer, ids: list[int], say: Any, told: Any
 ) -> StreamingResponse:
-    """Return the answer as server-sent events: a chunk per piece of text, one with the reason and the usage, [DONE]."""
+    """Return the answer as server-sent events: one chunk per piece of text, one with reason and usage, then [DONE]."""
 
     def events() -> Iterator[str]:
         try:
             for text in parts:
                 yield _event({**head, "choices": [{"index": 0, **say(text), "finish_reason": None}]})
-        except AdapterMergeError as error:  # the headers have gone: say it in the stream
+        except AdapterMergeError as error:  # the headers have been sent, so the stream carries the error
             yield _event(_error(told(error), "server_error", 500))
             return
         last = {"index": 0, **say(""), "finish_reason": answer.reason}

@@ -39,7 +39,7 @@ def serve_export(
     from .application import LOCAL, Service, make_application
     from .engines import DecoderEngine, Engine, GenaiEngine, Worker
 
-    key = server_key(api_key)
+    key = choose_server_key(api_key)
     check_packages("onnx_ir", "transformers")
     manifest = read_export(folder)
     if manifest.kind != "decoder":
@@ -52,16 +52,16 @@ def serve_export(
     app = make_application(service, key, LOCAL if local else None)
     names = ", ".join((service.name, *service.adapters))
     say(f"{folder}: {manifest.mode}, {'onnxruntime-genai' if with_genai else 'onnxruntime'}; models: {names}")
-    reach = "this machine only" if local else "every network of this machine"
-    open_to_all = "" if key or local else "; WITHOUT A KEY: anyone who reaches it can use it"
+    reach = "reachable from this machine only" if local else "reachable from every network of this machine"
+    open_to_all = "" if key or local else "; NO API KEY: anyone who can reach this address can use it"
     say(f"http://{host}:{port}/v1 ({reach}{open_to_all})")
     uvicorn.run(app, host=host, port=port, log_level="warning", timeout_graceful_shutdown=shutdown_timeout)
 
 
-def server_key(api_key: str | None) -> str | None:
-    """Return the key that requests must carry: `api_key`, else of the environment; None where neither is stated.
+def choose_server_key(api_key: str | None) -> str | None:
+    """Return the key that requests must send: `api_key`, else the environment's; None where neither is stated.
 
-    Raises InputError for one that is stated and empty: a server that was meant to be closed would be open to all.
+    Raises InputError for a key that is stated but empty, since the server would then accept every request.
     """
     stated = {"--api-key": api_key, **{name: os.environ.get(name) for name in KEYS}}
     name, key = next(((name, key) for name, key in stated.items() if key is not None), ("", None))

@@ -1,8 +1,8 @@
-"""The engines behind the server, each with one thread: jobs wait their turn, and a model is never used by two at once.
+"""The engines behind the server. Each runs in one thread with a queue, so that a model never runs two jobs at once.
 
-onnxruntime-genai answers one job after the other, each with its adapter. A batched export, which it cannot run, answers
-the jobs that wait together in one padded batch of onnxruntime, every row with its own adapter; those that come later
-wait until the batch has ended. GPT-2 runs in onnxruntime, one job at a time.
+onnxruntime-genai answers one job after the other, each with its adapter. A batched export, which it cannot run, runs in
+onnxruntime: all waiting jobs form one padded batch, every row with its own adapter, and later jobs wait until the batch
+has ended. GPT-2 runs in onnxruntime, one job at a time.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 from adapter_merge.errors import AdapterMergeError
 from adapter_merge.export.engine.genai import open_genai
-from adapter_merge.export.engine.prompting import chooser
+from adapter_merge.export.engine.prompting import make_chooser
 from adapter_merge.export.engine.running import Decoder
 from adapter_merge.export.engine.runtime import check_packages
 from adapter_merge.export.folder.contents import folder_layout
@@ -33,12 +33,12 @@ LOG = logging.getLogger("adapter_merge.serving")
 
 
 class Engine(Protocol):
-    """Answers up to `max_batch` jobs at once."""
+    """An engine that answers up to `max_batch` jobs in one call."""
 
     max_batch: int
 
     def run(self, jobs: list[Job]) -> None:
-        """Answer all `jobs`; an error that is raised fails those that have not ended."""
+        """Answer all `jobs`. An exception becomes the error of the jobs that have not ended."""
 
 
 class Worker:
@@ -67,7 +67,7 @@ class Worker:
             try:
                 if jobs:
                     self.engine.run(jobs)
-            except AdapterMergeError as caught:  # the thread must go on: the error belongs to these jobs
+            except AdapterMergeError as caught:  # an error ends these jobs, not the thread
                 error = caught
             except Exception as caught:
                 LOG.exception("the engine failed")
@@ -77,7 +77,7 @@ class Worker:
 
 
 class GenaiEngine:
-    """onnxruntime-genai."""
+    """onnxruntime-genai, one job at a time."""
 
     max_batch = 1
 
@@ -91,7 +91,7 @@ class GenaiEngine:
         self._loaded: set[str] = set()
 
     def run(self, jobs: list[Job]) -> None:
-        """Answer the one job: its adapter is set before the first token, in a generator of its own."""
+        """Answer the job; its adapter is set before the first token."""
         import onnxruntime_genai as og
 
         (job,) = jobs
@@ -146,11 +146,11 @@ class DecoderEngine:
 
 
 class _Answer:
-    """The tokens of one job; a finished one stays in its batch and takes no more."""
+    """The tokens of one job; a finished job stays in its batch and gets no more tokens."""
 
     def __init__(self, job: Job, stops: Collection[int]) -> None:
         self.job, self.stops = job, stops
-        self.choose: Callable[[Any], int] = chooser(job.sampling)
+        self.choose: Callable[[Any], int] = make_chooser(job.sampling)
         self.count, self.last, self.going = 0, 0, True
 
     def add(self, logits: NDArray[np.float32]) -> bool:  # (vocabulary,)

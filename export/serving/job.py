@@ -1,4 +1,4 @@
-"""One answer under way: what was asked, and the tokens as an engine's thread makes them."""
+"""A request to an engine and its answer: the tokens that the engine's thread passes to the reader's thread."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from adapter_merge.export.engine.prompting import Sampling
 
 @dataclass(frozen=True)
 class Token:
-    """A generated token; its log-probability is of the model's distribution at temperature 1."""
+    """A generated token, with its log-probability in the model's distribution at temperature 1."""
 
     id: int
     logprob: float
@@ -20,7 +20,7 @@ class Token:
 
 @dataclass(eq=False)
 class Job:
-    """A request to an engine. `tokens` is read by the thread that asked, everything else is called by the engine's."""
+    """A request to an engine. The requesting thread reads `tokens`; the engine's thread calls all other methods."""
 
     ids: list[int]  # the prompt
     adapter: str | None
@@ -31,20 +31,20 @@ class Job:
     _given_up: threading.Event = field(default_factory=threading.Event)
 
     def put(self, token: Token) -> None:
-        """Hand over the next token."""
+        """Pass the next token to the reader."""
         self._made.put(token)
 
     def end(self, error: Exception | None = None) -> None:
-        """End the answer, or fail it."""
+        """End the answer, with an error where one is given."""
         self._made.put(error)
 
     @property
     def given_up(self) -> bool:
-        """True when nobody reads any more."""
+        """True when the reader has stopped reading."""
         return self._given_up.is_set()
 
     def tokens(self) -> Generator[Token, None, None]:
-        """Yield the tokens; when the reader leaves early, the engine stops. Raises what failed in the engine."""
+        """Yield the tokens; when the reader stops early, so does the engine. Raises the engine's error."""
         try:
             while (made := self._made.get()) is not None:
                 if isinstance(made, Exception):

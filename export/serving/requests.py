@@ -1,7 +1,7 @@
-"""Bodies of requests: the fields of OpenAI's API that this server implements, and no others.
+"""Bodies of requests: the fields of OpenAI's API that this server implements.
 
-A field that is not here is refused with 400: what it would change must not be ignored in silence. prompt_logprobs and
-return_token_ids are vLLM's extensions.
+Any other field is refused with status 400, because ignoring it would change the answer silently. prompt_logprobs and
+return_token_ids are extensions of vLLM.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ Ids = Annotated[list[Annotated[int, Field(ge=0)]], Field(min_length=1, max_lengt
 
 
 class Common(BaseModel):
-    """What both endpoints take."""
+    """The fields of both endpoints."""
 
     model_config = ConfigDict(extra="forbid")
 
@@ -27,7 +27,7 @@ class Common(BaseModel):
         Annotated[str, Field(min_length=1)] | Annotated[list[Annotated[str, Field(min_length=1)]], Field(max_length=4)]
     ) = []
     stream: bool = False
-    stream_options: dict[str, Any] | None = None  # usage is always told
+    stream_options: dict[str, Any] | None = None  # the usage is always sent
     n: Literal[1] = 1
     presence_penalty: Literal[0] = 0
     frequency_penalty: Literal[0] = 0
@@ -52,7 +52,7 @@ class CompletionRequest(Common):
 
 
 class Message(BaseModel):
-    """One message of a chat; text alone."""
+    """One message of a chat; text only."""
 
     model_config = ConfigDict(extra="forbid")
 

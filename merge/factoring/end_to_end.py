@@ -20,6 +20,7 @@ from adapter_merge.binding.bind import BoundAdapter
 from adapter_merge.errors import InputError
 from adapter_merge.formats.peft.tensors import PREFIX, REPLACEMENTS
 from adapter_merge.storage.checkpoint import read_json, read_weights
+from adapter_merge.storage.module_paths import match_module_paths
 from adapter_merge.storage.tensor_io import read_tensor
 from adapter_merge.verification.live_adapter import continued, generates, load_model, quiet_libraries, require_tokens
 from adapter_merge.verification.live_model import trained_model
@@ -42,14 +43,12 @@ def find_submodule(model: nn.Module, name: str) -> nn.Module:
     and remove them. Raises InputError where the model has no such module.
     """
     modules: dict[str, nn.Module] = dict(model.named_modules())
-    if name in modules:
-        return modules[name]
+    match = match_module_paths([name], modules).get(name)
+    if match is not None:
+        return modules[match]
     longer = [path for path in modules if path.endswith(f".{name}")]
     if len(longer) == 1:
         return modules[longer[0]]
-    shorter = name.partition(".")[2]
-    if shorter in modules:
-        return modules[shorter]
     raise InputError(f"{name}: the model class {type(model).__name__} has no such module")
 
 

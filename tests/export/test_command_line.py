@@ -15,7 +15,7 @@ from adapter_merge.cli.main import group
 from adapter_merge.errors import InputError, MismatchError
 from adapter_merge.export import generation
 from adapter_merge.export.checking.verification import verify_onnx
-from adapter_merge.export.engine.prompting import Prompter, Sampling, within_context
+from adapter_merge.export.engine.prompting import Prompter, Sampling, limit_to_context
 
 pytestmark = pytest.mark.onnx
 
@@ -165,4 +165,4 @@ def test_dry_run_writes_nothing(pico: Path, adapters: dict[str, Path], tmp_path:
 def test_a_prompt_longer_than_the_context_is_refused(folder: Path) -> None:
     with pytest.raises(InputError, match="too long"):
         generation.generate(folder, "x" * 600)
-    assert within_context(folder, 500, Sampling(128)).max_tokens == 12
+    assert limit_to_context(folder, 500, Sampling(128)).max_tokens == 12

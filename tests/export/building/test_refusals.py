@@ -106,7 +106,7 @@ def test_an_error_of_the_builder_is_one_line_about_the_model(
         export_model(base, {"a": adapters["dora"]}, tmp_path / "out")
     (problem,) = caught.value.problems
     assert problem.cause.endswith(str(base)) and problem.got == (
-        "it looks for 'weird', which neither the configuration nor the weights have"
+        "'weird' is missing in the configuration or the weights"
     )
     assert ".tmp" not in str(problem) and "merged" not in str(problem)
     assert not (tmp_path / "out").exists()
@@ -122,4 +122,4 @@ def test_the_first_cause_of_a_chain() -> None:
     with pytest.raises(ValueError) as caught:
         outer()
     assert first_cause(caught.value) == "RuntimeError: shape '[3]' is invalid for input of size 2"
-    assert first_cause(ZeroDivisionError("division by zero")).startswith("it divides by zero")
+    assert first_cause(ZeroDivisionError("division by zero")).startswith("division by zero: a size")

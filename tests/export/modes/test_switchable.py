@@ -26,7 +26,7 @@ from adapter_merge.errors import (
     UnsupportedError,
 )
 from adapter_merge.export.adding import add_adapters
-from adapter_merge.export.engine.running import LINE, Decoder, in_order, run_all
+from adapter_merge.export.engine.running import LINE, Decoder, pack_in_graph_order, run_all
 from adapter_merge.export.engine.runtime import check_packages, open_session
 from adapter_merge.export.exporting import export_model
 from adapter_merge.export.folder.contents import folder_layout, read_export
@@ -154,7 +154,7 @@ def test_onnxruntime_runs_a_plain_run_with_an_active_adapter(
 def test_an_adapters_tensors_are_laid_out_in_the_graphs_order_and_unchanged(folder: Path, name: str) -> None:
     layout = folder_layout(folder)
     stored = load_tensors(folder / f"{name}.onnx_adapter", layout)
-    placed = in_order(stored, layout)
+    placed = pack_in_graph_order(stored, layout)
     assert placed.keys() == stored.keys()
     for key, value in stored.items():
         assert np.array_equal(placed[key].numpy(), value.numpy())
