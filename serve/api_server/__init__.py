@@ -1,1 +1,1 @@
-"""What runs in the process of vLLM's API server: routes, key, loading of adapters, metrics, the page to try them."""
+"""Extensions in the process of vLLM's API server: routes, API key, loading of adapters, metrics, the test page."""

@@ -1,8 +1,8 @@
 """Middleware of the API server: it checks the key, and refuses new requests while the server drains.
 
-vLLM's own check of --api-key covers paths under /v1, /v2 and a few more. Its server has others that answer requests or
-change what is served: /invocations, /adapters, /tokenize, /pause. Here every path needs the key, but those that are
-listed as open. vLLM puts the classes in when it is given --middleware with their names.
+vLLM's own check of --api-key covers paths under /v1, /v2 and a few more. Its server has other paths that answer
+requests or change its state: /invocations, /adapters, /tokenize, /pause. With this middleware every path needs the key,
+except those in OPEN. vLLM installs the classes when their names are given as --middleware.
 """
 
 from __future__ import annotations
@@ -16,8 +16,8 @@ from starlette.datastructures import Headers
 from starlette.responses import JSONResponse
 from starlette.types import ASGIApp, Receive, Scope, Send
 
-# Health checks and metrics: what probes and scrapers read without a key. They tell nothing of requests' contents.
-# /page is the same static file for everyone; what it asks needs the key.
+# Health checks and metrics, which probes and scrapers read without a key; they hold nothing of requests' contents.
+# /page is a static file; the requests that it sends need the key.
 OPEN = frozenset({"/health", "/ping", "/metrics", "/metrics/", "/page"})
 HEALTH = frozenset({"/health", "/ping"})
 
@@ -25,7 +25,7 @@ HEALTH = frozenset({"/health", "/ping"})
 class RequireKey:
     """Answers 401 to every request without one of the server's keys, unless its path is open or no key is set.
 
-    The keys are vLLM's: --api-key, else VLLM_API_KEY. OPTIONS needs none (CORS asks before it sends a key).
+    The keys are vLLM's: --api-key, else VLLM_API_KEY. OPTIONS needs none (CORS preflight requests carry no key).
     """
 
     def __init__(self, app: ASGIApp) -> None:
@@ -33,17 +33,17 @@ class RequireKey:
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] in ("http", "websocket") and scope.get("method") != "OPTIONS":
-            keys = keys_of(scope["app"])
-            if keys and path_of(scope) not in OPEN and not carries(Headers(scope=scope), keys):
+            keys = hash_keys(scope["app"])
+            if keys and path_of(scope) not in OPEN and not has_valid_key(Headers(scope=scope), keys):
                 await JSONResponse({"error": "Unauthorized"}, 401)(scope, receive, send)
                 return
         await self.app(scope, receive, send)
 
 
 class Drain:
-    """Answers 503 to new requests and health checks from the moment on that the engine is told to stop.
+    """Answers 503 to new requests and health checks after the engine's shutdown has begun.
 
-    vLLM finishes the requests that it has, but would answer later ones with 200 and no text.
+    vLLM finishes the running requests, but would answer new ones with status 200 and no text.
     """
 
     def __init__(self, app: ASGIApp) -> None:
@@ -61,7 +61,7 @@ class Drain:
         await self.app(scope, receive, send)
 
     def watch(self, engine: Any) -> None:
-        """See the call of `engine.shutdown`, with which vLLM's server begins to stop."""
+        """Wrap `engine.shutdown`, which vLLM's server calls when it begins to stop."""
         self.watched = True
         if engine is None:
             return
@@ -74,19 +74,19 @@ class Drain:
         engine.shutdown = shutdown
 
 
-def keys_of(app: Any) -> list[bytes]:
-    """sha256 of each key that vLLM's server was given."""
+def hash_keys(app: Any) -> list[bytes]:
+    """Return the sha256 of each API key of vLLM's server."""
     keys = app.state.args.api_key or [os.environ.get("VLLM_API_KEY")]
     return [hashlib.sha256(key.encode()).digest() for key in keys if key]
 
 
 def path_of(scope: Scope) -> str:
-    """The path below the server's root path."""
+    """Return the request's path below the server's root path."""
     return str(scope["path"]).removeprefix(scope.get("root_path", ""))
 
 
-def carries(headers: Headers, keys: list[bytes]) -> bool:
-    """True when the request has one of `keys` as its bearer token."""
+def has_valid_key(headers: Headers, keys: list[bytes]) -> bool:
+    """Return True when the sha256 of the request's bearer token is one of `keys`."""
     scheme, _, token = headers.get("Authorization", "").partition(" ")
     given = hashlib.sha256(token.encode()).digest()
     return scheme.lower() == "bearer" and any(secrets.compare_digest(given, key) for key in keys)

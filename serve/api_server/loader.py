@@ -26,18 +26,18 @@ from adapter_merge.serve.conversion.served import (
     refuse_links_out,
     signature,
 )
-from adapter_merge.serve.conversion.stated_settings import beside
+from adapter_merge.serve.conversion.stated_settings import read_settings_beside
 
 from .metrics import Metrics
 
 VARIABLE = "ADAPTER_MERGE_SERVE"
 T = TypeVar("T")
-LOOK_SECONDS = 1.0  # after which a request looks at all files of its adapter again
+LOOK_SECONDS = 1.0  # a request examines all files of its adapter at most this often
 
 
 @dataclass(frozen=True)
 class Settings:
-    """What `adapter-merge serve` hands to the server that it starts."""
+    """The settings that `adapter-merge serve` passes to the server that it starts, in one environment variable."""
 
     base: str
     cache: str
@@ -45,60 +45,63 @@ class Settings:
     max_rank: int
     adapter_dir: str | None = None
     roots: tuple[str, ...] = ()  # folders that /v1/load_lora_adapter may load from, besides adapter_dir
-    named: dict[str, str] = field(default_factory=dict)  # given at start: name -> served folder
-    parent: int | None = None  # the process that started the server; it must not outlive it
+    named: dict[str, str] = field(default_factory=dict)  # adapters named at the start: name -> served folder
+    parent: int | None = None  # id of the process that started the server, which ends with it
     conversion_bytes: int = Limits.nbytes
     conversion_seconds: float = Limits.seconds
 
-    def text(self) -> str:
+    def as_text(self) -> str:
+        """Return the settings as JSON text."""
         return json.dumps(asdict(self))
 
     @classmethod
     def from_environment(cls) -> Settings | None:
+        """Read the settings from the environment; None where `adapter-merge serve` did not start this process."""
         text = os.environ.get(VARIABLE)
         return cls(**json.loads(text)) if text else None
 
 
 @dataclass
 class Source:
-    """Where an adapter name came from, to see whether it has changed since."""
+    """The files of a loaded adapter and their state, to detect changes."""
 
     folder: Path
-    paths: tuple[Path, ...]  # what its read_options.json names besides
-    seen: Signature
-    weights: Path  # the largest file: one that a replacement changes
-    looked: float = field(default_factory=time.monotonic)  # when all files were looked at
+    paths: tuple[Path, ...]  # further files that its read_options.json names
+    state: Signature  # of all files, when they were read
+    weights: Path  # the largest file, which any replacement of the adapter changes
+    examined: float = field(default_factory=time.monotonic)  # time of the last examination of all files
 
     @classmethod
     def at(cls, folder: Path) -> Source:
-        paths = beside(folder).paths
+        """Return the source in `folder`, with the present state of its files."""
+        paths = read_settings_beside(folder).paths
         files = [file for file in folder.iterdir() if file.is_file()] if folder.is_dir() else [folder]
         weights = max(files, key=lambda file: file.stat().st_size, default=folder)
         return cls(folder, paths, signature(folder, *paths), weights)
 
-    def same(self) -> bool:
-        """False when it has changed, or cannot be read any more.
+    def is_unchanged(self) -> bool:
+        """Return False where a file has changed or cannot be read.
 
-        One look at the largest file, which sees a folder that was replaced and weights that were written anew, and at
-        all files when that is LOOK_SECONDS ago.
+        Examines the largest file, which shows a replaced folder and rewritten weights; and all files where the last
+        such examination was LOOK_SECONDS ago.
         """
         try:
-            if file_signature(self.weights) not in self.seen:
+            if file_signature(self.weights) not in self.state:
                 return False
-            if time.monotonic() - self.looked >= LOOK_SECONDS:
-                if signature(self.folder, *self.paths) != self.seen:
+            if time.monotonic() - self.examined >= LOOK_SECONDS:
+                if signature(self.folder, *self.paths) != self.state:
                     return False
-                self.looked = time.monotonic()
+                self.examined = time.monotonic()
             return True
         except OSError:
             return False
 
 
 class Loader:
-    """The adapters of one API server: where each came from, and a hold on the folder of each.
+    """The adapters of one API server: the source of each, and a lease on its served folder.
 
-    What reads a disk runs in threads: looks at folders in their own, so that no request waits for the conversion of
-    another one's adapter. Conversions run in processes of their own, one per converting thread.
+    Disk access runs in threads. Short reads have their own threads, so that a request does not wait for the conversion
+    of another request's adapter. Conversions run in child processes, one per converting thread.
     """
 
     def __init__(self, settings: Settings) -> None:
@@ -108,8 +111,8 @@ class Loader:
         self.cache = Cache(Path(settings.cache), settings.max_bytes)
         limits = Limits(settings.conversion_bytes, settings.conversion_seconds)
         self.conversions = ConversionProcesses(settings.base, self.cache, limits)
-        self.held: dict[str, Served] = {}
-        # Requests that still run may make vLLM read a replaced adapter's folder again: hold a while longer.
+        self.served: dict[str, Served] = {}
+        # vLLM may read a replaced adapter's folder again for requests that still run, so its lease is kept for a while.
         self.retired: deque[Served] = deque()
         self.sources: dict[str, Source] = {}
         self.metrics = Metrics()
@@ -118,11 +121,11 @@ class Loader:
         self.converting.submit(self.metrics.measure, self.cache)
 
     async def look(self, function: Callable[..., T], *arguments: object) -> T:
-        """`function` in a thread for short work on a disk."""
+        """Run `function`, which reads a disk for a short time, in a thread."""
         return await asyncio.get_running_loop().run_in_executor(self.looking, function, *arguments)
 
     async def convert(self, adapter: str | Path) -> Served:
-        """The served folder of `adapter`, held. Raises AdapterMergeError when this server cannot serve it."""
+        """Return the served folder of `adapter` with a lease. Raises AdapterMergeError where it cannot be served."""
         from adapter_merge.errors import UnsupportedError
 
         served = await asyncio.get_running_loop().run_in_executor(self.converting, self._obtain, adapter)
@@ -140,44 +143,44 @@ class Loader:
 
     def _obtain(self, adapter: str | Path) -> Served:
         try:
-            served = self.conversions.own.obtain(adapter)
+            served = self.conversions.of_this_thread.obtain(adapter)
         except Exception:
             self.metrics.failures.inc()
             raise
         try:
             if served.seconds is not None:
-                self.metrics.converted(served.seconds, self.cache)
+                self.metrics.count_conversion(served.seconds, self.cache)
         except BaseException:
             served.release()
             raise
         return served
 
     def keep(self, name: str, served: Served, source: Source | None) -> None:
-        """`name` is served from this folder now."""
+        """Record that `name` is now served from this folder."""
         self.drop(name)
-        self.held[name] = served
+        self.served[name] = served
         if source is not None:
             self.sources[name] = source
 
     def drop(self, name: str) -> None:
-        """`name` is not served any more; its folder is released after many others were."""
+        """Record that `name` is no longer served; its lease is released after 64 more adapters were dropped."""
         self.sources.pop(name, None)
-        served = self.held.pop(name, None)
+        served = self.served.pop(name, None)
         if served is not None:
             self.retired.append(served)
         while len(self.retired) > 64:
             self.retired.popleft().release()
 
     def find(self, name: str) -> Source | None:
-        """The folder called `name` in the adapter folder. Raises InputError for a name that must not be used."""
+        """Return the source `name` in the adapter folder, or None. Raises InputError for a bad name."""
         folder = inside(self.directory, name) if self.directory is not None else None
         return Source.at(folder) if folder is not None else None
 
-    def permitted(self, path: str | Path) -> Source:
-        """The adapter at `path`, which is absolute or relative to a root.
+    def find_permitted(self, path: str | Path) -> Source:
+        """Return the source at `path`, which is absolute or relative to a root.
 
-        Raises InputError for everything outside of the roots, whether it exists or not: links are resolved first,
-        and nothing outside is looked at.
+        Raises InputError for every path outside the roots, whether it exists or not: links are resolved first, and
+        nothing outside is read.
         """
         for root in self.roots:
             folder = root / path
@@ -189,17 +192,17 @@ class Loader:
             expected="a path in --adapter-dir or --adapter-root",
         )
 
-    def current(self, name: str) -> Source | None:
-        """Where `name` is now: the path that it was loaded from, else its folder in the adapter folder."""
+    def find_current(self, name: str) -> Source | None:
+        """Return the present source of `name`: the path it was loaded from, else its folder in the adapter folder."""
         source = self.sources.get(name)
         if source is None:
             return self.find(name)
-        return self.permitted(source.folder) if source.folder.exists() else None
+        return self.find_permitted(source.folder) if source.folder.exists() else None
 
-    def told(self, error: Exception, name: str, folder: Path | None = None) -> str:
-        """What a client is told of an error: the causes, with names in place of this server's paths.
+    def describe_error(self, error: Exception, name: str, folder: Path | None = None) -> str:
+        """Return an error's message for clients: the causes, with names in place of this server's paths.
 
-        What was expected and got stays in the log: it may list folders.
+        Expected and actual values are only logged, since they may list folders.
         """
         if isinstance(error, AdapterMergeError):
             text = "; ".join(problem.cause for problem in error.problems)
@@ -208,7 +211,7 @@ class Loader:
         return f"the adapter {name} cannot be served: {self.without_paths(text, folder, name)}"
 
     def without_paths(self, text: str, folder: Path | None = None, name: str = "adapter") -> str:
-        """`text` with names in place of this server's paths; `folder` becomes `name`."""
+        """Return `text` with names in place of this server's paths; `folder` becomes `name`."""
         shown = [(root, "adapters") for root in self.roots]
         shown += [(self.cache.root, "cache"), (Path(self.settings.base), "base")]
         for path, label in shown if folder is None else [(folder, name), *shown]:
@@ -217,12 +220,12 @@ class Loader:
         return text
 
     async def changed(self, name: str) -> bool:
-        """True when the folder behind `name` is not what it was when it was loaded."""
+        """Return True where the files of `name` have changed since it was loaded."""
         source = self.sources.get(name)
-        return False if source is None else not await self.look(source.same)
+        return False if source is None else not await self.look(source.is_unchanged)
 
-    def offered(self) -> list[str]:
-        """Names of the adapter folder that hold a file, loaded or not."""
+    def list_offered(self) -> list[str]:
+        """Return the names of all adapters in the adapter folder, loaded or not."""
         if self.directory is None:
             return []
         directory = self.directory

@@ -1,12 +1,12 @@
 """Figures of the adapters at /metrics, beside vLLM's own, in its registry of the API server's process.
 
-adapter_merge_requests_total{adapter}        requests that were let in; the base under its own name
-adapter_merge_refused_total{reason}          unknown: no such name; unservable: an adapter that cannot be served
-adapter_merge_conversion_seconds             count and sum over conversions; what the cache had is none
+adapter_merge_requests_total{adapter}        accepted requests; the base has its own name
+adapter_merge_refused_total{reason}          refused requests: unknown (no such name) or unservable (an error)
+adapter_merge_conversion_seconds             count and sum over conversions; adapters in the cache do not count
 adapter_merge_conversion_failures_total
-adapter_merge_refreshes_total{adapter}       an adapter that was replaced on disk was loaded again
+adapter_merge_refreshes_total{adapter}       reloads of adapters that were replaced on disk
 adapter_merge_cache_bytes, adapter_merge_cache_entries
-                                             all of the cache, as of the last conversion
+                                             size of the whole cache after the last conversion
 """
 
 from __future__ import annotations
@@ -17,12 +17,12 @@ UNKNOWN, UNSERVABLE = "unknown", "unservable"
 
 
 class Metrics:
-    """The collectors of one process; a second instance in it is refused by prometheus_client."""
+    """The collectors of one process. Create it once: prometheus_client refuses a second instance."""
 
     def __init__(self) -> None:
         from prometheus_client import Counter, Gauge, Summary  # vLLM depends on it
 
-        self.requests = Counter("adapter_merge_requests", "Requests that were let in.", ["adapter"])
+        self.requests = Counter("adapter_merge_requests", "Accepted requests.", ["adapter"])
         self.refused = Counter("adapter_merge_refused", "Requests for a name that was not served.", ["reason"])
         self.conversions = Summary("adapter_merge_conversion_seconds", "Conversions of adapters.")
         self.failures = Counter("adapter_merge_conversion_failures", "Adapters that could not be converted.")
@@ -36,13 +36,13 @@ class Metrics:
         for reason in (UNKNOWN, UNSERVABLE):
             self.refused.labels(reason)  # shown as 0 before the first
 
-    def converted(self, seconds: float, cache: Cache) -> None:
-        """An adapter was converted in `seconds`."""
+    def count_conversion(self, seconds: float, cache: Cache) -> None:
+        """Count a conversion of `seconds` and update the size of the cache."""
         self.conversions.observe(seconds)
         self.measure(cache)
 
     def measure(self, cache: Cache) -> None:
-        """Look at the size of the cache."""
+        """Update the size of the cache."""
         entries = cache.entries()
         self.cache_bytes.set(sum(entry.nbytes for entry in entries))
         self.cache_entries.set(len(entries))

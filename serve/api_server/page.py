@@ -1,10 +1,10 @@
-"""A page to try the adapters of a running server, beside its API.
+"""A web page on which the adapters of a running server can be tried.
 
-    GET  /page            page.html: one file, which loads nothing else; it needs no key, since a browser sends none
-    GET  /page/adapters   the names that are served, and what is known of those that are loaded
-    POST /page/verify     {"name": NAME}: `adapter-merge verify` of the served folder, weight by weight, in a process
+    GET  /page            page.html: one file, which loads no other file; needs no key, since a browser sends none
+    GET  /page/adapters   the served names, with method, rank and origin of the loaded adapters
+    POST /page/verify     {"name": NAME}: runs `adapter-merge verify` on the served folder in a child process
 
-`serve --page` gives the class to vLLM as --middleware, behind the key's check.
+`serve --page` passes the class to vLLM as --middleware, after the middleware that checks the key.
 """
 
 from __future__ import annotations
@@ -33,14 +33,14 @@ HTML = Path(__file__).with_name("page.html")
 
 
 class Page:
-    """Answers /page and what is below it; everything else goes on to the server."""
+    """Answers requests for /page and the paths below it; passes all others to the server."""
 
     def __init__(self, app: ASGIApp) -> None:
         self.app = app
         self.html = HTML.read_bytes()
-        self.policy = policy(self.html.decode())
-        self.verdicts: dict[str, dict[str, Any]] = {}  # by the served folder's name, which its content decides
-        self.verifying = asyncio.Lock()  # one at a time: it takes a core
+        self.policy = make_policy(self.html.decode())
+        self.verdicts: dict[str, dict[str, Any]] = {}  # by the served folder's name, a hash of its content
+        self.verifying = asyncio.Lock()  # one verification at a time, since it occupies a core
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         routes = {
@@ -55,6 +55,7 @@ class Page:
             await (await found(Request(scope, receive)))(scope, receive, send)
 
     async def show(self, request: Request) -> Response:
+        """Answer with page.html."""
         headers = {
             "Content-Security-Policy": self.policy,
             "Cache-Control": "no-cache",
@@ -63,38 +64,40 @@ class Page:
         return Response(self.html, media_type="text/html", headers=headers)
 
     async def adapters(self, request: Request) -> Response:
-        models, loader = served_models(request)
+        """Answer with the served names and the properties of loaded adapters."""
+        models, loader = find_models(request)
         bases = [base.name for base in models.base_model_paths]
-        names = dict.fromkeys([*models.lora_requests, *await loader.look(loader.offered)])
+        names = dict.fromkeys([*models.lora_requests, *await loader.look(loader.list_offered)])
         entries: list[dict[str, Any]] = [{"name": name, "base": True} for name in bases]
         for name in names:
-            held = loader.held.get(name) if name in models.lora_requests else None
-            about = {"loaded": False} if held is None else await loader.look(about_of, held)
+            held = loader.served.get(name) if name in models.lora_requests else None
+            about = {"loaded": False} if held is None else await loader.look(describe_served, held)
             verdict = None if held is None else self.verdicts.get(held.folder.name)
             entries.append({"name": name, **about, "verdict": verdict})
         return JSONResponse({"base": bases[0], "models": entries})
 
     async def verify(self, request: Request) -> Response:
-        models, loader = served_models(request)
+        """Answer with the verdict on a loaded adapter; a final verdict is kept."""
+        models, loader = find_models(request)
         try:
             name = (await request.json())["name"]
         except (ValueError, TypeError, KeyError):
             return JSONResponse({"error": 'expected {"name": NAME}'}, 400)
-        held = loader.held.get(name) if isinstance(name, str) and name in models.lora_requests else None
+        held = loader.served.get(name) if isinstance(name, str) and name in models.lora_requests else None
         if held is None:
             return JSONResponse({"error": f"{name!r:.200} is not loaded"}, 404)
         key = held.folder.name
         async with self.verifying:
             if key not in self.verdicts:
-                verdict, final = await verdict_of(loader, held)
+                verdict, final = await run_verify(loader, held)
                 if not final:
                     return JSONResponse(verdict)
                 self.verdicts[key] = verdict
         return JSONResponse(self.verdicts[key])
 
 
-def policy(html: str) -> str:
-    """The Content-Security-Policy under which the page can run its own script and ask its own server, no more."""
+def make_policy(html: str) -> str:
+    """Return a Content-Security-Policy that only allows the page's own script and style, and its own server."""
 
     def hashes(tag: str) -> str:
         parts = re.findall(rf"<{tag}>(.*?)</{tag}>", html, re.DOTALL)
@@ -108,24 +111,25 @@ def policy(html: str) -> str:
     )
 
 
-def served_models(request: Request) -> tuple[Any, Loader]:
-    """vLLM's table of models, and our loader of this process."""
+def find_models(request: Request) -> tuple[Any, Loader]:
+    """Return vLLM's table of models, and the loader of this process."""
     from . import runtime
 
     assert runtime.loader is not None, "serve starts the server with the settings that make the loader"
     return request.app.state.openai_serving_models, runtime.loader
 
 
-def about_of(served: Served) -> dict[str, Any]:
-    """What is known of a loaded adapter, from the files of its folder."""
+def describe_served(served: Served) -> dict[str, Any]:
+    """Return method, rank and origin of a loaded adapter, from the files of its folder."""
     entry = json.loads((served.folder / ENTRY).read_text("utf-8"))
     return {"loaded": True, "method": entry["method"], "rank": served.rank, "origin": served.origin}
 
 
-async def verdict_of(loader: Loader, served: Served) -> tuple[dict[str, Any], bool]:
-    """({"passed", "text"} of `verify`, whether it is one that stays).
+async def run_verify(loader: Loader, served: Served) -> tuple[dict[str, Any], bool]:
+    """Return {"passed", "text"} of `verify`, and True where the verdict is final.
 
-    The adapter is the one on disk now. When it is not what this folder was made of any more there is no verdict.
+    `verify` reads the adapter from disk. Where that is no longer the adapter from which this folder was made, the
+    result is an error and not final.
     """
     entry = json.loads((served.folder / ENTRY).read_text("utf-8"))
     inputs = [loader.settings.base, entry["adapter"], str(served.folder)]

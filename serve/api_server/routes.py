@@ -1,7 +1,7 @@
 """Wrappers of the API server's routes that load, unload and look up adapters.
 
-vLLM's own switch for loading at run time (VLLM_ALLOW_RUNTIME_LORA_UPDATING) mounts the routes that load and unload, in
-/v1 and SageMaker's /adapters. It is on with --allow-loading only: names of the adapter folder are found here instead.
+vLLM's own switch for loading at run time (VLLM_ALLOW_RUNTIME_LORA_UPDATING) adds the routes that load and unload, in
+/v1 and SageMaker's /adapters. It is on with --allow-loading only: `provide` resolves names of the adapter folder.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from .loader import Loader, Source
 from .metrics import UNKNOWN, UNSERVABLE
 
 logger = logging.getLogger("vllm.adapter_merge")
-NAMES_SHOWN = 50  # in the answer to a request for a name that is not there
+NAMES_SHOWN = 50  # in the answer to a request for an unknown name
 
 
 def install(loader: Loader) -> None:
@@ -37,7 +37,7 @@ def install(loader: Loader) -> None:
 
 
 def wrap_load(original: Callable[..., Any], loader: Loader) -> Callable[..., Any]:
-    """/v1/load_lora_adapter, /adapters and --lora-modules: convert, then load; replace without a gap when asked to."""
+    """Wrap /v1/load_lora_adapter, /adapters and --lora-modules: convert the adapter, then load or replace it."""
 
     async def load_lora_adapter(self: Any, request: Any, base_model_name: str | None = None) -> Any:
         refused = await self._check_load_lora_adapter_request(request)
@@ -49,15 +49,15 @@ def wrap_load(original: Callable[..., Any], loader: Loader) -> Callable[..., Any
         folder = None
         try:
             check_name(name)
-            source = await loader.look(loader.permitted, path)
+            source = await loader.look(loader.find_permitted, path)
             folder = source.folder
-            # vLLM would put new weights under the old id, below requests that are still running with it.
+            # vLLM would load the new weights under the old id, which running requests still use.
             async with self.lora_resolver_lock[name]:
                 refused = await self._check_load_lora_adapter_request(request)
                 if refused is None:
                     await admit(loader, self, name, source)
         except Exception as error:
-            return refusal(loader, error, name, folder)
+            return make_refusal(loader, error, name, folder)
         return refused or f"Success: LoRA adapter '{name}' added successfully."
 
     return load_lora_adapter
@@ -66,12 +66,12 @@ def wrap_load(original: Callable[..., Any], loader: Loader) -> Callable[..., Any
 async def load_named(
     original: Callable[..., Any], loader: Loader, models: Any, request: Any, base_model_name: str | None
 ) -> Any:
-    """Load an adapter that the command converted before the start, as vLLM does; hold its folder."""
+    """Load an adapter that was converted before the start by vLLM's own function, and keep a lease on its folder."""
     name = request.lora_name
     try:
         served = await loader.convert(Path(request.lora_path))
     except Exception as error:
-        return refusal(loader, error, name)
+        return make_refusal(loader, error, name)
     changed = copy.copy(request)  # SageMaker's route passes another type than vLLM's
     changed.lora_path = str(served.folder)
     answer = None
@@ -86,9 +86,9 @@ async def load_named(
 
 
 async def admit(loader: Loader, models: Any, name: str, source: Source) -> None:
-    """Convert `source` and serve it as `name`, under an id of its own; the caller holds the lock of the name.
+    """Convert `source` and serve it as `name` under a new id; the caller holds the lock of the name.
 
-    Whatever goes wrong passes through and leaves nothing held.
+    After an exception no lease is kept.
     """
     from vllm.lora.request import LoRARequest
 
@@ -109,7 +109,7 @@ async def admit(loader: Loader, models: Any, name: str, source: Source) -> None:
 
 
 def wrap_unload(original: Callable[..., Any], loader: Loader) -> Callable[..., Any]:
-    """/v1/unload_lora_adapter: give up the hold on the folder too."""
+    """Wrap /v1/unload_lora_adapter: also release the lease on the folder."""
 
     async def unload_lora_adapter(self: Any, request: Any) -> Any:
         answer = await original(self, request)
@@ -121,33 +121,33 @@ def wrap_unload(original: Callable[..., Any], loader: Loader) -> Callable[..., A
 
 
 def wrap_models(original: Callable[..., Any], loader: Loader) -> Callable[..., Any]:
-    """/v1/models: what the adapter folder offers too, before its first use."""
+    """Wrap /v1/models: also list the adapters of the adapter folder that are not loaded yet."""
 
     async def show_available_models(self: Any) -> Any:
-        found = await original(self)
-        base = found.data[0]
-        there = {card.id for card in found.data}
-        for name in await loader.look(loader.offered):
-            if name not in there:
+        models = await original(self)
+        base = models.data[0]
+        listed = {card.id for card in models.data}
+        for name in await loader.look(loader.list_offered):
+            if name not in listed:
                 about = {"id": name, "root": None, "parent": base.id, "max_model_len": None}
-                found.data.append(base.model_copy(update={**about, "permission": [type(base.permission[0])()]}))
-        return found
+                models.data.append(base.model_copy(update={**about, "permission": [type(base.permission[0])()]}))
+        return models
 
     return show_available_models
 
 
 def wrap_check(original: Callable[..., Any], loader: Loader, raises: bool = False) -> Callable[..., Any]:
-    """Before any request: its adapter is loaded, as its folder is now, or the request is refused.
+    """Wrap the check of a request's model: load its adapter in the present state of its folder, or refuse the request.
 
-    `raises`: a refusal is raised as ValueError, where the caller does not look at what is returned.
+    raises: raise a refusal as ValueError, for callers that ignore the returned value.
     """
 
     async def _check_model(self: Any, request: Any) -> Any:
         if not self._is_model_supported(request.model):
             refused = await provide(loader, self.models, request.model)
             if refused is not None:
-                known = refused.error.code != HTTPStatus.NOT_FOUND
-                loader.metrics.refused.labels(UNSERVABLE if known else UNKNOWN).inc()
+                is_known = refused.error.code != HTTPStatus.NOT_FOUND
+                loader.metrics.refused.labels(UNSERVABLE if is_known else UNKNOWN).inc()
             if refused is not None and raises:
                 raise ValueError(refused.error.message)
             if refused is not None:
@@ -161,40 +161,41 @@ def wrap_check(original: Callable[..., Any], loader: Loader, raises: bool = Fals
 
 
 async def provide(loader: Loader, models: Any, name: str) -> Any:
-    """Make `name` ready as it is on disk now; an error response when it is not there or cannot be served."""
+    """Load `name` in its present state on disk; return an error response where it is missing or cannot be served."""
     if name in models.lora_requests and not await loader.changed(name):
         return None
     source = None
     try:
-        source = await loader.look(loader.current, name)
+        source = await loader.look(loader.find_current, name)
         if source is not None:
             async with models.lora_resolver_lock[name]:
                 if name not in models.lora_requests or await loader.changed(name):
                     await admit(loader, models, name, source)
             return None
         forget(loader, models, name)
-        return unknown(models, name, await loader.look(loader.offered))
+        return make_unknown_response(models, name, await loader.look(loader.list_offered))
     except Exception as error:
         forget(loader, models, name)
-        return refusal(loader, error, name, source.folder if source is not None else None)
+        return make_refusal(loader, error, name, source.folder if source is not None else None)
 
 
 def forget(loader: Loader, models: Any, name: str) -> None:
+    """Remove `name` from vLLM's models and from the loader."""
     models.lora_requests.pop(name, None)
     loader.drop(name)
 
 
-def refusal(loader: Loader, error: Exception, name: str, folder: Path | None = None) -> Any:
-    """vLLM's answer to a bad request; the log has the whole error, the client its causes without paths."""
+def make_refusal(loader: Loader, error: Exception, name: str, folder: Path | None = None) -> Any:
+    """Return vLLM's response to a bad request with the causes, without paths; log the whole error."""
     from vllm.entrypoints.serve import create_error_response
 
     logger.warning("%s", error)
-    message = loader.told(error, name, folder)
+    message = loader.describe_error(error, name, folder)
     return create_error_response(message=message, err_type="BadRequestError", status_code=HTTPStatus.BAD_REQUEST)
 
 
-def unknown(models: Any, name: str, offered: list[str]) -> Any:
-    """vLLM's answer to a name that is not there, with the names that are."""
+def make_unknown_response(models: Any, name: str, offered: list[str]) -> Any:
+    """Return vLLM's response to an unknown name, with the known names."""
     from vllm.entrypoints.serve import create_error_response
 
     bases = [base.name for base in models.base_model_paths]

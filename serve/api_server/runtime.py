@@ -1,16 +1,15 @@
-"""Loading of adapters while vLLM's API server runs: in any form, by request or by name from a folder.
+"""Loading of adapters while vLLM's API server runs: of any format, by request or by name from a folder.
 
-`adapter-merge serve` describes the base, the cache and the adapter folder in one environment variable, and
-the plugin changes two things in the API server's process:
+`adapter-merge serve` describes the base, the cache and the adapter folder in one environment variable, and the plugin
+changes two things in the API server's process:
 
-    /v1/load_lora_adapter   converts the folder that it is given, then loads the converted one
-    every request           is for the adapter as it is on disk now: a name that no one has loaded yet is found in the
-                            adapter folder; a folder that was replaced is converted and loaded under a new path and a
-                            new id, while requests that are running keep the old one
+    /v1/load_lora_adapter   converts the given folder, then loads the converted one
+    every request           uses the present state of its adapter on disk: a name that is not loaded yet is looked up
+                            in the adapter folder; a replaced folder is converted and loaded under a new path and a new
+                            id, while running requests keep the old one
 
-routes.py has both, loader.py what they share; this file puts them in place.
-
-A conversion runs in a process of its own; requests for other adapters go on meanwhile.
+routes.py implements both, loader.py holds the shared state, and this file installs them. A conversion runs in a child
+process, and requests for other adapters continue meanwhile.
 """
 
 from __future__ import annotations
@@ -19,7 +18,7 @@ import inspect
 import logging
 import signal
 
-from adapter_merge.serve.conversion.bounds import end_with
+from adapter_merge.serve.conversion.bounds import die_with_parent
 from adapter_merge.serve.patches.symbols import find
 
 from .loader import Loader, Settings
@@ -39,7 +38,7 @@ FUNCTIONS: dict[tuple[str, str], tuple[str, ...]] = {
 }
 ATTRIBUTES = ("lora_requests", "lora_id_counter", "lora_resolver_lock", "engine_client")  # that __init__ sets
 
-loader: Loader | None = None  # of this process, once it is an API server that `adapter-merge serve` started
+loader: Loader | None = None  # set in an API server that `adapter-merge serve` started
 
 
 def register() -> None:
@@ -50,11 +49,11 @@ def register() -> None:
     if settings is None or multiprocessing.parent_process() is not None:
         return
     if settings.parent is not None:
-        end_with(settings.parent, signal.SIGTERM)
-    problems = missing()
+        die_with_parent(settings.parent, signal.SIGTERM)
+    problems = find_missing()
     if problems:
         logger.error(
-            "adapter-merge does not know this vLLM's API server (%s): adapters in their own formats cannot be "
+            "adapter-merge does not support this vLLM's API server (%s): adapters in their own formats cannot be "
             "loaded at run time.",
             "; ".join(problems),
         )
@@ -64,15 +63,15 @@ def register() -> None:
     install(loader)
 
 
-def missing() -> list[str]:
-    """What this vLLM's API server lacks of what is wrapped here, in words."""
+def find_missing() -> list[str]:
+    """Return the functions and parameters that this vLLM's API server lacks, as sentences."""
     problems: list[str] = []
     for (module, path), parameters in FUNCTIONS.items():
-        found = find(module, path, problems)
-        if found is not None:
-            lost = [name for name in parameters if name not in inspect.signature(found).parameters]
-            if lost:
-                problems.append(f"{module}.{path} has no parameter {', '.join(lost)}")
+        function = find(module, path, problems)
+        if function is not None:
+            absent = [name for name in parameters if name not in inspect.signature(function).parameters]
+            if absent:
+                problems.append(f"{module}.{path} has no parameter {', '.join(absent)}")
     models = find(MODELS, "OpenAIServingModels.__init__", problems)
     names = models.__code__.co_names if models is not None else ()
     for name in ATTRIBUTES:

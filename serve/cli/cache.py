@@ -15,7 +15,7 @@ from adapter_merge.serve.conversion.cache import DEFAULT_BYTES
 
 @click.group()
 def cache() -> None:
-    """The cache of converted adapters that `serve` keeps."""
+    """Manage the cache of converted adapters that `serve` uses."""
 
 
 @cache.command("list", cls=Command)
@@ -26,8 +26,8 @@ def list_entries(as_json: bool, quiet: bool) -> None:
 
     from adapter_merge.serve.conversion.cache import Cache
 
-    found = Cache()
-    entries = found.entries()
+    cache = Cache()
+    entries = cache.entries()
     total = sum(entry.nbytes for entry in entries)
     if as_json:
         rows = [
@@ -41,14 +41,14 @@ def list_entries(as_json: bool, quiet: bool) -> None:
             }
             for entry in entries
         ]
-        click.echo(json.dumps({"root": str(found.root), "bytes": total, "entries": rows}, indent=2))
+        click.echo(json.dumps({"root": str(cache.root), "bytes": total, "entries": rows}, indent=2))
         return
     for entry in entries:
         when = datetime.fromtimestamp(entry.used).strftime("%Y-%m-%d %H:%M")
         used = "in use" if entry.in_use else when
         size = f"{entry.nbytes / 1e6:9.1f} MB"
         click.echo(f"{entry.key[:12]}  {size}  {used:>16}  {entry.adapter} on {entry.base}")
-    click.echo(f"{len(entries)} adapters, {total / 1e6:.1f} MB in {found.root}", err=True)
+    click.echo(f"{len(entries)} adapters, {total / 1e6:.1f} MB in {cache.root}", err=True)
 
 
 @cache.command("add", cls=Command)
@@ -60,20 +60,20 @@ def list_entries(as_json: bool, quiet: bool) -> None:
     default=DEFAULT_BYTES,
     show_default="50GB",
     metavar="SIZE",
-    help="Bound of the cache of adapters.",
+    help="Maximal size of the cache of adapters.",
 )
 @adapter_options
 @report_options
 def add_entries(base: str, adapters: tuple[str, ...], cache_size: int, as_json: bool, quiet: bool) -> None:
-    """Convert adapters for BASE now, so that a server finds them in the cache.
+    """Convert adapters for BASE into the cache, before a server needs them.
 
-    The options say the same of every ADAPTER.
+    The options apply to every ADAPTER.
     """
     from adapter_merge.errors import AdapterMergeError, Problem, raise_all
     from adapter_merge.serve.conversion.cache import Cache
     from adapter_merge.serve.conversion.served import Converter, allowed_rank
     from adapter_merge.serve.conversion.stated_settings import Stated
-    from adapter_merge.serve.launch.process import described
+    from adapter_merge.serve.launch.process import describe_adapter
 
     stated = Stated.of(*read_single_stated())
     converter = Converter(base, Cache(max_bytes=cache_size))
@@ -91,7 +91,7 @@ def add_entries(base: str, adapters: tuple[str, ...], cache_size: int, as_json: 
         key, cached = served.folder.name, served.seconds is None
         rows.append({"key": key, "adapter": adapter, "rank": served.rank, "cached": cached, "origin": served.origin})
         if not as_json:
-            click.echo(f"{key[:12]}  {described(adapter, outline.method, served)}")
+            click.echo(f"{key[:12]}  {describe_adapter(adapter, outline.method, served)}")
     if as_json:
         click.echo(json.dumps({"root": str(converter.cache.root), "entries": rows}, indent=2))
     raise_all(problems)
@@ -104,16 +104,16 @@ def verify_entries(ctx: click.Context, as_json: bool, quiet: bool) -> None:
     """Read every converted adapter and compare it with its hashes; exit code 1 when one is damaged."""
     from adapter_merge.serve.conversion.cache import Cache
 
-    found = Cache()
-    damaged = found.verify()
-    count = len(found.entries())
+    cache = Cache()
+    damaged = cache.verify()
+    count = len(cache.entries())
     if as_json:
         rows = [{"key": entry.key, "adapter": entry.adapter, "problems": problems} for entry, problems in damaged]
-        click.echo(json.dumps({"root": str(found.root), "entries": count, "damaged": rows}, indent=2))
+        click.echo(json.dumps({"root": str(cache.root), "entries": count, "damaged": rows}, indent=2))
     else:
         for entry, problems in damaged:
             click.echo(f"{entry.key[:12]}  {entry.adapter}: {'; '.join(problems)}")
-        click.echo(f"{count} adapters, {len(damaged)} damaged (made again when they are next used)", err=True)
+        click.echo(f"{count} adapters, {len(damaged)} damaged (converted again at their next use)", err=True)
     ctx.exit(1 if damaged else 0)
 
 
@@ -123,11 +123,11 @@ def clear_entries(as_json: bool, quiet: bool) -> None:
     """Remove every converted adapter that no server is using."""
     from adapter_merge.serve.conversion.cache import Cache
 
-    found = Cache()
-    removed, kept = found.clear()
+    cache = Cache()
+    removed, in_use = cache.clear()
     freed = sum(entry.nbytes for entry in removed)
     if as_json:
-        click.echo(json.dumps({"removed": len(removed), "bytes": freed, "in_use": len(kept)}))
+        click.echo(json.dumps({"removed": len(removed), "bytes": freed, "in_use": len(in_use)}))
         return
-    in_use = f"; {len(kept)} are in use and stay" if kept else ""
-    click.echo(f"removed {len(removed)} adapters, {freed / 1e6:.1f} MB{in_use}", err=True)
+    remaining = f"; {len(in_use)} are in use and stay" if in_use else ""
+    click.echo(f"removed {len(removed)} adapters, {freed / 1e6:.1f} MB{remaining}", err=True)

@@ -24,15 +24,15 @@ CONVERSION_BYTES, CONVERSION_SECONDS = 8 * 10**9, 900
 
 
 class WithRest(Command):
-    """A command that keeps what stands behind `--` for another program."""
+    """A command that keeps the arguments after `--` for vLLM."""
 
     def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
-        own, rest = args, []
+        own_arguments, vllm_flags = args, []
         if "--" in args:
             cut = args.index("--")
-            own, rest = args[:cut], args[cut + 1 :]
-        ctx.meta["rest"] = rest
-        return super().parse_args(ctx, list(own))
+            own_arguments, vllm_flags = args[:cut], args[cut + 1 :]
+        ctx.meta["vllm_flags"] = vllm_flags
+        return super().parse_args(ctx, list(own_arguments))
 
     def collect_usage_pieces(self, ctx: click.Context) -> list[str]:
         return [*super().collect_usage_pieces(ctx), "[-- VLLM FLAGS]"]
@@ -49,7 +49,7 @@ class WithRest(Command):
 @click.argument("adapters", type=SOURCE, nargs=-1, metavar="[[NAME=]ADAPTER]...")
 @option(
     "--adapter-dir",
-    help="Serve any adapter in this folder by its folder's name, from the first request for it on.",
+    help="Serve the adapters in this folder by their folders' names; each is converted at its first request.",
 )
 @option("--preload", is_flag=True, help="Convert all adapters of --adapter-dir before the server starts.")
 @option(
@@ -65,22 +65,22 @@ class WithRest(Command):
     help="With --allow-loading: a folder that clients may load from, besides --adapter-dir. Repeatable.",
 )
 @option("--page", is_flag=True, help="Add a page at /page to try the base and the adapters side by side.")
-@option("--host", help="What to listen on; 0.0.0.0 opens the server to the network.  [default: 127.0.0.1]")
+@option("--host", help="Address to listen on; 0.0.0.0 opens the server to the network.  [default: 127.0.0.1]")
 @option("--port", type=click.IntRange(0, 65535), help="[default: 8000]")
 @option(
     "--api-key",
-    help="A key that every request must carry; VLLM_API_KEY keeps it out of the list of processes.",
+    help="A key that every request must send; VLLM_API_KEY keeps it out of the list of processes.",
 )
 @option(
     "--shutdown-timeout",
     type=click.IntRange(min=0),
     metavar="SECONDS",
-    help="After SIGTERM: how long requests under way get to finish.  [default: 30]",
+    help="Time for running requests to finish after SIGTERM.  [default: 30]",
 )
 @option(
     "--max-active",
     type=click.IntRange(min=1),
-    help="Adapters in one batch (default: all that are named, at most 16).",
+    help="Number of adapters in one batch (default: all named adapters, at most 16).",
 )
 @option(
     "--cache-size",
@@ -88,7 +88,7 @@ class WithRest(Command):
     default=DEFAULT_BYTES,
     show_default="50GB",
     metavar="SIZE",
-    help="Bound of the cache of adapters.",
+    help="Maximal size of the cache of adapters.",
 )
 @option(
     "--conversion-memory",
@@ -96,7 +96,7 @@ class WithRest(Command):
     default=CONVERSION_BYTES,
     show_default="8GB",
     metavar="SIZE",
-    help="What converting an adapter for a running server may take; above it the adapter is refused.",
+    help="Memory limit of a conversion while the server runs; the adapter is refused above it.",
 )
 @option(
     "--conversion-seconds",
@@ -104,17 +104,17 @@ class WithRest(Command):
     default=CONVERSION_SECONDS,
     show_default=True,
     metavar="SECONDS",
-    help="How long converting an adapter for a running server may take.",
+    help="Time limit of a conversion while the server runs; the adapter is refused after it.",
 )
 @adapter_options
 @dry_run_option
 @option(
     "--emit",
     type=click.Choice(["k8s", "ray"]),
-    help="Print this service as a Kubernetes manifest or as a Ray Serve configuration, no more.",
+    help="Print this service as a Kubernetes manifest or a Ray Serve configuration, and exit.",
 )
-@option("--name", default="adapter-merge", show_default=True, help="With --emit: of the service.")
-@option("--image", default="adapter-merge-vllm", show_default=True, help="With --emit k8s.")
+@option("--name", default="adapter-merge", show_default=True, help="Name of the service, with --emit.")
+@option("--image", default="adapter-merge-vllm", show_default=True, help="Container image, with --emit k8s.")
 @report_options
 @click.pass_context
 def serve(
@@ -146,15 +146,15 @@ def serve(
     BASE may be a folder that `export` wrote: onnxruntime serves it and its adapters, without vLLM.
 
     BASE and ADAPTER are folders or hub ids. An adapter may be a DCFT, DuDe, LoRA, rsLoRA, PiSSA or DoRA
-    adapter in any form that `inspect` knows; it is converted once and kept in a cache. A request chooses its
-    adapter by the model's name; an adapter without NAME has its folder's. Flags behind -- go to vLLM as they are.
+    adapter of any format that `inspect` knows; it is converted once and kept in a cache. A request selects its
+    adapter by the model's name. An adapter without NAME gets its folder's name. Flags after -- are passed to vLLM.
     """
     if (Path(base) / "model.onnx").is_file():
         _serve_export(ctx, Path(base), quiet)
         return
     from adapter_merge.serve.conversion.cache import Cache
     from adapter_merge.serve.conversion.processes import Limits
-    from adapter_merge.serve.launch.emit import Service, kubernetes, ray
+    from adapter_merge.serve.launch.emit import Service, make_kubernetes_manifest, make_ray_config
     from adapter_merge.serve.launch.flags import check_with_vllm, shell_line
     from adapter_merge.serve.launch.plan import make_plan
     from adapter_merge.serve.launch.process import run
@@ -162,10 +162,12 @@ def serve(
     if emit is None:
         adapters = _with_names(adapters)
     direct = {"--host": host, "--port": port, "--api-key": api_key, "--shutdown-timeout": shutdown_timeout}
-    rest = _joined(direct, ctx.meta["rest"])
+    vllm_flags = _join_flags(direct, ctx.meta["vllm_flags"])
     if emit is not None:
         if allow_loading or roots or preload or page:
-            raise click.UsageError("--emit prints no service with --allow-loading, --preload or --page")
+            raise click.UsageError(
+                "--emit cannot be combined with --allow-loading, --adapter-root, --preload or --page"
+            )
         stated = stated_arguments()
         service = Service(
             name=name,
@@ -175,13 +177,13 @@ def serve(
             max_active=max_active,
             cache_size=None if cache_size == DEFAULT_BYTES else f"{cache_size}B",
             stated=tuple(stated),
-            rest=tuple(rest),
+            vllm_flags=tuple(vllm_flags),
             image=image,
         )
         if emit == "k8s":
-            click.echo(kubernetes(service), nl=False)
+            click.echo(make_kubernetes_manifest(service), nl=False)
         else:
-            click.echo(ray(replace(service, ranks=_ranks(base, adapters))), nl=False)
+            click.echo(make_ray_config(replace(service, ranks=_ranks(base, adapters))), nl=False)
         return
     plan = make_plan(
         base,
@@ -194,14 +196,14 @@ def serve(
         preload=preload,
         limits=Limits(conversion_memory, conversion_seconds),
         cache=Cache(max_bytes=cache_size),
-        rest=rest,
+        vllm_flags=vllm_flags,
         stated=_stated(adapters),
     )
     if dry_run:
-        if ctx.meta["rest"]:
+        if ctx.meta["vllm_flags"]:
             check_with_vllm(plan.command())
         about = plan.describe()
-        click.echo(json.dumps(about, indent=2) if as_json else _readable(about, shell_line))
+        click.echo(json.dumps(about, indent=2) if as_json else _format_plan(about, shell_line))
         return
     ctx.exit(run(plan, (lambda line: None) if quiet else (lambda line: click.echo(line, err=True))))
 
@@ -210,14 +212,14 @@ OF_EXPORTS = ("base", "host", "port", "api_key", "shutdown_timeout", "quiet")
 
 
 def _serve_export(ctx: click.Context, folder: Path, quiet: bool) -> None:
-    """Serve an ONNX export. Raises UsageError for what belongs to vLLM alone."""
+    """Serve an ONNX export. Raises UsageError for options that only vLLM has."""
     from importlib import import_module
 
-    given = [name for name in ctx.params if ctx.get_parameter_source(name) != click.core.ParameterSource.DEFAULT]
-    wrong = [name.replace("_", "-") for name in given if name not in OF_EXPORTS]
-    if wrong or ctx.meta["rest"]:
+    stated_names = [name for name in ctx.params if ctx.get_parameter_source(name) != click.core.ParameterSource.DEFAULT]
+    wrong = [name.replace("_", "-") for name in stated_names if name not in OF_EXPORTS]
+    if wrong or ctx.meta["vllm_flags"]:
         raise click.UsageError(
-            f"{folder} is an ONNX export, which vLLM does not serve: without {', '.join(wrong) or '--'}"
+            f"{folder} is an ONNX export, which is served without vLLM: leave out {', '.join(wrong) or '--'}"
         )
     options = {name: ctx.params[name] for name in OF_EXPORTS[1:-1] if ctx.params[name] is not None}
     served = import_module("adapter_merge.export.serving.command")
@@ -225,36 +227,36 @@ def _serve_export(ctx: click.Context, folder: Path, quiet: bool) -> None:
 
 
 def _with_names(adapters: tuple[str, ...]) -> tuple[str, ...]:
-    """NAME=ADAPTER for each; an adapter without a name gets its folder's."""
+    """Return NAME=ADAPTER for each adapter; an adapter without a name gets its folder's name."""
     named = named_inputs(adapters)
     return tuple(text if "=" in text else made for text, made in zip(adapters, named, strict=True))
 
 
-def _joined(direct: dict[str, Any], rest: list[str]) -> list[str]:
-    """Options of our own that are vLLM's too, before what was given behind `--`. Raises UsageError for both."""
+def _join_flags(direct: dict[str, Any], vllm_flags: list[str]) -> list[str]:
+    """Return shared options as vLLM's flags, followed by those after `--`. Raises UsageError for one in both."""
     from adapter_merge.serve.launch.flags import has_option
 
-    given = {flag: str(value) for flag, value in direct.items() if value is not None}
-    for flag in given:
-        if has_option(rest, flag):
-            raise click.UsageError(f"{flag} is given before and behind --")
-    return [f"{flag}={value}" for flag, value in given.items()] + rest
+    stated = {flag: str(value) for flag, value in direct.items() if value is not None}
+    for flag in stated:
+        if has_option(vllm_flags, flag):
+            raise click.UsageError(f"{flag} is given before and after --")
+    return [f"{flag}={value}" for flag, value in stated.items()] + vllm_flags
 
 
 def _stated(adapters: tuple[str, ...]) -> dict[str, Stated]:
-    """What the options say of each named adapter."""
+    """Return the stated settings of each named adapter."""
     from adapter_merge.serve.conversion.stated_settings import FILE, Stated
 
     names = [text.partition("=")[0] for text in adapters if "=" in text]
     if names:
-        return {name: Stated.of(*said) for name, said in read_stated(names).items()}
+        return {name: Stated.of(*settings) for name, settings in read_stated(names).items()}
     if Stated.of(*read_single_stated()).values:
-        raise click.UsageError(f"these options are for NAME=ADAPTER; adapters in a folder say it in {FILE} beside them")
+        raise click.UsageError(f"these options are for NAME=ADAPTER; the adapters of a folder state them in {FILE}")
     return {}
 
 
 def _ranks(base: str, adapters: tuple[str, ...]) -> dict[str, int]:
-    """The rank of each NAME=ADAPTER, from headers."""
+    """Return the rank of each NAME=ADAPTER, from headers."""
     from adapter_merge.serve.conversion.served import Converter
 
     stated = _stated(adapters)
@@ -263,7 +265,8 @@ def _ranks(base: str, adapters: tuple[str, ...]) -> dict[str, int]:
     return {name: converter.outline(folder, stated.get(name)).rank for name, folder in pairs if converter is not None}
 
 
-def _readable(about: dict[str, Any], shell_line: Any) -> str:
+def _format_plan(about: dict[str, Any], shell_line: Any) -> str:
+    """Return the plan of --dry-run as text."""
     lines = [shell_line(about["command"], about["environment"]), ""]
     for name, adapter in about["adapters"].items():
         state = "is in the cache" if adapter["cached"] else "would be converted"

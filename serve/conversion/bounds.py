@@ -1,4 +1,4 @@
-"""What processes of a server are bound by: the life of the process that started them, memory, and their priority."""
+"""Limits of a server's child processes: the parent's lifetime, memory and priority."""
 
 from __future__ import annotations
 
@@ -11,30 +11,30 @@ from pathlib import Path
 
 PR_SET_PDEATHSIG = 1  # linux/prctl.h
 NICE = 10
-CORES = 4  # of one conversion: it works on one weight per core, and each takes memory
+CORES = 4  # cores of one conversion, which needs the memory of one weight per core
 
 
-def end_with(parent: int, number: int) -> None:
-    """Have the kernel send signal `number` to this process when `parent`, which started it, dies in whatever way."""
+def die_with_parent(parent: int, number: int) -> None:
+    """Ask the kernel to send signal `number` to this process when its parent (process id `parent`) ends."""
     library = ctypes.CDLL(None)
     if os.getppid() == parent and hasattr(library, "prctl"):
         library.prctl(PR_SET_PDEATHSIG, number)
 
 
-def bound_memory(nbytes: int) -> None:
-    """Let this process allocate at most `nbytes` more than it has now: what is above fails as MemoryError does.
+def limit_memory(nbytes: int) -> None:
+    """Limit this process to `nbytes` more memory than it has now; further allocations raise MemoryError.
 
-    The limit is that of private writable memory (RLIMIT_DATA): files that are only read do not count.
+    The limit counts private writable memory (RLIMIT_DATA), not files that are mapped for reading.
     """
-    found = re.search(r"^VmData:\s+(\d+) kB", Path("/proc/self/status").read_text("utf-8"), re.MULTILINE)
-    present = int(found[1]) * 1024 if found is not None else 0
+    match = re.search(r"^VmData:\s+(\d+) kB", Path("/proc/self/status").read_text("utf-8"), re.MULTILINE)
+    present = int(match[1]) * 1024 if match is not None else 0
     _, hard = resource.getrlimit(resource.RLIMIT_DATA)
     limit = present + nbytes
     resource.setrlimit(resource.RLIMIT_DATA, (limit if hard == resource.RLIM_INFINITY else min(limit, hard), hard))
 
 
-def give_way() -> None:
-    """Run behind the server, on few cores, and be the first that a system without memory ends."""
+def lower_priority() -> None:
+    """Lower this process's priority, restrict it to few cores, and let the kernel kill it first without memory."""
     os.nice(NICE)
     os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[-CORES:])
     with suppress(OSError):

@@ -1,13 +1,13 @@
-"""The cache of served folders: one folder per adapter, base and version, named by what it was made from.
+"""The cache of served folders: one folder per adapter, base and version, named by a hash of all three.
 
 A served folder is a factor folder (adapter_config.json, adapter_model.safetensors and, for DoRA and DuDe,
-row_scale.safetensors). Its name is the sha256 of everything that went into it, so that another adapter, base
-or version of this package is another folder: vLLM keys its prefix cache by name and path, and would otherwise
-answer from blocks that the previous weights computed.
+row_scale.safetensors). Its name is the sha256 of everything that it was made from, so that another adapter, base or
+version of this package gets another folder. This is necessary because vLLM keys its prefix cache by name and path:
+under an old path it would reuse blocks that the previous weights computed.
 
-Each entry has a lock file beside the folders. Whoever makes or removes the entry holds it alone; a server
-holds it shared as long as it may read the folder, so that eviction passes over what is in use. The kernel
-frees the lock of a process that dies, whatever way.
+Each entry has a lock file beside the folders. A process that writes or removes the entry holds an exclusive lock. A
+server holds a shared lock as long as it may read the folder, so that eviction skips entries in use. The kernel releases
+the lock of a process that ends in any way.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ from adapter_merge.files.hashing import file_sha256
 from adapter_merge.files.locks import lock_file
 from adapter_merge.outputs.staging import sync_folder
 
-LAYOUT = 3  # of a served folder; another number makes other keys
+LAYOUT = 3  # version of the served folders' layout; a part of every key
 ENTRY = "entry.json"
 DEFAULT_BYTES = 50 * 10**9
 
@@ -45,14 +45,14 @@ class Entry:
     nbytes: int
     used: float  # time of the last use, seconds since 1970
     in_use: bool
-    adapter: str  # where it came from
+    adapter: str  # path of the adapter that was converted
     base: str
 
 
 class Lease:
-    """A shared hold on one entry; the entry is not evicted before `release` or the end of the process.
+    """A shared lock on one entry, which is not evicted before `release` or the end of the process.
 
-    A lease that nobody refers to any more releases itself, as that of a request whose client has gone.
+    A lease without references is released by the garbage collector, for example after a client has disconnected.
     """
 
     def __init__(self, folder: Path, descriptor: int) -> None:
@@ -76,33 +76,33 @@ def default_root() -> Path:
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "adapter-merge"
 
 
-def key_of(parts: dict[str, Any]) -> str:
-    """sha256 over the canonical JSON of everything that an entry depends on."""
+def compute_key(parts: dict[str, Any]) -> str:
+    """Return the sha256 over the canonical JSON of everything that an entry depends on."""
     text = json.dumps({"layout": LAYOUT, **parts}, sort_keys=True, separators=(",", ":"))
     return hashlib.sha256(text.encode()).hexdigest()
 
 
 class Cache:
-    """Served folders under one root, at most `max_bytes` of them in all (those in use come on top)."""
+    """Served folders under one root, with a total size of at most `max_bytes`, entries in use not counted."""
 
     def __init__(self, root: Path | None = None, max_bytes: int = DEFAULT_BYTES) -> None:
         self.root = (root or default_root()).absolute()
         self.max_bytes = max_bytes
-        # Entries whose files had their hashes: key -> (name, inode, size, mtime) of each at that time.
-        self._proved: dict[str, tuple[tuple[str, int, int, int], ...]] = {}
+        # Entries whose hashes were checked: key -> (name, inode, size, mtime) of each file at that time.
+        self._checked: dict[str, tuple[tuple[str, int, int, int], ...]] = {}
 
     def obtain(self, key: str, make: Callable[[Path], dict[str, Any]]) -> Lease:
-        """The entry `key`, made by `make` when it is not there yet, held until its release.
+        """Return a lease on the entry `key`; where the entry is missing, `make` writes it first.
 
-        `make` gets the path of a folder to create and returns what `entry.json` is to say of its origin. Of
-        several processes that want one entry, one makes it and the others wait. What `make` raises passes
-        through and leaves nothing behind. Raises OutputError when the cache cannot be written.
+        `make` gets the path of a folder to create and returns the content of `entry.json`. Where several processes ask
+        for one entry, one writes it and the others wait. An exception of `make` is raised and leaves no files. Raises
+        OutputError where the cache cannot be written.
         """
         folder = self.root / key
         while (lease := self.lease(folder)) is None:
-            fd = self._lock_alone(key, folder)
+            fd = self._lock_exclusively(key, folder)
             try:
-                if not self._whole(folder):
+                if not self._is_undamaged(folder):
                     self._make(key, folder, make)
                 os.utime(self._lock_file(key))
             finally:
@@ -115,19 +115,19 @@ class Cache:
         return lease
 
     def lease(self, folder: Path) -> Lease | None:
-        """A hold on `folder` when it is an entry of this cache, else None."""
+        """Return a lease on `folder` where it is an undamaged entry of this cache, else None."""
         if folder.parent.resolve() != self.root.resolve() or not folder.is_dir():
             return None
         lease = Lease(folder, self._lock(folder.name, fcntl.LOCK_SH))
-        if not self._whole(folder):
+        if not self._is_undamaged(folder):
             lease.release()
             return None
         os.utime(self._lock_file(folder.name))
         return lease
 
     def entries(self) -> list[Entry]:
-        """Every entry, the least recently used first."""
-        found = []
+        """Return every entry, the least recently used first."""
+        entries = []
         for folder in self.root.glob("?" * 64) if self.root.is_dir() else ():
             try:
                 about = json.loads((folder / ENTRY).read_text("utf-8"))
@@ -136,7 +136,7 @@ class Cache:
                 continue
             lock = self._lock_file(folder.name)
             used = lock.stat().st_mtime if lock.exists() else folder.stat().st_mtime
-            found.append(
+            entries.append(
                 Entry(
                     key=folder.name,
                     folder=folder,
@@ -147,10 +147,10 @@ class Cache:
                     base=str(about.get("base", "")),
                 )
             )
-        return sorted(found, key=lambda entry: entry.used)
+        return sorted(entries, key=lambda entry: entry.used)
 
     def evict(self) -> list[Entry]:
-        """Remove the least recently used entries until the rest fits into max_bytes; those in use stay."""
+        """Remove the least recently used entries until the others fit into max_bytes; entries in use stay."""
         entries = self.entries()
         total = sum(entry.nbytes for entry in entries)
         removed = []
@@ -163,25 +163,23 @@ class Cache:
         return removed
 
     def clear(self) -> tuple[list[Entry], list[Entry]]:
-        """Remove every entry that is not in use, and what broken runs left: (removed, still in use)."""
+        """Remove every entry that is not in use, and files of killed runs; return (removed, still in use)."""
         removed: list[Entry] = []
-        kept: list[Entry] = []
+        in_use: list[Entry] = []
         for entry in self.entries():
-            (removed if self._try_remove(entry.key) else kept).append(entry)
+            (removed if self._try_remove(entry.key) else in_use).append(entry)
         if self.root.is_dir():
             for partial in self.root.glob(".partial-*"):
                 self._try_remove(partial.name.removeprefix(".partial-")[:64])
-        return removed, kept
+        return removed, in_use
 
     def verify(self) -> list[tuple[Entry, list[str]]]:
-        """Read every entry: those that are damaged, each with what is wrong. Nothing is changed."""
-        found = [(entry, damage(entry.folder)) for entry in self.entries()]
-        return [(entry, problems) for entry, problems in found if problems]
-
-    # -- inside ------------------------------------------------------------------------------------------
+        """Read every entry; return the damaged ones with their problems. Changes nothing."""
+        checked = [(entry, find_damage(entry.folder)) for entry in self.entries()]
+        return [(entry, problems) for entry, problems in checked if problems]
 
     def _make(self, key: str, folder: Path, make: Callable[[Path], dict[str, Any]]) -> None:
-        """Build the entry in a staging folder and rename it; the caller holds the lock alone."""
+        """Write the entry in a staging folder and rename it; the caller holds the exclusive lock."""
         partial = self.root / f".partial-{key}"
         for old in (partial, folder):
             if old.exists():
@@ -194,7 +192,7 @@ class Cache:
             (staged / ENTRY).write_text(
                 json.dumps({**about, "files": hashes, "made": int(time.time())}, indent=2) + "\n", "utf-8"
             )
-            _sync(staged)
+            _sync_files(staged)
             staged.rename(folder)
             sync_folder(self.root)
         except OSError as error:
@@ -205,14 +203,14 @@ class Cache:
         finally:
             shutil.rmtree(partial, ignore_errors=True)
 
-    def _whole(self, folder: Path) -> bool:
-        """True when every file of the entry has its hash; read again only when a file is not what it was."""
+    def _is_undamaged(self, folder: Path) -> bool:
+        """Return True when every file has its recorded hash; files are read again only after they have changed."""
         try:
-            seen = _seen(folder)
-            if self._proved.get(folder.name) != seen:
-                if damage(folder):
+            state = _list_file_states(folder)
+            if self._checked.get(folder.name) != state:
+                if find_damage(folder):
                     return False
-                self._proved[folder.name] = seen
+                self._checked[folder.name] = state
             return True
         except OSError:
             return False
@@ -221,7 +219,7 @@ class Cache:
         return self.root / f"{key}.lock"
 
     def _lock(self, key: str, mode: int) -> int:
-        """A descriptor that holds the lock of `key`; waits unless `mode` has LOCK_NB (BlockingIOError then)."""
+        """Return a descriptor that holds the lock of `key`; with LOCK_NB in `mode`, raise BlockingIOError, not wait."""
         try:
             self.root.mkdir(parents=True, exist_ok=True)
             return lock_file(self._lock_file(key), mode)
@@ -233,8 +231,8 @@ class Cache:
                 hint="ADAPTER_MERGE_CACHE chooses another folder",
             ) from error
 
-    def _lock_alone(self, key: str, folder: Path) -> int:
-        """The lock for making `key`: waits for whoever makes it now, but not for readers of a damaged entry."""
+    def _lock_exclusively(self, key: str, folder: Path) -> int:
+        """Return the exclusive lock of `key`. Waits for a writer of the entry, not for readers of a damaged entry."""
         for _ in range(100):
             if not folder.is_dir():
                 return self._lock(key, fcntl.LOCK_EX)
@@ -247,7 +245,7 @@ class Cache:
         )
 
     def _try_remove(self, key: str, remove: bool = True) -> bool:
-        """Remove an entry with its lock file; False when somebody holds it."""
+        """Remove an entry with its lock file; return False where another process holds its lock."""
         try:
             fd = self._lock(key, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
@@ -265,25 +263,25 @@ class Cache:
             os.close(fd)
 
 
-def damage(folder: Path) -> list[str]:
-    """What is wrong with the files of one entry, by their sha256 in entry.json; [] for nothing."""
+def find_damage(folder: Path) -> list[str]:
+    """Return the problems of one entry's files by their sha256 in entry.json; [] where there are none."""
     try:
-        hashes = json.loads((folder / ENTRY).read_text("utf-8"))["files"]
-        wanted = {str(name): str(sha) for name, sha in hashes.items()}
-        there = {file.name for file in folder.iterdir()} - {ENTRY}
+        stated = json.loads((folder / ENTRY).read_text("utf-8"))["files"]
+        hashes = {str(name): str(sha) for name, sha in stated.items()}
+        present = {file.name for file in folder.iterdir()} - {ENTRY}
     except (OSError, ValueError, KeyError, AttributeError, TypeError) as error:
         return [f"{ENTRY} cannot be read ({type(error).__name__})"]
-    problems = [f"{name} does not belong to it" for name in sorted(there - wanted.keys())]
-    for name, sha in wanted.items():
-        if name not in there:
+    problems = [f"{name} does not belong to the entry" for name in sorted(present - hashes.keys())]
+    for name, sha in hashes.items():
+        if name not in present:
             problems.append(f"{name} is missing")
-        elif (got := file_sha256(folder / name)) != sha:
-            problems.append(f"{name}: expected sha256 {sha[:16]}, got {got[:16]}")
+        elif (computed := file_sha256(folder / name)) != sha:
+            problems.append(f"{name}: expected sha256 {sha[:16]}, got {computed[:16]}")
     return problems
 
 
-def _seen(folder: Path) -> tuple[tuple[str, int, int, int], ...]:
-    """(name, inode, size, mtime) of every file."""
+def _list_file_states(folder: Path) -> tuple[tuple[str, int, int, int], ...]:
+    """Return (name, inode, size, mtime) of every file in `folder`."""
     found = []
     for file in os.scandir(folder):
         about = file.stat()
@@ -291,7 +289,8 @@ def _seen(folder: Path) -> tuple[tuple[str, int, int, int], ...]:
     return tuple(sorted(found))
 
 
-def _sync(folder: Path) -> None:
+def _sync_files(folder: Path) -> None:
+    """Flush the files in `folder`, and the folder itself, to the disk."""
     for file in folder.iterdir():
         fd = os.open(file, os.O_RDONLY)
         try:

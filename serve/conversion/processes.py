@@ -1,7 +1,7 @@
-"""Conversions in a process of their own: no adapter's files can end the server, take its memory or hold it for ever.
+"""Conversions in child processes: an adapter's files cannot crash the server, exhaust its memory or block it.
 
-Whatever reads a foreign file runs in worker.py, under a limit of memory, and is killed when it takes too long. The
-server reads only the folder that comes out, which this package wrote and whose hashes are compared.
+All code that reads a user's files runs in worker.py, with a memory limit, and is killed when it takes too long. The
+server itself only reads the converted folder, which this package wrote and whose hashes it checks.
 """
 
 from __future__ import annotations
@@ -26,25 +26,25 @@ from .cache import Cache
 from .served import Served, describe
 from .worker import OUT_OF_MEMORY
 
-START_SECONDS = 300.0  # for a process to import torch on a busy machine
+START_SECONDS = 300.0  # limit for the start of a process, which imports torch
 
 
 @dataclass(frozen=True)
 class Limits:
-    """What one conversion may take."""
+    """Memory and time that one conversion may use."""
 
-    nbytes: int = 8 * 10**9  # on top of a process with torch
+    nbytes: int = 8 * 10**9  # beyond the memory of a process that has imported torch
     seconds: float = 900.0
 
 
 class _EndedError(Exception):
-    """The process ended, or was ended, before its answer."""
+    """The process ended, or was killed, before it answered."""
 
 
 class ConversionProcess:
-    """One process that converts one adapter after another; started with the first, and anew after its end.
+    """A process that converts adapters one after another; it is started for the first and again after it has ended.
 
-    For one thread at a time; the process lives no longer than the thread that started it.
+    Use it from one thread only: the process ends with the thread that started it.
     """
 
     def __init__(self, base: str, cache: Cache, limits: Limits) -> None:
@@ -54,24 +54,24 @@ class ConversionProcess:
         self.process: subprocess.Popen[str] | None = None
 
     def obtain(self, adapter: str | Path) -> Served:
-        """The served folder of `adapter`, held. Raises AdapterMergeError when it cannot be had within the limits."""
-        held = self.cache.lease(Path(adapter))
-        if held is not None:
-            return describe(held)
+        """Return the served folder of `adapter` with a lease. Raises AdapterMergeError where the conversion fails."""
+        lease = self.cache.lease(Path(adapter))
+        if lease is not None:
+            return describe(lease)
         for _ in range(3):
-            found = self._ask(str(adapter))
+            answer = self._ask(str(adapter))
             try:
-                if "error" in found:
-                    raise self._error(str(adapter), found)
-                lease = self.cache.lease(Path(found["folder"]))
+                if "error" in answer:
+                    raise self._error(str(adapter), answer)
+                lease = self.cache.lease(Path(answer["folder"]))
             finally:
                 self._send("")
             if lease is not None:
-                return replace(describe(lease), seconds=found["seconds"])
-        raise InputError(f"{adapter}: its entry in the cache was damaged again and again")
+                return replace(describe(lease), seconds=answer["seconds"])
+        raise InputError(f"{adapter}: its entry in the cache was damaged after each of three conversions")
 
     def start(self) -> None:
-        """Start the process when there is none; returns when it is ready."""
+        """Start the process unless it runs; return when it is ready."""
         if self.process is not None and self.process.poll() is None:
             return
         self.close()
@@ -84,7 +84,7 @@ class ConversionProcess:
         }
         self.process = subprocess.Popen(
             [sys.executable, "-m", "adapter_merge.serve.conversion.worker", json.dumps(settings)],
-            env={**os.environ, "CUDA_VISIBLE_DEVICES": "", "HIP_VISIBLE_DEVICES": ""},  # the engine has its memory
+            env={**os.environ, "CUDA_VISIBLE_DEVICES": "", "HIP_VISIBLE_DEVICES": ""},  # the GPU belongs to the engine
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             encoding="utf-8",
@@ -102,10 +102,8 @@ class ConversionProcess:
                     with suppress(OSError):
                         pipe.close()
 
-    # -- inside ------------------------------------------------------------------------------------------
-
     def _ask(self, adapter: str) -> dict[str, Any]:
-        """The process's answer for one adapter. Raises AdapterMergeError when it ends or takes too long."""
+        """Return the process's answer for one adapter. Raises AdapterMergeError when it ends or takes too long."""
         try:
             self.start()
             self._send(json.dumps(adapter))
@@ -114,7 +112,7 @@ class ConversionProcess:
             self.close()
             raise UnsupportedError(
                 f"{adapter}: its conversion was ended after {self.limits.seconds:.0f} s",
-                hint="convert it before with adapter-merge cache add, or raise --conversion-seconds",
+                hint="convert it in advance with adapter-merge cache add, or raise --conversion-seconds",
             ) from None
         except _EndedError:
             code = self.process.wait() if self.process is not None else None
@@ -122,18 +120,18 @@ class ConversionProcess:
             raise AdapterError(
                 f"{adapter}: the process that converted it ended",
                 got=f"signal {-code}" if code is not None and code < 0 else f"exit code {code}",
-                hint="the server goes on; adapter-merge inspect looks at the adapter alone",
+                hint="the server continues; adapter-merge inspect ADAPTER shows what is wrong with it",
             ) from None
 
     def _send(self, line: str) -> None:
-        """One line to the process; an end of it is seen by the next one that reads."""
+        """Send one line to the process. Where it has ended, the next `_read` raises."""
         if self.process is not None and self.process.stdin is not None:
             with suppress(OSError):
                 self.process.stdin.write(line + "\n")
                 self.process.stdin.flush()
 
     def _read(self, seconds: float) -> dict[str, Any]:
-        """One line of the process, which it sends whole. Raises TimeoutError or _EndedError."""
+        """Return the next message of the process. Raises TimeoutError or _EndedError."""
         assert self.process is not None
         assert self.process.stdout is not None
         end = time.monotonic() + seconds
@@ -143,43 +141,43 @@ class ConversionProcess:
         line = self.process.stdout.readline()
         if not line.endswith("\n"):
             raise _EndedError
-        found: dict[str, Any] = json.loads(line)
-        return found
+        message: dict[str, Any] = json.loads(line)
+        return message
 
-    def _error(self, adapter: str, found: dict[str, Any]) -> AdapterMergeError:
-        """The error that was raised in the process."""
-        if found["error"] == OUT_OF_MEMORY:
+    def _error(self, adapter: str, message: dict[str, Any]) -> AdapterMergeError:
+        """Return the error that was raised in the process."""
+        if message["error"] == OUT_OF_MEMORY:
             return UnsupportedError(
                 f"{adapter}: its conversion needs more than {self.limits.nbytes / 1e9:.3g} GB of memory",
-                hint="convert it before with adapter-merge cache add, or raise --conversion-memory",
+                hint="convert it in advance with adapter-merge cache add, or raise --conversion-memory",
             )
-        kind = getattr(errors, found["error"], None)
-        problems = [Problem(*each) for each in found["problems"]]
+        kind = getattr(errors, message["error"], None)
+        problems = [Problem(*each) for each in message["problems"]]
         if isinstance(kind, type) and issubclass(kind, AdapterMergeError):
             return kind(problems)
-        return AdapterError(f"{adapter}: cannot be converted ({found['error']}: {problems[0].cause:.300})")
+        return AdapterError(f"{adapter}: cannot be converted ({message['error']}: {problems[0].cause:.300})")
 
 
 class ConversionProcesses:
-    """A ConversionProcess for each thread that asks for one. All are ended, and waited for, when this process exits."""
+    """One ConversionProcess per thread. All are killed and waited for when this process exits."""
 
     def __init__(self, base: str, cache: Cache, limits: Limits) -> None:
         self.cache = cache
         self._arguments = (base, cache, limits)
-        self._own = threading.local()
+        self._local = threading.local()
         self._all: list[ConversionProcess] = []
         atexit.register(self.close)
 
     def close(self) -> None:
-        """End every process. No thread may ask for a conversion any more."""
+        """End every process. Afterwards no thread may ask for a conversion."""
         for process in self._all:
             process.close()
 
     @property
-    def own(self) -> ConversionProcess:
-        """This thread's."""
-        if not hasattr(self._own, "process"):
-            self._own.process = ConversionProcess(*self._arguments)
-            self._all.append(self._own.process)
-        process: ConversionProcess = self._own.process
+    def of_this_thread(self) -> ConversionProcess:
+        """The process of the calling thread, created at the first access."""
+        if not hasattr(self._local, "process"):
+            self._local.process = ConversionProcess(*self._arguments)
+            self._all.append(self._local.process)
+        process: ConversionProcess = self._local.process
         return process

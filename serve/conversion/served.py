@@ -1,7 +1,7 @@
-"""Conversion of an adapter in any form into the folder that vLLM loads.
+"""Conversion of an adapter of any format into the folder that vLLM loads.
 
-`Converter.obtain` is the one way in for the command, for loading at run time and for offline use. Everything
-that vLLM could not serve is refused here, from headers, before anything is converted.
+The command, loading at run time and offline use all call `Converter.obtain`. Adapters that vLLM could not serve are
+refused from their headers, before anything is converted.
 """
 
 from __future__ import annotations
@@ -25,14 +25,14 @@ from adapter_merge.errors import (
     raise_all,
 )
 
-from .cache import ENTRY, Cache, Lease, key_of
-from .stated_settings import Stated, beside
+from .cache import ENTRY, Cache, Lease, compute_key
+from .stated_settings import Stated, read_settings_beside
 
 # The ranks that vLLM's --max-lora-rank takes (vllm/config/lora.py, 0.28 to 0.32).
 RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
 MANIFEST = "adapter_merge.json"
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,199}")
-# Multi-head latent attention multiplies these into other weights when the base is loaded, without the adapter.
+# When the base is loaded, multi-head latent attention multiplies these into other weights, without the adapter.
 ABSORBED = ("kv_b_proj",)
 HEADS = ("score", "classifier")
 NOT_LINEAR = ("embed_tokens", "lm_head", "wte", "wpe", "embed_out", "word_embeddings", "embed_in", *HEADS)
@@ -48,7 +48,7 @@ class _ChangedError(Exception):
 
 @dataclass(frozen=True)
 class Served:
-    """One adapter as vLLM is given it."""
+    """One converted adapter, ready for vLLM."""
 
     folder: Path
     rank: int
@@ -56,21 +56,21 @@ class Served:
     form: str  # "lora" or "lora+row_scale"
     origin: str  # evidence of the base that the adapter was trained on
     lease: Lease | None = None
-    seconds: float | None = None  # that the conversion took; None when the cache had it
+    seconds: float | None = None  # duration of the conversion; None when it was in the cache
 
     def release(self) -> None:
-        """Give up the hold on the folder."""
+        """Release the lease on the folder."""
         if self.lease is not None:
             self.lease.release()
 
 
 @dataclass(frozen=True)
 class Outline:
-    """What an adapter's headers and config say before it is converted."""
+    """The properties of an adapter that its headers and config show before it is converted."""
 
     source: Path
     method: str
-    rank: int  # at most this
+    rank: int  # an upper bound
     targets: tuple[str, ...]
     ready: bool  # already a factor folder
     key: str
@@ -78,7 +78,7 @@ class Outline:
 
 
 def check_name(name: str) -> str:
-    """`name` when it can name an adapter: no separators, no `..`, nothing hidden. Raises InputError."""
+    """Return `name` where it is a valid adapter name: no separators, no `..`, no leading dot. Raises InputError."""
     if NAME.fullmatch(name) is None or ".." in name:
         raise InputError(
             f"{name!r} cannot name an adapter",
@@ -88,29 +88,29 @@ def check_name(name: str) -> str:
 
 
 def locate(adapter: str | Path) -> Path:
-    """An adapter's folder or single file; a hub id is downloaded. Raises InputError when there is none."""
+    """Return an adapter's folder or file; a hub id is downloaded. Raises InputError where there is none."""
     from adapter_merge.storage.checkpoint import resolve
 
     return Path(adapter) if Path(adapter).is_file() else resolve(adapter)
 
 
 def signature(*paths: Path) -> Signature:
-    """(name, inode, size, mtime, ctime) of every file in these folders: equal as long as nobody touched any."""
-    found = []
+    """Return (name, inode, size, mtime, ctime) of every file in these folders, which changes when a file does."""
+    states = []
     for path in paths:
         for file in os.scandir(path) if path.is_dir() else (path,):
-            found.append(file_signature(file))
-    return tuple(sorted(found))
+            states.append(file_signature(file))
+    return tuple(sorted(states))
 
 
 def file_signature(file: Path | os.DirEntry[str]) -> tuple[str, int, int, int, int]:
-    """(name, inode, size, mtime, ctime), by one system call."""
+    """Return (name, inode, size, mtime, ctime) of one file; one system call."""
     about = file.stat()
     return (file.name, about.st_ino, about.st_size, about.st_mtime_ns, about.st_ctime_ns)
 
 
 def why_no_heads(replacements: Iterable[str]) -> str:
-    """Why vLLM cannot hold these tensors for one adapter; "" when it can, and for none.
+    """Return why vLLM cannot store these replaced tensors per adapter; "" where it can, or where there are none.
 
     vLLM keeps one head per adapter for classifiers: one linear layer called score or classifier (vllm/lora/layers/
     classifier.py, from 0.32 on).
@@ -119,16 +119,16 @@ def why_no_heads(replacements: Iterable[str]) -> str:
     if not modules:
         return ""
     if modules - set(HEADS) or len(modules) > 1 or f"{next(iter(modules))}.weight" not in replacements:
-        return "vLLM holds one per adapter only of a classifier's head, a single layer named score or classifier"
-    found = find_spec("vllm")
-    places = found.submodule_search_locations if found is not None else None
+        return "vLLM stores one per adapter only for a classifier's head, a single layer named score or classifier"
+    spec = find_spec("vllm")
+    places = spec.submodule_search_locations if spec is not None else None
     if not any(Path(place, "lora", "layers", "classifier.py").is_file() for place in places or ()):
-        return "this vLLM holds no head per adapter; 0.32 and later do"
+        return "this vLLM cannot store a head per adapter; 0.32 and later can"
     return ""
 
 
 def allowed_rank(rank: int) -> int:
-    """The smallest --max-lora-rank that holds `rank`. Raises UnsupportedError above the largest."""
+    """Return the smallest --max-lora-rank that is at least `rank`. Raises UnsupportedError above the largest."""
     for allowed in RANKS:
         if rank <= allowed:
             return allowed
@@ -140,7 +140,7 @@ def allowed_rank(rank: int) -> int:
 
 
 class Converter:
-    """Makes served folders for the adapters of one base, in a cache."""
+    """Converts adapters of one base into served folders, in a cache."""
 
     def __init__(self, base: str | Path, cache: Cache | None = None) -> None:
         from adapter_merge.storage.checkpoint import resolve
@@ -156,17 +156,17 @@ class Converter:
         return open_base(self.base)
 
     def linear_targets(self) -> tuple[str, ...]:
-        """Last parts of the names of the base's linear weights inside its layers, without embeddings and heads."""
-        found = set()
+        """Return the last components of the names of linear weights in the base's layers (no embeddings, no heads)."""
+        targets = set()
         for name, ref in self.checkpoint.tensors.items():
             module, _, leaf = name.rpartition(".")
             inside = re.search(r"\.\d+\.", name) is not None and ".experts." not in name
             if leaf == "weight" and len(ref.shape) == 2 and inside:
-                found.add(module.rsplit(".", 1)[-1])
-        return tuple(sorted(found - set(NOT_LINEAR)))
+                targets.add(module.rsplit(".", 1)[-1])
+        return tuple(sorted(targets - set(NOT_LINEAR)))
 
     def outline(self, adapter: str | Path, stated: Stated | None = None) -> Outline:
-        """Look at an adapter without converting it. Raises AdapterMergeError when vLLM could not serve it."""
+        """Read an adapter's headers without converting it. Raises AdapterMergeError where vLLM could not serve it."""
         from importlib.metadata import version
 
         from adapter_merge.formats.detection import open_adapter
@@ -174,7 +174,7 @@ class Converter:
         from adapter_merge.outputs.staging import sha256
 
         source = locate(adapter)
-        stated = (stated or Stated()).over(beside(source))
+        stated = (stated or Stated()).with_defaults(read_settings_beside(source))
         about = _factor_manifest(source)
         opened = open_adapter(source, stated.options, self.checkpoint)
         modules = [module.name for module in opened.modules]
@@ -185,7 +185,7 @@ class Converter:
             names = ", ".join(list(opened.replacements)[:3])
             problems.append(
                 Problem(
-                    f"{source}: carries whole trained tensors ({names}): {reason}",
+                    f"{source}: holds tensors that were trained in full ({names}): {reason}",
                     hint="merge it into the base instead: adapter-merge merge",
                 )
             )
@@ -218,37 +218,37 @@ class Converter:
         if absorbed:
             problems.append(
                 Problem(
-                    f"{source}: adapts {absorbed[0]}, which vLLM folds into its attention kernels at start",
+                    f"{source}: adapts {absorbed[0]}, which vLLM merges into its attention kernels at start",
                     hint="merge it into the base instead: adapter-merge merge",
                 )
             )
         raise_all(problems, UnsupportedError)
         if not modules:
-            raise AdapterError(f"{source}: adapts nothing")
+            raise AdapterError(f"{source}: holds no adapted module")
         files = opened.files
         if about is not None:
             files = tuple(file for file in sorted(source.iterdir()) if file.is_file())
         parts: dict[str, Any] = {
             "package": version("adapter-merge"),
             "base": self.checkpoint.fingerprint,
-            "base files": self.checkpoint.state,  # row scales depend on every element
+            "base files": self.checkpoint.state,  # row scales depend on every element of the base
             "files": {file.name: sha256(file) for file in files},
         }
         if stated.values:
             parts["stated"] = stated.identity()
-        # On the original base the factors at initialisation are taken off beside the trained ones.
+        # On the original base the initial factors are subtracted, which adds their rank to that of the trained factors.
         subtracted = about is None and stated.base_kind != "residual"
         rank = max(module.factor_rank if subtracted else module.rank for module in opened.modules)
-        return Outline(source, opened.method, rank, targets, about is not None, key_of(parts), stated)
+        return Outline(source, opened.method, rank, targets, about is not None, compute_key(parts), stated)
 
     def obtain(self, adapter: str | Path, stated: Stated | None = None) -> Served:
-        """The served folder of `adapter`, converted now or taken from the cache; held as long as its lease.
+        """Return the served folder of `adapter`, from the cache or converted now, with a lease on it.
 
-        Raises AdapterMergeError for an adapter that cannot be served, or that changes all the time.
+        Raises AdapterMergeError for an adapter that cannot be served, or that changed during each of three conversions.
         """
-        held = self.cache.lease(Path(adapter))
-        if held is not None:
-            return describe(held)
+        lease = self.cache.lease(Path(adapter))
+        if lease is not None:
+            return describe(lease)
         for _ in range(3):
             source = locate(adapter)
             before = signature(source)
@@ -260,14 +260,15 @@ class Converter:
             except _ChangedError:
                 continue
             return replace(describe(lease), seconds=sum(spent) if spent else None)
-        raise InputError(f"{adapter}: changed while it was read", hint="try again when it is complete")
+        raise InputError(f"{adapter}: changed while it was read", hint="try again when its files are complete")
 
     def _make(
         self, outline: Outline, before: tuple[Signature, Signature], spent: list[float], folder: Path
     ) -> dict[str, Any]:
-        """Build the served folder; _ChangedError when the adapter is not the one that was hashed any more.
+        """Write the served folder and return the content of its entry.json.
 
-        The seconds that it took are appended to `spent`.
+        Appends the duration in seconds to `spent`. Raises _ChangedError where the adapter's files have changed since
+        they were hashed.
         """
         began = time.monotonic()
         if outline.ready:
@@ -304,7 +305,7 @@ class Converter:
 
 
 def describe(lease: Lease) -> Served:
-    """What the files of a served folder say; the hold is given up when they cannot be read."""
+    """Return rank, targets and origin from the files of a served folder; releases the lease after an error."""
     try:
         return _describe(lease)
     except BaseException:
@@ -328,9 +329,9 @@ def _describe(lease: Lease) -> Served:
 
 
 def inside(directory: Path, name: str) -> Path | None:
-    """The folder `name` in `directory`, None when there is none.
+    """Return the folder `name` in `directory`; None where there is none.
 
-    Raises InputError for names that are no plain names and for links, of the folder or of a file in it, that
+    Raises InputError for a name that is not a plain folder name, and for links, of the folder or of a file in it, that
     lead out of `directory`.
     """
     check_name(name)
@@ -342,7 +343,7 @@ def inside(directory: Path, name: str) -> Path | None:
 
 
 def refuse_links_out(root: Path, folder: Path) -> None:
-    """Raises InputError when `folder`, or anything in it, is a link that leads out of `root`."""
+    """Raise InputError where `folder`, or a file or folder in it, is a link that leads out of `root`."""
     resolved = root.resolve()
     for path in (folder, *(folder.rglob("*") if folder.is_dir() else ())):
         if not path.resolve().is_relative_to(resolved):
@@ -353,12 +354,12 @@ def refuse_links_out(root: Path, folder: Path) -> None:
 
 
 def folders(directory: Path) -> list[str]:
-    """Names under `directory` that can be asked for."""
+    """Return the folder names in `directory` that are valid adapter names."""
     return sorted(path.name for path in directory.iterdir() if path.is_dir() and NAME.fullmatch(path.name))
 
 
 def _factor_manifest(folder: Path) -> dict[str, Any] | None:
-    """The manifest of a factor folder, None for any other."""
+    """Return the manifest of a factor folder; None for any other folder."""
     from adapter_merge.storage.checkpoint import read_json
 
     file = folder / MANIFEST

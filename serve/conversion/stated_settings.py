@@ -1,7 +1,7 @@
-"""Stated options of served adapters: what an adapter's files do not hold (alpha, base_kind, init_adapter, ...).
+"""Stated settings of served adapters, which their files do not hold (alpha, base_kind, init_adapter, ...).
 
-For adapters that are named on the command line the options say it. For adapters that are found or loaded at run time
-a file beside theirs does, read_options.json:
+For adapters that are named on the command line they are options. For adapters of a folder, or loaded at run time, they
+are in the file read_options.json beside the adapter's files:
 
     {"alpha": 32, "base_kind": "original", "init_adapter": "before-training"}
 
@@ -25,19 +25,19 @@ KINDS = {option.removeprefix("--").replace("-", "_"): (kind, choices) for option
 
 @dataclass(frozen=True)
 class Stated:
-    """What was said of one adapter: the options' names, with underscores -> values; paths are Paths."""
+    """The stated settings of one adapter: option name with underscores -> value; paths are Paths."""
 
     values: Mapping[str, Any] = field(default_factory=dict)
 
     @classmethod
     def of(cls, base_kind: str | None, options: Any) -> Stated:
-        """From what `read_stated` returns for an adapter."""
+        """Return the settings from a base kind and ReadOptions, as `read_stated` returns them for an adapter."""
         values = {entry.name: getattr(options, entry.name) for entry in fields(options)}
         return cls({key: value for key, value in {"base_kind": base_kind, **values}.items() if value is not None})
 
-    def over(self, other: Stated) -> Stated:
-        """This, and from `other` what is not said here."""
-        return Stated({**other.values, **self.values})
+    def with_defaults(self, defaults: Stated) -> Stated:
+        """Return these settings, with those of `defaults` where none is stated."""
+        return Stated({**defaults.values, **self.values})
 
     @property
     def base_kind(self) -> str | None:
@@ -46,23 +46,23 @@ class Stated:
 
     @property
     def options(self) -> Any:
-        """The same as merge.formats.ReadOptions."""
+        """The settings as ReadOptions."""
         from adapter_merge.formats.stated_settings import ReadOptions
 
         return ReadOptions(**{key: value for key, value in self.values.items() if key != "base_kind"})
 
     @property
     def paths(self) -> tuple[Path, ...]:
-        """Files and folders that are read beside the adapter's own."""
+        """Files and folders that are read in addition to the adapter's own."""
         return tuple(value for key, value in sorted(self.values.items()) if KINDS[key][0] == PATH)
 
     def identity(self) -> dict[str, Any]:
-        """What a conversion depends on, as JSON: files by their content, so that it does not matter where they are."""
-        return {key: _content(value) if KINDS[key][0] == PATH else value for key, value in self.values.items()}
+        """Return the settings as JSON values for a cache key: files by their sha256, so paths have no effect."""
+        return {key: _hash_content(value) if KINDS[key][0] == PATH else value for key, value in self.values.items()}
 
 
 def flags_of(stated: Mapping[str, Any]) -> list[str]:
-    """Stated options as words of a command line, from JSON: paths are texts there."""
+    """Return stated settings, as JSON holds them, as arguments of a command line."""
     words = []
     for key, value in stated.items():
         flag = f"--{key.replace('_', '-')}"
@@ -70,19 +70,20 @@ def flags_of(stated: Mapping[str, Any]) -> list[str]:
     return words
 
 
-def checked(values: Mapping[str, Any], folder: Path | None = None, where: str = "") -> Stated:
-    """`values` as Stated. Raises InputError with every unknown key and wrong value.
+def check_settings(values: Mapping[str, Any], folder: Path | None = None, source: str = "") -> Stated:
+    """Return `values` as Stated. Raises InputError with every unknown key and wrong value.
 
-    With `folder`, paths are relative to it and may not leave it, by a link neither.
+    folder: paths are relative to it and must stay inside it, also after links are resolved. source: begins each
+    problem's message.
     """
     problems, good = [], {}
     for key, value in values.items():
         if key not in KINDS:
-            problems.append(Problem(f"{where}unknown key {key!r:.60}", ", ".join(KINDS)))
+            problems.append(Problem(f"{source}unknown key {key!r:.60}", ", ".join(KINDS)))
             continue
         kind, choices = KINDS[key]
         names = {NUMBER: "a number", FLAG: "true or false", PATH: "a path", CHOICE: ", ".join(choices)}
-        wanted = names.get(kind, "a text")
+        expected = names.get(kind, "a text")
         is_number = isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
         if kind == NUMBER:
             right = is_number
@@ -91,23 +92,23 @@ def checked(values: Mapping[str, Any], folder: Path | None = None, where: str = 
         else:
             right = isinstance(value, str | Path if kind == PATH else str) and (kind != CHOICE or value in choices)
         if not right:
-            problems.append(Problem(f"{where}{key} is wrong", wanted, repr(value)[:100]))
+            problems.append(Problem(f"{source}{key} is wrong", expected, repr(value)[:100]))
         elif kind != PATH:
             good[key] = float(value) if kind == NUMBER else value
         elif folder is None:
             good[key] = Path(value)
-        elif _stays(folder, folder / value):
+        elif _is_inside(folder, folder / value):
             good[key] = folder / value
         else:
-            problems.append(Problem(f"{where}{key} is not in the adapter's folder", f"a path under {folder}", value))
+            problems.append(Problem(f"{source}{key} is not in the adapter's folder", f"a path under {folder}", value))
     raise_all(problems, InputError)
     return Stated(good)
 
 
-def beside(adapter: Path) -> Stated:
-    """What read_options.json in the folder `adapter` says; nothing where there is none.
+def read_settings_beside(adapter: Path) -> Stated:
+    """Return the settings in read_options.json of the folder `adapter`; none where there is no such file.
 
-    Raises AdapterError or InputError when it cannot be read or says something wrong.
+    Raises AdapterError or InputError where the file cannot be read or holds a wrong value.
     """
     from adapter_merge.storage.checkpoint import read_json
 
@@ -116,18 +117,19 @@ def beside(adapter: Path) -> Stated:
         return Stated()
     content = read_json(file)
     if not isinstance(content, dict):
-        raise AdapterError(f"{file}: not a map", expected=", ".join(KINDS))
-    return checked(content, adapter, f"{file}: ")
+        raise AdapterError(f"{file}: not a JSON object", expected=", ".join(KINDS))
+    return check_settings(content, adapter, f"{file}: ")
 
 
-def _stays(folder: Path, path: Path) -> bool:
-    """True for an existing path under `folder`, no part of which is a link out of it."""
+def _is_inside(folder: Path, path: Path) -> bool:
+    """Return True for an existing path under `folder` that holds no link out of it."""
     root = folder.resolve()
     parts = (path, *path.rglob("*")) if path.is_dir() else (path,)
     return path.exists() and all(part.resolve().is_relative_to(root) for part in parts)
 
 
-def _content(path: Path) -> dict[str, str]:
+def _hash_content(path: Path) -> dict[str, str]:
+    """Return file name -> sha256 of a file, or of all files in a folder."""
     from adapter_merge.outputs.staging import sha256
 
     files = sorted(file for file in path.iterdir() if file.is_file()) if path.is_dir() else [path]

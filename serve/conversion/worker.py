@@ -1,11 +1,11 @@
 """The process that converts adapters for a server: python -m adapter_merge.serve.conversion.worker SETTINGS
 
-SETTINGS and everything else is JSON, a line each:
+SETTINGS is a JSON object. The protocol is one line of JSON per message:
 
-    on stdin    an adapter's path, then an empty line when the answer was taken: the entry is held until then
-    on stdout   {"ready": true} at the start, then per adapter {"folder", "seconds"}, or {"error": class, "problems"}
+    stdin     an adapter's path; then an empty line when the parent has opened the folder, which is locked until then
+    stdout    {"ready": true} at the start, then per adapter {"folder", "seconds"}, or {"error": class, "problems"}
 
-See processes.py, which starts it.
+processes.py starts this process.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from typing import Any
 
 from adapter_merge.errors import AdapterMergeError
 
-from .bounds import bound_memory, end_with, give_way
+from .bounds import die_with_parent, limit_memory, lower_priority
 from .cache import Cache
 from .served import Converter
 
@@ -28,7 +28,7 @@ OUT_OF_MEMORY = "MemoryError"
 
 
 def answer(converter: Converter, adapter: str) -> tuple[dict[str, Any], Any]:
-    """(the line to send, the served folder with its hold or None)."""
+    """Convert `adapter`; return the message to send, and the served folder with its lease (None after an error)."""
     try:
         served = converter.obtain(adapter)
     except AdapterMergeError as error:
@@ -36,21 +36,22 @@ def answer(converter: Converter, adapter: str) -> tuple[dict[str, Any], Any]:
     except MemoryError:
         return {"error": OUT_OF_MEMORY, "problems": []}, None
     except Exception as error:
-        # torch has no class of its own for memory that it does not get on a CPU.
+        # torch raises a plain RuntimeError when it cannot allocate memory on a CPU.
         kind = OUT_OF_MEMORY if "can't allocate memory" in str(error) else type(error).__name__
         return {"error": kind, "problems": [[str(error), None, None, None]]}, None
     return {"folder": str(served.folder), "seconds": served.seconds}, served
 
 
 def main() -> None:
+    """Answer messages until the parent closes stdin."""
     settings = json.loads(sys.argv[1])
-    end_with(settings["parent"], signal.SIGKILL)
+    die_with_parent(settings["parent"], signal.SIGKILL)
     answers = os.fdopen(os.dup(1), "w", encoding="utf-8")
-    os.dup2(2, 1)  # what a library prints goes to the server's log
-    give_way()
+    os.dup2(2, 1)  # output of libraries goes to the server's log, not into the protocol
+    lower_priority()
     import adapter_merge.api.factor  # noqa: F401
 
-    bound_memory(settings["memory"])
+    limit_memory(settings["memory"])
     converter = Converter(settings["base"], Cache(Path(settings["cache"]), settings["max_bytes"]))
 
     def send(line: dict[str, Any]) -> None:
@@ -59,8 +60,8 @@ def main() -> None:
 
     send({"ready": True})
     for line in sys.stdin:
-        found, served = answer(converter, json.loads(line))
-        send(found)
+        message, served = answer(converter, json.loads(line))
+        send(message)
         sys.stdin.readline()
         if served is not None:
             served.release()

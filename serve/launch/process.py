@@ -1,8 +1,8 @@
-"""vLLM's server as a child process: adapters converted before it, signals handed on, a line when it is ready.
+"""vLLM's server as a child process: converts the adapters first, forwards signals, and reports when it is ready.
 
-After SIGTERM the server finishes the requests that it has, for --shutdown-timeout seconds. One that has not gone GRACE
-seconds later is killed with all of its processes. A server that ends without a signal has failed, whatever its exit
-code: vLLM's is 0 when its engine has died.
+After SIGTERM the server has --shutdown-timeout seconds to finish its running requests. A server that has not ended
+GRACE seconds later is killed with all of its processes. A server that ends without a signal has failed, whatever its
+exit code, since vLLM exits with 0 when its engine has died.
 """
 
 from __future__ import annotations
@@ -23,20 +23,20 @@ from adapter_merge.serve.conversion.served import Served
 
 from .plan import Plan
 
-GRACE = 30  # seconds for the engine's own end after the last request
+GRACE = 30  # seconds for the engine to end after the last request
 
 
 def run(plan: Plan, say: Callable[[str], None]) -> int:
-    """Convert, start the server, wait for its end: the server's exit code. `say` gets one line at a time."""
+    """Convert the adapters, run the server, and return its exit code. `say` gets one line at a time."""
     started = time.monotonic()
     for note in (*plan.notes, *plan.warnings()):
         say(note)
-    held = convert(plan, say)
+    leased = convert(plan, say)
     child = subprocess.Popen(
         plan.command(),
         env={**os.environ, **plan.environment()},
-        stdout=sys.stderr.fileno(),  # vLLM logs to stdout; ours holds data only
-        start_new_session=True,  # Ctrl-C reaches the server through us, once
+        stdout=sys.stderr.fileno(),  # vLLM logs to stdout, which only carries data here
+        start_new_session=True,  # Ctrl-C reaches the server once, through `pass_signals`
     )
     passed: list[int] = []
     stop_passing = pass_signals(child, plan.drain_seconds + GRACE, passed)
@@ -44,56 +44,56 @@ def run(plan: Plan, say: Callable[[str], None]) -> int:
         code = _wait(child, plan, say, started)
     finally:
         stop_passing()
-        kill_group(child)  # an engine that has outlived its server
-        for served in held.values():
+        kill_group(child)  # the engine may still run after its server has ended
+        for served in leased.values():
             served.release()
     if code == 0 and not passed:
-        say("error: the server ended by itself; its log has the cause")
+        say("error: the server ended without a signal; its log has the cause")
         return 1
     return code if code >= 0 else 128 - code
 
 
 def convert(plan: Plan, say: Callable[[str], None]) -> dict[str, Served]:
-    """Every named adapter as a served folder, held until its release, and with --preload those of the adapter folder.
+    """Return the served folders, with leases, of all named adapters and with --preload of the adapter folder.
 
-    Raises AdapterMergeError with all problems of named adapters; what is wrong with another one is said.
+    Raises AdapterMergeError with all problems of named adapters; problems of others are reported through `say`.
     """
-    held: dict[str, Served] = {}
+    leased: dict[str, Served] = {}
     problems: list[Problem] = []
     for name, outline in plan.adapters.items():
         try:
-            held[name] = plan.converter.obtain(outline.source, outline.stated)
+            leased[name] = plan.converter.obtain(outline.source, outline.stated)
         except AdapterMergeError as error:
             problems += error.problems
             continue
-        plan.ranks[name] = held[name].rank
-        say(described(name, outline.method, held[name]))
+        plan.ranks[name] = leased[name].rank
+        say(describe_adapter(name, outline.method, leased[name]))
     raise_all(problems)
-    for name, outline in plan.found.items() if plan.preload else ():
+    for name, outline in plan.folder_adapters.items() if plan.preload else ():
         try:
             served = plan.converter.obtain(outline.source, outline.stated)
         except AdapterMergeError as error:
             say(f"{name} cannot be served: {error.problems[0].cause}")
             continue
-        if name in held:
+        if name in leased:
             served.release()
         else:
-            held[name] = served
-            say(described(name, outline.method, served))
-    return held
+            leased[name] = served
+            say(describe_adapter(name, outline.method, served))
+    return leased
 
 
-def described(name: str, method: str, served: Served) -> str:
-    """One line on a converted adapter, with the evidence of its base."""
+def describe_adapter(name: str, method: str, served: Served) -> str:
+    """Return one line that describes a converted adapter, with the evidence of its base."""
     scales = " with row scales" if served.form != "lora" else ""
-    how = "from the cache" if served.seconds is None else f"converted in {served.seconds:.1f} s"
-    return f"{name}: {method}, rank {served.rank}{scales}, {how}; base: {served.origin}"
+    origin = "from the cache" if served.seconds is None else f"converted in {served.seconds:.1f} s"
+    return f"{name}: {method}, rank {served.rank}{scales}, {origin}; base: {served.origin}"
 
 
 def pass_signals(child: subprocess.Popen[bytes], limit: float, passed: list[int]) -> Callable[[], None]:
-    """Hand INT, TERM, HUP and QUIT to the server, and kill it `limit` seconds later; returns what undoes it.
+    """Forward INT, TERM, HUP and QUIT to the server and kill it `limit` seconds later; return a function to undo it.
 
-    `passed` gets the number of each signal that came.
+    The number of each received signal is appended to `passed`.
     """
     killing = threading.Timer(limit, kill_group, [child])
     killing.daemon = True
@@ -102,7 +102,7 @@ def pass_signals(child: subprocess.Popen[bytes], limit: float, passed: list[int]
         passed.append(number)
         with suppress(ProcessLookupError):
             child.send_signal(number)
-        with suppress(RuntimeError):  # the second signal: the time runs already
+        with suppress(RuntimeError):  # the timer runs since the first signal
             killing.start()
 
     numbers = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT)
@@ -117,13 +117,13 @@ def pass_signals(child: subprocess.Popen[bytes], limit: float, passed: list[int]
 
 
 def kill_group(child: subprocess.Popen[bytes]) -> None:
-    """Kill every process of the server, which leads a group of its own."""
+    """Kill all processes of the server's process group."""
     with suppress(ProcessLookupError):
         os.killpg(child.pid, signal.SIGKILL)
 
 
 def _wait(child: subprocess.Popen[bytes], plan: Plan, say: Callable[[str], None], started: float) -> int:
-    """Poll the server's health until it answers, say so once, then wait for its end."""
+    """Poll the server's health until it answers, report that once, then wait for its end."""
     url = plan.address()
     while url is not None:
         with suppress(subprocess.TimeoutExpired):
@@ -138,10 +138,10 @@ def _wait(child: subprocess.Popen[bytes], plan: Plan, say: Callable[[str], None]
 
 
 def healthy(url: str) -> bool:
-    """True when the server at `url` answers its health check."""
+    """Return True when the server at `url` answers its health check."""
     import ssl
 
-    # The certificate may be for another name than the loopback address: this asks our own child only.
+    # The certificate may be for another name than the loopback address; the request goes to the child process only.
     context = ssl._create_unverified_context() if url.startswith("https") else None
     try:
         with urllib.request.urlopen(f"{url}/health", timeout=2, context=context) as answer:

@@ -1,1 +1,1 @@
-"""What the plugin changes inside vLLM: exact row scales, a kernel for CPUs, identity of adapters, the compile key."""
+"""The plugin's changes of vLLM: exact row scales, a kernel for CPUs, identity of adapters, the compile key."""

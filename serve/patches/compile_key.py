@@ -1,7 +1,7 @@
 """The key of vLLM's cache of compiled graphs, extended by the plugin's code.
 
-vLLM keeps compiled graphs on disk, by a hash of environment, configuration and version. None of these tells whether the
-plugin was there: a graph that a stock vLLM compiled would be loaded with the plugin, and the row scales be skipped.
+vLLM stores compiled graphs on disk under a hash of environment, configuration and version, which does not depend on the
+plugin. With the plugin, a graph that a stock vLLM compiled would be loaded, and row scales would be skipped.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from typing import Any
 
 
 def wrap_compute_hash(original: Callable[[Any], str]) -> Callable[[Any], str]:
-    """`original` is LoRAConfig.compute_hash, a part of the key wherever LoRA is on."""
+    """Wrap LoRAConfig.compute_hash (`original`), which is part of the key when LoRA is on: add the code's hash."""
     mark = code_hash()
 
     def compute_hash(self: Any) -> str:
@@ -23,5 +23,5 @@ def wrap_compute_hash(original: Callable[[Any], str]) -> Callable[[Any], str]:
 
 
 def code_hash() -> str:
-    """sha256 of the code that becomes a part of vLLM's graphs."""
+    """Return the sha256 of the code that becomes part of vLLM's graphs."""
     return hashlib.sha256(Path(__file__).with_name("row_scale.py").read_bytes()).hexdigest()

@@ -1,13 +1,13 @@
-"""LoRA on a CPU with one product per adapter of the batch, in place of a copy of A and B per token.
+"""LoRA on a CPU with one product per adapter of the batch, instead of a copy of A and B per token.
 
 vLLM's torch kernels (lora/ops/torch_ops/lora_ops.py) index the stacked A and B with every token's slot, which copies
-both factors once per token and layer, for requests to the base too. Here the tokens of a batch are grouped by slot
-once, when vLLM announces the batch, and every layer computes per group
+both factors once per token and layer, also for requests to the base. Here the tokens are grouped by slot once per
+batch, in update_metadata, and every layer computes for each group
 
     y[tokens] += (x[tokens] A^T) B^T            A: (r, in), B: (out, r) of the group's slot
 
-Tokens of the base model are in no group: their rows keep every bit, and a batch without adapters costs nothing.
-The update is added by one addmm, so that a bfloat16 output is rounded once, where vLLM rounds twice.
+Tokens of the base model are in no group: their rows do not change, and a batch without adapters has no extra cost. The
+update is added by one addmm, so that a bfloat16 output is rounded once, where vLLM rounds twice.
 """
 
 from __future__ import annotations
@@ -27,24 +27,24 @@ _GROUPS = "_adapter_merge_groups"
 
 
 def install() -> bool:
-    """Give vLLM's CPU wrapper of LoRA kernels the grouped products; False where it is not the one that is known."""
+    """Patch vLLM's CPU wrapper of LoRA kernels; return False, without a change, for an unknown version of it."""
     try:
         from vllm.lora.punica_wrapper.punica_cpu import PunicaWrapperCPU
 
-        known = list(inspect.signature(PunicaWrapperCPU.add_lora_linear).parameters) == LINEAR
-        known &= "token_lora_indices" in inspect.unwrap(PunicaWrapperCPU.update_metadata).__code__.co_names
+        is_known = list(inspect.signature(PunicaWrapperCPU.add_lora_linear).parameters) == LINEAR
+        is_known &= "token_lora_indices" in inspect.unwrap(PunicaWrapperCPU.update_metadata).__code__.co_names
     except (ImportError, AttributeError, ValueError):
         return False
-    if known:
+    if is_known:
         PunicaWrapperCPU.update_metadata = wrap_update_metadata(PunicaWrapperCPU.update_metadata)
         PunicaWrapperCPU.add_lora_linear = wrap_add_lora_linear(PunicaWrapperCPU.add_lora_linear)
-    return known
+    return is_known
 
 
 def group_tokens(
     slots: Sequence[int],  # one per token, -1 for the base model
 ) -> list[Group]:
-    """The tokens of each slot, in the order in which slots first appear."""
+    """Return the tokens of each slot, in the order in which slots first appear."""
     tokens: dict[int, list[int]] = {}
     for token, slot in enumerate(slots):
         if slot >= 0:
@@ -64,7 +64,7 @@ def add_products(
     b: Tensor,  # (slots, 1, out, r)
     groups: Sequence[Group],
 ) -> None:
-    """Add every group's x A^T B^T to its rows of y."""
+    """Add x A^T B^T of every group to its rows of y."""
     for slot, tokens in groups:
         low = x[tokens] @ a[slot, 0].T  # (n, r)
         if isinstance(tokens, slice):
@@ -74,7 +74,7 @@ def add_products(
 
 
 def wrap_update_metadata(original: Callable[..., Any]) -> Callable[..., Any]:
-    """`original` is PunicaWrapperBase.update_metadata, called once before every batch."""
+    """Wrap PunicaWrapperBase.update_metadata (`original`), called once before every batch: group the tokens."""
 
     def update_metadata(self: Any, *args: Any, **kwargs: Any) -> Any:
         result = original(self, *args, **kwargs)
@@ -86,7 +86,7 @@ def wrap_update_metadata(original: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def wrap_add_lora_linear(original: Callable[..., Any]) -> Callable[..., Any]:
-    """`original` is PunicaWrapperCPU.add_lora_linear; it keeps what is no batch of tokens in one dtype."""
+    """Wrap PunicaWrapperCPU.add_lora_linear (`original`), which still handles inputs without groups."""
 
     def add_lora_linear(
         self: Any,
@@ -102,7 +102,7 @@ def wrap_add_lora_linear(original: Callable[..., Any]) -> Callable[..., Any]:
     ) -> Any:
         count, groups = getattr(self, _GROUPS, (-1, []))
         ours = (
-            not torch.compiler.is_compiling()  # the groups of one batch are no part of a graph
+            not torch.compiler.is_compiling()  # a compiled graph must not contain the groups of one batch
             and buffer is None
             and not kwargs
             and scale == 1

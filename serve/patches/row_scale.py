@@ -4,13 +4,13 @@ A DoRA or DuDe adapter computes, per linear layer,
 
     y = d * (x W0^T + x A^T B^T) + bias          d: (out,), the row scale of `row_scale.safetensors`
 
-vLLM's layers compute x W0^T + bias + x A^T B^T. The classes made here let them do so and then give each
-token's row  y' = d_slot * y + (1 - d_slot) * bias, which is the same with the bias left unscaled. The slot of
-a token is the one that vLLM itself uses for A and B; requests for the base model have slot -1, whose row is
-all ones, so that their results keep every bit.
+vLLM's layers compute y = x W0^T + bias + x A^T B^T. The subclasses made here then replace each token's row by
+d_slot * y + (1 - d_slot) * bias, which equals the formula above with an unscaled bias. A token's slot is the one that
+vLLM uses for A and B. Requests for the base model have slot -1, whose scales are all 1, so that their results do not
+change.
 
-All buffers are allocated once, at start; a change of adapter copies into them; nothing is read back on the
-host. That is what CUDA graphs and torch.compile ask for.
+CUDA graphs and torch.compile require that buffers stay in place: all buffers are allocated once, at the start, a change
+of adapter copies into them, and nothing is read back to the host.
 """
 
 from __future__ import annotations
@@ -21,8 +21,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-# Every linear class of vLLM 0.28 to 0.32. Embeddings, lm_head and mixtures of experts are not among them:
-# a scale for one of those is refused when the adapter is loaded.
+# Every linear class of vLLM 0.28 to 0.32. Embeddings, lm_head and mixtures of experts are not included: an adapter
+# with row scales for one of them is refused when it is loaded.
 LINEAR_CLASSES = (
     "ColumnParallelLinearWithLoRA",
     "MergedColumnParallelLinearWithLoRA",
@@ -45,7 +45,7 @@ def scale_rows(
     scale: Tensor,  # (slots + 1, out) float32
     slots: Tensor,  # (at least tokens,) int64, -1 for the base model
 ) -> Tensor:
-    """d * output + (1 - d) * bias for every token's own d, rounded once to the dtype of `output`."""
+    """Compute d * output + (1 - d) * bias in place, with every token's own d, rounded once to the dtype of `output`."""
     rows = output.view(-1, output.shape[-1])
     factor = scale[slots[: rows.shape[0]]]  # (tokens, out)
     if bias is None:
@@ -60,11 +60,11 @@ def scale_rows(
 
 
 def local_scale(layer: Any, scales: Sequence[Tensor | None]) -> list[tuple[int, Tensor]]:
-    """The part of full scales (out_i,) that this tensor-parallel rank needs, as (first row, values).
+    """Return the part of full scales (out_i,) that this tensor-parallel rank needs, as (first row, values).
 
     `scales` holds one entry per weight that vLLM packed into the layer (q, k, v; gate, up), None where the
-    adapter leaves a weight alone. The rows are cut by the layer's own slice_lora_b: a scale is cut as B is,
-    except in a row-parallel layer, whose output is a partial sum over all rows before the all-reduce.
+    adapter does not change a weight. The layer's own slice_lora_b selects the rows, as for B, except in a row-parallel
+    layer, whose output is a partial sum over all rows before the all-reduce.
     """
     from vllm.lora.layers import MergedColumnParallelLinearWithLoRA, RowParallelLinearWithLoRA
 
@@ -91,11 +91,11 @@ def local_scale(layer: Any, scales: Sequence[Tensor | None]) -> list[tuple[int, 
 
 
 def with_row_scale(stock: Any, spare_slot: bool) -> Any:
-    """A subclass of one of vLLM's LoRA linear classes that also scales rows.
+    """Return a subclass of one of vLLM's LoRA linear classes that also scales rows.
 
-    `spare_slot` adds a slot of A and B that stays zero behind the others. The torch kernels of vLLM (CPU)
-    index with -1 for the base model, which is the last slot: up to 0.32 a base request in a batch with
-    adapters got the last slot's adapter whenever that slot was in use.
+    `spare_slot` adds a last slot of A and B that stays zero. vLLM's torch kernels (CPU) index with -1 for the base
+    model, which is the last slot: up to 0.32, a base request in a batch with adapters is computed with the adapter of
+    the last slot whenever that slot is in use.
     """
 
     def create_lora_weights(self: Any, max_loras: int, lora_config: Any, model_config: Any = None) -> None:
@@ -142,7 +142,7 @@ def with_row_scale(stock: Any, spare_slot: bool) -> Any:
 
 
 def _output_width(layer: Any) -> int:
-    """Rows of what `apply` returns on this rank: all of them in a row-parallel layer, else those of B."""
+    """Return the width of the output of `apply` on this rank: all rows in a row-parallel layer, else those of B."""
     from vllm.lora.layers import RowParallelLinearWithLoRA
 
     if isinstance(layer, RowParallelLinearWithLoRA):

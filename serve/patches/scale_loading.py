@@ -1,14 +1,14 @@
 """Loading of row scales from a served folder into the slots of vLLM's layers.
 
-vLLM loads an adapter in three steps, and each is extended by a wrapper of the same signature:
+vLLM loads an adapter in four steps, and each is extended by a wrapper of the same signature:
 
-    PEFTHelper.from_local_dir        adapter_config.json: a folder with row_scale.safetensors may say use_dora
-    LoRAModel.from_local_checkpoint  tensors: the magnitudes are skipped, the row scales read
-    LoRAModelManager._add_adapter    everything is checked before the adapter is registered
-    LoRAModelManager.activate_adapter  the scales of the adapter go to its slot, which is then tested
+    PEFTHelper.from_local_dir          adapter_config.json: a folder with row_scale.safetensors may state use_dora
+    LoRAModel.from_local_checkpoint    tensors: the magnitudes are skipped, the row scales are read
+    LoRAModelManager._add_adapter      all checks, before the adapter is registered
+    LoRAModelManager.activate_adapter  the adapter's scales are copied to its slot, which is then tested
 
-Every check stands before the registration, for an adapter that is registered is never checked again: whatever
-is refused later would be served without its scales.
+All checks are made before the registration, since vLLM does not check a registered adapter again: an adapter that was
+refused later would be served without its scales.
 """
 
 from __future__ import annotations
@@ -31,13 +31,13 @@ _STRICT = "_adapter_merge_strict"
 
 
 def wrap_from_local_dir(original: Callable[..., Any]) -> Callable[..., Any]:
-    """`original` is the function under PEFTHelper.from_local_dir (a class method)."""
+    """Wrap the function of PEFTHelper.from_local_dir (`original`, a class method): accept DoRA with row scales."""
 
     def from_local_dir(cls: Any, lora_path: str, *args: Any, **kwargs: Any) -> Any:
         helper = original(cls, lora_path, *args, **kwargs)
         scaled = (Path(lora_path) / SCALE_FILE).is_file()
         if scaled and not helper.use_dora:
-            raise ValueError(f"{lora_path} has a {SCALE_FILE} but its adapter_config.json says use_dora false")
+            raise ValueError(f"{lora_path} has a {SCALE_FILE} but its adapter_config.json states use_dora false")
         if scaled:
             helper.use_dora = False
             setattr(helper, _MARK, True)
@@ -47,7 +47,7 @@ def wrap_from_local_dir(original: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def wrap_from_local_checkpoint(original: Callable[..., Any]) -> Callable[..., Any]:
-    """`original` is the function under LoRAModel.from_local_checkpoint (a class method)."""
+    """Wrap the function of LoRAModel.from_local_checkpoint (`original`, a class method): also read row scales."""
 
     def from_local_checkpoint(
         cls: Any, lora_dir: str, expected_lora_modules: set[str], peft_helper: Any, **kwargs: Any
@@ -55,7 +55,7 @@ def wrap_from_local_checkpoint(original: Callable[..., Any]) -> Callable[..., An
         scaled = getattr(peft_helper, _MARK, False)
         mapper = kwargs.get("weights_mapper")
         if scaled:
-            # vLLM leaves out tensors by part of their name here; it knows no key for magnitudes.
+            # vLLM skips tensors whose names contain one of these texts; it has no other way to skip magnitudes.
             kwargs["skip_prefixes"] = [*(kwargs.get("skip_prefixes") or []), MAGNITUDE]
         lora = original(cls, lora_dir, expected_lora_modules, peft_helper, **kwargs)
         if scaled:
@@ -68,21 +68,21 @@ def wrap_from_local_checkpoint(original: Callable[..., Any]) -> Callable[..., An
 
 
 def wrap_add_adapter(original: Callable[..., Any]) -> Callable[..., Any]:
-    """`original` is LoRAModelManager._add_adapter, which packs q, k, v and registers the adapter."""
+    """Wrap LoRAModelManager._add_adapter (`original`), which packs q, k, v and registers: check the adapter first."""
 
     def _add_adapter(self: Any, lora: Any) -> Any:
         scales = getattr(lora, _SCALES, None)
         if scales is not None or hasattr(lora, _STRICT):
-            _refuse_unused(self, lora)
+            refuse_unused(self, lora, count_stages())
         if scales is not None:
-            setattr(lora, _SCALES, _per_layer(self, scales))
+            setattr(lora, _SCALES, group_by_layer(self, scales, count_stages()))
         return original(self, lora)
 
     return _add_adapter
 
 
 def wrap_activate_adapter(original: Callable[..., Any]) -> Callable[..., Any]:
-    """`original` is LoRAModelManager.activate_adapter; it leaves the slot's scales at one."""
+    """Wrap LoRAModelManager.activate_adapter (`original`): then copy the scales to the slot and test it."""
 
     def activate_adapter(self: Any, lora_id: int) -> Any:
         activated = original(self, lora_id)
@@ -102,9 +102,9 @@ def wrap_activate_adapter(original: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def _read_scales(folder: Path, lora: Any, mapper: Any) -> dict[str, Any]:
-    """vLLM's name of each scaled weight (before packing) -> its row scale (out,) float32.
+    """Return the row scales (out,) float32 by vLLM's names of the weights before packing.
 
-    Raises ValueError when a scale has no factors, a magnitude has no scale, or a shape or value is wrong.
+    Raises ValueError where a scale has no factors, a magnitude has no scale, or a shape or value is wrong.
     """
     import torch
     from safetensors import safe_open
@@ -122,7 +122,7 @@ def _read_scales(folder: Path, lora: Any, mapper: Any) -> dict[str, Any]:
             weights = lora.get_lora(name)
             scale = file.get_tensor(key)
             if weights is None or weights.lora_b is None:
-                problems.append(f"{key} has no lora_A and lora_B beside it")
+                problems.append(f"{key} has no lora_A and lora_B")
             elif scale.shape != (weights.lora_b.shape[0],):
                 problems.append(f"{key}: expected ({weights.lora_b.shape[0]},), got {tuple(scale.shape)}")
             elif scale.dtype != torch.float32:
@@ -140,34 +140,40 @@ def _read_scales(folder: Path, lora: Any, mapper: Any) -> dict[str, Any]:
     return scales
 
 
-def _refuse_unused(manager: Any, lora: Any) -> None:
-    """ValueError when a weight of the adapter would reach no layer: vLLM ignores such weights silently."""
+def refuse_unused(manager: Any, lora: Any, stages: int) -> None:
+    """Raise ValueError for a weight of the adapter that no layer uses; vLLM would ignore it silently.
+
+    stages: the number of pipeline stages, which hold different layers.
+    """
     names = set(manager.modules) | {member for group in manager.packed_modules.values() for member in group}
-    known = {spelling for name in names for spelling in _spellings(manager, name)}
-    unused = sorted(set(lora.loras) - known)
-    if unused and _pipeline_size() > 1:
-        # Layers of the other stages: the same weight in some layer of this stage must be known.
-        patterns = {_any_layer(name) for name in known}
-        unused = [name for name in unused if _any_layer(name) not in patterns]
+    known_names = {spelling for name in names for spelling in _list_spellings(manager, name)}
+    unused = sorted(set(lora.loras) - known_names)
+    if unused and stages > 1:
+        # The weight may belong to another stage: then some layer of this stage has a weight of the same name.
+        patterns = {_replace_layer_number(name) for name in known_names}
+        unused = [name for name in unused if _replace_layer_number(name) not in patterns]
     if unused:
         raise ValueError(
-            f"no layer takes {len(unused)} of the adapter's weights ({', '.join(unused[:4])}"
+            f"no layer uses {len(unused)} of the adapter's weights ({', '.join(unused[:4])}"
             f"{', ...' if len(unused) > 4 else ''}): is --lora-target-modules too narrow, "
-            "or the base another one?"
+            "or is this another base?"
         )
 
 
-def _per_layer(manager: Any, scales: dict[str, Any]) -> dict[str, list[Any]]:
-    """Scales by weight -> scales by vLLM's layer, in the order in which the layer packs its weights."""
+def group_by_layer(manager: Any, scales: dict[str, Any], stages: int) -> dict[str, list[Any]]:
+    """Return the scales by vLLM's layer, each a list in the order in which the layer packs its weights.
+
+    stages: the number of pipeline stages; with one stage, scales without a layer raise ValueError.
+    """
     layers: dict[str, list[Any]] = {}
-    left = dict(scales)
+    remaining = dict(scales)
     for name in manager.modules:
         members = manager.packed_modules.get(name, [name])
-        members = [_spelling_in(left, manager, member) for member in members]
-        whole = _spelling_in(left, manager, name)
-        if not any(member in left for member in members) and whole in left:
-            members = [whole]  # one tensor for a layer that vLLM could also load in parts
-        values = [left.pop(member, None) for member in members]
+        members = [_find_spelling(remaining, manager, member) for member in members]
+        packed_name = _find_spelling(remaining, manager, name)
+        if not any(member in remaining for member in members) and packed_name in remaining:
+            members = [packed_name]  # the adapter has one tensor for the packed layer
+        values = [remaining.pop(member, None) for member in members]
         if any(value is not None for value in values):
             layers[name] = values
     stuck = [name for name in layers if not hasattr(manager.modules[name], "set_row_scale")]
@@ -176,31 +182,34 @@ def _per_layer(manager: Any, scales: dict[str, Any]) -> dict[str, list[Any]]:
             "row scales are supported on linear layers only, not on embeddings, lm_head or mixtures of "
             "experts: " + ", ".join(f"{name} ({type(manager.modules[name]).__name__})" for name in stuck)
         )
-    if left and _pipeline_size() == 1:
-        raise ValueError(f"no layer takes the row scales of {', '.join(sorted(left))}")
+    if remaining and stages == 1:
+        raise ValueError(f"no layer uses the row scales of {', '.join(sorted(remaining))}")
     return layers
 
 
-def _spellings(manager: Any, name: str) -> list[str]:
-    """What an adapter may call vLLM's layer `name`, in the order in which vLLM tries it.
+def _list_spellings(manager: Any, name: str) -> list[str]:
+    """Return the names that an adapter may use for vLLM's layer `name`, in the order in which vLLM tries them.
 
-    LoRAModelManager._get_lora_layer_weights: without `model.` in pooling models, and from 0.33 on the text model's own
-    names in a multimodal one.
+    Source: LoRAModelManager._get_lora_layer_weights. Pooling models also try the name without `model.`; from 0.33 on,
+    multimodal models also try the text model's own names.
     """
     pooling = [name.removeprefix("model.")] if getattr(manager, "is_pooling_model", False) else []
     text_names = getattr(manager, "_get_text_lora_names", None)
     return [name, *pooling, *(text_names(name) if text_names is not None else [])]
 
 
-def _spelling_in(left: dict[str, Any], manager: Any, name: str) -> str:
-    return next((spelling for spelling in _spellings(manager, name) if spelling in left), name)
+def _find_spelling(scales: dict[str, Any], manager: Any, name: str) -> str:
+    """Return the first spelling of `name` that is a key of `scales`; `name` itself where there is none."""
+    return next((spelling for spelling in _list_spellings(manager, name) if spelling in scales), name)
 
 
-def _any_layer(name: str) -> str:
+def _replace_layer_number(name: str) -> str:
+    """Return the name with * for the layer's number."""
     return re.sub(r"\.\d+(?=\.)", ".*", name)
 
 
-def _pipeline_size() -> int:
+def count_stages() -> int:
+    """Return the number of pipeline stages."""
     from vllm.distributed.parallel_state import get_pp_group
 
     return int(get_pp_group().world_size)

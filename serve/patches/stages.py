@@ -1,9 +1,9 @@
 """Pipeline parallelism with LoRA in vLLM's CPU build.
 
-A stage after the first one receives its input into tensors that vLLM's GPU workers allocate in their profiling run.
-The CPU worker makes that run only to warm up torch.compile, and its platform switches compilation off as soon as LoRA
-is on (0.28 to 0.32): the first request then ends in `assert self.intermediate_tensors is not None`, with any adapter
-and with none. Here the tensors are allocated when they are first needed. Other platforms never come to that.
+Every stage after the first receives its input into tensors that vLLM's GPU workers allocate in their profiling run. The
+CPU worker only makes that run to warm up torch.compile, and its platform disables compilation when LoRA is on (0.28 to
+0.32). The first request then fails with `assert self.intermediate_tensors is not None`, with or without an adapter.
+This patch allocates the tensors when they are first needed. Other platforms do not need it.
 """
 
 from __future__ import annotations
@@ -16,21 +16,21 @@ PARAMETERS = ["self", "num_tokens", "intermediate_tensors", "sync_self"]
 
 
 def install() -> bool:
-    """Wrap the CPU model runner; False, and nothing changed, where it is not the one that is known."""
+    """Wrap the CPU model runner; return False, without a change, for an unknown version of it."""
     try:
         from vllm.v1.worker.cpu_model_runner import CPUModelRunner
 
         original = CPUModelRunner.sync_and_gather_intermediate_tensors
-        known = list(inspect.signature(original).parameters) == PARAMETERS
+        is_known = list(inspect.signature(original).parameters) == PARAMETERS
     except (ImportError, AttributeError, ValueError):
         return False
-    if known:
+    if is_known:
         CPUModelRunner.sync_and_gather_intermediate_tensors = wrap(original)
-    return known
+    return is_known
 
 
 def wrap(original: Callable[..., Any]) -> Callable[..., Any]:
-    """`original` is GPUModelRunner.sync_and_gather_intermediate_tensors."""
+    """Wrap GPUModelRunner.sync_and_gather_intermediate_tensors (`original`): allocate missing tensors first."""
 
     def sync_and_gather_intermediate_tensors(
         self: Any, num_tokens: int, intermediate_tensors: Any, sync_self: bool

@@ -1,7 +1,7 @@
 """The classes and functions of vLLM that the plugin replaces or calls, checked before any of them is replaced.
 
-vLLM promises nothing about these names. `missing()` lists whatever a version lacks; with anything missing the
-plugin changes nothing, and vLLM then refuses folders with row scales by itself (`use_dora` is true in them).
+They are not part of vLLM's public API. `find_missing()` lists what a version lacks; where anything is missing, the
+plugin changes nothing, and vLLM refuses folders with row scales (their config states `use_dora`).
 """
 
 from __future__ import annotations
@@ -95,25 +95,25 @@ ATTRIBUTES: dict[str, dict[str, tuple[str, ...]]] = {
 }
 
 
-def missing() -> list[str]:
-    """Return what this vLLM lacks of the above, in words; empty for a version that the plugin supports."""
+def find_missing() -> list[str]:
+    """Return the classes, functions and parameters that this vLLM lacks, as sentences; [] for a supported version."""
     problems: list[str] = []
     for module, functions in FUNCTIONS.items():
         for path, parameters in functions.items():
-            found = find(module, path, problems)
-            if found is not None:
-                have = inspect.signature(found).parameters
-                lost = [name for name in parameters if name not in have]
-                if lost:
-                    problems.append(f"{module}.{path} has no parameter {', '.join(lost)}")
+            function = find(module, path, problems)
+            if function is not None:
+                have = inspect.signature(function).parameters
+                absent = [name for name in parameters if name not in have]
+                if absent:
+                    problems.append(f"{module}.{path} has no parameter {', '.join(absent)}")
     for module, functions in ATTRIBUTES.items():
         for path, attributes in functions.items():
-            found = find(module, path, problems)
-            if found is not None:
-                names = inspect.unwrap(found).__code__.co_names
-                lost = [name for name in attributes if name not in names]
-                if lost:
-                    problems.append(f"{module}.{path} does not use {', '.join(lost)}")
+            function = find(module, path, problems)
+            if function is not None:
+                names = inspect.unwrap(function).__code__.co_names
+                absent = [name for name in attributes if name not in names]
+                if absent:
+                    problems.append(f"{module}.{path} does not use {', '.join(absent)}")
     for name in LINEAR_CLASSES:
         apply = find("vllm.lora.layers", f"{name}.apply", problems)
         if apply is not None and list(inspect.signature(apply).parameters) != ["self", "x", "bias"]:
@@ -121,26 +121,26 @@ def missing() -> list[str]:
         find("vllm.lora.layers", f"{name}.create_lora_weights", problems)
     classes = find("vllm.lora.utils", "_all_lora_classes", problems)
     if classes is not None:
-        lost = sorted(set(LINEAR_CLASSES) - {cls.__name__ for cls in classes})
-        if lost:
-            problems.append(f"vllm.lora.utils._all_lora_classes lacks {', '.join(lost)}")
+        absent = sorted(set(LINEAR_CLASSES) - {cls.__name__ for cls in classes})
+        if absent:
+            problems.append(f"vllm.lora.utils._all_lora_classes lacks {', '.join(absent)}")
     return problems
 
 
 def find(module: str, path: str, problems: list[str]) -> Any:
-    """The object at `path` in `module`; None, with a line in `problems`, when it is not there."""
+    """Return the object at `path` in `module`; where it does not exist, add a problem and return None."""
     try:
-        found: Any = importlib.import_module(module)
+        target: Any = importlib.import_module(module)
         for part in path.split("."):
-            found = getattr(found, part)
+            target = getattr(target, part)
     except (ImportError, AttributeError) as error:
-        problems.append(f"{module}.{path} is not there ({error})")
+        problems.append(f"{module}.{path} does not exist ({error})")
         return None
-    return found
+    return target
 
 
 def native_dora() -> bool:
-    """True when this vLLM accepts DoRA adapters by itself."""
+    """Return True when this vLLM accepts DoRA adapters without the plugin."""
     from vllm.lora.peft_helper import PEFTHelper
 
     class Config:

@@ -191,7 +191,7 @@ def steps(qwen2: World, run_python: Callable[[str], str], tmp_path: Path, monkey
         named = [f"{name}={qwen2.adapters[name].raw}" for name in adapters]
         flags = ["--served-model-name=base", "--dtype=float32", *rest]
         cache = Cache(tmp_path / "cache")
-        plan = make_plan(str(qwen2.base), named, cache=cache, rest=flags, **options)
+        plan = make_plan(str(qwen2.base), named, cache=cache, vllm_flags=flags, **options)
         held = convert(plan, lambda line: None)
         environment = {**(shell or {}), **plan.environment()}
         log = run_python(f"import app\napp.run({plan.command()!r}, {environment!r}, {list(steps)!r})")

@@ -163,8 +163,8 @@ def test_weights_that_no_layer_takes_are_refused(qwen2: World, run_engine: RunEn
         [[{"load": "dude-2"}], [{"load": "dcft-1"}], batch],
         {"max_loras": 2, "max_lora_rank": 16, "lora_target_modules": ["qkv_proj", "o_proj"]},
     )
-    assert "no layer takes" in result["answers"][0]["error"]
-    assert "no layer takes" in result["answers"][1]["error"]
+    assert "no layer uses" in result["answers"][0]["error"]
+    assert "no layer uses" in result["answers"][1]["error"]
     check(qwen2, batch, result["answers"][2])
 
 
@@ -172,7 +172,7 @@ def test_every_symbol_is_where_it_was(run_python: Callable[[str], str]) -> None:
     """Fails when the installed vLLM has moved something that the plugin needs: look at symbols.py then."""
     out = run_python(
         "from adapter_merge.serve import plugin\nfrom adapter_merge.serve.patches import symbols\n"
-        "print('missing:', symbols.missing(), 'native:', symbols.native_dora())\n"
+        "print('missing:', symbols.find_missing(), 'native:', symbols.native_dora())\n"
         "print('state:', plugin.install())\n"
     )
     assert "missing: [] native: False" in out
@@ -204,7 +204,7 @@ def test_unknown_vllm_is_left_alone(run_python: Callable[[str], str], damage: st
     )
     assert "state: unknown" in out
     assert "same: True" in out
-    assert "does not know this vLLM" in out
+    assert "does not support this vLLM" in out
     assert "will be refused" in out
 
 

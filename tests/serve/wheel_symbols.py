@@ -108,7 +108,7 @@ def used(node: Node) -> set[str]:
 
 
 def missing(wheel: Wheel) -> list[str]:
-    """As symbols.missing() and runtime.missing(), and what grouped.py and stages.py look for on a CPU."""
+    """As symbols.find_missing() and runtime.find_missing(), and what grouped.py and stages.py look for on a CPU."""
     problems: list[str] = []
 
     def look(module: str, path: str) -> Found | None:

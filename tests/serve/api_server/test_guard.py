@@ -58,7 +58,7 @@ def test_every_route_needs_the_key(steps: Steps, directory: Path, by: str) -> No
         adapters=("lora-1",),
         adapter_dir=directory,
         loading=True,
-        rest=("--api-key", "another", KEY) if by == "flag" else (),
+        vllm_flags=("--api-key", "another", KEY) if by == "flag" else (),
         shell={"VLLM_API_KEY": KEY} if by == "environment" else {},
     )
     count = len(everything)
@@ -92,7 +92,7 @@ def test_clients_load_from_allowed_folders_only(steps: Steps, qwen2: World, dire
     asked = [each for number, path in enumerate([*outside, *right]) for each in loads(f"n{number}", path)]
     removed = [request("DELETE", "/adapters/n13-s", None, KEY), request("DELETE", "/adapters/n13-s", None, KEY)]
     *answers, loaded = steps(
-        *asked, *removed, ("loaded",), adapter_dir=directory, loading=True, roots=[root], rest=("--api-key", KEY)
+        *asked, *removed, ("loaded",), adapter_dir=directory, loading=True, roots=[root], vllm_flags=("--api-key", KEY)
     )
     refused, accepted = answers[: 2 * len(outside)], answers[2 * len(outside) : -2]
     for status, text in refused:
@@ -123,7 +123,7 @@ def test_an_adapter_loaded_by_its_path_is_never_served_stale(steps: Steps, qwen2
         ("loaded",),
         loading=True,
         roots=[root],
-        rest=("--max-lora-rank=16",),
+        vllm_flags=("--max-lora-rank=16",),
     )
     assert results[1][0] == 200
     assert results[4] == [200, ""]
@@ -235,7 +235,7 @@ def test_requests_that_fail_hold_nothing(steps: Steps, qwen2: World, directory: 
         ("ask", "lora-2"),
         adapter_dir=directory,
         loading=True,
-        rest=("--max-lora-rank=8",),
+        vllm_flags=("--max-lora-rank=8",),
     )
     start = 1 + len(kinds) + 2
     before, after = results[start], results[-3]

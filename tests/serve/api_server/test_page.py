@@ -20,7 +20,7 @@ SCREENSHOTS = os.environ.get("ADAPTER_MERGE_SCREENSHOTS")  # a folder to keep th
 def test_what_needs_the_key(steps: Steps, directory: Path) -> None:
     """The file itself needs none; what it asks does. Without --page nothing of it is there."""
     asked = [request("GET", "/page"), request("GET", "/page/adapters"), request("POST", "/page/verify", {"name": "x"})]
-    page, *refused = steps(*asked, adapter_dir=directory, page=True, rest=("--api-key", "secret-of-ours"))
+    page, *refused = steps(*asked, adapter_dir=directory, page=True, vllm_flags=("--api-key", "secret-of-ours"))
     assert page[0] == 200
     assert page[1].startswith("<!doctype html>")
     assert "secret-of-ours" not in page[1]

@@ -14,9 +14,9 @@ from click.testing import CliRunner
 
 from adapter_merge.errors import InputError, OutputError
 from adapter_merge.serve.cli.cache import cache as cache_commands
-from adapter_merge.serve.conversion.cache import Cache, Entry, Lease, key_of
+from adapter_merge.serve.conversion.cache import Cache, Entry, Lease, compute_key
 
-KEYS = [key_of({"number": number}) for number in range(6)]
+KEYS = [compute_key({"number": number}) for number in range(6)]
 
 
 def maker(nbytes: int = 1000, made: list[str] | None = None) -> Any:
@@ -103,7 +103,7 @@ def test_verify_names_what_is_missing_and_what_is_too_much(tmp_path: Path) -> No
     (tmp_path / KEYS[2] / "entry.json").write_text("{}")
     told = {entry.key: problems for entry, problems in cache.verify()}
     assert told[KEYS[0]] == ["weights is missing"]
-    assert told[KEYS[1]] == ["more does not belong to it"]
+    assert told[KEYS[1]] == ["more does not belong to the entry"]
     assert "entry.json cannot be read" in told[KEYS[2]][0]
 
 

@@ -18,7 +18,7 @@ from adapter_merge.errors import AdapterMergeError, InputError
 from adapter_merge.serve.api_server.loader import LOOK_SECONDS, Source
 from adapter_merge.serve.conversion.cache import Cache
 from adapter_merge.serve.conversion.served import Converter, Served, inside
-from adapter_merge.serve.conversion.stated_settings import FILE, Stated, beside, checked
+from adapter_merge.serve.conversion.stated_settings import FILE, Stated, check_settings, read_settings_beside
 
 
 @pytest.fixture
@@ -49,10 +49,10 @@ def test_a_lost_alpha(qwen2: World, converter: Converter, tmp_path: Path) -> Non
     raw = without(qwen2, "dcft-1", tmp_path / "adapter", "lora_alpha")
     with pytest.raises(AdapterMergeError, match="lora_alpha"):
         converter.obtain(raw)
-    served = converter.obtain(raw, checked({"alpha": 32}))
+    served = converter.obtain(raw, check_settings({"alpha": 32}))
     for name, merged in qwen2.adapters["dcft-1"].merged.items():
         torch.testing.assert_close(served_weight(qwen2, served, name), merged, rtol=1e-5, atol=1e-6)
-    other = converter.obtain(raw, checked({"alpha": 16}))
+    other = converter.obtain(raw, check_settings({"alpha": 16}))
     assert other.folder != served.folder
     name = "model.layers.0.mlp.up_proj.weight"
     base = qwen2.oracle.weights[name]
@@ -60,7 +60,7 @@ def test_a_lost_alpha(qwen2: World, converter: Converter, tmp_path: Path) -> Non
     torch.testing.assert_close(served_weight(qwen2, other, name), half, rtol=1e-5, atol=1e-6)
     (raw / FILE).write_text(json.dumps({"alpha": 16}))
     assert converter.obtain(raw).folder == other.folder
-    assert converter.obtain(raw, checked({"alpha": 32.0})).folder == served.folder
+    assert converter.obtain(raw, check_settings({"alpha": 32.0})).folder == served.folder
 
 
 @pytest.mark.parametrize("init", ["pissa", "olora"])
@@ -70,11 +70,11 @@ def test_a_decomposed_base_doubles_the_rank(qwen2: World, converter: Converter, 
     shutil.copytree(qwen2.adapters["lora-1"].raw, folder)
     config = json.loads((folder / "adapter_config.json").read_text())
     (folder / "adapter_config.json").write_text(json.dumps({**config, "init_lora_weights": init}))
-    stated = checked({"base_kind": "original", "force": True})  # no factors of this base
+    stated = check_settings({"base_kind": "original", "force": True})  # no factors of this base
     outline = converter.outline(folder, stated)
     assert outline.rank == 2 * converter.outline(qwen2.adapters["lora-1"].raw).rank
     assert converter.obtain(folder, stated).rank == outline.rank
-    assert converter.outline(folder, checked({"base_kind": "residual"})).rank == outline.rank // 2
+    assert converter.outline(folder, check_settings({"base_kind": "residual"})).rank == outline.rank // 2
 
 
 def test_the_adapter_before_training(qwen2: World, converter: Converter, tmp_path: Path) -> None:
@@ -96,11 +96,11 @@ def test_the_adapter_before_training(qwen2: World, converter: Converter, tmp_pat
     expected = qwen2.oracle.weights[name + ".weight"] + s * (b @ a - b0 @ a0)
     torch.testing.assert_close(served_weight(qwen2, served, name + ".weight"), expected, rtol=1e-5, atol=1e-5)
     seen = Source.at(folders[0])
-    assert seen.same()
+    assert seen.is_unchanged()
     file = folders[1] / "adapter_model.safetensors"
     save_file({key: 2 * tensor for key, tensor in load_file(file).items()}, file)
     time.sleep(LOOK_SECONDS)
-    assert not seen.same(), "what is read beside the adapter is watched too"
+    assert not seen.is_unchanged(), "what is read beside the adapter is watched too"
     assert converter.obtain(folders[0]).folder != served.folder
 
 
@@ -131,16 +131,16 @@ def test_files_that_are_refused(tmp_path: Path, content: str, word: str) -> None
     (adapter / "linked" / "file").symlink_to(outside / "secret")
     (adapter / FILE).write_text(content)
     with pytest.raises(AdapterMergeError, match=word):
-        beside(adapter)
+        read_settings_beside(adapter)
     with pytest.raises(InputError, match="a link that leaves"):
         inside(tmp_path / "adapters", "adapter")
 
 
 def test_every_problem_of_a_file_at_once() -> None:
     with pytest.raises(InputError) as caught:
-        checked({"alpha": "x", "prefix": 3, "nothing": 1})
+        check_settings({"alpha": "x", "prefix": 3, "nothing": 1})
     assert len(caught.value.problems) == 3
-    assert checked({}) == Stated()
+    assert check_settings({}) == Stated()
 
 
 def test_a_single_file(qwen2: World, converter: Converter, tmp_path: Path) -> None:
@@ -163,6 +163,6 @@ def test_an_adapter_of_one_file_is_looked_at_with_every_request(tmp_path: Path) 
     file = tmp_path / "adapter.safetensors"
     save_file({"a": torch.zeros(2)}, file)
     seen = Source.at(file)
-    assert seen.same()
+    assert seen.is_unchanged()
     save_file({"a": torch.ones(3)}, file)
-    assert not seen.same()
+    assert not seen.is_unchanged()

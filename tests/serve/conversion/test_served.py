@@ -146,17 +146,20 @@ def test_an_adapter_that_changes_meanwhile(
     raw = tmp_path / "adapter"
     shutil.copytree(qwen2.adapters["lora-1"].raw, raw)
     expected = converter.obtain(qwen2.adapters["dude-1"].raw).folder
-    original = converter._make
+    obtain_entry = converter.cache.obtain
     swapped = []
 
-    def swap_first(outline, before, spent, folder):  # type: ignore[no-untyped-def]
-        if not swapped:
-            swapped.append(True)
-            shutil.rmtree(raw)
-            shutil.copytree(qwen2.adapters["dude-1"].raw, raw)
-        return original(outline, before, spent, folder)
+    def swap_first(key, make):  # type: ignore[no-untyped-def]
+        def swap_and_make(folder):  # type: ignore[no-untyped-def]
+            if not swapped:
+                swapped.append(True)
+                shutil.rmtree(raw)
+                shutil.copytree(qwen2.adapters["dude-1"].raw, raw)
+            return make(folder)
 
-    monkeypatch.setattr(converter, "_make", swap_first)
+        return obtain_entry(key, swap_and_make)
+
+    monkeypatch.setattr(converter.cache, "obtain", swap_first)
     served = converter.obtain(raw)
     assert swapped == [True]
     mine = load_file(served.folder / "adapter_model.safetensors")

@@ -58,7 +58,7 @@ def test_the_command_line(qwen2: World, tmp_path: Path) -> None:
 
 def test_flags_of_vllm_win(qwen2: World, tmp_path: Path) -> None:
     rest = ["--max-loras", "9", "--port=9000", "--served-model-name", "base", "--max-lora-rank", "64"]
-    plan = plan_of(qwen2, f"a={qwen2.adapters['lora-2'].raw}", cache=Cache(tmp_path), rest=rest)
+    plan = plan_of(qwen2, f"a={qwen2.adapters['lora-2'].raw}", cache=Cache(tmp_path), vllm_flags=rest)
     command = plan.command()
     assert command.count("--max-loras") == 1
     assert value(command, "--max-loras") == ["9"]
@@ -80,7 +80,7 @@ def test_an_adapter_folder(qwen2: World, tmp_path: Path, monkeypatch: pytest.Mon
     settings = Settings(**json.loads(extra[VARIABLE]))
     assert settings.adapter_dir == str(directory)
     assert settings.max_rank == 16
-    assert list(plan.found) == ["dude"]
+    assert list(plan.folder_adapters) == ["dude"]
     assert any(note.startswith("empty in") for note in plan.notes)
     assert len(value(plan.command(), "--lora-target-modules")) == 7
     assert "--lora-modules" not in plan.command()
@@ -119,7 +119,7 @@ def test_clients_may_load_from_what_is_named(qwen2: World, tmp_path: Path) -> No
     extra = plan.environment()
     assert extra["VLLM_ALLOW_RUNTIME_LORA_UPDATING"] == "1"
     assert Settings(**json.loads(extra[VARIABLE])).roots == [str(root) for root in roots]
-    with pytest.raises(InputError, match="nothing to load from"):
+    with pytest.raises(InputError, match="needs a folder to load from"):
         plan_of(qwen2, loading=True, cache=Cache(tmp_path / "cache"))
     with pytest.raises(InputError) as caught:
         plan_of(qwen2, "a=b", roots=[tmp_path / "none"], cache=Cache(tmp_path / "cache"))
@@ -156,7 +156,7 @@ def test_what_is_bound(
     monkeypatch.delenv("VLLM_API_KEY", raising=False)
     for name, value in shell.items():
         monkeypatch.setenv(name, value)
-    plan = plan_of(qwen2, f"a={qwen2.adapters['lora-2'].raw}", cache=Cache(tmp_path), rest=flags)
+    plan = plan_of(qwen2, f"a={qwen2.adapters['lora-2'].raw}", cache=Cache(tmp_path), vllm_flags=flags)
     assert option(plan.command(), "--host") == host
     assert bound in plan.bound()
     assert len(plan.warnings()) == int(warns)
@@ -209,7 +209,7 @@ def test_every_problem_at_once(qwen2: World, tmp_path: Path) -> None:
             "a=two",
             adapter_dir=tmp_path / "none",
             cache=Cache(tmp_path),
-            rest=["--lora-modules", "x", "--api-server-count", "2", "--max-lora-rank", "many"],
+            vllm_flags=["--lora-modules", "x", "--api-server-count", "2", "--max-lora-rank", "many"],
         )
     text = str(caught.value)
     for word in (
@@ -219,7 +219,7 @@ def test_every_problem_at_once(qwen2: World, tmp_path: Path) -> None:
         "no such folder",
         "--lora-modules is set",
         "--api-server-count",
-        "--max-lora-rank is no number",
+        "--max-lora-rank is not a number",
     ):
         assert word in text
 
@@ -232,12 +232,12 @@ def test_adapters_that_cannot_be_served(qwen2: World, tmp_path: Path) -> None:
     assert "empty" in str(caught.value)
     dude = f"a={qwen2.adapters['dude-1'].raw}"
     with pytest.raises(InputError, match="too small"):
-        plan_of(qwen2, dude, cache=Cache(tmp_path / "cache"), rest=["--max-lora-rank", "8"])
+        plan_of(qwen2, dude, cache=Cache(tmp_path / "cache"), vllm_flags=["--max-lora-rank", "8"])
     with pytest.raises(InputError, match="no adapters"):
         plan_of(qwen2, cache=Cache(tmp_path / "cache"))
     name = f"base={qwen2.adapters['dude-1'].raw}"
     with pytest.raises(InputError, match="name of the base"):
-        plan_of(qwen2, name, cache=Cache(tmp_path), rest=["--served-model-name=base"])
+        plan_of(qwen2, name, cache=Cache(tmp_path), vllm_flags=["--served-model-name=base"])
 
 
 def test_without_vllm(qwen2: World, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -98,4 +98,4 @@ def test_a_server_whose_model_loses_the_scales_ends(qwen2: World, tmp_path: Path
         server.stop(signal.SIGKILL)
     assert code == 1
     assert any("does not apply the row scales of the adapter" in line for line in server.lines())
-    assert "error: the server ended by itself" in server.lines()[-1]
+    assert "error: the server ended without a signal" in server.lines()[-1]
