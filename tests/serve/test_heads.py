@@ -109,7 +109,7 @@ def test_what_vllm_holds_for_one_adapter() -> None:
         ["lm_head.weight"],
         ["score.weight", "model.norm.weight"],
     ):
-        assert "only of a classifier's head" in why_no_heads(names)
+        assert "only for a classifier's head" in why_no_heads(names)
 
 
 def test_an_adapted_head_is_refused(tmp_path: Path) -> None:

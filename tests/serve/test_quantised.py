@@ -113,5 +113,5 @@ def test_a_residual_that_was_not_quantised_is_refused(tmp_path: Path) -> None:
     plain = make_base(tmp_path / "plain", "llama")
     base, dense = quantise(plain, tmp_path / "base", "pack-quantized")
     adapter = MAKERS["dude"]("dude", tmp_path / "dude", dense, torch.Generator().manual_seed(7))
-    with pytest.raises(AdapterMergeError, match="beside a residual, and the base's weights are quantised"):
+    with pytest.raises(AdapterMergeError, match="on a residual base, and the weights of this base are quantised"):
         Converter(base, Cache(tmp_path / "cache")).obtain(adapter.raw)

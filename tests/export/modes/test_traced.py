@@ -191,5 +191,5 @@ def test_factors_for_tokens_alone_need_a_product_of_their_own() -> None:
         match_factors(factors, layout)
     with pytest.raises(MismatchError, match="for tokens only"):
         match_factors(frozen, together)
-    with pytest.raises(MismatchError, match="do not say"):
+    with pytest.raises(MismatchError, match="do not state"):
         match_factors(replace(frozen, frozen_positions=False), apart)

@@ -107,7 +107,7 @@ def test_preload_converts_what_the_folder_holds(qwen2: World, tmp_path: Path) ->
     for served in held.values():
         served.release()
     assert not any(entry.in_use for entry in cache.entries())
-    with pytest.raises(InputError, match="--preload is for --adapter-dir"):
+    with pytest.raises(InputError, match="--preload needs --adapter-dir"):
         plan_of(qwen2, f"a={qwen2.adapters['lora-1'].raw}", preload=True, cache=cache)
 
 
@@ -124,7 +124,7 @@ def test_clients_may_load_from_what_is_named(qwen2: World, tmp_path: Path) -> No
     with pytest.raises(InputError) as caught:
         plan_of(qwen2, "a=b", roots=[tmp_path / "none"], cache=Cache(tmp_path / "cache"))
     assert "none: no such folder" in str(caught.value)
-    assert "for --allow-loading" in str(caught.value)
+    assert "needs --allow-loading" in str(caught.value)
 
 
 @pytest.mark.parametrize(
