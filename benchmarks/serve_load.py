@@ -354,7 +354,7 @@ def kills(world: World, options: argparse.Namespace) -> dict[str, Any]:
                 name = f"new-{number}-{kind}"
                 folder = shutil.copytree(world.adapters[kind].raw, directory / f".{name}")
                 config = json.loads((folder / "adapter_config.json").read_text())
-                (folder / "adapter_config.json").write_text(json.dumps({**config, "round": number}))
+                (folder / "adapter_config.json").write_text(json.dumps({**config, "revision": f"round-{number}"}))
                 folder.rename(directory / name)
                 fresh[name] = kind
             asked = [(name, kind) for name, kind in fresh.items() if name.startswith(f"new-{number}-")]
