@@ -350,11 +350,11 @@ def kills(world: World, options: argparse.Namespace) -> dict[str, Any]:
         for number in range(options.rounds):
             place = (number + number // 4) % 2  # each kind hits both
             victim, other, how = servers[place], servers[1 - place], KILLS[number % 4]
-            for kind in chooser.sample(names, 3):  # the same values under another key: one more field in the config
+            for kind in chooser.sample(names, 3):  # the same values in a file with other bytes
                 name = f"new-{number}-{kind}"
                 folder = shutil.copytree(world.adapters[kind].raw, directory / f".{name}")
                 config = json.loads((folder / "adapter_config.json").read_text())
-                (folder / "adapter_config.json").write_text(json.dumps({**config, "revision": f"round-{number}"}))
+                (folder / "adapter_config.json").write_text(json.dumps(config, indent=1 + number))
                 folder.rename(directory / name)
                 fresh[name] = kind
             asked = [(name, kind) for name, kind in fresh.items() if name.startswith(f"new-{number}-")]

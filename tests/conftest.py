@@ -13,6 +13,7 @@ import pytest
 
 sys.path.insert(0, str(Path(__file__).parent))
 from forked_python import forked_python
+from stand_in_s3 import relay, s3_server  # noqa: F401
 
 # Threads that spin while they wait make the suite several times slower on two busy cores.
 os.environ.setdefault("OMP_NUM_THREADS", "1")

@@ -101,5 +101,21 @@ def download(repository: str, revision: str | None = None, inside: str = "", hin
         ) from error
 
 
+def list_folders(repository: str, revision: str | None = None) -> tuple[str, list[str]]:
+    """Return the commit of `repository` and the names of its top folders that hold an adapter. Raises InputError."""
+    from huggingface_hub import HfApi
+
+    try:
+        about = HfApi().model_info(repository, revision=revision)
+    except Exception as error:  # the type differs between versions of the client
+        raise InputError(
+            f"{repository}: cannot be read from the hub",
+            got=str(error).split("\n")[0],
+            hint="check the name and the network",
+        ) from error
+    names = [PurePosixPath(sibling.rfilename) for sibling in about.siblings or []]
+    return str(about.sha), sorted({name.parts[0] for name in names if name.parts[1:] == (ADAPTER_CONFIG,)})
+
+
 def _folders(files: Sequence[str]) -> list[str]:
     return sorted({name.rpartition("/")[0] for name in files if "/" in name and not _is_hidden(name)})[:20]

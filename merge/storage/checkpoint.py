@@ -18,6 +18,7 @@ from adapter_merge.files.input_errors import reading, require_utf8
 from adapter_merge.files.input_snapshot import InputSnapshot
 from adapter_merge.files.json_types import INDEX, MODEL_CONFIG, check_types
 from adapter_merge.files.nearest_path import nearest_path
+from adapter_merge.files.object_storage import fetch, is_url
 from adapter_merge.files.symlinks import leads_outside
 
 from .gguf_header import read_gguf_header, stored_tensor
@@ -211,11 +212,16 @@ def plain_name(name: object, source: Path) -> str:
 
 
 def resolve(name: str | Path) -> Path:
-    """Return a local folder, or the folder in the hub's cache with the downloaded files of a hub id.
+    """Return a local folder, or the folder in a cache with the downloaded files of a hub id or an address.
 
-    A hub id is org/model, org/model@revision, org/model/folder for a folder of it, or a single name such as gpt2.
-    Raises InputError where neither exists, with a similar path as hint.
+    A hub id is org/model, org/model@revision, org/model/folder for a folder of it, or a single name such as gpt2;
+    hf://org/model is the same. Addresses are those of object storage: s3://bucket/folder (object_storage.py).
+    Raises InputError where nothing exists there, with a similar path as hint.
     """
+    if isinstance(name, str):
+        name = name.removeprefix("hf://")
+        if is_url(name):
+            return fetch(name)
     path = Path(name)
     require_utf8(path)
     if path.is_dir():
@@ -233,7 +239,9 @@ def resolve(name: str | Path) -> Path:
 
 
 def resolve_base(name: str | Path) -> Path:
-    """Return a local GGUF file as it is, and anything else as `resolve` does."""
+    """Return a GGUF file, local or a copy from object storage, and anything else as `resolve` does."""
+    if isinstance(name, str) and is_url(name) and name.endswith(".gguf"):
+        return fetch(name)
     path = Path(name)
     require_utf8(path)
     return path if path.suffix == ".gguf" and path.is_file() else resolve(name)

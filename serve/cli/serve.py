@@ -49,7 +49,8 @@ class WithRest(Command):
 @click.argument("adapters", type=SOURCE, nargs=-1, metavar="[[NAME=]ADAPTER]...")
 @option(
     "--adapter-dir",
-    help="Serve the adapters in this folder by their folders' names; each is converted at its first request.",
+    help="Serve the adapters in this folder by their folders' names; each is converted at its first request. "
+    "s3://bucket/folder and hf://org/name are copied, and looked at again every 30 s.",
 )
 @option("--preload", is_flag=True, help="Convert all adapters of --adapter-dir before the server starts.")
 @option(
@@ -153,6 +154,7 @@ def serve(
         _serve_export(ctx, Path(base), quiet)
         return
     from adapter_merge.serve.conversion.cache import Cache
+    from adapter_merge.serve.conversion.mirror import Mirror, is_remote
     from adapter_merge.serve.conversion.processes import Limits
     from adapter_merge.serve.launch.emit import Service, make_kubernetes_manifest, make_ray_config
     from adapter_merge.serve.launch.flags import check_with_vllm, shell_line
@@ -185,10 +187,20 @@ def serve(
         else:
             click.echo(make_ray_config(replace(service, ranks=_ranks(base, adapters))), nl=False)
         return
+
+    def say(line: str) -> None:
+        if not quiet:
+            click.echo(line, err=True)
+
+    mirror = Mirror(adapter_dir) if adapter_dir is not None and is_remote(adapter_dir) else None
+    if mirror is not None:
+        say(f"copying {adapter_dir} to {mirror.folder}")
+        mirror.renew()
+    folder = mirror.folder if mirror is not None else Path(adapter_dir) if adapter_dir is not None else None
     plan = make_plan(
         base,
         adapters,
-        adapter_dir=Path(adapter_dir) if adapter_dir is not None else None,
+        adapter_dir=folder,
         max_active=max_active,
         loading=allow_loading,
         roots=[Path(root) for root in roots],
@@ -205,7 +217,12 @@ def serve(
         about = plan.describe()
         click.echo(json.dumps(about, indent=2) if as_json else _format_plan(about, shell_line))
         return
-    ctx.exit(run(plan, (lambda line: None) if quiet else (lambda line: click.echo(line, err=True))))
+    if mirror is not None:
+        mirror.start(say)
+    status = run(plan, say)
+    if mirror is not None:
+        mirror.stop()
+    ctx.exit(status)
 
 
 OF_EXPORTS = ("base", "host", "port", "api_key", "shutdown_timeout", "quiet")

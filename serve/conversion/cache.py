@@ -27,6 +27,7 @@ from types import TracebackType
 from typing import Any
 
 from adapter_merge.errors import OutputError
+from adapter_merge.files.cache_folder import cache_folder
 from adapter_merge.files.hashing import file_sha256
 from adapter_merge.files.locks import lock_file
 from adapter_merge.outputs.staging import sync_folder
@@ -68,14 +69,6 @@ class Lease:
         self.release()
 
 
-def default_root() -> Path:
-    """$ADAPTER_MERGE_CACHE, else adapter-merge in the user's cache folder."""
-    chosen = os.environ.get("ADAPTER_MERGE_CACHE")
-    if chosen:
-        return Path(chosen).expanduser()
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "adapter-merge"
-
-
 def compute_key(parts: dict[str, Any]) -> str:
     """Return the sha256 over the canonical JSON of everything that an entry depends on."""
     text = json.dumps({"layout": LAYOUT, **parts}, sort_keys=True, separators=(",", ":"))
@@ -86,7 +79,7 @@ class Cache:
     """Served folders under one root, with a total size of at most `max_bytes`, entries in use not counted."""
 
     def __init__(self, root: Path | None = None, max_bytes: int = DEFAULT_BYTES) -> None:
-        self.root = (root or default_root()).absolute()
+        self.root = (root or cache_folder()).absolute()
         self.max_bytes = max_bytes
         # Entries whose hashes were checked: key -> (name, inode, size, mtime) of each file at that time.
         self._checked: dict[str, tuple[tuple[str, int, int, int], ...]] = {}

@@ -40,10 +40,6 @@ GUARDS = (
 CPU_CACHE, CPU_CACHE_GIB = "VLLM_CPU_KVCACHE_SPACE", "2"
 DEFAULT_ACTIVE = 16
 SMALLEST_RANK_FOR_LOADING = 16
-REMOTE = (
-    "a bucket is mounted or copied there; a hub repository of adapters too: hf download ORG/REPO --local-dir DIR. "
-    "One adapter of the hub is NAME=ORG/REPO, or NAME=ORG/REPO/FOLDER"
-)
 DEFAULT_LIMITS = Limits()
 
 
@@ -246,7 +242,11 @@ def make_plan(
         except InputError as error:
             problems += error.problems
     if adapter_dir is not None and not adapter_dir.is_dir():
-        problems.append(Problem(f"--adapter-dir {adapter_dir}: no such folder", "a local folder", hint=REMOTE))
+        problems.append(
+            Problem(
+                f"--adapter-dir {adapter_dir}: no such folder", "a local folder, s3://bucket/folder or hf://org/name"
+            )
+        )
     problems += [Problem(f"--adapter-root {root}: no such folder") for root in roots if not root.is_dir()]
     if roots and not loading:
         problems.append(Problem("--adapter-root needs --allow-loading"))

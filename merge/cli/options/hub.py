@@ -1,4 +1,4 @@
-"""Options of the Hugging Face hub: --revision and --token for inputs, --push-to and --public for outputs."""
+"""Options of the hub and of object storage: --revision and --token for inputs, --push-to and --public for outputs."""
 
 from __future__ import annotations
 
@@ -68,11 +68,11 @@ def push_options(function: F) -> F:
         ),
         option(
             "--push-to",
-            metavar="ORG/NAME",
+            metavar="ORG/NAME|URL",
             section=HUB,
             expose_value=False,
             callback=_keep_push,
-            help="Also upload the output, with its model card, to a new private repository.",
+            help="Also upload the output, with its model card, to a new private repository, or to s3://bucket/folder.",
         ),
     ):
         function = decorate(function)
@@ -90,7 +90,7 @@ def add_revision(base: str | None) -> str | None:
 
 
 def check_push(ctx: click.Context) -> None:
-    """Check the repository before the command runs. Raises UsageError or OutputError."""
+    """Check the repository or address before the command runs. Raises UsageError, InputError or OutputError."""
     given = ctx.meta.get(META, {})
     if given.get("push_to") is None:
         if given.get("public"):
@@ -98,9 +98,17 @@ def check_push(ctx: click.Context) -> None:
         return
     if ctx.params.get("output") is None or ctx.params.get("part") is not None:
         raise click.UsageError("--push-to uploads a complete new output: it excludes --shards and --add", ctx)
-    from adapter_merge.files.hub_upload import check_upload
+    from adapter_merge.files.object_storage import check_address, is_url
 
-    check_upload(given["push_to"], replace=bool(ctx.params.get("overwrite")))
+    replace = bool(ctx.params.get("overwrite"))
+    if not is_url(given["push_to"]):
+        from adapter_merge.files.hub_upload import check_upload
+
+        check_upload(given["push_to"], replace=replace)
+    elif given.get("public"):
+        raise click.UsageError("--public is for a repository of the hub: --push-to org/name", ctx)
+    else:
+        check_address(given["push_to"], replace)
 
 
 def push(ctx: click.Context) -> None:
@@ -109,17 +117,23 @@ def push(ctx: click.Context) -> None:
     repository = given.get("push_to")
     if repository is None:
         return
+    from adapter_merge.files.object_storage import is_url, upload
+
     quiet = bool(ctx.params.get("quiet"))
     visibility = "public" if given.get("public") else "private"
     output = Path(ctx.params["output"])
     if ctx.params.get("dry_run"):
         for name in ctx.meta.get(PLANNED, ()):
             say(f"would upload {name}")
-        say(f"would upload {output} to a new {visibility} repository {repository}, README.md and manifest included")
+        place = repository if is_url(repository) else f"a new {visibility} repository {repository}"
+        say(f"would upload {output} to {place}, README.md and manifest included")
         return
     from adapter_merge.files.hub_upload import upload_folder
 
     say(f"uploading {output} to {repository}", quiet=quiet)
+    if is_url(repository):
+        say(f"{upload(output, repository)}: complete", quiet=quiet)
+        return
     message = f"adapter-merge {ctx.info_name}"
     url = upload_folder(output, repository, private=not given.get("public"), message=message)
     say(f"{repository}: {url}", quiet=quiet)
