@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import ExitStack
 from pathlib import Path
 
 import click
@@ -10,6 +11,7 @@ from adapter_merge.cli.options.command import ENGINE, command, option
 from adapter_merge.cli.options.shared import report_options
 from adapter_merge.cli.options.values import DEVICE, stated_prompts
 from adapter_merge.cli.printing.console import emit, say
+from adapter_merge.cli.printing.progress import working
 
 
 @command(examples=["./out --prompt 'What is gravity?'", "./out --adapter de --adapter fr --prompt @questions.txt"])
@@ -66,26 +68,31 @@ def generate(
     at_once = compares and is_batched(folder)  # the streams of one batch would interleave
     last: list[str] = []
 
+    until_text = ExitStack()
+
     def show(adapter: str, text: str) -> None:
         if as_json or at_once or not text:
             return
+        until_text.close()
         if compares and last[-1:] != [adapter]:
             click.echo(("\n" if last else "") + f"[{adapter}] ", nl=False)
             last.append(adapter)
         click.echo(text, nl=False)
 
-    answers = generation.generate(
-        folder,
-        prompt,
-        adapters,
-        device=device,
-        system=system,
-        raw=raw,
-        sampling=Sampling(max_tokens, temperature, top_p, seed),
-        engine=engine,
-        threads=threads,
-        show=show,
-    )
+    with until_text:
+        until_text.enter_context(working(f"running {folder}", quiet))
+        answers = generation.generate(
+            folder,
+            prompt,
+            adapters,
+            device=device,
+            system=system,
+            raw=raw,
+            sampling=Sampling(max_tokens, temperature, top_p, seed),
+            engine=engine,
+            threads=threads,
+            show=show,
+        )
     if as_json:
         emit({"answers": [{**asdict(answer), "tokens_per_second": answer.tokens_per_second} for answer in answers]})
         return
