@@ -8,7 +8,6 @@ bitsandbytes, or transformers' own FP8 and MXFP4. Elsewhere they are the dequant
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Mapping
 from importlib.metadata import version
 from importlib.util import find_spec
@@ -101,6 +100,10 @@ def _obstacle(configuration: Configuration, base: Checkpoint) -> str | None:
     missing = [name for name in PACKAGES[method] if find_spec(name) is None]
     if missing:
         return f"transformers needs {' and '.join(missing)} for {method}"
+    from transformers.quantizers import HfQuantizer
+
+    if not hasattr(HfQuantizer, "get_load_operations"):
+        return f"transformers {version('transformers')} dequantises whole models alone"
     weights = packed_weights(base)
     for name, weight in weights.items():
         for part in weight.parts.values():
@@ -115,10 +118,6 @@ def _obstacle(configuration: Configuration, base: Checkpoint) -> str | None:
 
 
 def _compressed_obstacle(configuration: Configuration, weights: Mapping[str, PackedWeight]) -> str | None:
-    from transformers import CompressedTensorsConfig
-
-    if "dequantize" not in inspect.signature(CompressedTensorsConfig).parameters:
-        return f"transformers {version('transformers')} does not dequantise compressed-tensors on loading"
     if len(configuration.settings["config_groups"]) > 1:
         return "transformers dequantises the layers of several config_groups by one of them"
     for name, weight in weights.items():

@@ -19,6 +19,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import FineGrainedFP8Config
 from transformers.integrations.finegrained_fp8 import Fp8Quantize
+from transformers.quantizers import HfQuantizer
 from transformers.quantizers.quantizer_finegrained_fp8 import FineGrainedFP8HfQuantizer
 
 from adapter_merge.api.merge import merge
@@ -216,5 +217,8 @@ def test_what_transformers_dequantises_otherwise_is_read_here(
     stated = open_trained_base(nf4.with_name("nf4-plain"), "nf4")
     assert own_quantiser.own_quantiser(stated) is None
     assert "--trained-on states" in own_quantiser.quantiser_note(stated)
+    with monkeypatch.context() as older:
+        older.delattr(HfQuantizer, "get_load_operations")
+        assert "dequantises whole models alone" in own_quantiser.quantiser_note(open_base(int4))
     monkeypatch.setattr(own_quantiser, "find_spec", lambda name: None)
     assert "transformers needs compressed_tensors" in own_quantiser.quantiser_note(open_base(int4))
