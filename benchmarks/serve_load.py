@@ -164,6 +164,7 @@ class Mixed:
         self.wrong: list[str] = []
         self.counts: Counter[str] = Counter()
         self.next = 0
+        self.longest = 0.0  # seconds of a load
 
     def put(self, name: str, adapter: str | None) -> None:
         """Replace or remove what a name of the folder holds."""
@@ -232,6 +233,16 @@ class Mixed:
             self.counts["removed in the folder" if gone else "replaced in the folder"] += 1
             await asyncio.sleep(self.chooser.random() * 1.5)
 
+    async def post(self, path: str, content: dict[str, Any]) -> str | None:
+        """Return what is wrong with the answer to a request that loads or unloads, or None."""
+        import httpx
+
+        try:
+            answer = await self.client.post(path, json=content)
+        except httpx.HTTPError as error:
+            return f"{type(error).__name__} {error}"
+        return None if answer.status_code == 200 else f"{answer.status_code} {answer.text[:300]}"
+
     async def load(self, stop: asyncio.Event) -> None:
         """Load a name, replace it in place, unload it; each answers as it must, and is unknown at the end."""
         number = 0
@@ -240,14 +251,16 @@ class Mixed:
             for inplace, adapter in enumerate(self.chooser.sample(self.pool, 2)):
                 path = str(self.world.adapters[adapter].raw)
                 content = {"lora_name": name, "lora_path": path, "load_inplace": bool(inplace)}
-                answer = await self.client.post("load_lora_adapter", json=content)
-                if answer.status_code != 200:
-                    self.wrong.append(f"load of {name}: {answer.status_code} {answer.text[:300]}")
+                began = time.monotonic()
+                problem = await self.post("load_lora_adapter", content)
+                self.longest = max(self.longest, time.monotonic() - began)
+                if problem:
+                    self.wrong.append(f"load of {name}: {problem}")
                 self.counts["replaced by request" if inplace else "loaded by request"] += 1
                 await asyncio.gather(*(self.check(name, {adapter}) for _ in range(3)))
-            answer = await self.client.post("unload_lora_adapter", json={"lora_name": name})
-            if answer.status_code != 200:
-                self.wrong.append(f"unload of {name}: {answer.status_code} {answer.text[:300]}")
+            problem = await self.post("unload_lora_adapter", {"lora_name": name})
+            if problem:
+                self.wrong.append(f"unload of {name}: {problem}")
             await self.check(name, {None})
             await asyncio.sleep(0.5)
 
@@ -280,7 +293,13 @@ def mixed(world: World, options: argparse.Namespace) -> dict[str, Any]:
         server.stop(signal.SIGTERM)
     checked = sum(number for kind, number in load.counts.items() if kind.startswith(("chat", "completion", "refused")))
     found = {"checked": checked, "wrong": len(load.wrong), "seconds": round(seconds), "counts": dict(load.counts)}
-    return {**found, "before": before, "after": after, "examples": load.wrong[:10]}
+    return {
+        **found,
+        "longest load": round(load.longest, 1),
+        "before": before,
+        "after": after,
+        "examples": load.wrong[:10],
+    }
 
 
 def loads(world: World, options: argparse.Namespace) -> dict[str, Any]:
