@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from adapter_merge.errors import InputError
 from adapter_merge.export.building.decoder import build_decoder
-from adapter_merge.export.building.request import export_bytes, figures, open_request
+from adapter_merge.export.building.request import Request
 from adapter_merge.export.checking.parity import check_decoder_parity
 from adapter_merge.export.engine.decoder_settings import hide_from_genai
 from adapter_merge.export.folder.contents import save_graph, write_manifest
@@ -27,7 +27,7 @@ from adapter_merge.export.graph.interface import prepare_graph
 from adapter_merge.export.graph.targets import Layout, Target
 from adapter_merge.outputs.staging import staged
 
-from .switchable import adapted_layout, check_modules
+from .adapted import adapted_layout, begin
 
 if TYPE_CHECKING:
     import onnx_ir as ir
@@ -45,13 +45,9 @@ def export_batched(base: str | Path, adapters: Mapping[str, Path], output: Path,
     """
     if not adapters:
         raise InputError("a batched export without adapters", expected="at least one NAME=ADAPTER")
-    request = open_request(base, adapters, output, mode="batched", **options)
-    needed = request.reserve(export_bytes(request.checkpoint, request.precision))
-    factors = request.factors()
-    check_modules(factors, request.checkpoint)
-    plan = request.plan({name: figures(value) for name, value in factors.items()})
+    request, factors, plan = begin(base, adapters, output, "batched", options)
     if request.dry_run:
-        return {**plan, "dry_run": True, "bytes_needed": needed}
+        return plan
     with staged(output, request.overwrite, request.checkpoint.snapshot) as staging:
         build_decoder(request.checkpoint.folder, staging, request.precision, request.device)
         import onnx_ir as ir
@@ -62,18 +58,25 @@ def export_batched(base: str | Path, adapters: Mapping[str, Path], output: Path,
         slots = {
             target.name: [packed(target, value.linears) for value in factors.values()] for target in layout.targets
         }
-        count = _write_stacks(model, layout, slots, staging / DATA, staging / "model.onnx")
+        count = write_stacks(model, layout, slots, staging / DATA, staging / "model.onnx")
         manifest = request.manifest()
-        for slot, name in enumerate(factors, start=1):
-            manifest.adapters[name] = {
-                "source": str(adapters[name]),
-                "file": DATA,
-                "id": slot,
-                **factors[name].evidence(),
-            }
+        manifest.adapters |= batched_entries(request, factors, DATA)
         check_decoder_parity(request, staging, manifest)
         write_manifest(staging, manifest)
     return {**plan, "targets": count, **request.done(manifest)}
+
+
+def batched_entries(request: Request, factors: Mapping[str, Factors], file: str | None) -> dict[str, dict[str, Any]]:
+    """Return the manifest's entries: source, number, and the file of the stacks where they are not in the graph's."""
+    return {
+        name: {
+            "source": str(request.adapters[name]),
+            **({"file": file} if file else {}),
+            "id": slot,
+            **value.evidence(),
+        }
+        for slot, (name, value) in enumerate(factors.items(), start=1)
+    }
 
 
 def restack(
@@ -102,14 +105,14 @@ def restack(
     )
     file = folder / f"adapters.{number}.onnx.data"
     graph = hidden(folder / "model.onnx")
-    _write_stacks(model, replace(layout, adapters=tuple(names)), slots, file, graph)
+    write_stacks(model, replace(layout, adapters=tuple(names)), slots, file, graph)
     return {
         name: {**({"source": str(sources[name])} if name in sources else {}), "file": file.name, "id": slot}
         for slot, name in enumerate(names, start=1)
     }
 
 
-def _write_stacks(
+def write_stacks(
     model: ir.Model, layout: Layout, slots: Mapping[str, Sequence[Values | None]], file: Path, graph: Path
 ) -> int:
     """Insert the stacks, write them to `file` and the graph to `graph`; return the number of targets with a stack."""

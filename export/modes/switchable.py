@@ -6,16 +6,13 @@ floating point and are added to the quantised product, which is not the same as 
 
 from __future__ import annotations
 
-import re
 import time
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from adapter_merge.errors import MismatchError, Problem, raise_all
 from adapter_merge.export.building.decoder import build_decoder
-from adapter_merge.export.building.request import Request, export_bytes, figures, open_request
 from adapter_merge.export.checking.parity import check_decoder_parity
 from adapter_merge.export.engine.decoder_settings import decoder_settings
 from adapter_merge.export.folder.contents import save_graph, write_manifest
@@ -24,12 +21,10 @@ from adapter_merge.export.graph.adapter_file import SUFFIX, write_adapter
 from adapter_merge.export.graph.factor_folder import Factors
 from adapter_merge.export.graph.insertion import insert_switches
 from adapter_merge.export.graph.interface import prepare_graph
-from adapter_merge.export.graph.targets import Layout, Target, decoder_targets
+from adapter_merge.export.graph.targets import Layout
 from adapter_merge.outputs.staging import staged
-from adapter_merge.storage.checkpoint import Checkpoint
 
-if TYPE_CHECKING:
-    import onnx_ir as ir
+from .adapted import adapted_layout, begin
 
 
 def export_switchable(base: str | Path, adapters: Mapping[str, Path], output: Path, **options: Any) -> dict[str, Any]:
@@ -37,13 +32,9 @@ def export_switchable(base: str | Path, adapters: Mapping[str, Path], output: Pa
 
     Raises InputError, MismatchError, UnsupportedError, OutputError, MissingDependencyError before the build.
     """
-    request = open_request(base, adapters, output, mode="switchable", **options)
-    needed = request.reserve(export_bytes(request.checkpoint, request.precision))
-    factors = request.factors()
-    check_modules(factors, request.checkpoint)
-    plan = request.plan({name: figures(value) for name, value in factors.items()})
+    request, factors, plan = begin(base, adapters, output, "switchable", options)
     if request.dry_run:
-        return {**plan, "dry_run": True, "bytes_needed": needed}
+        return plan
     with staged(output, request.overwrite, request.checkpoint.snapshot) as staging:
         build_decoder(request.checkpoint.folder, staging, request.precision, request.device)
         built = time.perf_counter()
@@ -78,63 +69,3 @@ def write_adapters(
         size = write_adapter(value, layout, hidden(file) if hide else file)
         entries[name] = {"source": str(sources[name]), "file": file.name, "bytes": size, **value.evidence()}
     return entries
-
-
-def adapted_layout(model: ir.Model, request: Request, factors: Mapping[str, Factors]) -> Layout:
-    """Return the layout: all linears of the layers are targets; lm_head only when an adapter adapts it (it is wide)."""
-    shapes = {name: ref.shape for name, ref in request.checkpoint.tensors.items()}
-    head = any("lm_head" in value.linears for value in factors.values())
-    targets = decoder_targets([node.name or "" for node in model.graph], shapes, head=head)
-    check_products(model, targets)
-    return request.layout(targets)
-
-
-def check_products(model: ir.Model, targets: tuple[Target, ...]) -> None:
-    """Raise MismatchError unless every target's product has the shape that the checkpoint's linears have."""
-    nodes = {node.name or "": node for node in model.graph}
-    problems = []
-    for target in targets:
-        for name in target.nodes:
-            node = nodes[name]
-            if node.op_type == "MatMul":
-                value = node.inputs[1]
-                shape = tuple(value.shape) if value is not None and value.shape is not None else None
-            else:
-                shape = (node.attributes["K"].as_int(), node.attributes["N"].as_int())
-            if shape != (target.k, target.n):
-                problems.append(
-                    Problem(f"{name}: the builder's product differs", str((target.k, target.n)), str(shape))
-                )
-    raise_all(problems, MismatchError)
-
-
-LINEAR = re.compile(r"(model\.layers\.\d+\.(self_attn|mlp)\.\w+|lm_head)")
-
-
-def check_modules(factors: Mapping[str, Factors], checkpoint: Checkpoint) -> None:
-    """Raise MismatchError before the build when an adapter cannot be switched on this base."""
-    problems = []
-    for value in factors.values():
-        for module, linear in value.linears.items():
-            ref = checkpoint.tensors.get(f"{module}.weight")
-            if ref is None and module == "lm_head":
-                ref = checkpoint.tensors.get("model.embed_tokens.weight")
-            got = (linear.up.shape[0], linear.down.shape[1])
-            if ref is None or not LINEAR.fullmatch(module):
-                problems.append(
-                    Problem(
-                        f"{value.source}: {module} cannot be switched in a graph",
-                        expected="a linear of a layer's self_attn or mlp, or lm_head",
-                        hint="export with --mode merged",
-                    )
-                )
-            elif ref.shape != got:
-                problems.append(Problem(f"{value.source}: {module} has another shape", str(ref.shape), str(got)))
-        problems.extend(
-            Problem(
-                f"{value.source}: replaces {name} as a whole, which a decoder's graph cannot switch",
-                hint="export with --mode merged",
-            )
-            for name in value.replacements
-        )
-    raise_all(problems, MismatchError)
