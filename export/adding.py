@@ -60,6 +60,12 @@ def add_adapters(
             expected="an export made with --mode switchable or batched",
         )
     manifest = read_export(folder)
+    if layout.mode == "batched" and manifest.kind == "encoder":
+        raise InputError(
+            f"{folder}: a batched encoder takes no more adapters",
+            expected="an encoder exported with --mode switchable",
+            hint="export again with all adapters",
+        )
     _check_names(folder, manifest, adapters, overwrite)
     checkpoint = base_of(folder, manifest, layout, base)
     factors = {name: factors_of(checkpoint, source, force) for name, source in adapters.items()}

@@ -29,6 +29,8 @@ def export_model(
     force: bool = False,
     recipe: Recipe | None = None,
     check: bool = True,
+    pooling: str | None = None,
+    normalize: bool = False,
     say: Callable[[str], None] = silent,
 ) -> dict[str, Any]:
     """Export `base` with `adapters` to `output`; return the report (see the functions of the three modes).
@@ -44,7 +46,7 @@ def export_model(
     if recipe is not None and mode != "merged":
         raise InputError(f"a {mode} export keeps its adapters apart: nothing to combine", expected="--mode merged")
     architecture = (open_base(base).config.get("architectures") or ["(none)"])[0]
-    from adapter_merge.export.modes.traced import TRACED, export_traced
+    from adapter_merge.export.graph.encoder_task import ENCODERS, TRACED
 
     options: dict[str, Any] = {
         "precision": precision,
@@ -55,8 +57,16 @@ def export_model(
         "say": say,
         "force": force,
     }
+    if (pooling is not None or normalize) and architecture not in ENCODERS:
+        raise InputError(f"{architecture} pools nothing", expected="an encoder with --pooling or --normalize")
+    if normalize and pooling in (None, "none"):
+        raise InputError("--normalize without a pooling", expected="--pooling mean, cls, max or last beside it")
     if architecture in TRACED:
-        return export_traced(base, adapters, output, mode=mode, recipe=recipe, **options)
+        from adapter_merge.export.modes.traced import export_traced
+
+        return export_traced(
+            base, adapters, output, mode=mode, recipe=recipe, pooling=pooling, normalize=normalize, **options
+        )
     if mode == "merged":
         from adapter_merge.export.modes.merged import export_merged
 

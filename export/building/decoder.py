@@ -7,6 +7,7 @@ are merged already: its own adapter option computes DoRA and PiSSA wrongly, with
 from __future__ import annotations
 
 import json
+import re
 import tempfile
 from collections.abc import Mapping
 from pathlib import Path
@@ -14,6 +15,7 @@ from typing import Any
 
 from adapter_merge.errors import Problem, UnsupportedError, raise_all
 from adapter_merge.export.engine.runtime import check_packages
+from adapter_merge.export.graph.encoder_task import TRACED
 
 from .child_process import first_cause, run_module
 from .rotary import rope_problems
@@ -38,6 +40,7 @@ TOKENIZERS = (
     "tekken.json", "tiktoken.model",
 )  # fmt: skip
 BLOCK_SIZE = 32
+HEAD_MULTIPLE = 16  # of head sizes, by onnxruntime's GroupQueryAttention with rotary positions
 ACCURACY_LEVEL = 4
 
 
@@ -49,13 +52,14 @@ def check_decoder(config: Mapping[str, Any], source: Path, precision: str, devic
         problems.append(
             Problem(
                 f"{source}: cannot export {architecture} to ONNX",
-                expected=", ".join(ARCHITECTURES) + "; encoders: see `adapter-merge export --help`",
+                expected=_nearest(architecture),
                 got=architecture,
-                hint="merge it instead (adapter-merge merge) and export with the tool that knows this model",
+                hint="merge it instead (adapter-merge merge) and export with the tool that knows this model; "
+                "`adapter-merge export --help` names all models",
             )
         )
     else:
-        problems += rope_problems(config, source)
+        problems += rope_problems(config, source) + head_problems(config, source)
     if config.get("quantization_config"):
         problems.append(
             Problem(f"{source}: is quantized already", "float weights", str(config["quantization_config"])[:100])
@@ -78,6 +82,30 @@ def check_decoder(config: Mapping[str, Any], source: Path, precision: str, devic
         )
     problems += tokenizer_problems(source, opened=not problems)  # transformers reads the configuration for it
     raise_all(problems, UnsupportedError)
+
+
+def _nearest(architecture: str) -> str:
+    """Return what can be exported of the family of `architecture`: its classes of the same first letters."""
+    family = re.match(r"[A-Z]+[a-z]*|", architecture)
+    assert family is not None
+    known = [name for name in (*ARCHITECTURES, *TRACED) if family[0] and name.startswith(family[0])]
+    return ", ".join(known) or "another model: nothing of this family can be exported"
+
+
+def head_problems(config: Mapping[str, Any], source: Path) -> list[Problem]:
+    """Return the problem of heads whose size the attention operator (GroupQueryAttention) does not take."""
+    heads = int(config.get("num_attention_heads") or 1)
+    size = int(config.get("head_dim") or int(config.get("hidden_size") or 0) // heads)
+    if size % HEAD_MULTIPLE == 0:
+        return []
+    return [
+        Problem(
+            f"{source}: onnxruntime's attention operator does not run heads of {size} numbers",
+            expected=f"a multiple of {HEAD_MULTIPLE}",
+            got=str(size),
+            hint="merge it instead (adapter-merge merge)",
+        )
+    ]
 
 
 def tokenizer_problems(source: Path, opened: bool = True) -> list[Problem]:
@@ -103,7 +131,7 @@ def io_dtype(precision: str, device: str) -> str:
     """Return the numpy name of the dtype of activations, KV cache and adapter tensors."""
     if precision == "int4":
         return "float32" if device == "cpu" else "float16"
-    return {"fp32": "float32", "fp16": "float16", "bf16": "bfloat16"}[precision]
+    return {"fp32": "float32", "int8": "float32", "fp16": "float16", "bf16": "bfloat16"}[precision]
 
 
 def build_decoder(

@@ -12,13 +12,16 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from adapter_merge.export.graph.encoder_task import HEADS
+from adapter_merge.export.graph.pooling import Pooling, pool
+
 OPSET = 21
-HEADS = ("classifier", "qa_outputs", "pooler", "bert.pooler", "roberta.pooler")
+BODIES = ("bert", "roberta", "mpnet", "distilbert", "model", "deberta")  # what a headed model calls its body
 ROOT = "model"  # the traced wrapper's only attribute: every name in the graph begins with it
 
 
 def main() -> None:
-    """Trace the model that the one argument, a JSON object, describes: checkpoint, output, class, labels."""
+    """Trace the model that the one argument, a JSON object, describes: checkpoint, output, class, labels, ..."""
     job = json.loads(sys.argv[1])
     import torch
     import transformers
@@ -35,9 +38,13 @@ def main() -> None:
     ).eval()
     for parameter in model.parameters():
         parameter.requires_grad_(False)
-    program = (_trace_gpt2 if config.model_type == "gpt2" else _trace_encoder)(model, config)
+    if config.model_type == "gpt2":
+        program = _trace_gpt2(model, config)
+    else:
+        program = _trace_encoder(model, config, job["outputs"], Pooling(*job["pooling"]) if job["pooling"] else None)
     _strip_root(program.model)
-    _fold_transposes(program.model, frozenset(job["keep"]), tuple(f"{prefix}." for prefix in HEADS))
+    heads = (*HEADS, *(f"{body}.pooler." for body in BODIES))
+    _fold_transposes(program.model, frozenset(job["keep"]), heads)
     import onnx_ir as ir
 
     folder = Path(job["output"])
@@ -45,24 +52,26 @@ def main() -> None:
     config.save_pretrained(folder)
 
 
-def _trace_encoder(model: Any, config: Any) -> Any:
-    """input_ids, attention_mask and, where the model has more than one type, token_type_ids -> its logits."""
+def _trace_encoder(model: Any, config: Any, outputs: list[str], pooling: Pooling | None) -> Any:
+    """input_ids, attention_mask and, where the model has more than one type, token_type_ids -> `outputs`."""
     import torch
 
     names = ["input_ids", "attention_mask"]
     if getattr(config, "type_vocab_size", 0) > 1:
         names.append("token_type_ids")
 
-    class Classifier(torch.nn.Module):
+    class Encoder(torch.nn.Module):
         def __init__(self) -> None:
             super().__init__()
             self.model = model
 
         def forward(self, *inputs: torch.Tensor) -> tuple[torch.Tensor, ...]:  # each (batch, sequence)
             result = self.model(**dict(zip(names, inputs, strict=True)))
-            return tuple(result[key] for key in outputs)
+            found = dict(result)
+            if pooling is not None:
+                found["sentence_embedding"] = pool(result.last_hidden_state, inputs[1], pooling)
+            return tuple(found[key] for key in outputs)
 
-    outputs = ["start_logits", "end_logits"] if type(model).__name__.endswith("QuestionAnswering") else ["logits"]
     ids = torch.randint(5, min(100, config.vocab_size), (2, 17), generator=torch.Generator().manual_seed(0))
     mask = torch.ones_like(ids)
     mask[1, 12:] = 0
@@ -70,7 +79,7 @@ def _trace_encoder(model: Any, config: Any) -> Any:
     batch = torch.export.Dim("batch_size", min=1, max=65536)
     length = torch.export.Dim("sequence_length", min=2, max=_longest(config))
     return torch.onnx.export(
-        Classifier(),
+        Encoder(),
         samples,
         dynamo=True,
         optimize=False,
@@ -83,8 +92,8 @@ def _trace_encoder(model: Any, config: Any) -> Any:
 
 
 def _longest(config: Any) -> int:
-    """Return the model's number of positions; RoBERTa's begin after its padding index."""
-    offset = config.pad_token_id + 1 if config.model_type in ("roberta", "xlm-roberta") else 0
+    """Return the model's number of positions; RoBERTa's and MPNet's begin after the padding index."""
+    offset = config.pad_token_id + 1 if config.model_type in ("roberta", "xlm-roberta", "mpnet") else 0
     return int(config.max_position_embeddings) - offset
 
 

@@ -21,6 +21,7 @@ from adapter_merge.export.engine.running import Decoder
 from adapter_merge.export.folder.manifest import Manifest
 from adapter_merge.verification.key_value_cache import cache_argument
 
+from .encoder_verification import check_encoder, has_body
 from .verdict import BARS, sample_tokens, verdict
 
 if TYPE_CHECKING:
@@ -202,7 +203,7 @@ def check_encoder_parity(request: Request, folder: Path, manifest: Manifest, rec
     if manifest.mode == "merged" and request.adapters:
         references["merged"] = open_pair(base, recipe or _sum_of(request.adapters))
     else:
-        if (request.checkpoint.config.get("architectures") or [""])[0] == manifest.options["class"]:
+        if has_body(request.checkpoint, manifest.options["class"]):
             references["base"] = None  # without a head of its own its answers are those of random weights
         for name, source in request.adapters.items():
             references[name] = open_pair(base, source)
@@ -223,8 +224,6 @@ def compare_encoders(
     """
     from adapter_merge.export.engine.classifying import Classifier
 
-    from .encoder_verification import check_encoder
-
     classifier = Classifier(folder)
     for name, file in (files or {}).items():
         classifier.load_file(name, file)
@@ -233,7 +232,7 @@ def compare_encoders(
     for count, (name, bound) in enumerate(references.items(), start=1):
         say(f"checking {name} against the live model ({count} of {len(references)})")
         adapter = None if name in ("base", "merged") else name
-        result = check_encoder(base, bound, classifier, adapter, manifest.options["class"])
+        result = check_encoder(base, bound, classifier, adapter, manifest)
         figures[name] = {**result["logits"], "tolerance": result["tolerance"]}
         problems += [Problem(f"the export does not compute {name}: {text}") for text in result["problems"]]
     if problems:

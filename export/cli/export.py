@@ -17,7 +17,7 @@ from adapter_merge.cli.options.values import DEVICE, SOURCE, Dtype
 from adapter_merge.cli.printing.console import emit, say
 from adapter_merge.cli.printing.progress import working
 
-PRECISIONS = {"float32": "fp32", "float16": "fp16", "bfloat16": "bf16", "int4": "int4"}
+PRECISIONS = {"float32": "fp32", "float16": "fp16", "bfloat16": "bf16", "int8": "int8", "int4": "int4"}
 
 
 @command(
@@ -54,8 +54,15 @@ PRECISIONS = {"float32": "fp32", "float16": "fp16", "bfloat16": "bf16", "int4": 
     type=Dtype(list(PRECISIONS)),
     default="float32",
     show_default=True,
-    help="Of the weights. int4: blocks of 32, after merging; factors of switchable adapters stay in float.",
+    help="Of the weights. int4 (decoders): blocks of 32, after merging. int8 (encoders): onnxruntime's dynamic "
+    "quantisation. Factors of switchable adapters stay in float.",
 )
+@option(
+    "--pooling",
+    type=click.Choice(["mean", "cls", "max", "last", "none"]),
+    help="Export an encoder as a sentence encoder; from its modules.json when not given. none: hidden states alone.",
+)
+@option("--normalize", is_flag=True, help="With --pooling: sentence embeddings of length 1.")
 @option(
     "--device",
     type=DEVICE,
@@ -80,6 +87,8 @@ def export(
     output: Path | None,
     mode: str,
     dtype: str,
+    pooling: str | None,
+    normalize: bool,
     device: str,
     add: tuple[str, ...],
     base_folder: str | None,
@@ -92,7 +101,8 @@ def export(
     """Export BASE with its adapters to ONNX, for onnxruntime and onnxruntime-genai.
 
     Decoders: Llama, Mistral, Qwen2, Qwen3, Phi-3, Gemma 1 to 3, Granite, SmolLM3, GPT-2.
-    Classifiers: BERT, RoBERTa, DeBERTa-v2.
+    Encoders: BERT, RoBERTa, XLM-R, MPNet, DistilBERT, ModernBERT, DeBERTa-v2, as sentence encoders, masked
+    language models, classifiers of texts or tokens, and for answers in a text.
     An adapter without a name gets its folder's.
     """
     from adapter_merge.export.graph.adapter_source import parse_adapters
@@ -154,6 +164,8 @@ def export(
                 dry_run=dry_run,
                 recipe=recipe,
                 check=not no_check,
+                pooling=pooling,
+                normalize=normalize,
                 say=show,
             )
     if as_json:

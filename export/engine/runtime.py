@@ -105,6 +105,12 @@ def providers(device: str) -> list[tuple[str, dict[str, str]]]:
     return [("CUDAExecutionProvider", options), *cpu]
 
 
+def graph_file(folder: Path) -> Path:
+    """Return the graph of the export in `folder`: model.onnx, or an encoder's own in the folder onnx/."""
+    found = sorted((folder / "onnx").glob("model*.onnx"))
+    return found[0] if len(found) == 1 and not (folder / "model.onnx").is_file() else folder / "model.onnx"
+
+
 def check_external_data(model_file: Path) -> None:
     """Raise FileFormatError unless every external data file of `model_file` is there and long enough."""
     import onnx_ir as ir

@@ -13,6 +13,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from adapter_merge.export.engine.decoder_settings import decoder_settings
+from adapter_merge.export.engine.runtime import graph_file
+from adapter_merge.export.graph.encoder_task import is_body
+from adapter_merge.export.graph.pooling import Pooling
 from adapter_merge.export.graph.targets import Layout
 from adapter_merge.files.escaping import plain_text
 from adapter_merge.outputs.model_card import card
@@ -21,6 +24,7 @@ if TYPE_CHECKING:
     from .manifest import Manifest
 
 TASKS = {
+    "ForMaskedLM": "fill-mask",
     "ForSequenceClassification": "text-classification",
     "ForTokenClassification": "token-classification",
     "ForQuestionAnswering": "question-answering",
@@ -37,6 +41,7 @@ class Facts:
     manifest: Manifest
     layout: Layout
     settings: Mapping[str, Any]  # genai_config.json, or nothing
+    graph: str  # file, relative to the folder
 
     @property
     def adapter(self) -> str | None:
@@ -53,9 +58,9 @@ class Facts:
 
 def export_card(manifest: Manifest, layout: Layout, folder: Path) -> str:
     """Return the README.md of the export in `folder`."""
-    facts = Facts(manifest, layout, decoder_settings(folder))
+    facts = Facts(manifest, layout, decoder_settings(folder), graph_file(folder).relative_to(folder).as_posix())
     name = manifest.base_name
-    relation = "quantized" if manifest.precision == "int4" else "adapter" if manifest.adapters else "finetune"
+    relation = "quantized" if manifest.precision in ("int4", "int8") else "adapter" if manifest.adapters else "finetune"
     title = f"{name} for ONNX Runtime ({manifest.mode}, {manifest.precision})"
     extra: dict[str, Any] = dict(manifest.license)
     if manifest.parity:
@@ -71,6 +76,10 @@ def _pipeline(manifest: Manifest) -> str | None:
     if manifest.kind == "decoder":
         return "text-generation"
     name = str(manifest.options.get("class", ""))
+    if is_body(name):
+        return "sentence-similarity" if "pooling" in manifest.options else "feature-extraction"
+    if name.endswith("ForSequenceClassification") and manifest.options.get("labels") == 1:
+        return "text-ranking"
     return next((task for end, task in TASKS.items() if name.endswith(end)), None)
 
 
@@ -192,8 +201,10 @@ run.add_active_adapter(adapter)  # one; without it: the base
 
 
 def _encoder(facts: Facts) -> str:
-    before, run = ("", "")
-    if facts.adapter is not None:
+    before, run, feeds = "", "", ""
+    if facts.manifest.mode == "batched":
+        feeds = 'feeds["adapter_ids"] = np.array([1, 0])  # one number a row; 0 is the base\n'
+    elif facts.adapter is not None:
         before, run = _active(facts.adapter), ", run"
     return f"""import numpy as np
 import onnxruntime as ort
@@ -201,12 +212,12 @@ from transformers import AutoTokenizer
 
 options = ort.SessionOptions()
 options.log_severity_level = 3  # without a warning for every optional input
-session = ort.InferenceSession("model.onnx", options{PROVIDERS[facts.manifest.device]})
+session = ort.InferenceSession({json.dumps(facts.graph)}, options{PROVIDERS[facts.manifest.device]})
 tokenizer = AutoTokenizer.from_pretrained(".")
 {before}batch = tokenizer(["Hello, world", "A text of another length"], return_tensors="np", padding=True)
 zeros = np.zeros_like(batch["input_ids"])
 feeds = {{value.name: batch.get(value.name, zeros) for value in session.get_inputs()}}
-for value, result in zip(session.get_outputs(), session.run(None, feeds{run})):
+{feeds}for value, result in zip(session.get_outputs(), session.run(None, feeds{run})):
     print(value.name, result.tolist())"""
 
 
@@ -214,7 +225,7 @@ def _interface(facts: Facts) -> str:
     if facts.manifest.kind == "encoder":
         lines = [
             "- `input_ids`, `attention_mask`, and `token_type_ids` where the model has it: (batch, sequence), int64",
-            "- outputs: logits, float32",
+            "- outputs, float32: " + _answers(facts),
         ]
     else:
         lines = [
@@ -235,6 +246,16 @@ def _interface(facts: Facts) -> str:
     return "\n".join(["## Inputs and outputs", "", *lines])
 
 
+def _answers(facts: Facts) -> str:
+    options = facts.manifest.options
+    if not is_body(str(options.get("class", ""))):
+        return "logits"
+    if "pooling" not in options:
+        return "`last_hidden_state` (batch, sequence, width)"
+    pooling = Pooling(**options["pooling"])
+    return f"`last_hidden_state` (batch, sequence, width) and `sentence_embedding` (batch, width): {pooling}"
+
+
 def _traps(facts: Facts) -> str:
     manifest = facts.manifest
     lines = []
@@ -250,7 +271,11 @@ def _traps(facts: Facts) -> str:
             lines.append("- Switch between answers, not within one: the KV cache holds the other adapter's values.")
     if manifest.mode == "batched":
         lines += [
-            "- onnxruntime-genai cannot run this folder: it ignores `adapter_ids`.",
+            *(
+                ["- onnxruntime-genai cannot run this folder: it ignores `adapter_ids`."]
+                if manifest.kind == "decoder"
+                else []
+            ),
             "- A number that no adapter has ends the run with an error that says so.",
         ]
     if facts.window:
@@ -260,13 +285,13 @@ def _traps(facts: Facts) -> str:
         )
     elif manifest.kind == "decoder" and facts.settings:
         lines.append("- Padding belongs into the first call (the prompt); later calls are of one token a row.")
-    if manifest.precision == "int4" and manifest.adapters:
+    if manifest.precision in ("int4", "int8") and manifest.adapters:
         what = (
             "the merged weights are quantised"
             if manifest.mode == "merged"
             else "adapters stay in floating point over the quantised base, which is not merging and then quantising"
         )
-        lines.append(f"- int4: {what}.")
+        lines.append(f"- {manifest.precision}: {what}.")
     return "\n".join(["## Good to know", "", *lines]) if lines else ""
 
 

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from adapter_merge.errors import FileFormatError, InputError, MismatchError, Problem, raise_all
-from adapter_merge.export.engine.runtime import check_external_data
+from adapter_merge.export.engine.runtime import check_external_data, graph_file
 from adapter_merge.export.graph.targets import Layout, read_layout
 from adapter_merge.outputs import staging as output
 from adapter_merge.outputs.folder_content import SIGNATURE
@@ -41,14 +41,15 @@ def write_manifest(folder: Path, manifest: Manifest) -> None:
     text = export_card(manifest, folder_layout(folder), folder)
     _replace(folder / "README.md", lambda path: output.write_text(path, text))
     files = {}
-    for path in sorted(folder.iterdir()):
-        if not path.is_file() or path.name.startswith(".") or path.name in (file.name, SIGNATURE):
+    for path in sorted(folder.rglob("*")):
+        name = path.relative_to(folder).as_posix()
+        if not path.is_file() or path.name.startswith(".") or name in (file.name, SIGNATURE):
             continue
         stat = path.stat()
         entry = {"bytes": stat.st_size, "modified_ns": stat.st_mtime_ns}
-        old = before.get(path.name, {})
+        old = before.get(name, {})
         same = all(old.get(key) == entry[key] for key in entry)
-        files[path.name] = {**entry, "sha256": old["sha256"] if same else output.sha256(path)}
+        files[name] = {**entry, "sha256": old["sha256"] if same else output.sha256(path)}
     content = output.manifest(
         ARTEFACT,
         {
@@ -134,7 +135,7 @@ def save_graph(model: ir.Model, file: Path) -> None:
 
 def folder_layout(folder: Path) -> Layout:
     """Read the layout of the export in `folder` from the graph. Raises InputError or FileFormatError."""
-    file = folder / "model.onnx"
+    file = graph_file(folder)
     check_external_data(file)
     import onnx_ir as ir
 

@@ -26,6 +26,7 @@ from adapter_merge.combine.base_weights import check_whole_base, find_changed_we
 from adapter_merge.combine.open_inputs import AdapterInput, open_pair, parts_of
 from adapter_merge.combine.recipe import Recipe
 from adapter_merge.errors import InputError, ParityError
+from adapter_merge.outputs.folder_content import holds_graph
 from adapter_merge.outputs.staging import read_manifest
 from adapter_merge.quantisation.dense_view import open_base
 from adapter_merge.storage.checkpoint import CANDIDATES, read_json, resolve
@@ -206,7 +207,7 @@ def artefact_kind(folder: Path) -> str:
     Raises InputError for a folder of none of these kinds, or of several.
     """
     kinds = []
-    if any(folder.glob("*.onnx")):
+    if holds_graph(folder):
         kinds.append("onnx")
     if (folder / "delta.safetensors").is_file():
         kinds.append("deltas")

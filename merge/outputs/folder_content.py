@@ -10,6 +10,7 @@ from pathlib import Path, PurePosixPath
 
 from adapter_merge.errors import FileFormatError, Problem
 from adapter_merge.files.symlinks import is_hub_blob
+from adapter_merge.storage.checkpoint import CANDIDATES
 
 from .staging import MANIFEST
 
@@ -87,3 +88,10 @@ def list_content(folder: Path, expected: Mapping[str, str]) -> FolderContent:
 
 
 ADDED = "it was added after the output was written"
+
+
+def holds_graph(folder: Path) -> bool:
+    """Return True for the folder of an ONNX export: a graph in it, or in its onnx/ and no checkpoint beside."""
+    if any(folder.glob("*.onnx")):
+        return True
+    return any(folder.glob("onnx/*.onnx")) and not any((folder / name).is_file() for name in CANDIDATES)

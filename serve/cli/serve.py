@@ -14,6 +14,7 @@ from adapter_merge.cli.options.inputs import named_inputs
 from adapter_merge.cli.options.shared import dry_run_option, report_options
 from adapter_merge.cli.options.stated_settings import adapter_options, read_single_stated, read_stated, stated_arguments
 from adapter_merge.cli.options.values import SIZE, SOURCE
+from adapter_merge.outputs.folder_content import holds_graph
 from adapter_merge.serve.conversion.cache import DEFAULT_BYTES
 
 if TYPE_CHECKING:
@@ -150,7 +151,7 @@ def serve(
     adapter of any format that `inspect` knows; it is converted once and kept in a cache. A request selects its
     adapter by the model's name. An adapter without NAME gets its folder's name. Flags after -- are passed to vLLM.
     """
-    if (Path(base) / "model.onnx").is_file():
+    if holds_graph(Path(base)):
         _serve_export(ctx, Path(base), quiet)
         return
     from adapter_merge.serve.conversion.cache import Cache

@@ -174,8 +174,13 @@ def add_dcft(model: Any, adapter: Path, config: dict[str, Any]) -> None:
             weight += (delta.T * scale).float()
 
 
-def save_encoder(folder: Path, family: str, task: str = "SequenceClassification", seed: int = 0) -> Path:
-    """A pico BERT, RoBERTa or DeBERTa-v2 (as v3 is configured) with a head of three labels; one bias all zeros."""
+def save_encoder(
+    folder: Path, family: str, task: str = "SequenceClassification", seed: int = 0, labels: int = 3
+) -> Path:
+    """A pico encoder (DeBERTa-v2 as v3 is configured) with a head of three labels, one bias all zeros, or another task.
+
+    task "Model" is the body alone.
+    """
     import transformers as t
 
     options: dict[str, Any] = {
@@ -185,9 +190,15 @@ def save_encoder(folder: Path, family: str, task: str = "SequenceClassification"
         "num_hidden_layers": 2,
         "num_attention_heads": 4,
         "max_position_embeddings": 140,
-        "num_labels": 2 if task == "QuestionAnswering" else 3,
+        "num_labels": 2 if task == "QuestionAnswering" else labels,
     }
-    if family == "roberta":
+    if family == "distilbert":
+        sizes = {"dim": 64, "hidden_dim": 96, "n_layers": 2, "n_heads": 4}
+        options = {key: options[key] for key in ("vocab_size", "max_position_embeddings", "num_labels")} | sizes
+    if family == "modernbert":
+        options |= {"pad_token_id": 1, "bos_token_id": 2, "eos_token_id": 3, "cls_token_id": 2, "sep_token_id": 3}
+        options |= {"local_attention": 16, "global_attn_every_n_layers": 2}
+    if family in ("roberta", "xlm-roberta"):
         options["type_vocab_size"] = 1
     if family == "deberta-v2":
         options |= {
@@ -200,8 +211,17 @@ def save_encoder(folder: Path, family: str, task: str = "SequenceClassification"
             "type_vocab_size": 0,
             "max_relative_positions": -1,
         }
-    prefix = {"bert": "Bert", "roberta": "Roberta", "deberta-v2": "DebertaV2"}[family]
-    model = getattr(t, f"{prefix}For{task}")(getattr(t, f"{prefix}Config")(**options))
+    prefix = {
+        "bert": "Bert",
+        "roberta": "Roberta",
+        "xlm-roberta": "XLMRoberta",
+        "mpnet": "MPNet",
+        "distilbert": "DistilBert",
+        "modernbert": "ModernBert",
+        "deberta-v2": "DebertaV2",
+    }[family]
+    name = prefix + (task if task == "Model" else f"For{task}")
+    model = getattr(t, name)(getattr(t, f"{prefix}Config")(**options))
     _enliven(model, seed)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
@@ -242,13 +262,14 @@ def _enliven(model: Any, seed: int) -> None:
 
 
 def save_encoder_adapter(base: Path, folder: Path, seed: int, **options: Any) -> Path:
-    """A PEFT adapter on every attention and feed-forward linear of an encoder, with a trained head."""
+    """A PEFT adapter on every attention and feed-forward linear of an encoder, with a trained head where it has one."""
+    import transformers
     from peft import LoraConfig, get_peft_model
-    from transformers import AutoModelForSequenceClassification
 
     torch.manual_seed(seed)
-    model = AutoModelForSequenceClassification.from_pretrained(base)
-    linear = r".*layer\.\d+\..*(query|key|value|query_proj|key_proj|value_proj|dense)"
+    (architecture,) = json.loads((base / "config.json").read_text())["architectures"]
+    model = getattr(transformers, architecture).from_pretrained(base)
+    linear = rf".*layers?\.\d+\..*({'|'.join(ENCODER_LINEARS)})"
     settings = {"r": 4, "lora_alpha": 8, "target_modules": linear, "task_type": "SEQ_CLS", **options}
     model = get_peft_model(model, LoraConfig(**settings))
     with torch.no_grad():
@@ -310,4 +331,8 @@ def _attentions(state: dict[str, Any]) -> list[str]:
     return [name.removesuffix("query_proj.weight") for name in state if name.endswith("query_proj.weight")]
 
 
+ENCODER_LINEARS = (
+    *("query", "key", "value", "query_proj", "key_proj", "value_proj", "dense"),
+    *("q", "k", "v", "o", "q_lin", "k_lin", "v_lin", "out_lin", "lin1", "lin2", "Wqkv", "Wo", "Wi"),
+)  # fmt: skip
 DCFT_MODULES = ("query", "key", "value", "query_proj", "key_proj", "value_proj", "dense")

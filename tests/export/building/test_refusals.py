@@ -123,3 +123,23 @@ def test_the_first_cause_of_a_chain() -> None:
         outer()
     assert first_cause(caught.value) == "RuntimeError: shape '[3]' is invalid for input of size 2"
     assert first_cause(ZeroDivisionError("division by zero")).startswith("division by zero: a size")
+
+
+@pytest.mark.parametrize(("kind", "size"), [("llama", 24), ("qwen3", 20)])
+def test_heads_that_onnxruntime_does_not_run(kind: str, size: int, tmp_path: Path) -> None:
+    base = save_pico(tmp_path / "base", kind, head_dim=size)
+    with pytest.raises(UnsupportedError, match=f"heads of {size} numbers") as caught:
+        export_model(base, {}, tmp_path / "out")
+    assert caught.value.problems[0].expected == "a multiple of 16"
+
+
+@pytest.mark.parametrize(
+    ("architecture", "named"),
+    [("Qwen3MoeForCausalLM", "Qwen2ForCausalLM, Qwen3ForCausalLM"), ("MambaForCausalLM", "another model")],
+)
+def test_a_refusal_names_what_is_near(base: Path, tmp_path: Path, architecture: str, named: str) -> None:
+    change(base, architectures=[architecture])
+    with pytest.raises(UnsupportedError) as caught:
+        export_model(base, {}, tmp_path / "out")
+    expected = str(caught.value.problems[0].expected)
+    assert expected.startswith(named) and "Gemma" not in expected
