@@ -49,6 +49,7 @@ def main() -> None:
 
     folder = Path(job["output"])
     ir.save(program.model, folder / "model.onnx", external_data="model.onnx.data", size_threshold_bytes=1024)
+    config.architectures = [job["class"]]  # of what is exported, which may be the body of the checkpoint's own class
     config.save_pretrained(folder)
 
 

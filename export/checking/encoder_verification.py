@@ -13,7 +13,7 @@ from adapter_merge.combine.open_inputs import open_pair
 from adapter_merge.errors import UnsupportedError
 from adapter_merge.export.engine.classifying import Classifier
 from adapter_merge.export.folder.manifest import Manifest
-from adapter_merge.export.graph.encoder_task import MASKED, is_body
+from adapter_merge.export.graph.encoder_task import BODY, FAMILIES, MASKED, is_body
 from adapter_merge.formats.stated_settings import ReadOptions
 from adapter_merge.quantisation.dense_view import open_base
 from adapter_merge.storage.checkpoint import Checkpoint
@@ -113,8 +113,7 @@ def _pooled(hidden: Any, mask: Any, pooling: Mapping[str, Any]) -> Any:
 
 def has_body(checkpoint: Checkpoint, name_of_class: str) -> bool:
     """Return True when the checkpoint holds the weights of the class: its own, its body's, or its pretraining's."""
-    own = (checkpoint.config.get("architectures") or [""])[0]
-    return own == name_of_class or is_body(name_of_class) or name_of_class.endswith(MASKED)
+    return _own_class(checkpoint) == name_of_class or is_body(name_of_class) or name_of_class.endswith(MASKED)
 
 
 def check_encoder(
@@ -146,37 +145,95 @@ def live_answers(
     Where the base has no head, the adapter's own is put on the base's body, as PEFT does when it trains one; where the
     export has none, the base's is left out.
     """
-    from adapter_merge.verification.live_adapter import load_model
-    from adapter_merge.verification.live_model import trained_model
-
     name_of_class = manifest.options["class"]
     checkpoint = open_base(base)
-    own = (checkpoint.config.get("architectures") or [""])[0] == name_of_class
-    if not own and (isinstance(bound, CombinedBound) or (bound is None and not has_body(checkpoint, name_of_class))):
+    if isinstance(bound, CombinedBound):  # its live model is of the base's own class
+        comparable = is_body(name_of_class) or _own_class(checkpoint) == name_of_class
+    else:
+        comparable = bound is not None or has_body(checkpoint, name_of_class)
+    if not comparable:
         raise UnsupportedError(
             f"{base}: is no {name_of_class}, so that there is no live model to hold the export against",
             hint="a base whose config names the class of the task, or --no-check",
         )
     with tempfile.TemporaryDirectory(prefix="adapter-merge-live-") as temporary:
-        folder = base
-        if not own:
-            folder = _with_class(base, Path(temporary), name_of_class, bound)
-            bound = None if bound is None else open_pair(folder, bound.adapter.folder, bound.base_kind, options)
-        model: Any = load_model(folder).float() if bound is None else trained_model(bound)
-        bare = model
-        if bound is not None and has_body(checkpoint, name_of_class):
-            bare = load_model(folder).float()
-        if type(_inner(model)).__name__ != name_of_class:
-            raise UnsupportedError(f"{base}: the live model is a {type(_inner(model)).__name__}, not a {name_of_class}")
+        model, bare = _models(checkpoint, bound, name_of_class, Path(temporary), options)
         return compared(classifier, adapter, model, bare, manifest)
 
 
-def _with_class(base: Path, folder: Path, name_of_class: str, bound: Any) -> Path:
-    """Fill `folder` with links to the files of `base` and a config.json of the class whose head `bound` brings."""
-    for file in base.iterdir():
+def _models(
+    checkpoint: Checkpoint, bound: Any, name_of_class: str, work: Path, options: ReadOptions | None
+) -> tuple[Any, Any]:
+    """Return the live model of `bound` and the base's, both of the class, in float32; `work` takes links to the base.
+
+    PEFT finds an adapter's layers by name: an adapter of a model with a head goes into that model, one of the body
+    into the body, whichever of the two is exported. The body of the first is then what its class computes with; the
+    body of the second takes its place in the model with the head.
+    """
+    from adapter_merge.verification.live_adapter import load_model
+    from adapter_merge.verification.live_model import trained_model
+
+    exported = _with_class(checkpoint, work, name_of_class, bound)
+    if bound is None or has_body(checkpoint, name_of_class):
+        bare: Any = load_model(exported).float()
+        if bound is None:
+            return bare, bare
+    trained = _trained_class(checkpoint, bound, name_of_class)
+    folder = _with_class(checkpoint, work, trained, bound)
+    if folder != checkpoint.folder:
+        bound = open_pair(folder, bound.adapter.folder, bound.base_kind, options)
+    model: Any = trained_model(bound)
+    inner = model.get_base_model() if hasattr(model, "get_base_model") else model
+    if type(inner).__name__ != trained:
+        raise UnsupportedError(f"{checkpoint.folder}: the live model is a {type(inner).__name__}, not a {trained}")
+    if trained != name_of_class and is_body(name_of_class):
+        model = inner.base_model
+    elif trained != name_of_class:
+        model = load_model(exported).float()
+        setattr(model, model.base_model_prefix, inner)
+    return model, bare if has_body(checkpoint, name_of_class) else model
+
+
+def _own_class(checkpoint: Checkpoint) -> str:
+    return str((checkpoint.config.get("architectures") or [""])[0])
+
+
+def _trained_class(checkpoint: Checkpoint, bound: Any, name_of_class: str) -> str:
+    """Return the class whose modules an adapter names: the body, or one with a head."""
+    import torch
+
+    from adapter_merge.verification.live_adapter import model_config
+    from adapter_merge.verification.streamed_model import skeleton
+
+    own = _own_class(checkpoint)
+    if isinstance(bound, CombinedBound):  # its names are the checkpoint's
+        return own
+    config = model_config(checkpoint.folder)
+    config.architectures = [FAMILIES[config.model_type] + BODY]
+    paths = {path for path, _ in skeleton(config, torch.float32).named_modules()}
+    modules = [module.name for module in bound.adapter.modules]
+    if modules and paths.issuperset(modules):
+        return str(config.architectures[0])
+    if not is_body(name_of_class):
+        return name_of_class
+    return FAMILIES[config.model_type] + MASKED if is_body(own) else own
+
+
+def _with_class(checkpoint: Checkpoint, work: Path, name_of_class: str, bound: Any) -> Path:
+    """Return a folder with the base's files whose config.json names the class: the base's own, or links in `work`.
+
+    The config has as many labels as the head that `bound` brings.
+    """
+    if _own_class(checkpoint) == name_of_class:
+        return checkpoint.folder
+    folder = work / name_of_class
+    if folder.exists():
+        return folder
+    folder.mkdir()
+    for file in checkpoint.folder.iterdir():
         if file.name != "config.json":
             (folder / file.name).symlink_to(file.resolve())
-    config = {**open_base(base).config, "architectures": [name_of_class]}
+    config = {**checkpoint.config, "architectures": [name_of_class]}
     replaced = {} if bound is None else bound.replacements
     shapes = [ref.shape for name, ref in replaced.items() if name.endswith(HEADS)]
     if shapes and not is_body(name_of_class) and not name_of_class.endswith("QuestionAnswering"):
@@ -187,8 +244,3 @@ def _with_class(base: Path, folder: Path, name_of_class: str, bound: Any) -> Pat
         }
     (folder / "config.json").write_text(json.dumps(config), encoding="utf-8")
     return folder
-
-
-def _inner(model: Any) -> Any:
-    """Return the transformers model inside PEFT's wrapper."""
-    return model.get_base_model() if hasattr(model, "get_base_model") else model

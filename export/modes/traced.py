@@ -153,6 +153,15 @@ def check_task(request: Request, factors: Mapping[str, Factors], traced: Traced)
         )
     if request.mode == "batched" and request.precision == "int8":
         problems.append(Problem("int8 is for merged and switchable encoders", "fp32 or fp16 with --mode batched"))
+    if request.mode == "batched":
+        problems += [
+            Problem(
+                f"{value.source}: replaces {name}, which a batched export cannot switch",
+                hint="export with --mode merged or switchable",
+            )
+            for value in factors.values()
+            for name in value.replacements
+        ]
     if is_body(traced.name_of_class):
         problems += [
             Problem(

@@ -166,15 +166,24 @@ def _in_peft(model: nn.Module, folder: Path, base_kind: str) -> nn.Module:
 def _without_untrained(live: nn.Module, folder: Path) -> nn.Module:
     """Return the model without the adapter in layers that the config names and the file has no tensors of.
 
-    PEFT starts their B at zero, so that they change nothing; loaded without memory, theirs is never set.
+    PEFT starts their B at zero, so that they change nothing; loaded without memory, theirs is never set. Raises
+    UnsupportedError where that would leave none: an adapter of a model with other module paths, which PEFT passes over.
     """
     from peft.tuners.lora import LoraLayer
 
     weights = find_weights(folder)
     held = [] if weights is None else [ref.name for ref in read_weights(weights).tensors]
-    for path, layer in live.named_modules():
-        if isinstance(layer, LoraLayer) and not any(name.startswith(f"{path}.") for name in held):
-            layer.delete_adapter("default")
+    layers = {path: layer for path, layer in live.named_modules() if isinstance(layer, LoraLayer)}
+    untrained = [path for path in layers if not any(name.startswith(f"{path}.") for name in held)]
+    if layers and len(untrained) == len(layers):
+        raise UnsupportedError(
+            f"{folder}: its tensors belong to no layer of {type(live.get_base_model()).__name__}",  # type: ignore[operator]
+            expected=f"names like {untrained[0]}",
+            got=next(iter(held), "no tensors"),
+            hint="a base whose config names the class that the adapter was trained on",
+        )
+    for path in untrained:
+        layers[path].delete_adapter("default")  # type: ignore[operator]
     return live
 
 

@@ -175,7 +175,7 @@ def add_dcft(model: Any, adapter: Path, config: dict[str, Any]) -> None:
 
 
 def save_encoder(
-    folder: Path, family: str, task: str = "SequenceClassification", seed: int = 0, labels: int = 3
+    folder: Path, family: str, task: str = "SequenceClassification", seed: int = 0, labels: int = 3, layers: int = 2
 ) -> Path:
     """A pico encoder (DeBERTa-v2 as v3 is configured) with a head of three labels, one bias all zeros, or another task.
 
@@ -187,13 +187,13 @@ def save_encoder(
         "vocab_size": VOCABULARY,
         "hidden_size": 64,
         "intermediate_size": 96,
-        "num_hidden_layers": 2,
+        "num_hidden_layers": layers,
         "num_attention_heads": 4,
         "max_position_embeddings": 140,
         "num_labels": 2 if task == "QuestionAnswering" else labels,
     }
     if family == "distilbert":
-        sizes = {"dim": 64, "hidden_dim": 96, "n_layers": 2, "n_heads": 4}
+        sizes = {"dim": 64, "hidden_dim": 96, "n_layers": layers, "n_heads": 4}
         options = {key: options[key] for key in ("vocab_size", "max_position_embeddings", "num_labels")} | sizes
     if family == "modernbert":
         options |= {"pad_token_id": 1, "bos_token_id": 2, "eos_token_id": 3, "cls_token_id": 2, "sep_token_id": 3}
@@ -232,7 +232,7 @@ def save_encoder(
     return folder
 
 
-def save_gpt2(folder: Path, seed: int = 0) -> Path:
+def save_gpt2(folder: Path, seed: int = 0, layers: int = 2) -> Path:
     """A pico GPT-2: Conv1D weights are (in, out)."""
     from transformers import GPT2Config, GPT2LMHeadModel
 
@@ -240,7 +240,7 @@ def save_gpt2(folder: Path, seed: int = 0) -> Path:
         GPT2Config(
             vocab_size=VOCABULARY,
             n_embd=64,
-            n_layer=2,
+            n_layer=layers,
             n_head=4,
             n_positions=128,
             bos_token_id=256,
@@ -261,14 +261,17 @@ def _enliven(model: Any, seed: int) -> None:
             parameter.add_(torch.randn(parameter.shape, generator=generator) * scale)
 
 
-def save_encoder_adapter(base: Path, folder: Path, seed: int, **options: Any) -> Path:
-    """A PEFT adapter on every attention and feed-forward linear of an encoder, with a trained head where it has one."""
+def save_encoder_adapter(base: Path, folder: Path, seed: int, trained_as: str | None = None, **options: Any) -> Path:
+    """A PEFT adapter on every attention and feed-forward linear of an encoder, with a trained head where it has one.
+
+    trained_as: another class of transformers than the base's own.
+    """
     import transformers
     from peft import LoraConfig, get_peft_model
 
     torch.manual_seed(seed)
-    (architecture,) = json.loads((base / "config.json").read_text())["architectures"]
-    model = getattr(transformers, architecture).from_pretrained(base)
+    (own,) = json.loads((base / "config.json").read_text())["architectures"]
+    model = getattr(transformers, trained_as or own).from_pretrained(base)
     linear = rf".*layers?\.\d+\..*({'|'.join(ENCODER_LINEARS)})"
     settings = {"r": 4, "lora_alpha": 8, "target_modules": linear, "task_type": "SEQ_CLS", **options}
     model = get_peft_model(model, LoraConfig(**settings))
