@@ -173,13 +173,13 @@ def _models(
     from adapter_merge.verification.live_adapter import load_model
     from adapter_merge.verification.live_model import trained_model
 
-    exported = _with_class(checkpoint, work, name_of_class, bound)
+    exported = class_folder(checkpoint, work, name_of_class, bound)
     if bound is None or has_body(checkpoint, name_of_class):
         bare: Any = load_model(exported).float()
         if bound is None:
             return bare, bare
     trained = _trained_class(checkpoint, bound, name_of_class)
-    folder = _with_class(checkpoint, work, trained, bound)
+    folder = class_folder(checkpoint, work, trained, bound)
     if folder != checkpoint.folder:
         bound = open_pair(folder, bound.adapter.folder, bound.base_kind, options)
     model: Any = trained_model(bound)
@@ -219,7 +219,7 @@ def _trained_class(checkpoint: Checkpoint, bound: Any, name_of_class: str) -> st
     return FAMILIES[config.model_type] + MASKED if is_body(own) else own
 
 
-def _with_class(checkpoint: Checkpoint, work: Path, name_of_class: str, bound: Any) -> Path:
+def class_folder(checkpoint: Checkpoint, work: Path, name_of_class: str, bound: Any) -> Path:
     """Return a folder with the base's files whose config.json names the class: the base's own, or links in `work`.
 
     The config has as many labels as the head that `bound` brings.

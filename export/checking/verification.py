@@ -1,5 +1,6 @@
 """Parity of an ONNX export with the adapters as trained: logits computed with the KV cache.
 
+The weights of what torch.onnx traced (encoders, GPT-2) are compared as well, see traced_proof.py.
 Every text runs through torch at once, with the adapter live and unmerged (PEFT, or the method's own forward),
 and through the export as a server would: the prompt in one step, then token by token. Compared are all logits of
 both phases, and the greedy choice at every position.
@@ -7,7 +8,7 @@ both phases, and the greedy choice at every position.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,7 @@ from adapter_merge.formats.stated_settings import ReadOptions
 from adapter_merge.verification.key_value_cache import cache_argument, cache_of
 
 from .encoder_verification import verify_encoder
+from .traced_proof import is_traced, verify_traced_weights
 from .verdict import BARS, TOKENS, check_base, find_adapter, header, reference_model, sample_tokens, verdict
 
 PROMPT = 96  # of them in prefill
@@ -61,9 +63,9 @@ def verify_onnx(
     if manifest.kind != "decoder":
         if prompts:
             raise InputError(f"{folder}: a classifier is compared on token ids", hint="leave --prompt out")
-        return verify_encoder(
-            base, adapter, folder, manifest, name=name, device=device, bar=bar, base_kind=base_kind, options=options
-        )
+        stated: dict[str, Any] = {"name": name, "base_kind": base_kind, "options": options}
+        report = verify_encoder(base, adapter, folder, manifest, device=device, bar=bar, **stated)
+        return with_weights(report, verify_traced_weights(base, adapter, folder, manifest, **stated))
     from adapter_merge.quantisation.dense_view import open_base
 
     checkpoint = open_base(base)
@@ -85,13 +87,26 @@ def verify_onnx(
     got = [onnx_logits(decoder, held_name, ids, prompt) for ids, prompt in texts]
     prefill = sum(prompt for _, prompt in texts)
     positions = sum(len(ids) for ids, _ in texts)
-    return {
+    report = {
         **header(folder, manifest, chosen, adapter),
         "tokens": positions,
         "prefill_tokens": prefill,
         "decode_tokens": positions - prefill,
         **verdict(expected, got, plain, BARS.get(manifest.precision, 0.0) if bar is None else bar),
     }
+    if not is_traced(manifest):
+        return report
+    return with_weights(
+        report,
+        verify_traced_weights(base, adapter, folder, manifest, name=name, base_kind=base_kind, options=options),
+    )
+
+
+def with_weights(report: dict[str, Any], weights: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the report of logits with the figures and the problems of a comparison of weights."""
+    problems = [*report["problems"], *weights["problems"]]
+    compared = {key: weights[key] for key in ("layers", "compared", "notes")}
+    return {**report, **compared, "problems": problems, "passed": not problems}
 
 
 def token_lists(

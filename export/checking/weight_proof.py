@@ -1,5 +1,7 @@
 """Comparison of an export's weights with the adapter as trained, one by one; no model is run.
 
+Exports of the model builder here, traced ones in traced_proof.py.
+
 products    the matrix of every product against the linears of the checkpoint that it computes: the method's formula in
             float64 where an adapter is merged into it, the base's values elsewhere; of quantised matrices, whether each
             code is the nearest one to these values for its scale (packed_products.py)
@@ -14,7 +16,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Collection, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -26,9 +28,7 @@ from adapter_merge.combine.open_inputs import open_pair
 from adapter_merge.errors import InputError
 from adapter_merge.export.engine.runtime import check_packages
 from adapter_merge.export.folder.contents import read_export
-from adapter_merge.export.folder.manifest import Manifest
-from adapter_merge.export.graph.adapter_file import SUFFIX, load_tensors
-from adapter_merge.export.graph.targets import Layout, Target, decoder_targets, read_layout
+from adapter_merge.export.graph.targets import Target, decoder_targets, read_layout
 from adapter_merge.formats.stated_settings import ReadOptions
 from adapter_merge.quantisation.dense_view import open_base
 from adapter_merge.storage.checkpoint import Checkpoint
@@ -36,7 +36,9 @@ from adapter_merge.storage.tensor_io import read_tensor
 from adapter_merge.verification.compare_weights import WEIGHT_TOLERANCE, Progress, WeightFigures
 from adapter_merge.verification.whole_formulas import modules_by_tensor, whole_weight
 
+from .held_adapter import HeldFactors, held_adapter, tensor_of
 from .packed_products import PackedRows, is_packed, product_name, read_packed
+from .traced_proof import is_traced, verify_traced_weights
 from .verdict import find_adapter, header
 
 if TYPE_CHECKING:
@@ -46,21 +48,6 @@ DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16, 
 HEAD, EMBEDDINGS = "lm_head.weight", "model.embed_tokens.weight"
 FACTOR_ROUNDINGS = 4  # A, B and the scale are rounded once each; their product may be off by as many ulp
 OFFSET_NORMS = ("gemma",)  # families whose norms multiply by 1 + weight: the builder stores the sum
-
-
-@dataclass(frozen=True)
-class _Factors:
-    """An adapter's tensors for one target: W' = (W0 + (A B)^T) * s by rows."""
-
-    down: Tensor  # A (k, R)
-    up: Tensor  # B (R, n)
-    scale: Tensor | None  # s (n,)
-
-    def apply(self, weight: Tensor, start: int) -> Tensor:
-        """Return W' (size, k) of the rows that begin at column `start` of the target."""
-        rows = slice(start, start + weight.shape[0])
-        changed = weight + (self.down @ self.up[:, rows]).T
-        return changed if self.scale is None else changed * self.scale[rows, None]
 
 
 def verify_weights(
@@ -73,32 +60,29 @@ def verify_weights(
     options: ReadOptions | None = None,
     progress: Progress | None = None,
 ) -> dict[str, Any]:
-    """Compare every weight of the decoder export in `artefact` with `adapter` on `base` (None: with the base alone).
+    """Compare every weight of the export in `artefact` with `adapter` on `base` (None: with the base alone).
 
     Takes and returns what `verification.verify_onnx` does, without logits: "layers" (relative error of dW by weight),
     "compared" (their number, the base's own tensors included), "notes" (initialisers that no tensor of the base
     belongs to), "problems" and "passed".
-
-    Raises InputError for an encoder: torch's tracer folds and renames its matrices, so that a graph does not say which
-    linear a matrix belongs to.
     """
     folder = Path(artefact)
     check_packages("onnx_ir")
     manifest = read_export(folder)
-    if manifest.kind != "decoder" or manifest.precision not in DTYPES:
-        raise InputError(
-            f"{folder}: the weights of this export are not compared one by one",
-            expected="a decoder of the model builder: a traced graph does not say which linear a matrix belongs to",
-            got=f"{manifest.kind}, {manifest.precision}",
-            hint="leave --weights-only out: logits prove it",
+    if is_traced(manifest):
+        check_packages("onnx_ir", "transformers")
+        return verify_traced_weights(
+            base, adapter, folder, manifest, name=name, base_kind=base_kind, options=options, progress=progress
         )
+    if manifest.precision not in DTYPES:
+        raise InputError(f"{folder}: cannot compare {manifest.precision} weights", expected=", ".join(DTYPES))
     bound = open_pair(base, adapter, base_kind, options) if adapter is not None else None
     checkpoint = bound.base if bound is not None else open_base(base)
     chosen = find_adapter(folder, manifest.adapters, adapter, name, manifest.mode)
     model, graph = _open(folder)
     layout = read_layout(model.metadata_props, str(folder / "model.onnx"))
     held = {name for one in layout.targets for name in (one.down_name, one.up_name, one.scale_name)}
-    factors, heads = _adapter(folder, manifest, layout, chosen, graph)
+    factors, heads = held_adapter(folder, manifest, layout, chosen, graph)
     kept = torch.float16 if manifest.precision == "int4" and manifest.device == "cuda" else DTYPES[manifest.precision]
     proof = _Proof(checkpoint, bound, kept, graph, factors, heads, held, progress)
     proof.run(_all_nodes(model.graph))
@@ -123,7 +107,7 @@ class _Proof:
         bound: BoundAdapter | None,
         kept: torch.dtype,
         graph: Mapping[str, ir.Value],
-        factors: Mapping[str, _Factors] | None,  # by target; None: merged into the products
+        factors: Mapping[str, HeldFactors] | None,  # by target; None: merged into the products
         heads: Mapping[str, Tensor],  # what a switchable adapter replaces, by the checkpoint's names
         held: Collection[str],  # initialisers that hold the adapters of a batched export
         progress: Progress | None,
@@ -308,7 +292,7 @@ class _Proof:
 
     def _read(self, name: str) -> Tensor:
         self._used.add(name)
-        return _tensor(self.graph[name])
+        return tensor_of(self.graph[name])
 
 
 def _name(node: ir.Node) -> str:
@@ -329,43 +313,3 @@ def _all_nodes(graph: ir.Graph) -> list[ir.Node]:
     import onnx_ir as ir
 
     return list(ir.traversal.RecursiveGraphIterator(graph))
-
-
-def _tensor(value: ir.Value) -> Tensor:
-    """Return an initialiser in its own dtype."""
-    assert value.const_value is not None
-    array = value.const_value.numpy()
-    if array.dtype.name == "bfloat16":
-        return torch.from_numpy(array.view("uint16").copy()).view(torch.bfloat16)
-    return torch.from_numpy(array.copy())
-
-
-def _adapter(
-    folder: Path, manifest: Manifest, layout: Layout, chosen: str | None, graph: Mapping[str, ir.Value]
-) -> tuple[dict[str, _Factors] | None, dict[str, Tensor]]:
-    """Return the chosen adapter's factors by target (None in a merged export), and the heads that it replaces."""
-    if manifest.mode == "merged":
-        return None, {}
-    if chosen is None:
-        return {}, {}
-    if manifest.mode == "switchable":
-        held = {
-            name: torch.from_numpy(value.numpy().copy())
-            for name, value in load_tensors(folder / f"{chosen}{SUFFIX}", layout).items()
-        }
-        heads = {tensor: held[name] for tensor, name in layout.heads.items() if name in held}
-    else:
-        slot = int(manifest.adapters[chosen]["id"])
-        names = {name for one in layout.targets for name in (one.down_name, one.up_name, one.scale_name)}
-        held = {name: _tensor(graph[name])[slot] for name in names if name in graph}
-        heads = {}
-    factors = {}
-    for target in layout.targets:
-        scale = held.get(target.scale_name)
-        if target.down_name in held or scale is not None:
-            factors[target.name] = _Factors(
-                held.get(target.down_name, torch.zeros(target.k, 0)).double(),
-                held.get(target.up_name, torch.zeros(0, target.n)).double(),
-                None if scale is None else scale.reshape(-1).double(),
-            )
-    return factors, heads

@@ -50,10 +50,29 @@ from .whole_formulas import modules_by_tensor, whole_weight
 BUILT_FROM_WEIGHTS = ("LN_TUNING", "OSF", "PSOFT")
 
 
+def base_parts(base: Checkpoint, dtype: torch.dtype) -> PartLoader:
+    """Return a loader of the weights that `base` holds."""
+    return _loader(model_config(base.folder), base, dtype)
+
+
+def formula_parts(bound: BoundAdapter, dtype: torch.dtype) -> PartLoader:
+    """Return a loader of the base's weights with the adapter in them, computed by its formula when they are loaded."""
+    config = model_config(bound.base.folder)
+    _set(config, bound.config_changes)
+    sources = file_sources({**bound.copies, **bound.replacements}, dtype)
+    for name, items in modules_by_tensor(bound).items():
+        shape = stored_weight(items[0], bound.base).shape
+        sources[name] = lambda items=items, shape=shape: whole_weight(items)[1].reshape(shape).to(dtype)  # type: ignore[misc]
+    return _loader(config, bound.base, dtype, sources)
+
+
 def streamed_base(base: Checkpoint, dtype: torch.dtype) -> StreamedModel:
     """Return the model that `base` holds."""
-    config = model_config(base.folder)
-    return StreamedModel(with_placeholders(skeleton(config, dtype)), _loader(config, base, dtype))
+    return _streamed(base_parts(base, dtype), dtype)
+
+
+def _streamed(loader: PartLoader, dtype: torch.dtype) -> StreamedModel:
+    return StreamedModel(with_placeholders(skeleton(loader.config, dtype)), loader)
 
 
 def streamed_trained(bound: BoundAdapter, dtype: torch.dtype) -> StreamedModel:
@@ -89,13 +108,7 @@ def streamed_combination(bound: CombinedBound, dtype: torch.dtype) -> StreamedMo
 
     A combination has no live form: that each adapter's live layers compute its formula is shown apart (live_probes.py).
     """
-    config = model_config(bound.base.folder)
-    _set(config, bound.config_changes)
-    sources = file_sources({**bound.copies, **bound.replacements}, dtype)
-    for name, items in modules_by_tensor(bound).items():
-        shape = stored_weight(items[0], bound.base).shape
-        sources[name] = lambda items=items, shape=shape: whole_weight(items)[1].reshape(shape).to(dtype)  # type: ignore[misc]
-    return StreamedModel(with_placeholders(skeleton(config, dtype)), _loader(config, bound.base, dtype, sources))
+    return _streamed(formula_parts(bound, dtype), dtype)
 
 
 def streamed_artefact(bound: BoundAdapter, folder: Path, kind: str, dtype: torch.dtype) -> StreamedModel:
@@ -175,15 +188,16 @@ def _without_untrained(live: nn.Module, folder: Path) -> nn.Module:
     held = [] if weights is None else [ref.name for ref in read_weights(weights).tensors]
     layers = {path: layer for path, layer in live.named_modules() if isinstance(layer, LoraLayer)}
     untrained = [path for path in layers if not any(name.startswith(f"{path}.") for name in held)]
-    if layers and len(untrained) == len(layers):
+    factors = [name for name in held if ".lora_" in name]
+    if layers and factors and len(untrained) == len(layers):
         raise UnsupportedError(
             f"{folder}: its tensors belong to no layer of {type(live.get_base_model()).__name__}",  # type: ignore[operator]
             expected=f"names like {untrained[0]}",
-            got=next(iter(held), "no tensors"),
+            got=factors[0],
             hint="a base whose config names the class that the adapter was trained on",
         )
     for path in untrained:
-        layers[path].delete_adapter("default")  # type: ignore[operator]
+        layers[path].delete_adapter("default")
     return live
 
 

@@ -82,6 +82,7 @@ class PartLoader:
         from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
 
         self.model = cast(Any, skeleton(config, dtype))
+        self.config = config
         self.sources = sources
         self.dtype = dtype
         self.parts = _parts(self.model)

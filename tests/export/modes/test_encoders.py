@@ -15,6 +15,7 @@ pytest.importorskip("onnxruntime")
 
 import onnxruntime as ort
 
+from adapter_merge.combine.open_inputs import open_pair
 from adapter_merge.errors import InputError, UnsupportedError
 from adapter_merge.export.adding import add_adapters
 from adapter_merge.export.checking.verification import verify_onnx
@@ -22,6 +23,7 @@ from adapter_merge.export.engine.classifying import Classifier
 from adapter_merge.export.engine.running import Decoder, run_all
 from adapter_merge.export.exporting import export_model
 from adapter_merge.export.folder.contents import read_export
+from adapter_merge.verification.live_model import trained_model
 
 pytestmark = pytest.mark.onnx
 BAR = 1e-4
@@ -157,6 +159,8 @@ def test_masked_language_model(tmp_path: Path) -> None:
         assert report["passed"] and report["logits"]["effect"] > 0.5
         other = "body" if name == "whole" else "whole"
         assert not verify_onnx(base, folder, tmp_path / "out", name=other)["passed"]
+    with pytest.raises(UnsupportedError, match="belong to no layer of RobertaForMaskedLM"):  # and not the base
+        trained_model(open_pair(base, body))
 
 
 @pytest.mark.slow
