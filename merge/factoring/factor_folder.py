@@ -30,6 +30,7 @@ from .supported import SINGLE_EXPERT
 from .weight_factors import Factored
 
 ROW_SCALES = "row_scale.safetensors"
+NARROWING = ("exclude_modules", "layers_to_transform", "layers_pattern")  # settings that leave out some of the targets
 
 
 @dataclass(frozen=True, eq=False)
@@ -143,12 +144,13 @@ def write_factors(
         for item in factored
     ]
     targets, task = opened.config.get("target_modules"), opened.config.get("task_type")
+    narrowed = any(opened.config.get(key) not in (None, [], "") for key in NARROWING)
     parameters = opened.config.get("target_parameters") if experts else None
     settings = FolderConfig(
         opened.base_name,
         task if isinstance(task, str) else None,
         conv1d,
-        targets if isinstance(targets, list | str) and targets not in ("all-linear", "", []) else None,
+        targets if isinstance(targets, list | str) and targets not in ("all-linear", "", []) and not narrowed else None,
         stated_modules(opened),
         opened.tied,
         tuple(parameters) if isinstance(parameters, list) else (),

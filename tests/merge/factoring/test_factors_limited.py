@@ -278,3 +278,20 @@ def test_verify_says_how_much_a_truncation_lost(base: Path, dude: Path, tmp_path
     worst = max(found["relative_error"] for found in report.as_json()["layers"].values())
     assert worst > 0.01
     assert f"off by up to {worst:.2g} of the trained dW" in report.as_json()["notes"][0]
+
+
+@pytest.mark.parametrize(
+    "narrowed", [{"exclude_modules": ["v_proj"]}, {"layers_to_transform": [1]}, {"layers_to_transform": 0}]
+)
+def test_only_the_adapted_modules_are_targets(narrowed: dict[str, object], base: Path, tmp_path: Path) -> None:
+    """With the training's targets, but not what it left out of them, PEFT adapts more modules, and refuses Mamba's."""
+    import peft
+
+    config = peft.LoraConfig(r=2, target_modules=["q_proj", "v_proj"], task_type="CAUSAL_LM", **narrowed)
+    model = peft.get_peft_model(load(base), config)
+    model.save_pretrained(tmp_path / "adapter")
+    factor(base, tmp_path / "adapter", tmp_path / "factors")
+    again = peft.PeftModel.from_pretrained(load(base), tmp_path / "factors")
+    assert {name for name, _ in again.named_parameters() if "lora_" in name} == {
+        name for name, _ in model.named_parameters() if "lora_" in name
+    }
