@@ -46,7 +46,7 @@ from adapter_merge.storage.tensor_io import read_tensor
 from adapter_merge.verification.own_quantiser import own_quantiser
 
 SCHEMES = (*PRESETS, *OTHER_PRESETS, "nf4", "int8", *packed_bases.KINDS, "gpt-oss")
-READ_ONLY = (*packed_bases.KINDS, "int8")
+READ_ONLY = packed_bases.KINDS
 EXPERTS = ["mlp.experts.gate_up_proj", "mlp.experts.down_proj"]
 Dense = dict[str, Tensor]
 
