@@ -30,15 +30,15 @@ from adapter_merge.outputs.folder_content import holds_graph
 from adapter_merge.outputs.staging import read_manifest
 from adapter_merge.quantisation.dense_view import open_base
 from adapter_merge.storage.checkpoint import CANDIDATES, read_json, resolve
-from adapter_merge.verification.compare_factors import TRUNCATION, adapter_weights, factor_weights
+from adapter_merge.verification.compare_factors import TRUNCATION, compare_adapters, compare_factors
 from adapter_merge.verification.compare_logits import compare_logits, token_paths
 from adapter_merge.verification.compare_weights import (
     WEIGHT_TOLERANCE,
     Progress,
     WeightProof,
-    delta_weights,
-    merged_weights,
-    weight_problems,
+    compare_deltas,
+    compare_merged,
+    find_weight_problems,
 )
 from adapter_merge.verification.live_adapter import require_tokens
 from adapter_merge.verification.live_probes import unlike_live
@@ -155,13 +155,13 @@ def _prove_weights(
         merged = open_base(folder)
         if merged.stored is not None:
             return requantised_weights(bound, merged, least, progress)
-        return merged_weights(bound, merged, progress)
+        return compare_merged(bound, merged, progress)
     if kind == "deltas":
-        return delta_weights(bound, folder, progress)
+        return compare_deltas(bound, folder, progress)
     if kind == "factors":
-        return factor_weights(bound, folder, progress)
-    proof, _ = adapter_weights(bound, open_artefact(bound, folder, bound.base_kind), progress)
-    return WeightProof(proof.layers, [*proof.problems, *weight_problems(proof.layers)], proof.compared)
+        return compare_factors(bound, folder, progress)
+    proof, _ = compare_adapters(bound, open_artefact(bound, folder, bound.base_kind), progress)
+    return WeightProof(proof.layers, [*proof.problems, *find_weight_problems(proof.layers)], proof.compared)
 
 
 def _prove_logits(

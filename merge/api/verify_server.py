@@ -15,7 +15,15 @@ from adapter_merge.errors import InputError, MismatchError, UnsupportedError
 from adapter_merge.formats.stated_settings import ReadOptions
 from adapter_merge.storage.checkpoint import read_json
 from adapter_merge.verification.compare_logits import PROMPTS, token_paths
-from adapter_merge.verification.compare_server import DTYPES, Distance, Transcript, compare_server, expect, judge
+from adapter_merge.verification.compare_server import (
+    DTYPES,
+    Distance,
+    Transcript,
+    Verdict,
+    compare_server,
+    compute_expectations,
+    judge,
+)
 from adapter_merge.verification.completions_client import CompletionsClient, ServedModel
 from adapter_merge.verification.live_adapter import load_model, quiet_libraries
 from adapter_merge.verification.live_model import trained_model
@@ -63,12 +71,14 @@ def verify_server(
     if offered and served.model not in offered:
         notes.append(f"the server does not list {served.model!r}, but answers to it")
     transcripts = _transcripts(bound, prompts, generated)
-    expected = expect(transcripts, lambda: load_model(bound.base), lambda wanted: trained_model(bound, wanted), chosen)
+    expected = compute_expectations(
+        transcripts, lambda: load_model(bound.base), lambda wanted: trained_model(bound, wanted), chosen
+    )
     text_of = None if tokenizer is None else lambda token: str(tokenizer.decode([token]))
     figures = compare_server(client, transcripts, expected, text_of, progress, _end_tokens(bound.base.folder))
     verdict = judge(figures, tolerance)
     problems = list(verdict.problems)
-    if verdict.verdict == "FAIL" and not verdict.is_base and chosen == "float32" and tolerance is None:
+    if verdict.verdict == Verdict.FAIL and not verdict.is_base and chosen == "float32" and tolerance is None:
         notes.append("the server was assumed to compute in float32: state --dtype bfloat16 or float16 if it does not")
     return {
         "artefact": "server",
@@ -79,7 +89,7 @@ def verify_server(
             "method": bound.adapter.method,
         },
         "base": {"path": str(bound.base.folder), "kind": bound.base_kind, "evidence": bound.evidence},
-        "way": client.way,
+        "way": client.scoring,
         "dtype": chosen,
         "tolerance": _distance_as_json(verdict.tolerance),
         "log_probabilities": {
@@ -93,7 +103,7 @@ def verify_server(
         "notes": notes,
         "problems": problems,
         "verdict": verdict.verdict,
-        "passed": verdict.verdict == "PASS",
+        "passed": verdict.verdict == Verdict.PASS,
     }
 
 

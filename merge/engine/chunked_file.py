@@ -121,7 +121,7 @@ class ChunkedFile:
     """Output file of known size that is written in pieces.
 
     submit: runs a function on a writer thread.
-    done: called on a writer thread with the file's sha256 (None without hashing) once the file is on the disk.
+    on_finished: called on a writer thread with the file's sha256 (None without hashing) once the file is on the disk.
     Call `reserve` in the file's order, by one thread at a time. Any thread may fill what is reserved, in any order.
     Raises FileExistsError where `path` exists.
     """
@@ -132,11 +132,11 @@ class ChunkedFile:
         nbytes: int,
         pool: ChunkPool,
         submit: Callable[[Callable[[], None]], None],
-        done: Callable[[str | None], None],
+        on_finished: Callable[[str | None], None],
         hashing: bool = True,
         direct: bool = True,
     ) -> None:
-        self.path, self.nbytes, self.pool, self.submit, self.done = path, nbytes, pool, submit, done
+        self.path, self.nbytes, self.pool, self.submit, self.on_finished = path, nbytes, pool, submit, on_finished
         self._chunks_left = -(-nbytes // CHUNK_BYTES)
         self._chunks: dict[int, _Chunk] = {}
         self._reserved = 0
@@ -244,11 +244,11 @@ class ChunkedFile:
         offset = chunk.index * CHUNK_BYTES
         padded = chunk.nbytes + -chunk.nbytes % ALIGNMENT  # _finish cuts the file to its size
         data = chunk.buffer[: padded if self._direct else chunk.nbytes].numpy().data
-        done, refused = 0, False
-        while done < len(data):
+        written, refused = 0, False
+        while written < len(data):
             try:
-                stop = len(data) if self._direct else done + BUFFERED_BYTES
-                done += os.pwrite(self._fd, data[done:stop], offset + done)
+                stop = len(data) if self._direct else written + BUFFERED_BYTES
+                written += os.pwrite(self._fd, data[written:stop], offset + written)
             except OSError as error:
                 if error.errno != errno.EINVAL or refused:
                     raise
@@ -268,4 +268,4 @@ class ChunkedFile:
         os.ftruncate(self._fd, self.nbytes)
         os.fsync(self._fd)
         self.close()
-        self.done(self._digest.hexdigest() if self._digest is not None else None)
+        self.on_finished(self._digest.hexdigest() if self._digest is not None else None)

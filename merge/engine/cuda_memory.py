@@ -1,4 +1,4 @@
-"""Shares of a CUDA device's memory: how many workers it has, and the size of their blocks, within --vram.
+"""Division of a CUDA device's memory: the number of workers, and the size of their blocks, within --vram.
 
 A device computes a block about a hundred times faster than a host thread reads, hashes and writes it, so the time of a
 merge is the time of the host's work. Each device therefore has several workers. Their blocks are small: blocks of 8 MB
@@ -27,7 +27,7 @@ VRAM_FRACTION = 0.25  # of the free device memory, where --vram is not given
 BLOCKS_PER_SLOT = 4  # input, work, spare, output
 TEMPORARY_BLOCKS = 8  # temporary tensors of an edit
 BLOCKS_PER_SHARE = 12  # temporary tensors per adapter of a combination: delta, int64 sizes, its part of the stack
-EDITS_HELD = 2  # per worker: the edits in use, and the previous ones, which the allocator still keeps
+EDITS_HELD = 2  # per worker: the edits in use, and the previous ones, which the allocator has not freed yet
 
 
 def free_cublas_workspaces() -> None:
@@ -75,20 +75,20 @@ def share_memory(
     edits, blocks, least = _estimate_worker_memory(shards)
     sizes: list[tuple[torch.device, int]] = []
     for device in devices:
-        kept = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)  # by this process's allocator
-        free = torch.cuda.mem_get_info(device)[0] + kept
+        cached = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)  # by this process's allocator
+        free = torch.cuda.mem_get_info(device)[0] + cached
         fixed = edits + measure_cublas_workspace(device)
         per_worker = fixed + blocks * least
         need = 2 * per_worker
-        given = min(vram or int(free * VRAM_FRACTION), free)
-        if vram is None and given < need <= free:
-            given = need
-        if given < need:
+        allowed = min(vram or int(free * VRAM_FRACTION), free)
+        if vram is None and allowed < need <= free:
+            allowed = need
+        if allowed < need:
             raise InputError(
-                f"{device}: {given / 1e6:.0f} MB of device memory are too little" + (" (--vram)" if vram else ""),
+                f"{device}: {allowed / 1e6:.0f} MB of device memory are too little" + (" (--vram)" if vram else ""),
                 expected=f"{need / 1e6:.0f} MB for the adapter's largest factors and a few rows of a weight",
                 hint="allow more with --vram, or use --device cpu",
             )
-        each = min(most, given // per_worker - 1)
-        sizes += [(device, min(BLOCK_BYTES, (given // (each + 1) - fixed) // blocks))] * each
+        count = min(most, allowed // per_worker - 1)
+        sizes += [(device, min(BLOCK_BYTES, (allowed // (count + 1) - fixed) // blocks))] * count
     return sizes

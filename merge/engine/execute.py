@@ -6,8 +6,8 @@
     worker.py        loop of one worker                   lanes.py       buffers and queues that compute a block
     cuda_lanes.py    CUDA streams and device memory       chunked_file.py    one output file
 
-No base weight is ever held in memory as a whole; only the edits of the tensors in work are. Each worker runs torch with
-one thread, because torch's own threads make blocks of this size slower.
+Base weights are never in memory as a whole; the edits of the tensors being merged are. Each worker runs torch with one
+thread, because torch's own threads make blocks of this size slower.
 """
 
 from __future__ import annotations
@@ -145,7 +145,7 @@ def execute(
     link: how shards that no adapter changes are made: copied or linked (see links.py).
     vram: bytes of device memory to use per CUDA device; None uses a quarter of what is free.
     on_shard: called when a shard is on the disk, from a writer thread.
-    recorder: is told every change of the base's bytes.
+    recorder: records every change of the base's bytes.
     Raises NumericsError for NaN or infinity in a result, FileFormatError for an input shard that ends too early,
     InputError where a device has too little memory, OSError where a file cannot be written. The first failure stops
     all workers.

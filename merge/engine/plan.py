@@ -121,9 +121,9 @@ def plan_merge(
     """Plan the merged checkpoint.
 
     `dtype` is the safetensors name of the dtype for all float tensors; None keeps the dtype of each tensor. `computed`
-    is that of the weights that a quantised base holds packed, and the model's dtype in its config. `parts` take the
-    place of stored tensors of their names. `max_shard_bytes` lays the tensors out anew, in files of at most so many
-    bytes of tensors of the base (a larger tensor gets a file of its own); None keeps the base's files.
+    is that of the weights that a quantised base holds packed, and the model's dtype in its config. `parts` replace
+    stored tensors by name. `max_shard_bytes` divides the tensors into new files of at most this size (a larger tensor
+    gets its own file); None keeps the base's files.
     Raises InputError where two adapters replace one tensor or a tensor is both adapted and replaced, UnsupportedError
     where an adapter adds a tensor to a quantised base.
     """
@@ -149,7 +149,9 @@ def plan_merge(
             found[name] = modules[0].weight
     copies = {name: ref for bound in adapters for name, ref in bound.copies.items()}
 
-    layout_shards = base.shards if max_shard_bytes is None else resharded(base, max_shard_bytes, dtype, computed)
+    layout_shards = (
+        base.shards if max_shard_bytes is None else divide_into_shards(base, max_shard_bytes, dtype, computed)
+    )
     count = len(layout_shards)
     shards = []
     for number, shard in enumerate(layout_shards, 1):
@@ -191,7 +193,7 @@ def plan_merge(
     return MergePlan(base, adapters, tuple(shards), _merged_config(base, adapters, dtype or computed), base.side_files)
 
 
-def resharded(base: Checkpoint, limit: int, dtype: str | None, computed: str | None) -> tuple[Shard, ...]:
+def divide_into_shards(base: Checkpoint, limit: int, dtype: str | None, computed: str | None) -> tuple[Shard, ...]:
     """Return the base's tensors in their order, in files of at most `limit` bytes in the output's dtype."""
     groups: list[list[TensorRef]] = [[]]
     size = 0

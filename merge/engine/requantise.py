@@ -1,7 +1,7 @@
 """Requantised weights: the stored parts of W' in the base's own scheme, computed when the first of them is read.
 
 The scheme's file proposes ways to quantise W' (with the scales of W, or with new scales). Each is tried with the
-nearest codes and, where those lose a part of the change, with stochastic rounding, which keeps the mean of the change
+nearest codes and, where these lose a part of the change, with stochastic rounding, which preserves its mean
 (quantisation/rounding.py). With dW = W' - W:
 
     retention = <Q(W') - W, dW> / |dW|^2        1: the change is kept on average; 0: it is lost
@@ -11,7 +11,8 @@ The way with the smallest COHERENT (1 - retention)^2 + rounding^2 is written: ra
 a lost change of the same norm. The demo's DuDe on SmolLM2 in INT4: nearest codes (rounding 0.99, retention 0.03) have a
 KL divergence of 1.95 to the unquantised merge, nearly that of the base; stochastic rounding (3.04, 0.96) one of 0.10.
 
-One weight is computed at a time, because it is in memory in full in float32; its parts are freed when they are written.
+One weight is computed at a time, because it is in memory as a whole in float32; its parts are freed after they were
+written.
 """
 
 from __future__ import annotations
@@ -38,7 +39,7 @@ from .weight_change import WeightChange
 
 MERGE_INSTEAD = "merge with --as bfloat16, or serve the base with the adapter beside it"
 BLOCK_BYTES = 4 << 20  # of float32 in one step
-_ONE_AT_A_TIME = threading.Lock()
+_compute_lock = threading.Lock()
 
 
 @dataclass(eq=False)
@@ -71,7 +72,7 @@ class RequantisedWeight:
         """Fill `buffer` from byte `first` of a part; a part is freed once all of its bytes were read."""
         with self._lock:
             if role not in self._unread:
-                with _ONE_AT_A_TIME:
+                with _compute_lock:
                     self._computed = self._compute(read)
                 self._unread = {name: ref.nbytes for name, ref in self.weight.parts.items()}
             computed = self._computed.get(role)
@@ -94,7 +95,7 @@ class RequantisedWeight:
         for draw in (None, draw_for(self.weight.name, self.weight.shape)):
             for parts in self.weight.candidates(after.reshape(self.weight.shape), read, draw):
                 figures = self._measure(after, read, parts)
-                if best_figures is None or _loss(figures) < _loss(best_figures):
+                if best_figures is None or _compute_loss(figures) < _compute_loss(best_figures):
                     best, best_figures = parts, figures
             if best_figures is not None and abs(1 - (best_figures.retention or 0.0)) < NEARLY_ALL:
                 break
@@ -140,14 +141,14 @@ class RequantisedWeight:
         for (start, before), (_, stored) in zip(self._blocks(read), self._blocks(read, parts), strict=True):
             result = after[start : start + before.shape[0]]
             change, moved = (result - before).double(), (stored - before).double()
-            same = moved == 0
+            is_unchanged = moved == 0
             base += float(before.double().square().sum())
             delta += float(change.square().sum())
             error += float((moved - change).square().sum())
             inner += float((moved * change).sum())
             absolute += float(change.abs().sum())
-            unchanged += float((change.abs() * same).sum())
-            changed += same.numel() - int(same.sum())
+            unchanged += float((change.abs() * is_unchanged).sum())
+            changed += is_unchanged.numel() - int(is_unchanged.sum())
         if not math.isfinite(error):
             raise NumericsError(f"{self.weight.name}: would hold NaN or infinity after it is quantised again")
         return WeightChange(
@@ -178,7 +179,8 @@ class RequantisedPart(ComputedRef):
             self.owner.read_part(self.role, read, self.start + first, buffer)
 
 
-def _loss(figures: WeightChange) -> float:
+def _compute_loss(figures: WeightChange) -> float:
+    """Return the loss of one way to quantise, by which the ways are compared."""
     return requantisation_loss(figures.retention or 0.0, figures.rounding)
 
 
@@ -199,10 +201,12 @@ def plan_requantised(bound: BoundAdapter) -> MergePlan:
         if name not in edits and replacement is None:
             continue
         if not weight.can_pack:
-            problems.append(Problem(f"{name}: weights of {weight.scheme} are only read", hint=MERGE_INSTEAD))
+            problems.append(
+                Problem(f"{name}: weights of {weight.scheme} can be read, but not written", hint=MERGE_INSTEAD)
+            )
         if any(module.name != name for module in edits.get(name, ())):
             problems.append(
-                Problem(f"{name}: the output has it under two names, and it is quantised", hint=MERGE_INSTEAD)
+                Problem(f"{name}: the output would hold this quantised weight under two names", hint=MERGE_INSTEAD)
             )
         weights.append(RequantisedWeight(weight, tuple(edits.get(name, ())), replacement))
     problems += [
@@ -211,18 +215,18 @@ def plan_requantised(bound: BoundAdapter) -> MergePlan:
         if isinstance(ref, ComputedRef)
     ]
     raise_all(problems, UnsupportedError)
-    done = {item.weight.name for item in weights}
+    requantised = {item.weight.name for item in weights}
     unpacked = replace(
         bound,
         base=stored,
-        modules=tuple(module for module in bound.modules if module.weight.name not in done),
-        replacements={name: ref for name, ref in bound.replacements.items() if name not in done},
+        modules=tuple(module for module in bound.modules if module.weight.name not in requantised),
+        replacements={name: ref for name, ref in bound.replacements.items() if name not in requantised},
     )
     parts = {name: part for item in weights for name, part in item.parts().items()}
     return plan_merge(stored, (unpacked,), parts=parts)
 
 
-def figures_of(plan: ShardPlan) -> dict[str, WeightChange]:
+def collect_figures(plan: ShardPlan) -> dict[str, WeightChange]:
     """Return the figures of the requantised weights whose first part is in this output file."""
     figures = {}
     for job in plan.jobs:

@@ -46,9 +46,9 @@ def block_sums(
     sums[4] = work.sum()
     if stored.dtype == before.dtype:
         bits = BITS[stored.dtype]  # integers compare three times as fast as bfloat16
-        same = stored.view(bits) == before.view(bits)
-        sums[3] = same.numel() - same.sum()
-        sums[5] = work.mul_(same).sum()
+        is_unchanged = stored.view(bits) == before.view(bits)
+        sums[3] = is_unchanged.numel() - is_unchanged.sum()
+        sums[5] = work.mul_(is_unchanged).sum()
     else:
         sums[3] = stored.numel()
         sums[5] = 0

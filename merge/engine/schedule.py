@@ -1,4 +1,4 @@
-"""Schedule of one run: hands out tasks in each file's order, and of different shards to different workers if possible.
+"""Schedule of one run: gives tasks to workers in each file's order, from different shards where possible.
 
 Edits that need work before their first block (an SVD of the base, column norms) are prepared on separate threads, ahead
 of the blocks.
@@ -28,13 +28,13 @@ from .cuda_lanes import CudaQueue
 from .devices import set_own_threads
 from .lanes import Queue, current_device
 from .plan import ShardPlan, TensorJob
-from .requantise import figures_of
+from .requantise import collect_figures
 from .run_settings import RunSettings
 from .tasks import ShardWork, Task, TensorWork, arithmetic_of, estimate_edit_bytes
 from .weight_change import WeightChange
 
-LOOK_AHEAD = 2  # tensors per worker whose edits are prepared early
-AHEAD_BYTES = 64 << 20  # of prepared edits; beyond it no edit is prepared before its tensor's turn
+LOOK_AHEAD = 2  # tensors per worker whose edits are prepared in advance
+AHEAD_BYTES = 64 << 20  # limit of edits that are prepared in advance
 
 
 @dataclass(frozen=True)
@@ -150,7 +150,7 @@ class Schedule:
     def _open(self, plan: ShardPlan) -> ShardWork:
         """Create the output file, write its header, and prepare its tasks."""
 
-        def done(sha256: str | None) -> None:
+        def finish_output(sha256: str | None) -> None:
             shard.sha256 = sha256
             self.finish_part(shard)
 
@@ -159,7 +159,7 @@ class Schedule:
             plan.nbytes,
             self.pool,
             self._submit,
-            done,
+            finish_output,
             self.settings.hashing,
             self.settings.direct,
         )
@@ -175,12 +175,12 @@ class Schedule:
         if not shard.finish_part():
             return
         source_sha256 = shard.digest.hexdigest() if shard.digest is not None else None
-        figures = shard.figures | figures_of(shard.plan)
+        figures = shard.figures | collect_figures(shard.plan)
         finished = FinishedShard(shard.plan.file, shard.sha256, source_sha256, figures, sorted(shard.not_finite))
         self._on_finished(finished)
 
     def _may_prepare(self, job: TensorJob) -> bool:
-        """Tell whether this job's edits still fit into AHEAD_BYTES beside those already prepared."""
+        """Return True where the job's edits and those already prepared take at most AHEAD_BYTES."""
         self._prepared = [tensor for tensor in self._prepared if tensor.edits is not None]
         prepared = sum(estimate_edit_bytes(tensor.job) for tensor in self._prepared)
         return prepared + estimate_edit_bytes(job) <= AHEAD_BYTES
@@ -213,8 +213,8 @@ class Schedule:
     def _sum_over_weight(self, edit: BlockEdit, tensor: TensorWork, arithmetic: torch.dtype) -> Tensor:
         """Return the total of the edit's `pass_sums` over all rows, computed on the kind of device that merges them.
 
-        The products of another kind of device differ in their last bits, so that a threshold from there would not
-        match the element that it was taken from. The first of several CUDA devices runs all passes.
+        The products of another kind of device differ in their last bits, so that a threshold computed there would not
+        equal the element from which it was taken. The first of several CUDA devices runs all passes.
         """
         if self._passes is None:
             return self._run_pass(edit, tensor, arithmetic)
@@ -226,6 +226,7 @@ class Schedule:
             raise
 
     def _run_pass_on_cuda(self, edit: BlockEdit, tensor: TensorWork, arithmetic: torch.dtype) -> Tensor:
+        """Return the result of `_run_pass`, computed on the run's first CUDA device in a stream of its own."""
         with current_device(self.settings.device):
             if self._pass_queue is None:
                 self._pass_queue = CudaQueue(self.settings.device)

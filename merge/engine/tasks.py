@@ -18,7 +18,7 @@ from .plan import ShardPlan, TensorJob
 from .rounding_figures import FigureTotals
 from .weight_change import WeightChange
 
-CAST_BYTES = 1 << 19  # of one task that copies or only hashes bytes, at most
+CAST_BYTES = 1 << 19  # at most, of one task that copies or only hashes bytes
 
 
 def arithmetic_of(job: TensorJob) -> torch.dtype:
@@ -49,7 +49,7 @@ class TensorWork:
     arithmetic: torch.dtype
     target: torch.dtype
     edits: Future[list[BlockEdit]] | None  # None: the job has none, or all blocks are finished
-    left: int  # blocks that are not finished
+    blocks_left: int  # blocks that are not finished
     totals: FigureTotals = field(default_factory=FigureTotals)
     lock: threading.Lock = field(default_factory=threading.Lock)
 
@@ -100,9 +100,9 @@ class ShardWork:
             self.digest.update(turn, plan.source_header)
 
     def finish_part(self) -> bool:
-        """Count the output, or a task that only hashes and records, as finished; True when nothing is left.
+        """Count the output, or a task that only hashes and records, as finished; return True after the last of them.
 
-        The output may be on the disk while another worker still hashes bytes of the input that it does not have.
+        The output may be on the disk while another worker still hashes bytes of the input that it does not contain.
         """
         with self._lock:
             self._unfinished -= 1

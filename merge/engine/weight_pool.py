@@ -20,7 +20,7 @@ WeightMap = Callable[[Callable[[Any], Any], Sequence[Any]], Iterator[Any]]
 
 @contextmanager
 def weight_pool(device: torch.device) -> Iterator[WeightMap]:
-    """Yield a function like `map` that runs on the pool and keeps the order; a failure cancels what has not begun."""
+    """Yield a function like `map` that runs on the pool and keeps the order; a failure cancels calls not yet begun."""
     count = max(1, len(os.sched_getaffinity(0))) if device.type == "cpu" else 1
     with (
         one_thread(),

@@ -26,7 +26,7 @@ from .tasks import ShardWork, Task, TensorWork
 
 @dataclass(slots=True)
 class PendingBlock:
-    """Block that the lane has been given and whose result has not been taken yet."""
+    """Block that was launched on the lane and whose result has not been written yet."""
 
     task: Task
     slot: Slot
@@ -38,9 +38,8 @@ class PendingBlock:
         """Return the result in the output dtype; valid once `slot.mark` is reached."""
         if self.targets[0].dtype == self.block.target:
             return self.targets[0]
-        return torch.cat(self.targets).view(
-            self.block.target
-        )  # copied, since the pieces may not be aligned to the dtype
+        # The pieces may not be aligned to the dtype, so they are copied.
+        return torch.cat(self.targets).view(self.block.target)
 
 
 class Worker:
@@ -67,6 +66,7 @@ class Worker:
                         wait()
 
     def _loop(self, pending: deque[PendingBlock]) -> None:
+        """Take tasks, launch their blocks, and finish the oldest block where no slot is free."""
         lane = self.lane
         free = deque(lane.slots)
         edits_on_device: dict[TensorWork, list[BlockEdit]] = {}
@@ -111,7 +111,7 @@ class Worker:
             finish_oldest()
 
     def _read(self, task: Task, buffer: Tensor) -> None:
-        """Read the task's bytes of the input into `buffer` (n,) uint8, and hash them where that is asked for."""
+        """Read the task's bytes of the input into `buffer` (n,) uint8, and hash them where the task has a turn."""
         source = task.job.source if task.write else task.job.original
         assert source is not None
         first = task.first
@@ -123,7 +123,7 @@ class Worker:
             task.shard.digest.update(task.turn, buffer)
 
     def _copy_or_hash(self, task: Task, slot: Slot) -> None:
-        """Copy bytes into the output unchanged, or only hash and record bytes that the output does not have."""
+        """Copy bytes into the output unchanged, or only hash and record bytes that the output does not contain."""
         if not task.write:
             buffer = slot.bytes("host_in", task.count)
             self._read(task, buffer)
@@ -150,14 +150,14 @@ class Worker:
         size = ITEM_BYTES[source.dtype]
         cut = task.first % size
         head = min(-task.first % size, len(window))
-        whole = window[head : head + (len(window) - head) // size * size]
-        if cut:  # a number that began in the bytes before these
+        numbers = window[head : head + (len(window) - head) // size * size]
+        if cut:  # the first number begins in the bytes before these
             first = torch.empty(size, dtype=torch.uint8)
             self.sources.read(source, task.first - cut, first)
-            whole = torch.cat((first, whole))
-        elif whole.storage_offset() % size:
-            whole = whole.clone()
-        return all_finite(whole.view(TORCH_DTYPES[source.dtype]))
+            numbers = torch.cat((first, numbers))
+        elif numbers.storage_offset() % size:
+            numbers = numbers.clone()
+        return all_finite(numbers.view(TORCH_DTYPES[source.dtype]))
 
     def _move_edits(self, tensor: TensorWork, lane: Lane) -> list[BlockEdit]:
         """Wait until the tensor's edits are prepared, and return them on the lane's device."""
@@ -182,6 +182,7 @@ class Worker:
         return [] if window is None else [window]
 
     def _describe_block(self, task: Task, tensor: TensorWork) -> Block:
+        """Return the description of the task's rows for a lane."""
         measured = 0
         if task.job.edits and not self.settings.is_delta:
             measured = sampled_rows(task.first // tensor.step, tensor.blocks, task.count)
@@ -223,8 +224,8 @@ class Worker:
         with tensor.lock:
             if block.measured:
                 tensor.totals.add(slot.host_sums, block.measured * tensor.columns)
-            tensor.left -= 1
-            if tensor.left == 0:
+            tensor.blocks_left -= 1
+            if tensor.blocks_left == 0:
                 tensor.edits = None
                 if task.job.edits and not self.settings.is_delta:
                     task.shard.figures[place.name] = tensor.totals.figures(tensor.rows * tensor.columns)

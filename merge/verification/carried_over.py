@@ -1,4 +1,4 @@
-"""What a merged model carries over from its base: tensors that are not adapted, byte for byte, and the config."""
+"""Comparison of a merged model's unchanged tensors with the base's, byte for byte, and of its config."""
 
 from __future__ import annotations
 
@@ -18,13 +18,13 @@ from adapter_merge.storage.tensor_io import TORCH_DTYPES
 from .weight_formulas import read_rows, row_blocks
 
 HALVES = ("BF16", "F16")
-OF_NO_EFFECT = ("dtype", "torch_dtype", "transformers_version", "_name_or_path")  # keys of config.json
+WITHOUT_EFFECT = ("dtype", "torch_dtype", "transformers_version", "_name_or_path")  # keys of config.json
 
 
-def carried_over(
+def compare_carried_over(
     bound: BoundAdapter, merged: Checkpoint, progress: Callable[[int], None] | None = None
 ) -> tuple[int, list[str]]:
-    """How many tensors that are not adapted were compared, and which are missing, added or changed."""
+    """Return the number of compared unadapted tensors, and a problem for each missing, added or changed one."""
     edited = {item.name for item in bound.modules}
     expected = {**bound.base.tensors, **bound.copies, **bound.replacements}
     tied = expected_config(bound).get("tie_word_embeddings")
@@ -32,15 +32,15 @@ def carried_over(
     sources = Sources()
     try:
         for name, ref in expected.items():
-            found = merged.tensors.get(name)
+            written = merged.tensors.get(name)
             if name in edited:
                 continue
-            if found is None:
+            if written is None:
                 if not (name.endswith(OUTPUT_HEADS) and tied):
                     problems.append(f"{name} is missing")
                 continue
             compared += 1
-            if not same_values(ref, found, sources):
+            if not same_values(ref, written, sources):
                 problems.append(f"{name} was changed")
             if progress is not None:
                 progress(ref.nbytes)
@@ -51,7 +51,7 @@ def carried_over(
 
 
 def expected_config(bound: BoundAdapter) -> dict[str, Any]:
-    """What the merged model's config.json must say: the base's, and what the adapter changes of it."""
+    """Return the config that the merged model must have: the base's, with the adapter's changes."""
     config = dict(bound.base.config)
     if is_stale_quantization(bound.base):
         config.pop("quantization_config", None)
@@ -64,21 +64,22 @@ def expected_config(bound: BoundAdapter) -> dict[str, Any]:
     return config
 
 
-def config_problems(bound: BoundAdapter, merged: Checkpoint) -> list[str]:
-    """Settings of the merged model that neither the base nor the adapter has: the same weights, another model."""
-    wanted, found = expected_config(bound), dict(merged.config)
-    keys = sorted({*wanted, *found} - set(OF_NO_EFFECT))
-    bad = [key for key in keys if wanted.get(key) != found.get(key)]
-    return [f"config.json: {key} is {found.get(key)!r} instead of {wanted.get(key)!r}" for key in bad]
+def find_config_problems(bound: BoundAdapter, merged: Checkpoint) -> list[str]:
+    """Return a problem for each setting of the merged model's config that is not the expected one."""
+    expected, stated = expected_config(bound), dict(merged.config)
+    keys = sorted({*expected, *stated} - set(WITHOUT_EFFECT))
+    bad = [key for key in keys if expected.get(key) != stated.get(key)]
+    return [f"config.json: {key} is {stated.get(key)!r} instead of {expected.get(key)!r}" for key in bad]
 
 
-def same_values(ref: TensorRef, found: TensorRef, sources: Sources) -> bool:
-    if ref.dtype == found.dtype:
-        return same_bytes(ref, found)
-    if ref.shape != found.shape or found.dtype not in ("F64", "F32", *HALVES):
+def same_values(ref: TensorRef, stored: TensorRef, sources: Sources) -> bool:
+    """Return True where `stored` holds the values of `ref`, rounded to its own dtype."""
+    if ref.dtype == stored.dtype:
+        return same_bytes(ref, stored)
+    if ref.shape != stored.shape or stored.dtype not in ("F64", "F32", *HALVES):
         return False
-    kept = TORCH_DTYPES[found.dtype]
+    dtype = TORCH_DTYPES[stored.dtype]
     return all(
-        torch.equal(read_rows(sources, ref, *rows).to(kept), read_rows(sources, found, *rows))
+        torch.equal(read_rows(sources, ref, *rows).to(dtype), read_rows(sources, stored, *rows))
         for rows in row_blocks(ref)
     )

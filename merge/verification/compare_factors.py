@@ -1,4 +1,4 @@
-"""Another adapter (factors, a converted folder) against the adapter as trained: W' of both on the same base."""
+"""Comparison of another adapter (factors, a converted folder) with the adapter as trained: W' on the same base."""
 
 from __future__ import annotations
 
@@ -19,29 +19,29 @@ from adapter_merge.storage.tensor_io import read_tensor
 from .carried_over import same_values
 from .compare_weights import WEIGHT_TOLERANCE, Progress, WeightFigures, WeightProof, compare_blocks, compare_each
 from .opened_artefact import open_artefact
-from .truncation import direction_and_scale, not_optimal
+from .truncation import direction_and_scale, find_truncation_fault
 from .whole_formulas import formula_of, modules_by_tensor
 
-RECORDED_TOLERANCE = 1e-2  # of a recorded error: it is computed in float32 from the factors before they are stored
+RECORDED_TOLERANCE = 1e-2  # relative, of a recorded error: it was computed in float32 before the factors were rounded
 TRUNCATION = "truncated factors that are not the best of their rank"
 
 
-def adapter_weights(
+def compare_adapters(
     bound: BoundAdapter, other: BoundAdapter, progress: Progress | None = None
 ) -> tuple[WeightProof, dict[str, tuple[BoundModule, BoundModule]]]:
-    """Another adapter (factors, a converted folder) on the same base: W' of both, heads and biases.
+    """Compare W', heads and biases of `bound` and of another adapter on the same base.
 
-    Returns the proof, whose problems are those of heads and of names, and the weights of both by name.
+    Returns the proof, whose problems are those of heads and names, and the modules of both adapters by weight.
     """
     if isinstance(bound, CombinedBound):
-        wanted: dict[str, list[BoundModule]] = {item.name: [item] for item in bound.factor_modules()}
-        whole = bound.merged_tensors()
+        expected: dict[str, list[BoundModule]] = {item.name: [item] for item in bound.factor_modules()}
+        combined_heads = bound.merged_tensors()
     else:
-        wanted, whole = modules_by_tensor(bound), {}
-    theirs = modules_by_tensor(other)
-    heads = sorted({*bound.replacements, *whole, *other.replacements})
-    different = [name for name in heads if not _same_head(name, bound, whole, other)]
-    extra, missing = sorted(set(theirs) - set(wanted)), sorted(set(wanted) - set(theirs))
+        expected, combined_heads = modules_by_tensor(bound), {}
+    actual = modules_by_tensor(other)
+    heads = sorted({*bound.replacements, *combined_heads, *other.replacements})
+    different = [name for name in heads if not _same_head(name, bound, combined_heads, other)]
+    extra, missing = sorted(set(actual) - set(expected)), sorted(set(expected) - set(actual))
     saved = bound.adapter.base_layers
     layers_saved = [
         name
@@ -49,8 +49,8 @@ def adapter_weights(
         if name in saved and not torch.equal(read_tensor(ref), read_tensor(saved[name]))
     ]
     problems = [
-        f"{len(names)} {what}, first {names[0]}"
-        for names, what in (
+        f"{len(names)} {problem}, first {names[0]}"
+        for names, problem in (
             (layers_saved, "saved layers of the base are different"),
             (different, "heads or biases are different or missing"),
             (extra, "weights that the adapter does not change are changed"),
@@ -61,34 +61,34 @@ def adapter_weights(
     sources = Sources()
 
     def compare(name: str) -> WeightFigures:
-        one, two = formula_of(wanted[name], sources), formula_of(theirs[name], sources)
-        got = lambda first, stop, base: two.after(base, first)[0]  # noqa: E731
-        return compare_blocks(wanted[name][0].weight, one, got, "F64", sources)
+        trained, other_formula = formula_of(expected[name], sources), formula_of(actual[name], sources)
+        read_actual = lambda first, stop, base: other_formula.after(base, first)[0]  # noqa: E731
+        return compare_blocks(expected[name][0].weight, trained, read_actual, "F64", sources)
 
-    names = [name for name in wanted if name in theirs]
+    names = [name for name in expected if name in actual]
     try:
-        layers = compare_each(names, compare, {name: wanted[name][0].weight.nbytes for name in names}, progress)
+        layers = compare_each(names, compare, {name: expected[name][0].weight.nbytes for name in names}, progress)
     finally:
         sources.close()
     proof = WeightProof(layers, problems, len(layers) + len(heads))
-    return proof, {name: (wanted[name][0], theirs[name][0]) for name in names}
+    return proof, {name: (expected[name][0], actual[name][0]) for name in names}
 
 
-def factor_weights(bound: BoundAdapter, folder: Path, progress: Progress | None = None) -> WeightProof:
-    """Low-rank factors on the original base: exact, or the best of their rank.
+def compare_factors(bound: BoundAdapter, folder: Path, progress: Progress | None = None) -> WeightProof:
+    """Compare low-rank factors on the original base with the adapter: they must be exact, or the best of their rank.
 
-    Truncated factors are held against the optimum, which is computed from the adapter (`not_optimal`). Where the
-    folder's manifest names a calibration text, they must be as near as it says, and the bounds are those of calibrated
-    factors. Nothing else that the folder says of itself is looked at.
+    Truncated factors are compared with the optimum, which is computed from the adapter (`find_truncation_fault`). Where
+    the folder's manifest names a calibration text, their error must be the recorded one, and the bounds are those of
+    calibrated factors. No other statement of the folder is used.
     """
     other = open_artefact(bound, folder, "original")
-    proof, pairs = adapter_weights(bound, other, progress)
-    problems = [*proof.problems, *_beside_factors(bound, other, folder)]
-    inexact = [name for name, one in proof.layers.items() if not one.relative_error <= WEIGHT_TOLERANCE]
+    proof, pairs = compare_adapters(bound, other, progress)
+    problems = [*proof.problems, *_check_files_beside(bound, other, folder)]
+    inexact = [name for name, item in proof.layers.items() if not item.relative_error <= WEIGHT_TOLERANCE]
     recorded = _calibrated_errors(folder)
     worse = []
     for name in inexact:
-        reason = not_optimal(*pairs[name], calibrated=recorded is not None)
+        reason = find_truncation_fault(*pairs[name], calibrated=recorded is not None)
         if reason is None and recorded is not None:
             stated = recorded.get(pairs[name][1].module.name)
             if stated is None or not proof.layers[name].relative_error <= stated * (1 + RECORDED_TOLERANCE):
@@ -114,15 +114,15 @@ def _calibrated_errors(folder: Path) -> dict[str, float] | None:
     }
 
 
-def _beside_factors(bound: BoundAdapter, other: BoundAdapter, folder: Path) -> list[str]:
-    """What lies beside the factors, for servers and exports: it must say the same as the factors themselves."""
+def _check_files_beside(bound: BoundAdapter, other: BoundAdapter, folder: Path) -> list[str]:
+    """Return the problems of files beside the factors, for servers and exports, that contradict the factors."""
     problems = []
     heads = folder / REPLACEMENTS
     if heads.is_file():
         for ref in read_weights(heads).tensors:
-            own = other.replacements.get(ref.name)
-            if own is None or own.shape != ref.shape or not torch.equal(read_tensor(own), read_tensor(ref)):
-                problems.append(f"{REPLACEMENTS}: {ref.name} is not the one in the adapter's own file")
+            head = other.replacements.get(ref.name)
+            if head is None or head.shape != ref.shape or not torch.equal(read_tensor(head), read_tensor(ref)):
+                problems.append(f"{REPLACEMENTS}: {ref.name} differs from the tensor in the adapter's own file")
     scales = folder / "row_scale.safetensors"
     if scales.is_file():
         modules = {item.module.name: item for item in other.modules}
@@ -144,20 +144,21 @@ def _beside_factors(bound: BoundAdapter, other: BoundAdapter, folder: Path) -> l
                 or scale.shape != stated.shape
                 or not bool(((stated - scale).abs() <= WEIGHT_TOLERANCE * scale.abs()).all())
             ):
-                problems.append(f"row_scale.safetensors: {ref.name} is not what the factors and magnitudes give")
+                problems.append(f"row_scale.safetensors: {ref.name} does not follow from the factors and magnitudes")
     return problems
 
 
-def _same_head(name: str, bound: BoundAdapter, whole: Mapping[str, Tensor], other: BoundAdapter) -> bool:
-    found = other.replacements.get(name)
-    if found is None:
+def _same_head(name: str, bound: BoundAdapter, combined: Mapping[str, Tensor], other: BoundAdapter) -> bool:
+    """Return True where both adapters replace the tensor `name` by the same values."""
+    head = other.replacements.get(name)
+    if head is None:
         return False
-    if name in whole:
-        return whole[name].shape == found.shape and torch.equal(whole[name], read_tensor(found))
+    if name in combined:
+        return combined[name].shape == head.shape and torch.equal(combined[name], read_tensor(head))
     if name not in bound.replacements:
         return False
     sources = Sources()
     try:
-        return same_values(bound.replacements[name], found, sources)
+        return same_values(bound.replacements[name], head, sources)
     finally:
         sources.close()

@@ -1,6 +1,6 @@
 """Comparison of an artefact's logits and greedy tokens with the live, unmerged adapter (streamed_adapter.py).
 
-One model runs at a time, one part of it in memory at a time, all prompts together: see streamed_model.py.
+One model runs at a time, with one part of it in memory and all prompts in one batch: see streamed_model.py.
 """
 
 from __future__ import annotations
@@ -51,7 +51,7 @@ class TokenPath:
 
 
 def live_network(bound: BoundAdapter, dtype: torch.dtype) -> nn.Module:
-    """Return the model with the adapter as trained, or with a combination, in streamed weights."""
+    """Return the model with the adapter as trained, or with a combination; its weights are streamed."""
     if isinstance(bound, CombinedBound):
         return streamed_combination(bound, dtype).model
     return streamed_trained(bound, dtype).model
@@ -116,22 +116,22 @@ def compare_logits(
     effect = math.nan
     for base, want in zip(before, expected, strict=True):
         if base.shape == want.shape:
-            own = float((base - want).abs().max())
-            effect = own if math.isnan(effect) else max(effect, own)
+            largest = float((base - want).abs().max())
+            effect = largest if math.isnan(effect) else max(effect, largest)
     del before
     say("logits of the artefact")
     logits = all_logits(streamed_artefact(bound, folder, kind, dtype).model, paths, folder)
     worst, mean, equal, total = 0.0, 0.0, 0, 0
-    for path, want, got in zip(paths, expected, logits, strict=True):
-        if want.shape != got.shape:
-            return LogitFigures(math.inf, math.inf, 0, want.shape[0], effect)
-        difference = (got - want).abs()
+    for path, live, actual in zip(paths, expected, logits, strict=True):
+        if live.shape != actual.shape:
+            return LogitFigures(math.inf, math.inf, 0, live.shape[0], effect)
+        difference = (actual - live).abs()
         worst = max(worst, float(difference.max())) if not bool(difference.isnan().any()) else math.nan
         mean += float(difference.mean()) / len(paths)
-        same = got.argmax(-1) == want.argmax(-1)
-        same = same[path.start :] if same.dim() == 1 else same.reshape(1)
-        equal += int(same.sum())
-        total += same.numel()
+        is_equal = actual.argmax(-1) == live.argmax(-1)
+        is_equal = is_equal[path.start :] if is_equal.dim() == 1 else is_equal.reshape(1)
+        equal += int(is_equal.sum())
+        total += is_equal.numel()
         if math.isnan(worst):
             return LogitFigures(worst, math.nan, 0, total, effect)
     return LogitFigures(worst, mean, equal, total, effect)
@@ -184,7 +184,7 @@ def tokenized(folder: Path, prompts: Sequence[str] | None) -> list[Tensor] | Non
 def all_logits(model: Any, paths: Sequence[TokenPath], folder: Path | None = None) -> list[Tensor]:
     """Return the logits (T, vocabulary) per path, or (labels,) for a classifier; one forward for all paths.
 
-    Raises UnsupportedError for a model without logits; folder: where it lies.
+    folder: the model's folder, for the error. Raises UnsupportedError for a model without logits.
     """
     pad = getattr(model.config.get_text_config(), "pad_token_id", None)
     ids, mask = _padded([path.ids for path in paths], pad if isinstance(pad, int) and pad >= 0 else 0)
@@ -201,8 +201,8 @@ def all_logits(model: Any, paths: Sequence[TokenPath], folder: Path | None = Non
     if any(getattr(output, "logits", None) is None for output in outputs):
         raise UnsupportedError(
             f"{folder or 'the model'}: its class {type(model).__name__} computes no logits",
-            expected="a model with a head, as its config.json names one in architectures",
-            hint="--weights-only compares the weights alone",
+            expected="a model with a head, as named in architectures of its config.json",
+            hint="--weights-only compares only the weights",
         )
     logits = [row for output in outputs for row in output.logits]
     return [row[: len(path.ids)] if row.dim() == 2 else row for row, path in zip(logits, paths, strict=True)]

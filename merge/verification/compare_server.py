@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from enum import StrEnum
 from statistics import fmean
 
 import torch
@@ -17,10 +18,11 @@ from torch import Tensor, nn
 
 from .completions_client import CompletionsClient, Continuation
 
-FLOOR = 1e-4  # of the tolerance: the difference of engines in float32
-# The server's distance from exact arithmetic over that of the same dtype here. vLLM on a CPU in bfloat16: 0.7 to 0.9.
+FLOOR = 1e-4  # smallest tolerance: the difference between engines in float32
+# Allowed ratio of the server's distance from exact arithmetic to that of transformers in the same dtype. Measured for
+# vLLM on a CPU in bfloat16: 0.7 to 0.9.
 NOISE_OF_MAX, NOISE_OF_MEAN = 3.0, 2.0
-MARGIN = 4.0  # the adapter's effect over the tolerance
+MARGIN = 4.0  # smallest ratio of the adapter's effect to the tolerance
 WIDER = {"float32": torch.float64, "bfloat16": torch.float32, "float16": torch.float32}
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -68,7 +70,7 @@ class ServerFigures:
 
 
 @torch.no_grad()
-def expect(
+def compute_expectations(
     transcripts: Sequence[Transcript],
     base: Callable[[], nn.Module],
     live: Callable[[torch.dtype], nn.Module],
@@ -80,36 +82,38 @@ def expect(
     """
     wide = WIDER[dtype]
     narrow = [
-        _scores(_logits(model, transcript), transcript)
+        _score_tokens(_compute_logits(model, transcript), transcript)
         for model in (live(DTYPES[dtype]),)
         for transcript in transcripts
     ]
     before = [
-        _scores(_logits(model, transcript), transcript) for model in (base().to(wide),) for transcript in transcripts
+        _score_tokens(_compute_logits(model, transcript), transcript)
+        for model in (base().to(wide),)
+        for transcript in transcripts
     ]
     expectations = []
     model = live(wide)
     for transcript, rounded, plain in zip(transcripts, narrow, before, strict=True):
-        logits = _logits(model, transcript)
+        logits = _compute_logits(model, transcript)
         answer = torch.tensor(transcript.ids[transcript.start :])
         best = logits[transcript.start - 1 : -1].argmax(-1)
         followed = int((best == answer).int().cumprod(0).sum())
         # Where a token was suppressed (an early end of sequence) the generation is no longer greedy: end there.
         greedy = best[: followed + 1]
         after = logits[transcript.start - 1 : transcript.start - 1 + len(greedy)].log_softmax(-1)
-        scores = _scores(logits, transcript)
+        scores = _score_tokens(logits, transcript)
         expectations.append(Expectation(plain, scores, rounded, tuple(greedy.tolist()), followed, after))
     return expectations
 
 
-def _logits(model: nn.Module, transcript: Transcript) -> Tensor:
+def _compute_logits(model: nn.Module, transcript: Transcript) -> Tensor:
     """Return the logits (T, vocabulary), float64."""
     ids = torch.tensor([transcript.ids])
     logits: Tensor = model(input_ids=ids, attention_mask=torch.ones_like(ids)).logits
     return logits[0].double()
 
 
-def _scores(logits: Tensor, transcript: Transcript) -> Tensor:
+def _score_tokens(logits: Tensor, transcript: Transcript) -> Tensor:
     """Return (T - 1,): the log-probability of each token after the first; -inf for tokens outside the vocabulary."""
     scores = torch.full((len(transcript.ids) - 1,), -math.inf, dtype=torch.float64)
     ids = torch.tensor(transcript.ids[1:])
@@ -129,8 +133,8 @@ def compare_server(
 ) -> ServerFigures:
     """Query the server for every transcript: its greedy tokens, then its log-probabilities of the transcript.
 
-    text_of: a token id's text, for servers that tell no ids. ends: the end-of-sequence tokens, which a server may leave
-    out of its answer.
+    text_of: returns a token id's text, for servers that return no ids. ends: the end-of-sequence tokens, which a server
+    may leave out of its answer.
     """
     server: list[float] = []
     rows: list[Tensor] = []  # (3, n): base, trained, narrow
@@ -156,17 +160,18 @@ def compare_server(
     got = torch.tensor(server, dtype=torch.float64)
     return ServerFigures(
         len(server),
-        _distance(got, trained),
-        _distance(got, base),
-        _distance(base, trained),
-        _distance(narrow, trained),
+        _measure_distance(got, trained),
+        _measure_distance(got, base),
+        _measure_distance(base, trained),
+        _measure_distance(narrow, trained),
         equal,
         total,
         tuple(gaps),
     )
 
 
-def _distance(first: Tensor, second: Tensor) -> Distance:
+def _measure_distance(first: Tensor, second: Tensor) -> Distance:
+    """Return max and mean |first - second|; NaN for empty tensors."""
     if not first.numel():
         return Distance(math.nan, math.nan)
     apart = (first - second).abs()
@@ -190,26 +195,34 @@ def _compare_greedy(
     return len(want.greedy), None
 
 
+class Verdict(StrEnum):
+    """The values are shown to users and written to reports."""
+
+    PASS = "PASS"
+    FAIL = "FAIL"
+    INCONCLUSIVE = "INCONCLUSIVE"  # a server without the adapter could not be told from one with it
+
+
 @dataclass(frozen=True)
 class ServerVerdict:
-    """tolerance: for max and for mean |d log-probability|. verdict: PASS, FAIL or INCONCLUSIVE, and why."""
+    """The verdict on a server, with the tolerance of max and mean |d log-probability| and the problems."""
 
     tolerance: Distance
-    verdict: str
+    verdict: Verdict
     problems: tuple[str, ...]
     is_base: bool = False  # the answers match the base
 
 
 def judge(figures: ServerFigures, tolerance: float | None = None) -> ServerVerdict:
-    """Return PASS only where server and adapter agree, and a server without the adapter would not."""
+    """Return the verdict: PASS only where server and adapter agree, and a server without the adapter would not."""
     noise = figures.noise
     bar = (
         Distance(tolerance, tolerance)
         if tolerance is not None
-        else Distance(_bar(NOISE_OF_MAX * noise.max), _bar(NOISE_OF_MEAN * noise.mean))
+        else Distance(_choose_tolerance(NOISE_OF_MAX * noise.max), _choose_tolerance(NOISE_OF_MEAN * noise.mean))
     )
     if not figures.compared or not figures.greedy_total:
-        return ServerVerdict(bar, "FAIL", ("nothing was compared: the server gave no log-probability",))
+        return ServerVerdict(bar, Verdict.FAIL, ("nothing was compared: the server gave no log-probability",))
     problems = []
     difference = figures.difference
     if not (difference.max <= bar.max and difference.mean <= bar.mean):
@@ -226,19 +239,20 @@ def judge(figures: ServerFigures, tolerance: float | None = None) -> ServerVerdi
         is_base = separate and base.max <= bar.max and base.mean <= bar.mean
         if is_base:
             problems.insert(0, "the answers are the base's: the server ignores the adapter")
-        return ServerVerdict(bar, "FAIL", tuple(problems), is_base)
+        return ServerVerdict(bar, Verdict.FAIL, tuple(problems), is_base)
     if not separate:
         return ServerVerdict(
             bar,
-            "INCONCLUSIVE",
+            Verdict.INCONCLUSIVE,
             (
                 f"the adapter moves these log-probabilities by only {figures.effect.max:.3g} "
                 f"(mean {figures.effect.mean:.3g}), and {bar.max:.3g} (mean {bar.mean:.3g}) is allowed: "
-                "the base cannot be told from it. Give a --prompt that it was trained for",
+                "the base cannot be distinguished from it. Give a --prompt that it was trained for",
             ),
         )
-    return ServerVerdict(bar, "PASS", ())
+    return ServerVerdict(bar, Verdict.PASS, ())
 
 
-def _bar(noise: float) -> float:
+def _choose_tolerance(noise: float) -> float:
+    """Return the tolerance for a measured noise, at least FLOOR."""
     return max(FLOOR, noise) if math.isfinite(noise) else FLOOR

@@ -1,9 +1,9 @@
-"""Every adapted weight of an artefact against the methods' formulas in float64, and the rest against the base's bytes.
+"""Comparison of an artefact's adapted weights with the methods' formulas in float64, of all others with the base.
 
-Streamed: blocks of rows of base and artefact, one worker per core; no whole weight is held but for a combination's.
+Base and artefact are read in blocks of rows, with one worker per core. Only combinations need whole weights in memory.
 
     whole_formulas.py   the formula of each stored tensor
-    carried_over.py     what is not adapted: tensors and config
+    carried_over.py     tensors that are not adapted, and the config
     compare_factors.py  other adapters: converted folders, factors
     truncation.py       whether truncated factors are the best of their rank
 """
@@ -25,7 +25,7 @@ from adapter_merge.storage.input_files import Sources
 from adapter_merge.storage.safetensors_header import TensorRef
 from adapter_merge.storage.tensor_io import TORCH_DTYPES
 
-from .carried_over import HALVES, carried_over, config_problems
+from .carried_over import HALVES, compare_carried_over, find_config_problems
 from .weight_formulas import Formula, read_rows, row_blocks
 from .whole_formulas import FLOAT32_ERROR, formula_of, modules_by_tensor, typical_size
 
@@ -36,7 +36,7 @@ Progress = Callable[[int], None]  # called with bytes that were compared
 
 @dataclass(frozen=True)
 class WeightFigures:
-    """One adapted weight of the artefact against the exact one."""
+    """The difference between one adapted weight of the artefact and the exact weight."""
 
     relative_error: float  # ||W' - exact|| / ||dW||
     excess_ulp: float  # worst element beyond float32 arithmetic and one correct rounding, in ulp of the dtype
@@ -47,21 +47,21 @@ class WeightFigures:
 
 @dataclass(frozen=True)
 class WeightProof:
-    """What was compared, and what is wrong with it."""
+    """The figures of all compared weights, and the problems."""
 
     layers: dict[str, WeightFigures]
     problems: list[str] = field(default_factory=list)
-    compared: int = 0  # tensors, those included that are not adapted but replaced
+    compared: int = 0  # number of compared tensors, replaced ones included
 
     @property
     def is_requantised(self) -> bool:
-        """True where adapted weights are quantised, which no tolerance of logits can be stated for."""
-        return any(one.retention is not None for one in self.layers.values())
+        """True where adapted weights are quantised; no tolerance of logits can be stated for them."""
+        return any(figures.retention is not None for figures in self.layers.values())
 
     @property
     def half(self) -> str | None:
         """BF16 or F16 where an adapted weight is kept in half precision."""
-        return next((name for name in HALVES if any(one.dtype == name for one in self.layers.values())), None)
+        return next((name for name in HALVES if any(figures.dtype == name for figures in self.layers.values())), None)
 
 
 def compare_blocks(
@@ -73,6 +73,7 @@ def compare_blocks(
     *,
     is_delta: bool = False,
 ) -> WeightFigures:
+    """Compare the artefact's rows, given by `got`, with those of the formula `exact`; both on the base weight `ref`."""
     kept = TORCH_DTYPES[dtype]
     size, error, excess = 0.0, 0.0, 0.0
     for first, stop in row_blocks(ref):
@@ -103,10 +104,10 @@ def _square(block: Tensor) -> float:
 
 
 def _excess(wanted: Tensor, off: Tensor, base: Tensor, change: Tensor, kept: torch.dtype, block: Tensor) -> Tensor:
-    """The worst of `off` beyond float32 arithmetic and half an ulp, in ulp; NaN where something is NaN."""
+    """Return the largest part of `off` beyond float32 arithmetic and half an ulp, in ulp; NaN where a value is NaN."""
     _, exponent = torch.frexp(wanted.abs().clamp_min(torch.finfo(kept).tiny))
     ulp = torch.ldexp(torch.full_like(wanted, torch.finfo(kept).eps), exponent - 1)
-    # Where W0 and dW cancel, float32 arithmetic is off by parts of their size, not of the small result's.
+    # Where W0 and dW cancel, the error of float32 arithmetic is relative to their size, not to that of the result.
     arithmetic = FLOAT32_ERROR * (base.abs() + change.abs() + typical_size(block))
     found = (off - arithmetic) / ulp - 0.5
     return found.max().clamp_min(0) if not bool(found.isnan().any()) else found.new_tensor(math.nan)
@@ -115,6 +116,7 @@ def _excess(wanted: Tensor, off: Tensor, base: Tensor, change: Tensor, kept: tor
 def compare_each(
     names: Sequence[str], compare: Callable[[str], WeightFigures], sizes: Mapping[str, int], progress: Progress | None
 ) -> dict[str, WeightFigures]:
+    """Return `compare(name)` for each name, computed in parallel; sizes: bytes of each weight, for `progress`."""
     found = {}
     with weight_pool(torch.device("cpu")) as run:
         for name, figures in zip(names, run(compare, names), strict=True):
@@ -124,7 +126,7 @@ def compare_each(
     return found
 
 
-def stored_weights(
+def compare_stored(
     bound: BoundAdapter,
     held: Mapping[str, TensorRef],  # the artefact's tensors by name
     *,
@@ -132,7 +134,7 @@ def stored_weights(
     skipped: frozenset[str] = frozenset(),
     progress: Progress | None = None,
 ) -> WeightProof:
-    """Every adapted weight but those `skipped` as it lies in a merged model, or its delta in a folder of deltas."""
+    """Compare every adapted weight except `skipped` in a merged model, or its delta in a folder of deltas."""
     modules = modules_by_tensor(bound)
     problems, names = [], []
     held = {name: _as_compared(ref, bound.base.tensors.get(name), modules.get(name)) for name, ref in held.items()}
@@ -160,7 +162,7 @@ def stored_weights(
         layers = compare_each(names, compare, {name: modules[name][0].weight.nbytes for name in names}, progress)
     finally:
         sources.close()
-    return WeightProof(layers, problems + weight_problems(layers), len(layers))
+    return WeightProof(layers, problems + find_weight_problems(layers), len(layers))
 
 
 def _as_compared(ref: TensorRef, stored: TensorRef | None, items: Sequence[BoundModule] | None) -> TensorRef:
@@ -169,31 +171,33 @@ def _as_compared(ref: TensorRef, stored: TensorRef | None, items: Sequence[Bound
     return ref.as_matrix() if is_matrix and stored is not None and ref.shape == stored.shape else ref
 
 
-def merged_weights(bound: BoundAdapter, merged: Checkpoint, progress: Progress | None = None) -> WeightProof:
-    """A merged model: adapted weights, everything else, and its config."""
-    found = stored_weights(bound, merged.tensors, progress=progress)
-    compared, problems = carried_over(bound, merged, progress)
-    problems = [*found.problems, *problems, *config_problems(bound, merged)]
+def compare_merged(bound: BoundAdapter, merged: Checkpoint, progress: Progress | None = None) -> WeightProof:
+    """Compare a merged model: adapted weights, all other tensors, and its config."""
+    found = compare_stored(bound, merged.tensors, progress=progress)
+    compared, problems = compare_carried_over(bound, merged, progress)
+    problems = [*found.problems, *problems, *find_config_problems(bound, merged)]
     return WeightProof(found.layers, problems, found.compared + compared)
 
 
-def delta_weights(bound: BoundAdapter, folder: Path, progress: Progress | None = None) -> WeightProof:
-    """A folder of deltas."""
+def compare_deltas(bound: BoundAdapter, folder: Path, progress: Progress | None = None) -> WeightProof:
+    """Compare a folder of deltas."""
     refs = {ref.name: ref for ref in read_weights(folder / "delta.safetensors").tensors}
     extra = sorted(set(refs) - {item.name for item in bound.modules})
-    found = stored_weights(bound, refs, is_delta=True, progress=progress)
+    found = compare_stored(bound, refs, is_delta=True, progress=progress)
     problems = [f"{len(extra)} deltas of weights that the adapter does not change, first {extra[0]}"] if extra else []
     return WeightProof(found.layers, [*found.problems, *problems], found.compared)
 
 
-def weight_problems(layers: Mapping[str, WeightFigures]) -> list[str]:
-    """What is wrong with the weights: more than float32 arithmetic and one rounding explain."""
+def find_weight_problems(layers: Mapping[str, WeightFigures]) -> list[str]:
+    """Return a problem for weights with a larger error than float32 arithmetic and one rounding can cause."""
     problems = []
     for half in HALVES:
-        bad = [name for name, one in layers.items() if one.dtype == half and not one.excess_ulp <= 0.01]
+        bad = [name for name, item in layers.items() if item.dtype == half and not item.excess_ulp <= 0.01]
         problems += [f"{len(bad)} weights beyond one rounding to {half}, first {bad[0]}"] if bad else []
     bad = [
-        name for name, one in layers.items() if one.dtype not in HALVES and not one.relative_error <= WEIGHT_TOLERANCE
+        name
+        for name, item in layers.items()
+        if item.dtype not in HALVES and not item.relative_error <= WEIGHT_TOLERANCE
     ]
     text = f"weights with a relative error of dW above {WEIGHT_TOLERANCE:g}"
     return [*problems, *([f"{len(bad)} {text}, first {bad[0]}"] if bad else [])]

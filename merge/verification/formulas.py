@@ -2,7 +2,7 @@
 
 DCFT      y = plain(x) + (x Delta) alpha / (ranknum + 1e-5),  Delta = conv_transpose2d(A^T B^T, C)      (in, out)
 reshape   y = plain(x) + x Delta^T,  Delta = (conv_transpose2d(B A, C) + bias).view(out, in)
-LoRA ...  y = m / rownorm(W_f + s B A) * (x W_f^T + s x A^T B^T) + bias, W_f = round(W0 - s B0 A0) or as it was saved
+LoRA ...  y = m / rownorm(W_f + s B A) * (x W_f^T + s x A^T B^T) + bias, W_f = round(W0 - s B0 A0), or the saved W_f
 LyCORIS   y = x W'^T + bias, W' = W0 + s kron(W1, W2) or W0 + s (W1a W1b) * (W2a W2b), with its magnitudes
 """
 
@@ -25,7 +25,7 @@ from adapter_merge.methods.lora import LoraModule
 from adapter_merge.methods.residual import decompose
 from adapter_merge.storage.tensor_io import TORCH_DTYPES, read_tensor
 
-FLOAT32_NOISE = 2.0**-20  # of a residual's terms: how far two float32 decompositions of one weight may be apart
+FLOAT32_NOISE = 2.0**-20  # relative to a residual's terms: the difference of two float32 decompositions of one weight
 Forward = Callable[[nn.Module, Callable[[Tensor], Tensor], Tensor], Tensor]  # (layer, its own forward, x) -> y
 
 
@@ -34,9 +34,9 @@ def forward_of(module: AdaptedModule, layer: nn.Module, dtype: torch.dtype) -> F
     if isinstance(layer, nn.Conv1d | nn.Conv2d | nn.Conv3d):
         raise UnsupportedError(f"{module.name}: no reference forward for a convolution", hint="pass --weights-only")
     if isinstance(module, DcftModule):
-        return _added(_dcft_delta(module, dtype))
+        return _add_delta(_dcft_delta(module, dtype))
     if isinstance(module, DcftReshapeModule):
-        return _added(_reshaped_delta(module, dtype))
+        return _add_delta(_reshaped_delta(module, dtype))
     if isinstance(module, LoraModule) and not module.embedding and module.e is None:
         return _lora_forward(module, layer, dtype)
     if isinstance(module, LokrModule | LohaModule):
@@ -44,7 +44,9 @@ def forward_of(module: AdaptedModule, layer: nn.Module, dtype: torch.dtype) -> F
     raise UnsupportedError(f"{module.name}: no reference forward for {type(module).__name__}")
 
 
-def _added(delta: Tensor) -> Forward:  # delta (in, out)
+def _add_delta(delta: Tensor) -> Forward:  # delta (in, out)
+    """Return the forward that adds x delta to the layer's own output."""
+
     def run(layer: nn.Module, plain: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
         return plain(x) + x @ delta
 
@@ -105,34 +107,35 @@ class Subtracted:
     product: torch.dtype | None = None  # of the factors and of s B0 A0 where these were rounded (MyTransformers)
 
     def transposed(self) -> Subtracted:
-        """Return the same for W0^T."""
+        """Return the factors subtracted from W0^T."""
         return replace(self, b=self.a.T.contiguous(), a=self.b.T.contiguous())
 
     def rows(self, weight: Tensor, first: int = 0) -> tuple[Tensor, Tensor]:
         """Return rows first .. first + n of W_f in `kept` for those of W0, and the uncertainty of float32 arithmetic.
 
-        Two decompositions of one weight differ in their last bits, so that an element beside the middle of two
-        neighbours of a half precision may become either.
+        Two decompositions of one weight differ in their last bits, so that an element near the middle between two
+        half-precision numbers may be rounded to either.
         """
         b = self.b[first : first + weight.shape[0]].to(torch.float32)
         product = b @ self.a.to(torch.float32)
-        residual = self._left(weight, product)
+        residual = self._compute_residual(weight, product)
         if self.kept in (torch.float32, torch.float64):
             return residual, torch.zeros((), dtype=torch.float64)
         noise = (weight.abs().to(torch.float32) / abs(self.scale) + product.abs()) * FLOAT32_NOISE
-        low, high = (self._left(weight, product + sign * noise).to(torch.float64) for sign in (1, -1))
+        low, high = (self._compute_residual(weight, product + sign * noise).to(torch.float64) for sign in (1, -1))
         return residual, (high - low).abs()
 
-    def _left(self, weight: Tensor, product: Tensor) -> Tensor:
+    def _compute_residual(self, weight: Tensor, product: Tensor) -> Tensor:
+        """Return W_f in `kept` for rows of W0 and of B0 A0."""
         if self.product is None:
             return (weight.to(torch.float32) - self.scale * product).to(self.kept)
         # MyTransformers: LinearWithLoRA._compute_lora_weight, in the dtype of the factors, then in the weight's.
-        taken = (self.scale * product.to(self.product)).to(self.kept)
-        return (weight.to(self.kept).to(torch.float32) - taken.to(torch.float32)).to(self.kept)
+        subtracted = (self.scale * product.to(self.product)).to(self.kept)
+        return (weight.to(self.kept).to(torch.float32) - subtracted.to(torch.float32)).to(self.kept)
 
 
 def subtracted_from(module: LoraModule, weight: Callable[[], Tensor], stored: torch.dtype) -> Subtracted:
-    """Return what was subtracted from W0 (out, in), which `weight` gives in the base's dtype `stored`."""
+    """Return the factors subtracted from W0 (out, in); `weight` returns W0 in the base's dtype `stored`."""
     initial = module.initial
     assert initial is not None
     kept = TORCH_DTYPES[initial.dtype] if initial.dtype else stored
@@ -150,8 +153,8 @@ def _lora_forward(module: LoraModule, layer: nn.Module, dtype: torch.dtype) -> F
     columns: Tensor | None = None  # (in,)
     if module.magnitude is not None or module.own_magnitude:
         dim = 1 - module.magnitude_dim
-        own = torch.linalg.vector_norm(frozen, dim=dim)
-        magnitude = own if module.magnitude is None else read_tensor(module.magnitude).to(dtype).reshape(-1)
+        frozen_norm = torch.linalg.vector_norm(frozen, dim=dim)
+        magnitude = frozen_norm if module.magnitude is None else read_tensor(module.magnitude).to(dtype).reshape(-1)
         scale = magnitude / torch.linalg.vector_norm(frozen + module.scale * (b @ a), dim=dim)
         rows, columns = (scale, None) if module.magnitude_dim == 0 else (None, scale)
 

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from functools import cache as once
+from functools import cache
 from typing import Any
 
 
-@once
+@cache
 def cache_name() -> str:
     """Return the name of the cache in a model's arguments and outputs: `cache`, before 5.24 `past_key_values`."""
     from transformers.modeling_outputs import CausalLMOutputWithPast
@@ -15,9 +15,9 @@ def cache_name() -> str:
     return "cache" if "cache" in fields else "past_key_values"
 
 
-def cache_argument(cache: Any) -> dict[str, Any]:
-    """Return the argument of a forward that goes on from `cache`; none where it is None."""
-    return {} if cache is None else {cache_name(): cache}
+def cache_argument(cache_value: Any) -> dict[str, Any]:
+    """Return the arguments of a forward that continues from `cache_value`; an empty dict where it is None."""
+    return {} if cache_value is None else {cache_name(): cache_value}
 
 
 def cache_of(result: Any) -> Any:

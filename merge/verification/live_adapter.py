@@ -1,7 +1,7 @@
 """The adapter as trained: a live, unmerged model, the reference of every comparison.
 
-PEFT folders run in PEFT itself. What PEFT cannot read runs from its paper's or project's forward formula, written in
-formulas.py without the canonical form that the rest of the project is built on.
+PEFT folders run in PEFT itself. Methods that PEFT does not have run by the forward formula of their paper or project,
+which formulas.py implements without the canonical form.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ from adapter_merge.errors import MissingDependencyError, UnsupportedError
 from adapter_merge.files.installation import install_command
 from adapter_merge.quantisation.dense_view import open_base
 from adapter_merge.storage.checkpoint import Checkpoint
+from adapter_merge.storage.module_paths import match_module_paths
 from adapter_merge.storage.safetensors_header import TensorRef
 from adapter_merge.storage.tensor_io import read_tensor
 
@@ -95,14 +96,14 @@ def require_tokens(folder: Path) -> None:
 
 def adapted_model(bound: BoundAdapter, dtype: torch.dtype, model: nn.Module) -> nn.Module:
     """Return `model`, which is changed, with a PEFT adapter live in it, unmerged, computing in `dtype`."""
-    return with_heads(_in_peft(model, bound).to(dtype), bound.replacements).eval()
+    return with_heads(_load_in_peft(model, bound).to(dtype), bound.replacements).eval()
 
 
 def model_config(folder: Any) -> Any:
     """Return the transformers config in `folder`, without a quantization_config.
 
-    Experts run one after the other, transformers' plain way: its default multiplies them together by a kernel of torch
-    that knows no float64 (transformers/integrations/moe.py, grouped_mm).
+    Experts run one after the other (experts_implementation "eager"): transformers' default uses a kernel of torch that
+    does not support float64 (transformers/integrations/moe.py, grouped_mm).
     """
     require("transformers")
     import transformers
@@ -120,7 +121,7 @@ def model_config(folder: Any) -> Any:
 def with_heads(model: nn.Module, heads: Mapping[str, TensorRef]) -> nn.Module:
     """Return the model with trained heads and biases in their stored precision, which a half-precision base rounds.
 
-    PEFT keeps them beside the base's.
+    PEFT stores them in addition to the base's.
     """
     named = {_plain(name): parameter for name, parameter in model.named_parameters()}
     for name, ref in heads.items():
@@ -138,16 +139,10 @@ def _plain(name: str) -> str:
 
 
 def module_path(model: nn.Module, name: str) -> str:
-    """Return the adapter's module path in this model: unchanged, or with one leading component more or less."""
-    paths: set[str] = {path for path, _ in model.named_modules()}
-    if name in paths:
-        return name
-    _, _, shorter = name.partition(".")
-    longer = [path for path in paths if path.partition(".")[2] == name]
-    if shorter in paths:
-        return shorter
-    if len(longer) == 1:
-        return str(longer[0])
+    """Return the adapter's module path in this model (module_paths.py). Raises UnsupportedError where it has none."""
+    path = match_module_paths([name], (path for path, _ in model.named_modules())).get(name)
+    if path is not None:
+        return path
     raise UnsupportedError(f"{name}: the model class {type(model).__name__} has no such module")
 
 
@@ -196,9 +191,9 @@ def is_embedding(layer: nn.Module) -> bool:
 
 
 def peft_config(folder: Path, *, plain: bool) -> Any:
-    """Return PEFT's config of the adapter in `folder`; where `plain`, with an initialisation that leaves the base.
+    """Return PEFT's config of the adapter in `folder`; with `plain`, its initialisation does not change the base.
 
-    That is set before the config is built: PEFT then asks for scipy where the file states LoftQ.
+    This is set before the config is built, because PEFT requires scipy for a config that states LoftQ.
     """
     import peft
 
@@ -208,12 +203,15 @@ def peft_config(folder: Path, *, plain: bool) -> Any:
     return peft.PeftConfig.from_peft_type(**peft.PeftConfig.check_kwargs(**stated))
 
 
-def _in_peft(model: nn.Module, bound: BoundAdapter) -> nn.Module:
+def _load_in_peft(model: nn.Module, bound: BoundAdapter) -> nn.Module:
+    """Return the model with the adapter loaded by PEFT."""
     require("peft")
     import peft
 
     with quiet_libraries():
-        config = peft_config(bound.adapter.folder, plain=bound.base_kind == "residual")  # the base is what PEFT makes
+        config = peft_config(
+            bound.adapter.folder, plain=bound.base_kind == "residual"
+        )  # the base is already the residual
         config.inference_mode = True
         loaded: nn.Module = peft.PeftModel.from_pretrained(model, str(bound.adapter.folder), config=config)
     return loaded

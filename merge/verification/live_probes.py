@@ -1,7 +1,8 @@
-"""The weights' formulas held against live layers: PEFT's, or the methods' own forwards.
+"""Comparison of the weights' formulas with live layers: PEFT's, or the methods' own forwards.
 
-The weight figures rest on weight_formulas.py. Each adapted layer of the live model gets random inputs X (PROBES, in);
-its answer without the bias must be X W'^T. A mistake in the formulas, or in the readers' account of a folder, shows.
+The figures of weights are based on weight_formulas.py. Here each adapted layer of the live model gets random inputs X
+(PROBES, in), and its output without the bias must be X W'^T. This detects a mistake in the formulas, or in what the
+readers read from a folder.
 """
 
 from __future__ import annotations
@@ -29,7 +30,7 @@ SIGNAL = 6  # positions per dimension of a convolution's input, beyond its kerne
 
 @torch.no_grad()
 def unlike_live(bound: BoundAdapter, streamed: StreamedModel) -> list[str]:
-    """Tensors whose live layer does not compute with the W' that the artefact is compared with.
+    """Return the tensors whose live layer does not compute with the W' of the formulas.
 
     `streamed` is the adapter as trained, in float64.
     """
@@ -38,10 +39,10 @@ def unlike_live(bound: BoundAdapter, streamed: StreamedModel) -> list[str]:
     for name, items in modules_by_tensor(bound).items():
         weights = _Weights(*whole_weight(items))
         for path in dict.fromkeys(item.module.name for item in items):
-            own = [item for item in items if item.module.name == path]
+            layer_items = [item for item in items if item.module.name == path]
             layer = live_layer(streamed.model, path)
             streamed.hold_module(path)
-            if not _alike(layer, own, weights, source):
+            if not _computes(layer, layer_items, weights, source):
                 wrong.append(name)
                 break
     return wrong
@@ -53,49 +54,50 @@ class _Weights:
 
     base: Tensor  # W0
     after: Tensor  # W'
-    slack: Tensor | None  # how far an element of W' may be off: a live layer rounds its residual by itself
+    slack: Tensor | None  # the uncertainty of W': a live layer rounds its residual itself
 
     def each(self, change: Callable[[Tensor], Tensor]) -> _Weights:
-        """`change` of all three."""
+        """Return the weights with `change` applied to all three tensors."""
         return _Weights(change(self.base), change(self.after), None if self.slack is None else change(self.slack))
 
-    def answered(self, got: Tensor, x: Tensor) -> bool:
-        """True when `got` is x W'^T."""
-        room = 0.0 if self.slack is None else torch.linalg.vector_norm(x.abs() @ self.slack.T)
-        return _close(got, x @ self.after.T, x @ self.base.T, room)
+    def gives(self, output: Tensor, x: Tensor) -> bool:
+        """Return True when `output` is x W'^T."""
+        tolerance = 0.0 if self.slack is None else torch.linalg.vector_norm(x.abs() @ self.slack.T)
+        return _is_close(output, x @ self.after.T, x @ self.base.T, tolerance)
 
 
-def _alike(layer: Any, items: Sequence[BoundModule], weights: _Weights, source: torch.Generator) -> bool:
+def _computes(layer: Any, items: Sequence[BoundModule], weights: _Weights, source: torch.Generator) -> bool:
+    """Return True where the live layer computes with W'; `items` are the modules of one adapter on it."""
     item = items[0]
     if isinstance(item.module, ExpertModule) or hasattr(layer, "parameter_name"):
-        return all(_same_expert(layer, one, weights.base, weights.after) for one in items)
+        return all(_is_same_expert(layer, expert, weights.base, weights.after) for expert in items)
     if isinstance(item.module, BiasModule) or item.module.parameter == "bias":
         weight = _inner_weight(layer)
         answer = layer(torch.zeros(1, weight[1] if not weight[2] else weight[0], dtype=torch.float64))
-        return _close(answer[0], weights.after, weights.base)
+        return _is_close(answer[0], weights.after, weights.base)
     if item.rows is not None:
         rows = slice(*item.rows)
         weights = weights.each(lambda whole: whole.reshape(-1, whole.shape[-1])[rows])
     if item.transposed:
         weights = weights.each(lambda whole: whole.T)
     if isinstance(innermost(layer), nn.Conv1d | nn.Conv2d | nn.Conv3d):
-        return _same_convolution(layer, weights, source)
+        return _is_same_convolution(layer, weights, source)
     if weights.after.dim() != 2:
         return True
     if isinstance(innermost(layer), nn.Embedding):
         ids = torch.randint(weights.after.shape[0], (PROBES,), generator=source)
-        trained = [torch.tensor(one.module.indices) for one in items if isinstance(one.module, TokenModule)]
+        trained = [torch.tensor(token.module.indices) for token in items if isinstance(token.module, TokenModule)]
         ids = torch.cat([ids, *trained])
-        return _close(layer(ids), weights.after[ids], weights.base[ids])
+        return _is_close(layer(ids), weights.after[ids], weights.base[ids])
     x = torch.randn(PROBES, weights.after.shape[1], generator=source, dtype=torch.float64)
-    got = layer(x) - layer(torch.zeros_like(x))
+    output = layer(x) - layer(torch.zeros_like(x))
     if isinstance(item.module, RowSliceModule):
-        got = got[:, item.module.start : item.module.stop]
-    return weights.answered(got, x)
+        output = output[:, item.module.start : item.module.stop]
+    return weights.gives(output, x)
 
 
-def _same_convolution(layer: Any, weights: _Weights, source: torch.Generator) -> bool:
-    """A convolution on random signals: the model's own layer with W' in it, its groups, dilation and padding."""
+def _is_same_convolution(layer: Any, weights: _Weights, source: torch.Generator) -> bool:
+    """Return True where a live convolution equals the model's own layer with weight W', on random signals."""
     inner: Any = innermost(layer)
     sizes = [SIGNAL + step * (width - 1) for step, width in zip(inner.dilation, inner.kernel_size, strict=True)]
     x = torch.randn(2, inner.in_channels, *sizes, generator=source, dtype=torch.float64)
@@ -103,7 +105,7 @@ def _same_convolution(layer: Any, weights: _Weights, source: torch.Generator) ->
         torch.func.functional_call(inner, {"weight": matrix.reshape(inner.weight.shape)}, (x,))
         for matrix in (weights.after, weights.base)
     )
-    return _close(layer(x), with_adapter, without)
+    return _is_close(layer(x), with_adapter, without)
 
 
 def _inner_weight(layer: Any) -> tuple[int, int, bool]:
@@ -112,8 +114,8 @@ def _inner_weight(layer: Any) -> tuple[int, int, bool]:
     return *inner.weight.shape, type(inner).__name__ == "Conv1D"
 
 
-def _same_expert(layer: Any, item: BoundModule, base: Tensor, after: Tensor) -> bool:
-    """One expert of a stacked parameter, or a bare parameter: what PEFT adds to it, and what that makes of it."""
+def _is_same_expert(layer: Any, item: BoundModule, base: Tensor, after: Tensor) -> bool:
+    """Return True where PEFT's delta of one expert, or of a bare parameter, gives W'."""
     wrapper = layer
     factors = read_tensor(item.module.refs[0])
     while not (
@@ -126,17 +128,17 @@ def _same_expert(layer: Any, item: BoundModule, base: Tensor, after: Tensor) -> 
     if isinstance(module, ExpertModule):
         live = live.reshape(-1, *live.shape[-2:])[module.index]
         if item.rows is not None:
-            after, base = (one.reshape(-1, one.shape[-1])[slice(*item.rows)] for one in (after, base))
+            after, base = (matrix.reshape(-1, matrix.shape[-1])[slice(*item.rows)] for matrix in (after, base))
         else:
             live = live[slice(*module.rows)]
-    return live.shape == after.shape and _close(live, after, base)
+    return live.shape == after.shape and _is_close(live, after, base)
 
 
-def _close(got: Tensor, want: Tensor, plain: Tensor, room: Tensor | float = 0.0) -> bool:
-    """True when `got` is `want`, measured by how far that is from what there was without the adapter.
+def _is_close(actual: Tensor, expected: Tensor, plain: Tensor, tolerance: Tensor | float = 0.0) -> bool:
+    """Return True when `actual` equals `expected`, relative to the distance of `expected` from `plain` (no adapter).
 
-    room: what is allowed beyond that, as a norm.
+    tolerance: a further allowed difference, as a norm.
     """
-    effect = torch.linalg.vector_norm(want - plain).clamp_min(1e-300)
-    noise = 1e-12 * torch.linalg.vector_norm(want)
-    return bool(torch.linalg.vector_norm(got - want) <= WEIGHT_TOLERANCE * effect + noise + room)
+    effect = torch.linalg.vector_norm(expected - plain).clamp_min(1e-300)
+    noise = 1e-12 * torch.linalg.vector_norm(expected)
+    return bool(torch.linalg.vector_norm(actual - expected) <= WEIGHT_TOLERANCE * effect + noise + tolerance)

@@ -14,8 +14,8 @@ from adapter_merge.methods.lora import LoraModule
 def open_artefact(bound: BoundAdapter, folder: Path, base_kind: str) -> BoundAdapter:
     """Open the adapter or factors in `folder` and bind them to the base of `bound`, the adapter as trained.
 
-    Evidence against the base does not refuse the folder: its values are compared one by one, and that is the verdict.
-    The dtype of a residual that the folder does not state is the one of the adapter as trained.
+    Evidence against the base is ignored, since the values themselves are compared. Where the folder does not state the
+    dtype of a residual, that of the adapter as trained is used.
     """
     opened = open_pair(bound.base.folder, folder, base_kind, ReadOptions(force=True))
     dtypes = {

@@ -1,13 +1,13 @@
-"""A merged model in the base's own quantisation against the methods' formulas, and everything else byte for byte.
+"""Comparison of a merged model in the base's own quantisation with the methods' formulas; other tensors byte for byte.
 
-Of each adapted weight, W' by the formula in float64 and Q, what the artefact's parts dequantise to:
+For each adapted weight, with W' by the formula in float64 and Q the dequantised weight of the artefact:
 
 - every element of Q is, for the scales that the artefact holds, the value of its scheme that W' rounds to, or every one
   is the neighbour of W' that the weight's own numbers draw (quantisation/rounding.py). Beside a tie, where W' and W' as
   float32 computes it round apart, it is either value;
 - its requantisation_loss is that of the best way to quantise W' again (the base's scales or new ones, nearest or drawn
   codes): values can be right for scales that are wrong, as those of scales that are all zero are;
-- the retention <Q - W, dW> / |dW|^2 of all weights together is at least what was asked.
+- the retention <Q - W, dW> / |dW|^2 of all weights together is at least the required one.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ import math
 import torch
 from torch import Tensor
 
-from adapter_merge.binding.bind import BoundAdapter, BoundModule
+from adapter_merge.binding.bind import BoundAdapter
 from adapter_merge.quantisation.dense_view import packed_weights
 from adapter_merge.quantisation.packed_weight import NEARLY_ALL, PackedWeight, replaced_parts, requantisation_loss
 from adapter_merge.quantisation.rounding import draw_for
@@ -25,21 +25,21 @@ from adapter_merge.storage.checkpoint import Checkpoint
 from adapter_merge.storage.tensor_comparison import same_bytes
 from adapter_merge.storage.tensor_io import read_bytes, read_tensor
 
-from .carried_over import config_problems
-from .compare_weights import Progress, WeightFigures, WeightProof, stored_weights, weight_problems
+from .carried_over import find_config_problems
+from .compare_weights import Progress, WeightFigures, WeightProof, compare_stored, find_weight_problems
 from .whole_formulas import FLOAT32_ERROR, modules_by_tensor, whole_weight
 
-LOSS_MARGIN = 1.01  # of the best way's loss: what float32 changes about it
-DRAW_NOISE = 1e-3  # of a step: what float32 moves W' between two codes
+LOSS_MARGIN = 1.01  # allowed ratio to the smallest loss, for the errors of float32
+DRAW_NOISE = 1e-3  # of a step between two codes: the error of W' in float32
 CONFIG_KEYS = ("quantization_config", "compression_config")
 
 
 def requantised_weights(
     bound: BoundAdapter, merged: Checkpoint, least: float, progress: Progress | None = None
 ) -> WeightProof:
-    """Compare a merged model that is quantised; `least` is the retention that passes."""
-    stored, held = bound.base.stored, merged.stored
-    assert held is not None
+    """Compare a merged model that is quantised; `least` is the required retention."""
+    stored, merged_stored = bound.base.stored, merged.stored
+    assert merged_stored is not None
     if stored is None:
         return WeightProof({}, ["the artefact is quantised, and the base is not"], 0)
     base, made = packed_weights(bound.base), packed_weights(merged)
@@ -53,60 +53,62 @@ def requantised_weights(
             problems.append(f"{name} is not quantised as the base's is ({base[name].scheme})")
             continue
         before = read_tensor(bound.base.tensors[name]).to(torch.float64)
-        after = _wanted(packed[name]) if name in packed else read_tensor(replaced[name]).to(torch.float64)
+        after = whole_weight(packed[name])[1] if name in packed else read_tensor(replaced[name]).to(torch.float64)
         figures, exact = _compare(made[name], before, after.reshape(before.shape))
         layers[name] = figures
         if not exact:
             problems.append(f"{name} does not hold the values of its scheme that the exact ones round to")
-        elif not _loss(figures) <= LOSS_MARGIN * _smallest_loss(base[name], before, after.reshape(before.shape)) + 1e-6:
+        elif (
+            not _compute_loss(figures)
+            <= LOSS_MARGIN * _smallest_loss(base[name], before, after.reshape(before.shape)) + 1e-6
+        ):
             problems.append(f"{name}: is further from the exact weight than its scheme allows")
         if progress is not None:
             progress(bound.base.tensors[name].nbytes)
-    total = sum(one.size**2 for one in layers.values())
-    kept = sum((one.retention or 0.0) * one.size**2 for one in layers.values()) / total if total else 1.0
-    if not kept >= least:
-        problems.append(f"quantised again, the weights keep {kept:.2f} of the adapter's change, below {least:g}")
-    plain = stored_weights(bound, merged.tensors, skipped=frozenset(packed))
-    problems += [*plain.problems, *weight_problems(plain.layers), *config_problems(bound, merged)]
+    total = sum(layer.size**2 for layer in layers.values())
+    retained = sum((layer.retention or 0.0) * layer.size**2 for layer in layers.values())
+    retention = retained / total if total else 1.0
+    if not retention >= least:
+        problems.append(f"quantised again, the weights keep {retention:.2f} of the adapter's change, below {least:g}")
+    plain = compare_stored(bound, merged.tensors, skipped=frozenset(packed))
+    problems += [*plain.problems, *find_weight_problems(plain.layers), *find_config_problems(bound, merged)]
     for key in CONFIG_KEYS:
-        if stored.config.get(key) != held.config.get(key):
+        if stored.config.get(key) != merged_stored.config.get(key):
             problems.append(f"config.json: {key} is not the base's")
     written = {part.name for name in layers for part in base[name].parts.values()}
     written |= {*plain.layers, *replaced}
-    compared, carried = _carried(bound, stored, held, written)
+    compared, carried = _compare_carried(bound, stored, merged_stored, written)
     return WeightProof(layers | plain.layers, [*problems, *carried], len(layers) + plain.compared + compared)
 
 
-def _wanted(items: list[BoundModule]) -> Tensor:
-    return whole_weight(items)[1]
-
-
 def _compare(made: PackedWeight, before: Tensor, after: Tensor) -> tuple[WeightFigures, bool]:
-    """The figures of one weight, and whether its elements are the nearest ones; both tensors float64."""
-    got = made.rows(read_bytes, 0, made.row_count).to(torch.float64).reshape(after.shape)
+    """Return the figures of one weight, and True where its codes are correct roundings; both tensors float64."""
+    stored = made.rows(read_bytes, 0, made.row_count).to(torch.float64).reshape(after.shape)
     noise = FLOAT32_ERROR * (before.abs() + (after - before).abs() + float(after.square().mean().sqrt()))
     low, high = _rounded(made, after - noise, None), _rounded(made, after + noise, None)
-    exact = bool(((torch.minimum(low, high) <= got) & (got <= torch.maximum(low, high))).all())
+    exact = bool(((torch.minimum(low, high) <= stored) & (stored <= torch.maximum(low, high))).all())
     if not exact:
         draw = draw_for(made.name, made.shape)
         above = _rounded(made, after, (draw - DRAW_NOISE).clamp_(min=0.0))
         below = _rounded(made, after, (draw + DRAW_NOISE).clamp_(max=1 - 2**-24))
         low, high = torch.minimum(above, below) - noise, torch.maximum(above, below) + noise
-        exact = bool(((low <= got) & (got <= high)).all())
-    figures = _figures(made.scheme, got, before, after)
+        exact = bool(((low <= stored) & (stored <= high)).all())
+    figures = _measure(made.scheme, stored, before, after)
     return figures, exact and math.isfinite(figures.relative_error)
 
 
-def _figures(scheme: str, got: Tensor, before: Tensor, after: Tensor) -> WeightFigures:
+def _measure(scheme: str, stored: Tensor, before: Tensor, after: Tensor) -> WeightFigures:
+    """Return the figures of a dequantised weight `stored` against W' `after`; `before` is W. All float64."""
     change = after - before
     size = float(torch.linalg.vector_norm(change))
-    error = float(torch.linalg.vector_norm(got - after))
-    retention = float(((got - before) * change).sum()) / size**2 if size else 1.0
+    error = float(torch.linalg.vector_norm(stored - after))
+    retention = float(((stored - before) * change).sum()) / size**2 if size else 1.0
     relative = error / size if size else error
     return WeightFigures(relative if math.isfinite(relative) else math.inf, 0.0, scheme, retention, size)
 
 
-def _loss(figures: WeightFigures) -> float:
+def _compute_loss(figures: WeightFigures) -> float:
+    """Return the loss by which ways to quantise are compared."""
     return requantisation_loss(figures.retention or 0.0, figures.relative_error)
 
 
@@ -116,13 +118,13 @@ def _smallest_loss(weight: PackedWeight, before: Tensor, after: Tensor) -> float
     for draw in (None, draw_for(weight.name, weight.shape)):
         for parts in weight.candidates(after.to(torch.float32), read_bytes, draw):
             read = replaced_parts(weight.parts, parts, read_bytes)
-            got = weight.uncached().rows(read, 0, weight.row_count).to(torch.float64).reshape(after.shape)
-            figures = _figures(weight.scheme, got, before, after)
-            if best is None or _loss(figures) < _loss(best):
+            candidate = weight.uncached().rows(read, 0, weight.row_count).to(torch.float64).reshape(after.shape)
+            figures = _measure(weight.scheme, candidate, before, after)
+            if best is None or _compute_loss(figures) < _compute_loss(best):
                 best = figures
         if best is not None and abs(1 - (best.retention or 0.0)) < NEARLY_ALL:
             break
-    return math.inf if best is None else _loss(best)
+    return math.inf if best is None else _compute_loss(best)
 
 
 def _rounded(made: PackedWeight, after: Tensor, draw: Tensor | None) -> Tensor:
@@ -132,22 +134,27 @@ def _rounded(made: PackedWeight, after: Tensor, draw: Tensor | None) -> Tensor:
     return made.uncached().rows(read, 0, made.row_count).to(torch.float64).reshape(after.shape)
 
 
-def _carried(bound: BoundAdapter, stored: Checkpoint, held: Checkpoint, written: set[str]) -> tuple[int, list[str]]:
-    """Compare every stored tensor that the adapter does not change: its bytes are the base's."""
+def _compare_carried(
+    bound: BoundAdapter, stored: Checkpoint, merged_base: Checkpoint, written: set[str]
+) -> tuple[int, list[str]]:
+    """Compare the bytes of every stored tensor that the adapter does not change with the base's."""
     expected = {**stored.tensors, **bound.copies, **bound.replacements}
     problems, compared = [], 0
     for name, ref in expected.items():
-        found = held.tensors.get(name)
+        written_ref = merged_base.tensors.get(name)
         if name in written and name in stored.tensors:
-            if found is None or (found.dtype, found.shape) != (stored.tensors[name].dtype, stored.tensors[name].shape):
+            if written_ref is None or (written_ref.dtype, written_ref.shape) != (
+                stored.tensors[name].dtype,
+                stored.tensors[name].shape,
+            ):
                 problems.append(f"{name} is missing or has another dtype or shape")
             continue
-        if found is None:
+        if written_ref is None:
             problems.append(f"{name} is missing")
             continue
         compared += 1
-        if not same_bytes(ref, found):
+        if not same_bytes(ref, written_ref):
             problems.append(f"{name} was changed")
     names = {item.name for item in bound.modules}
-    problems += [f"{name} was added" for name in held.tensors if name not in expected and name not in names]
+    problems += [f"{name} was added" for name in merged_base.tensors if name not in expected and name not in names]
     return compared, problems

@@ -1,11 +1,11 @@
-"""KL divergence of a merged model to the unmerged adapter on texts: what quantising again costs, in its own unit.
+"""KL divergence of a merged model to the unmerged adapter on texts, the cost of quantising again.
 
 At each token of a text, P is the distribution of the next token that the live, unmerged adapter computes on the base's
 dequantised weights, and Q that of the merged model:
 
     KL(P || Q) = sum_v P(v) (log P(v) - log Q(v)), in nats, averaged over all tokens of all texts
 
-Beside it stands the same of the base without adapter: what losing all of the adapter would cost. Models compute in
+The same divergence of the base without adapter shows the cost of losing the whole adapter. Models compute in
 float32 and are streamed (streamed_model.py); the sums are float64.
 """
 
@@ -26,19 +26,19 @@ from .compare_logits import TokenPath, all_logits, live_network, open_tokenizer
 from .live_adapter import quiet_libraries, require
 from .streamed_adapter import streamed_base
 
-TEXT_TOKENS = 512  # of each text; what follows is not read
-HELD_BYTES = 512 << 20  # of the live adapter's logits at a time
+TEXT_TOKENS = 512  # tokens of each text; later ones are not used
+CHUNK_BYTES = 512 << 20  # of the live adapter's logits in memory
 
 
 @dataclass(frozen=True)
 class TextFigures:
-    """How far a merged model is from the unmerged adapter on texts."""
+    """The difference between a merged model and the unmerged adapter on texts."""
 
     texts: int
     tokens: int  # places whose next token is compared
     kl: float  # mean KL(adapter || merged), nats per token
     kl_base: float  # the same of the base without adapter
-    same_choice: float  # share of places where both hold the same token for the most probable
+    same_choice: float  # share of places where both have the same most probable token
 
 
 def check_texts(folder: Path, texts: Sequence[str]) -> None:
@@ -51,58 +51,60 @@ def check_texts(folder: Path, texts: Sequence[str]) -> None:
 
 
 def text_divergence(bound: BoundAdapter, merged: Path, texts: Sequence[str]) -> TextFigures:
-    """Compare the model in `merged` with the live adapter on `texts`, which are taken as they are (no chat template).
+    """Compare the model in `merged` with the live adapter on `texts`, without a chat template.
 
-    Of each text the first TEXT_TOKENS tokens count.
+    Uses the first TEXT_TOKENS tokens of each text.
     """
-    paths = _tokens(bound.base.folder, texts)
-    kl = kl_base = same = 0.0
-    for chunk in _chunks(paths, _vocabulary(bound)):
+    paths = _tokenize(bound.base.folder, texts)
+    kl = kl_base = same_choices = 0.0
+    for chunk in _chunks(paths, _vocabulary_size(bound)):
         trained = all_logits(live_network(bound, FLOAT32), chunk)
         kl_base += sum(
-            _divergence(*pair)[0] for pair in _pairs(trained, streamed_base(bound.base, FLOAT32).model, chunk)
+            _compute_divergence(*pair)[0]
+            for pair in _pair_logits(trained, streamed_base(bound.base, FLOAT32).model, chunk)
         )
-        for pair in _pairs(trained, streamed_base(open_base(merged), FLOAT32).model, chunk):
-            lost, equal = _divergence(*pair)
-            kl, same = kl + lost, same + equal
+        for pair in _pair_logits(trained, streamed_base(open_base(merged), FLOAT32).model, chunk):
+            divergence, equal = _compute_divergence(*pair)
+            kl, same_choices = kl + divergence, same_choices + equal
     count = sum(len(path.ids) for path in paths)
-    return TextFigures(len(paths), count, kl / count, kl_base / count, same / count)
+    return TextFigures(len(paths), count, kl / count, kl_base / count, same_choices / count)
 
 
-def _pairs(trained: list[Tensor], model: nn.Module, chunk: list[TokenPath]) -> Iterator[tuple[Tensor, Tensor]]:
+def _pair_logits(trained: list[Tensor], model: nn.Module, chunk: list[TokenPath]) -> Iterator[tuple[Tensor, Tensor]]:
+    """Yield the logits of the live adapter and of `model` for each path."""
     return zip(trained, all_logits(model, chunk), strict=True)
 
 
-def _divergence(
+def _compute_divergence(
     trained: Tensor,  # (T, vocabulary) logits
-    other: Tensor,  # (T, vocabulary)
+    merged: Tensor,  # (T, vocabulary)
 ) -> tuple[float, float]:
-    """Return the sum over all places of KL(trained || other), and the number of places of the same choice."""
-    p, q = trained.double().log_softmax(-1), other.double().log_softmax(-1)
+    """Return the sum over all places of KL(trained || merged), and the number of places of the same choice."""
+    p, q = trained.double().log_softmax(-1), merged.double().log_softmax(-1)
     return float((p.exp() * (p - q)).sum()), float((p.argmax(-1) == q.argmax(-1)).sum())
 
 
-def _tokens(folder: Path, texts: Sequence[str]) -> list[TokenPath]:
+def _tokenize(folder: Path, texts: Sequence[str]) -> list[TokenPath]:
     tokenizer = open_tokenizer(folder)
     with quiet_libraries():
         rows = [tokenizer(text, return_tensors="pt")["input_ids"][0][:TEXT_TOKENS] for text in texts if text.strip()]
     paths = [TokenPath(ids, 0) for ids in rows if len(ids)]
     if not paths:
-        raise InputError("--texts: the tokenizer makes no token of them", expected="one text a line")
+        raise InputError("--texts: the tokenizer returns no tokens for them", expected="one text a line")
     return paths
 
 
-def _vocabulary(bound: BoundAdapter) -> int:
+def _vocabulary_size(bound: BoundAdapter) -> int:
     text = bound.base.config.get("text_config")
     size = (text if isinstance(text, dict) else bound.base.config).get("vocab_size")
     return size if isinstance(size, int) else 1 << 18
 
 
 def _chunks(paths: Sequence[TokenPath], vocabulary: int) -> Iterator[list[TokenPath]]:
-    """Yield as many paths as `HELD_BYTES` of logits hold, one at least. They are padded to the longest."""
+    """Yield lists of paths whose logits, padded to the longest, take at most CHUNK_BYTES; one path at least."""
     chunk: list[TokenPath] = []
     for path in sorted(paths, key=lambda path: len(path.ids)):
-        if chunk and (len(chunk) + 1) * len(path.ids) * vocabulary * 4 > HELD_BYTES:
+        if chunk and (len(chunk) + 1) * len(path.ids) * vocabulary * 4 > CHUNK_BYTES:
             yield chunk
             chunk = []
         chunk.append(path)

@@ -1,14 +1,14 @@
-"""W' of one stored tensor in float64, block of rows by block of rows, from each method's own formula.
+"""W' of one stored tensor in float64, by blocks of rows, from each method's own formula.
 
-The proof of weights rests on this file. It shares readers with what merges (headers, names, settings) and no
-arithmetic: no canonical form, no edit, no engine. What it says is held against live layers as well (live_probes.py).
+The proof of weights is based on this file. It shares readers with the merge (headers, names, settings), but no
+arithmetic: no canonical form, no edit, no engine. live_probes.py compares its results with live layers.
 
     after = scale_rows * (frozen + delta) * scale_columns
-    frozen   W0, or the residual W_f = round(W0 - s B0 A0) that PiSSA, OLoRA and DuDe were trained beside
+    frozen   W0, or the frozen residual W_f = round(W0 - s B0 A0) of PiSSA, OLoRA and DuDe
     delta    s B A; kron(W1, W2); (W1a W1b) * (W2a W2b); a transposed convolution; ...
 
-Orientation: of a tensor that is stored as (in, out) everything here is turned, so that a block is always some
-rows of the tensor's 2-D view.
+For a tensor that is stored as (in, out) all matrices are transposed, so that a block is always rows of the tensor's 2-D
+view.
 """
 
 from __future__ import annotations
@@ -45,17 +45,17 @@ Delta = Callable[[int, int], Tensor]  # (first, stop) -> rows of the delta, floa
 
 
 class Formula(Protocol):
-    """What is done to one stored tensor: `after` of any block of its rows."""
+    """The change of one stored tensor, computed for any block of its rows."""
 
     def after(self, base: Tensor, first: int) -> tuple[Tensor, Tensor | None]:
-        """(W', slack) of rows first .. first + n, for the same rows of W0 in float64.
+        """Return (W', slack) of rows first .. first + n; `base`: the same rows of W0 in float64.
 
-        slack: by how much an element may be off since rounding of the residual may fall on either side; or None.
+        slack: the uncertainty of each element, where the residual may be rounded up or down; None: no uncertainty.
         """
 
 
 def read_rows(sources: Sources, ref: TensorRef, first: int, stop: int) -> Tensor:
-    """Rows first .. stop of the tensor's 2-D view, in its own dtype."""
+    """Return rows first .. stop of the tensor's 2-D view, in its own dtype."""
     raw = torch.empty((stop - first) * ref.row_bytes, dtype=torch.uint8)
     if raw.numel():
         sources.read(ref, first * ref.row_bytes, raw)
@@ -63,7 +63,7 @@ def read_rows(sources: Sources, ref: TensorRef, first: int, stop: int) -> Tensor
 
 
 def row_blocks(ref: TensorRef) -> Iterator[tuple[int, int]]:
-    """(first, stop) of the blocks that a tensor is read in."""
+    """Yield (first, stop) of the blocks in which a tensor is read."""
     columns = max(1, ref.shape[-1] if ref.shape else 1)
     step = max(1, BLOCK // columns)
     for first in range(0, ref.rows, step):
@@ -82,9 +82,10 @@ class Adapted:
     saved: TensorRef | None = None  # W_f, saved beside the adapter
     subtracted: Subtracted | None = None
     column_scale: Tensor | None = None  # (columns,)
-    column_slack: Tensor | None = None  # (columns,): how far it may be off since the residual's rounding, relative
+    column_slack: Tensor | None = None  # (columns,): its relative uncertainty by the residual's rounding
 
     def frozen(self, base: Tensor, first: int, sources: Sources) -> tuple[Tensor, Tensor | None]:
+        """Return the rows of the frozen weight that belong to `base`, and their slack."""
         stop = first + base.shape[0]
         if self.saved is not None:
             return read_rows(sources, self.saved, first, stop).to(torch.float64), None
@@ -94,6 +95,7 @@ class Adapted:
         return frozen.to(torch.float64), slack if slack.dim() else None
 
     def direction(self, base: Tensor, first: int, sources: Sources) -> tuple[Tensor, Tensor | None]:
+        """Return the rows of frozen + delta that belong to `base`, and their slack."""
         frozen, slack = self.frozen(base, first, sources)
         return frozen + self.delta(first, first + base.shape[0]), slack
 
@@ -108,23 +110,23 @@ class Rows:
 
 @dataclass(frozen=True, eq=False)
 class Replacement:
-    """Every row replaced: a head or bias that was trained whole."""
+    """Every row replaced: a head or bias that was trained in full."""
 
     value: TensorRef
 
 
 @dataclass(frozen=True, eq=False)
 class Step:
-    """One thing that is done to the rows first .. stop of the tensor's view, counted from `first`."""
+    """One change of the rows first .. stop of the tensor's 2-D view; the change counts its rows from 0."""
 
-    what: Adapted | Rows | Replacement
+    change: Adapted | Rows | Replacement
     first: int = 0
     stop: int | None = None
 
 
 @dataclass(frozen=True, eq=False)
 class TensorFormula:
-    """Everything that one adapter does to one stored tensor, in its order."""
+    """All changes of one stored tensor, in order."""
 
     steps: tuple[Step, ...]
     sources: Sources
@@ -138,72 +140,73 @@ class TensorFormula:
             if begin >= end:
                 continue
             part = result[begin - first : end - first]
-            new, loose = _apply(step.what, part, begin - step.first, self.sources)
+            new, step_slack = _apply(step.change, part, begin - step.first, self.sources)
             if begin == first and end == first + base.shape[0]:
                 result = new
             else:
                 result = result.clone() if result is base else result
                 result[begin - first : end - first] = new
-            if loose is not None:
+            if step_slack is not None:
                 slack = torch.zeros_like(base) if slack is None else slack
-                slack[begin - first : end - first] += loose
+                slack[begin - first : end - first] += step_slack
         return result, slack
 
 
 def _apply(
-    what: Adapted | Rows | Replacement, part: Tensor, start: int, sources: Sources
+    change: Adapted | Rows | Replacement, part: Tensor, start: int, sources: Sources
 ) -> tuple[Tensor, Tensor | None]:
-    if isinstance(what, Replacement):
-        return read_rows(sources, what.value, start, start + part.shape[0]).to(part).reshape(part.shape), None
-    if isinstance(what, Rows):
-        inside = (what.indices >= start) & (what.indices < start + part.shape[0])
+    """Return W' and its slack for the rows `part` of W0, which begin at row `start` of the change."""
+    if isinstance(change, Replacement):
+        return read_rows(sources, change.value, start, start + part.shape[0]).to(part).reshape(part.shape), None
+    if isinstance(change, Rows):
+        inside = (change.indices >= start) & (change.indices < start + part.shape[0])
         result = part.clone()
-        result[what.indices[inside] - start] = what.values[inside]
+        result[change.indices[inside] - start] = change.values[inside]
         return result, None
-    direction, slack = what.direction(part, start, sources)
-    scale, moved = what.column_scale, what.column_slack
-    if scale is None and (what.magnitude is not None or what.own_magnitude):
-        moved = None if slack is None else _moved(direction, slack)
-        if what.magnitude is None:
-            frozen = what.frozen(part, start, sources)[0]
+    direction, slack = change.direction(part, start, sources)
+    scale, spread = change.column_scale, change.column_slack
+    if scale is None and (change.magnitude is not None or change.own_magnitude):
+        spread = None if slack is None else _norm_spread(direction, slack)
+        if change.magnitude is None:
+            frozen = change.frozen(part, start, sources)[0]
             magnitude = torch.linalg.vector_norm(frozen, dim=1)
-            moved = None if slack is None or moved is None else moved + _moved(frozen, slack)
+            spread = None if slack is None or spread is None else spread + _norm_spread(frozen, slack)
         else:
-            magnitude = what.magnitude[start : start + part.shape[0]]
+            magnitude = change.magnitude[start : start + part.shape[0]]
         scale = _quotient(magnitude, torch.linalg.vector_norm(direction, dim=1))[:, None]
     if scale is None:
         return direction, slack
     result = direction * scale
-    if slack is None or moved is None:
+    if slack is None or spread is None:
         return result, None
-    return result, slack * scale.abs() + result.abs() * moved
+    return result, slack * scale.abs() + result.abs() * spread
 
 
-def _moved(weight: Tensor, slack: Tensor) -> Tensor:
-    """(rows, 1): how far `slack` may move the norms of the rows, relative to them: sum (|w_i| + s_i) s_i / ||w||^2.
+def _norm_spread(weight: Tensor, slack: Tensor) -> Tensor:
+    """Return (rows, 1): the relative uncertainty of the rows' norms by `slack`: sum (|w_i| + s_i) s_i / ||w||^2.
 
-    Through the norm, one element of a residual that was rounded to its other side moves its whole row a little.
+    An element of the residual that is rounded the other way changes the norm, and with it the whole row.
     """
     most = ((weight.abs() + slack) * slack).sum(1, keepdim=True)
     return most / weight.square().sum(1, keepdim=True).clamp_min(_LEAST)
 
 
 def _quotient(magnitude: Tensor, norm: Tensor) -> Tensor:
-    """m / norm; a row of zeros without a magnitude stays zero."""
+    """Return m / norm; 1 for a row of zeros with magnitude 0, which stays zero."""
     return torch.where((norm == 0) & (magnitude == 0), torch.ones_like(norm), magnitude / norm)
 
 
 def tensor_formula(items: Sequence[BoundModule], sources: Sources) -> TensorFormula:
-    """What `items`, all modules of one adapter on one stored tensor, do to it. Raises UnsupportedError."""
+    """Return the formula of all modules `items` of one adapter on one stored tensor. Raises UnsupportedError."""
     return formula_in_turn([(None, items)], sources)
 
 
 def formula_in_turn(
     adapters: Sequence[tuple[TensorRef | None, Sequence[BoundModule]]], sources: Sources
 ) -> TensorFormula:
-    """What several adapters do to one stored tensor, each to the result of those before it.
+    """Return the formula of several adapters on one stored tensor, each applied to the result of those before it.
 
-    adapters: what replaces the tensor, or None, and the modules on it, for each adapter.
+    adapters: for each adapter, the tensor that replaces the stored one, or None, and its modules on it.
     """
     steps: list[Step] = []
     for replacement, items in adapters:
@@ -211,18 +214,22 @@ def formula_in_turn(
             steps.append(Step(Replacement(replacement)))
         for item in items:
             rows = item.rows or (0, None)
-            what = _step(item)
-            if isinstance(what, Adapted) and what.by_column and (what.magnitude is not None or what.own_magnitude):
+            change = _make_change(item)
+            if (
+                isinstance(change, Adapted)
+                and change.by_column
+                and (change.magnitude is not None or change.own_magnitude)
+            ):
                 before = TensorFormula(tuple(steps), sources)
-                what = _with_column_scale(what, before, item, sources)
-            steps.append(Step(what, *rows))
+                change = _with_column_scale(change, before, item, sources)
+            steps.append(Step(change, *rows))
     return TensorFormula(tuple(steps), sources)
 
 
-def _with_column_scale(what: Adapted, before: TensorFormula, item: BoundModule, sources: Sources) -> Adapted:
-    """`what` with m over the norms of the columns, in a pass of its own over the tensor."""
-    own, squares, own_slack, slack = torch.zeros(4, what.columns, dtype=torch.float64)
-    loose = False
+def _with_column_scale(change: Adapted, before: TensorFormula, item: BoundModule, sources: Sources) -> Adapted:
+    """Return `change` with the scale m / norm of its columns, which takes a pass over the whole tensor."""
+    frozen_squares, squares, frozen_slack, slack = torch.zeros(4, change.columns, dtype=torch.float64)
+    is_uncertain = False
     offset, end = item.rows or (0, item.weight.rows)
     for first, stop in row_blocks(item.weight):
         base = read_rows(sources, item.weight, first, stop).to(torch.float64)
@@ -230,33 +237,36 @@ def _with_column_scale(what: Adapted, before: TensorFormula, item: BoundModule, 
         first, base = max(first, offset), base[max(0, offset - first) : max(0, end - first)]
         if not base.shape[0]:
             continue
-        direction, room = what.direction(base, first - offset, sources)
+        direction, row_slack = change.direction(base, first - offset, sources)
         squares += direction.square().sum(0)
-        frozen = what.frozen(base, first - offset, sources)[0] if what.magnitude is None else None
-        own += 0 if frozen is None else frozen.square().sum(0)
-        if room is not None:
-            loose = True
-            slack += ((direction.abs() + room) * room).sum(0)
-            own_slack += 0 if frozen is None else ((frozen.abs() + room) * room).sum(0)
-    scale = _quotient(own.sqrt() if what.magnitude is None else what.magnitude, squares.sqrt())
-    if not loose:
-        return replace(what, column_scale=scale)
-    moved = slack / squares.clamp_min(_LEAST) + own_slack / own.clamp_min(_LEAST)  # see _moved
-    return replace(what, column_scale=scale, column_slack=moved)
+        frozen = change.frozen(base, first - offset, sources)[0] if change.magnitude is None else None
+        frozen_squares += 0 if frozen is None else frozen.square().sum(0)
+        if row_slack is not None:
+            is_uncertain = True
+            slack += ((direction.abs() + row_slack) * row_slack).sum(0)
+            frozen_slack += 0 if frozen is None else ((frozen.abs() + row_slack) * row_slack).sum(0)
+    scale = _quotient(frozen_squares.sqrt() if change.magnitude is None else change.magnitude, squares.sqrt())
+    if not is_uncertain:
+        return replace(change, column_scale=scale)
+    spread = slack / squares.clamp_min(_LEAST) + frozen_slack / frozen_squares.clamp_min(_LEAST)  # see _norm_spread
+    return replace(change, column_scale=scale, column_slack=spread)
 
 
 # -- the methods ---------------------------------------------------------------------------------------------------
 
 
 def _read(ref: TensorRef) -> Tensor:
+    """Read a tensor in float64."""
     return read_tensor(ref).to(torch.float64)
 
 
 def _product(up: Tensor, down: Tensor) -> Delta:
+    """Return the delta up @ down."""
     return lambda first, stop: up[first:stop] @ down
 
 
-def _step(item: BoundModule) -> Adapted | Rows:
+def _make_change(item: BoundModule) -> Adapted | Rows:
+    """Return the change of one module. Raises UnsupportedError for a method without a formula."""
     module, turned = item.module, item.transposed
     if isinstance(module, TokenModule):
         return Rows(torch.tensor(module.indices, dtype=torch.int64), _read(module.values))
@@ -277,7 +287,7 @@ def _step(item: BoundModule) -> Adapted | Rows:
 
 
 def _delta(module: AdaptedModule, turned: bool) -> tuple[Delta, Tensor | None, bool]:
-    """Rows of the delta as it is stored; the magnitude, and whether it is one per input column."""
+    """Return the delta as it is stored, the magnitude, and True for one magnitude per input column."""
     magnitude: Tensor | None = None
     by_column = False
     if isinstance(module, ExpertModule):
@@ -305,7 +315,7 @@ def _delta(module: AdaptedModule, turned: bool) -> tuple[Delta, Tensor | None, b
             (magnitude),
             by_column,
         )
-    raise UnsupportedError(f"{module.name}: no formula to prove {type(module).__name__} by")
+    raise UnsupportedError(f"{module.name}: verify has no formula for {type(module).__name__}")
 
 
 def _lora(module: LoraModule, item: BoundModule, part: tuple[int, int] | None) -> Adapted:
@@ -335,18 +345,18 @@ def _lora(module: LoraModule, item: BoundModule, part: tuple[int, int] | None) -
         return replace(made, saved=module.frozen)
     if module.initial is None:
         return made
-    cut = subtracted_from(module, item.oriented_weight, TORCH_DTYPES[item.weight.dtype])
-    return replace(made, subtracted=cut.transposed() if item.transposed else cut)
+    subtracted = subtracted_from(module, item.oriented_weight, TORCH_DTYPES[item.weight.dtype])
+    return replace(made, subtracted=subtracted.transposed() if item.transposed else subtracted)
 
 
 def _dcft(module: DcftModule, turned: bool) -> Delta:
-    """Rows of dW (out, in) = Delta^T s, or of Delta s where turned: as much of the image as they need."""
+    """Return the delta dW (out, in) = Delta^T s, or Delta s where turned; computes only the needed rows."""
     channels, r = module.c.shape[0], module.a.shape[-2]
     a = _read(module.a).reshape(channels, r, -1)  # (c, r, n0)
     b = _read(module.b).reshape(channels, -1, r)  # (c, n1, r)
     kernel, scale = _read(module.c), dcft_scale(module)
     bias = 0.0 if module.bias is None else float(_read(module.bias))
-    axis = 0 if turned else 1  # of Delta: the one that a row of the stored tensor is a place on
+    axis = 0 if turned else 1  # the axis of Delta that the rows of the stored tensor index
     size, step = kernel.shape[2 + axis], module.stride[axis]
     steps = a.shape[2] if axis == 0 else b.shape[1]
 
@@ -356,8 +366,8 @@ def _dcft(module: DcftModule, turned: bool) -> Delta:
         image = (left.mT @ right.mT)[None]  # (1, c, ., .)
         spread = torch.nn.functional.conv_transpose2d(image, kernel, stride=module.stride)[0, 0]
         spread = spread if axis == 0 else spread.T
-        found = spread[first - begin * step : stop - begin * step]
-        return (found + bias) * scale
+        image_rows = spread[first - begin * step : stop - begin * step]
+        return (image_rows + bias) * scale
 
     return rows
 

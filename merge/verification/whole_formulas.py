@@ -1,7 +1,7 @@
 """The formula of every stored tensor, a combination's included, and whole weights computed by it.
 
 A combination is computed in float64 from its definition (combination_definition.py), which shares nothing with the
-merge: sums and adapters in turn by blocks of rows, what depends on the order of all elements whole.
+merge. Sums, and adapters in turn, are computed by blocks of rows; methods that sort all elements need the whole tensor.
 """
 
 from __future__ import annotations
@@ -22,12 +22,12 @@ from .combination_definition import defined_delta
 from .weight_formulas import Formula, formula_in_turn, tensor_formula
 
 FLOAT32_ERROR = 8 * 2**-24  # a few roundings of a float32 sum, relative to its terms
-UNSURE_SHARE = 1e-2  # of a combined weight: elements beside a threshold, which float32 may take or leave
+UNSURE_SHARE = 1e-2  # largest share of elements near a threshold, which float32 may keep or drop
 
 
 @dataclass(frozen=True, eq=False)
-class _Whole:
-    """A weight that was computed whole."""
+class _ComputedWeight:
+    """A weight that was computed as a whole."""
 
     weight: Tensor  # (rows, columns) float64
     slack: Tensor | None
@@ -38,7 +38,7 @@ class _Whole:
 
 
 @dataclass(frozen=True, eq=False)
-class _Sum:
+class _WeightedSum:
     """W0 + sum_i w_i (W_i - W0): a linear combination of the weights W_i that each adapter makes alone."""
 
     terms: tuple[tuple[float, Formula], ...]
@@ -51,40 +51,42 @@ class _Sum:
 
 
 def modules_by_tensor(bound: BoundAdapter) -> dict[str, list[BoundModule]]:
-    """The modules of each tensor that is written: an expert is one of many in its tensor."""
-    found: dict[str, list[BoundModule]] = {}
+    """Return the modules by the tensor that they change; a tensor of stacked experts has many."""
+    modules: dict[str, list[BoundModule]] = {}
     for item in bound.modules:
-        found.setdefault(item.name, []).append(item)
-    return found
+        modules.setdefault(item.name, []).append(item)
+    return modules
 
 
 def formula_of(items: Sequence[BoundModule], sources: Sources) -> Formula:
-    """What is done to one tensor. A combination is taken from its definition, which shares nothing with the merge."""
+    """Return the formula of one tensor; a combination's is its definition, which shares nothing with the merge."""
     item = items[0]
-    return _combined(item, sources) if isinstance(item, CombinedModule) else tensor_formula(items, sources)
+    return _combination_formula(item, sources) if isinstance(item, CombinedModule) else tensor_formula(items, sources)
 
 
-def _combined(item: CombinedModule, sources: Sources) -> Formula:
-    """The formula of a combination: block by block in turn and for sums, else computed whole."""
-    whole = item.combination
-    shares = [(share.replacement, share.modules) for share in whole.shares]
-    if whole.in_turn:
+def _combination_formula(item: CombinedModule, sources: Sources) -> Formula:
+    """Return the formula of a combination: by blocks in turn and for sums, else the whole weight."""
+    combination = item.combination
+    shares = [(share.replacement, share.modules) for share in combination.shares]
+    if combination.in_turn:
         return formula_in_turn(shares, sources)
     alone = [formula_in_turn([share], sources) for share in shares]
-    if whole.settings.method == "linear":
-        return _Sum(tuple((share.weight, formula) for share, formula in zip(whole.shares, alone, strict=True)))
+    if combination.settings.method == "linear":
+        return _WeightedSum(
+            tuple((share.weight, formula) for share, formula in zip(combination.shares, alone, strict=True))
+        )
     base = read_tensor(item.weight).to(torch.float64)
     rows = base.reshape(1, -1) if base.dim() < 2 else base.reshape(-1, base.shape[-1])
     deltas = [formula.after(rows, 0)[0] - rows for formula in alone]
     noise = sum((delta.abs() for delta in deltas), rows.abs() + typical_size(rows)) * FLOAT32_ERROR
-    parts = whole.parts([share.edit(torch.float64) for share in whole.shares])
-    combined, unsure = defined_delta(deltas, parts, whole.settings, noise)
-    taken = float(unsure.float().mean()) <= UNSURE_SHARE
-    return _Whole(rows + combined, torch.where(unsure, math.inf, 0.0).to(torch.float64) if taken else None)
+    parts = combination.parts([share.edit(torch.float64) for share in combination.shares])
+    combined, unsure = defined_delta(deltas, parts, combination.settings, noise)
+    is_usable = float(unsure.float().mean()) <= UNSURE_SHARE
+    return _ComputedWeight(rows + combined, torch.where(unsure, math.inf, 0.0).to(torch.float64) if is_usable else None)
 
 
 def whole_weight(items: Sequence[BoundModule]) -> tuple[Tensor, Tensor, Tensor | None]:
-    """W0, W' and the slack of W' (see Formula) of one stored tensor in float64, whole, as it is stored."""
+    """Return W0, W' and the slack of W' (see Formula) of one stored tensor, as a whole in float64."""
     sources = Sources()
     try:
         ref = items[0].weight
@@ -96,4 +98,5 @@ def whole_weight(items: Sequence[BoundModule]) -> tuple[Tensor, Tensor, Tensor |
 
 
 def typical_size(weight: Tensor) -> float:
+    """Return the root mean square of the elements."""
     return float(torch.linalg.vector_norm(weight)) / math.sqrt(max(1, weight.numel()))

@@ -40,7 +40,7 @@ REFUSED: tuple[tuple[str, str, str], ...] = (  # artefact, kind, reason: what no
     ("served", "DCFT checkpoint of a RoBERTa classifier", "holds tensors that were trained in full"),
     ("served", "PEFT (embedding.*|head.*|tokens.*|Conv1D and wte)", "only linear layers are served"),
     ("factors|truncated|truncated, row scales", "DCFT checkpoint of DeBERTa, with its base", "share_att_key"),
-    ("merged, same|restored", "PEFT lora on GGUF", "are only read"),
+    ("merged, same|restored", "PEFT lora on GGUF", "can be read, but not written"),
     ("restored", "DCFT checkpoint of .*, with its base", "can restore plain safetensors files only"),
 )  # fmt: skip
 

@@ -19,6 +19,7 @@ from torch import Tensor
 
 from adapter_merge.api.merge import open_pair
 from adapter_merge.binding.bound import BoundModule
+from adapter_merge.combine.delta_ops import CombinedEdit
 from adapter_merge.engine import cuda_memory, schedule
 from adapter_merge.engine import execute as engine
 from adapter_merge.engine.lanes import Block, Inline, Lane, Mark, Slot
@@ -157,23 +158,23 @@ def test_passes_of_a_device_are_taken_one_at_a_time_where_blocks_are_computed(
     engine.execute(plan, tmp_path / "cpu", CPU, 2)
     threads: set[str] = set()
     queues: list[Inline] = []
-    first, real = Schedule.__init__, Schedule._run_pass
+    first, real = Schedule.__init__, CombinedEdit.pass_sums
 
     def begin(self: Schedule, *arguments: Any, **options: Any) -> None:
         first(self, *arguments, **options)
         assert self.settings.device == DEVICES[0]
         self.settings = replace(self.settings, device=CPU)  # there is no other one here
 
-    def one_pass(self: Schedule, *arguments: Any) -> Tensor:
+    def pass_sums(self: CombinedEdit, block: Tensor, start: int) -> Tensor:
         threads.add(threading.current_thread().name)
-        return real(self, *arguments)
+        return real(self, block, start)
 
     def queue(device: torch.device) -> Inline:
         queues.append(Inline())
         return queues[-1]
 
     monkeypatch.setattr(Schedule, "__init__", begin)
-    monkeypatch.setattr(Schedule, "_run_pass", one_pass)
+    monkeypatch.setattr(CombinedEdit, "pass_sums", pass_sums)
     monkeypatch.setattr(schedule, "CudaQueue", queue)
     with stand_in_devices(monkeypatch, lambda device, size: lagging_lane(size), (8 << 30, 8 << 30)):
         engine.execute(plan, tmp_path / "device", DEVICES)

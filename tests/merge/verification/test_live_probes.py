@@ -56,7 +56,7 @@ def test_slack_holds_what_rounding_does_to_a_norm(kind: str, tmp_path: Path) -> 
     moved = 0
     for items in modules_by_tensor(bound).values():
         formula = tensor_formula(items, Sources())
-        what = formula.steps[0].what
+        what = formula.steps[0].change
         assert isinstance(what, Adapted) and what.magnitude is not None
         base = read_tensor(items[0].weight).to(torch.float64)
         after, slack = formula.after(base, 0)

@@ -98,7 +98,7 @@ def test_chunks_give_the_same(base: Base, tmp_path: Path, monkeypatch: pytest.Mo
     folder, _, lora = base
     options = MergeOptions(write_as="same", texts=TEXTS)
     whole = merge(folder, lora, tmp_path / "whole", options).as_json()["certificate"]["texts"]
-    monkeypatch.setattr(text_divergence, "HELD_BYTES", 1)
+    monkeypatch.setattr(text_divergence, "CHUNK_BYTES", 1)
     split = merge(folder, lora, tmp_path / "split", options).as_json()["certificate"]["texts"]
     assert split["kl"] == pytest.approx(whole["kl"], rel=1e-4)
     assert split["kl_base"] == pytest.approx(whole["kl_base"], rel=1e-4)

@@ -98,7 +98,7 @@ def test_a_manifest_does_not_make_plain_noise_a_calibration(inputs: tuple[Path, 
         figures["relative_error"] = 1.0
     (tmp_path / "out" / "adapter_merge.json").write_text(json.dumps(manifest), "utf-8")
     report = verify(base, adapter, tmp_path / "out", VerifyOptions(weights_only=True))
-    assert any("too far off for a calibration" in text for text in report.problems), report.problems
+    assert any("too large for a calibration" in text for text in report.problems), report.problems
 
 
 def test_factors_whose_rank_holds_the_delta_must_be_exact(inputs: tuple[Path, Path, Path], tmp_path: Path) -> None:

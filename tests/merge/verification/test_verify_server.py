@@ -202,7 +202,7 @@ def test_what_is_no_such_server_is_said(world: World) -> None:
         with pytest.raises(InputError, match="offers no model 'nobody'") as raised:
             check(world, url, "nobody")
         assert raised.value.problems[0].expected == "one of: base, right, other, faint"
-    with serving(world, chat_only=True) as (url, _), pytest.raises(UnsupportedError, match="only chats"):
+    with serving(world, chat_only=True) as (url, _), pytest.raises(UnsupportedError, match="only chat"):
         check(world, url)
     with socket.socket() as closed:
         closed.bind(("127.0.0.1", 0))
@@ -223,11 +223,14 @@ def test_what_is_no_such_server_is_said(world: World) -> None:
 @pytest.mark.parametrize(
     ("raw", "cause"),
     [
-        (b"HTTP/1.1 200 OK\r\nContent-Length: 6\r\n\r\n<html>", "no JSON object"),
-        (b"HTTP/1.1 200 OK\r\nContent-Length: 2\r\n\r\n[]", "no JSON object"),
-        (b"HTTP/1.1 302 Found\r\nLocation: http://127.0.0.1:9/\r\nContent-Length: 0\r\n\r\n", "redirects elsewhere"),
+        (b"HTTP/1.1 200 OK\r\nContent-Length: 6\r\n\r\n<html>", "not a JSON object"),
+        (b"HTTP/1.1 200 OK\r\nContent-Length: 2\r\n\r\n[]", "not a JSON object"),
+        (
+            b"HTTP/1.1 302 Found\r\nLocation: http://127.0.0.1:9/\r\nContent-Length: 0\r\n\r\n",
+            "redirects to another address",
+        ),
         (b"HTTP/1.1 500 Internal\r\nContent-Length: 4\r\n\r\n\x1b[2J", "the server failed"),
-        (b"HTTP/1.1 200 OK\r\nContent-Length: 60\r\n\r\n{", "no JSON object"),
+        (b"HTTP/1.1 200 OK\r\nContent-Length: 60\r\n\r\n{", "not a JSON object"),
         (b"", "closed the connection"),
         (b"SSH-2.0-OpenSSH_9.0\r\n", "closed the connection"),
         (b'HTTP/1.1 200 OK\r\nContent-Length: 11\r\n\r\n{"data": 7}', "not a list of models"),
