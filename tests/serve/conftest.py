@@ -176,20 +176,20 @@ def running(qwen2: World, tmp_path_factory: pytest.TempPathFactory) -> Iterator[
 
 @pytest.fixture
 def steps(qwen2: World, run_python: Callable[[str], str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Steps:
-    """steps(*steps, adapters, rest, shell, **plan options): the steps' results, see app.py."""
+    """steps(*steps, adapters, vllm_flags, shell, **plan options): the steps' results, see app.py."""
     monkeypatch.delenv("VLLM_API_KEY", raising=False)
 
     def run(
         *steps: Any,
         adapters: tuple[str, ...] = (),
-        rest: tuple[str, ...] = (),
+        vllm_flags: tuple[str, ...] = (),
         shell: dict[str, str] | None = None,
         **options: Any,
     ) -> list[Any]:
         for name, value in (shell or {}).items():
             monkeypatch.setenv(name, value)
         named = [f"{name}={qwen2.adapters[name].raw}" for name in adapters]
-        flags = ["--served-model-name=base", "--dtype=float32", *rest]
+        flags = ["--served-model-name=base", "--dtype=float32", *vllm_flags]
         cache = Cache(tmp_path / "cache")
         plan = make_plan(str(qwen2.base), named, cache=cache, vllm_flags=flags, **options)
         held = convert(plan, lambda line: None)
