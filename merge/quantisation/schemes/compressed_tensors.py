@@ -39,6 +39,7 @@ FORMATS = {  # of (type, bits): the format of a group that states none
     ("float", 8): ("float-quantized", "naive-quantized"),
     ("float", 4): ("nvfp4-pack-quantized", "mxfp4-pack-quantized"),
 }
+MIXED = "mixed-precision"  # of a config whose groups have several formats
 PACKED, DENSE = "weight_packed", "weight"
 ACTIVATION_PARTS = ("input_scale", "input_zero_point", "input_global_scale", "output_scale", "output_zero_point")
 
@@ -114,6 +115,12 @@ def _read_groups(configuration: Configuration) -> list[Group]:
         group = _read_group(name, stated, configuration.settings["format"], where, problems)
         if group is not None:
             groups.append(group)
+    overall, formats = configuration.settings["format"], {group.format for group in groups}
+    if not problems and groups and overall not in formats and overall != MIXED:
+        expected = " or ".join(sorted(formats if len(formats) == 1 else {*formats, MIXED}))
+        problems.append(
+            Problem(f"{configuration.where}: another format than its groups state", expected, repr(overall)[:100])
+        )
     raise_all(problems, UnsupportedError)
     return groups
 
