@@ -155,10 +155,11 @@ def test_killed_and_started_again(running: Running, tmp_path: Path) -> None:
         assert any("bound to 127.0.0.1: this machine only" in line for line in again.lines())
         assert again.complete("dude-1", prompt, COUNT) == (200, running.tokens("dude-1", prompt))
         pair = ("dude-1", "lora-1")
-        started = time.monotonic()
-        with ThreadPoolExecutor(8) as pool:
-            assert {code for code, _ in pool.map(lambda name: again.complete(name, prompt, 300), pair * 4)} == {200}
-        rounds = min(8, math.ceil(6 / (time.monotonic() - started)))  # enough to be under way for some seconds
+        for _ in range(2):  # the first round is slower
+            started = time.monotonic()
+            with ThreadPoolExecutor(8) as pool:
+                assert {code for code, _ in pool.map(lambda name: again.complete(name, prompt, 300), pair * 4)} == {200}
+        rounds = min(24, math.ceil(6 / (time.monotonic() - started)))  # enough to be under way for some seconds
         with ThreadPoolExecutor(8 * rounds) as pool:
             long = [pool.submit(again.complete, name, prompt, 300) for name in pair * 4 * rounds]
             time.sleep(1)
