@@ -61,7 +61,7 @@ def inspect(
     report |= {
         "format": opened.format,
         "certainty": opened.certainty,
-        "method": opened.method,
+        "method": str(opened.method),
         "base_model": opened.base_name,
         "trained_on": evidence_of_training(opened, checkpoint, trained_on),
         "modules": len(opened.modules),

@@ -20,7 +20,7 @@ def load_adapter(adapter: str | Path, reading: ReadOptions | None = None, *, bas
     adapter, UnsupportedError for an unknown method.
 
     Example:
-        >>> load_adapter("adapter").method
-        'LoRA'
+        >>> print(load_adapter("adapter").method)
+        LoRA
     """
     return open_adapter(adapter, reading, open_base(base) if base is not None else None)

@@ -98,7 +98,7 @@ def verify(
         "path": str(folder),
         "adapter": {
             "path": ", ".join(str(part.adapter.folder) for part in parts_of(bound)),
-            "method": bound.adapter.method,
+            "method": str(bound.adapter.method),
         },
         "base": {"path": str(bound.base.folder), "kind": bound.base_kind, "evidence": bound.evidence},
     }

@@ -86,7 +86,7 @@ def verify_server(
         "model": served.model,
         "adapter": {
             "path": ", ".join(str(part.adapter.folder) for part in parts_of(bound)),
-            "method": bound.adapter.method,
+            "method": str(bound.adapter.method),
         },
         "base": {"path": str(bound.base.folder), "kind": bound.base_kind, "evidence": bound.evidence},
         "way": client.scoring,

@@ -138,7 +138,7 @@ def _describe_adapter(adapter: Adapter) -> dict[str, Any]:
         "name": adapter.folder.resolve().name,
         "path": str(adapter.folder),
         "format": adapter.format,
-        "method": adapter.method,
+        "method": str(adapter.method),
         "modules": len(adapter.modules),
         "replacements": sorted(adapter.replacements),
         "notes": list(adapter.notes),

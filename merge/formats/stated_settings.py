@@ -11,8 +11,8 @@ class ReadOptions:
     """Settings that the user states where an adapter's files do not hold them; None: as the files say.
 
     Example:
-        >>> load_adapter("adapter", ReadOptions(format="peft")).method
-        'LoRA'
+        >>> print(load_adapter("adapter", ReadOptions(format="peft")).method)
+        LoRA
     """
 
     alpha: float | None = None  # lora_alpha, where no config holds it

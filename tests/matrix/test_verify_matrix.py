@@ -22,7 +22,9 @@ IN_TURN = 2  # sabotages of each cell of the other kinds
 
 FACTORED = "factors|truncated|truncated, row scales|served"
 REFUSED: tuple[tuple[str, str, str], ...] = (  # artefact, kind, reason: what no command does, and why
-    (FACTORED, "PEFT (square )?experts.*", "has no low-rank factors: adapted experts"),
+    ("truncated|truncated, row scales", "PEFT (square )?experts.*|PEFT a bare 2-D parameter",
+     "factors are written exactly and as a PEFT folder only"),
+    ("served", "PEFT (square )?experts.*|PEFT a bare 2-D parameter", "whose layout in vLLM differs by model class"),
     ("factors|truncated|truncated, row scales", "PEFT tokens.*", "has no low-rank factors: trained tokens"),
     (FACTORED, "PEFT lora_bias", "has no low-rank factors: a trained bias"),
     ("factors|truncated, row scales|served", "PEFT embedding DoRA", "a scale of the input columns|only linear layers"),

@@ -289,18 +289,18 @@ class CacheEntries:
         self.files = files_of(self.folder)
 
     def case(self, pick: random.Random, place: Path) -> str:
-        from adapter_merge.serve.conversion.cache import damage
+        from adapter_merge.serve.conversion.cache import find_damage
 
         files = dict(self.files)
         (change_json if pick.random() < 0.6 else change_bytes)(files, pick)
         write(self.folder, files)
         changed = {name for name in files.keys() | self.files.keys() if files.get(name) != self.files.get(name)}
         self.cache.entries()
-        if changed - {"entry.json"} and not damage(self.folder):
+        if changed - {"entry.json"} and not find_damage(self.folder):
             raise Wrong(f"a changed entry is whole: {sorted(changed)}")
-        if not changed and damage(self.folder):
+        if not changed and find_damage(self.folder):
             raise Wrong("an unchanged entry is damaged")
-        return "damaged" if damage(self.folder) else "whole"
+        return "damaged" if find_damage(self.folder) else "whole"
 
 
 TARGETS: dict[str, Callable[[Path], Any]] = {

@@ -16,7 +16,7 @@ from adapter_merge.combine.open_inputs import open_pair
 from adapter_merge.errors import UnsupportedError
 from adapter_merge.factoring.end_to_end import compare
 
-# Only a merge can do these: replaced rows, biases, experts, and norms of an embedding's columns.
+# Only a merge can do these: replaced rows, biases, and norms of an embedding's columns.
 NO_FACTORS = {
     "lora_bias",
     "embedding DoRA",
@@ -24,6 +24,9 @@ NO_FACTORS = {
     "tokens, tied",
     "tokens of two modules",
     "tokens alone",
+}
+# Adapted by target_parameters: their factors are exact or not at all.
+EXACT_ONLY = {
     "experts, apart on disk",
     "experts, one parameter",
     "experts, patterns",
@@ -31,6 +34,7 @@ NO_FACTORS = {
     "square experts of gpt-oss",
     "experts of Llama 4",
     "square experts of Llama 4",
+    "a bare 2-D parameter",
 }
 
 
@@ -64,6 +68,11 @@ def test_factors_compute_what_was_trained(case: str, base: Callable[[str], Path]
     with quiet():
         loaded = peft.PeftModel.from_pretrained(load(base(name)), str(tmp_path / "out")).eval()
     assert error(logits(loaded), expected) < TOLERANCE
+    if case in EXACT_ONLY:
+        with pytest.raises(UnsupportedError, match="factors are written exactly"):
+            factor(base(name), tmp_path / "adapter", tmp_path / "limited", FactorOptions(rank=2))
+        assert not (tmp_path / "limited").exists()
+        return
     end = compare(open_pair(base(name), tmp_path / "adapter"), tmp_path / "out")
     assert end["max_dlogit"] < 5 * TOLERANCE < end["effect"]
     limited = factor(base(name), tmp_path / "adapter", tmp_path / "limited", FactorOptions(rank=2)).as_json()
