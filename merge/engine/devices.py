@@ -38,21 +38,9 @@ def choose_device(name: str = "auto") -> torch.device:
 
 
 _threads_lock = threading.Lock()
+_threads: list[int] = []  # torch's number before the first of the running jobs, one entry per running job
 _precision_lock = threading.Lock()
 _precision: list[object] = []  # the setting before the first of the running jobs, one entry per running job
-
-
-def set_own_threads(count: int) -> None:
-    """Make torch use `count` threads for products of the calling thread; other threads keep their number.
-
-    torch.set_num_threads also sets the default for threads that have not used torch yet. A new thread restores that
-    default, so that jobs that overlap in one process neither see nor restore each other's setting.
-    """
-    with _threads_lock:
-        defaults: list[int] = []
-        _run_in_new_thread(lambda: defaults.append(torch.get_num_threads()))
-        torch.set_num_threads(count)
-        _run_in_new_thread(lambda: torch.set_num_threads(defaults[0]))
 
 
 def _run_in_new_thread(function: Callable[[], object]) -> None:
@@ -64,14 +52,21 @@ def _run_in_new_thread(function: Callable[[], object]) -> None:
 
 @contextmanager
 def one_thread() -> Iterator[None]:
-    """Make torch use one thread for the calling thread's products inside the `with` block."""
+    """Make torch use one thread for each product inside the `with` block: the engine's workers share the cores.
+
+    The setting belongs to the process, since MKL's does: of several jobs that overlap, the first changes it and the
+    last restores it. Threads that used torch before keep their own number for what is not MKL's.
+    """
     with _threads_lock:
-        before = torch.get_num_threads()
-    set_own_threads(1)
+        _threads.append(_threads[0] if _threads else torch.get_num_threads())
+        torch.set_num_threads(1)
     try:
         yield
     finally:
-        set_own_threads(before)
+        with _threads_lock:
+            torch.set_num_threads(_threads.pop())
+            if _threads:  # another job is at work: only the calling thread's own number is restored
+                _run_in_new_thread(lambda: torch.set_num_threads(1))
 
 
 @contextmanager

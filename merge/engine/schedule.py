@@ -25,7 +25,6 @@ from adapter_merge.storage.tensor_io import TORCH_DTYPES, holds_finite
 
 from .chunked_file import ChunkedFile, ChunkPool
 from .cuda_lanes import CudaQueue
-from .devices import set_own_threads
 from .lanes import Queue, current_device
 from .plan import ShardPlan, TensorJob
 from .requantise import collect_figures
@@ -75,7 +74,7 @@ class Schedule:
         # Device memory is planned for one pass at a time, and cuBLAS takes a workspace for each thread.
         self._passes = ThreadPoolExecutor(1, "pass") if settings.device.type == "cuda" else None
         self._pass_queue: Queue | None = None
-        self._preparers = ThreadPoolExecutor(settings.workers, "prepare", set_own_threads, (1,))
+        self._preparers = ThreadPoolExecutor(settings.workers, "prepare")
         self._threads = [self._preparers] if self._passes is None else [self._preparers, self._passes]
 
     def stop(self) -> None:

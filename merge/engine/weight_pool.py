@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from .devices import exact_products, one_thread, set_own_threads
+from .devices import exact_products, one_thread
 
 WeightMap = Callable[[Callable[[Any], Any], Sequence[Any]], Iterator[Any]]
 
@@ -25,7 +25,7 @@ def weight_pool(device: torch.device) -> Iterator[WeightMap]:
     with (
         one_thread(),
         exact_products(device),
-        ThreadPoolExecutor(count, "weight", initializer=set_own_threads, initargs=(1,)) as pool,
+        ThreadPoolExecutor(count, "weight") as pool,
     ):
         try:
             yield pool.map

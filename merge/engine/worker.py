@@ -16,7 +16,6 @@ from adapter_merge.storage.safetensors_header import FLOAT_DTYPES, ITEM_BYTES
 from adapter_merge.storage.tensor_io import TORCH_DTYPES, all_finite, holds_finite
 
 from .chunked_file import ChunkPool
-from .devices import set_own_threads
 from .lanes import Block, Lane, Slot, current_device, is_finite
 from .rounding_figures import sampled_rows
 from .run_settings import RunSettings
@@ -56,7 +55,6 @@ class Worker:
         Raises the error of a task that fails, and Stopped when another worker has failed.
         """
         pending: deque[PendingBlock] = deque()
-        set_own_threads(1)  # torch keeps the number of threads per calling thread
         with torch.inference_mode(), current_device(self.lane.device):
             try:
                 self._loop(pending)

@@ -51,9 +51,11 @@ def test_a_job_that_begins_within_another_and_ends_after_it() -> None:
     thread = threading.Thread(target=second)
     with one_thread():
         assert torch.get_num_threads() == 1
-        assert threads_of_a_new_thread() == 2
+        assert threads_of_a_new_thread() == 1
         thread.start()
         assert inside.wait(30)
+    assert torch.get_num_threads() == 2
+    assert threads_of_a_new_thread() == 1, "the second job is still at work"
     first_is_out.set()
     thread.join()
     assert seen == [1, 2]
