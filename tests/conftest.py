@@ -44,14 +44,6 @@ def smollm2_base(tmp_path_factory: pytest.TempPathFactory) -> Path:
         return obtain_base(folder / "smollm2")
 
 
-@pytest.hookimpl(tryfirst=True)
-def pytest_cmdline_main(config: pytest.Config) -> None:
-    """`pytest` without paths runs on all processors; -n 0 says otherwise."""
-    whole = config.args_source is pytest.Config.ArgsSource.TESTPATHS
-    if whole and getattr(config.option, "numprocesses", 0) is None and not config.option.usepdb:
-        config.option.numprocesses, config.option.dist = len(os.sched_getaffinity(0)), "worksteal"
-
-
 def pytest_configure(config: pytest.Config) -> None:
     config.stash[PYTHONS], config.stash[RUNNING], config.stash[IMPORTED] = {}, ExitStack(), 0
 
