@@ -31,7 +31,7 @@ from adapter_merge.storage.checkpoint import Checkpoint
 from adapter_merge.storage.lazy_torch import torch
 from adapter_merge.storage.safetensors_header import FLOAT_DTYPES, TensorRef
 from adapter_merge.storage.tensor_comparison import same_but_for_rounding
-from adapter_merge.storage.tensor_io import read_tensor
+from adapter_merge.storage.tensor_io import TORCH_DTYPES, read_into, read_tensor
 
 from .adapter_hashes import MANIFEST, hashes_of_merged_adapters, list_identities, read_manifest_of
 from .base_weights import compare_weights
@@ -128,31 +128,36 @@ def _check_magnitudes(bound: BoundAdapter) -> Origin:
 def _compute_norms(item: BoundModule, module: LoraModule, with_factors: bool) -> Tensor:
     """Return the norms of the rows (magnitude_dim 0) or columns of W0 (out, in), or of W0 + s B A."""
     by_rows = (module.magnitude_dim == 0) != item.transposed
-    sums = []
+    start, stop = item.rows or (0, item.weight.rows)
+    sums = torch.zeros(stop - start if by_rows else item.weight.shape[-1])
     a, b = read_tensor(module.a).float(), read_tensor(module.b).float()
     first_factor, second_factor = (a.T, b.T) if item.transposed else (b, a)
     for first, block in _read_blocks(item):
         if with_factors:
             block += module.scale * (first_factor[first : first + len(block)] @ second_factor)
         squares = block.square_()
-        sums.append(squares.sum(1) if by_rows else squares.sum(0))
-    return (torch.cat(sums) if by_rows else torch.stack(sums).sum(0)).sqrt()
+        if by_rows:
+            torch.sum(squares, 1, out=sums[first : first + len(block)])
+        else:
+            sums += squares.sum(0)
+    return sums.sqrt_()
 
 
 def _read_blocks(item: BoundModule) -> Iterator[tuple[int, Tensor]]:
-    """Yield (first row, float32 block) of the stored weight, or of its adapted rows, about BLOCK_BYTES each."""
+    """Yield (first row, float32 block) of the stored weight, or of its adapted rows, about BLOCK_BYTES each.
+
+    All blocks lie in one buffer: the next one replaces the last. New buffers between small results that are kept would
+    leave holes in the heap, as many as there are blocks.
+    """
     ref = item.weight
     start, stop = item.rows or (0, ref.rows)
-    step = max(1, BLOCK_BYTES // (4 * ref.shape[-1]))
+    step = min(stop - start, max(1, BLOCK_BYTES // (4 * ref.shape[-1])))
+    raw, buffer = torch.empty(step * ref.row_bytes, dtype=torch.uint8), torch.empty(step, ref.shape[-1])
     for first in range(start, stop, step):
-        yield first - start, _read_rows(ref, first, min(step, stop - first))
-
-
-def _read_rows(ref: TensorRef, first: int, count: int) -> Tensor:
-    """Read `count` rows of a stored tensor's 2-D view, (count, columns) float32."""
-    place = ref.start + first * ref.row_bytes
-    part = replace(ref, shape=(count, ref.shape[-1]), start=place, stop=place + count * ref.row_bytes)
-    return read_tensor(part).float()
+        count = min(step, stop - first)
+        stored = raw[: count * ref.row_bytes]
+        read_into(ref, first * ref.row_bytes, stored)
+        yield first - start, buffer[:count].copy_(stored.view(TORCH_DTYPES[ref.dtype]).reshape(count, -1))
 
 
 def _check_residual(bound: BoundAdapter) -> Origin:
