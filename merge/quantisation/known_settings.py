@@ -159,9 +159,11 @@ CHECKED: Mapping[str, Mapping[str, tuple[Check, str]]] = {
     "awq": {
         "bits": (_one_of(4), "4"),
         "group_size": (_group, "a positive size, or -1"),
-        "zero_point": (_one_of(True), "true: AutoAWQ writes no other"),
+        "zero_point": (_one_of(True, False), "true or false"),  # false: all stored zero points are 8 (GPTQModel)
         "version": (_lower(_one_of("gemm", None)), "gemm"),
         "format": (_lower(_one_of("gemm", None)), "gemm"),
+        "checkpoint_format": (_lower(_one_of("gemm", None)), "gemm"),
+        "method": (_one_of("awq"), "awq"),
         "pack_dtype": (_one_of("int32", None), "int32"),
         "dynamic": (_empty, "no settings per module"),
     },

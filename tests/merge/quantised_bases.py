@@ -94,10 +94,14 @@ def _compressed(preset: str, folder: Path, hidden: int, dtype: torch.dtype) -> t
     )
 
     model = llama(hidden, dtype)
-    names = [name for name, _ in model.named_parameters()]
+    shapes = {name: parameter.shape for name, parameter in model.named_parameters()}
     scheme = preset_name_to_scheme(preset, ["Linear"])
     if preset.startswith(("W4", "W8")):
         scheme.weights.group_size = 64
+    if preset == "FP8_BLOCK" and any(
+        size % 128 for name, shape in shapes.items() if "_proj.w" in name for size in shape
+    ):
+        scheme.weights.block_structure = [64, 64]
     apply_quantization_config(model, QuantizationConfig(config_groups={"group_0": scheme}, ignore=["lm_head"]))
     for module in model.modules():
         if isinstance(module, nn.Linear) and hasattr(module, "quantization_scheme"):
@@ -109,7 +113,7 @@ def _compressed(preset: str, folder: Path, hidden: int, dtype: torch.dtype) -> t
     model.save_pretrained(folder, max_shard_size="100kB")
     compressor.update_config(folder)
     compressor.decompress_model(model)
-    return folder, {name: model.get_parameter(name).data for name in names}
+    return folder, {name: model.get_parameter(name).data for name in shapes}
 
 
 def _calibrate(module: Any) -> None:

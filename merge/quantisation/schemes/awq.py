@@ -4,9 +4,10 @@
     qzeros   I32 (in / group, out / 8), in the same order
     scales   F16 (in / group, out)
 
-Arithmetic: AutoAWQ 0.2.9, utils/packing_utils.py, dequantize_gemm: (code - zero) * scale in the scale's dtype, which
-compressed-tensors 0.20, entrypoints/convert/converters/autoawq.py, carries over to its pack-quantized form. GPTQModel
-7.7's utils/model_dequant.py, convert_awq_file, leaves the order of the nibbles out, and its result is another matrix.
+Arithmetic: AutoAWQ 0.2.9, utils/packing_utils.py, dequantize_gemm: (code - zero) * scale in the scale's dtype. The same
+values come from compressed-tensors 0.20 (entrypoints/convert/converters/autoawq.py) and from GPTQModel 7.7's kernel
+(nn_modules/qlinear/torch_awq.py). GPTQModel 7.7's utils/model_dequant.py, convert_awq_file, does not apply the nibble
+order; its result is another matrix than that of its own kernel.
 """
 
 from __future__ import annotations

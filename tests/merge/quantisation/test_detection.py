@@ -92,7 +92,7 @@ def test_unknown_methods(method: Any, tmp_path: Path) -> None:
     ("gptq", {"rotation": "hadamard"}, ["another rotation", "hadamard"]),
     ("awq", {"version": "gemv"}, ["another version", "gemv"]),
     ("awq", {"bits": 3}, ["another bits"]),
-    ("awq", {"zero_point": False}, ["another zero_point"]),
+    ("awq", {"zero_point": None}, ["another zero_point"]),
     ("fp8", {"fmt": "e5m2"}, ["another fmt", "e5m2"]),
     ("fp8", {"expert_dtype": "fp4"}, ["another expert_dtype"]),
     ("fp8", {"weight_block_size": [128]}, ["another weight_block_size", "[128]"]),

@@ -1,6 +1,7 @@
-"""GPTQ: packed here word by word from its published layout, since GPTQModel packs and imports on a GPU machine only.
+"""GPTQ: codes packed here word by word from the published layout, in every combination of bits, groups and versions.
 
-The expected values are (code - zero) * scale in float64, rounded once.
+The expected values are (code - zero) * scale in float64, rounded once. test_gptqmodel.py has checkpoints that
+GPTQModel made.
 """
 
 from __future__ import annotations
