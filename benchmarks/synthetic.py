@@ -1,6 +1,6 @@
 """Checkpoints and adapters of real models' shapes with random weights: for timing, not for use.
 
-The shapes: "0.1b" (SmolLM2-135M's), "1.1b" (TinyLlama-1.1B's), "8b" (Llama-3-8B's); bf16, in shards.
+The shapes: "0.1b" (SmolLM2-135M's), "1.1b" (TinyLlama-1.1B's), "8b" and "70b" (Llama-3's); bf16, in shards.
 """
 
 from __future__ import annotations
@@ -30,6 +30,7 @@ SIZES = {
     "0.1b": Size(576, 30, 1536, 9, 3, 49152, 3),
     "1.1b": Size(2048, 22, 5632, 32, 4, 32000, 3),
     "8b": Size(4096, 32, 14336, 32, 8, 128256, 4),
+    "70b": Size(8192, 80, 28672, 64, 8, 128256, 30),
 }
 METHODS = ("lora", "dora", "dude", "dcft")
 SCALE = 0.02
@@ -65,8 +66,8 @@ def tensors(size: Size) -> list[tuple[str, str, tuple[int, ...]]]:
     return found
 
 
-def write_checkpoint(folder: Path, name: str) -> None:
-    """The base model, once; shards of about the same size."""
+def write_checkpoint(folder: Path, name: str, *, sparse: bool = False) -> None:
+    """The base model, once; shards of about the same size. sparse: zeros that take no room on the disk."""
     if (folder / "config.json").exists():
         return
     folder.mkdir(parents=True, exist_ok=True)
@@ -90,12 +91,15 @@ def write_checkpoint(folder: Path, name: str) -> None:
             stream.write(head)
             for ref in refs:
                 weight_map[ref.name] = file.name
+                if sparse:
+                    continue
                 left, shift = ref.nbytes // 2, len(weight_map) * 4099
                 while left:
                     piece = noise[shift % (1 << 23) :][: min(left, 1 << 23)]
                     stream.write(raw_bytes(piece))
                     left -= piece.numel()
                     shift += 7919
+            stream.truncate(refs[-1].stop)
     index = {"metadata": {"total_size": total * 2}, "weight_map": weight_map}
     (folder / "model.safetensors.index.json").write_text(json.dumps(index))
     config = {

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -18,8 +19,8 @@ from adapter_merge.combine.open_inputs import (
     snapshot_of,
 )
 from adapter_merge.engine.devices import choose_devices
-from adapter_merge.engine.execute import Progress, execute
-from adapter_merge.engine.plan import plan_delta
+from adapter_merge.engine.execute import FinishedShard, Progress, execute
+from adapter_merge.engine.pieces import divide, join
 from adapter_merge.outputs.model_folder import output_files
 from adapter_merge.outputs.staging import (
     check_output,
@@ -28,10 +29,13 @@ from adapter_merge.outputs.staging import (
     staged,
     write_manifest,
 )
-from adapter_merge.storage.tensor_io import SAFETENSORS_DTYPES as DTYPES
 
 from .options import DeltaOptions
+from .plans import make_plan
+from .ray_tasks import check_ray_options, kind_of_device, make_job, write_on_ray
 from .results import DeltaResult
+
+PIECE_BYTES = 1 << 30  # of deltas that one task of a Ray cluster writes
 
 
 def delta(
@@ -55,14 +59,15 @@ def delta(
         ()
     """
     output = Path(output)
+    check_ray_options(options)
     bound = open_pair(base, adapter, options.base_kind, options.reading)
     inputs = snapshot_of(bound)
     check_output(output, options.overwrite, input_folders(bound))
     check_values(bound)
-    plan = plan_delta(bound, DTYPES[options.dtype])
+    plan = make_plan(bound, options)
     check_space(output, plan.nbytes)
-    devices = choose_devices(options.device)
-    stated = {"dtype": options.dtype, "device": str(devices[0])}
+    devices = choose_devices(options.device) if options.ray is None else []
+    stated = {"dtype": options.dtype, "device": str(devices[0]) if devices else kind_of_device(options)}
     content = manifest("deltas", describe_inputs(bound, options.reading), stated | describe_combination(bound))
     content["not_included"] = sorted(bound.replacements)
     content["base_changes"] = _base_changes(bound)
@@ -71,7 +76,16 @@ def delta(
     for part in parts_of(bound):
         check_whole_base(part)
     with staged(output, options.overwrite, inputs) as folder:
-        finished = execute(plan, folder, devices, options.workers, progress, hashing=options.hashes, vram=options.vram)
+        if options.ray is not None:
+            job = replace(make_job(bound, base, adapter, options, folder), piece_bytes=PIECE_BYTES)
+            (whole,) = plan.shards
+            pieces = divide(whole, PIECE_BYTES)
+            write_on_ray(job, pieces, progress)
+            finished = {whole.file: FinishedShard(whole.file, join(folder, whole, pieces), None, {})}
+        else:
+            finished = execute(
+                plan, folder, devices, options.workers, progress, hashing=options.hashes, vram=options.vram
+            )
         if options.hashes:
             content["files"] = output_files(folder, finished)
         write_manifest(folder, content)

@@ -29,8 +29,7 @@ from adapter_merge.combine.plausibility import (
 )
 from adapter_merge.engine.devices import choose_devices
 from adapter_merge.engine.execute import FinishedShard, Progress, execute
-from adapter_merge.engine.plan import MergePlan, ShardPlan, plan_merge
-from adapter_merge.engine.requantise import plan_requantised
+from adapter_merge.engine.plan import MergePlan, ShardPlan
 from adapter_merge.errors import InputError, Problem, raise_all
 from adapter_merge.files.links import can_link
 from adapter_merge.outputs.leftovers import staging_folder
@@ -44,12 +43,13 @@ from adapter_merge.outputs.staging import (
     nearest_folder,
     write_manifest,
 )
-from adapter_merge.storage.tensor_io import SAFETENSORS_DTYPES as DTYPES
 from adapter_merge.verification.text_divergence import text_divergence
 
 from .options import MergeOptions
+from .plans import make_plan
+from .ray_tasks import check_ray_options, kind_of_device, make_job, write_on_ray
 from .results import MergeResult
-from .write_as import SAME, certify, check_write_as, computed_dtype
+from .write_as import SAME, certify, check_write_as
 
 LOST_WARNING = 0.5  # share of a delta that rounding changes or removes, above which a warning is written
 
@@ -81,36 +81,27 @@ def merge(
         True
     """
     output = Path(output)
+    check_ray_options(options)
     bound = open_pair(base, adapter, options.base_kind, options.reading)
     inputs = snapshot_of(bound) if options.link != "hardlink" else snapshot_of(bound).without_link_times()
     _check_config(bound)
     check_output(output, options.overwrite, input_folders(bound))
     check_values(bound)
     check_write_as(bound.base, options)
-    limit = options.max_shard_bytes
-    if limit is not None and (limit < 1 or options.write_as == SAME or options.keep_preimage):
-        raise InputError(
-            f"the output cannot be split into files of at most {limit} bytes",
-            expected="1 byte or more, and neither write_as same nor a pre-image, which need the base's files",
-        )
-    if options.write_as == SAME:
-        plan = plan_requantised(bound)
-    else:
-        dtype = DTYPES[options.dtype] if options.dtype else None
-        plan = plan_merge(bound.base, (bound,), dtype, computed_dtype(bound.base, options), max_shard_bytes=limit)
+    plan = make_plan(bound, options)
     _check_options(plan, options.hashes, options.keep_preimage, options.part, options.finish)
     shards = plan.shards if options.part is None else shards_of_part(plan.shards, options.part)
     if not options.finish:
         check_space(output, _space_needed(output, shards, options.link, options.keep_preimage))
-    devices = choose_devices(options.device)
+    devices = choose_devices(options.device) if options.ray is None else []
     stated: dict[str, Any] = {
         "dtype": options.dtype,
-        "device": str(devices[0]),
+        "device": str(devices[0]) if devices else kind_of_device(options),
         "link": options.link,
         "keep_preimage": options.keep_preimage,
     }
-    if limit is not None:
-        stated["max_shard_bytes"] = limit
+    if options.max_shard_bytes is not None:
+        stated["max_shard_bytes"] = options.max_shard_bytes
     if options.write_as is not None:
         stated["as"] = options.write_as
     content = manifest("merged model", describe_inputs(bound, options.reading), stated | describe_combination(bound))
@@ -151,6 +142,10 @@ def merge(
                 if place.device != identity["device"]:
                     content["options"]["device"] = place.device
                 check_complete(plan.shards, finished, output)
+            elif options.ray is not None:
+                job = make_job(bound, base, adapter, options, place.folder)
+                unfinished = [shard for shard in shards if shard.file not in finished]
+                finished |= write_on_ray(job, unfinished, progress, on_shard)
             else:
                 finished |= execute(
                     plan,

@@ -44,6 +44,7 @@ class MergeOptions(WriteOptions):
     finish: bool = False  # check that all parts are written, and write the remaining files
     vram: int | None = None  # bytes of memory to use on each CUDA device; None: a quarter of the free memory
     max_shard_bytes: int | None = None  # bytes of tensors in one output file; None: the base's division into files
+    ray: str | None = None  # the address of a Ray cluster, whose tasks write the weights; needs the extra ray
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -60,6 +61,7 @@ class DeltaOptions(WriteOptions):
     workers: int | None = None  # threads per device; None: the number that was measured to be fastest
     hashes: bool = True  # write the sha256 of every file
     vram: int | None = None  # bytes of memory to use on each CUDA device; None: a quarter of the free memory
+    ray: str | None = None  # the address of a Ray cluster, whose tasks write the deltas; needs the extra ray
 
 
 @dataclass(frozen=True, kw_only=True)

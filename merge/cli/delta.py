@@ -10,7 +10,13 @@ import click
 from adapter_merge.cli.options.command import command, option
 from adapter_merge.cli.options.hub import hub_options
 from adapter_merge.cli.options.inputs import INPUTS, combination_options, stated_inputs
-from adapter_merge.cli.options.shared import device_option, dry_run_option, output_option, report_options
+from adapter_merge.cli.options.shared import (
+    device_option,
+    dry_run_option,
+    output_option,
+    ray_option,
+    report_options,
+)
 from adapter_merge.cli.options.stated_settings import adapter_options
 from adapter_merge.cli.options.values import DTYPES, SOURCE
 from adapter_merge.cli.printing.console import loading, say
@@ -25,6 +31,7 @@ from adapter_merge.cli.printing.result import show_result
 @combination_options
 @adapter_options
 @device_option
+@ray_option
 @dry_run_option
 @hub_options
 @report_options

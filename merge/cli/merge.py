@@ -16,6 +16,7 @@ from adapter_merge.cli.options.shared import (
     dry_run_option,
     engine_options,
     output_option,
+    ray_option,
     report_options,
 )
 from adapter_merge.cli.options.stated_settings import adapter_options
@@ -64,6 +65,7 @@ from adapter_merge.cli.printing.result import show_result
     section=OUTPUT,
     help="Size of one weights file of the output, at most; default: the files of BASE.",
 )
+@ray_option
 @engine_options
 @combination_options
 @adapter_options

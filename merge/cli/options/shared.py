@@ -124,6 +124,17 @@ def _part(ctx: click.Context, param: click.Parameter, value: str | None) -> tupl
     return int(match[1]), int(match[2])
 
 
+def ray_option(function: F) -> F:
+    """Add the option --ray."""
+    return option(
+        "--ray",
+        metavar="ADDRESS",
+        section=ENGINE,
+        help="Write the weights by tasks of a Ray cluster: auto, or HOST:PORT of its head. Its machines share BASE, "
+        "ADAPTER and OUT on one file system; --device cuda takes a GPU per task, auto is the CPU.",
+    )(function)
+
+
 def engine_options(function: F) -> F:
     """Add the options of the merge engine: hashes, links, pre-images, resuming, splitting, device memory."""
     for decorate in (

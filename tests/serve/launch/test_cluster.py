@@ -44,6 +44,15 @@ def test_the_manifest_is_what_kubernetes_takes(version: str) -> None:
         kubernetes_validate.validate(documents[2], version, strict=True)
 
 
+@pytest.mark.parametrize("version", ["1.29", "1.33", "1.37"])
+@pytest.mark.parametrize("name", ["parts", "finish"])
+def test_kubernetes_takes_the_merge_in_parts(name: str, version: str) -> None:
+    import kubernetes_validate
+
+    file = HERE.parents[1] / "examples" / f"kubernetes_{name}.yaml"
+    kubernetes_validate.validate(yaml.safe_load(file.read_text()), version, strict=True)
+
+
 def test_ray_serve_takes_its_configuration(qwen2: World, tmp_path: Path) -> None:
     """Ray Serve's own models, LLMConfig among them, in a process of its own (Ray sets up its logging)."""
     raw = qwen2.adapters["dude-1"].raw
