@@ -90,9 +90,13 @@ def write(
     kind: Kind = Kind.F32,
     keys: Mapping[str, tuple[str, Any] | None] = {},
     tensors: Mapping[str, np.ndarray[Any, Any] | None] = {},
+    kinds: Mapping[str, Kind] = {},
 ) -> Path:
-    """Write the model: matrices as `kind`, vectors as they are; `keys` and `tensors` are added, or None: left out."""
-    config = model.config
+    """Write the model: matrices as `kind`, vectors as they are; `keys` and `tensors` are added, or None: left out.
+
+    `kinds` are the types of tensors whose names hold the key, in the place of `kind`.
+    """
+    config, default = model.config, kind
     names = gguf.get_tensor_name_map(gguf.MODEL_ARCH[architecture.upper()], config.num_hidden_layers)
     writer = gguf.GGUFWriter(file, architecture)
     writer.add_type(gguf.GGUFType.MODEL)
@@ -109,6 +113,7 @@ def write(
     for number, (name, values) in enumerate(content.items()):
         if name in tensors and tensors[name] is None:
             continue
+        kind = next((other for part, other in kinds.items() if part in name), default)
         if values.ndim == 1 or name in tensors:
             writer.add_tensor(name, values)
         elif kind.name in SCALES:

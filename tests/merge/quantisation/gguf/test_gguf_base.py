@@ -121,10 +121,20 @@ def test_every_architecture_is_the_model_that_was_converted(
         assert float((loaded(ids).logits - files.pico(architecture, tied, **settings)(ids).logits).abs().max()) > 1e-3
 
 
-@pytest.mark.parametrize("settings", [{}, {"use_dora": True}])
-def test_a_merge_is_rounded_once_and_verify_sees_it(q8: Path, tmp_path: Path, settings: dict[str, Any]) -> None:
-    live = lora(in_transformers(q8), tmp_path / "lora", **settings)
-    merge(q8, tmp_path / "lora", tmp_path / "out", MergeOptions(device="cpu", write_as="bfloat16"))
+@pytest.fixture(scope="module")
+def q4_k_m(llama: Any, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The mix of types that llama.cpp calls Q4_K_M: Q4_K, with Q6_K for the embedding, attn_v and ffn_down."""
+    kinds = dict.fromkeys(("token_embd", "attn_v", "ffn_down"), Kind.Q6_K)
+    return files.write(tmp_path_factory.mktemp("gguf") / "q4_k_m.gguf", llama, "llama", Kind.Q4_K, kinds=kinds)
+
+
+@pytest.mark.parametrize(("kind", "settings"), [("q8", {}), ("q8", {"use_dora": True}), ("q4_k_m", {})])
+def test_a_merge_is_rounded_once_and_verify_sees_it(
+    kind: str, settings: dict[str, Any], tmp_path: Path, request: pytest.FixtureRequest
+) -> None:
+    base = request.getfixturevalue(kind)
+    live = lora(in_transformers(base), tmp_path / "lora", **settings)
+    merge(base, tmp_path / "lora", tmp_path / "out", MergeOptions(device="cpu", write_as="bfloat16"))
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         wanted = live.to(torch.float64).merge_and_unload().state_dict()
@@ -143,14 +153,14 @@ def test_a_merge_is_rounded_once_and_verify_sees_it(q8: Path, tmp_path: Path, se
     assert config["dtype"] == "bfloat16"
     assert "quantization_config" not in config
     manifest = json.loads((tmp_path / "out" / "adapter_merge.json").read_text())
-    assert manifest["base"]["path"] == str(q8)
-    report = verify(q8, tmp_path / "lora", tmp_path / "out", VerifyOptions(weights_only=True))
+    assert manifest["base"]["path"] == str(base)
+    report = verify(base, tmp_path / "lora", tmp_path / "out", VerifyOptions(weights_only=True))
     assert report.passed, report.problems
     spoiled = {**got, "model.layers.1.self_attn.q_proj.weight": got["model.layers.1.self_attn.q_proj.weight"].flip(0)}
     from safetensors.torch import save_file
 
     save_file(spoiled, tmp_path / "out" / "model.safetensors", {"format": "pt"})
-    assert not verify(q8, tmp_path / "lora", tmp_path / "out", VerifyOptions(weights_only=True)).passed
+    assert not verify(base, tmp_path / "lora", tmp_path / "out", VerifyOptions(weights_only=True)).passed
 
 
 def test_the_config_beside_a_file_is_used(llama: Any, q8: Path, tmp_path: Path) -> None:
