@@ -11,6 +11,11 @@ OUT becomes the quantised checkpoint as `GPTQModel.save` writes it, and OUT-dens
 its inference kernel computes with (TorchLinear.dequantize_weight, AwqTorchLinear), after `GPTQModel.load` has read the
 checkpoint: for GPTQ of version 1 this includes its own conversion of the zero points to version 2.
 
+"awq" includes AWQ's search for scales: it multiplies columns of a weight by factors and divides the norm or the weight
+before it by the same factors. The model stays the same; an adapter that was trained on the unquantised model does not
+fit it any more. "awq-nearest" has the same layout and packer, and weights that are rounded to the nearest code without
+that search. GPTQModel writes quant_method "gptq" for it, which is not its layout; config.json is corrected here.
+
 Calibration takes the texts of --texts (a JSON list), or random tokens. The second form makes the files of the tests: a
 Llama of one layer in every kind, of which the weights and config.json are kept, with the sha256 of each dense weight.
 """
@@ -32,7 +37,7 @@ import torch
 import transformers
 from gptqmodel import BACKEND, GPTQModel  # type: ignore[import-not-found]
 from gptqmodel.quantization import FORMAT  # type: ignore[import-not-found]
-from gptqmodel.quantization.config import AWQConfig, GPTQConfig  # type: ignore[import-not-found]
+from gptqmodel.quantization.config import AWQConfig, GPTQConfig, RTNConfig  # type: ignore[import-not-found]
 from safetensors.torch import save_file
 from tokenizers import Tokenizer, models
 
@@ -44,6 +49,7 @@ KINDS: dict[str, tuple[Any, dict[str, Any]]] = {
     "gptq-mixed": (GPTQConfig, {"sym": True, "dynamic": {"-:.*o_proj": {}, ".*down_proj": {"bits": 8}}}),
     "awq": (AWQConfig, {"sym": False}),
     "awq-symmetric": (AWQConfig, {"sym": True}),
+    "awq-nearest": (RTNConfig, {"sym": False, "format": FORMAT.GEMM}),
 }
 RANDOM_TEXTS, RANDOM_TOKENS = 16, 48
 
@@ -61,6 +67,17 @@ def quantise(model: Path, out: Path, kind: str, group: int, texts: list[str]) ->
         ids = [torch.randint(size, (1, RANDOM_TOKENS), generator=generator) for _ in range(RANDOM_TEXTS)]
     loaded.quantize([{"input_ids": row, "attention_mask": torch.ones_like(row)} for row in ids], batch_size=1)
     loaded.save(str(out))
+    if kind == "awq-nearest":
+        file = out / "config.json"
+        content = json.loads(file.read_text("utf-8"))
+        content["quantization_config"] |= {
+            "quant_method": "awq",
+            "method": "awq",
+            "version": "gemm",
+            "zero_point": True,
+        }
+        file.write_text(json.dumps(content, indent=2), "utf-8")
+        (out / "quantize_config.json").unlink()
 
 
 @torch.inference_mode()

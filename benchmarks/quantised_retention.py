@@ -11,7 +11,8 @@ all that are in the file. One line per scheme and adapter:
     worst error     of the dequantised weights here, against the library's own dequantisation
     retention       <Q(W') - W, dW> / |dW|^2 of merge --as same
     KL              in nats a token to the unmerged adapter on the same base, on chats that the unquantised merge
-                    answered: of the base without adapter, of --as bfloat16, and of --as same
+                    answered: of the base without adapter, of --as bfloat16, and of --as same; and what quantising
+                    the base costs, of --as bfloat16 to the adapter on the unquantised base
     same tokens     share of places where the merge would choose the unmerged adapter's token: --as bfloat16, --as same
     verify          of --as bfloat16 and --as same, and of the exact factors, by weights (with --verify)
 
@@ -53,8 +54,10 @@ from adapter_merge.verification.text_divergence import text_divergence
 
 SCHEMES = ("FP8", "FP8_DYNAMIC", "FP8_BLOCK", "INT8", "int8", "W8A16", "W4A16", "W4A16_ASYM", "NVFP4A16", "MXFP4A16",
            "nf4")  # fmt: skip
-GPTQMODEL = ("gptq", "gptq-asymmetric", "gptq-v2", "gptq-int8", "awq")  # kinds of gptqmodel_bases.py
+GPTQMODEL = ("gptq", "gptq-v2", "gptq-int8", "awq", "awq-nearest")  # kinds of gptqmodel_bases.py
 RESULTS = "retention.json"
+COLUMNS = (("retention", ".3f"), ("kl base", ".3g"), ("kl bfloat16", ".2g"), ("kl same", ".2g"),
+           ("kl unquantised", ".2g"), ("same choice bfloat16", ".3f"), ("same choice same", ".3f"))  # fmt: skip
 QUESTIONS = ("What is the capital of Italy?", "What is gravity?", "Tell me about the sea.", "How do I make tea?")
 ANSWER_TOKENS = 40
 Dense = dict[str, Tensor]
@@ -69,7 +72,7 @@ def gptqmodel_base(python: str, kind: str, plain: Path, texts: Path, folder: Pat
     if run.returncode:
         raise SystemExit(f"GPTQModel failed:\n{run.stdout[-2000:]}\n{run.stderr[-2000:]}")
     file = folder.with_name(f"{folder.name}-dense.safetensors")
-    dense = load_file(file)
+    dense: Dense = load_file(file)
     file.unlink()
     return dense
 
@@ -85,7 +88,7 @@ def quantised_base(scheme: str, plain: Path, folder: Path) -> Dense:
     folder.parent.mkdir(parents=True, exist_ok=True)
     quantised_bases.llama = load
     with quiet_libraries():
-        _, dense = quantised_bases.quantised(scheme, folder)
+        dense: Dense = quantised_bases.quantised(scheme, folder)[1]
     shutil.rmtree(folder.with_name(folder.name + "-plain"), ignore_errors=True)
     for file in plain.iterdir():
         if not (folder / file.name).exists() and file.suffix != ".safetensors":
@@ -130,12 +133,20 @@ def chats(plain: Path, adapter: Path, scratch: Path, count: int) -> list[str]:
 
 
 def measure(
-    scheme: str, adapter: Path, base: Path, dense: Dense, texts: list[str], scratch: Path, verified: bool
+    scheme: str,
+    adapter: Path,
+    plain: Path,
+    base: Path,
+    dense: Dense,
+    texts: list[str],
+    scratch: Path,
+    verified: bool,
 ) -> dict[str, Any]:
     """Merge `adapter` in each way, and return the figures of one line; those of verify where `verified`."""
     weights, differ, worst = worst_error(base, dense)
     reading = ReadOptions(force=True)
     bound = open_pair(base, adapter, None, reading)
+    unquantised = open_pair(plain, adapter, None, reading)
     checked = VerifyOptions(weights_only=True, reading=reading)
     figures: dict[str, Any] = {"weights": weights, "differ": differ, "worst": worst, "texts": len(texts), "verify": {}}
     for kind in ("bfloat16", "same"):
@@ -147,6 +158,8 @@ def measure(
         if kind == "same":
             figures["retention"] = content["certificate"]["retention"]
         found = text_divergence(bound, out, texts)
+        if kind == "bfloat16":
+            figures["kl unquantised"] = text_divergence(unquantised, out, texts).kl
         figures["kl base"], figures["tokens"] = found.kl_base, found.tokens
         figures[f"kl {kind}"], figures[f"same choice {kind}"] = found.kl, found.same_choice
         if verified:
@@ -161,14 +174,13 @@ def measure(
 
 def print_table(results: dict[str, dict[str, Any]]) -> None:
     print("| scheme | adapter | elements off the library's | retention | KL: base | --as bfloat16 | --as same | "
-          "same tokens: bfloat16 | same | verify | chats |")  # fmt: skip
-    print("|---|---|---|---|---|---|---|---|---|---|---|")
+          "to unquantised | same tokens: bfloat16 | same | verify | chats |")  # fmt: skip
+    print("|---|---|---|---|---|---|---|---|---|---|---|---|")
     order = {scheme: place for place, scheme in enumerate((*SCHEMES, *GPTQMODEL))}
     for key in sorted(results, key=lambda key: (order[key.split("/")[0]], key)):
         one = results[key]
         cells = [f"{one['differ']} of {one['weights']} weights, {one['worst']:g}"]
-        for name, style in (("retention", ".3f"), ("kl base", ".3g"), ("kl bfloat16", ".2g"), ("kl same", ".2g"),
-                            ("same choice bfloat16", ".3f"), ("same choice same", ".3f")):  # fmt: skip
+        for name, style in COLUMNS:
             cells.append(format(one[name], style) if name in one else "-")
         cells.append(
             ", ".join(f"{kind} {'PASS' if passed else 'FAIL'}" for kind, passed in one["verify"].items()) or "-"
@@ -214,7 +226,7 @@ def main() -> None:
             dense = quantised_base(scheme, plain, base)
         for name in missing:
             results[f"{scheme}/{name}"] = measure(
-                scheme, ready[name], base, dense, texts[name], options.scratch, options.verify
+                scheme, ready[name], plain, base, dense, texts[name], options.scratch, options.verify
             )
             replace_file(kept, json.dumps(results, indent=1))
         shutil.rmtree(base)
