@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from adapter_merge.serve.conversion.cache import Cache
+from adapter_merge.serve.conversion.expert_layout import TARGET
 from adapter_merge.serve.conversion.served import Converter, Served, allowed_rank, check_name
 from adapter_merge.serve.conversion.stated_settings import check_settings
 
@@ -42,6 +43,8 @@ class LoraRequests(Mapping[str, Any]):
             "max_lora_rank": allowed_rank(max(adapter.rank for adapter in self.served.values())),
             "lora_target_modules": sorted({target for adapter in self.served.values() for target in adapter.targets}),
         }
+        if TARGET in self.engine_options["lora_target_modules"]:
+            self.engine_options["enable_mixed_moe_lora_format"] = True
 
     def __getitem__(self, name: str) -> Any:
         return self._requests[name]

@@ -73,6 +73,7 @@ class Outline:
     rank: int  # an upper bound
     targets: tuple[str, ...]
     ready: bool  # already a factor folder
+    experts: bool  # adapts experts: written as expert_layout.py says
     key: str
     stated: Stated = field(default_factory=Stated)
 
@@ -169,16 +170,18 @@ class Converter:
         """Read an adapter's headers without converting it. Raises AdapterMergeError where vLLM could not serve it."""
         from importlib.metadata import version
 
+        from adapter_merge.combine.origin import bind_checked
         from adapter_merge.formats.detection import open_adapter
-        from adapter_merge.methods.lora import StackModule
         from adapter_merge.outputs.staging import sha256
+
+        from .expert_layout import adapts_experts, find_expert_problems, target_of
 
         source = locate(adapter)
         stated = (stated or Stated()).with_defaults(read_settings_beside(source))
         about = _factor_manifest(source)
         opened = open_adapter(source, stated.options, self.checkpoint)
         modules = [module.name for module in opened.modules]
-        targets = tuple(sorted({name.rsplit(".", 1)[-1] for name in modules}))
+        targets = tuple(sorted({target_of(name) for name in modules}))
         problems = []
         reason = why_no_heads(opened.replacements)
         if reason:
@@ -197,14 +200,10 @@ class Converter:
                     hint="merge it into the base instead: adapter-merge merge",
                 )
             )
-        experts = [module.name for module in opened.modules if isinstance(module, StackModule)]
+        experts = adapts_experts(opened.modules)
         if experts:
-            problems.append(
-                Problem(
-                    f"{source}: adapts experts ({experts[0]}), whose layout in vLLM differs by model class",
-                    hint="merge it into the base instead: adapter-merge merge",
-                )
-            )
+            bound = bind_checked(opened, self.checkpoint, stated.base_kind)
+            problems += find_expert_problems(source, bound)
         held = self.checkpoint.tensors
         convolved = [name for name in modules if f"{name}.weight" in held and len(held[f"{name}.weight"].shape) > 2]
         if convolved:
@@ -239,7 +238,7 @@ class Converter:
         # On the original base the initial factors are subtracted, which adds their rank to that of the trained factors.
         subtracted = about is None and stated.base_kind != "residual"
         rank = max(module.factor_rank if subtracted else module.rank for module in opened.modules)
-        return Outline(source, opened.method, rank, targets, about is not None, compute_key(parts), stated)
+        return Outline(source, opened.method, rank, targets, about is not None, experts, compute_key(parts), stated)
 
     def obtain(self, adapter: str | Path, stated: Stated | None = None) -> Served:
         """Return the served folder of `adapter`, from the cache or converted now, with a lease on it.
@@ -289,6 +288,10 @@ class Converter:
             options = FactorOptions(base_kind=outline.stated.base_kind, reading=outline.stated.options, hash_base=False)
             made = factor(self.base, outline.source, folder, options)
             origin = made.as_json()["adapters"][0]["origin"]
+        if outline.experts:
+            from .expert_layout import write_single_experts
+
+            write_single_experts(folder, self.checkpoint)
         if (signature(outline.source), signature(*outline.stated.paths)) != before:
             raise _ChangedError
         spent.append(time.monotonic() - began)
@@ -316,13 +319,15 @@ def describe(lease: Lease) -> Served:
 def _describe(lease: Lease) -> Served:
     from safetensors import safe_open
 
+    from .expert_layout import target_of
+
     config = json.loads((lease.folder / "adapter_config.json").read_text("utf-8"))
     rank, targets = 1, set()
     with safe_open(str(lease.folder / "adapter_model.safetensors"), framework="pt") as file:
         for key in file.keys():  # noqa: SIM118
             if key.endswith(".lora_A.weight"):
                 rank = max(rank, file.get_slice(key).get_shape()[0])
-                targets.add(key.split(".")[-3])
+                targets.add(target_of(key.removesuffix(".lora_A.weight")))
     form = "lora+row_scale" if config.get("use_dora") else "lora"
     origin = str(json.loads((lease.folder / ENTRY).read_text("utf-8")).get("origin", "not recorded"))
     return Served(lease.folder, rank, tuple(sorted(targets)), form, origin, lease)

@@ -24,6 +24,7 @@ from adapter_merge.errors import (
 from adapter_merge.files.installation import install_command
 from adapter_merge.serve.api_server.loader import VARIABLE, Settings
 from adapter_merge.serve.conversion.cache import Cache
+from adapter_merge.serve.conversion.expert_layout import MIXED_FORMAT, TARGET
 from adapter_merge.serve.conversion.processes import Limits
 from adapter_merge.serve.conversion.served import Converter, Outline, allowed_rank, check_name, folders, inside
 from adapter_merge.serve.conversion.stated_settings import Stated
@@ -85,10 +86,18 @@ class Plan:
 
     @property
     def targets(self) -> list[str]:
-        """--lora-target-modules: the adapters' targets; all linear layers where more adapters may be loaded."""
+        """--lora-target-modules: the adapters' targets; all linear layers where more adapters may be loaded.
+
+        Experts are among them only where an adapter that is known at the start adapts them: their slots are large.
+        """
         if self.loading:
-            return list(self.converter.linear_targets())
+            return [*self.converter.linear_targets(), *([TARGET] if self.has_experts else [])]
         return sorted({target for outline in self.adapters.values() for target in outline.targets})
+
+    @property
+    def has_experts(self) -> bool:
+        """True where an adapter that is known at the start adapts experts."""
+        return any(outline.experts for outline in (*self.adapters.values(), *self.folder_adapters.values()))
 
     def folder(self, name: str) -> Path:
         """Return the path of the served folder of `name`, which may not exist yet."""
@@ -106,6 +115,8 @@ class Plan:
             "--max-lora-rank": [str(self.max_rank)],
             "--lora-target-modules": self.targets,
         }
+        if self.has_experts:
+            ours[MIXED_FORMAT] = []
         if self.adapters:
             ours["--lora-modules"] = [
                 json.dumps({"name": name, "path": str(self.folder(name)), "base_model_name": self.served_name})
