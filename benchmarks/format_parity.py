@@ -47,7 +47,7 @@ from adapter_merge.errors import AdapterMergeError
 from adapter_merge.export.graph.adapter_source import factors_of
 from adapter_merge.formats.stated_settings import ReadOptions
 from adapter_merge.serve.conversion.cache import Cache
-from adapter_merge.serve.conversion.served import Converter
+from adapter_merge.serve.conversion.served_folder import Converter
 
 COLUMNS = ("convert", "merge", "delta", "factor", "combine", "serve", "export")
 WEIGHTS = (0.7, 0.3)

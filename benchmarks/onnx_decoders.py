@@ -73,7 +73,7 @@ class OnnxRunner:
     """An export with one adapter, or none: seconds of a prefill, then of single steps."""
 
     def __init__(self, folder: Path, adapter: str | None, threads: int) -> None:
-        from adapter_merge.export.engine.running import Decoder
+        from adapter_merge.export.engine.decoder_session import Decoder
 
         self.decoder, self.adapter = Decoder(folder, threads=threads), adapter
 
@@ -200,7 +200,7 @@ def size(folder: Path) -> int:
 def speed(base: Path, work: Path, rounds: int, threads: int, optimum: Path | None) -> dict[str, Any]:
     """Medians, ratios, sizes, switch and add times."""
     from adapter_merge.export.adding import add_adapters
-    from adapter_merge.export.engine.running import Decoder
+    from adapter_merge.export.engine.decoder_session import Decoder
     from adapter_merge.export.exporting import export_model
 
     adapters = {f"r{rank}": work / f"r{rank}" for rank in (8, 16)}
@@ -287,7 +287,7 @@ def parity(base: Path, work: Path) -> list[dict[str, Any]]:
     from adapter_merge.demo.walkthrough import adapter_folder
     from adapter_merge.export.checking.verdict import reference_model
     from adapter_merge.export.checking.verification import torch_greedy, verify_onnx
-    from adapter_merge.export.engine.running import Decoder
+    from adapter_merge.export.engine.decoder_session import Decoder
     from adapter_merge.export.exporting import export_model
 
     adapters = {"lora": work / "r8", "dcft": adapter_folder("dcft-pirate"), "dude": adapter_folder("dude-json")}

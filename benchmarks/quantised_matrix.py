@@ -41,7 +41,7 @@ from adapter_merge.api.options import FactorOptions, MergeOptions, VerifyOptions
 from adapter_merge.api.verify import verify
 from adapter_merge.quantisation.dense_view import open_base, packed_weights
 from adapter_merge.serve.conversion.cache import Cache
-from adapter_merge.serve.conversion.served import Converter
+from adapter_merge.serve.conversion.served_folder import Converter
 from adapter_merge.storage.tensor_io import read_tensor
 from adapter_merge.verification.own_quantiser import own_quantiser
 

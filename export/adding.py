@@ -1,7 +1,8 @@
 """`export --add`: adds adapters to an existing export. The weights file of the base is never changed.
 
 Switchable: one small file is written, the graph stays. Batched: the stacks of factors are written anew with one
-slot more, and the graph that refers to them. One lock, which waits for its turn, and one atomic step (pending.py).
+slot more, and the graph that refers to them. A lock lets one command at a time change the folder, and the change is one
+atomic step (folder/atomic_change.py).
 """
 
 from __future__ import annotations
@@ -13,13 +14,13 @@ from typing import Any
 
 from adapter_merge.combine.open_inputs import open_pair
 from adapter_merge.errors import InputError, MismatchError, OutputError
-from adapter_merge.export.building.request import figures, silent
+from adapter_merge.export.building.checks_before_build import figures, silent
 from adapter_merge.export.checking.parity import compare_all, compare_encoders
-from adapter_merge.export.engine.running import Decoder
-from adapter_merge.export.engine.runtime import check_packages
+from adapter_merge.export.engine.decoder_session import Decoder
+from adapter_merge.export.engine.providers import check_packages
+from adapter_merge.export.folder.atomic_change import commit, hidden, recover
 from adapter_merge.export.folder.contents import folder_layout, read_export
-from adapter_merge.export.folder.manifest import Manifest
-from adapter_merge.export.folder.pending import commit, hidden, recover
+from adapter_merge.export.folder.export_manifest import Manifest
 from adapter_merge.export.graph.adapter_file import SUFFIX, aligned, match_all
 from adapter_merge.export.graph.adapter_source import factors_of
 from adapter_merge.export.graph.factor_folder import Factors

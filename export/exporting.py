@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from adapter_merge.errors import InputError
-from adapter_merge.export.building.request import silent
+from adapter_merge.export.building.checks_before_build import silent
 from adapter_merge.quantisation.dense_view import open_base
 
 if TYPE_CHECKING:

@@ -15,10 +15,10 @@ from pathlib import Path
 from typing import Any
 
 from adapter_merge.errors import InputError
+from adapter_merge.export.engine.decoder_session import Decoder
 from adapter_merge.export.engine.genai import open_genai
 from adapter_merge.export.engine.prompting import Prompter, Sampling, limit_to_context, make_chooser
-from adapter_merge.export.engine.running import Decoder
-from adapter_merge.export.engine.runtime import check_packages
+from adapter_merge.export.engine.providers import check_packages
 from adapter_merge.export.folder.contents import folder_layout, read_export
 from adapter_merge.export.graph.adapter_file import SUFFIX, check_adapter
 

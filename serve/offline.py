@@ -17,7 +17,7 @@ from typing import Any
 
 from adapter_merge.serve.conversion.cache import Cache
 from adapter_merge.serve.conversion.expert_layout import TARGET
-from adapter_merge.serve.conversion.served import Converter, Served, allowed_rank, check_name
+from adapter_merge.serve.conversion.served_folder import Converter, Served, allowed_rank, check_name
 from adapter_merge.serve.conversion.stated_settings import check_settings
 
 _ids = itertools.count(1)

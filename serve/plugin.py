@@ -29,7 +29,7 @@ def register() -> None:
         logger.exception("adapter-merge could not examine this vLLM and changed nothing in it.")
     if state in ("installed", "native"):
         try:
-            from adapter_merge.serve.api_server import runtime
+            from adapter_merge.serve.api_server import runtime_loading as runtime
 
             runtime.register()
         except Exception:
@@ -83,13 +83,20 @@ def patch() -> None:
     from vllm.lora.request import LoRARequest
     from vllm.platforms import current_platform
 
-    from adapter_merge.serve.patches import compile_key, grouped, identity, scale_loading, slot_check, stages
+    from adapter_merge.serve.patches import (
+        adapter_identity,
+        compile_key,
+        cpu_kernel,
+        pipeline_stages,
+        scale_loading,
+        slot_check,
+    )
     from adapter_merge.serve.patches.row_scale import LINEAR_CLASSES, with_row_scale
 
     spare_slot = not current_platform.is_cuda_alike()
     if current_platform.is_cpu():
-        stages.install()
-        grouped.install()
+        pipeline_stages.install()
+        cpu_kernel.install()
     LoRAConfig.compute_hash = compile_key.wrap_compute_hash(LoRAConfig.compute_hash)
     stock = {getattr(layers, name) for name in LINEAR_CLASSES}
     utils._all_lora_classes = tuple(
@@ -101,9 +108,9 @@ def patch() -> None:
     LoRAModelManager.__init__ = slot_check.wrap_init(LoRAModelManager.__init__)
     LoRAModelManager._add_adapter = scale_loading.wrap_add_adapter(LoRAModelManager._add_adapter)
     LoRAModelManager.activate_adapter = scale_loading.wrap_activate_adapter(LoRAModelManager.activate_adapter)
-    kv_cache_utils._gen_lora_extra_hash_keys = identity.wrap_hash_keys(kv_cache_utils._gen_lora_extra_hash_keys)
-    LoRARequest.__eq__ = identity.equals
-    LoRARequest.__hash__ = identity.compute_hash
+    kv_cache_utils._gen_lora_extra_hash_keys = adapter_identity.wrap_hash_keys(kv_cache_utils._gen_lora_extra_hash_keys)
+    LoRARequest.__eq__ = adapter_identity.equals
+    LoRARequest.__hash__ = adapter_identity.compute_hash
     # Last, because from here on vLLM accepts folders with row scales.
     PEFTHelper.from_local_dir = classmethod(scale_loading.wrap_from_local_dir(_function(PEFTHelper, "from_local_dir")))
 

@@ -51,7 +51,7 @@ def main() -> None:
     job = json.loads(sys.argv[1])
     from onnxruntime_genai.models import builder
 
-    from .quantising import quantise_by_weight
+    from .builder_quantisation import quantise_by_weight
     from .rotary import use_transformers_tables
 
     quantise_by_weight(builder.LlamaModel)

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from adapter_merge.errors import Problem, UnsupportedError, raise_all
-from adapter_merge.export.engine.runtime import check_packages
+from adapter_merge.export.engine.providers import check_packages
 from adapter_merge.export.graph.encoder_task import TRACED
 
 from .child_process import first_cause, run_module

@@ -11,8 +11,8 @@ from typing import Any
 from adapter_merge.combine.combined_adapter import CombinedBound
 from adapter_merge.combine.open_inputs import open_pair
 from adapter_merge.errors import UnsupportedError
-from adapter_merge.export.engine.classifying import Classifier
-from adapter_merge.export.folder.manifest import Manifest
+from adapter_merge.export.engine.encoder_session import Classifier
+from adapter_merge.export.folder.export_manifest import Manifest
 from adapter_merge.export.graph.encoder_task import BODY, FAMILIES, MASKED, is_body
 from adapter_merge.formats.stated_settings import ReadOptions
 from adapter_merge.quantisation.dense_view import open_base

@@ -17,8 +17,8 @@ from typing import TYPE_CHECKING, Any
 from adapter_merge.combine.combined_adapter import CombinedBound
 from adapter_merge.combine.open_inputs import open_pair
 from adapter_merge.errors import MismatchError, Problem, raise_all
-from adapter_merge.export.engine.running import Decoder
-from adapter_merge.export.folder.manifest import Manifest
+from adapter_merge.export.engine.decoder_session import Decoder
+from adapter_merge.export.folder.export_manifest import Manifest
 from adapter_merge.verification.key_value_cache import cache_argument
 
 from .encoder_verification import check_encoder, has_body
@@ -26,7 +26,7 @@ from .verdict import BARS, sample_tokens, verdict
 
 if TYPE_CHECKING:
     from adapter_merge.combine.recipe import Recipe
-    from adapter_merge.export.building.request import Request
+    from adapter_merge.export.building.checks_before_build import Request
 
 NEAR = (24, 16)  # tokens at once, then singly
 FAR = (8, 4)
@@ -222,7 +222,7 @@ def compare_encoders(
 
     Raises UnsupportedError where the base has no head of the exported class, and MismatchError when one differs.
     """
-    from adapter_merge.export.engine.classifying import Classifier
+    from adapter_merge.export.engine.encoder_session import Classifier
 
     classifier = Classifier(folder)
     for name, file in (files or {}).items():

@@ -25,10 +25,10 @@ import torch
 from torch import Tensor
 
 from adapter_merge.combine.open_inputs import open_pair
-from adapter_merge.export.engine.runtime import graph_file
-from adapter_merge.export.folder.manifest import Manifest
+from adapter_merge.export.engine.providers import graph_file
+from adapter_merge.export.folder.export_manifest import Manifest
+from adapter_merge.export.graph.adapter_ids import IDS
 from adapter_merge.export.graph.encoder_task import GPT2, is_body
-from adapter_merge.export.graph.insertion import IDS
 from adapter_merge.export.graph.targets import POSITIONS, Layout, Target, read_layout
 from adapter_merge.formats.stated_settings import ReadOptions
 from adapter_merge.quantisation.dense_view import open_base
@@ -37,8 +37,8 @@ from adapter_merge.verification.streamed_adapter import base_parts, formula_part
 from adapter_merge.verification.streamed_model import REST, PartLoader
 
 from .encoder_verification import class_folder
-from .held_adapter import HeldFactors, held_adapter, tensor_of
 from .packed_matrices import ENDINGS, PackedMatrix, read_packed_matrix
+from .stored_adapter import HeldFactors, held_adapter, tensor_of
 from .verdict import find_adapter, header
 
 if TYPE_CHECKING:

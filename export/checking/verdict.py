@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from adapter_merge.errors import InputError, MismatchError
-from adapter_merge.export.folder.manifest import Manifest
+from adapter_merge.export.folder.export_manifest import Manifest
 from adapter_merge.formats.stated_settings import ReadOptions
 
 TOKENS = 256  # positions compared when no prompt is given

@@ -13,8 +13,8 @@ from pathlib import Path
 from typing import Any
 
 from adapter_merge.errors import InputError
-from adapter_merge.export.engine.running import Decoder
-from adapter_merge.export.engine.runtime import check_packages
+from adapter_merge.export.engine.decoder_session import Decoder
+from adapter_merge.export.engine.providers import check_packages
 from adapter_merge.export.folder.contents import folder_layout, read_export
 from adapter_merge.formats.stated_settings import ReadOptions
 from adapter_merge.verification.key_value_cache import cache_argument, cache_of

@@ -26,7 +26,7 @@ from torch import Tensor
 from adapter_merge.binding.bind import BoundAdapter, BoundModule
 from adapter_merge.combine.open_inputs import open_pair
 from adapter_merge.errors import InputError
-from adapter_merge.export.engine.runtime import check_packages
+from adapter_merge.export.engine.providers import check_packages
 from adapter_merge.export.folder.contents import read_export
 from adapter_merge.export.graph.targets import Target, decoder_targets, read_layout
 from adapter_merge.formats.stated_settings import ReadOptions
@@ -36,8 +36,8 @@ from adapter_merge.storage.tensor_io import read_tensor
 from adapter_merge.verification.compare_weights import WEIGHT_TOLERANCE, Progress, WeightFigures
 from adapter_merge.verification.whole_formulas import modules_by_tensor, whole_weight
 
-from .held_adapter import HeldFactors, held_adapter, tensor_of
 from .packed_products import PackedRows, is_packed, product_name, read_packed
+from .stored_adapter import HeldFactors, held_adapter, tensor_of
 from .traced_proof import is_traced, verify_traced_weights
 from .verdict import find_adapter, header
 

@@ -7,7 +7,7 @@ from typing import Any
 
 from adapter_merge.errors import InputError
 
-from .runtime import check_external_data, check_packages, parse_device, providers
+from .providers import check_external_data, check_packages, parse_device, providers
 
 
 def open_genai(folder: Path, device: str) -> Any:

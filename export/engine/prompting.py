@@ -11,7 +11,7 @@ from adapter_merge.errors import InputError
 from adapter_merge.storage.checkpoint import read_json
 
 from .decoder_settings import decoder_settings
-from .runtime import check_packages
+from .providers import check_packages
 
 
 @dataclass(frozen=True)

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from adapter_merge.export.engine.decoder_settings import decoder_settings
-from adapter_merge.export.engine.runtime import graph_file
+from adapter_merge.export.engine.providers import graph_file
 from adapter_merge.export.graph.encoder_task import is_body
 from adapter_merge.export.graph.pooling import Pooling
 from adapter_merge.export.graph.targets import Layout
@@ -21,7 +21,7 @@ from adapter_merge.files.escaping import plain_text
 from adapter_merge.outputs.model_card import card
 
 if TYPE_CHECKING:
-    from .manifest import Manifest
+    from .export_manifest import Manifest
 
 TASKS = {
     "ForMaskedLM": "fill-mask",

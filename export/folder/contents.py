@@ -8,14 +8,15 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from adapter_merge.errors import FileFormatError, InputError, MismatchError, Problem, raise_all
-from adapter_merge.export.engine.runtime import check_external_data, graph_file
+from adapter_merge.export.engine.providers import check_external_data, graph_file
 from adapter_merge.export.graph.targets import Layout, read_layout
-from adapter_merge.outputs import staging as output
 from adapter_merge.outputs.folder_content import SIGNATURE
-from adapter_merge.outputs.seal import sealed
+from adapter_merge.outputs.manifest import MANIFEST, make_manifest, read_manifest
+from adapter_merge.outputs.manifest_seal import sealed
+from adapter_merge.outputs.staging import sha256, write_json, write_text
 
 from .card import export_card
-from .manifest import Manifest
+from .export_manifest import Manifest
 
 if TYPE_CHECKING:
     import onnx_ir as ir
@@ -34,12 +35,12 @@ def write_manifest(folder: Path, manifest: Manifest) -> None:
     Weights that an earlier manifest hashed and that have not changed in size or time are not read again:
     adding an adapter must not read the base.
     """
-    file = folder / output.MANIFEST
+    file = folder / MANIFEST
     before: dict[str, Any] = {}
     if file.is_file():
-        before = (output.read_manifest(folder) or {}).get("files", {})
+        before = (read_manifest(folder) or {}).get("files", {})
     text = export_card(manifest, folder_layout(folder), folder)
-    _replace(folder / "README.md", lambda path: output.write_text(path, text))
+    _replace(folder / "README.md", lambda path: write_text(path, text))
     files = {}
     for path in sorted(folder.rglob("*")):
         name = path.relative_to(folder).as_posix()
@@ -49,8 +50,8 @@ def write_manifest(folder: Path, manifest: Manifest) -> None:
         entry = {"bytes": stat.st_size, "modified_ns": stat.st_mtime_ns}
         old = before.get(name, {})
         same = all(old.get(key) == entry[key] for key in entry)
-        files[name] = {**entry, "sha256": old["sha256"] if same else output.sha256(path)}
-    content = output.manifest(
+        files[name] = {**entry, "sha256": old["sha256"] if same else sha256(path)}
+    content = make_manifest(
         ARTEFACT,
         {
             "base": {
@@ -68,7 +69,7 @@ def write_manifest(folder: Path, manifest: Manifest) -> None:
         files=files,
     )
     content["versions"] |= _versions()
-    _replace(file, lambda path: output.write_json(path, sealed(content)))
+    _replace(file, lambda path: write_json(path, sealed(content)))
 
 
 def _replace(file: Path, write: Callable[[Path], None]) -> None:
@@ -81,9 +82,9 @@ def _replace(file: Path, write: Callable[[Path], None]) -> None:
 
 def read_export(folder: Path) -> Manifest:
     """Read the manifest of the export in `folder`. Raises InputError or FileFormatError when there is none."""
-    content = output.read_manifest(folder)
+    content = read_manifest(folder)
     if content is None:
-        raise InputError(f"{folder}: not an export of adapter-merge", expected=f"{output.MANIFEST} in it")
+        raise InputError(f"{folder}: not an export of adapter-merge", expected=f"{MANIFEST} in it")
     try:
         if content["artefact"] != ARTEFACT or content["format_version"] != FORMAT_VERSION:
             raise InputError(
@@ -104,7 +105,7 @@ def read_export(folder: Path) -> Manifest:
             {key: value for key, value in content["base"].items() if key.startswith("license")},
         )
     except (KeyError, TypeError) as error:
-        raise FileFormatError(f"{folder / output.MANIFEST}: incomplete ({error} is missing)") from error
+        raise FileFormatError(f"{folder / MANIFEST}: incomplete ({error} is missing)") from error
 
 
 def check_outputs(model: ir.Model, source: Path) -> None:

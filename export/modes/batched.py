@@ -14,20 +14,20 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from adapter_merge.errors import InputError
+from adapter_merge.export.building.checks_before_build import Request
 from adapter_merge.export.building.decoder import build_decoder
-from adapter_merge.export.building.request import Request
 from adapter_merge.export.checking.parity import check_decoder_parity
 from adapter_merge.export.engine.decoder_settings import hide_from_genai
+from adapter_merge.export.folder.atomic_change import hidden
 from adapter_merge.export.folder.contents import save_graph, write_manifest
-from adapter_merge.export.folder.pending import hidden
 from adapter_merge.export.graph.adapter_file import packed
+from adapter_merge.export.graph.adapter_ids import insert_stacks, remove_stacks
+from adapter_merge.export.graph.decoder_inputs import prepare_graph
 from adapter_merge.export.graph.factor_folder import Factors
-from adapter_merge.export.graph.insertion import insert_stacks, remove_stacks
-from adapter_merge.export.graph.interface import prepare_graph
 from adapter_merge.export.graph.targets import Layout, Target
 from adapter_merge.outputs.staging import staged
 
-from .adapted import adapted_layout, begin
+from .decoder_with_adapters import adapted_layout, begin
 
 if TYPE_CHECKING:
     import onnx_ir as ir

@@ -13,14 +13,14 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from adapter_merge.export.building.checks_before_build import Request, export_bytes, open_request
 from adapter_merge.export.building.decoder import build_decoder
-from adapter_merge.export.building.request import Request, export_bytes, open_request
 from adapter_merge.export.checking.parity import check_decoder_parity
 from adapter_merge.export.engine.decoder_settings import decoder_settings
 from adapter_merge.export.folder.contents import save_graph, write_manifest
-from adapter_merge.export.folder.manifest import Manifest
+from adapter_merge.export.folder.export_manifest import Manifest
+from adapter_merge.export.graph.decoder_inputs import prepare_graph
 from adapter_merge.export.graph.insertion import stamp
-from adapter_merge.export.graph.interface import prepare_graph
 from adapter_merge.outputs.staging import staged
 
 if TYPE_CHECKING:

@@ -15,16 +15,16 @@ from typing import Any
 from adapter_merge.export.building.decoder import build_decoder
 from adapter_merge.export.checking.parity import check_decoder_parity
 from adapter_merge.export.engine.decoder_settings import decoder_settings
+from adapter_merge.export.folder.atomic_change import hidden
 from adapter_merge.export.folder.contents import save_graph, write_manifest
-from adapter_merge.export.folder.pending import hidden
 from adapter_merge.export.graph.adapter_file import SUFFIX, write_adapter
+from adapter_merge.export.graph.decoder_inputs import prepare_graph
 from adapter_merge.export.graph.factor_folder import Factors
 from adapter_merge.export.graph.insertion import insert_switches
-from adapter_merge.export.graph.interface import prepare_graph
 from adapter_merge.export.graph.targets import Layout
 from adapter_merge.outputs.staging import staged
 
-from .adapted import adapted_layout, begin
+from .decoder_with_adapters import adapted_layout, begin
 
 
 def export_switchable(base: str | Path, adapters: Mapping[str, Path], output: Path, **options: Any) -> dict[str, Any]:

@@ -17,13 +17,14 @@ from typing import TYPE_CHECKING, Any
 
 from adapter_merge.binding.positional import QUERY
 from adapter_merge.errors import InputError, Problem, UnsupportedError, raise_all
+from adapter_merge.export.building.checks_before_build import Request, export_bytes, figures, open_request
 from adapter_merge.export.building.child_process import run_module
-from adapter_merge.export.building.precision import PRECISIONS, half, save_encoder
-from adapter_merge.export.building.request import Request, export_bytes, figures, open_request
+from adapter_merge.export.building.encoder_precision import PRECISIONS, half, save_encoder
 from adapter_merge.export.checking.parity import check_decoder_parity, check_encoder_parity
 from adapter_merge.export.folder.contents import save_graph, write_manifest
-from adapter_merge.export.folder.manifest import Manifest
+from adapter_merge.export.folder.export_manifest import Manifest
 from adapter_merge.export.graph.adapter_file import aligned, match_all, packed
+from adapter_merge.export.graph.adapter_ids import insert_stacks
 from adapter_merge.export.graph.encoder_task import (
     GPT2,
     HEADS,
@@ -35,7 +36,7 @@ from adapter_merge.export.graph.encoder_task import (
     task_class,
 )
 from adapter_merge.export.graph.factor_folder import Factors
-from adapter_merge.export.graph.insertion import insert_stacks, insert_switches, make_optional, split_gemm
+from adapter_merge.export.graph.insertion import insert_switches, make_optional, split_gemm
 from adapter_merge.export.graph.pooling import MODULES, Pooling, read_pooling, write_modules
 from adapter_merge.export.graph.targets import POSITIONS, Layout, ModuleSlice, Target
 from adapter_merge.outputs.staging import staged

@@ -9,7 +9,7 @@ from pathlib import Path
 from adapter_merge.errors import InputError, MissingDependencyError
 from adapter_merge.export.engine.decoder_settings import GENAI
 from adapter_merge.export.engine.prompting import Prompter
-from adapter_merge.export.engine.runtime import check_packages
+from adapter_merge.export.engine.providers import check_packages
 from adapter_merge.export.folder.contents import read_export
 
 KEYS = ("ADAPTER_MERGE_API_KEY", "VLLM_API_KEY")
@@ -36,8 +36,9 @@ def serve_export(
         raise MissingDependencyError(
             f"serving an export needs {error.name}", hint="pip install 'adapter-merge[onnx,onnx-server]'"
         ) from error
-    from .application import LOCAL, Service, make_application
-    from .engines import DecoderEngine, Engine, GenaiEngine, Worker
+    from .batching import DecoderEngine, Engine, Worker
+    from .genai_engine import GenaiEngine
+    from .routes import LOCAL, Service, make_application
 
     key = choose_server_key(api_key)
     check_packages("onnx_ir", "transformers")

@@ -35,8 +35,9 @@ from adapter_merge.methods.dcft_reshape import DcftReshapeModule
 from adapter_merge.methods.loha import LohaModule
 from adapter_merge.methods.lokr import LokrModule
 from adapter_merge.methods.lora import LoraModule
+from adapter_merge.outputs.manifest import make_manifest, write_manifest
 from adapter_merge.outputs.model_card import adapter_table, card
-from adapter_merge.outputs.staging import check_output, manifest, sha256, staged, write_json, write_manifest, write_text
+from adapter_merge.outputs.staging import check_output, sha256, staged, write_json, write_text
 from adapter_merge.quantisation.dense_view import open_base
 from adapter_merge.storage.tensor_io import read_tensor, write_safetensors
 
@@ -86,7 +87,7 @@ def convert(
             "weights": fingerprint_weights(trained_on),
             "whole_weights": hash_whole_weights(trained_on),
         }
-    content = manifest("adapter", described, {}) | {"warnings": warn_unproved_heads(opened, options.base)}
+    content = make_manifest("adapter", described, {}) | {"warnings": warn_unproved_heads(opened, options.base)}
     safe = _content(opened, bound)
     _check_finite(safe, opened)
     if options.dry_run:

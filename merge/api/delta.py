@@ -21,14 +21,9 @@ from adapter_merge.combine.open_inputs import (
 from adapter_merge.engine.devices import choose_devices
 from adapter_merge.engine.execute import FinishedShard, Progress, execute
 from adapter_merge.engine.pieces import divide, join
+from adapter_merge.outputs.manifest import make_manifest, write_manifest
 from adapter_merge.outputs.model_folder import output_files
-from adapter_merge.outputs.staging import (
-    check_output,
-    check_space,
-    manifest,
-    staged,
-    write_manifest,
-)
+from adapter_merge.outputs.staging import check_output, check_space, staged
 
 from .options import DeltaOptions
 from .plans import make_plan
@@ -68,7 +63,7 @@ def delta(
     check_space(output, plan.nbytes)
     devices = choose_devices(options.device) if options.ray is None else []
     stated = {"dtype": options.dtype, "device": str(devices[0]) if devices else kind_of_device(options)}
-    content = manifest("deltas", describe_inputs(bound, options.reading), stated | describe_combination(bound))
+    content = make_manifest("deltas", describe_inputs(bound, options.reading), stated | describe_combination(bound))
     content["not_included"] = sorted(bound.replacements)
     content["base_changes"] = _base_changes(bound)
     if options.dry_run:

@@ -28,7 +28,8 @@ from adapter_merge.engine.devices import choose_device, exact_products
 from adapter_merge.errors import InputError, MismatchError, NumericsError, Problem, raise_all
 from adapter_merge.factoring.factor_folder import FolderConfig, WeightFactors, write_folder
 from adapter_merge.factoring.truncated_svd import truncate
-from adapter_merge.outputs.staging import check_output, manifest, sha256, staged, write_manifest
+from adapter_merge.outputs.manifest import make_manifest, write_manifest
+from adapter_merge.outputs.staging import check_output, sha256, staged
 from adapter_merge.storage.checkpoint import Checkpoint, open_checkpoint
 from adapter_merge.storage.safetensors_header import FLOAT_DTYPES, TensorRef
 from adapter_merge.storage.tensor_comparison import same_bytes
@@ -134,7 +135,7 @@ def extract(
     check_output(output, options.overwrite, (base_checkpoint.folder, tuned_checkpoint.folder))
     pairs, new = _pair_tensors(base_checkpoint, tuned_checkpoint)
     device = choose_device(options.device)
-    content = manifest(
+    content = make_manifest(
         "extracted adapter",
         {"base": _describe(base_checkpoint), "finetuned": _describe(tuned_checkpoint)},
         {"rank": rank, "row_scale": options.row_scale, "device": str(device)},

@@ -62,8 +62,9 @@ from adapter_merge.factoring.truncated_svd import Spectrum
 from adapter_merge.factoring.weight_factors import Factored, Factoriser
 from adapter_merge.files.input_snapshot import InputSnapshot
 from adapter_merge.methods.adapter import Adapter
+from adapter_merge.outputs.manifest import make_manifest, write_manifest
 from adapter_merge.outputs.model_card import factor_card
-from adapter_merge.outputs.staging import check_output, manifest, sha256, staged, write_manifest, write_text
+from adapter_merge.outputs.staging import check_output, sha256, staged, write_text
 from adapter_merge.storage.tensor_io import read_tensor
 
 from .options import FactorOptions
@@ -117,7 +118,7 @@ def factor(
                 check_whole_base(part)
             hashes = {name: sha for part in parts for name, sha in hash_whole_weights(part).items()}
             described["base"]["whole_weights"] = hashes
-    content = manifest("factors", described, _options_as_json(options, bound))
+    content = make_manifest("factors", described, _options_as_json(options, bound))
     content["warnings"] = warn_unproved_heads(opened, base)
     content["frozen_positions"] = bound is not None and SHARED in bound.config_changes
     if options.dry_run:

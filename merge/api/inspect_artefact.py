@@ -8,7 +8,7 @@ from typing import Any
 
 from adapter_merge.errors import AdapterMergeError
 from adapter_merge.outputs.leftovers import PREIMAGE_FOLDER
-from adapter_merge.outputs.staging import MANIFEST, read_manifest
+from adapter_merge.outputs.manifest import MANIFEST, read_manifest
 from adapter_merge.storage.checkpoint import resolve
 
 ADAPTERS = ("adapter", "factors")  # artefacts that are described as adapters

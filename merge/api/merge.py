@@ -33,16 +33,11 @@ from adapter_merge.engine.plan import MergePlan, ShardPlan
 from adapter_merge.errors import InputError, Problem, raise_all
 from adapter_merge.files.links import can_link
 from adapter_merge.outputs.leftovers import staging_folder
+from adapter_merge.outputs.manifest import make_manifest, write_manifest
 from adapter_merge.outputs.model_folder import base_files, output_files, planned_files, write_side_files
 from adapter_merge.outputs.preimage import PreimageRecorder
 from adapter_merge.outputs.resume_journal import MergePart, check_complete, publish_workplace, shards_of_part, workplace
-from adapter_merge.outputs.staging import (
-    check_output,
-    check_space,
-    manifest,
-    nearest_folder,
-    write_manifest,
-)
+from adapter_merge.outputs.staging import check_output, check_space, nearest_folder
 from adapter_merge.verification.text_divergence import text_divergence
 
 from .options import MergeOptions
@@ -104,7 +99,9 @@ def merge(
         stated["max_shard_bytes"] = options.max_shard_bytes
     if options.write_as is not None:
         stated["as"] = options.write_as
-    content = manifest("merged model", describe_inputs(bound, options.reading), stated | describe_combination(bound))
+    content = make_manifest(
+        "merged model", describe_inputs(bound, options.reading), stated | describe_combination(bound)
+    )
     content["warnings"] = [
         *_missing_config(bound),
         *(text for part in parts_of(bound) for text in warn_of_missing_layers(part)),

@@ -20,8 +20,9 @@ from adapter_merge.files.input_snapshot import InputSnapshot
 from adapter_merge.files.json_types import TEXT, Each, Kind, Schema, Stated, check_types
 from adapter_merge.files.links import can_link, link_file
 from adapter_merge.outputs.leftovers import PREIMAGE_FOLDER
+from adapter_merge.outputs.manifest import MANIFEST, read_manifest
 from adapter_merge.outputs.preimage import SIDE, VERSION, inflate
-from adapter_merge.outputs.staging import MANIFEST, check_output, check_space, nearest_folder, read_manifest, staged
+from adapter_merge.outputs.staging import check_output, check_space, nearest_folder, staged
 from adapter_merge.storage.checkpoint import plain_name, read_json
 from adapter_merge.storage.safetensors_header import TensorRef, read_header
 from adapter_merge.storage.tensor_io import pread_into

@@ -46,7 +46,7 @@ def delta(inputs: tuple[str, ...], output: str, as_json: bool, quiet: bool, **se
         with loading():
             from adapter_merge.api.delta import delta as run
             from adapter_merge.api.options import DeltaOptions
-            from adapter_merge.outputs.staging import MANIFEST
+            from adapter_merge.outputs.manifest import MANIFEST
 
         options = DeltaOptions(base_kind=subject.base_kind, reading=subject.options, **settings)
         result = run(subject.base, subject.adapter, output, options)

@@ -26,7 +26,7 @@ def restore(
     """Write the base of MERGED again, bit for bit, and check it against the hashes in the manifest."""
     from adapter_merge.api.options import RestoreOptions
     from adapter_merge.api.restore import restore as run
-    from adapter_merge.outputs.staging import read_manifest
+    from adapter_merge.outputs.manifest import read_manifest
     from adapter_merge.storage.checkpoint import resolve
 
     started = time.perf_counter()

@@ -5,6 +5,7 @@
     schedule.py      hands out tasks to workers           tasks.py       the tasks of one file, in order
     worker.py        loop of one worker                   lanes.py       buffers and queues that compute a block
     cuda_lanes.py    CUDA streams and device memory       chunked_file.py    one output file
+    worker_count.py  the default number of workers
 
 Base weights are never in memory as a whole; the edits of the tensors being merged are. Each worker runs torch with one
 thread, because torch's own threads make blocks of this size slower.
@@ -12,7 +13,6 @@ thread, because torch's own threads make blocks of this size slower.
 
 from __future__ import annotations
 
-import os
 import threading
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -34,11 +34,11 @@ from .plan import MergePlan, ShardPlan
 from .run_settings import Progress, Recorder, RunSettings
 from .schedule import FinishedShard, Schedule
 from .worker import Worker
+from .worker_count import count_cpu_workers
 
 __all__ = ["FinishedShard", "Progress", "Recorder", "execute"]
 
 WRITERS = 4  # threads that hash and write chunks
-CPU_WORKERS = 4  # at most: on 16 cores, 16 workers took nearly twice as long as four
 
 OnShard = Callable[[FinishedShard], None]
 
@@ -138,7 +138,7 @@ def execute(
     """Write `shards` (by default all of the plan's) into `folder`; return them by file name, once they are on the disk.
 
     device: one device, or several CUDA devices that share the shards.
-    workers: threads per device; None uses the number that was measured to be fastest (CPU_WORKERS, cuda_lanes.py).
+    workers: threads per device; None uses the number that was measured to be fastest (worker_count.py).
     progress: called with the number of bytes just written, from any thread.
     hashing: compute the sha256 of every file read from end to end, and of every file written.
     direct: write past the page cache (O_DIRECT) where the file system allows it.
@@ -156,7 +156,7 @@ def execute(
     if on_cuda:
         lanes, block_bytes = cuda_lanes(devices, plan.shards if shards is None else shards, workers, vram, hashing)
     else:
-        count = workers or min(CPU_WORKERS, len(os.sched_getaffinity(0)))
+        count = workers or count_cpu_workers()
         lanes, block_bytes = [cpu_lane] * count, cpu_lane().block_bytes
     finished: dict[str, FinishedShard] = {}
 

@@ -13,7 +13,7 @@ from adapter_merge.files.hashing import file_sha256
 
 from .folder_content import stated_hashes
 from .integrity import adapter_entries, check_integrity
-from .staging import MANIFEST, read_manifest
+from .manifest import MANIFEST, read_manifest
 
 STATEMENT = "https://in-toto.io/Statement/v1"
 PROVENANCE = "https://slsa.dev/provenance/v1"

@@ -12,7 +12,7 @@ from adapter_merge.errors import FileFormatError, Problem
 from adapter_merge.files.symlinks import is_hub_blob
 from adapter_merge.storage.checkpoint import CANDIDATES
 
-from .staging import MANIFEST
+from .manifest import MANIFEST
 
 SIGNATURE = "model.sig"
 # Files that git and signing add to a folder. No loader reads them, so they are reported and not hashed.

@@ -20,10 +20,10 @@ from adapter_merge.formats.stated_settings import ReadOptions
 from adapter_merge.storage.checkpoint import open_checkpoint
 
 from .folder_content import list_content, stated_hashes
+from .manifest import MANIFEST, read_manifest
+from .manifest_seal import check_seal
 from .model_card import adapter_table
-from .seal import check_seal
 from .signature import check_signature
-from .staging import MANIFEST, read_manifest
 
 
 @dataclass(frozen=True)

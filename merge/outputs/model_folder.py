@@ -15,9 +15,10 @@ from adapter_merge.storage.checkpoint import CANDIDATES
 
 from .folder_content import SIGNATURE
 from .leftovers import PREIMAGE_FOLDER, remove
+from .manifest import MANIFEST
 from .model_card import merged_card
 from .preimage import SIDE
-from .staging import MANIFEST, copy_synced, write_json, write_text
+from .staging import copy_synced, write_json, write_text
 
 
 def write_side_files(

@@ -17,7 +17,7 @@ from adapter_merge.errors import FileFormatError, InputError, MissingDependencyE
 from adapter_merge.files.installation import install_command
 
 from .folder_content import SIGNATURE
-from .staging import MANIFEST
+from .manifest import MANIFEST
 
 SIGN = "model_signing sign key OUT --private_key KEY --signature OUT/model.sig"
 

@@ -31,7 +31,7 @@ from adapter_merge.formats.detection import open_adapter
 from adapter_merge.formats.stated_settings import ReadOptions
 from adapter_merge.methods.adapter import Adapter
 from adapter_merge.outputs.leftovers import PREIMAGE_FOLDER
-from adapter_merge.outputs.staging import MANIFEST, read_manifest
+from adapter_merge.outputs.manifest import MANIFEST, read_manifest
 from adapter_merge.quantisation.dense_view import open_base
 from adapter_merge.storage.checkpoint import CANDIDATES, Checkpoint, read_weights, resolve
 from adapter_merge.storage.tensor_io import read_tensor

@@ -11,15 +11,15 @@ from torch import Tensor
 from adapter_merge.binding.bind import BoundAdapter, BoundModule
 from adapter_merge.combine.combined_adapter import CombinedBound
 from adapter_merge.formats.peft.tensors import PREFIX, REPLACEMENTS
-from adapter_merge.outputs.staging import read_manifest
+from adapter_merge.outputs.manifest import read_manifest
 from adapter_merge.storage.checkpoint import read_weights
 from adapter_merge.storage.input_files import Sources
 from adapter_merge.storage.tensor_io import read_tensor
 
-from .carried_over import same_values
 from .compare_weights import WEIGHT_TOLERANCE, Progress, WeightFigures, WeightProof, compare_blocks, compare_each
 from .opened_artefact import open_artefact
 from .truncation import direction_and_scale, find_truncation_fault
+from .unchanged_tensors import same_values
 from .whole_formulas import formula_of, modules_by_tensor
 
 RECORDED_TOLERANCE = 1e-2  # relative, of a recorded error: it was computed in float32 before the factors were rounded

@@ -1,7 +1,7 @@
 """The adapter as trained: a live, unmerged model, the reference of every comparison.
 
 PEFT folders run in PEFT itself. Methods that PEFT does not have run by the forward formula of their paper or project,
-which formulas.py implements without the canonical form.
+which forward_formulas.py implements without the canonical form.
 """
 
 from __future__ import annotations

@@ -25,8 +25,8 @@ from adapter_merge.storage.checkpoint import Checkpoint
 from adapter_merge.storage.tensor_comparison import same_bytes
 from adapter_merge.storage.tensor_io import read_bytes, read_tensor
 
-from .carried_over import find_config_problems
 from .compare_weights import Progress, WeightFigures, WeightProof, compare_stored, find_weight_problems
+from .unchanged_tensors import find_config_problems
 from .whole_formulas import FLOAT32_ERROR, modules_by_tensor, whole_weight
 
 LOSS_MARGIN = 1.01  # allowed ratio to the smallest loss, for the errors of float32

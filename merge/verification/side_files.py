@@ -16,8 +16,8 @@ from adapter_merge.binding.bind import BoundAdapter
 from adapter_merge.errors import InputError
 from adapter_merge.storage.checkpoint import WEIGHT_SUFFIXES, Checkpoint
 
-from .carried_over import WITHOUT_EFFECT
 from .compare_logits import open_tokenizer, tokenized
+from .unchanged_tensors import WITHOUT_EFFECT
 
 COMPARED = (".json", ".jinja", ".model", ".txt", ".py")
 NAMED = 6  # files in a note

@@ -2,7 +2,7 @@
 
 A PEFT folder runs in PEFT, put into a model without weights; each part is adjusted once its weights are there: the
 residual of PiSSA and OLoRA is cut out of it by PEFT's own initialisation, in the dtype that it was trained beside.
-Anything else runs by its method's own forward (formulas.py).
+Anything else runs by its method's own forward (forward_formulas.py).
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from adapter_merge.storage.safetensors_header import TensorRef
 from adapter_merge.storage.tensor_io import TORCH_DTYPES, read_tensor
 
 from .deberta import use_authors_attention
-from .formulas import Forward, forward_of, subtracted_from
+from .forward_formulas import Forward, forward_of, subtracted_from
 from .live_adapter import (
     adapted_model,
     live_layer,

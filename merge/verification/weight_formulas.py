@@ -36,7 +36,7 @@ from adapter_merge.storage.input_files import Sources
 from adapter_merge.storage.safetensors_header import TensorRef
 from adapter_merge.storage.tensor_io import TORCH_DTYPES, read_tensor
 
-from .formulas import Subtracted, dcft_scale, subtracted_from
+from .forward_formulas import Subtracted, dcft_scale, subtracted_from
 
 BLOCK = 1 << 16  # elements of a block: 512 KiB in float64, so that its temporaries stay in the cache
 _LEAST = torch.finfo(torch.float64).tiny

@@ -23,11 +23,11 @@ from starlette.responses import JSONResponse, Response
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from adapter_merge.serve.conversion.cache import ENTRY
-from adapter_merge.serve.conversion.served import Served
+from adapter_merge.serve.conversion.served_folder import Served
 from adapter_merge.serve.conversion.stated_settings import flags_of
 
-from .guard import path_of
-from .loader import Loader
+from .adapter_loader import Loader
+from .key_and_draining import path_of
 
 HTML = Path(__file__).with_name("page.html")
 
@@ -113,7 +113,7 @@ def make_policy(html: str) -> str:
 
 def find_models(request: Request) -> tuple[Any, Loader]:
     """Return vLLM's table of models, and the loader of this process."""
-    from . import runtime
+    from . import runtime_loading as runtime
 
     assert runtime.loader is not None, "serve starts the server with the settings that make the loader"
     return request.app.state.openai_serving_models, runtime.loader

@@ -71,7 +71,7 @@ def add_entries(base: str, adapters: tuple[str, ...], cache_size: int, as_json: 
     """
     from adapter_merge.errors import AdapterMergeError, Problem, raise_all
     from adapter_merge.serve.conversion.cache import Cache
-    from adapter_merge.serve.conversion.served import Converter, allowed_rank
+    from adapter_merge.serve.conversion.served_folder import Converter, allowed_rank
     from adapter_merge.serve.conversion.stated_settings import Stated
     from adapter_merge.serve.launch.process import describe_adapter
 

@@ -275,7 +275,7 @@ def _stated(adapters: tuple[str, ...]) -> dict[str, Stated]:
 
 def _ranks(base: str, adapters: tuple[str, ...]) -> dict[str, int]:
     """Return the rank of each NAME=ADAPTER, from headers."""
-    from adapter_merge.serve.conversion.served import Converter
+    from adapter_merge.serve.conversion.served_folder import Converter
 
     stated = _stated(adapters)
     pairs = [(name, folder) for name, _, folder in (text.partition("=") for text in adapters)]

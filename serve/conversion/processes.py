@@ -23,7 +23,7 @@ from adapter_merge import errors
 from adapter_merge.errors import AdapterError, AdapterMergeError, InputError, Problem, UnsupportedError
 
 from .cache import Cache
-from .served import Served, describe
+from .served_folder import Served, describe
 from .worker import OUT_OF_MEMORY
 
 START_SECONDS = 300.0  # limit for the start of a process, which imports torch

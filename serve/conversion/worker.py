@@ -20,9 +20,9 @@ from typing import Any
 
 from adapter_merge.errors import AdapterMergeError
 
-from .bounds import die_with_parent, limit_memory, lower_priority
 from .cache import Cache
-from .served import Converter
+from .process_limits import die_with_parent, limit_memory, lower_priority
+from .served_folder import Converter
 
 OUT_OF_MEMORY = "MemoryError"
 

@@ -15,7 +15,7 @@ from typing import Any
 
 from adapter_merge.cli.options.stated_settings import PATH
 from adapter_merge.errors import InputError, MissingDependencyError, Problem, raise_all
-from adapter_merge.serve.conversion.served import allowed_rank, check_name
+from adapter_merge.serve.conversion.served_folder import allowed_rank, check_name
 from adapter_merge.serve.conversion.stated_settings import KINDS
 
 from .flags import DRAIN, find_flag_problems, has_option, option

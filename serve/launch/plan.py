@@ -22,11 +22,11 @@ from adapter_merge.errors import (
     raise_all,
 )
 from adapter_merge.files.installation import install_command
-from adapter_merge.serve.api_server.loader import VARIABLE, Settings
+from adapter_merge.serve.api_server.adapter_loader import VARIABLE, Settings
 from adapter_merge.serve.conversion.cache import Cache
 from adapter_merge.serve.conversion.expert_layout import MIXED_FORMAT, TARGET
 from adapter_merge.serve.conversion.processes import Limits
-from adapter_merge.serve.conversion.served import Converter, Outline, allowed_rank, check_name, folders, inside
+from adapter_merge.serve.conversion.served_folder import Converter, Outline, allowed_rank, check_name, folders, inside
 from adapter_merge.serve.conversion.stated_settings import Stated
 
 from .flags import DRAIN, LOOPBACK, OURS, find_flag_problems, has_key, has_option, is_cpu_build, is_loopback, option
@@ -34,8 +34,8 @@ from .flags import DRAIN, LOOPBACK, OURS, find_flag_problems, has_key, has_optio
 MODULE = "vllm.entrypoints.openai.api_server"
 PAGE = "adapter_merge.serve.api_server.page.Page"
 GUARDS = (
-    "adapter_merge.serve.api_server.guard.Drain",
-    "adapter_merge.serve.api_server.guard.RequireKey",
+    "adapter_merge.serve.api_server.key_and_draining.Drain",
+    "adapter_merge.serve.api_server.key_and_draining.RequireKey",
 )  # the last middleware handles a request first
 # On a CPU, vLLM allocates nine tenths of the machine's memory unless the size of its KV cache is stated.
 CPU_CACHE, CPU_CACHE_GIB = "VLLM_CPU_KVCACHE_SPACE", "2"

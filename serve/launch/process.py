@@ -19,7 +19,7 @@ from collections.abc import Callable
 from contextlib import suppress
 
 from adapter_merge.errors import AdapterMergeError, Problem, raise_all
-from adapter_merge.serve.conversion.served import Served
+from adapter_merge.serve.conversion.served_folder import Served
 
 from .plan import Plan
 

@@ -19,7 +19,7 @@ pytest.importorskip("onnxruntime_genai")
 from adapter_merge.cli.main import group
 from adapter_merge.errors import MismatchError
 from adapter_merge.export.adding import add_adapters
-from adapter_merge.export.engine.running import Decoder, run_all
+from adapter_merge.export.engine.decoder_session import Decoder, run_all
 from adapter_merge.export.exporting import export_model
 from adapter_merge.export.folder.contents import read_export
 from adapter_merge.outputs.integrity import check_integrity

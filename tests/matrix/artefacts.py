@@ -21,7 +21,7 @@ from adapter_merge.errors import AdapterMergeError
 from adapter_merge.outputs.integrity import check_integrity, check_restored
 from adapter_merge.quantisation.dense_view import open_base
 from adapter_merge.serve.conversion.cache import Cache
-from adapter_merge.serve.conversion.served import Converter
+from adapter_merge.serve.conversion.served_folder import Converter
 from adapter_merge.serve.conversion.stated_settings import Stated
 
 

@@ -29,7 +29,7 @@ from adapter_merge.combine.recipe import read_recipe
 from adapter_merge.errors import AdapterMergeError
 from adapter_merge.outputs.attestation import attest
 from adapter_merge.outputs.integrity import check_integrity
-from adapter_merge.outputs.seal import sealed
+from adapter_merge.outputs.manifest_seal import sealed
 
 Files = dict[str, bytes]
 CPU = MergeOptions(device="cpu", workers=1, link="copy")

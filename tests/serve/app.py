@@ -77,7 +77,7 @@ def run(command: list[str], environment: dict[str, str], steps: list[dict[str, A
     from vllm.entrypoints.serve.engine.serving import BaseServing
     from vllm.utils.argparse_utils import FlexibleArgumentParser
 
-    from adapter_merge.serve.api_server import runtime
+    from adapter_merge.serve.api_server import runtime_loading as runtime
 
     runtime.register()
     args = make_arg_parser(FlexibleArgumentParser()).parse_args(command[3:])

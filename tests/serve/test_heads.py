@@ -12,7 +12,7 @@ from world import RunEngine, prompts
 
 from adapter_merge.errors import AdapterMergeError, UnsupportedError
 from adapter_merge.serve.conversion.cache import Cache
-from adapter_merge.serve.conversion.served import Converter, why_no_heads
+from adapter_merge.serve.conversion.served_folder import Converter, why_no_heads
 
 pytestmark = [pytest.mark.vllm, pytest.mark.filterwarnings("ignore")]
 

@@ -18,7 +18,7 @@ from safetensors.torch import load_file
 from world import World
 
 from adapter_merge.serve.conversion.cache import Cache
-from adapter_merge.serve.conversion.served import Converter
+from adapter_merge.serve.conversion.served_folder import Converter
 
 
 @pytest.mark.parametrize("name", ["lora-1", "lora-2", "dcft-1", "dcft-2"])

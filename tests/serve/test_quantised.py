@@ -20,7 +20,7 @@ from world import RunEngine, prompts
 
 from adapter_merge.errors import AdapterMergeError
 from adapter_merge.serve.conversion.cache import Cache
-from adapter_merge.serve.conversion.served import Converter
+from adapter_merge.serve.conversion.served_folder import Converter
 from adapter_merge.serve.conversion.stated_settings import Stated
 
 pytestmark = pytest.mark.filterwarnings("ignore")

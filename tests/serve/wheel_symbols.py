@@ -1,8 +1,8 @@
 """What the plugin needs of vLLM, looked up in a wheel that cannot run here: python tests/serve/wheel_symbols.py WHEEL
 
-The tables of symbols.py, grouped.py and stages.py in serve/patches/ and of serve/api_server/runtime.py against the
-wheel's sources, by their syntax trees: names, parameters, and the attributes that functions use. Exit code 1 with a
-line for each that is not there.
+The tables of symbols.py, cpu_kernel.py and pipeline_stages.py in serve/patches/ and of runtime_loading.py in
+serve/api_server/ are compared with the wheel's sources, by their syntax trees: names, parameters, and the attributes
+that functions use. Exit code 1 with a line for each that is missing.
 """
 
 from __future__ import annotations
@@ -13,8 +13,8 @@ import zipfile
 from dataclasses import dataclass
 from functools import cache
 
-from adapter_merge.serve.api_server import runtime
-from adapter_merge.serve.patches import grouped, stages, symbols
+from adapter_merge.serve.api_server import runtime_loading
+from adapter_merge.serve.patches import cpu_kernel, pipeline_stages, symbols
 from adapter_merge.serve.patches.row_scale import LINEAR_CLASSES
 
 Node = ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef | ast.expr
@@ -108,7 +108,7 @@ def used(node: Node) -> set[str]:
 
 
 def missing(wheel: Wheel) -> list[str]:
-    """As symbols.find_missing() and runtime.find_missing(), and what grouped.py and stages.py look for on a CPU."""
+    """Return what the tables and the patches for CPUs look up, as far as the wheel lacks it."""
     problems: list[str] = []
 
     def look(module: str, path: str) -> Found | None:
@@ -119,27 +119,27 @@ def missing(wheel: Wheel) -> list[str]:
 
     functions = {(module, path): parameters for module, paths in symbols.FUNCTIONS.items()
                  for path, parameters in paths.items()}  # fmt: skip
-    for (module, path), parameters in (functions | runtime.FUNCTIONS).items():
+    for (module, path), parameters in (functions | runtime_loading.FUNCTIONS).items():
         found = look(module, path)
         lost = [] if found is None else sorted(set(parameters) - set(wheel.parameters(found)))
         problems += [f"{module}.{path} has no parameter {', '.join(lost)}"] if lost else []
     attributes = {(module, path): names for module, paths in symbols.ATTRIBUTES.items()
                   for path, names in paths.items()}  # fmt: skip
-    attributes[runtime.MODELS, "OpenAIServingModels.__init__"] = runtime.ATTRIBUTES
+    attributes[runtime_loading.MODELS, "OpenAIServingModels.__init__"] = runtime_loading.ATTRIBUTES
     for (module, path), names in attributes.items():
         found = look(module, path)
         lost = [] if found is None else sorted(set(names) - used(found.node))
         problems += [f"{module}.{path} does not use {', '.join(lost)}"] if lost else []
     exact = {("vllm.lora.layers", f"{name}.apply"): ["self", "x", "bias"] for name in LINEAR_CLASSES}
-    exact[CPU_KERNELS, "PunicaWrapperCPU.add_lora_linear"] = grouped.LINEAR
-    exact[CPU_RUNNER, "CPUModelRunner.sync_and_gather_intermediate_tensors"] = stages.PARAMETERS
+    exact[CPU_KERNELS, "PunicaWrapperCPU.add_lora_linear"] = cpu_kernel.LINEAR
+    exact[CPU_RUNNER, "CPUModelRunner.sync_and_gather_intermediate_tensors"] = pipeline_stages.PARAMETERS
     for (module, path), wanted in exact.items():
         found = look(module, path)
         if found is not None and (have := wheel.parameters(found)) != wanted:
             problems.append(f"{module}.{path} takes {', '.join(have)}, not {', '.join(wanted)}")
     for name in LINEAR_CLASSES:
         look("vllm.lora.layers", f"{name}.create_lora_weights")
-    look("vllm.lora.layers.classifier", "ClassificationHeadWithLoRA")  # heads of adapters: conversion/served.py
+    look("vllm.lora.layers.classifier", "ClassificationHeadWithLoRA")  # heads of adapters: conversion/served_folder.py
     classes = look("vllm.lora.utils", "_all_lora_classes")
     lost = sorted(set(LINEAR_CLASSES) - used(classes.node)) if classes is not None else []
     problems += [f"vllm.lora.utils._all_lora_classes lacks {', '.join(lost)}"] if lost else []

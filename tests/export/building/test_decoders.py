@@ -13,7 +13,7 @@ from pico_models import pico_config, save_lora, save_pico
 pytest.importorskip("onnxruntime_genai")
 
 from adapter_merge.export.building.decoder import ARCHITECTURES
-from adapter_merge.export.engine.running import Decoder, run_all
+from adapter_merge.export.engine.decoder_session import Decoder, run_all
 from adapter_merge.export.modes.switchable import export_switchable
 
 pytestmark = pytest.mark.onnx

@@ -17,8 +17,8 @@ pytest.importorskip("onnxruntime_genai")
 from adapter_merge.api.verify import verify
 from adapter_merge.cli.main import group
 from adapter_merge.errors import MismatchError, UnsupportedError
-from adapter_merge.export.building.request import Request
-from adapter_merge.export.engine.running import Decoder, run_all
+from adapter_merge.export.building.checks_before_build import Request
+from adapter_merge.export.engine.decoder_session import Decoder, run_all
 from adapter_merge.export.exporting import export_model
 from adapter_merge.export.folder.contents import check_outputs, read_export
 

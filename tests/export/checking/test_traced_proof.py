@@ -19,7 +19,7 @@ import onnxruntime as ort
 from adapter_merge.api.options import VerifyOptions
 from adapter_merge.api.verify import verify
 from adapter_merge.export.checking.weight_proof import verify_weights
-from adapter_merge.export.engine.runtime import graph_file
+from adapter_merge.export.engine.providers import graph_file
 from adapter_merge.export.exporting import export_model
 
 pytestmark = pytest.mark.onnx

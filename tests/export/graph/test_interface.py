@@ -151,7 +151,7 @@ def test_genai_refuses_a_batched_export(batched: Path) -> None:
 
 def test_short_texts_of_a_sliding_window_in_our_loop(reference: Reference, tmp_path: Path) -> None:
     """onnxruntime wants a cache of at least the window, also for a text that is shorter."""
-    from adapter_merge.export.engine.running import Decoder
+    from adapter_merge.export.engine.decoder_session import Decoder
 
     base = save_pico(tmp_path / "base", "mistral-window")
     export_merged(base, {}, tmp_path / "export")

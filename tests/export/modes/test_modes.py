@@ -23,8 +23,8 @@ from adapter_merge.api.options import MergeOptions
 from adapter_merge.errors import AdapterMergeError, InputError, OutputError
 from adapter_merge.export.adding import add_adapters
 from adapter_merge.export.checking.verification import verify_onnx
-from adapter_merge.export.engine.running import Decoder, run_all
-from adapter_merge.export.engine.runtime import open_session
+from adapter_merge.export.engine.decoder_session import Decoder, run_all
+from adapter_merge.export.engine.providers import open_session
 from adapter_merge.export.folder.contents import read_export
 from adapter_merge.export.modes import batched as batched_export
 from adapter_merge.export.modes.batched import export_batched

@@ -16,7 +16,7 @@ import transformers
 pytest.importorskip("onnxruntime_genai")
 
 from adapter_merge.errors import UnsupportedError
-from adapter_merge.export.engine.running import Decoder, run_all
+from adapter_merge.export.engine.decoder_session import Decoder, run_all
 from adapter_merge.export.exporting import export_model
 
 pytestmark = pytest.mark.onnx

@@ -26,8 +26,8 @@ from adapter_merge.errors import (
     UnsupportedError,
 )
 from adapter_merge.export.adding import add_adapters
-from adapter_merge.export.engine.running import LINE, Decoder, pack_in_graph_order, run_all
-from adapter_merge.export.engine.runtime import check_packages, open_session
+from adapter_merge.export.engine.decoder_session import LINE, Decoder, pack_in_graph_order, run_all
+from adapter_merge.export.engine.providers import check_packages, open_session
 from adapter_merge.export.exporting import export_model
 from adapter_merge.export.folder.contents import folder_layout, read_export
 from adapter_merge.export.graph.adapter_file import load_tensors, match_factors, write_adapter
@@ -76,7 +76,7 @@ def test_logits_of_every_adapter(
 
 def test_no_adapter_is_the_base_bit_for_bit(folder: Path, pico: Path, tmp_path: Path) -> None:
     from adapter_merge.export.building.decoder import build_decoder
-    from adapter_merge.export.engine.runtime import open_session
+    from adapter_merge.export.engine.providers import open_session
 
     build_decoder(pico, tmp_path, "fp32", "cpu")
     tokens = np.asarray([TOKENS["prompt"]])

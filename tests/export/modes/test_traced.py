@@ -17,8 +17,8 @@ pytest.importorskip("onnxruntime")
 from adapter_merge.errors import MismatchError, UnsupportedError
 from adapter_merge.export.adding import add_adapters
 from adapter_merge.export.checking.verification import verify_onnx
-from adapter_merge.export.engine.classifying import Classifier
-from adapter_merge.export.engine.running import Decoder, run_all
+from adapter_merge.export.engine.decoder_session import Decoder, run_all
+from adapter_merge.export.engine.encoder_session import Classifier
 from adapter_merge.export.exporting import export_model
 from adapter_merge.export.folder.contents import read_export
 from adapter_merge.export.graph.adapter_file import aligned, match_factors

@@ -25,9 +25,10 @@ from adapter_merge.api.verify_server import verify_server
 from adapter_merge.errors import InputError
 from adapter_merge.export.engine.prompting import Prompter
 from adapter_merge.export.folder.contents import read_export
-from adapter_merge.export.serving.application import Service, make_application
+from adapter_merge.export.serving.batching import DecoderEngine, Engine, Worker
 from adapter_merge.export.serving.command import serve_export
-from adapter_merge.export.serving.engines import DecoderEngine, Engine, GenaiEngine, Worker
+from adapter_merge.export.serving.genai_engine import GenaiEngine
+from adapter_merge.export.serving.routes import Service, make_application
 from adapter_merge.verification.completions_client import ServedModel
 
 pytestmark = pytest.mark.onnx

@@ -18,7 +18,7 @@ from adapter_merge.errors import AdapterMergeError, FileFormatError
 from adapter_merge.files.json_types import COUNT, FLAG, NUMBER, TEXT, TEXTS, Each, Stated, check_types
 from adapter_merge.outputs.attestation import attest
 from adapter_merge.outputs.integrity import check_integrity
-from adapter_merge.outputs.seal import sealed
+from adapter_merge.outputs.manifest_seal import sealed
 
 WEIRD: tuple[Any, ...] = (True, 0, -1, 2.5, "", "x\ny", [], [1], {}, {"a": 1}, [[]], 10**40, "a" * 5000)
 

@@ -22,7 +22,7 @@ from adapter_merge.binding.convolutions import _difference
 from adapter_merge.combine.combination_settings import Settings
 from adapter_merge.combine.recipe import Ingredient, make_recipe
 from adapter_merge.errors import AdapterError, InputError, MismatchError, UnsupportedError
-from adapter_merge.outputs.staging import read_manifest
+from adapter_merge.outputs.manifest import read_manifest
 
 peft = pytest.importorskip("peft", reason="PEFT is the oracle (extra verify)")
 t = pytest.importorskip("transformers")

@@ -21,7 +21,7 @@ from adapter_merge.api.options import MergeOptions
 from adapter_merge.cli.main import group
 from adapter_merge.errors import FileFormatError, InputError, MissingDependencyError
 from adapter_merge.outputs.integrity import check_integrity, check_restored
-from adapter_merge.outputs.seal import SEAL, sealed
+from adapter_merge.outputs.manifest_seal import SEAL, sealed
 
 pytestmark = pytest.mark.preloaded("torch", "model_signing.signing", "model_signing.verifying")
 SHARD = "model-00002-of-00004.safetensors"

@@ -16,7 +16,7 @@ import pytest
 from server import GREEDY, client_of
 from world import Running, prompts
 
-from adapter_merge.serve.api_server.loader import LOOK_SECONDS
+from adapter_merge.serve.api_server.adapter_loader import LOOK_SECONDS
 
 pytestmark = pytest.mark.vllm
 

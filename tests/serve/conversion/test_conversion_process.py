@@ -19,7 +19,7 @@ from adapter_merge.errors import AdapterError, FileFormatError, InputError, Unsu
 from adapter_merge.files.locks import lock_file
 from adapter_merge.serve.conversion.cache import Cache
 from adapter_merge.serve.conversion.processes import ConversionProcess, Limits
-from adapter_merge.serve.conversion.served import Converter
+from adapter_merge.serve.conversion.served_folder import Converter
 
 
 @pytest.fixture(scope="module")

@@ -16,7 +16,7 @@ from adapter_merge.api.factor import factor
 from adapter_merge.errors import UnsupportedError
 from adapter_merge.serve.conversion.cache import Cache
 from adapter_merge.serve.conversion.expert_layout import MIXED_FORMAT
-from adapter_merge.serve.conversion.served import Converter, Served
+from adapter_merge.serve.conversion.served_folder import Converter, Served
 from adapter_merge.serve.launch.plan import make_plan
 
 peft = pytest.importorskip("peft", reason="PEFT makes the adapter (extra verify)")

@@ -15,9 +15,9 @@ from torch import Tensor
 from world import World
 
 from adapter_merge.errors import AdapterMergeError, InputError
-from adapter_merge.serve.api_server.loader import LOOK_SECONDS, Source
+from adapter_merge.serve.api_server.adapter_loader import LOOK_SECONDS, Source
 from adapter_merge.serve.conversion.cache import Cache
-from adapter_merge.serve.conversion.served import Converter, Served, inside
+from adapter_merge.serve.conversion.served_folder import Converter, Served, inside
 from adapter_merge.serve.conversion.stated_settings import FILE, Stated, check_settings, read_settings_beside
 
 

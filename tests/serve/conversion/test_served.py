@@ -16,7 +16,7 @@ from world import World
 from adapter_merge.api.factor import factor
 from adapter_merge.errors import InputError, MismatchError, UnsupportedError
 from adapter_merge.serve.conversion.cache import Cache
-from adapter_merge.serve.conversion.served import Converter, allowed_rank, check_name, inside, signature
+from adapter_merge.serve.conversion.served_folder import Converter, allowed_rank, check_name, inside, signature
 
 
 @pytest.fixture

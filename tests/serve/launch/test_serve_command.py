@@ -15,7 +15,7 @@ from safetensors.torch import load_file, save_file
 from world import World
 
 from adapter_merge.errors import InputError, MissingDependencyError
-from adapter_merge.serve.api_server.loader import VARIABLE, Settings
+from adapter_merge.serve.api_server.adapter_loader import VARIABLE, Settings
 from adapter_merge.serve.cli.cache import cache as cache_command
 from adapter_merge.serve.cli.serve import serve
 from adapter_merge.serve.conversion.cache import Cache
@@ -262,7 +262,7 @@ def test_dry_run_and_cache_commands(qwen2: World, tmp_path: Path, monkeypatch: p
     assert "--max-lora-rank 16" in text
     assert "a: DuDe, rank 16, would be converted" in text
 
-    from adapter_merge.serve.conversion.served import Converter
+    from adapter_merge.serve.conversion.served_folder import Converter
 
     served = Converter(qwen2.base).obtain(raw)
     assert str(served.folder) == about["adapters"]["a"]["folder"]

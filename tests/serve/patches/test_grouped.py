@@ -7,7 +7,7 @@ from collections.abc import Callable
 import pytest
 import torch
 
-from adapter_merge.serve.patches.grouped import add_products, group_tokens
+from adapter_merge.serve.patches.cpu_kernel import add_products, group_tokens
 
 IN, OUT, RANK, SLOTS = 24, 40, 4, 4
 
@@ -59,10 +59,10 @@ COMPARE = """
 import torch
 from types import SimpleNamespace
 from vllm.lora.punica_wrapper.punica_cpu import PunicaWrapperCPU as Wrapper
-from adapter_merge.serve.patches import grouped
+from adapter_merge.serve.patches import cpu_kernel
 
 stock = Wrapper.add_lora_linear
-print("installed:", grouped.install(), Wrapper.add_lora_linear is not stock)
+print("installed:", cpu_kernel.install(), Wrapper.add_lora_linear is not stock)
 generator = torch.Generator().manual_seed(0)
 draw = lambda *shape: torch.randn(shape, generator=generator)
 wrapper = Wrapper(max_num_batched_tokens=64, max_batches=16, device="cpu")

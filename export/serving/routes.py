@@ -16,11 +16,11 @@ from fastapi.responses import JSONResponse, Response, StreamingResponse
 
 from adapter_merge.errors import AdapterMergeError, InputError
 from adapter_merge.export.engine.prompting import Prompter, Sampling, limit_to_context
-from adapter_merge.export.folder.manifest import Manifest
+from adapter_merge.export.folder.export_manifest import Manifest
 
-from .answering import Answer, pieces
-from .engines import Worker
-from .job import Job
+from .answer_text import Answer, pieces
+from .batching import Worker
+from .engine_job import Job
 from .requests import ChatRequest, CompletionRequest
 
 LOCAL = ("localhost", "127.0.0.1", "[::1]")

@@ -16,7 +16,7 @@ from typing import TypeVar
 from adapter_merge.errors import AdapterMergeError, InputError
 from adapter_merge.serve.conversion.cache import Cache
 from adapter_merge.serve.conversion.processes import ConversionProcesses, Limits
-from adapter_merge.serve.conversion.served import (
+from adapter_merge.serve.conversion.served_folder import (
     Served,
     Signature,
     allowed_rank,

@@ -18,7 +18,7 @@ from adapter_merge.export.graph.adapter_file import SUFFIX, load_tensors
 from adapter_merge.export.graph.targets import Layout, read_layout
 
 from .decoder_settings import decoder_settings
-from .runtime import open_session, parse_device
+from .providers import open_session, parse_device
 
 if TYPE_CHECKING:
     import numpy as np

@@ -10,7 +10,7 @@ from adapter_merge.errors import InputError
 from adapter_merge.export.graph.adapter_file import SUFFIX, load_tensors
 from adapter_merge.export.graph.targets import Layout, read_layout
 
-from .runtime import graph_file, open_session
+from .providers import graph_file, open_session
 
 if TYPE_CHECKING:
     import numpy as np

@@ -10,8 +10,8 @@ from pathlib import Path
 from typing import Any
 
 from adapter_merge.errors import UnsupportedError
-from adapter_merge.export.engine.runtime import check_packages, check_runnable, parse_device
-from adapter_merge.export.folder.manifest import Manifest, base_license
+from adapter_merge.export.engine.providers import check_packages, check_runnable, parse_device
+from adapter_merge.export.folder.export_manifest import Manifest, base_license
 from adapter_merge.export.graph.adapter_source import factors_of
 from adapter_merge.export.graph.factor_folder import Factors
 from adapter_merge.export.graph.targets import Layout, Target

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from adapter_merge.export.folder.manifest import Manifest
+from adapter_merge.export.folder.export_manifest import Manifest
 from adapter_merge.export.graph.adapter_file import SUFFIX, load_tensors
 from adapter_merge.export.graph.targets import Layout
 

@@ -6,7 +6,7 @@ from collections.abc import Callable, Collection, Iterator
 from contextlib import closing
 from dataclasses import dataclass, field
 
-from .job import Job, Token
+from .engine_job import Job, Token
 
 
 @dataclass

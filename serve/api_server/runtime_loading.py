@@ -8,8 +8,8 @@ changes two things in the API server's process:
                             in the adapter folder; a replaced folder is converted and loaded under a new path and a new
                             id, while running requests keep the old one
 
-routes.py implements both, loader.py holds the shared state, and this file installs them. A conversion runs in a child
-process, and requests for other adapters continue meanwhile.
+routes.py implements both, adapter_loader.py holds the shared state, and this file installs them. A conversion runs in a
+child process, and requests for other adapters continue meanwhile.
 """
 
 from __future__ import annotations
@@ -18,10 +18,10 @@ import inspect
 import logging
 import signal
 
-from adapter_merge.serve.conversion.bounds import die_with_parent
+from adapter_merge.serve.conversion.process_limits import die_with_parent
 from adapter_merge.serve.patches.symbols import find
 
-from .loader import Loader, Settings
+from .adapter_loader import Loader, Settings
 from .routes import install
 
 MODELS = "vllm.entrypoints.openai.models.serving"

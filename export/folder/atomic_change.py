@@ -12,7 +12,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from adapter_merge.outputs import staging as output
+from adapter_merge.outputs.staging import sync_folder, write_json
 from adapter_merge.storage.checkpoint import read_json
 
 from .contents import read_export, write_manifest
@@ -36,9 +36,9 @@ def commit(
     journal = folder / JOURNAL
     hidden(journal).unlink(missing_ok=True)
     content = {"files": files, "entries": dict(entries), "parity": dict(parity)}
-    output.write_json(hidden(journal), content)
+    write_json(hidden(journal), content)
     hidden(journal).rename(journal)
-    output.sync_folder(folder)
+    sync_folder(folder)
     recover(folder)
 
 

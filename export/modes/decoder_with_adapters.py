@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from adapter_merge.errors import MismatchError, Problem, raise_all
-from adapter_merge.export.building.request import Request, export_bytes, figures, open_request
+from adapter_merge.export.building.checks_before_build import Request, export_bytes, figures, open_request
 from adapter_merge.export.graph.factor_folder import Factors
 from adapter_merge.export.graph.targets import Layout, Target, decoder_targets
 from adapter_merge.storage.checkpoint import Checkpoint
