@@ -30,6 +30,7 @@ SIZES = {
     "0.1b": Size(576, 30, 1536, 9, 3, 49152, 3),
     "1.1b": Size(2048, 22, 5632, 32, 4, 32000, 3),
     "8b": Size(4096, 32, 14336, 32, 8, 128256, 4),
+    "8b-2-layers": Size(4096, 2, 14336, 32, 8, 32000, 2),  # weights of the 8B's shapes, on a small disk
     "70b": Size(8192, 80, 28672, 64, 8, 128256, 30),
 }
 METHODS = ("lora", "dora", "dude", "dcft")

@@ -11,7 +11,7 @@ from adapter_merge.files.installation import install_command
 from adapter_merge.methods.adapter import Adapter
 from adapter_merge.quantisation.dense_view import open_base, packed_weights
 from adapter_merge.quantisation.simulated_4bit import SimulatedWeight, TrainedOn, parse_trained_on
-from adapter_merge.quantisation.transposed_cache import TurnedCache
+from adapter_merge.quantisation.transposed_cache import TransposedCache
 from adapter_merge.storage.checkpoint import Checkpoint
 from adapter_merge.storage.computed_tensor import ComputedRef
 from adapter_merge.storage.safetensors_header import FLOAT_DTYPES
@@ -47,7 +47,7 @@ def open_trained_base(folder: str | Path, trained_on: str | None = None) -> Chec
 def simulated_view(base: Checkpoint, settings: TrainedOn) -> Checkpoint:
     """Return `base` with every weight that bitsandbytes quantises replaced by deq(q(W))."""
     names = _quantised_names(base)
-    cache = TurnedCache()
+    cache = TransposedCache()
     shards = []
     for shard in base.shards:
         tensors = tuple(

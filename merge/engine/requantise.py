@@ -7,7 +7,7 @@ nearest codes and, where these lose a part of the change, with stochastic roundi
     retention = <Q(W') - W, dW> / |dW|^2        1: the change is kept on average; 0: it is lost
     rounding  = |Q(W') - W'| / |dW|             the error against W'
 
-The way with the smallest COHERENT (1 - retention)^2 + rounding^2 is written: random errors harm less than
+The way with the smallest LOST_CHANGE_WEIGHT (1 - retention)^2 + rounding^2 is written: random errors harm less than
 a lost change of the same norm. The demo's DuDe on SmolLM2 in INT4: nearest codes (rounding 0.99, retention 0.03) have a
 KL divergence of 1.95 to the unquantised merge, nearly that of the base; stochastic rounding (3.04, 0.96) one of 0.10.
 
@@ -29,8 +29,8 @@ from adapter_merge.binding.bound import BoundAdapter, BoundModule
 from adapter_merge.errors import NumericsError, Problem, UnsupportedError, raise_all
 from adapter_merge.methods.block_edits import BlockEdit, Replaced
 from adapter_merge.quantisation.dense_view import packed_weights
-from adapter_merge.quantisation.packed_weight import NEARLY_ALL, PackedWeight, replaced_parts, requantisation_loss
-from adapter_merge.quantisation.rounding import draw_for
+from adapter_merge.quantisation.packed_weight import ACCEPTED_LOSS, PackedWeight, replaced_parts, requantisation_loss
+from adapter_merge.quantisation.rounding import uniform_numbers
 from adapter_merge.storage.computed_tensor import ComputedRef, ReadBytes
 from adapter_merge.storage.safetensors_header import TensorRef
 
@@ -92,12 +92,12 @@ class RequantisedWeight:
             raise NumericsError(f"{self.weight.name}: would hold NaN or infinity")
         best: Mapping[str, Tensor] = {}
         best_figures: WeightChange | None = None
-        for draw in (None, draw_for(self.weight.name, self.weight.shape)):
-            for parts in self.weight.candidates(after.reshape(self.weight.shape), read, draw):
+        for uniform in (None, uniform_numbers(self.weight.name, self.weight.shape)):
+            for parts in self.weight.candidates(after.reshape(self.weight.shape), read, uniform):
                 figures = self._measure(after, read, parts)
                 if best_figures is None or _compute_loss(figures) < _compute_loss(best_figures):
                     best, best_figures = parts, figures
-            if best_figures is not None and abs(1 - (best_figures.retention or 0.0)) < NEARLY_ALL:
+            if best_figures is not None and abs(1 - (best_figures.retention or 0.0)) < ACCEPTED_LOSS:
                 break
         self.figures = best_figures
         return {role: tensor.contiguous().view(-1).view(torch.uint8) for role, tensor in best.items()}

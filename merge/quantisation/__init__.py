@@ -1,1 +1,1 @@
-"""Bases whose weights are stored quantised: their detection, and one file per scheme that reads and writes them."""
+"""Quantised base models: their detection, and one file per scheme that dequantises and requantises weights."""

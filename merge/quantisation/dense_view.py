@@ -1,4 +1,4 @@
-"""The dense view of a quantised base: every packed weight as a computed tensor in the place of its packed numbers."""
+"""The dense view of a quantised base: a checkpoint in which every quantised weight appears as a dequantised tensor."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from adapter_merge.quantisation.detection import find_packed
+from adapter_merge.quantisation.detection import find_quantised_weights
 from adapter_merge.quantisation.gguf.checkpoint import gguf_file, open_gguf
 from adapter_merge.quantisation.packed_weight import PackedWeight, dense_ref
 from adapter_merge.storage.checkpoint import Checkpoint, open_checkpoint, resolve_base
@@ -16,12 +16,12 @@ from adapter_merge.storage.safetensors_header import TensorRef
 
 from .known_settings import LOCATIONS, SIDE_FILE
 
-# Files in which quantisation tools repeat the config: loaders would look for quantised weights.
+# Files in which quantisation tools repeat the config. Beside dense weights they would mislead loaders.
 SETTINGS_FILES = frozenset((SIDE_FILE, "quantize_config.json", "quant_config.json"))
 
 
 def open_base(folder: str | Path) -> Checkpoint:
-    """Open the model in `folder` (a path or hub id, or a GGUF file); of a quantised one its dense view.
+    """Open the model in `folder` (a path, a hub id or a GGUF file); return the dense view of a quantised model.
 
     Raises InputError, FileFormatError or UnsupportedError with every problem.
     """
@@ -31,13 +31,13 @@ def open_base(folder: str | Path) -> Checkpoint:
 
 
 def dense_view(base: Checkpoint) -> Checkpoint:
-    """Return `base` as if it were unquantised; `base` itself where no weight of it is quantised.
+    """Return `base` as an unquantised checkpoint; `base` itself where none of its weights is quantised.
 
-    Packed weights become ComputedRefs in the dtype that their library dequantises to, each in the place of its first
-    part. Parts, activation scales, the quantization_config and its copies in side files are gone; everything else is
-    the base's. No weight is read.
+    Each quantised weight becomes one ComputedRef, at the position of its first stored tensor, in the dtype that its
+    library dequantises to. The view has no stored parts, no activation scales, no quantization_config, and no side
+    files that repeat the config; all other tensors and files are those of the base. No weight is read.
     """
-    packed = find_packed(base)
+    packed = find_quantised_weights(base)
     if not packed.weights:
         return base
     places = {next(iter(weight.parts.values())).name: weight for weight in packed.weights.values()}
@@ -72,7 +72,7 @@ def packed_weights(base: Checkpoint) -> dict[str, PackedWeight]:
 
 
 def _dense_config(config: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the config without what says that weights are quantised, also in its text_config."""
+    """Return the config without its quantization_config, which may also stand in its text_config."""
     dense = {key: value for key, value in config.items() if key not in LOCATIONS}
     text = dense.get("text_config")
     if isinstance(text, dict):

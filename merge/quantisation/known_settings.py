@@ -1,7 +1,7 @@
-"""The quantization_config of a checkpoint: its method, and every key and value against a list of those that are known.
+"""The quantization_config of a checkpoint, checked against a list of known keys and values for each method.
 
-A key that is not known may change what the weights mean: it is refused, never skipped. Keys that cannot (how a model
-was calibrated, which kernel runs it) are in `IGNORED`.
+An unknown key is refused, because it may change how the weights have to be read. Keys that do not affect the weights
+(how the model was calibrated, which kernel runs it) are listed in `IGNORED`.
 """
 
 from __future__ import annotations
@@ -13,21 +13,21 @@ from typing import Any
 from adapter_merge.errors import FileFormatError, Problem, UnsupportedError, raise_all
 from adapter_merge.storage.checkpoint import Checkpoint, read_json
 
-SIDE_FILE = "hf_quant_config.json"  # where ModelOpt states the config, and for some models only there
+SIDE_FILE = "hf_quant_config.json"  # ModelOpt's copy of the config; some models have no other
 MODELOPT_ALGORITHMS = ("NVFP4", "W4A16_NVFP4", "FP8")
 LOCATIONS = ("quantization_config", "compression_config")
 
 
 @dataclass(frozen=True)
 class Configuration:
-    """A quantization_config whose method and keys are known. `where` names it in messages."""
+    """A checked quantization_config. `where` is its file and key, for messages."""
 
     method: str
     settings: Mapping[str, Any]
     where: str
 
     def notes(self) -> tuple[str, ...]:
-        """Return what a loader runs beside the stored weights, and a dense model does not."""
+        """Return what loaders of the quantised model do at run time, and a dense model does not."""
         settings, notes = self.settings, []
         groups = settings.get("config_groups")
         activations = any(isinstance(group, dict) and group.get("input_activations")
@@ -39,16 +39,16 @@ class Configuration:
         return tuple(notes)
 
     def refuse(self, key: str, expected: str, hint: str | None = None) -> UnsupportedError:
-        """Return the error for a value of `key` that nothing here reads."""
+        """Return the error for an unsupported value of `key`."""
         return UnsupportedError(
-            f"{self.where}: {self.method} with another {key} than is supported",
+            f"{self.where}: {self.method}: unsupported value of {key}",
             expected=expected,
             got=f"{key} {self.settings.get(key)!r}"[:200],
             hint=hint,
         )
 
 
-# Keys that do not change what the stored weights mean: calibration, kernels, activations, which modules are dense.
+# Keys without effect on the stored weights: calibration, kernels, activations, the list of dense modules.
 _GPTQ_IGNORED = frozenset({
     "damp_percent", "damp_auto_increment", "static_groups", "true_sequential", "model_name_or_path", "quantizer",
     "model_file_base_name", "meta", "act_group_aware", "tokenizer", "dataset", "backend", "model_seqlen", "batch_size",
@@ -79,7 +79,7 @@ IGNORED: Mapping[str, frozenset[str]] = {
     }),
     "mxfp4": frozenset({"modules_to_not_convert", "dequantize"}),
 }  # fmt: skip
-# Keys whose values must hold, or that a scheme's own file reads.
+# Keys whose values are checked: unsupported values are refused, or the file of the scheme reads them.
 Check = Callable[[Any], bool]
 
 
@@ -179,20 +179,20 @@ REQUIRED = {
 
 
 def read_configuration(base: Checkpoint) -> Configuration | None:
-    """Return the quantization_config of `base`, or None where it states none.
+    """Return the checked quantization_config of `base`, or None where it has none.
 
-    Looks into config.json, its text_config, and ModelOpt's hf_quant_config.json. Raises UnsupportedError with all
-    keys and values that are not known, and FileFormatError for a config that is not one.
+    Reads config.json, its text_config, and ModelOpt's hf_quant_config.json. Raises UnsupportedError with all unknown
+    keys and unsupported values, and FileFormatError for a config that is not a JSON object.
     """
     stated, where = _stated(base)
     if stated is None:
         return None
     if not isinstance(stated, dict):
-        raise FileFormatError(f"{where} is no object", got=repr(stated)[:100])
+        raise FileFormatError(f"{where} is not a JSON object", got=repr(stated)[:100])
     method = stated.get("quant_method", "compressed-tensors" if "config_groups" in stated else None)
     if not isinstance(method, str) or method not in CHECKED:
         raise UnsupportedError(
-            f"{where}: weights quantised by a method that is not known here",
+            f"{where}: this quantisation method is not supported",
             expected=", ".join(CHECKED),
             got=f"quant_method {method!r}"[:200],
             hint="use the unquantised model as the base",
@@ -201,7 +201,7 @@ def read_configuration(base: Checkpoint) -> Configuration | None:
     unknown = sorted(set(stated) - set(checked) - IGNORED[method] - {"quant_method"})
     if unknown:
         known = sorted({*checked, *IGNORED[method], "quant_method"})
-        problems.append(Problem(f"{where}: keys that {method} is not known to have", ", ".join(known),
+        problems.append(Problem(f"{where}: unknown keys for quant_method {method}", ", ".join(known),
                                 ", ".join(f"{key} {stated[key]!r}"[:100] for key in unknown)))  # fmt: skip
     for key in REQUIRED.get(method, ()):
         if key not in stated:
@@ -209,14 +209,14 @@ def read_configuration(base: Checkpoint) -> Configuration | None:
     for key, (check, expected) in checked.items():
         if key in stated and not check(stated[key]):
             problems.append(
-                Problem(f"{where}: {method} with another {key} than is supported", expected, repr(stated[key])[:200])
+                Problem(f"{where}: {method}: unsupported value of {key}", expected, repr(stated[key])[:200])
             )
     raise_all(problems, UnsupportedError)
     return Configuration(method, stated, where)
 
 
 def _stated(base: Checkpoint) -> tuple[Any, str]:
-    """Return the stated config (None where there is none) and the words that name its place."""
+    """Return the quantization_config as it is stored (None where there is none), and its file and key."""
     text = base.config.get("text_config")
     for holder, path in ((base.config, ""), (text if isinstance(text, dict) else {}, "text_config.")):
         for location in LOCATIONS:

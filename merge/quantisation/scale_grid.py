@@ -13,20 +13,21 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class ScaleGrid:
-    """Blocks of `block` (rows, columns) over weights of `shape` (..., out, in), each matrix with its own grid."""
+    """A grid of blocks of `block` (rows, columns) over each matrix of a weight of `shape` (..., out, in)."""
 
     shape: tuple[int, ...]
     block: tuple[int, int]
 
     @property
     def cells(self) -> tuple[int, int]:
-        """The grid's size over one matrix (rows of blocks, blocks per row); blocks at the edges may be smaller."""
+        """The number of blocks of one matrix, (down, across); blocks at the lower and right edge may be smaller."""
         return -(-self.shape[-2] // self.block[0]), -(-self.shape[-1] // self.block[1])
 
-    def rows_of(self, first: int, count: int) -> tuple[int, int, Tensor]:
-        """Return which grid rows the weight's rows first .. first + count use: the first, how many, and (count,) each.
+    def grid_rows(self, first: int, count: int) -> tuple[int, int, Tensor]:
+        """Return the grid rows of the weight's rows first .. first + count.
 
-        Rows count through all matrices of a stack.
+        Rows are counted over all matrices of a stack. Returns the first grid row, the number of grid rows, and for
+        each weight row the index of its grid row, counted from the first one, int64 (count,).
         """
         out, cells = self.shape[-2], self.cells[0]
         row = torch.arange(first, first + count)
@@ -34,8 +35,10 @@ class ScaleGrid:
         start = int(cell[0]) if count else 0
         return start, int(cell[-1]) - start + 1 if count else 0, cell - start
 
-    def combine(self, values: Tensor, cells: Tensor, operation: str) -> None:
-        """Apply `operation` ("mul_", "div_", ...) of `cells` (rows, blocks) to `values` (rows, in), in place."""
+    def apply(self, values: Tensor, cells: Tensor, operation: str) -> None:
+        """Apply `operation` ("mul_", "div_", ...) to `values` (rows, in) in place, with one operand of `cells` (rows,
+        blocks) for each block.
+        """
         width, columns = self.block[1], values.shape[1]
         whole = columns // width
         if whole:
@@ -44,7 +47,7 @@ class ScaleGrid:
         if whole * width < columns:
             getattr(values[:, whole * width :], operation)(cells[:, whole:])
 
-    def largest(self, weight: Tensor) -> Tensor:
+    def block_maxima(self, weight: Tensor) -> Tensor:
         """Return the largest value of each block of `weight` (..., out, in), shape (..., *cells)."""
         rows, columns = self.block
         pad = (0, -self.shape[-1] % columns, 0, -self.shape[-2] % rows)
@@ -52,7 +55,7 @@ class ScaleGrid:
         cells = self.cells
         return padded.reshape(*self.shape[:-2], cells[0], rows, cells[1], columns).amax(dim=(-1, -3))
 
-    def spread(self, cells: Tensor) -> Tensor:
-        """Return `cells` (..., *cells) spread over the weight, (..., out, in)."""
+    def expand(self, cells: Tensor) -> Tensor:
+        """Return `cells` (..., *cells) repeated for every element of their blocks, (..., out, in)."""
         rows = cells.repeat_interleave(self.block[0], dim=-2)[..., : self.shape[-2], :]
         return rows.repeat_interleave(self.block[1], dim=-1)[..., : self.shape[-1]]

@@ -1,7 +1,7 @@
-"""4-bit weights of bitsandbytes as they are at training, computed from the unquantised weight: deq(nf4(W)).
+"""The weights that QLoRA trains on, deq(nf4(W)), computed from the unquantised weight W.
 
-QLoRA trains an adapter beside nf4(W), which transformers makes of the unquantised checkpoint on loading and no file
-holds. Arithmetic: bitsandbytes 0.50, functional.py, quantize_4bit (absmax per block of the flattened weight;
+With load_in_4bit, transformers quantises an unquantised checkpoint while it loads it; the quantised weights are in no
+file. Arithmetic: bitsandbytes 0.50, functional.py, quantize_4bit (absmax per block of the flattened weight;
 with compress_statistics, absmax - mean quantised in blocks of 256 on the dynamic map) and dequantize_4bit; backends/
 default/ops.py for rounding: the nearest code, by midpoints.
 """
@@ -20,15 +20,15 @@ from adapter_merge.storage.lazy_torch import torch
 from adapter_merge.storage.safetensors_header import ITEM_BYTES, TensorRef
 from adapter_merge.storage.tensor_io import SAFETENSORS_DTYPES, TORCH_DTYPES
 
-from .transposed_cache import TurnedCache
+from .transposed_cache import TransposedCache
 
 if TYPE_CHECKING:
     from torch import Tensor
 
 ORIGINAL = "original"
 NESTED_BLOCK = 256
-STEP = 1 << 20  # elements read at a time in the pass over a weight
-SYNTAX = "original, nf4, nf4-double, fp4 or fp4-double; then ,block=64 and ,dtype=bfloat16 where they were others"
+STEP = 1 << 20  # elements read in one step
+SYNTAX = "original, nf4, nf4-double, fp4 or fp4-double, optionally followed by ,block=64 and ,dtype=bfloat16"
 
 
 @dataclass(frozen=True)
@@ -37,8 +37,8 @@ class TrainedOn:
 
     kind: str  # "nf4" or "fp4"
     double: bool  # bnb_4bit_use_double_quant
-    block: int = 64  # elements per absmax; transformers knows no other
-    dtype: str | None = None  # safetensors name of the dtype that the model was loaded in; None: as stored
+    block: int = 64  # elements per absmax; transformers has no option for it
+    dtype: str | None = None  # safetensors name of the dtype that the model was loaded in; None: the stored dtype
 
     def __str__(self) -> str:
         text = f"{self.kind}{'-double' if self.double else ''},block={self.block}"
@@ -47,7 +47,7 @@ class TrainedOn:
 
 
 def parse_trained_on(text: str) -> TrainedOn | None:
-    """Return what `text` (SYNTAX) states, None for the unquantised model. Raises InputError."""
+    """Parse `text` (SYNTAX); return None for "original". Raises InputError."""
     scheme, *settings = text.split(",")
     kind, _, double = scheme.partition("-")
     values = dict(setting.partition("=")[::2] for setting in settings)
@@ -64,18 +64,18 @@ def parse_trained_on(text: str) -> TrainedOn | None:
 
 @dataclass(frozen=True)
 class SimulatedWeight:
-    """deq(q(W)) of the stored weight `ref` (out, in), row by row."""
+    """deq(q(W)) of the stored weight W, `ref` (out, in), computed by rows."""
 
     ref: TensorRef
     settings: TrainedOn
-    kept: TurnedCache = field(repr=False, compare=False)
+    kept: TransposedCache = field(repr=False, compare=False)
 
     @property
     def dtype(self) -> str:
         return self.settings.dtype or self.ref.dtype
 
     def as_ref(self) -> ComputedRef:
-        """Return the weight as a tensor of its dense view."""
+        """Return the weight as a ComputedRef, the form of weights in a dense view."""
         nbytes = math.prod(self.ref.shape) * ITEM_BYTES[self.dtype]
         return ComputedRef(self.ref.name, self.ref.file, self.dtype, self.ref.shape, 0, nbytes, self, (self.ref.file,))
 
@@ -95,7 +95,10 @@ class SimulatedWeight:
         return made.to(TORCH_DTYPES[self.dtype]).view(count, columns)
 
     def _read(self, read: ReadBytes, begin: int, stop: int) -> Tensor:
-        """Return elements begin .. stop, rounded up to a block, in float32; behind the last one are zeros."""
+        """Return elements begin .. stop as float32, with `stop` rounded up to a whole block.
+
+        Elements behind the end of the weight are zero.
+        """
         item, block = ITEM_BYTES[self.ref.dtype], self.settings.block
         end = -(-stop // block) * block
         held = min(end, math.prod(self.ref.shape))
@@ -107,7 +110,7 @@ class SimulatedWeight:
         return values.view(-1, self.settings.block).abs().amax(dim=1)
 
     def _nested(self, read: ReadBytes) -> Tensor:
-        """Return all largest values after double quantisation, float32 (blocks,)."""
+        """Return the absmax of every block after double quantisation, float32 (blocks,)."""
         return self.kept.get(self.ref.name, lambda: (self._quantise_largest(read),))[0]
 
     def _quantise_largest(self, read: ReadBytes) -> Tensor:

@@ -1,7 +1,7 @@
-"""Codes of four and eight bits: from stored bytes to values, and from values to the nearest code.
+"""Codes of four and eight bits: decoding of stored bytes to values, and encoding of values to codes.
 
-Each function is the inverse of a library's packing; the library and its function stand beside it. Nothing here knows
-of scales.
+Each function reads or writes the layout of a library's packing function, which its docstring names. Scales are applied
+elsewhere.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from adapter_merge.storage.lazy_torch import torch
 from adapter_merge.storage.safetensors_header import TensorRef
 from adapter_merge.storage.tensor_io import TORCH_DTYPES
 
-from .rounding import to_table
+from .rounding import round_to_table
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -23,7 +23,7 @@ E2M1_VALUES = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)  # codes 0 .. 7; bit 3 is
 E2M1_LARGEST = 6.0
 E4M3_LARGEST = 448.0
 E8M0_BIAS = 127
-_BITS_OF_2_TO_MINUS_127 = 0x00400000  # a subnormal float32; the other powers are an exponent alone
+_BITS_OF_2_TO_MINUS_127 = 0x00400000  # a subnormal float32; other powers of two have a zero mantissa
 
 assert sys.byteorder == "little", "safetensors is little-endian, and the codes are read as bytes"
 
@@ -40,9 +40,9 @@ def _e4m3_table(dtype: torch.dtype) -> Tensor:
 
 
 def decode_e4m3(stored: Tensor, dtype: torch.dtype) -> Tensor:
-    """Return the values of `stored` (float8_e4m3fn, any shape) in `dtype`, exactly.
+    """Return the values of `stored` (float8_e4m3fn, any shape) in `dtype`, without rounding.
 
-    A table is read four times faster than torch 2.13 casts on a CPU.
+    On a CPU a table is used: it is four times faster than the cast of torch 2.13.
     """
     if stored.device.type != "cpu":
         return stored.to(dtype)
@@ -57,12 +57,15 @@ def _e4m3_values() -> Tensor:
     return _e4m3_table(torch.float32)[codes]
 
 
-def encode_e4m3(values: Tensor, draw: Tensor | None = None) -> Tensor:
-    """Return `values` in float8_e4m3fn, to nearest even or by `draw` (rounding.py); beyond +-448 they saturate."""
+def encode_e4m3(values: Tensor, uniform: Tensor | None = None) -> Tensor:
+    """Return `values` as float8_e4m3fn: nearest, ties to even, or stochastic with `uniform` (rounding.py).
+
+    Values beyond +-448 become +-448.
+    """
     values = values.clamp(-E4M3_LARGEST, E4M3_LARGEST)
-    if draw is not None:
+    if uniform is not None:
         table = _e4m3_values()
-        values = table[to_table(values, table, draw)]
+        values = table[round_to_table(values, table, uniform)]
     return values.to(torch.float8_e4m3fn)
 
 
@@ -98,15 +101,16 @@ def decode_pairs(packed: Tensor, values: tuple[float, ...], dtype: torch.dtype, 
 E2M1_SIGNED = (*E2M1_VALUES, *(-value for value in E2M1_VALUES))
 
 
-def encode_e2m1(values: Tensor, draw: Tensor | None = None) -> Tensor:
-    """Return the uint8 codes 0 .. 15 of the nearest E2M1 values, ties to the even mantissa; beyond +-6 they saturate.
+def encode_e2m1(values: Tensor, uniform: Tensor | None = None) -> Tensor:
+    """Return the uint8 codes 0 .. 15 of the nearest E2M1 values, ties to the even mantissa.
 
-    With `draw` the codes are those of rounding.py. The thresholds of the nearest are those of compressed_tensors/
-    quantization/utils/fp4_utils.py, cast_to_fp4. A value that rounds to zero gets the code 0, whatever its sign.
+    With `uniform` values are rounded stochastically (rounding.py). Values beyond +-6 become +-6. The thresholds are
+    those of compressed_tensors/quantization/utils/fp4_utils.py, cast_to_fp4. Zero always gets the code 0, also where
+    a negative value was rounded to it.
     """
-    if draw is not None:
+    if uniform is not None:
         table = torch.tensor(sorted(set(E2M1_SIGNED)))
-        values = table[to_table(values, table, draw)]
+        values = table[round_to_table(values, table, uniform)]
     size = values.abs()
     codes = torch.zeros(values.shape, dtype=torch.uint8, device=values.device)
     for threshold, strict in ((0.25, True), (0.75, False), (1.25, True), (1.75, False), (2.5, True), (3.5, False)):
@@ -122,7 +126,7 @@ def decode_e8m0(stored: Tensor) -> Tensor:
 
 
 def as_e8m0(codes: Tensor, ref: TensorRef) -> Tensor:
-    """Return `codes` (0 .. 254) as the tensor of exponents that `ref` is: U8 or F8_E8M0, in its shape."""
+    """Return E8M0 `codes` (0 .. 254) in the dtype (U8 or F8_E8M0) and shape of the stored tensor `ref`."""
     return codes.to(torch.uint8).view(TORCH_DTYPES[ref.dtype]).reshape(ref.shape)
 
 

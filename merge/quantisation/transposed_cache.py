@@ -1,4 +1,4 @@
-"""Packed bytes turned so that dense rows lie together, kept while the rows of a weight are read block by block."""
+"""A cache of transposed parts: GPTQ and AWQ store weights transposed, and rows are read block by block."""
 
 from __future__ import annotations
 
@@ -11,27 +11,27 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 KEPT_BYTES = 64 << 20
-KEPT_ENTRIES = 2  # at least, whatever their size: two workers can be at a boundary of two weights
+KEPT_ENTRIES = 2  # kept whatever their size: two workers may read two neighbouring weights
 
 
-class TurnedCache:
-    """The turned parts of the weights used last, shared by the threads of a job.
+class TransposedCache:
+    """Transposed parts of the weights that were used last, shared by the threads of a job.
 
-    Keeps at most `KEPT_BYTES`, and always the `KEPT_ENTRIES` weights used last.
+    Holds at most `KEPT_BYTES`, but always the `KEPT_ENTRIES` weights that were used last.
     """
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
         self._entries: OrderedDict[Hashable, _Entry] = OrderedDict()
 
-    def get(self, key: Hashable, turn: Callable[[], tuple[Tensor, ...]]) -> tuple[Tensor, ...]:
-        """Return the turned parts of `key`; the first thread that asks computes them with `turn`, others wait."""
+    def get(self, key: Hashable, transpose: Callable[[], tuple[Tensor, ...]]) -> tuple[Tensor, ...]:
+        """Return the parts of `key`. The first thread that asks computes them with `transpose`; others wait."""
         with self._lock:
             entry = self._entries.setdefault(key, _Entry())
             self._entries.move_to_end(key)
         with entry.lock:
             if entry.parts is None:
-                entry.parts = turn()
+                entry.parts = transpose()
                 entry.nbytes = sum(part.numel() * part.element_size() for part in entry.parts)
             parts = entry.parts
         with self._lock:
@@ -44,7 +44,7 @@ class TurnedCache:
 
 
 class _Entry:
-    """Parts of one weight, or None until they are computed."""
+    """The parts of one weight; None before they are computed."""
 
     def __init__(self) -> None:
         self.lock = threading.Lock()

@@ -3,7 +3,7 @@
 For each adapted weight, with W' by the formula in float64 and Q the dequantised weight of the artefact:
 
 - every element of Q is, for the scales that the artefact holds, the value of its scheme that W' rounds to, or every one
-  is the neighbour of W' that the weight's own numbers draw (quantisation/rounding.py). Beside a tie, where W' and W' as
+  is the neighbour of W' that its uniform numbers select (quantisation/rounding.py). Beside a tie, where W' and W' as
   float32 computes it round apart, it is either value;
 - its requantisation_loss is that of the best way to quantise W' again (the base's scales or new ones, nearest or drawn
   codes): values can be right for scales that are wrong, as those of scales that are all zero are;
@@ -19,8 +19,8 @@ from torch import Tensor
 
 from adapter_merge.binding.bind import BoundAdapter
 from adapter_merge.quantisation.dense_view import packed_weights
-from adapter_merge.quantisation.packed_weight import NEARLY_ALL, PackedWeight, replaced_parts, requantisation_loss
-from adapter_merge.quantisation.rounding import draw_for
+from adapter_merge.quantisation.packed_weight import ACCEPTED_LOSS, PackedWeight, replaced_parts, requantisation_loss
+from adapter_merge.quantisation.rounding import uniform_numbers
 from adapter_merge.storage.checkpoint import Checkpoint
 from adapter_merge.storage.tensor_comparison import same_bytes
 from adapter_merge.storage.tensor_io import read_bytes, read_tensor
@@ -88,9 +88,9 @@ def _compare(made: PackedWeight, before: Tensor, after: Tensor) -> tuple[WeightF
     low, high = _rounded(made, after - noise, None), _rounded(made, after + noise, None)
     exact = bool(((torch.minimum(low, high) <= stored) & (stored <= torch.maximum(low, high))).all())
     if not exact:
-        draw = draw_for(made.name, made.shape)
-        above = _rounded(made, after, (draw - DRAW_NOISE).clamp_(min=0.0))
-        below = _rounded(made, after, (draw + DRAW_NOISE).clamp_(max=1 - 2**-24))
+        uniform = uniform_numbers(made.name, made.shape)
+        above = _rounded(made, after, (uniform - DRAW_NOISE).clamp_(min=0.0))
+        below = _rounded(made, after, (uniform + DRAW_NOISE).clamp_(max=1 - 2**-24))
         low, high = torch.minimum(above, below) - noise, torch.maximum(above, below) + noise
         exact = bool(((low <= stored) & (stored <= high)).all())
     figures = _measure(made.scheme, stored, before, after)
@@ -115,21 +115,21 @@ def _compute_loss(figures: WeightFigures) -> float:
 def _smallest_loss(weight: PackedWeight, before: Tensor, after: Tensor) -> float:
     """Return the loss of the best way to quantise `after` again, of the ways that engine/requantise.py tries."""
     best: WeightFigures | None = None
-    for draw in (None, draw_for(weight.name, weight.shape)):
-        for parts in weight.candidates(after.to(torch.float32), read_bytes, draw):
+    for uniform in (None, uniform_numbers(weight.name, weight.shape)):
+        for parts in weight.candidates(after.to(torch.float32), read_bytes, uniform):
             read = replaced_parts(weight.parts, parts, read_bytes)
             candidate = weight.uncached().rows(read, 0, weight.row_count).to(torch.float64).reshape(after.shape)
             figures = _measure(weight.scheme, candidate, before, after)
             if best is None or _compute_loss(figures) < _compute_loss(best):
                 best = figures
-        if best is not None and abs(1 - (best.retention or 0.0)) < NEARLY_ALL:
+        if best is not None and abs(1 - (best.retention or 0.0)) < ACCEPTED_LOSS:
             break
     return math.inf if best is None else _compute_loss(best)
 
 
-def _rounded(made: PackedWeight, after: Tensor, draw: Tensor | None) -> Tensor:
-    """Return `after` rounded to the scales that `made` holds, by `draw` or to the nearest; float64."""
-    parts = next(iter(made.candidates(after.to(torch.float32), read_bytes, draw)))
+def _rounded(made: PackedWeight, after: Tensor, uniform: Tensor | None) -> Tensor:
+    """Return `after` rounded to the scales that `made` holds, by `uniform` or to the nearest; float64."""
+    parts = next(iter(made.candidates(after.to(torch.float32), read_bytes, uniform)))
     read = replaced_parts(made.parts, parts, read_bytes)
     return made.uncached().rows(read, 0, made.row_count).to(torch.float64).reshape(after.shape)
 

@@ -11,8 +11,8 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from adapter_merge.quantisation.detection import find_packed
-from adapter_merge.quantisation.packed import Packed
+from adapter_merge.quantisation.detection import find_quantised_weights
+from adapter_merge.quantisation.quantised_weights import QuantisedWeights
 from adapter_merge.storage.checkpoint import open_checkpoint
 from adapter_merge.storage.safetensors_header import TensorRef
 
@@ -33,8 +33,8 @@ def write_checkpoint(folder: Path, tensors: Mapping[str, Tensor], quantization: 
     return folder
 
 
-def find(folder: Path) -> Packed:
-    return find_packed(open_checkpoint(folder))
+def find(folder: Path) -> QuantisedWeights:
+    return find_quantised_weights(open_checkpoint(folder))
 
 
 def read(ref: TensorRef, start: int, stop: int) -> Tensor:

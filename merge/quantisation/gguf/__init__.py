@@ -1,1 +1,1 @@
-"""GGUF files as bases: their blocks, names, configuration, and the view as a Hugging Face checkpoint."""
+"""GGUF files as base models: dequantisation, tensor names, configuration, and a view as a Hugging Face checkpoint."""

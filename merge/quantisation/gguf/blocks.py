@@ -1,7 +1,7 @@
-"""GGUF: blocks of 32 or 256 values with their own scales, dequantised by the gguf package (gguf.quants), row by row.
+"""Tensors of GGUF files: blocks of 32 or 256 values with their own scales, dequantised by the gguf package.
 
-Plain values (F32, F16, BF16) are tensors like any other, unless llama.cpp's converter has moved their rows or has added
-one to them (gguf_names.py): then their rows are put back here.
+llama.cpp's converter permutes rows of some tensors and adds 1 to some norms (names.py). Both are undone here, for
+quantised and for float tensors.
 """
 
 from __future__ import annotations
@@ -23,13 +23,13 @@ from .names import stored_rows
 if TYPE_CHECKING:
     from torch import Tensor
 
-BLOCKS = "blocks"  # the one stored part: (rows, bytes of a row) uint8, or plain values
+BLOCKS = "blocks"  # the only stored part: uint8 (rows, bytes per row), or float values
 
 
 def gguf_tensor(
     tensor: GgufTensor, file: Path, heads: int | None = None, offset: bool = False, name: str | None = None
 ) -> ComputedRef:
-    """Return a tensor of a GGUF file, dequantised when it is read, under `name` or its own."""
+    """Return a tensor of a GGUF file as a ComputedRef with the name `name`, or its own name without one."""
     stored = stored_tensor(tensor, file)
     dtype = FLOATS.get(tensor.type, "F32")
     scheme = f"gguf {tensor.type}"
@@ -39,16 +39,16 @@ def gguf_tensor(
 
 @dataclass(frozen=True)
 class GgufWeight(PackedWeight):
-    """One tensor of a GGUF file, as the Hugging Face tensor that it was made from."""
+    """A tensor of a GGUF file that reads as the Hugging Face tensor from which llama.cpp made it."""
 
     type: str = "F32"  # of the blocks, as gguf.GGMLQuantizationType names it
-    heads: int | None = None  # the rows of each head are interleaved in the file
+    heads: int | None = None  # number of heads where the file interleaves the rows of each head
     offset: bool = False  # the file holds w + 1
 
     def rows(self, read: Read, first: int, count: int) -> Tensor:
         """Return rows first .. first + count, (count, in) of `dtype`.
 
-        Interleaved rows lie in the bytes of their heads: those are read and dequantised whole.
+        Of interleaved rows, the span of stored rows that contains the requested ones is read and dequantised.
         Raises FileFormatError for a block whose scale is NaN or infinite.
         """
         start, stop = first, first + count
@@ -65,7 +65,7 @@ class GgufWeight(PackedWeight):
         return values - 1 if self.offset else values
 
     def _values(self, read: Read, start: int, stop: int) -> Tensor:
-        """Return the stored rows start .. stop, dequantised."""
+        """Return stored rows start .. stop, dequantised, (rows, in) of `dtype`."""
         part = self.parts[BLOCKS]
         row_bytes = part.nbytes // self.row_count
         raw = read(part, start * row_bytes, stop * row_bytes)

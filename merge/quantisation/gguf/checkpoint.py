@@ -1,8 +1,8 @@
-"""A GGUF file as a base: every tensor under its Hugging Face name, beside a config.json and a tokenizer.
+"""A GGUF file as a base model: tensors with their Hugging Face names, a config.json and a tokenizer.
 
-The side files of the folder that the file is in are used where it has a config.json; else they are made from the file
-(gguf_config.py). Either way they are put, with a link to the file, into a temporary folder that lives as long as the
-process: what needs a model's folder finds one, and opening that folder again gives the same base.
+Where the file's folder has a config.json, it and the other side files are used; otherwise they are made from the file's
+metadata (config.py). They are copied, with a link to the GGUF file, into a temporary folder that is deleted when the
+process ends. Code that needs a model's folder uses this one, and opening it gives the same base again.
 """
 
 from __future__ import annotations
@@ -30,13 +30,13 @@ from .names import Architecture, architecture_named, gguf_name, is_offset_norm, 
 
 SUFFIX = ".gguf"
 HEAD = "output.weight"
-_FOLDERS: dict[tuple[str, int, int], Path] = {}  # by real path, size and time of change
+_FOLDERS: dict[tuple[str, int, int], Path] = {}  # temporary folders by real path, size and modification time
 
 
 def gguf_file(path: Path) -> Path | None:
-    """Return the GGUF file that `path`, a file or a folder, holds the model in; None for another kind of model.
+    """Return the GGUF file at `path`, or the only one in the folder `path`; None where the model is in other files.
 
-    Raises InputError for a folder with several and no other weights.
+    Raises InputError for a folder with several GGUF files and no other weights.
     """
     if path.is_file():
         return path if path.suffix == SUFFIX else None
@@ -54,10 +54,10 @@ def gguf_file(path: Path) -> Path | None:
 
 
 def open_gguf(file: Path) -> Checkpoint:
-    """Open the model in `file` as it was before llama.cpp's conversion; no weight is read.
+    """Open the model in `file` as the Hugging Face checkpoint that llama.cpp converted; no weight is read.
 
     Raises FileFormatError with every tensor that is missing, unknown or of a wrong shape, UnsupportedError for an
-    architecture, a setting or a tokenizer that is not known, MissingDependencyError without gguf and transformers.
+    unsupported architecture, setting or tokenizer, MissingDependencyError without gguf and transformers.
     """
     snapshot = InputSnapshot([file], may_be_linked=True)
     header = read_gguf_header(file)
@@ -71,7 +71,7 @@ def open_gguf(file: Path) -> Checkpoint:
     config = read_json(folder / "config.json")
     if config.get("model_type") not in architecture.model_types:
         raise FileFormatError(
-            f"{file}: of another architecture than the config.json beside it",
+            f"{file}: its architecture differs from the config.json in its folder",
             expected=" or ".join(architecture.model_types),
             got=f"{config.get('model_type')!r:.100}",
         )
@@ -93,9 +93,9 @@ def open_gguf(file: Path) -> Checkpoint:
 
 
 def model_folder(header: GgufHeader) -> Path:
-    """Return a folder with copies of the model's side files and a link to its GGUF file.
+    """Return a temporary folder with copies of the model's side files and a link to its GGUF file.
 
-    Raises InputError for a side file that is a link out of the model's folder.
+    Raises InputError for a side file that is a symbolic link to a place outside the model's folder.
     """
     state = header.file.stat()
     key = (os.path.realpath(header.file), state.st_size, state.st_mtime_ns)
@@ -128,7 +128,7 @@ def _make_side_files(header: GgufHeader, folder: Path) -> None:
 
 
 def _shapes(folder: Path) -> dict[str, tuple[int, ...]]:
-    """Return name and shape of every tensor of the model that the folder's config.json describes."""
+    """Return the shape of every tensor, by name, of the model that the folder's config.json describes."""
     with quiet():
         transformers: Any = import_module("transformers")
         config = transformers.AutoConfig.from_pretrained(str(folder))
@@ -140,7 +140,7 @@ def _shapes(folder: Path) -> dict[str, tuple[int, ...]]:
 def _names(
     header: GgufHeader, architecture: Architecture, config: Mapping[str, Any], shapes: Mapping[str, tuple[int, ...]]
 ) -> dict[str, str]:
-    """Return the Hugging Face name of every GGUF tensor. Raises FileFormatError with all that does not fit."""
+    """Return the Hugging Face name of each GGUF tensor. Raises FileFormatError with all missing and unknown tensors."""
     layers = config.get("num_hidden_layers")
     if not isinstance(layers, int):
         raise FileFormatError(f"{header.file}: the number of layers is not known", got=f"{layers!r:.50}")

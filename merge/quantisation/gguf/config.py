@@ -1,8 +1,8 @@
-"""config.json and tokenizer of a GGUF file that stands alone, as transformers' GGUF loading makes them.
+"""config.json and tokenizer of a GGUF file without such files beside it, as transformers' GGUF loading makes them.
 
-transformers ignores metadata that it has no name for, which would give a model that computes something else: here every
-key of the architecture must be one that config.json takes up. What llama.cpp stores as a tensor, the frequency factors
-of Llama 3's rotary embedding, is turned back into its settings.
+transformers ignores metadata that it does not know; the model could then compute something else. Here every metadata
+key of the architecture must be one that config.json can express. The frequency factors of Llama 3's rotary embedding,
+which llama.cpp stores as a tensor, are converted to settings of config.json.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ def require_transformers(what: str) -> None:
 def make_config(header: GgufHeader) -> dict[str, Any]:
     """Return the content of config.json.
 
-    Raises UnsupportedError for an architecture, metadata or a rotary embedding that it could not express.
+    Raises UnsupportedError for an architecture, metadata or a rotary embedding that config.json cannot express.
     """
     architecture = architecture_named(header.architecture, header.file)
     _check_keys(header, architecture)
@@ -73,7 +73,7 @@ def make_config(header: GgufHeader) -> dict[str, Any]:
 
 
 def _check_keys(header: GgufHeader, architecture: Architecture) -> None:
-    """Raise UnsupportedError with every metadata key of the architecture that config.json would not take up."""
+    """Raise UnsupportedError with every metadata key of the architecture that config.json cannot express."""
     prefix = f"{architecture.name}."
     known = {prefix + key for key in (*COMMON_KEYS, *architecture.keys)}
     neutral = {f"{prefix}rope.scaling.type": "none"}
@@ -84,7 +84,7 @@ def _check_keys(header: GgufHeader, architecture: Architecture) -> None:
     ]
     problems = [
         Problem(
-            f"{header.file}: {key} has no place in config.json", got=f"{header.metadata[key]!r:.100}", hint=OWN_FILES
+            f"{header.file}: config.json cannot express {key}", got=f"{header.metadata[key]!r:.100}", hint=OWN_FILES
         )
         for key in unknown
     ]
@@ -98,7 +98,7 @@ def _check_keys(header: GgufHeader, architecture: Architecture) -> None:
 
 
 def _stated_values(header: GgufHeader, architecture: Architecture) -> dict[str, Any]:
-    """Return settings that transformers' GGUF loading leaves at its defaults, or reads in float32."""
+    """Return settings that transformers' GGUF loading does not read, or reads with float32 rounding errors."""
 
     def stated(key: str) -> Any:
         return header.metadata.get(f"{architecture.name}.{key}")
@@ -134,7 +134,7 @@ def _stated_values(header: GgufHeader, architecture: Architecture) -> dict[str, 
 
 
 def _rope(header: GgufHeader, config: Mapping[str, Any]) -> dict[str, Any]:
-    """Return rope_parameters. Raises UnsupportedError for frequency factors that are not Llama 3's."""
+    """Return rope_parameters of config.json. Raises UnsupportedError for frequency factors other than Llama 3's."""
     theta = shortest(header.metadata.get(f"{header.architecture}.rope.freq_base", 10000.0))
     stored = next((tensor for tensor in header.tensors if tensor.name == ROPE_FACTORS), None)
     if stored is None:
@@ -157,7 +157,7 @@ def _rope(header: GgufHeader, config: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def llama3_factors(settings: Mapping[str, Any], theta: float, head: int) -> list[float]:
-    """Return what the wavelength of each pair of dimensions is multiplied by.
+    """Return the factor of the wavelength of each pair of dimensions.
 
     Source: _compute_llama3_parameters in transformers' modeling_rope_utils.py.
     """
@@ -183,10 +183,10 @@ def shortest(value: Any) -> Any:
 
 
 def write_tokenizer(header: GgufHeader, folder: Path) -> None:
-    """Write the tokenizer's files into `folder`; nothing where the file has no tokenizer.
+    """Write the tokenizer's files into `folder`; do nothing where the GGUF file has no tokenizer.
 
-    Raises UnsupportedError for a vocabulary whose way of splitting text transformers does not know: it would be split
-    like GPT-2's, into other tokens.
+    Raises UnsupportedError for a pre-tokenizer that transformers does not know: it would split text as GPT-2's does,
+    and give other tokens.
     """
     model, pre = (header.metadata.get(f"tokenizer.ggml.{key}") for key in ("model", "pre"))
     if model in (None, "none", "no_vocab"):
@@ -197,7 +197,7 @@ def write_tokenizer(header: GgufHeader, folder: Path) -> None:
     known = (*splits, *DEFAULT_SPLITS, SMOLLM)
     if model not in ("llama", "gpt2") or (model == "gpt2" and pre not in known):
         raise UnsupportedError(
-            f"{header.file}: how its tokenizer splits text is not known",
+            f"{header.file}: the pre-tokenizer of its vocabulary is not supported",
             expected=f"tokenizer.ggml.model llama, or gpt2 with tokenizer.ggml.pre {', '.join(sorted(known))}",
             got=f"{model!r:.50} with {pre!r:.50}",
             hint=OWN_FILES,

@@ -1,8 +1,8 @@
-"""Names and layouts of llama.cpp's architectures: a GGUF tensor and the Hugging Face tensor that it was made from.
+"""Tensor names and row orders of llama.cpp's architectures, and their Hugging Face counterparts.
 
-llama.cpp's converter renames every tensor (gguf.tensor_mapping), and for some architectures changes values: Llama's
-query and key rows are interleaved for its rotary embedding, Gemma's norms hold w + 1 (LlamaModel.permute and
-Gemma2Model.modify_tensors in convert_hf_to_gguf.py). `ARCHITECTURES` is the list of what is known exactly.
+llama.cpp's converter renames every tensor (gguf.tensor_mapping). For some architectures it also changes values: it
+interleaves Llama's query and key rows for the rotary embedding, and stores w + 1 for Gemma's norms (LlamaModel.permute
+and Gemma2Model.modify_tensors in convert_hf_to_gguf.py). Only the architectures in `ARCHITECTURES` are supported.
 """
 
 from __future__ import annotations
@@ -28,16 +28,16 @@ _NORM = re.compile(r".*norm\.weight")
 
 @dataclass(frozen=True)
 class Architecture:
-    """What llama.cpp's converter does to the tensors of one architecture."""
+    """The changes that llama.cpp's converter makes to the tensors of one architecture."""
 
     name: str  # general.architecture
     model_types: tuple[str, ...]  # transformers' model types that become this architecture
-    interleaved: bool = False  # rows of q and k: (head, half, 2) instead of (head, 2, half)
+    interleaved: bool = False  # rows of q and k are stored as (head, half, 2), not (head, 2, half)
     offset_norms: bool = False  # norms hold w + 1
-    keys: tuple[str, ...] = ()  # metadata that it has beside COMMON_KEYS
+    keys: tuple[str, ...] = ()  # its metadata keys, in addition to COMMON_KEYS
 
 
-# Metadata of every architecture, without its prefix, that config.json takes up.
+# Metadata keys of every architecture, without their prefix, that config.json can express.
 COMMON_KEYS = (
     "block_count", "context_length", "embedding_length", "feed_forward_length", "vocab_size", "attention.head_count",
     "attention.head_count_kv", "attention.key_length", "attention.value_length", "attention.layer_norm_rms_epsilon",
@@ -60,7 +60,7 @@ ARCHITECTURES = {
 
 
 def architecture_named(name: str, where: object) -> Architecture:
-    """Return the architecture that a GGUF file states. Raises UnsupportedError."""
+    """Return the architecture called `name` in GGUF. Raises UnsupportedError."""
     if name not in ARCHITECTURES:
         raise UnsupportedError(
             f"{where}: its GGUF architecture is not supported",
@@ -72,26 +72,26 @@ def architecture_named(name: str, where: object) -> Architecture:
 
 
 def architecture_of(config: Mapping[str, Any], where: object) -> Architecture:
-    """Return the architecture that llama.cpp makes of a model with this config. Raises UnsupportedError."""
+    """Return the GGUF architecture of a model with this config.json. Raises UnsupportedError."""
     for architecture in ARCHITECTURES.values():
         if config.get("model_type") in architecture.model_types:
             return architecture
     raise UnsupportedError(
-        f"{where}: its names in llama.cpp are not known",
+        f"{where}: the names of its tensors in llama.cpp are not known",
         expected=", ".join(kind for entry in ARCHITECTURES.values() for kind in entry.model_types),
         got=f"model_type {config.get('model_type')!r:.100}",
     )
 
 
 def require_gguf(what: str) -> Any:
-    """Return the gguf package. Raises MissingDependencyError, which says that `what` needs it."""
+    """Return the gguf package. Raises MissingDependencyError with `what` as the purpose."""
     if find_spec("gguf") is None:
         raise MissingDependencyError(f"{what} needs the package gguf", hint=install_command("gguf"))
     return import_module("gguf")
 
 
 def gguf_name(architecture: Architecture, layers: int, name: str) -> str | None:
-    """Return the GGUF name of the Hugging Face tensor `name`, or None where llama.cpp has no such tensor."""
+    """Return the GGUF name of the Hugging Face tensor `name`, or None where GGUF has no such tensor."""
     found = _names_in(architecture.name, layers).get_name(name, try_suffixes=(".weight", ".bias"))
     return found if isinstance(found, str) else None
 
@@ -105,7 +105,7 @@ def _names_in(architecture: str, layers: int) -> Any:
 
 
 def rotated_heads(architecture: Architecture, name: str, config: Mapping[str, Any]) -> int | None:
-    """Return the number of heads whose rows are interleaved in the GGUF tensor `name`; None where none are."""
+    """Return the number of heads of the GGUF tensor `name` if its rows are interleaved, else None."""
     match = _ROTATED.fullmatch(name)
     if not architecture.interleaved or match is None:
         return None
@@ -123,18 +123,20 @@ def is_offset_norm(architecture: Architecture, name: str) -> bool:
 
 
 def stored_rows(rows: int, heads: int, where: str) -> Tensor:
-    """Return (rows,) int64: the row of the GGUF tensor that holds each row of the Hugging Face tensor."""
+    """Return, for each row of the Hugging Face tensor, its row in the GGUF tensor, int64 (rows,)."""
     half = _half(rows, heads, where)
     return torch.arange(rows).view(heads, half, 2).transpose(1, 2).reshape(-1)
 
 
 def written_rows(rows: int, heads: int, where: str) -> Tensor:
-    """Return (rows,) int64: the row of the Hugging Face tensor that each row of the GGUF tensor holds."""
+    """Return, for each row of the GGUF tensor, its row in the Hugging Face tensor, int64 (rows,)."""
     half = _half(rows, heads, where)
     return torch.arange(rows).view(heads, 2, half).transpose(1, 2).reshape(-1)
 
 
 def _half(rows: int, heads: int, where: str) -> int:
     if rows % (2 * heads):
-        raise FileFormatError(f"{where}: its rows are not {heads} heads of even size", got=str(rows))
+        raise FileFormatError(
+            f"{where}: the number of rows is not divisible into {heads} heads of even size", got=str(rows)
+        )
     return rows // heads // 2

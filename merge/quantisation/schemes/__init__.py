@@ -1,1 +1,1 @@
-"""One file per quantisation scheme: where its parts lie, and how they become dense rows and back."""
+"""One file per quantisation scheme: the stored layout, dequantisation of rows, and requantisation of weights."""

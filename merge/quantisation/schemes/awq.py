@@ -19,7 +19,7 @@ from adapter_merge.quantisation.findings import Findings
 from adapter_merge.quantisation.known_settings import Configuration
 from adapter_merge.quantisation.packed_weight import PackedWeight, Read, read_part
 from adapter_merge.quantisation.scale_grid import ScaleGrid
-from adapter_merge.quantisation.transposed_cache import TurnedCache
+from adapter_merge.quantisation.transposed_cache import TransposedCache
 from adapter_merge.storage.lazy_torch import torch
 from adapter_merge.storage.tensor_io import TORCH_DTYPES
 
@@ -33,52 +33,54 @@ NIBBLES = (0, 4, 1, 5, 2, 6, 3, 7)  # the place, from the low bits, of outputs 0
 class AwqWeight(PackedWeight):
     """Weight (out, in). Parts: "qweight", "qzeros", "scales".
 
-    The rows of the dense weight are columns of the file: the packed bytes of one weight are read whole and kept.
+    The file stores the transpose. The parts of one weight are read whole, transposed and cached.
     """
 
     grid: ScaleGrid
-    cache: TurnedCache = field(repr=False, compare=False)
+    cache: TransposedCache = field(repr=False, compare=False)
 
     def rows(self, read: Read, first: int, count: int) -> Tensor:
-        words, zeros, scales = self.cache.get(self.name, lambda: self._turn(read))
+        words, zeros, scales = self.cache.get(self.name, lambda: self._transpose_parts(read))
         values = _outputs(words, first, count).to(torch.float32)
-        self.grid.combine(values, _outputs(zeros, first, count).to(torch.float32), "sub_")
-        self.grid.combine(values, scales[first : first + count].float(), "mul_")
+        self.grid.apply(values, _outputs(zeros, first, count).to(torch.float32), "sub_")
+        self.grid.apply(values, scales[first : first + count].float(), "mul_")
         return values.to(TORCH_DTYPES[self.dtype])
 
-    def _turn(self, read: Read) -> tuple[Tensor, ...]:
-        """Return words (out / 8, in), words of zeros (out / 8, groups) and scales (out, groups)."""
+    def _transpose_parts(self, read: Read) -> tuple[Tensor, ...]:
+        """Return the transposed qweight (out / 8, in), qzeros (out / 8, groups) and scales (out, groups)."""
         turned = [read_part(read, self.parts[role]).T.contiguous() for role in ("qweight", "qzeros", "scales")]
         return tuple(turned)
 
 
 def _outputs(words: Tensor, first: int, count: int) -> Tensor:
-    """Return the codes of outputs first .. first + count, int32 (count, in), of `words` (out / 8, in)."""
+    """Unpack outputs first .. first + count of `words` (out / 8, n): codes, int32 (count, n)."""
     output = torch.arange(first, first + count, device=words.device)
     shifts = torch.tensor(NIBBLES, dtype=torch.int32, device=words.device)[output % 8] * 4
     return (words[output // 8] >> shifts[:, None]) & 15
 
 
 def find_awq(configuration: Configuration, findings: Findings) -> None:
-    """Add every weight of an AWQ checkpoint."""
-    group, cache = configuration.settings["group_size"], TurnedCache()
+    """Add every AWQ weight of a checkpoint to `findings`."""
+    group, cache = configuration.settings["group_size"], TransposedCache()
     for name, words in findings.tensors.items():
         if not name.endswith(".qweight"):
             continue
         prefix = name.removesuffix("qweight")
         if words.dtype != "I32" or len(words.shape) != 2 or not all(words.shape):
-            findings.fault(name, "is no matrix of packed words", "I32 in two dimensions",
+            findings.add_fault(name, "is not a matrix of packed words", "I32 in two dimensions",
                            f"{words.dtype} {list(words.shape)}")  # fmt: skip
             continue
         columns, rows = words.shape[0], words.shape[1] * 8
         size = columns if group == -1 else group
         if columns % size:
-            findings.fault(name, "group_size does not divide its inputs", f"a divisor of {columns}", str(size))
+            findings.add_fault(name, "group_size does not divide its inputs", f"a divisor of {columns}", str(size))
             continue
         grid = ScaleGrid((rows, columns), (1, size))
-        scales = findings.part(f"{prefix}scales", ("F16", "BF16"), [(grid.cells[1], rows)], owner=f"{prefix}weight")
-        zeros = findings.part(f"{prefix}qzeros", ("I32",), [(grid.cells[1], rows // 8)], owner=f"{prefix}weight")
+        scales = findings.find_part(
+            f"{prefix}scales", ("F16", "BF16"), [(grid.cells[1], rows)], owner=f"{prefix}weight"
+        )
+        zeros = findings.find_part(f"{prefix}qzeros", ("I32",), [(grid.cells[1], rows // 8)], owner=f"{prefix}weight")
         if scales is not None and zeros is not None:
             parts = {"qweight": words, "qzeros": zeros, "scales": scales}
             dense, scheme = f"{prefix}weight", f"awq int4 g{size}"
-            findings.add(AwqWeight(dense, scheme, (rows, columns), parts, scales.dtype, grid, cache))
+            findings.add_weight(AwqWeight(dense, scheme, (rows, columns), parts, scales.dtype, grid, cache))

@@ -1,4 +1,4 @@
-"""bitsandbytes' 4-bit weights, nf4 and fp4: codes in blocks of the flattened weight, a largest value per block.
+"""bitsandbytes: 4-bit weights (nf4, fp4), with one scale (absmax) per block of the flattened weight, and INT8 weights.
 
     weight                              flat bytes, high nibble first (of any storage dtype)
     weight.absmax                       F32 (blocks,); U8 where it is quantised again (double quantisation)
@@ -9,8 +9,9 @@
 
 Arithmetic: bitsandbytes 0.50, backends/default/ops.py, _dequantize_4bit_compute: code value times absmax in float32,
 rounded once to the quant_state's dtype; functional.py, dequantize_4bit: absmax = nested code times nested absmax, plus
-the offset, each in float32. Blocks run through the flattened weight, across rows. Where in_features is no multiple of
-the block size, the CPU kernel of 0.50.2 gives other values than its own default backend and CUDA: the layout decides.
+the offset, each in float32. A block may contain the end of one row and the start of the next. Where in_features is not
+a multiple of the block size, the CPU kernel of 0.50.2 returns other values than its default backend and CUDA; the
+values here are those of the latter two.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ from typing import TYPE_CHECKING, Any
 
 from adapter_merge.quantisation.findings import Findings
 from adapter_merge.quantisation.packed_weight import PackedWeight, Read, read_part
-from adapter_merge.quantisation.rounding import to_table
+from adapter_merge.quantisation.rounding import round_to_table
 from adapter_merge.quantisation.scale_grid import ScaleGrid
 from adapter_merge.quantisation.stored_codes import decode_pairs
 from adapter_merge.storage.lazy_torch import torch
@@ -42,7 +43,7 @@ NF4 = (
 )  # fmt: skip
 _FP4_TWELFTHS = (0.0, 0.0625, 8.0, 12.0, 4.0, 6.0, 2.0, 3.0)  # of codes 0 .. 7; bit 3 is the sign
 CODES = {"nf4": NF4, "fp4": (*(v / 12 for v in _FP4_TWELFTHS), *(-v / 12 for v in _FP4_TWELFTHS))}
-SMALLEST = 1e-38  # bitsandbytes divides by no smaller absmax
+SMALLEST = 1e-38  # lower limit of the absmax that bitsandbytes divides by
 
 
 @dataclass(frozen=True)
@@ -68,20 +69,22 @@ class Bitsandbytes4Weight(PackedWeight):
             values = values * largest.repeat_interleave(self.block)[offset : offset + stop - start]
         return values.to(TORCH_DTYPES[self.dtype]).view(count, columns)
 
-    def candidates(self, weight: Tensor, read: Read, draw: Tensor | None = None) -> Iterator[Mapping[str, Tensor]]:
-        """Yield codes for the stored absmax, then absmax and codes of the new weight.
+    def candidates(self, weight: Tensor, read: Read, uniform: Tensor | None = None) -> Iterator[Mapping[str, Tensor]]:
+        """Yield codes for the stored absmax, then a new absmax with its codes.
 
-        With double quantisation the offset stays: it is stored in JSON, whose length may not change. The codes are
-        the nearest for the absmax as it is stored, where bitsandbytes takes those for the absmax before its rounding.
+        With double quantisation the stored offset is kept: it is part of a JSON text whose length must not change.
+        Codes are chosen for the absmax as it is stored; bitsandbytes chooses them for the absmax before its rounding.
         """
         flat = torch.nn.functional.pad(weight.reshape(-1), (0, -weight.numel() % self.block)).view(-1, self.block)
         blocks = flat.shape[0]
-        if draw is not None:
-            draw = torch.nn.functional.pad(draw.reshape(-1), (0, -weight.numel() % self.block)).view(-1, self.block)
-        yield {"weight": self._encoded(flat, self._absmax(read, 0, blocks), draw)}
+        if uniform is not None:
+            uniform = torch.nn.functional.pad(uniform.reshape(-1), (0, -weight.numel() % self.block)).view(
+                -1, self.block
+            )
+        yield {"weight": self._encoded(flat, self._absmax(read, 0, blocks), uniform)}
         largest = flat.abs().amax(dim=1)
         if "nested_absmax" not in self.parts:
-            yield {"weight": self._encoded(flat, largest, draw), "absmax": largest}
+            yield {"weight": self._encoded(flat, largest, uniform), "absmax": largest}
             return
         table = read_part(read, self.parts["nested_map"])
         around = largest - torch.tensor(self.nested_offset, dtype=torch.float32)
@@ -89,43 +92,43 @@ class Bitsandbytes4Weight(PackedWeight):
         nested = grouped.abs().amax(dim=1)
         scaled = (grouped / nested.clamp(min=SMALLEST)[:, None]).clamp(-1, 1)
         codes = torch.bucketize(scaled, (table[:-1] + table[1:]) / 2).to(torch.uint8).view(-1)[:blocks]
-        decoded = self._unnested(codes, nested, table)
-        yield {"weight": self._encoded(flat, decoded, draw), "absmax": codes, "nested_absmax": nested}
+        decoded = self._decode_nested(codes, nested, table)
+        yield {"weight": self._encoded(flat, decoded, uniform), "absmax": codes, "nested_absmax": nested}
 
     def _absmax(self, read: Read, first: int, count: int) -> Tensor:
-        """Return the largest values of blocks first .. first + count, float32."""
+        """Return the absmax of blocks first .. first + count, float32."""
         ref = self.parts["absmax"]
         if "nested_absmax" not in self.parts:
             return read(ref, first * 4, (first + count) * 4).view(torch.float32)
         table, nested = read_part(read, self.parts["nested_map"]), read_part(read, self.parts["nested_absmax"])
-        return self._unnested(read(ref, first, first + count), nested, table, first)
+        return self._decode_nested(read(ref, first, first + count), nested, table, first)
 
-    def _unnested(self, codes: Tensor, nested: Tensor, table: Tensor, first: int = 0) -> Tensor:
-        """Return the values of nested `codes`, those of blocks first, first + 1, ..."""
+    def _decode_nested(self, codes: Tensor, nested: Tensor, table: Tensor, first: int = 0) -> Tensor:
+        """Return the absmax of blocks first, first + 1, ..., decoded from their double-quantised `codes`, float32."""
         index = torch.arange(first, first + codes.numel()) // self.nested_block
         return table[codes.int()] * nested[index] + torch.tensor(self.nested_offset, dtype=torch.float32)
 
-    def _encoded(self, flat: Tensor, largest: Tensor, draw: Tensor | None) -> Tensor:
-        """Return the packed nearest codes of `flat` (blocks, block) over `largest`, in the stored dtype and shape."""
+    def _encoded(self, flat: Tensor, largest: Tensor, uniform: Tensor | None) -> Tensor:
+        """Encode `flat` (blocks, block) for the absmax `largest`; return packed codes in the stored dtype and shape."""
         ref = self.parts["weight"]
         table, order = torch.tensor(CODES[self.kind]).sort()
         scaled = (flat * (1.0 / largest.clamp(min=SMALLEST))[:, None]).clamp(-1, 1)
-        if draw is None:
+        if uniform is None:
             index = torch.bucketize(scaled, (table[:-1] + table[1:]) / 2)
         else:
-            index = to_table(scaled, table, draw)
+            index = round_to_table(scaled, table, uniform)
         codes = order[index].to(torch.uint8).view(-1)
         packed = (codes[0::2] << 4) | codes[1::2]
         return packed[: ref.nbytes].view(TORCH_DTYPES[ref.dtype]).view(ref.shape)
 
 
-ROW_FORMAT = "weight_format"  # U8 scalar: 0 is row-major, the only one that bitsandbytes still writes
+ROW_FORMAT = "weight_format"  # U8 scalar: 0 is row-major, the only order that bitsandbytes still writes
 BLOCKS = (32, 64, 128, 256, 512, 1024, 2048, 4096)
 STATE_BYTES = 4096  # a quant_state is about 150 bytes of JSON
 
 
 def find_bitsandbytes(findings: Findings) -> None:
-    """Add every 4-bit and 8-bit weight of a bitsandbytes checkpoint. Reads each weight's quant_state."""
+    """Add every bitsandbytes weight of a checkpoint to `findings`. Reads the quant_state of each 4-bit weight."""
     for name in list(findings.tensors):
         weight, found, kind = name.partition(".quant_state.bitsandbytes__")
         if found:
@@ -139,26 +142,26 @@ def _add_int8(findings: Findings, name: str) -> None:
     ref = findings.tensors.get(f"{prefix}weight")
     if ref is None or ref.dtype != "I8" or len(ref.shape) != 2 or not all(ref.shape):
         got = "none" if ref is None else f"{ref.dtype} {list(ref.shape)}"
-        findings.fault(name, "no INT8 weight beside it", "a matrix of I8", got)
+        findings.add_fault(name, "the INT8 weight of this scale is missing", "a matrix of I8", got)
         return
     layout = findings.tensors.get(prefix + ROW_FORMAT)
     if layout is not None:
         findings.side.add(layout.name)
         if layout.dtype != "U8" or layout.nbytes != 1 or int(read_tensor(layout).reshape(())) != 0:
-            findings.fault(layout.name, "another order of the weight than rows", "one byte, 0")
+            findings.add_fault(layout.name, "the weight is not stored row by row", "one byte, 0")
             return
-    scale = findings.part(name, ("F32",), [(ref.shape[0],)], owner=ref.name)
+    scale = findings.find_part(name, ("F32",), [(ref.shape[0],)], owner=ref.name)
     if scale is not None:
         grid = ScaleGrid(ref.shape, (1, ref.shape[1]))
-        findings.add(ScaledWeight(ref.name, "bitsandbytes int8", ref.shape, {"weight": ref, "scale": scale}, "F32",
-                                  grid, BITSANDBYTES_SCALE))  # fmt: skip
+        findings.add_weight(ScaledWeight(ref.name, "bitsandbytes int8", ref.shape, {"weight": ref, "scale": scale},
+                                         "F32", grid, BITSANDBYTES_SCALE))  # fmt: skip
 
 
 def _add_4bit(findings: Findings, name: str, state: TensorRef, kind: str) -> None:
     settings = _read_state(state)
     faults = _state_faults(settings, kind)
     if faults:
-        findings.fault(state.name, "a quant_state that is not known", got="; ".join(faults)[:300])
+        findings.add_fault(state.name, "is a quant_state with unsupported values", got="; ".join(faults)[:300])
         return
     rows, columns = settings["shape"]
     elements, block = rows * columns, settings["blocksize"]
@@ -166,7 +169,7 @@ def _add_4bit(findings: Findings, name: str, state: TensorRef, kind: str) -> Non
     nested = "nested_blocksize" in settings
     packed = findings.tensors.get(name)
     if packed is None or packed.nbytes != -(-elements // 2) or packed.dtype not in STORAGE_DTYPES:
-        findings.fault(name, "has not the bytes that its quant_state gives", f"{-(-elements // 2)} bytes",
+        findings.add_fault(name, "does not have the size that its quant_state states", f"{-(-elements // 2)} bytes",
                        "no such tensor" if packed is None else f"{packed.nbytes} bytes of {packed.dtype}")  # fmt: skip
         return
     parts = {"weight": packed, "state": state}
@@ -178,17 +181,19 @@ def _add_4bit(findings: Findings, name: str, state: TensorRef, kind: str) -> Non
             ("nested_map", "nested_quant_map", "F32", (256,)),
         ]
     for role, ending, dtype, shape in wanted:
-        ref = findings.part(f"{name}.{ending}", (dtype,), [shape], owner=name)
+        ref = findings.find_part(f"{name}.{ending}", (dtype,), [shape], owner=name)
         if ref is None:
             return
         parts[role] = ref
     if not torch.equal(read_tensor(parts["quant_map"]), torch.tensor(CODES[kind])):
-        findings.fault(f"{name}.quant_map", f"is not the table of {kind}, which bitsandbytes takes whatever it says")
+        findings.add_fault(
+            f"{name}.quant_map", f"differs from the table of {kind} that bitsandbytes uses for every file"
+        )
         return
     words = f"bitsandbytes {kind}{' double' if nested else ''}"
     dtype, inner = STATE_DTYPES[settings["dtype"]], settings.get("nested_blocksize", 0)
     offset = settings.get("nested_offset", 0.0)
-    findings.add(Bitsandbytes4Weight(name, words, (rows, columns), parts, dtype, kind, block, inner, offset))
+    findings.add_weight(Bitsandbytes4Weight(name, words, (rows, columns), parts, dtype, kind, block, inner, offset))
 
 
 STORAGE_DTYPES = ("U8", "I8", "F16", "BF16", "F32", "F64")  # of bnb_4bit_quant_storage
@@ -198,7 +203,7 @@ _NESTED_KEYS = {"nested_blocksize", "nested_dtype", "nested_offset"}
 
 
 def _read_state(state: TensorRef) -> dict[str, Any]:
-    """Return the JSON object of a quant_state, or an empty one where there is none."""
+    """Return the JSON object of a quant_state, or an empty object where it has none."""
     if state.dtype != "U8" or not 0 < state.nbytes <= STATE_BYTES:
         return {}
     try:
@@ -209,7 +214,7 @@ def _read_state(state: TensorRef) -> dict[str, Any]:
 
 
 def _state_faults(settings: Mapping[str, Any], kind: str) -> list[str]:
-    """Return what is wrong with a quant_state of a tensor whose name says `kind`."""
+    """Return the faults of a quant_state that belongs to a tensor whose name states `kind`."""
     keys = set(settings)
     if keys not in (_PLAIN_KEYS, _PLAIN_KEYS | _NESTED_KEYS):
         return [f"keys {', '.join(sorted(keys)) or 'none'}"]

@@ -1,9 +1,10 @@
-"""compressed-tensors checkpoints: the group of each module, and the parts that its format stores.
+"""compressed-tensors checkpoints: the config group of each module, and the tensors that its format stores.
 
-A module belongs to the first of these that matches it: a target that is its name, a target "re:..." that matches from
-its start (compressed-tensors 0.20, utils/match.py, match_targets: both sorted, patterns last), a class such as
-"Linear". Classes are not in a checkpoint: a module that has quantised parts and matches no name belongs to the group
-of a class. A module that "ignore" names must be dense.
+Targets of groups are module names, patterns "re:..." that match from the start of a name, and classes such as "Linear".
+The first match decides, in this order: names, patterns (each sorted), classes (compressed-tensors 0.20, utils/match.py,
+match_targets). A checkpoint does not contain the classes of modules: a module with quantised tensors that matches no
+name and no pattern belongs to the group with a class as target. Modules that the config's "ignore" matches must be
+dense.
 """
 
 from __future__ import annotations
@@ -33,20 +34,20 @@ ARGUMENT_KEYS = {
     "zp_dtype", "observer", "observer_kwargs",
 }  # fmt: skip
 STRATEGIES = ("tensor", "channel", "group", "block", "tensor_group")
-FORMATS = {  # of (type, bits): the format of a group that states none
+FORMATS = {  # (type, num_bits): the formats that store such weights
     ("int", 4): ("pack-quantized",),
     ("int", 8): ("pack-quantized", "int-quantized", "naive-quantized"),
     ("float", 8): ("float-quantized", "naive-quantized"),
     ("float", 4): ("nvfp4-pack-quantized", "mxfp4-pack-quantized"),
 }
-MIXED = "mixed-precision"  # of a config whose groups have several formats
+MIXED = "mixed-precision"  # format of a config whose groups have different formats
 PACKED, DENSE = "weight_packed", "weight"
 ACTIVATION_PARTS = ("input_scale", "input_zero_point", "input_global_scale", "output_scale", "output_zero_point")
 
 
 @dataclass(frozen=True)
 class Group:
-    """One of config_groups: its targets, the arguments of its weights, and its format."""
+    """One entry of config_groups: its targets, its arguments for weights, and its format."""
 
     name: str
     targets: tuple[str, ...]
@@ -54,7 +55,7 @@ class Group:
     format: str
 
     def block(self, shape: tuple[int, int]) -> tuple[int, int]:
-        """Return how many rows and columns of a weight of `shape` share a scale."""
+        """Return the number of rows and columns of a weight of `shape` that share one scale."""
         strategy = self.weights["strategy"]
         if strategy == "block":
             rows, columns = self.weights["block_structure"]
@@ -65,7 +66,7 @@ class Group:
 
 
 def find_compressed_tensors(configuration: Configuration, findings: Findings) -> None:
-    """Add every quantised weight of a compressed-tensors checkpoint. Raises UnsupportedError for unknown groups."""
+    """Add every quantised weight of a checkpoint to `findings`. Raises UnsupportedError for unsupported groups."""
     groups = _read_groups(configuration)
     ordered = sorted(
         ((target, group) for group in groups for target in group.targets), key=lambda item: ("re:" in item[0], item[0])
@@ -77,17 +78,17 @@ def find_compressed_tensors(configuration: Configuration, findings: Findings) ->
         module, _, part = name.rpartition(".")
         if part == PACKED or (part == DENSE and ref.dtype in ("F8_E4M3", "I8")):
             if module in names or any(matches(module, item) for item in patterns):
-                findings.fault(name, "is quantised, and the config's ignore says that it is dense")
+                findings.add_fault(name, "is quantised, but the config lists its module in ignore")
                 continue
             group = _group_of(module, ordered)
             if group is None:
-                findings.fault(name, "is quantised, and no group of the config has it as a target")
+                findings.add_fault(name, "is quantised, but no group of the config targets its module")
             else:
                 _add(findings, module, group)
 
 
 def matches(module: str, target: str) -> bool:
-    """Return True where `target`, a name or "re:" and a pattern, means `module` (utils/match.py, match_name)."""
+    """Return True where `target`, a name or "re:" with a pattern, matches `module` (utils/match.py, match_name)."""
     if not target.startswith("re:"):
         return target == module
     try:
@@ -104,13 +105,13 @@ def _group_of(module: str, ordered: list[tuple[str, Group]]) -> Group | None:
 
 
 def _read_groups(configuration: Configuration) -> list[Group]:
-    """Return config_groups. Raises UnsupportedError with every key and value that is not known."""
+    """Return the config's groups. Raises UnsupportedError with every unknown key and unsupported value."""
     problems: list[Problem] = []
     groups = []
     for name, stated in configuration.settings["config_groups"].items():
         where = f"{configuration.where}: config_groups.{name}"
         if not isinstance(stated, dict):
-            problems.append(Problem(f"{where} is no object", got=repr(stated)[:100]))
+            problems.append(Problem(f"{where} is not a JSON object", got=repr(stated)[:100]))
             continue
         group = _read_group(name, stated, configuration.settings["format"], where, problems)
         if group is not None:
@@ -119,7 +120,11 @@ def _read_groups(configuration: Configuration) -> list[Group]:
     if not problems and groups and overall not in formats and overall != MIXED:
         expected = " or ".join(sorted(formats if len(formats) == 1 else {*formats, MIXED}))
         problems.append(
-            Problem(f"{configuration.where}: another format than its groups state", expected, repr(overall)[:100])
+            Problem(
+                f"{configuration.where}: its format differs from the formats of its groups",
+                expected,
+                repr(overall)[:100],
+            )
         )
     raise_all(problems, UnsupportedError)
     return groups
@@ -137,11 +142,13 @@ def _read_group(
         try:
             re.compile(str(target).removeprefix("re:"))
         except re.error as error:
-            problems.append(Problem(f"{where}: a target that is no pattern", got=f"{target!r} ({error})"[:200]))
+            problems.append(
+                Problem(f"{where}: a target is not a valid regular expression", got=f"{target!r} ({error})"[:200])
+            )
     if weights is None:
-        return None  # a group that quantises activations alone
+        return None  # the group quantises activations only
     if not isinstance(weights, dict):
-        problems.append(Problem(f"{where}.weights is no object", got=repr(weights)[:100]))
+        problems.append(Problem(f"{where}.weights is not a JSON object", got=repr(weights)[:100]))
         return None
     _refuse_unknown(weights, ARGUMENT_KEYS, f"{where}.weights", problems)
     arguments = {"num_bits": 8, "type": "int", "symmetric": True, "group_size": None, "strategy": None, **weights}
@@ -150,17 +157,17 @@ def _read_group(
         arguments["strategy"] = "tensor" if size is None else "channel" if size == -1 else "group"
     for key, text in (("type", ("int", "float")), ("strategy", STRATEGIES)):
         if arguments[key] not in text:
-            problems.append(Problem(f"{where}.weights: another {key} than is known", " or ".join(text),
+            problems.append(Problem(f"{where}.weights: unsupported value of {key}", " or ".join(text),
                                     repr(arguments[key])[:100]))  # fmt: skip
     kind = [key for key in FORMATS if key == (arguments["type"], arguments["num_bits"])]
     formats = FORMATS[kind[0]] if kind else None
     if formats is None:
-        problems.append(Problem(f"{where}.weights: a type and num_bits that are not known",
+        problems.append(Problem(f"{where}.weights: this type and num_bits are not supported",
                                 ", ".join(f"{kind} {bits}" for kind, bits in FORMATS),
                                 f"{arguments['type']!r} {arguments['num_bits']!r}"[:100]))  # fmt: skip
     form = stated.get("format") or overall
     if formats is not None and form not in formats:
-        problems.append(Problem(f"{where}: another format than its type and bits allow", " or ".join(formats),
+        problems.append(Problem(f"{where}: this format is not possible for its type and num_bits", " or ".join(formats),
                                 repr(form)[:100]))  # fmt: skip
     _check_sizes(arguments, form, where, problems)
     if len(problems) > before:
@@ -175,36 +182,44 @@ def _check_sizes(arguments: Mapping[str, Any], form: str, where: str, problems: 
         type(size) is not int or size <= 0 or size != (expected_size or size)
     ):
         problems.append(
-            Problem(f"{where}.weights: another group_size", str(expected_size or "a positive size"), repr(size)[:100])
+            Problem(
+                f"{where}.weights: unsupported value of group_size",
+                str(expected_size or "a positive size"),
+                repr(size)[:100],
+            )
         )
     if strategy == "block" and not (
         isinstance(block, list) and len(block) == 2 and all(type(item) is int and item > 0 for item in block)
     ):
         problems.append(Problem(f"{where}.weights: no block_structure", "two positive sizes", repr(block)[:100]))
     if (expected_size is not None) != (strategy == "tensor_group" or form == "mxfp4-pack-quantized"):
-        problems.append(Problem(f"{where}.weights: strategy and format do not go together", got=f"{strategy}, {form}"))
+        problems.append(
+            Problem(f"{where}.weights: this strategy is not possible in this format", got=f"{strategy}, {form}")
+        )
     if arguments["symmetric"] not in (True, False) or (not arguments["symmetric"] and arguments["type"] == "float"):
         problems.append(
-            Problem(f"{where}.weights: another symmetric", "true for float", repr(arguments["symmetric"])[:100])
+            Problem(
+                f"{where}.weights: unsupported value of symmetric", "true for float", repr(arguments["symmetric"])[:100]
+            )
         )
     if arguments.get("dynamic") not in (None, False):
-        problems.append(Problem(f"{where}.weights: weights that are quantised on the fly", "dynamic false"))
+        problems.append(Problem(f"{where}.weights: dynamic quantisation of weights is not supported", "dynamic false"))
 
 
 def _refuse_unknown(stated: Mapping[str, Any], known: set[str], where: str, problems: list[Problem]) -> None:
     unknown = sorted(str(key) for key in stated if key not in known)
     if unknown:
-        problems.append(Problem(f"{where}: keys that are not known", ", ".join(sorted(known)), ", ".join(unknown)))
+        problems.append(Problem(f"{where}: unknown keys", ", ".join(sorted(known)), ", ".join(unknown)))
 
 
 def _add(findings: Findings, module: str, group: Group) -> None:
-    """Add the weight of `module`, or note what is wrong with it."""
+    """Add the weight of `module`, or record its faults."""
     prefix = f"{module}." if module else ""
     findings.side.update(name for part in ACTIVATION_PARTS if (name := prefix + part) in findings.tensors)
     packed = findings.tensors.get(prefix + PACKED)
     if (packed is None) != (group.format in ("float-quantized", "int-quantized", "naive-quantized")):
-        findings.fault(prefix + (DENSE if packed is None else PACKED),
-                       f"is not how the config's group {group.name} stores weights ({group.format})")  # fmt: skip
+        findings.add_fault(prefix + (DENSE if packed is None else PACKED),
+                       f"is not stored in the format of the config's group {group.name} ({group.format})")  # fmt: skip
     elif group.format == "pack-quantized":
         _add_packed(findings, prefix, group)
     elif group.format in ("nvfp4-pack-quantized", "mxfp4-pack-quantized"):
@@ -217,7 +232,7 @@ def _add_scaled(findings: Findings, prefix: str, group: Group) -> None:
     ref = findings.tensors[prefix + DENSE]
     kind = "F8_E4M3" if group.weights["type"] == "float" else "I8"
     if ref.dtype != kind or len(ref.shape) != 2 or not all(ref.shape):
-        findings.fault(ref.name, f"is not how the config's group {group.name} stores weights", f"a matrix of {kind}",
+        findings.add_fault(ref.name, f"is not stored as the config's group {group.name} states", f"a matrix of {kind}",
                        f"{ref.dtype} {list(ref.shape)}")  # fmt: skip
         return
     words = {"tensor": "tensor", "channel": "row", "group": f"g{group.weights['group_size']}"}
@@ -232,40 +247,40 @@ def _add_scaled(findings: Findings, prefix: str, group: Group) -> None:
 
 def _add_packed(findings: Findings, prefix: str, group: Group) -> None:
     name, bits = prefix + DENSE, group.weights["num_bits"]
-    stated = findings.part(f"{prefix}weight_shape", ("I64", "I32"), [(2,)], owner=name)
+    stated = findings.find_part(f"{prefix}weight_shape", ("I64", "I32"), [(2,)], owner=name)
     if stated is None:
         return
     rows, columns = (int(size) for size in read_tensor(stated).tolist())
     words = -(-columns * bits // 32)
-    packed = findings.part(prefix + PACKED, ("I32",), [(rows, words)], owner=name)
+    packed = findings.find_part(prefix + PACKED, ("I32",), [(rows, words)], owner=name)
     block = group.block((rows, columns))
     if min(rows, columns) < 1 or (block[1] < columns and columns % block[1]):
-        findings.fault(name, "group_size does not divide the columns", f"a divisor of {columns}", str(block[1]))
+        findings.add_fault(name, "group_size does not divide the columns", f"a divisor of {columns}", str(block[1]))
         return
     grid = ScaleGrid((rows, columns), block)
     shapes = [grid.cells, (1,)] if grid.cells == (1, 1) else [grid.cells]
-    scale = findings.part(f"{prefix}weight_scale", SCALE_DTYPES, shapes, owner=name)
+    scale = findings.find_part(f"{prefix}weight_scale", SCALE_DTYPES, shapes, owner=name)
     if packed is None or scale is None:
         return
     parts = {"packed": packed, "scale": scale, "shape": stated}
     if not group.weights["symmetric"]:
         if group.weights["strategy"] == "tensor":
-            zero = findings.part(f"{prefix}weight_zero_point", ("I8",), [(1,)], owner=name)
+            zero = findings.find_part(f"{prefix}weight_zero_point", ("I8",), [(1,)], owner=name)
         else:
             shape = (-(-rows * bits // 32), grid.cells[1])
-            zero = findings.part(f"{prefix}weight_zero_point", ("I32",), [shape], owner=name)
+            zero = findings.find_part(f"{prefix}weight_zero_point", ("I32",), [shape], owner=name)
         if zero is None:
             return
         parts["zero_point"] = zero
     index = f"{prefix}weight_g_idx"
     if index in findings.tensors:
-        order = findings.part(index, ("I32", "I64"), [(columns,)], owner=name)
+        order = findings.find_part(index, ("I32", "I64"), [(columns,)], owner=name)
         if order is None:
             return
         parts["group_index"] = order
     size = {"tensor": "tensor", "channel": "row"}.get(group.weights["strategy"], f"g{group.weights['group_size']}")
     kind = "" if group.weights["symmetric"] else " asymmetric"
-    findings.add(PackQuantizedWeight(name, f"pack-quantized int{bits}{kind} {size}", (rows, columns), parts,
+    findings.add_weight(PackQuantizedWeight(name, f"pack-quantized int{bits}{kind} {size}", (rows, columns), parts,
                                      scale.dtype, bits, grid))  # fmt: skip
 
 
@@ -273,19 +288,19 @@ def _add_fp4(findings: Findings, prefix: str, group: Group) -> None:
     name, packed = prefix + DENSE, findings.tensors[prefix + PACKED]
     size = group.weights["group_size"]
     if packed.dtype != "U8" or len(packed.shape) != 2 or not all(packed.shape) or 2 * packed.shape[1] % size:
-        findings.fault(packed.name, "is no matrix of packed FP4 codes", f"U8, {size // 2} bytes for a group",
+        findings.add_fault(packed.name, "is not a matrix of packed FP4 codes", f"U8, {size // 2} bytes for a group",
                        f"{packed.dtype} {list(packed.shape)}")  # fmt: skip
         return
     shape = (packed.shape[0], 2 * packed.shape[1])
     grid = ScaleGrid(shape, (1, size))
     nvidia = group.format == "nvfp4-pack-quantized"
     dtypes = ("F8_E4M3",) if nvidia else ("U8", "F8_E8M0")
-    scale = findings.part(f"{prefix}weight_scale", dtypes, [grid.cells], owner=name)
-    overall = findings.part(f"{prefix}weight_global_scale", ("F32",), [(1,), ()], owner=name) if nvidia else None
+    scale = findings.find_part(f"{prefix}weight_scale", dtypes, [grid.cells], owner=name)
+    overall = findings.find_part(f"{prefix}weight_global_scale", ("F32",), [(1,), ()], owner=name) if nvidia else None
     if scale is None or (nvidia and overall is None):
         return
     if overall is None:
-        findings.add(Mxfp4Weight(name, "mxfp4", shape, {"packed": packed, "scale": scale}, "BF16", grid))
+        findings.add_weight(Mxfp4Weight(name, "mxfp4", shape, {"packed": packed, "scale": scale}, "BF16", grid))
     else:
         parts = {"packed": packed, "scale": scale, "global_scale": overall}
-        findings.add(Nvfp4Weight(name, "nvfp4", shape, parts, "BF16", grid, divides=True))
+        findings.add_weight(Nvfp4Weight(name, "nvfp4", shape, parts, "BF16", grid, divides=True))

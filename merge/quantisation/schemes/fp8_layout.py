@@ -1,10 +1,10 @@
-"""FP8 checkpoints of DeepSeek, transformers, AutoFP8 and fbgemm: where their weights and scales are.
+"""FP8 checkpoints of DeepSeek, transformers, AutoFP8 and fbgemm: the names and shapes of weights and scales.
 
     quant_method "fp8"         weight + weight_scale_inv on blocks of weight_block_size, or one scale where that is
                                null; AutoFP8 names its one scale weight_scale. Stacks: <parameter>_scale_inv.
     quant_method "fbgemm_fp8"  weight + weight_scale (out, 1)
 
-Scales of activations (input_scale, activation_scale, input_scale_ub) and of the key-value cache vanish with the config.
+Scales of activations (input_scale, activation_scale, input_scale_ub) and of the key-value cache are not read.
 """
 
 from __future__ import annotations
@@ -23,13 +23,15 @@ BLOCK_SCALE_DTYPES = (*SCALE_DTYPES, "F8_E8M0", "U8")
 
 
 def find_fp8(configuration: Configuration, findings: Findings) -> None:
-    """Add every FP8 weight of a checkpoint of method "fp8" or "fbgemm_fp8"."""
+    """Add every FP8 weight of a checkpoint of method "fp8" or "fbgemm_fp8" to `findings`."""
     block = configuration.settings.get("weight_block_size")
     for name, ref in findings.tensors.items():
         if ref.dtype != "F8_E4M3":
             continue
         if len(ref.shape) < 2 or not all(ref.shape):
-            findings.fault(name, "an FP8 weight that is no matrix", "two dimensions or more", str(list(ref.shape)))
+            findings.add_fault(
+                name, "is an FP8 weight, but not a matrix", "two dimensions or more", str(list(ref.shape))
+            )
         elif configuration.method == "fbgemm_fp8":
             add_scaled(findings, ref, f"{name}_scale", (1, ref.shape[-1]), "fp8 row")
         elif block is not None and f"{name}_scale_inv" in findings.tensors:
@@ -50,7 +52,7 @@ def add_scaled(
     zero_point: str | None = None,
     dtypes: tuple[str, ...] = BLOCK_SCALE_DTYPES,
 ) -> None:
-    """Add one weight of one byte per element with a scale per `block`, or note what is wrong with it."""
+    """Add one FP8 or INT8 weight with a scale per `block`, or record its faults."""
     grid = ScaleGrid(weight.shape, block)
     cells = (*weight.shape[:-2], *grid.cells)
     shapes = [cells]
@@ -62,9 +64,9 @@ def add_scaled(
     for role, name, allowed in (("scale", scale_name, dtypes), ("zero_point", zero_point, ("I8",))):
         if name is None:
             continue
-        ref = findings.part(name, allowed, shapes, owner=weight.name)
+        ref = findings.find_part(name, allowed, shapes, owner=weight.name)
         if ref is None:
             return
         parts[role] = ref
     dtype = parts["scale"].dtype if parts["scale"].dtype in SCALE_DTYPES else "BF16"
-    findings.add(ScaledWeight(weight.name, scheme, weight.shape, parts, dtype, grid))
+    findings.add_weight(ScaledWeight(weight.name, scheme, weight.shape, parts, dtype, grid))

@@ -1,16 +1,16 @@
 """compressed-tensors' pack-quantized weights: integers of 4 or 8 bits in int32 words, offset binary.
 
-    weight_packed      I32 (out, ceil(in bits / 32)), codes v + 2^(bits - 1), the first code in the low bits
+    weight_packed      I32 (out, ceil(in bits / 32)): codes v + 2^(bits - 1), the first code in the lowest bits
     weight_scale       (out, groups), (out, 1) or (1,)
-    weight_zero_point  I32 (ceil(out bits / 32), groups), packed along out; one int8 for a scale per tensor
-    weight_g_idx       I32 (in,): the group of each column (activation ordering); -1 everywhere where there is none
+    weight_zero_point  I32 (ceil(out bits / 32), groups), packed along out; one I8 where the tensor has one scale
+    weight_g_idx       I32 (in,): the group of each column (activation ordering); all -1 without activation ordering
     weight_shape       I64 (2,)
 
 Arithmetic: compressed-tensors 0.20, compressors/pack_quantized/base.py, decompress, and quantization/lifecycle/
-forward_helpers.py, _dequantize: code and zero point in the scale's dtype, subtracted, multiplied and rounded there.
-compressed-tensors 0.20 no longer reads weight_g_idx; up to 0.12, forward.py, _process_quantization, it sorts the
-columns by group and takes group_size columns per scale, which is scale[:, g_idx] where each group has group_size
-columns. Anything else is refused.
+forward_helpers.py, _dequantize: (code - zero point) * scale, computed and rounded in the scale's dtype.
+compressed-tensors 0.20 does not read weight_g_idx. Versions up to 0.12 (forward.py, _process_quantization) sort the
+columns by group and use one scale for group_size columns; this is scale[:, g_idx] where every group has group_size
+columns. Other weight_g_idx are refused.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING
 
 from adapter_merge.errors import FileFormatError
 from adapter_merge.quantisation.packed_weight import PackedWeight, Read, read_part, read_part_rows
-from adapter_merge.quantisation.rounding import to_integers
+from adapter_merge.quantisation.rounding import round_to_integers
 from adapter_merge.quantisation.scale_grid import ScaleGrid
 from adapter_merge.quantisation.stored_codes import pack_words, unpack_words
 from adapter_merge.storage.lazy_torch import torch
@@ -41,28 +41,28 @@ class PackQuantizedWeight(PackedWeight):
     def rows(self, read: Read, first: int, count: int) -> Tensor:
         columns, offset = self.shape[1], 1 << (self.bits - 1)
         codes = unpack_words(read_part_rows(read, self.parts["packed"], first, count), self.bits, columns)
-        values = codes.to(torch.float32)  # holds the product exactly for 16-bit scales: one rounding, as the library's
-        start, cells, index = self.grid.rows_of(first, count)
+        values = codes.to(torch.float32)  # exact products for 16-bit scales: rounded once, as in the library
+        start, cells, index = self.grid.grid_rows(first, count)
         scale = self._scales(read, start, cells).float()[index]
         groups = self._column_groups(read)
         if "zero_point" not in self.parts:
             values -= offset
         else:
             zero = self._zero_points(read, start, cells).float()[index] + offset
-            self._combine(values, zero, groups, "sub_")
-        self._combine(values, scale, groups, "mul_")
+            self._apply(values, zero, groups, "sub_")
+        self._apply(values, scale, groups, "mul_")
         return values.to(TORCH_DTYPES[self.dtype])
 
-    def candidates(self, weight: Tensor, read: Read, draw: Tensor | None = None) -> Iterator[Mapping[str, Tensor]]:
-        """Yield codes for the stored scales and zero points; then codes, scales and zero points of the new weight.
+    def candidates(self, weight: Tensor, read: Read, uniform: Tensor | None = None) -> Iterator[Mapping[str, Tensor]]:
+        """Yield codes for the stored scales and zero points, then new scales and zero points with their codes.
 
-        The latter as in compressed-tensors' quantization/utils/helpers.py, calculate_qparams.
+        New scales follow compressed-tensors' quantization/utils/helpers.py, calculate_qparams.
         """
         rows, groups = self.shape[0], self._column_groups(read)
-        start, cells, index = self.grid.rows_of(0, rows)
+        start, cells, index = self.grid.grid_rows(0, rows)
         scale = self._scales(read, start, cells)
         zero = self._zero_points(read, start, cells) if "zero_point" in self.parts else None
-        yield {"packed": self._encoded(weight, scale[index], None if zero is None else zero[index], groups, draw)}
+        yield {"packed": self._encoded(weight, scale[index], None if zero is None else zero[index], groups, uniform)}
         if zero is None:
             largest = self._reduced(weight.abs(), groups)
             wanted = largest / ((1 << self.bits) - 1) * 2
@@ -78,13 +78,13 @@ class PackQuantizedWeight(PackedWeight):
             tensors["zero_point"] = (
                 pack_words(zero.T.to(torch.int16) + limit, self.bits).T.contiguous() if packed else zero.reshape(1)
             )
-        codes = self._encoded(weight, scale[index], None if zero is None else zero[index], groups, draw)
+        codes = self._encoded(weight, scale[index], None if zero is None else zero[index], groups, uniform)
         yield {"packed": codes, **tensors}
 
     def _reduced(self, weight: Tensor, groups: Tensor | None) -> Tensor:
-        """Return the largest value of each cell of the grid, which is negative where all are."""
+        """Return the maximum of `weight` over each group, (out, groups)."""
         if groups is None:
-            return self.grid.largest(weight)
+            return self.grid.block_maxima(weight)
         largest = torch.full((self.shape[0], self.grid.cells[1]), -torch.inf)
         return largest.scatter_reduce_(1, groups.expand(self.shape[0], -1), weight, "amax")
 
@@ -105,7 +105,7 @@ class PackQuantizedWeight(PackedWeight):
         return (codes.to(torch.int16) - (1 << (self.bits - 1))).to(torch.int8)
 
     def _column_groups(self, read: Read) -> Tensor | None:
-        """Return the group of each column, int64 (in,), or None where columns are in order. Raises FileFormatError."""
+        """Return the group of each column, int64 (in,), or None without activation ordering. Raises FileFormatError."""
         if "group_index" not in self.parts:
             return None
         ref, groups, width = self.parts["group_index"], self.grid.cells[1], self.grid.block[1]
@@ -115,24 +115,24 @@ class PackQuantizedWeight(PackedWeight):
         inside = bool(((index >= 0) & (index < groups)).all())
         if not inside or not bool((torch.bincount(index, minlength=groups) == width).all()):
             raise FileFormatError(
-                f"{ref.file}: {ref.name} does not give each group its columns",
+                f"{ref.file}: {ref.name} does not assign the same number of columns to every group",
                 expected=f"{width} columns in each of {groups} groups, or -1 everywhere",
                 got=f"groups {int(index.min())} .. {int(index.max())}",
             )
         return index
 
-    def _combine(self, values: Tensor, cells: Tensor, groups: Tensor | None, operation: str) -> None:
+    def _apply(self, values: Tensor, cells: Tensor, groups: Tensor | None, operation: str) -> None:
         if groups is None:
-            self.grid.combine(values, cells, operation)
+            self.grid.apply(values, cells, operation)
         else:
             getattr(values, operation)(cells[:, groups])
 
     def _encoded(
-        self, weight: Tensor, scale: Tensor, zero: Tensor | None, groups: Tensor | None, draw: Tensor | None
+        self, weight: Tensor, scale: Tensor, zero: Tensor | None, groups: Tensor | None, uniform: Tensor | None
     ) -> Tensor:
         values, limit = weight.clone(), 1 << (self.bits - 1)
-        self._combine(values, scale.float(), groups, "div_")
+        self._apply(values, scale.float(), groups, "div_")
         values.nan_to_num_(nan=0.0)  # 0 / 0, where a scale is zero
         if zero is not None:
-            self._combine(values, zero.float(), groups, "add_")
-        return pack_words(to_integers(values, draw).clamp_(-limit, limit - 1).add_(limit), self.bits)
+            self._apply(values, zero.float(), groups, "add_")
+        return pack_words(round_to_integers(values, uniform).clamp_(-limit, limit - 1).add_(limit), self.bits)

@@ -1,4 +1,4 @@
-"""Weights of one byte per element with scales on a grid: FP8 (E4M3) and INT8.
+"""FP8 (E4M3) and INT8 weights: one byte per element, with scales per tensor, row, group or block.
 
     FP8 block      DeepSeek's `weight` and `weight_scale_inv` (quant_method "fp8")
     FP8 row        fbgemm's and compressed-tensors' `weight` and `weight_scale` (out, 1)
@@ -6,15 +6,15 @@
     INT8           compressed-tensors' int-quantized `weight`, with or without `weight_zero_point`
     INT8 of bitsandbytes: `weight` and `SCB` (out,), the largest absolute value of each row
 
-Arithmetic of the libraries, which is part of what an adapter was trained on:
+Arithmetic of the libraries:
 
 - compressed-tensors 0.20, quantization/lifecycle/forward_helpers.py, _dequantize: code and zero point are cast to the
   scale's dtype, subtracted, multiplied, all in the scale's dtype (exact but for the one rounding of the product).
 - transformers 5.24, integrations/finegrained_fp8.py, Fp8Dequantize._dequantize_one: product in float32, rounded once to
-  the scale's dtype (bfloat16 for E8M0 scales), unless the model asks for another. Its blocks are taken from the grid
-  (rows // grid rows), which is another function where a dimension is no multiple of the block; here, as in
-  compressed-tensors' fp8block_dequantizer.py and in vLLM, the blocks are those of the config, and the last is smaller.
-- fbgemm computes (x Wq) with float32 scales: W is code times scale in float32.
+  the scale's dtype (bfloat16 for E8M0 scales), unless the model has another dtype. It computes the block size as
+  rows // grid rows, which differs from the config's where a dimension is not a multiple of the block. Here blocks have
+  the config's size and the last one is smaller, as in compressed-tensors' fp8block_dequantizer.py and in vLLM.
+- fbgemm multiplies the product of activations and codes by float32 scales: W is code times scale in float32.
 - bitsandbytes 0.50, _ops.py, int8_vectorwise_dequant: code * SCB, then * 7.874015718698502e-3, both in float32.
 """
 
@@ -25,7 +25,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from adapter_merge.quantisation.packed_weight import PackedWeight, Read, read_part, read_part_rows
-from adapter_merge.quantisation.rounding import to_integers
+from adapter_merge.quantisation.rounding import round_to_integers
 from adapter_merge.quantisation.scale_grid import ScaleGrid
 from adapter_merge.quantisation.stored_codes import E4M3_LARGEST, as_e8m0, decode_e4m3, decode_e8m0, encode_e4m3
 from adapter_merge.storage.lazy_torch import torch
@@ -42,52 +42,53 @@ INT8_LOWEST, INT8_HIGHEST = -128, 127
 
 @dataclass(frozen=True)
 class ScaledWeight(PackedWeight):
-    """Weight of one byte per element: (code - zero point) * scale.
+    """Weight (code - zero point) * scale, with codes of one byte.
 
-    Parts: "weight" F8_E4M3 or I8 of `shape`; "scale" with one element per cell of `grid` (a scalar where it is one);
-    optionally "zero_point" I8 like the scale.
+    Parts: "weight" F8_E4M3 or I8 of `shape`; "scale" with one element per block of `grid` (possibly a scalar);
+    optionally "zero_point" I8 with the shape of the scale.
     """
 
     grid: ScaleGrid
-    factor: float = 1.0  # multiplied last
+    factor: float = 1.0  # applied after the scale
 
     def rows(self, read: Read, first: int, count: int) -> Tensor:
         stored = read_part_rows(read, self.parts["weight"], first, count)
         fp8 = self.parts["weight"].dtype == "F8_E4M3"
         values = decode_e4m3(stored, torch.float32) if fp8 else stored.to(torch.float32)
-        start, cells, index = self.grid.rows_of(first, count)
+        start, cells, index = self.grid.grid_rows(first, count)
         if "zero_point" in self.parts:
-            self.grid.combine(values, self._cells(read, "zero_point", start, cells).float()[index], "sub_")
-        self.grid.combine(values, self._cells(read, "scale", start, cells).float()[index], "mul_")
+            self.grid.apply(values, self._cells(read, "zero_point", start, cells).float()[index], "sub_")
+        self.grid.apply(values, self._cells(read, "scale", start, cells).float()[index], "mul_")
         if self.factor != 1.0:
             values *= self.factor
         return values.to(TORCH_DTYPES[self.dtype])
 
-    def candidates(self, weight: Tensor, read: Read, draw: Tensor | None = None) -> Iterator[Mapping[str, Tensor]]:
-        """Yield codes for the stored scales, then codes and scales for the largest value of each block over 448.
+    def candidates(self, weight: Tensor, read: Read, uniform: Tensor | None = None) -> Iterator[Mapping[str, Tensor]]:
+        """Yield codes for the stored scales, then new scales with their codes.
 
-        Symmetric INT8 takes 127 in the place of 448; a zero point stays as it is stored.
+        A new scale is the largest absolute value of its block / 448 (FP8) or / 127 (INT8). Weights with zero points
+        keep scales and zero points.
         """
         cells = (*self.shape[:-2], *self.grid.cells)
         stored = read_part(read, self.parts["scale"])
         kept = self._decoded("scale", stored).float().reshape(cells)
         zero = None
         if "zero_point" in self.parts:
-            zero = self.grid.spread(read_part(read, self.parts["zero_point"]).float().reshape(cells))
-        yield {"weight": self._encoded(weight, kept, zero, draw)}
+            zero = self.grid.expand(read_part(read, self.parts["zero_point"]).float().reshape(cells))
+        yield {"weight": self._encoded(weight, kept, zero, uniform)}
         if zero is not None:
             return
-        largest = self.grid.largest(weight.abs())
+        largest = self.grid.block_maxima(weight.abs())
         limit = E4M3_LARGEST if self.parts["weight"].dtype == "F8_E4M3" else INT8_HIGHEST
         wanted = torch.where(largest > 0, largest / (limit * self.factor), kept)
         scale = _stored_scale(wanted, self.parts["scale"])
         yield {
-            "weight": self._encoded(weight, self._decoded("scale", scale).float().reshape(cells), None, draw),
+            "weight": self._encoded(weight, self._decoded("scale", scale).float().reshape(cells), None, uniform),
             "scale": scale,
         }
 
     def _cells(self, read: Read, role: str, start: int, count: int) -> Tensor:
-        """Return rows start .. start + count of the grid of `role`, (count, cells per row)."""
+        """Return grid rows start .. start + count of the scales or zero points, (count, blocks per row)."""
         ref, across = self.parts[role], self.grid.cells[1]
         size = ref.nbytes // max(1, _elements(ref)) * across
         raw = read(ref, start * size, (start + count) * size)
@@ -97,12 +98,12 @@ class ScaledWeight(PackedWeight):
     def _decoded(self, role: str, stored: Tensor) -> Tensor:
         return decode_e8m0(stored) if role == "scale" and self.parts[role].dtype in BYTE_SCALES else stored
 
-    def _encoded(self, weight: Tensor, scale: Tensor, zero: Tensor | None, draw: Tensor | None) -> Tensor:
-        spread = self.grid.spread(scale) * self.factor
+    def _encoded(self, weight: Tensor, scale: Tensor, zero: Tensor | None, uniform: Tensor | None) -> Tensor:
+        spread = self.grid.expand(scale) * self.factor
         scaled = torch.where(spread == 0, torch.zeros((), dtype=weight.dtype), weight / spread)
         if self.parts["weight"].dtype == "F8_E4M3":
-            return encode_e4m3(scaled, draw)
-        codes = to_integers(scaled if zero is None else scaled + zero, draw)
+            return encode_e4m3(scaled, uniform)
+        codes = round_to_integers(scaled if zero is None else scaled + zero, uniform)
         return codes.clamp_(INT8_LOWEST, INT8_HIGHEST).to(torch.int8)
 
 
@@ -114,7 +115,7 @@ def _elements(ref: TensorRef) -> int:
 
 
 def _stored_scale(wanted: Tensor, ref: TensorRef) -> Tensor:
-    """Return `wanted` (float32) in the dtype and shape of `ref`; where it holds exponents, the next power of two."""
+    """Return scales `wanted` (float32) in the dtype and shape of `ref`; E8M0 scales are rounded up to powers of two."""
     if ref.dtype in BYTE_SCALES:
         codes = torch.ceil(torch.log2(wanted)) + 127
         return as_e8m0(codes.clamp(0, 254), ref)

@@ -263,7 +263,7 @@ def test_a_base_is_needed_and_its_architecture_must_be_known(base: Path, tmp_pat
     )
     transformers.GPTNeoXForCausalLM(config).save_pretrained(tmp_path / "neox")
     other = lora(tmp_path / "neox", tmp_path / "other", target_modules=["dense"])
-    with pytest.raises(UnsupportedError, match=r"names in llama\.cpp are not known") as caught:
+    with pytest.raises(UnsupportedError, match=r"names of its tensors in llama\.cpp are not known") as caught:
         factor(tmp_path / "neox", other, tmp_path / "out", GGUF)
     assert "gpt_neox" in str(caught.value)
 

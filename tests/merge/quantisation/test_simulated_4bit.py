@@ -13,7 +13,7 @@ from torch import Tensor
 
 from adapter_merge.errors import InputError
 from adapter_merge.quantisation.simulated_4bit import SimulatedWeight, dynamic_map, parse_trained_on
-from adapter_merge.quantisation.transposed_cache import TurnedCache
+from adapter_merge.quantisation.transposed_cache import TransposedCache
 from adapter_merge.storage.safetensors_header import read_header
 from adapter_merge.storage.tensor_io import read_tensor
 
@@ -57,7 +57,7 @@ def test_it_is_bitsandbytes_round_trip(stated: str, shape: tuple[int, int], dtyp
     settings = parse_trained_on(stated)
     assert settings is not None
     (ref,) = read_header(tmp_path / "w.safetensors").tensors
-    got = read_tensor(SimulatedWeight(ref, settings, TurnedCache()).as_ref())
+    got = read_tensor(SimulatedWeight(ref, settings, TransposedCache()).as_ref())
     assert got.dtype == weight.dtype
     assert torch.equal(got, round_trip(weight, settings.kind, settings.double, settings.block))
 
@@ -68,7 +68,7 @@ def test_rows_are_those_of_the_whole_weight(tmp_path: Path) -> None:
     settings = parse_trained_on("nf4-double,dtype=bfloat16")
     assert settings is not None
     (ref,) = read_header(tmp_path / "w.safetensors").tensors
-    made = SimulatedWeight(ref, settings, TurnedCache())
+    made = SimulatedWeight(ref, settings, TransposedCache())
     whole = read_tensor(made.as_ref())
     assert torch.equal(whole, round_trip(weight.bfloat16(), "nf4", True, 64))
 
