@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import threading
+from contextlib import suppress
 from pathlib import Path
 
 import torch
@@ -34,16 +35,29 @@ class Sources:
             ref.read_into(self.read_bytes, first, buffer)
             return
         try:
-            with self._lock:
-                fd = self._fds.get(ref.file)
-                if fd is None:
-                    fd = self._fds[ref.file] = os.open(ref.file, os.O_RDONLY)
-                    os.posix_fadvise(fd, 0, 0, os.POSIX_FADV_SEQUENTIAL)
-            pread_into(fd, buffer.numpy().data, ref.start + first, str(ref.file))
+            pread_into(self._open(ref.file), buffer.numpy().data, ref.start + first, str(ref.file))
         except OSError as error:  # named as an input, so that it is not taken for an error of the output's disk
             raise FileFormatError(
                 f"{ref.file}: cannot be read ({error.strerror or error})", hint="the file was moved, or its disk fails"
             ) from error
+
+    def read_ahead(self, ref: TensorRef) -> None:
+        """Ask the kernel to read a stored tensor's bytes into the page cache now, before `read` asks for them.
+
+        Threads that read several tensors of one file in turn defeat the kernel's own guess of what is read next.
+        """
+        if not isinstance(ref, ComputedRef):
+            with suppress(OSError):  # advice only; `read` reports what is wrong with the file
+                os.posix_fadvise(self._open(ref.file), ref.start, ref.nbytes, os.POSIX_FADV_WILLNEED)
+
+    def _open(self, file: Path) -> int:
+        """Return the descriptor of `file`, opened at the first call."""
+        with self._lock:
+            fd = self._fds.get(file)
+            if fd is None:
+                fd = self._fds[file] = os.open(file, os.O_RDONLY)
+                os.posix_fadvise(fd, 0, 0, os.POSIX_FADV_SEQUENTIAL)
+            return fd
 
     def read_bytes(self, ref: TensorRef, first: int, stop: int) -> Tensor:
         """Return bytes first .. stop of the tensor, uint8 (n,)."""

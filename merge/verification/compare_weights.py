@@ -167,6 +167,8 @@ def compare_stored(
 
     def compare(name: str) -> WeightFigures:
         items, ref = modules[name], held[name]
+        for each in (items[0].weight, ref):
+            sources.read_ahead(each)
         formula = formula_of(items, sources)
         got = lambda first, stop, base: read_rows(sources, ref, first, stop)  # noqa: E731
         return compare_blocks(items[0].weight, formula, got, ref.dtype, sources, is_delta=is_delta)
