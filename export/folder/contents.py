@@ -10,10 +10,10 @@ from typing import TYPE_CHECKING, Any
 from adapter_merge.errors import FileFormatError, InputError, MismatchError, Problem, raise_all
 from adapter_merge.export.engine.providers import check_external_data, graph_file
 from adapter_merge.export.graph.targets import Layout, read_layout
-from adapter_merge.outputs.folder_content import SIGNATURE
 from adapter_merge.outputs.manifest import MANIFEST, make_manifest, read_manifest
 from adapter_merge.outputs.manifest_seal import sealed
 from adapter_merge.outputs.staging import sha256, write_json, write_text
+from adapter_merge.outputs.unlisted_files import SIGNATURE
 
 from .card import export_card
 from .export_manifest import Manifest

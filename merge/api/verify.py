@@ -26,8 +26,8 @@ from adapter_merge.combine.base_weights import check_whole_base, find_changed_we
 from adapter_merge.combine.open_inputs import AdapterInput, open_pair, parts_of
 from adapter_merge.combine.recipe import Recipe
 from adapter_merge.errors import InputError, ParityError
-from adapter_merge.outputs.folder_content import holds_graph
 from adapter_merge.outputs.manifest import read_manifest
+from adapter_merge.outputs.unlisted_files import holds_graph
 from adapter_merge.quantisation.dense_view import open_base
 from adapter_merge.storage.checkpoint import CANDIDATES, read_json, resolve
 from adapter_merge.verification.compare_factors import TRUNCATION, compare_adapters, compare_factors

@@ -24,8 +24,8 @@ def _verify_hashes(folder: str, inputs: bool, public_key: Path | None, as_json: 
     """Check the hash of every file of an output against its manifest, and print the result."""
     from dataclasses import asdict
 
-    from adapter_merge.outputs.folder_content import SIGNATURE
     from adapter_merge.outputs.integrity import check_integrity
+    from adapter_merge.outputs.unlisted_files import SIGNATURE
 
     total = sum(path.stat().st_size for path in Path(folder).rglob("*") if path.is_file())
     with working("hashing", quiet) as progress:

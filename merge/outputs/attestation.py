@@ -11,9 +11,9 @@ from typing import Any
 
 from adapter_merge.files.hashing import file_sha256
 
-from .folder_content import stated_hashes
 from .integrity import adapter_entries, check_integrity
 from .manifest import MANIFEST, read_manifest
+from .unlisted_files import stated_hashes
 
 STATEMENT = "https://in-toto.io/Statement/v1"
 PROVENANCE = "https://slsa.dev/provenance/v1"

@@ -19,11 +19,11 @@ from adapter_merge.files.symlinks import is_hub_blob
 from adapter_merge.formats.stated_settings import ReadOptions
 from adapter_merge.storage.checkpoint import open_checkpoint
 
-from .folder_content import list_content, stated_hashes
 from .manifest import MANIFEST, read_manifest
 from .manifest_seal import check_seal
 from .model_card import adapter_table
 from .signature import check_signature
+from .unlisted_files import list_content, stated_hashes
 
 
 @dataclass(frozen=True)

@@ -13,12 +13,12 @@ from adapter_merge.engine.plan import MergePlan
 from adapter_merge.files.hashing import hash_files
 from adapter_merge.storage.checkpoint import CANDIDATES
 
-from .folder_content import SIGNATURE
 from .leftovers import PREIMAGE_FOLDER, remove
 from .manifest import MANIFEST
 from .model_card import merged_card
 from .preimage import SIDE
 from .staging import copy_synced, write_json, write_text
+from .unlisted_files import SIGNATURE
 
 
 def write_side_files(

@@ -16,8 +16,8 @@ from typing import Any
 from adapter_merge.errors import FileFormatError, InputError, MissingDependencyError
 from adapter_merge.files.installation import install_command
 
-from .folder_content import SIGNATURE
 from .manifest import MANIFEST
+from .unlisted_files import SIGNATURE
 
 SIGN = "model_signing sign key OUT --private_key KEY --signature OUT/model.sig"
 

@@ -14,7 +14,7 @@ from adapter_merge.cli.options.inputs import named_inputs
 from adapter_merge.cli.options.shared import dry_run_option, report_options
 from adapter_merge.cli.options.stated_settings import adapter_options, read_single_stated, read_stated, stated_arguments
 from adapter_merge.cli.options.values import SIZE, SOURCE
-from adapter_merge.outputs.folder_content import holds_graph
+from adapter_merge.outputs.unlisted_files import holds_graph
 from adapter_merge.serve.conversion.cache import DEFAULT_BYTES
 
 if TYPE_CHECKING:
