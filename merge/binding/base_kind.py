@@ -10,18 +10,21 @@ from adapter_merge.errors import AdapterError, Problem, UnsupportedError
 from adapter_merge.methods.lora import LoraModule
 from adapter_merge.methods.residual import (
     ORIGINAL_ABOVE,
+    OVERSAMPLING,
     RESIDUAL_BELOW,
     UNREPEATABLE_HINT,
     UNREPEATABLE_INITS,
     measure_base_evidence,
 )
 from adapter_merge.storage.computed_tensor import ComputedRef
+from adapter_merge.storage.lazy_torch import torch
 from adapter_merge.storage.tensor_io import read_tensor
 
 from .bound import BoundAdapter, BoundModule, Origin
 
 EVIDENCE_SAMPLES = 6
 HALF = {"BF16": "bfloat16", "F16": "float16"}
+WEAK = 0.5  # of the base's largest singular value: a product below it is no principal part
 WIDE = 8  # narrower weights than this times the rank: random products already have a large cosine
 
 
@@ -44,6 +47,9 @@ def decide_base_kind(bound: BoundAdapter, base_kind: str | None) -> BoundAdapter
     if measurable:
         cosines, evidence = _measure_cosines(principal)
         measured = _decide_kind(cosines)
+        weak = _find_weak_product(principal) if measured == "residual" else None
+        if weak is not None:  # no part of the base that was subtracted: neither kind of base fits
+            measured, evidence = None, f"{evidence}; {weak}"
         if base_kind is None and measured is None:
             raise AdapterError(
                 "cannot tell whether the base is the original or the residual (a wrong guess gives a wrong model)",
@@ -90,16 +96,41 @@ def _select_loras(bound: BoundAdapter) -> list[tuple[BoundModule, LoraModule]]:
 
 def _measure_cosines(modules: Sequence[tuple[BoundModule, LoraModule]]) -> tuple[list[float], str]:
     """Return measure_base_evidence of a few small weights, spread over the model, and a sentence with their range."""
-    count = min(EVIDENCE_SAMPLES, len(modules))
-    bounds = [number * len(modules) // count for number in range(count + 1)]
     cosines = []
-    for first, stop in pairwise(bounds):
-        item, module = min(modules[first:stop], key=_measuring_cost)
+    for item, module in _spread(modules):
         scale = module.scale if module.initial is not None and module.initial.method == "qr" else None
         cosines.append(
             measure_base_evidence(item.oriented_weight(), read_tensor(module.a), read_tensor(module.b), scale)
         )
     return cosines, f"cosine of base and B A: {min(cosines):.3f} .. {max(cosines):.3f} over {len(cosines)} weights"
+
+
+def _find_weak_product(modules: Sequence[tuple[BoundModule, LoraModule]]) -> str | None:
+    """Return the contradiction where s B A is far smaller than the base, which has lost its principal part to it.
+
+    PiSSA and DuDe subtract the largest singular values: none that is left exceeds the smallest of s B0 A0.
+    """
+    ratios = []
+    for item, module in _spread(modules):
+        if module.initial is None or module.initial.method not in ("svd", "pissa_niter"):
+            return None
+        weight = item.oriented_weight().to(torch.float32)
+        a, b = read_tensor(module.a).to(torch.float32), read_tensor(module.b).to(torch.float32)
+        product = torch.linalg.svdvals(torch.linalg.qr(b)[1] @ torch.linalg.qr(a.T)[1].T)[0] * abs(module.scale)
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(0)
+            largest = torch.svd_lowrank(weight, q=min(OVERSAMPLING, *weight.shape), niter=4)[1][0]
+        ratios.append(float(product / largest.clamp_min(torch.finfo(torch.float32).tiny)))
+    if not ratios or max(ratios) >= WEAK:
+        return None
+    return f"s B A is at most {max(ratios):.2g} of the base's largest singular value, which PiSSA would have subtracted"
+
+
+def _spread(modules: Sequence[tuple[BoundModule, LoraModule]]) -> list[tuple[BoundModule, LoraModule]]:
+    """Return up to EVIDENCE_SAMPLES small weights, one from each of as many stretches of the model."""
+    count = min(EVIDENCE_SAMPLES, len(modules))
+    bounds = [number * len(modules) // count for number in range(count + 1)]
+    return [min(modules[first:stop], key=_measuring_cost) for first, stop in pairwise(bounds)]
 
 
 def _decide_kind(cosines: Sequence[float]) -> str | None:

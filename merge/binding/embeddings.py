@@ -7,10 +7,14 @@ from dataclasses import replace
 from typing import Any
 
 from adapter_merge.errors import MismatchError, Problem, UnsupportedError, raise_all
+from adapter_merge.methods.adapter import AdapterFormat
+from adapter_merge.methods.lora import LoraModule
 from adapter_merge.methods.tokens import TokenModule
 from adapter_merge.storage.checkpoint import Checkpoint
+from adapter_merge.storage.lazy_torch import torch
 from adapter_merge.storage.safetensors_header import TensorRef
-from adapter_merge.storage.tensor_comparison import same_bytes
+from adapter_merge.storage.tensor_comparison import same_bytes, same_values
+from adapter_merge.storage.tensor_io import read_tensor
 
 from .bound import BoundAdapter
 
@@ -59,6 +63,8 @@ def add_config_changes(bound: BoundAdapter) -> BoundAdapter:
             f"{shared}: encoder, decoder and head share this matrix, and only some of them were adapted",
             hint="untie them in the base first (save it with tie_word_embeddings false)",
         )
+    if tied:
+        raise_all(_check_tied(bound, embedding), UnsupportedError)
     if tied and embedding in touched and not heads and _has_language_head(bound):
         # PEFT trains a copy of the embeddings and does not change the head, except for single tokens and on request.
         tokens = embedding not in bound.replacements and isinstance(changed[embedding].module, TokenModule)
@@ -74,9 +80,9 @@ def add_config_changes(bound: BoundAdapter) -> BoundAdapter:
             *bound.replacements.items(),
             *((item.name, item.weight) for item in bound.modules),
         ]
-        if name.endswith((*EMBEDDINGS, *SHARED_EMBEDDINGS))
-        and name in base.tensors
-        and ref.shape[0] != base.tensors[name].shape[0]
+        if name.endswith((*EMBEDDINGS, *SHARED_EMBEDDINGS, *TIED_HEADS))
+        and (old := base.tensors.get(name) or base.tensors.get(embedding or "")) is not None
+        and ref.shape[0] != old.shape[0]
     }
     if len(sizes) == 1:
         changes["vocab_size"] = sizes.pop()
@@ -84,6 +90,82 @@ def add_config_changes(bound: BoundAdapter) -> BoundAdapter:
     elif len(sizes) > 1:
         raise MismatchError("the adapter holds embeddings of different sizes", got=", ".join(map(str, sorted(sizes))))
     return replace(bound, config_changes=changes, copies={n: r for n, r in copies.items() if n not in base.tensors})
+
+
+def _check_tied(bound: BoundAdapter, embedding: str | None) -> list[Problem]:
+    """Return the problems of a PEFT folder that holds only one side of tied embeddings, or two different ones.
+
+    PEFT trains a copy of what modules_to_save names. It loads any other whole tensor into the model itself, where
+    embedding and head are one parameter; with ensure_weight_tying it saves both sides.
+    """
+    adapter = bound.adapter
+    if adapter.format != AdapterFormat.PEFT or embedding is None or not _has_language_head(bound):
+        return []
+    saved = adapter.config.get("modules_to_save")
+    modules = [module for module in saved if isinstance(module, str)] if isinstance(saved, list) else []
+    whole = [
+        name
+        for name in adapter.replacements
+        if name.endswith((*EMBEDDINGS, *TIED_HEADS)) and not any(f".{module}." in f".{name}" for module in modules)
+    ]
+    ends = (*EMBEDDINGS, *TIED_HEADS)
+    replaced_heads = [name for name in bound.replacements if name.endswith(TIED_HEADS)]
+    changed_names = (*bound.replacements, *(item.name for item in bound.modules))
+    sides = {name.endswith(TIED_HEADS) for name in changed_names if name.endswith(ends)}
+    whole_sides = {name.endswith(TIED_HEADS) for name in whole}
+    problems = []
+    if (whole_sides == {True, False} or (whole and len(sides) == 1)) and not (
+        _replaced_by_same_values(bound, embedding, replaced_heads) or _keeps_embeddings(bound, embedding)
+    ):
+        problems.append(
+            Problem(
+                f"{adapter.folder}: holds {whole[0]} in whole, which modules_to_save does not name, and the base ties "
+                "embeddings and head",
+                expected="embeddings and head with the same values, or the trained one in modules_to_save",
+                got=", ".join(whole),
+                hint="was one of them trained, or both? Name it in modules_to_save of adapter_config.json",
+            )
+        )
+    tokens = any(isinstance(item.module, TokenModule) for item in bound.modules)
+    if adapter.tied and len(sides) == 1 and not tokens:
+        problems.append(
+            Problem(
+                f"{adapter.folder}: adapts {'the head' if True in sides else 'the embeddings'} alone, and states "
+                "ensure_weight_tying",
+                expected="both, as PEFT saves them",
+                hint="use the adapter_config.json of the training",
+            )
+        )
+    if adapter.tied and not _has_equal_factors(bound):
+        problems.append(
+            Problem(
+                f"{adapter.folder}: states ensure_weight_tying, and its factors of the head are not those of the "
+                "embeddings",
+                expected="one pair of factors for both, as PEFT loads them",
+                hint="use the adapter_config.json of the training",
+            )
+        )
+    return problems
+
+
+def _keeps_embeddings(bound: BoundAdapter, embedding: str) -> bool:
+    """Return True where everything that replaces the embeddings or the head has the values of the base."""
+    replaced = [ref for name, ref in bound.replacements.items() if name.endswith((*EMBEDDINGS, *TIED_HEADS))]
+    return all(same_values(bound.base.tensors[embedding], ref) for ref in replaced)
+
+
+def _has_equal_factors(bound: BoundAdapter) -> bool:
+    """Return True where the LoRA of the head equals the transposed one of the embeddings; True without both."""
+    loras = [item for item in bound.modules if isinstance(item.module, LoraModule)]
+    heads = [item.module for item in loras if item.name.endswith(TIED_HEADS)]
+    embeddings = [item.module for item in loras if item.name.endswith(EMBEDDINGS)]
+    return all(
+        torch.equal(read_tensor(head.a), read_tensor(other.b).T)
+        and torch.equal(read_tensor(head.b), read_tensor(other.a).T)
+        for head in heads
+        for other in embeddings
+        if isinstance(head, LoraModule) and isinstance(other, LoraModule)
+    )
 
 
 def _check_head_sizes(bound: BoundAdapter, copies: dict[str, TensorRef], size: int) -> list[Problem]:

@@ -14,6 +14,7 @@ from adapter_merge.methods.vera import VeraModule
 from adapter_merge.quantisation.detection import CONV1D_MODELS as CONV1D_MODELS
 from adapter_merge.storage.checkpoint import Checkpoint
 from adapter_merge.storage.safetensors_header import FLOAT_DTYPES
+from adapter_merge.storage.tensor_comparison import same_but_for_rounding
 
 from .bound import BoundModule
 from .convolutions import CONVOLVED
@@ -34,7 +35,8 @@ def bind_module(
     name = f"{module.name}.{module.parameter}"
     kind = base.config.get("model_type")
     conv1d = adapter.fan_in_fan_out or kind in CONV1D_MODELS
-    if adapter.fan_in_fan_out and kind not in CONV1D_MODELS and module.shape[0] == module.shape[1]:
+    stored = find_places(name, module.shape, rename)
+    if adapter.fan_in_fan_out and kind not in CONV1D_MODELS and _is_square(module, stored):
         # PEFT decides by the layer's type: on an nn.Linear it warns and ignores fan_in_fan_out.
         if kind is None or "auto_map" in base.config:
             return Problem(
@@ -45,7 +47,6 @@ def bind_module(
             )
         conv1d = False
     saved_weight = adapter.base_layers.get(name)
-    stored = find_places(name, module.shape, rename)
     output = None
     if not stored and rename(name).endswith(TIED_HEADS) and is_tied(base):
         ref = next((base.tensors[key] for key in base.tensors if key.endswith(EMBEDDINGS)), None)
@@ -60,8 +61,21 @@ def bind_module(
             f"{module.name}: the base stores its experts as (experts, in, out): an adapter of one expert does not fit",
             hint="train it with target_parameters",
         )
-    if saved_weight is not None and stored[0].is_whole and stored[0].ref.shape != saved_weight.shape:
-        # The vocabulary was resized before training, so that the adapter's files hold the weight.
+    if saved_weight is not None and stored[0].is_whole and not same_but_for_rounding(saved_weight, stored[0].ref):
+        # PEFT loads the weight that the adapter's file holds: it was resized, or changed, before the training.
+        tied_to = stored[0].ref.name if output is not None else None
+        if tied_to is not None and saved_weight.shape == stored[0].ref.shape:
+            return Problem(
+                f"{name}: the adapter's file holds another weight than the base's, and {tied_to} is tied to it",
+                hint="give the base of the training, or untie the head in it (tie_word_embeddings false)",
+            )
+        if saved_weight.dtype != stored[0].ref.dtype and saved_weight.shape == stored[0].ref.shape:
+            return Problem(
+                f"{name}: the adapter's file holds another weight than the base's, in another dtype",
+                stored[0].ref.dtype,
+                saved_weight.dtype,
+                "give the base of the training",
+            )
         output, stored = output or stored[0].ref.name, (Place(saved_weight),)
     bound = []
     for place in stored:
@@ -70,6 +84,13 @@ def bind_module(
             return fitted
         bound.append(fitted)
     return bound
+
+
+def _is_square(module: AdaptedModule, stored: tuple[Place, ...]) -> bool:
+    """Return True for a weight whose orientation its shape does not show; VeRA's tensors do not hold the width."""
+    if isinstance(module, VeraModule):
+        return bool(stored) and set(stored[0].ref.shape) == {module.shape[0]}
+    return module.shape[0] == module.shape[1]
 
 
 def _fit(module: AdaptedModule, place: Place, conv1d: bool, output: str | None) -> BoundModule | Problem:

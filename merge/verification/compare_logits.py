@@ -111,10 +111,12 @@ def compare_logits(
     """Compare base, live adapter and artefact on the same tokens, all computing in `dtype`."""
     say(f"logits of the adapter as trained, {dtype}".replace("torch.", ""))
     expected = all_logits(live_network(bound, dtype), paths)
-    say("logits of the base")
-    before = all_logits(streamed_base(bound.base, dtype).model, paths)
+    before: list[Tensor] = []
+    if "vocab_size" not in bound.config_changes:  # a base of another vocabulary does not know all tokens
+        say("logits of the base")
+        before = all_logits(streamed_base(bound.base, dtype).model, paths)
     effect = math.nan
-    for base, want in zip(before, expected, strict=True):
+    for base, want in zip(before, expected, strict=False):
         if base.shape == want.shape:
             largest = float((base - want).abs().max())
             effect = largest if math.isnan(effect) else max(effect, largest)

@@ -92,6 +92,8 @@ def streamed_trained(bound: BoundAdapter, dtype: torch.dtype) -> StreamedModel:
         for item in bound.modules
         if item.weight.name in known and stored_weight(item, bound.base) != known[item.weight.name]
     }
+    # Weights of the base that PEFT saved beside the adapter: a tied head reads them too.
+    tensors |= {item.name: item.weight for item in bound.modules if item.weight.name not in known}
     _set(config, changes)
     loader = _loader(config, bound.base, dtype, file_sources(tensors, dtype))
     if is_peft and bound.adapter.method in BUILT_FROM_WEIGHTS:
@@ -198,6 +200,13 @@ def _without_untrained(live: nn.Module, folder: Path) -> nn.Module:
         )
     for path in untrained:
         layers[path].delete_adapter("default")
+    missing = [name for name, parameter in live.named_parameters() if parameter.is_meta]
+    if missing:
+        raise UnsupportedError(
+            f"{folder}: PEFT makes tensors for its config that the file does not hold",
+            got=f"{len(missing)}, first {missing[0]}",
+            hint="use the adapter_config.json of the training",
+        )
     return live
 
 

@@ -49,8 +49,6 @@ METHODS = {
     "TRAINABLE_TOKENS": PeftMethod(TOKEN_ROLES, PEFT_SETTINGS["TRAINABLE_TOKENS"], read_tokens),
 }
 
-UNTARGETED = ("TRAINABLE_TOKENS",)  # types whose factors do not follow target_modules
-
 
 def read_peft(folder: Path, extras: PeftExtras | None = None) -> Adapter:
     """Read the adapter in `folder`. Raises AdapterError with every problem, UnsupportedError for unknown methods."""
@@ -103,7 +101,7 @@ def read_peft(folder: Path, extras: PeftExtras | None = None) -> Adapter:
         ),
         base_layers=tensors.base_layers,
         tied=bool(config.get("ensure_weight_tying")),
-        contradictions=() if kind in UNTARGETED else check_targets(config, tensors),
+        contradictions=check_targets(config, tensors),
     )
 
 

@@ -66,7 +66,10 @@ def read_lokr(tensors: PeftTensors, config: Mapping[str, Any], extras: PeftExtra
                 )
             )
             continue
-        modules.append(LokrModule(name, w1, w2, float(alphas.get(name, alpha)) / ranks.get(name, rank), core=core))
+        stated = ranks.get(name, rank)
+        if core is None and len(group.get("w2", w2[0]).shape) == 2:
+            tensors.problems += _check_lokr_rank(name, w1, w2, stated, config, tensors)
+        modules.append(LokrModule(name, w1, w2, float(alphas.get(name, alpha)) / stated, core=core))
     require_factors(modules, tensors)
     return "LoKr", tuple(modules)
 
@@ -79,7 +82,8 @@ def read_loha(tensors: PeftTensors, config: Mapping[str, Any], extras: PeftExtra
     alphas = read_pattern(config, "alpha_pattern", folder, tensors.problems)
     modules: list[AdaptedModule] = []
     for name, group in sorted(tensors.groups.items()):
-        module = make_loha_module(name, group, float(alphas.get(name, alpha)) / ranks.get(name, rank))
+        stated = ranks.get(name, rank)
+        module = make_loha_module(name, group, float(alphas.get(name, alpha)) / stated)
         if module is None:
             tensors.problems.append(
                 Problem(
@@ -89,10 +93,50 @@ def read_loha(tensors: PeftTensors, config: Mapping[str, Any], extras: PeftExtra
                     ", ".join(f"{role} {ref.shape}" for role, ref in group.items()),
                 )
             )
+        elif module.w1b.shape[0] != stated or module.w2b.shape[0] != stated:
+            tensors.problems.append(_other_rank(name, stated, f"{module.w1b.shape[0]}, {module.w2b.shape[0]}", tensors))
         else:
             modules.append(module)
     require_factors(modules, tensors)
     return "LoHa", tuple(modules)
+
+
+def _check_lokr_rank(
+    name: str,
+    w1: tuple[TensorRef, ...],
+    w2: tuple[TensorRef, ...],
+    rank: float,
+    config: Mapping[str, Any],
+    tensors: PeftTensors,
+) -> list[Problem]:
+    """Return a problem where PEFT builds other factors from the config, and so does not load the file's.
+
+    PEFT decomposes W2 where the rank is below half of its larger side, and W1 in the same way with decompose_both
+    (peft.tuners.lokr.layer, update_layer).
+    """
+    problems = []
+    for label, factor, may_be_decomposed in (("w1", w1, config.get("decompose_both") is True), ("w2", w2, True)):
+        rows, columns = factor[0].shape[0], factor[-1].shape[1]
+        decomposed = may_be_decomposed and rank < max(rows, columns) / 2
+        if len(factor) == 2 and factor[0].shape[1] != rank:
+            problems.append(_other_rank(name, rank, str(factor[0].shape[1]), tensors))
+        elif decomposed != (len(factor) == 2):
+            expected = f"lokr_{label}_a and lokr_{label}_b" if decomposed else f"lokr_{label}"
+            got = f"lokr_{label}_a and lokr_{label}_b" if len(factor) == 2 else f"lokr_{label}"
+            problems.append(
+                Problem(
+                    f"{tensors.weights}: PEFT does not load the factors of {name}, since r and decompose_both in its "
+                    "config name others",
+                    expected,
+                    got,
+                    "use the adapter_config.json of the training",
+                )
+            )
+    return problems
+
+
+def _other_rank(name: str, stated: float, got: str, tensors: PeftTensors) -> Problem:
+    return Problem(f"{tensors.weights}: the rank of {name} is not the config's", f"r = {stated}", f"r = {got}")
 
 
 def make_loha_module(name: str, group: Mapping[str, TensorRef], scale: float) -> LohaModule | None:

@@ -16,6 +16,8 @@ from .patterns import pattern_fault
 from .tensors import PeftTensors
 
 ALL_LINEAR = "all-linear"
+# Modules that `all-linear` leaves out: output heads, classifiers, and embeddings, which are no linear layers.
+NOT_LINEAR = ["lm_head", "embed_out", "score", "classifier", "embed_tokens", "wte", "embed_in", "word_embeddings"]
 IN_A_LAYER = re.compile(r"\.\d+\.")
 FIRST_INDEX = r".*?\.[^.]*\.(?P<index>\d+)\."  # of a layer: the first number after two names
 
@@ -23,26 +25,31 @@ FIRST_INDEX = r".*?\.[^.]*\.(?P<index>\d+)\."  # of a layer: the first number af
 def check_targets(config: Mapping[str, Any], tensors: PeftTensors) -> tuple[Problem, ...]:
     """Return the contradiction where the file holds factors of modules that the config does not adapt.
 
-    Returns () where the config does not list its modules (no target_modules, `all-linear`, a pattern that could take
-    hours to match). Parameters (target_parameters) and trained tokens are not checked: other settings select them.
+    Returns () for a pattern that could take hours to match. Without target_modules PEFT adapts modules of its own
+    choice, by the model's type. Parameters (target_parameters) and trained tokens beside other factors are not checked:
+    other settings select them.
     """
+    if config.get("peft_type") == "TRAINABLE_TOKENS":  # without target_modules: the model's input embeddings
+        stated = config.get("target_modules") is not None
+        left_out = [name for name in sorted(tensors.groups) if stated and not adapts(config, name)]
+        return (_make_problem(tensors, left_out),) if left_out else ()
     left_out = [
         name
         for name, group in sorted(tensors.groups.items())
-        if set(group) != {"T"}
-        and not _of_parameters(name, config)
-        and not adapts(config, name)
-        and not (config.get("ensure_weight_tying") and IN_A_LAYER.search(name) is None)  # the tied weight
+        if set(group) != {"T"} and not _of_parameters(name, config) and not adapts(config, name)
     ]
-    if not left_out:
-        return ()
-    return (
-        Problem(
-            f"{tensors.weights}: holds factors of {len(left_out)} modules that its config does not adapt, first "
-            f"{left_out[0]}: PEFT does not load them",
-            expected="modules that target_modules, exclude_modules, layers_to_transform and modules_to_save select",
-            hint="use the adapter_config.json of the training; --force applies every tensor of the file",
-        ),
+    outside = [name for name in tensors.groups if IN_A_LAYER.search(name) is None]
+    if config.get("ensure_weight_tying") and any(adapts(config, name) for name in outside):
+        left_out = [name for name in left_out if name not in outside]  # the weight that is tied to an adapted one
+    return (_make_problem(tensors, left_out),) if left_out else ()
+
+
+def _make_problem(tensors: PeftTensors, left_out: list[str]) -> Problem:
+    return Problem(
+        f"{tensors.weights}: holds factors of {len(left_out)} modules that its config does not adapt, first "
+        f"{left_out[0]}: PEFT does not load them",
+        expected="modules that target_modules, exclude_modules, layers_to_transform and modules_to_save select",
+        hint="use the adapter_config.json of the training; --force applies every tensor of the file",
     )
 
 
@@ -58,9 +65,11 @@ def adapts(config: Mapping[str, Any], name: str) -> bool:
         return False
     targets = config.get("target_modules")
     if isinstance(targets, str):
-        return targets.lower() == ALL_LINEAR or pattern_fault(targets) is not None or bool(re.fullmatch(targets, name))
+        if targets.lower() == ALL_LINEAR:
+            return not _ends_with(name, NOT_LINEAR)
+        return pattern_fault(targets) is not None or bool(re.fullmatch(targets, name))
     if not isinstance(targets, list):
-        return True
+        return False
     return name in targets or (_ends_with(name, targets) and _in_layers(name, config))
 
 
