@@ -27,7 +27,7 @@ class Configuration:
     where: str
 
     def notes(self) -> tuple[str, ...]:
-        """Return what loaders of the quantised model do at run time, and a dense model does not."""
+        """Return what a user of the dense weights has to know: run-time quantisation, and rescaled inputs of layers."""
         settings, notes = self.settings, []
         groups = settings.get("config_groups")
         activations = any(isinstance(group, dict) and group.get("input_activations")
@@ -36,6 +36,10 @@ class Configuration:
             notes.append("loaders of the quantised base also quantise the activations; a dense model does not")
         if settings.get("kv_cache_scheme") or settings.get("kv_cache_quant_algo"):
             notes.append("the quantised base asks for a quantised key-value cache; a dense model does not")
+        if self.method == "awq":
+            notes.append(
+                "AWQ rescales the inputs of layers: an adapter that was trained on the unquantised model does not fit"
+            )
         return tuple(notes)
 
     def refuse(self, key: str, expected: str, hint: str | None = None) -> UnsupportedError:

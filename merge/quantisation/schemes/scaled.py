@@ -38,6 +38,7 @@ if TYPE_CHECKING:
 BYTE_SCALES = ("F8_E8M0", "U8")  # powers of two, 2^(code - 127)
 BITSANDBYTES_SCALE = 7.874015718698502e-3  # 1 / 127 as int8_vectorwise_dequant rounds it
 INT8_LOWEST, INT8_HIGHEST = -128, 127
+STEP = 1 << 18  # elements that are encoded in one step, so that they fit into the processor's cache
 
 
 @dataclass(frozen=True)
@@ -74,7 +75,7 @@ class ScaledWeight(PackedWeight):
         kept = self._decoded("scale", stored).float().reshape(cells)
         zero = None
         if "zero_point" in self.parts:
-            zero = self.grid.expand(read_part(read, self.parts["zero_point"]).float().reshape(cells))
+            zero = read_part(read, self.parts["zero_point"]).float().reshape(cells)
         yield {"weight": self._encoded(weight, kept, zero, uniform)}
         if zero is not None:
             return
@@ -99,12 +100,31 @@ class ScaledWeight(PackedWeight):
         return decode_e8m0(stored) if role == "scale" and self.parts[role].dtype in BYTE_SCALES else stored
 
     def _encoded(self, weight: Tensor, scale: Tensor, zero: Tensor | None, uniform: Tensor | None) -> Tensor:
-        spread = self.grid.expand(scale) * self.factor
-        scaled = torch.where(spread == 0, torch.zeros((), dtype=weight.dtype), weight / spread)
-        if self.parts["weight"].dtype == "F8_E4M3":
-            return encode_e4m3(scaled, uniform)
-        codes = round_to_integers(scaled if zero is None else scaled + zero, uniform)
-        return codes.clamp_(INT8_LOWEST, INT8_HIGHEST).to(torch.int8)
+        """Encode `weight` for scales and zero points (..., *grid.cells); zero where a scale is zero."""
+        rows, across = weight.reshape(-1, self.shape[-1]), self.grid.cells[1]
+        fp8 = self.parts["weight"].dtype == "F8_E4M3"
+        codes = torch.empty(rows.shape, dtype=torch.float8_e4m3fn if fp8 else torch.int8)
+        scales = scale.reshape(-1, across) * self.factor
+        step = max(1, STEP // max(1, rows.shape[1]))
+        for first in range(0, rows.shape[0], step):
+            values = rows[first : first + step].clone()
+            part = None if uniform is None else uniform.reshape(rows.shape)[first : first + step]
+            start, count, index = self.grid.grid_rows(first, values.shape[0])
+            divisors = scales[start : start + count][index]
+            self.grid.apply(values, divisors, "div_")
+            if bool((divisors == 0).any()):
+                values = torch.where(self._expand(divisors) == 0, torch.zeros(()), values)
+            if fp8:
+                codes[first : first + step] = encode_e4m3(values, part)
+                continue
+            if zero is not None:
+                self.grid.apply(values, zero.reshape(-1, across)[start : start + count][index], "add_")
+            codes[first : first + step] = round_to_integers(values, part).clamp_(INT8_LOWEST, INT8_HIGHEST)
+        return codes.reshape(weight.shape)
+
+    def _expand(self, cells: Tensor) -> Tensor:
+        """Return `cells` (rows, blocks) repeated for every column of their blocks, (rows, in)."""
+        return cells.repeat_interleave(self.grid.block[1], dim=1)[:, : self.shape[-1]]
 
 
 def _elements(ref: TensorRef) -> int:

@@ -55,6 +55,18 @@ def test_dense_weights_have_gptqmodel_s_bytes(kind: str) -> None:
         assert torch.equal(read_bytes(ref, first, stop), whole[first:stop]), name
 
 
+def test_awq_bases_have_other_inputs_than_the_model_they_were_made_from() -> None:
+    """GPTQModel's AWQ changes the norms before the adapted layers, its GPTQ does not."""
+    norms = {
+        kind: read_tensor(open_base(FILES / kind).tensors["model.layers.0.input_layernorm.weight"])
+        for kind in ("gptq", "gptq-v2", "awq")
+    }
+    assert torch.equal(norms["gptq"], norms["gptq-v2"])
+    assert not torch.equal(norms["gptq"], norms["awq"])
+    assert any("rescales the inputs of layers" in note for note in open_base(FILES / "awq").notes)
+    assert open_base(FILES / "gptq").notes == ()
+
+
 @pytest.mark.parametrize(
     ("kind", "change"), [("gptq-asymmetric", "gptq_v2"), ("gptq-v2", "gptq"), ("gptq", "codes"), ("awq", "codes")]
 )
