@@ -35,7 +35,10 @@ HEAD = """# Every type of PEFT {version}
 Written by `python benchmarks/peft_types.py`. merge: what `adapter-merge merge` does with a folder of the type. worst
 error: of W' in float64 against PEFT's live, unmerged model in float64, the largest ||W' - live|| / ||live - W0|| over
 all adapted weights and biases of a pico Llama. 0 is measured: a layer whose forward applies W' itself gives W' back for
-unit vectors without a rounding. LoRA factors: what `factor` does. Layers are nn.Linear.
+unit vectors without a rounding. LoRA factors: what `factor` does; where they are exact, the largest
+||B A - dW|| / ||dW|| in float64. These types change a weight by a matrix of low rank (which does not depend on the
+base's weights in DELORA, GRALORA, MISS, PVERA and VBLORA). MISS with init_weights "bat" is truncated with --rank.
+Layers are nn.Linear.
 
 | peft_type | merge | LoRA factors | worst error |
 |---|---|---|---|"""
@@ -74,6 +77,18 @@ def worst_error(base: Path, folder: Path, live: Any) -> float:
     return worst
 
 
+@torch.no_grad()
+def factor_error(base: Path, folder: Path) -> float:
+    """Return the largest ||B A - dW|| / ||dW||, dW by PEFT's layer, factors and products in float64."""
+    worst = 0.0
+    for item in open_pair(base, folder).modules:
+        edit, form = item.stored_edit(torch.float64), item.form(torch.float64)
+        assert isinstance(edit, WholeReplaced)
+        change = edit.after - edit.before.to(torch.float64)
+        worst = max(worst, float((form.up @ form.down - change).norm() / change.norm()))
+    return worst
+
+
 def main() -> None:
     import peft
 
@@ -98,6 +113,8 @@ def main() -> None:
             both = LAYER_TYPES[kind].changes
             what = "weight and bias" if len(both) == 2 else both[0]
             factors = "truncated with --rank" if both == ("weight",) else "refused: the bias changes as well"
+            if LAYER_TYPES[kind].low_rank:
+                factors = f"exact ({factor_error(folder, Path(scratch) / kind):.1e}), or truncated with --rank"
             rows[kind] = (f"exact, by PEFT's own layer ({what})", factors, f"{error:.1e}")
     print(HEAD.format(version=peft.__version__))
     for kind, (merged, factors, worst) in sorted(rows.items()):

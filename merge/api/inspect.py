@@ -113,7 +113,10 @@ def inspect(
 
 def _describe_commands(opened: Adapter) -> dict[str, str]:
     """Return what `merge` and `factor` would do with the adapter, as texts by command."""
-    if any(isinstance(module, PeftLayerModule) for module in opened.modules):
+    layers = [module for module in opened.modules if isinstance(module, PeftLayerModule)]
+    if layers and all(module.low_rank is not None for module in layers):
+        factors = "an exact plain LoRA (needs the base and peft)"
+    elif layers:
         factors = "no exact LoRA; with --rank a truncated LoRA with its error stated"
     elif opened.method in (MethodName.DORA, MethodName.DUDE):
         factors = "exact factors plus row scales (needs the base's row norms); a plain LoRA only with --rank"

@@ -78,7 +78,7 @@ def check_supported(pairs: Sequence[MaybeBoundModule], exact: bool, experts: boo
         if first.is_linear:
             how = "a combination with scales of input columns is"
         raise InputError(f"{first.name}: {how} of full rank", expected="--rank R or ENERGY, which truncates")
-    layers = [module for module, _ in pairs if isinstance(module, PeftLayerModule)]
+    layers = [module for module, _ in pairs if isinstance(module, PeftLayerModule) and module.low_rank is None]
     if exact and layers:
         raise InputError(
             f"{layers[0].name}: {layers[0].kind} is merged by PEFT's own layer and has no exact low-rank factors",

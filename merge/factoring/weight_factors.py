@@ -67,7 +67,8 @@ class Factoriser:
         self.root = None if root is None else root.to(device)
         self._delta: AnyDelta | None = None
         combined = module if isinstance(module, CombinedWeight) else None
-        self.dense = isinstance(module, PeftLayerModule) or (combined is not None and not combined.has_form)
+        layer = isinstance(module, PeftLayerModule) and module.low_rank is None
+        self.dense = layer or (combined is not None and not combined.has_form)
         self.in_memory = self.dense or (combined is not None and combined.is_rounded)
         if self.dense:  # the delta has no form: use factors of rank 0
             assert weight is not None, "a module that needs its base is bound to one"

@@ -4,6 +4,9 @@ For these methods the formula is not implemented a second time: the layer holds 
 adapter's tensors and merges in float64. The result is an edit of the whole weight. One layer is built at a time, on the
 CPU, so that only one weight is in memory. Needs peft (the extra `verify`).
 
+Types whose change has a low rank by construction (`low_rank`) have a canonical form as well: the change that the layer
+merges, split into two factors. What these leave out is measured, so that a change of a higher rank is an error.
+
 Sources: peft.get_peft_model, peft.set_peft_model_state_dict, peft.tuners.*.layer (`merge`).
 """
 
@@ -28,6 +31,9 @@ from .canonical_form import CanonicalForm
 if TYPE_CHECKING:
     from torch import Tensor
 
+OVERSAMPLING = 8  # random vectors beside those for the rank
+ROUNDING = 1e-13  # of the largest singular value: smaller ones are rounding
+LEFT_OUT = 1e-9  # relative norm of what exact factors may leave out of a change that float64 computes
 PREFIX = "base_model.model."  # of the tensors of single modules in a PEFT folder
 _layer_lock = threading.Lock()  # PEFT uses torch's global generator, and memory is for one layer
 # Settings that select modules of a model; they are dropped, since the layer is built for one named module.
@@ -58,10 +64,11 @@ class PeftLayerModule(ModuleDefaults):
     shape: tuple[int, int] = (-1, -1)  # (out, in), or (1, out) of a bias, once bound
     partner: TensorRef | None = None  # the layer's other parameter: the bias of a weight, the weight of a bias
     companions: tuple[tuple[int, int], ...] = ()  # (out, in) of all adapted weights, for tensors that these share
+    low_rank: int | None = None  # the largest rank of W' - W0; None: no bound but the weight's shape
 
     @property
     def rank(self) -> int:
-        return min(self.shape)
+        return min(self.shape) if self.low_rank is None else self.low_rank
 
     @property
     def factor_rank(self) -> int:
@@ -78,11 +85,25 @@ class PeftLayerModule(ModuleDefaults):
         return True
 
     def form(self, read: Reader, weight: Weight, dtype: torch.dtype) -> CanonicalForm:
-        """Raise UnsupportedError: PEFT's layer gives a dense weight."""
-        raise UnsupportedError(
-            f"{self.name}: {self.kind} changes the weight in a way that has no exact low-rank factors",
-            hint="merge this adapter, or truncate its change with --rank",
-        )
+        """Return the factors of the merged layer's change. Raises UnsupportedError where its rank has no low bound."""
+        if self.low_rank is None:
+            raise UnsupportedError(
+                f"{self.name}: {self.kind} changes the weight in a way that has no exact low-rank factors",
+                hint="merge this adapter, or truncate its change with --rank",
+            )
+        stored = weight()
+        with _layer_lock, torch.no_grad():
+            layer = self._build(read, stored)
+            layer.merge()
+            change = layer.get_base_layer().weight.detach() - stored.to(torch.float64)
+        up, down, left_out = split(change, self.low_rank)
+        if not left_out <= LEFT_OUT:
+            raise UnsupportedError(
+                f"{self.name}: this {self.kind} adapter changes the weight by more than rank {self.low_rank}",
+                got=f"{left_out:.1e} of the change is left out",
+                hint="merge this adapter, or truncate its change with --rank",
+            )
+        return CanonicalForm(up.to(dtype), down.to(dtype))
 
     def edit(self, read: Reader, weight: Weight, dtype: torch.dtype) -> BlockEdit:
         """Return the whole weight (out, in) or bias (1, out) after PEFT's merge in float64, rounded to `dtype`."""
@@ -165,6 +186,24 @@ class PeftLayerModule(ModuleDefaults):
                 expected=f"also {missing[0]}" if missing else None,
                 got=f"also {result.unexpected_keys[0]}" if result.unexpected_keys else None,
             )
+
+
+def split(change: Tensor, rank: int) -> tuple[Tensor, Tensor, float]:
+    """Return factors (out, R), (R, in) of a matrix of at most `rank`, R <= rank, and the relative norm of the rest.
+
+    change: (out, in) float64. Its range is found by products with random vectors, in O(out in rank).
+    """
+    width = min(rank + OVERSAMPLING, *change.shape)
+    random = torch.Generator().manual_seed(0)
+    probes = torch.randn(change.shape[1], width, generator=random, dtype=torch.float64)
+    basis = torch.linalg.qr(change @ probes).Q  # (out, width)
+    left, values, right = torch.linalg.svd(basis.T @ change, full_matrices=False)
+    kept = max(1, int((values[:rank] > ROUNDING * values[:1]).sum()))
+    root = values[:kept].sqrt()
+    up, down = basis @ left[:, :kept] * root, root[:, None] * right[:kept]
+    norm = torch.linalg.vector_norm(change)
+    rest = torch.linalg.vector_norm(change - up @ down)
+    return up, down, float(rest / norm) if norm > 0 else 0.0
 
 
 def layer_config(config: Mapping[str, Any], names: list[str]) -> Any:

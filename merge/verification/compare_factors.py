@@ -11,6 +11,7 @@ from torch import Tensor
 from adapter_merge.binding.bind import BoundAdapter, BoundModule
 from adapter_merge.combine.combined_adapter import CombinedBound
 from adapter_merge.formats.peft.tensors import PREFIX, REPLACEMENTS
+from adapter_merge.methods.lora import LoraModule
 from adapter_merge.outputs.manifest import read_manifest
 from adapter_merge.storage.checkpoint import read_weights
 from adapter_merge.storage.input_files import Sources
@@ -41,7 +42,8 @@ def compare_adapters(
     actual = modules_by_tensor(other)
     heads = sorted({*bound.replacements, *combined_heads, *other.replacements})
     different = [name for name in heads if not _same_head(name, bound, combined_heads, other)]
-    extra, missing = sorted(set(actual) - set(expected)), sorted(set(expected) - set(actual))
+    extra = sorted(name for name in set(actual) - set(expected) if not all(map(_is_zero, actual[name])))
+    missing = sorted(set(expected) - set(actual))
     saved = bound.adapter.base_layers
     layers_saved = [
         name
@@ -72,6 +74,14 @@ def compare_adapters(
         sources.close()
     proof = WeightProof(layers, problems, len(layers) + len(heads))
     return proof, {name: (expected[name][0], actual[name][0]) for name in names}
+
+
+def _is_zero(item: BoundModule) -> bool:
+    """Return True for a plain LoRA with a factor of zeros: served experts that were not trained have such."""
+    module = item.module
+    if not isinstance(module, LoraModule) or len(module.refs) > 2 or module.own_magnitude:
+        return False
+    return not all(bool(read_tensor(ref).any()) for ref in module.refs)
 
 
 def compare_factors(bound: BoundAdapter, folder: Path, progress: Progress | None = None) -> WeightProof:

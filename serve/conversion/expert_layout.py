@@ -52,8 +52,8 @@ def find_expert_problems(source: Path, bound: Any) -> list[Problem]:
             problems.append(Problem(f"{cause}, so that their names in vLLM are not known", hint=HINT))
             break
         if not of_expert and getattr(item.module, "a", None) is not None and item.module.a.name in stacked:
-            cause = f"{source}: adapts {item.name} as a bare parameter (a router)"
-            problems.append(Problem(f"{cause}, which vLLM computes outside of its LoRA layers", hint=HINT))
+            cause = f"{source}: adapts {item.name} as a bare parameter"
+            problems.append(Problem(f"{cause}: a router is computed outside of vLLM's LoRA layers", hint=HINT))
             break
     return problems
 

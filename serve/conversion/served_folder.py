@@ -172,6 +172,7 @@ class Converter:
 
         from adapter_merge.combine.origin import bind_checked
         from adapter_merge.formats.detection import open_adapter
+        from adapter_merge.methods.peft_layer import PeftLayerModule
         from adapter_merge.outputs.staging import sha256
 
         from .expert_layout import adapts_experts, find_expert_problems, target_of
@@ -221,6 +222,14 @@ class Converter:
                     hint="merge it into the base instead: adapter-merge merge",
                 )
             )
+        dense = [m for m in opened.modules if isinstance(m, PeftLayerModule) and m.low_rank is None]
+        if dense:
+            problems.append(
+                Problem(
+                    f"{source}: {dense[0].kind} has no exact low-rank factors",
+                    hint="merge it into the base, or serve the folder that factor --rank R writes",
+                )
+            )
         raise_all(problems, UnsupportedError)
         if not modules:
             raise AdapterError(f"{source}: holds no adapted module")
@@ -237,7 +246,10 @@ class Converter:
             parts["stated"] = stated.identity()
         # On the original base the initial factors are subtracted, which adds their rank to that of the trained factors.
         subtracted = about is None and stated.base_kind != "residual"
-        rank = max(module.factor_rank if subtracted else module.rank for module in opened.modules)
+        rank = max(
+            module.factor_rank if subtracted and not isinstance(module, PeftLayerModule) else module.rank
+            for module in opened.modules
+        )
         return Outline(source, opened.method, rank, targets, about is not None, experts, compute_key(parts), stated)
 
     def obtain(self, adapter: str | Path, stated: Stated | None = None) -> Served:

@@ -31,6 +31,7 @@ class LayerType:
     changes: tuple[str, ...] = ("weight",)
     refused: Mapping[str, tuple[Any, str]] | None = None  # setting -> (its value that is refused, why)
     drawn: tuple[str, ...] = ()  # tensors that a seed gives where they are not saved
+    low_rank: bool = False  # the change of a weight has at most the rank that `rank_bound` returns
 
 
 INDICES = "_indices"  # how the names of integer tensors end
@@ -40,30 +41,33 @@ LAYER_TYPES = {
     "BOFT": LayerType("boft_"),
     "C3A": LayerType("c3a_"),
     "DEFT": LayerType("deft_"),
-    "DELORA": LayerType("delora_"),
+    "DELORA": LayerType("delora_", low_rank=True),
     "FOURIERFT": LayerType("fourierft_"),
     "GLORA": LayerType("glora_", BOTH),
-    "GRALORA": LayerType("gralora_"),
+    "GRALORA": LayerType("gralora_", low_rank=True),
     "HIRA": LayerType("hira_"),
-    "HRA": LayerType("hra_"),
+    "HRA": LayerType("hra_", low_rank=True),
     "IA3": LayerType("ia3_", BOTH),
-    "MISS": LayerType("miss_"),
+    "MISS": LayerType("miss_", low_rank=True),
     "OFT": LayerType("oft_"),
     "OSF": LayerType("osf_"),
-    "PEANUT": LayerType("peanut_"),
+    "PEANUT": LayerType("peanut_", low_rank=True),
     "PSOFT": LayerType(
-        "psoft_", refused={"psoft_svd": ("lowrank", "a randomised decomposition, which other machines do not repeat")}
+        "psoft_",
+        refused={"psoft_svd": ("lowrank", "a randomised decomposition, which other machines do not repeat")},
+        low_rank=True,
     ),
     "PVERA": LayerType(
         "pvera_",
         refused={"sample_at_inference": (True, "its weights are drawn anew in every forward pass")},
         drawn=("pvera_A", "pvera_B"),
+        low_rank=True,
     ),
     "RANDLORA": LayerType("randlora_", drawn=("randlora_A", "randlora_B")),
     "ROAD": LayerType("road_", BOTH),
     "SHIRA": LayerType("shira_"),
     "SUPERTUNING": LayerType("supertuning_"),
-    "VBLORA": LayerType("vblora_"),
+    "VBLORA": LayerType("vblora_", low_rank=True),
     "WAVEFT": LayerType("waveft_"),
 }
 REPLACED_TYPES = {"LN_TUNING": "ln_tuning_"}
@@ -119,7 +123,16 @@ def read_layer_type(folder: Path, config: Mapping[str, Any], weights: Path, conf
     raise_all(problems, AdapterError)
     entry = LAYER_TYPES.get(kind)
     modules = tuple(
-        PeftLayerModule(name, kind, tensors | shared, config, entry.changes, entry.drawn, entry.changes[0])
+        PeftLayerModule(
+            name,
+            kind,
+            tensors | shared,
+            config,
+            entry.changes,
+            entry.drawn,
+            entry.changes[0],
+            low_rank=rank_bound(kind, config),
+        )
         for name, tensors in sorted(module_tensors.items())
         if entry is not None
     )
@@ -136,6 +149,26 @@ def read_layer_type(folder: Path, config: Mapping[str, Any], weights: Path, conf
         files=(config_file, weights),
         notes=notes,
     )
+
+
+def rank_bound(kind: str, config: Mapping[str, Any]) -> int | None:
+    """Return the largest rank of W' - W0 that the type and its settings allow; None where it is not below W0's.
+
+    VBLORA, PVERA      up @ down, made from a bank of vectors, or from random matrices and trained scales
+    DELORA             up @ down with scaled columns; MISS: r rows of numbers, repeated (not "bat", which multiplies W0)
+    GRALORA            k^2 blocks of rank r / k, and hybrid_r for all blocks together
+    HRA                W0 times r Householder reflections, less W0: the span of their vectors
+    PEANUT, PSOFT      an r-dimensional input or output space, of factors or of W0's first singular vectors
+    """
+    if not LAYER_TYPES[kind].low_rank or config.get("init_weights") == "bat":
+        return None
+    pattern = config.get("rank_pattern")
+    stated = [config.get("r"), *(pattern.values() if isinstance(pattern, dict) else ())]
+    ranks = [rank for rank in stated if isinstance(rank, int) and rank > 0]
+    if len(ranks) < len(stated):
+        return None
+    blocks, hybrid = config.get("gralora_k"), config.get("hybrid_r")
+    return max(ranks) * (blocks if isinstance(blocks, int) else 1) + (hybrid if isinstance(hybrid, int) else 0)
 
 
 def _check_settings(kind: str, config: Mapping[str, Any], config_file: Path) -> tuple[str, ...]:

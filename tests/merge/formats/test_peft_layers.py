@@ -31,6 +31,7 @@ from adapter_merge.errors import (
     MissingDependencyError,
     UnsupportedError,
 )
+from adapter_merge.formats.peft import layer_types
 from adapter_merge.formats.peft.folder import METHODS
 from adapter_merge.formats.peft.layer_types import LAYER_TYPES, REFUSED_TYPES, REPLACED_TYPES
 
@@ -108,9 +109,46 @@ def test_a_bfloat16_base_is_merged_with_one_rounding(tmp_path: Path) -> None:
     assert torch.equal(merged["model.layers.0.self_attn.q_proj.weight"], want.to(torch.bfloat16))
 
 
-def test_factors_are_refused_and_truncations_state_their_error(base: Callable[[str], Path], tmp_path: Path) -> None:
+LOW_RANK = {
+    "DELORA": {}, "GRALORA": {"hybrid_r": 2}, "HRA": {}, "MISS": {}, "MISS mini": {"init_weights": "mini", "mini_r": 8},
+    "PEANUT": {}, "PSOFT": {}, "PVERA": {}, "VBLORA": {},
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", LOW_RANK)
+def test_low_rank_changes_have_exact_factors(case: str, base: Callable[[str], Path], tmp_path: Path) -> None:
+    """A plain LoRA of the type's own rank, which PEFT loads: its logits are those of the live model."""
+    kind = case.split()[0]
+    folder = base("llama")
+    want = logits(trained(folder, kind, tmp_path / "adapter", **LOW_RANK[case]))
+    made = factor(folder, tmp_path / "adapter", tmp_path / "factors", FactorOptions(device="cpu")).as_json()
+    assert made["exact"]
+    assert max(layer["relative_error"] for layer in made["layers"].values()) < 1e-6
+    assert {layer["rank"] for layer in made["layers"].values()} == {10 if kind == "GRALORA" else 4}
+    with quiet():
+        plain = peft.PeftModel.from_pretrained(load(folder), str(tmp_path / "factors"))
+    assert float((want - logits(load(folder))).abs().max()) > 0.05, "an adapter without an effect proves nothing"
+    assert float((logits(plain) - want).abs().max()) <= TOLERANCE
+    checked = verify(folder, tmp_path / "adapter", tmp_path / "factors", VerifyOptions(weights_only=True))
+    assert checked.passed
+
+
+def test_a_change_of_a_higher_rank_than_its_type_allows_is_an_error(
+    base: Callable[[str], Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What exact factors leave out is measured: a bound that is wrong is no silent truncation."""
     trained(base("llama"), "HRA", tmp_path / "adapter")
-    with pytest.raises(InputError, match="HRA is merged by PEFT's own layer and has no exact low-rank factors"):
+    monkeypatch.setattr(layer_types, "rank_bound", lambda kind, config: 3)
+    with pytest.raises(UnsupportedError, match="changes the weight by more than rank 3"):
+        factor(base("llama"), tmp_path / "adapter", tmp_path / "factors", FactorOptions(device="cpu"))
+
+
+@pytest.mark.parametrize(("kind", "changes"), [("HIRA", {}), ("MISS", {"init_weights": "bat"})])
+def test_factors_are_refused_and_truncations_state_their_error(
+    kind: str, changes: dict[str, Any], base: Callable[[str], Path], tmp_path: Path
+) -> None:
+    trained(base("llama"), kind, tmp_path / "adapter", **changes)
+    with pytest.raises(InputError, match=f"{kind} is merged by PEFT's own layer and has no exact low-rank factors"):
         factor(base("llama"), tmp_path / "adapter", tmp_path / "factors", FactorOptions(device="cpu"))
     assert not (tmp_path / "factors").exists()
     options = FactorOptions(device="cpu", rank=3)
