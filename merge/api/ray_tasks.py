@@ -8,6 +8,7 @@ bytes to the same place, or finds its folder removed. The driver records finishe
 
 from __future__ import annotations
 
+import glob
 import importlib
 import os
 import platform
@@ -296,8 +297,9 @@ def _write(job: Job, file: str, identity: str, host: str) -> FinishedShard:
         raise MismatchError(
             f"{file}: {host} plans it in another way than the driver", hint="compare the machines' BASE"
         )
-    own = tasks / file
-    remove(own)  # of an earlier attempt, whose worker is dead or held for dead
+    for earlier in tasks.glob(f"{glob.escape(file)}.*"):  # of an attempt whose worker is dead or held for dead
+        remove(earlier)
+    own = tasks / f"{file}.{secrets.token_hex(4)}"  # unlike the earlier one's, which may still rename what is in it
     own.mkdir()
     finished = execute(
         plan,

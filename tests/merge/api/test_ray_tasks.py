@@ -6,6 +6,7 @@ import os
 import sys
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 from click.testing import CliRunner
@@ -23,7 +24,7 @@ from adapter_merge.combine.open_inputs import open_pair
 from adapter_merge.combine.recipe import Ingredient, make_recipe
 from adapter_merge.engine.execute import execute
 from adapter_merge.engine.pieces import divide, join
-from adapter_merge.errors import InputError, MissingDependencyError, OutputError
+from adapter_merge.errors import InputError, MissingDependencyError, NumericsError, OutputError
 
 
 @pytest.fixture
@@ -56,10 +57,33 @@ def test_the_tasks_write_what_a_merge_writes(tmp_path: Path, pair: tuple[Path, P
 def test_a_task_begins_anew_after_one_that_was_killed(tmp_path: Path, pair: tuple[Path, Path]) -> None:
     job = job_of(pair, tmp_path / "folder")
     file, identity = next(iter(identities(pair).items()))
-    (job.folder / job.tasks / file).mkdir()
-    (job.folder / job.tasks / file / file).write_bytes(b"half")
+    killed = job.folder / job.tasks / f"{file}.0"
+    killed.mkdir()
+    (killed / file).write_bytes(b"half")
     result = write_file(job, file, identity)
     assert shard_hashes(job.folder)[file] == result["finished"].sha256
+    assert not killed.exists()
+
+
+def test_a_task_that_is_held_for_dead_places_no_half_written_file(
+    tmp_path: Path, pair: tuple[Path, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    job = job_of(pair, tmp_path / "folder")
+    file, identity = next(iter(identities(pair).items()))
+
+    def write_half(plan: Any, folder: Path, *others: Any, **options: Any) -> Any:
+        (folder / file).write_bytes(b"half")
+        raise NumericsError("the second attempt is under way when the first renames")
+
+    def write_whole(*arguments: Any, **options: Any) -> Any:
+        finished = execute(*arguments, **options)
+        monkeypatch.setattr("adapter_merge.engine.execute.execute", write_half)
+        assert write_file(job, file, identity)["error"] == "NumericsError"
+        return finished
+
+    monkeypatch.setattr("adapter_merge.engine.execute.execute", write_whole)
+    assert write_file(job, file, identity)["error"] == "OutputError"
+    assert not (job.folder / file).exists()
 
 
 def test_a_machine_with_other_inputs_writes_nothing(tmp_path: Path, pair: tuple[Path, Path]) -> None:
