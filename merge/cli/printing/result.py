@@ -20,6 +20,8 @@ def show_result(result: Written, output: str, started: float, as_json: bool, qui
     noted = [f"{entry['name']}: {note}" for entry in content["adapters"] for note in entry.get("notes", ())]
     for warning in (*content.get("warnings", ()), *content.get("notes", ()), *noted):
         say(f"warning: {warning}", quiet=quiet)
+    for note in (content.get("base") or {}).get("notes", ()):
+        say(f"note: {note}", quiet=quiet)
     if as_json:
         emit(content)
         return

@@ -11,10 +11,16 @@ import json
 import shutil
 from pathlib import Path
 
+import peft
 import pytest
 import torch
+import transformers
+from click.testing import CliRunner
+from pico_bases import quiet, train
+from quantised_bases import config_of
 from safetensors.torch import load_file, save_file
 
+from adapter_merge.cli.main import group
 from adapter_merge.errors import UnsupportedError
 from adapter_merge.quantisation.dense_view import open_base, packed_weights
 from adapter_merge.storage.tensor_io import read_bytes, read_tensor
@@ -65,6 +71,19 @@ def test_awq_bases_have_other_inputs_than_the_model_they_were_made_from() -> Non
     assert not torch.equal(norms["gptq"], norms["awq"])
     assert any("rescales the inputs of layers" in note for note in open_base(FILES / "awq").notes)
     assert open_base(FILES / "gptq").notes == ()
+
+
+def test_a_merge_into_an_awq_base_prints_the_note(tmp_path: Path) -> None:
+    settings = config_of(FILES / "awq")
+    del settings["quantization_config"]
+    with quiet():
+        model = transformers.LlamaForCausalLM(transformers.LlamaConfig.from_dict(settings))
+        model.save_pretrained(tmp_path / "plain")
+        train(tmp_path / "plain", peft.LoraConfig(r=2, target_modules=["q_proj"]), tmp_path / "lora")
+    command = ["merge", str(FILES / "awq"), str(tmp_path / "lora"), "-o", str(tmp_path / "out"), "--as", "float16"]
+    result = CliRunner().invoke(group, command)
+    assert result.exit_code == 0, result.output
+    assert "note: AWQ rescales the inputs of layers" in result.stderr
 
 
 @pytest.mark.parametrize(
