@@ -1,8 +1,8 @@
-"""Tracing by torch.onnx of models that the builder does not support: python -m ...building.trace_process.
+"""Trace by torch.onnx of models that the builder does not support: python -m ...building.trace_process.
 
-Exported unoptimised, so that weights keep the checkpoint's names and every product says whose forward it was
-(metadata pkg.torch.onnx.name_scopes, the module path): targets are found by path, never by guessing from shapes.
-A process of its own, because torch.export warns, logs and keeps the model in memory.
+The graph is exported unoptimised, so that weights keep the checkpoint's names and every node has the path of its module
+in its metadata (pkg.torch.onnx.name_scopes). Products are matched with modules by that path, not by their shapes. The
+trace runs in a process of its own, because torch.export prints warnings and keeps the model in memory.
 """
 
 from __future__ import annotations
@@ -14,14 +14,19 @@ from typing import Any
 
 from adapter_merge.export.graph.encoder_task import HEADS
 from adapter_merge.export.graph.pooling import Pooling, pool
+from adapter_merge.storage.module_paths import is_same_module
 
 OPSET = 21
-BODIES = ("bert", "roberta", "mpnet", "distilbert", "model", "deberta")  # what a headed model calls its body
-ROOT = "model"  # the traced wrapper's only attribute: every name in the graph begins with it
+BODIES = ("bert", "roberta", "mpnet", "distilbert", "model", "deberta")  # attribute of the body in a model with a head
+ROOT = "model"  # the only attribute of the traced wrapper; every name in the graph begins with it
 
 
 def main() -> None:
-    """Trace the model that the one argument, a JSON object, describes: checkpoint, output, class, labels, ..."""
+    """Trace the model that the argument, a JSON object, describes, and write model.onnx, its weights and config.json.
+
+    Its keys: checkpoint and output (folders), class (of transformers), outputs (names), pooling (mode and whether it is
+    normalised, or null), labels (their number, or null), keep (names of weights that are not stored transposed).
+    """
     job = json.loads(sys.argv[1])
     import torch
     import transformers
@@ -32,7 +37,7 @@ def main() -> None:
         config.num_labels = job["labels"]
     implementation = "eager" if config.model_type == "gpt2" else None
     loader = getattr(transformers, job["class"])
-    torch.manual_seed(0)  # a head that the checkpoint lacks: an adapter brings its own
+    torch.manual_seed(0)  # initialises a head that the checkpoint does not have
     model = loader.from_pretrained(
         job["checkpoint"], config=config, dtype=torch.float32, attn_implementation=implementation
     ).eval()
@@ -49,12 +54,12 @@ def main() -> None:
 
     folder = Path(job["output"])
     ir.save(program.model, folder / "model.onnx", external_data="model.onnx.data", size_threshold_bytes=1024)
-    config.architectures = [job["class"]]  # of what is exported, which may be the body of the checkpoint's own class
+    config.architectures = [job["class"]]  # the exported class; it may be the body of the checkpoint's class
     config.save_pretrained(folder)
 
 
 def _trace_encoder(model: Any, config: Any, outputs: list[str], pooling: Pooling | None) -> Any:
-    """input_ids, attention_mask and, where the model has more than one type, token_type_ids -> `outputs`."""
+    """Trace input_ids, attention_mask and token_type_ids (if the model has several types) -> `outputs`."""
     import torch
 
     names = ["input_ids", "attention_mask"]
@@ -68,10 +73,10 @@ def _trace_encoder(model: Any, config: Any, outputs: list[str], pooling: Pooling
 
         def forward(self, *inputs: torch.Tensor) -> tuple[torch.Tensor, ...]:  # each (batch, sequence)
             result = self.model(**dict(zip(names, inputs, strict=True)))
-            found = dict(result)
+            results = dict(result)
             if pooling is not None:
-                found["sentence_embedding"] = pool(result.last_hidden_state, inputs[1], pooling)
-            return tuple(found[key] for key in outputs)
+                results["sentence_embedding"] = pool(result.last_hidden_state, inputs[1], pooling)
+            return tuple(results[key] for key in outputs)
 
     ids = torch.randint(5, min(100, config.vocab_size), (2, 17), generator=torch.Generator().manual_seed(0))
     mask = torch.ones_like(ids)
@@ -93,13 +98,13 @@ def _trace_encoder(model: Any, config: Any, outputs: list[str], pooling: Pooling
 
 
 def _longest(config: Any) -> int:
-    """Return the model's number of positions; RoBERTa's and MPNet's begin after the padding index."""
+    """Return the largest sequence length; the positions of RoBERTa and MPNet begin after the padding index."""
     offset = config.pad_token_id + 1 if config.model_type in ("roberta", "xlm-roberta", "mpnet") else 0
     return int(config.max_position_embeddings) - offset
 
 
 def _trace_gpt2(model: Any, config: Any) -> Any:
-    """input_ids, attention_mask, past_key_values.N.key|value -> logits, present.N.key|value."""
+    """Trace input_ids, attention_mask, past_key_values.N.key|value -> logits, present.N.key|value."""
     import torch
     from transformers import DynamicCache
 
@@ -153,7 +158,7 @@ def _trace_gpt2(model: Any, config: Any) -> Any:
 
 
 def _strip_root(model: Any) -> None:
-    """Rename initialisers to the checkpoint's names, and nodes to their module's path."""
+    """Rename initialisers to the checkpoint's names; set the metadata of every node to its module's path."""
     for value in list(model.graph.initializers.values()):
         if value.name.startswith(f"{ROOT}."):
             name = value.name.removeprefix(f"{ROOT}.")
@@ -169,14 +174,10 @@ def _strip_root(model: Any) -> None:
             node.metadata_props["module"] = path.removeprefix(f"{ROOT}.")
 
 
-def _same(path: str, name: str) -> bool:
-    return path == name or path.partition(".")[2] == name or name.partition(".")[2] == path
-
-
 def _fold_transposes(model: Any, keep: frozenset[str], heads: tuple[str, ...]) -> None:
-    """Store a weight transposed where every use of it is the same Transpose.
+    """Store a matrix transposed where each of its uses is a Transpose, and remove those nodes.
 
-    What an adapter may replace keeps the checkpoint's orientation.
+    Weights in `keep` and of modules in `heads` are left as they are, because an adapter may replace them.
     """
     import onnx_ir as ir
 
@@ -184,12 +185,12 @@ def _fold_transposes(model: Any, keep: frozenset[str], heads: tuple[str, ...]) -
     for value in list(graph.initializers.values()):
         users = list(value.uses())
         nodes = [user for user, _ in users]
-        kept = value.name.startswith(heads) or any(_same(value.name, name) for name in keep)
+        kept = value.name.startswith(heads) or any(is_same_module(value.name, name) for name in keep)
         if kept or not nodes or any(node.op_type != "Transpose" for node in nodes) or len(value.shape) != 2:
             continue
         source = value.const_value
 
-        def turned(source: Any = source) -> Any:
+        def transposed(source: Any = source) -> Any:
             return ir.tensor(source.numpy().T.copy(), name=source.name)
 
         rows, columns = value.shape.numpy()
@@ -197,7 +198,7 @@ def _fold_transposes(model: Any, keep: frozenset[str], heads: tuple[str, ...]) -
             name=value.name,
             shape=ir.Shape((columns, rows)),
             type=value.type,
-            const_value=ir.LazyTensor(turned, dtype=source.dtype, shape=ir.Shape((columns, rows)), name=value.name),
+            const_value=ir.LazyTensor(transposed, dtype=source.dtype, shape=ir.Shape((columns, rows)), name=value.name),
         )
         for node in nodes:
             ir.convenience.replace_all_uses_with(node.outputs[0], folded)

@@ -1,9 +1,9 @@
-"""The check that ends every export: its logits against the live model, for the base and for every adapter.
+"""The check at the end of every export: its logits are compared with those of the live models of base and adapters.
 
-The live model is transformers' own, with the adapter unmerged in it, streamed part by part (streamed_model.py).
-Nothing is read from the export but its answers. Two texts per adapter: one from the first position on, its second
-half token by token through the KV cache; and one behind a KV cache of random values, which reaches the positions past
-the original context length (or near the end of it) at the cost of a few tokens.
+The live model is transformers' model with the unmerged adapter, streamed part by part (streamed_model.py). The check
+runs the export and reads none of its weights. Two texts per adapter are compared. The first begins at position 0; its
+second half is computed token by token with the KV cache. The second follows a KV cache of random values, so that a few
+tokens suffice to compare positions past the original context length, or near the end of the context.
 """
 
 from __future__ import annotations
@@ -22,32 +22,34 @@ from adapter_merge.export.folder.export_manifest import Manifest
 from adapter_merge.verification.key_value_cache import cache_argument
 
 from .encoder_verification import check_encoder, has_body
-from .verdict import BARS, sample_tokens, verdict
+from .verdict import TOLERANCES, sample_tokens, verdict
 
 if TYPE_CHECKING:
     from adapter_merge.combine.recipe import Recipe
     from adapter_merge.export.building.checks_before_build import Request
 
-NEAR = (24, 16)  # tokens at once, then singly
-FAR = (8, 4)
-FAR_BYTES = 1 << 28  # of keys and values before the far text
-FAR_NOISE = 10.0  # bar of the far text: random keys and values are unlike any that a model was trained to add up
-LOUD = 16.0  # logits above this raise the bar in proportion: float32 has a relative error
+FIRST_TEXT = (24, 16)  # tokens in one step, then one token per step
+FAR_TEXT = (8, 4)
+RANDOM_CACHE_BYTES = 1 << 28  # largest size of the random keys and values before the far text
+# Factor of the far text's tolerance: random keys and values have other magnitudes than those that a model computes.
+FAR_FACTOR = 10.0
+LARGE_LOGIT = 16.0  # logits of a larger magnitude raise the tolerance in proportion, as float32's error is relative
 
 
 @dataclass(frozen=True)
 class Text:
-    """Token ids, of which `prompt` go in at once, behind `before` positions of random keys and values."""
+    """A text to compare over."""
 
-    ids: tuple[int, ...]
-    prompt: int
-    before: int
+    ids: tuple[int, ...]  # token ids
+    prompt: int  # how many of them are computed in one step; the others are computed one per step
+    before: int  # positions of random keys and values in the KV cache before the text
 
 
 def check_decoder_parity(request: Request, folder: Path, manifest: Manifest, recipe: Recipe | None = None) -> None:
-    """Compare the decoder in `folder` with the live model; add the figures to `manifest`.
+    """Compare the decoder in `folder` with the live models; add the figures to `manifest`.
 
-    Raises MismatchError, with every adapter that differs, so that nothing is published.
+    recipe: the combination that a merged export contains; None: the sum of the request's adapters. Does nothing for a
+    request without check. Raises MismatchError, with every adapter that differs, so that the output is not published.
     """
     if not request.check:
         return
@@ -64,6 +66,7 @@ def check_decoder_parity(request: Request, folder: Path, manifest: Manifest, rec
 
 
 def _sum_of(adapters: Mapping[str, Path]) -> Any:
+    """Return the one adapter, or the recipe of the sum of several."""
     from adapter_merge.combine.delta_ops import Settings
     from adapter_merge.combine.recipe import Ingredient, make_recipe
 
@@ -75,33 +78,35 @@ def _sum_of(adapters: Mapping[str, Path]) -> Any:
 def compare_all(
     decoder: Decoder, base: Path, references: Mapping[str, Any], precision: str, say: Any
 ) -> dict[str, dict[str, Any]]:
-    """Return the figures of every name in `references` (bound adapter, or None for the base).
+    """Return the figures of every name in `references`, whose values are bound adapters (None: the base).
 
-    int4 has no bar: quantisation moves logits by whole units. Its figures must be finite, and are recorded.
-    Raises MismatchError when one differs.
+    An int4 export has no tolerance, because quantisation changes logits by whole units; its logits must be finite.
+    say: called with a text for each step. Raises MismatchError, with every difference.
     """
-    texts, covered = make_texts(decoder, base)
+    texts, covers_past_context = make_texts(decoder, base)
     figures: dict[str, dict[str, Any]] = {}
     problems = []
-    plain: list[Any] = []
+    base_logits: list[Any] = []
     for count, (name, bound) in enumerate({"base": None, **references}.items(), start=1):
         if name in references:
             say(f"checking {name} against the live model ({count} of {len({'base': None, **references})})")
         expected = live_logits(base, bound, texts, decoder)
         if bound is None:
-            plain = expected
+            base_logits = expected
         if name not in references:
             continue
         adapter = None if name in ("base", "merged") else name
         got = [export_logits(decoder, adapter, text) for text in texts]
-        result = _verdict(expected[:1], got[:1], plain[:1], precision)
-        figures[name] = {**result["logits"], "tolerance": result["tolerance"], "past_context": covered}
-        found = list(result["problems"])
+        result = _verdict(expected[:1], got[:1], base_logits[:1], precision)
+        figures[name] = {**result["logits"], "tolerance": result["tolerance"], "past_context": covers_past_context}
+        differences = list(result["problems"])
         if len(texts) > 1:
-            far = _verdict(expected[1:], got[1:], plain[1:], precision, FAR_NOISE)
+            far = _verdict(expected[1:], got[1:], base_logits[1:], precision, FAR_FACTOR)
             figures[name]["far_difference"] = far["logits"]["max_difference"]
-            found += [f"{problem}, behind a cache of {texts[1].before} random positions" for problem in far["problems"]]
-        problems += [Problem(f"the export does not compute {name}: {problem}") for problem in found]
+            differences += [
+                f"{problem}, after a cache of {texts[1].before} random positions" for problem in far["problems"]
+            ]
+        problems += [Problem(f"the export does not compute {name}: {problem}") for problem in differences]
     if problems:
         raise_all(
             [*problems, Problem("nothing was written", hint="--no-check writes the export without the check")],
@@ -111,40 +116,41 @@ def compare_all(
 
 
 def _verdict(
-    expected: list[Any], got: list[Any], plain: list[Any], precision: str, noise: float = 1.0
+    expected: list[Any], got: list[Any], base_logits: list[Any], precision: str, factor: float = 1.0
 ) -> dict[str, Any]:
+    """Return verdict.verdict under the tolerance of the precision, times `factor`; int4: finite logits suffice."""
     import numpy as np
 
-    loudest = max(float(np.abs(logits).max()) for logits in expected)
-    bar = BARS.get(precision, float("inf")) * max(1.0, loudest / LOUD) * noise
-    result = verdict(expected, got, plain, bar)
-    if precision not in BARS:
+    largest = max(float(np.abs(logits).max()) for logits in expected)
+    tolerance = TOLERANCES.get(precision, float("inf")) * max(1.0, largest / LARGE_LOGIT) * factor
+    result = verdict(expected, got, base_logits, tolerance)
+    if precision not in TOLERANCES:
         result["problems"] = [] if np.isfinite(result["logits"]["max_difference"]) else ["its logits are not finite"]
         result["tolerance"] = None
     return result
 
 
 def make_texts(decoder: Decoder, base: Path) -> tuple[list[Text], bool]:
-    """Return the texts to compare over, and whether they reach past the original context length."""
+    """Return the texts to compare over, and True where they exceed the original context length."""
     from adapter_merge.verification.live_adapter import model_config
 
     config = model_config(base).get_text_config()
     vocabulary, limit = int(config.vocab_size), decoder.context_length or int(config.max_position_embeddings)
     original = original_context(config)
-    length = min(sum(NEAR), limit)
+    length = min(sum(FIRST_TEXT), limit)
     ids = sample_tokens(vocabulary, 512)
-    texts = [Text(tuple(ids[:length]), max(1, min(NEAR[0], length // 2)), 0)]
-    wanted = original if original < limit else limit - sum(FAR)
+    texts = [Text(tuple(ids[:length]), max(1, min(FIRST_TEXT[0], length // 2)), 0)]
+    wanted = original if original < limit else limit - sum(FAR_TEXT)
     if original < limit:
-        wanted = min(original + 1, limit - sum(FAR))
-    before = min(wanted, FAR_BYTES // decoder.bytes_per_position)
+        wanted = min(original + 1, limit - sum(FAR_TEXT))
+    before = min(wanted, RANDOM_CACHE_BYTES // decoder.bytes_per_position)
     if before > length:
-        texts.append(Text(tuple(ids[100 : 100 + sum(FAR)]), FAR[0], before))
-    return texts, before + sum(FAR) > original
+        texts.append(Text(tuple(ids[100 : 100 + sum(FAR_TEXT)]), FAR_TEXT[0], before))
+    return texts, before + sum(FAR_TEXT) > original
 
 
 def original_context(config: Any) -> int:
-    """Return the context length that the base was trained with before its rotary positions were scaled."""
+    """Return the context length of the base's training, before the rotary positions were scaled to a longer one."""
     rope = getattr(config, "rope_parameters", None) or {}
     nested = [value for value in rope.values() if isinstance(value, dict)] or [rope]
     limit = int(config.max_position_embeddings)
@@ -153,7 +159,7 @@ def original_context(config: Any) -> int:
 
 
 def live_logits(base: Path, bound: Any, texts: list[Text], decoder: Decoder) -> list[Any]:
-    """Return logits (positions, vocabulary), float32, of the live model over every text."""
+    """Return logits (positions, vocabulary) in float32 of the live model for every text; bound: None for the base."""
     import torch
     from transformers import DynamicCache
 
@@ -168,7 +174,7 @@ def live_logits(base: Path, bound: Any, texts: list[Text], decoder: Decoder) -> 
         model = streamed_base(open_base(base), torch.float32).model
     else:
         model = streamed_trained(bound, torch.float32).model
-    answers = []
+    logits = []
     for text in texts:
         cache = None
         if text.before:
@@ -179,12 +185,12 @@ def live_logits(base: Path, bound: Any, texts: list[Text], decoder: Decoder) -> 
                 cache.update(key, value, layer)
         with torch.no_grad():
             result = model(input_ids=torch.tensor([text.ids]), **cache_argument(cache), use_cache=cache is not None)
-        answers.append(result.logits[0].float().numpy())
-    return answers
+        logits.append(result.logits[0].float().numpy())
+    return logits
 
 
 def export_logits(decoder: Decoder, adapter: str | None, text: Text) -> Any:
-    """Return logits (positions, vocabulary), float32, of the export, through its KV cache."""
+    """Return logits (positions, vocabulary) in float32 of the export, computed with its KV cache."""
     import numpy as np
 
     ids = np.asarray([text.ids], np.int64)
@@ -195,7 +201,7 @@ def export_logits(decoder: Decoder, adapter: str | None, text: Text) -> Any:
 
 
 def check_encoder_parity(request: Request, folder: Path, manifest: Manifest, recipe: Recipe | None = None) -> None:
-    """Compare the encoder in `folder` with the live model, as check_decoder_parity does."""
+    """Compare the encoder in `folder` with the live models, as check_decoder_parity does."""
     if not request.check:
         return
     base = request.checkpoint.folder
@@ -204,7 +210,7 @@ def check_encoder_parity(request: Request, folder: Path, manifest: Manifest, rec
         references["merged"] = open_pair(base, recipe or _sum_of(request.adapters))
     else:
         if has_body(request.checkpoint, manifest.options["class"]):
-            references["base"] = None  # without a head of its own its answers are those of random weights
+            references["base"] = None  # a base without a head would be compared with a random head
         for name, source in request.adapters.items():
             references[name] = open_pair(base, source)
     manifest.parity |= compare_encoders(base, references, folder, manifest, request.say)
@@ -218,9 +224,10 @@ def compare_encoders(
     say: Any,
     files: Mapping[str, Path] | None = None,
 ) -> dict[str, dict[str, Any]]:
-    """Return the figures of every name in `references` for an encoder (files: where adapters lie, if not in place).
+    """Return the figures of every name in `references` for an encoder, as compare_all does for a decoder.
 
-    Raises UnsupportedError where the base has no head of the exported class, and MismatchError when one differs.
+    files: files of adapters that are not in `folder`, by name. Raises UnsupportedError where the base has no weights of
+    the exported class, and MismatchError, with every difference.
     """
     from adapter_merge.export.engine.encoder_session import Classifier
 

@@ -1,4 +1,7 @@
-"""The tensors of one adapter in an export: from its file in a switchable one, from its slot in a batched one."""
+"""Reading of one adapter's tensors from an export.
+
+A switchable export stores them in the adapter's file, a batched one in the adapter's slot of the graph's stacks.
+"""
 
 from __future__ import annotations
 
@@ -19,53 +22,57 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True)
-class HeldFactors:
-    """An adapter's tensors for one target: W' = (W0 + (A B)^T) * s by rows."""
+class ExportedFactors:
+    """The factors of an adapter for one target, in float64: W' = (W0 + (A B)^T) * s, where s multiplies rows."""
 
     down: Tensor  # A (k, R)
     up: Tensor  # B (R, n)
-    scale: Tensor | None  # s (n,)
+    scale: Tensor | None  # s (n,); None: 1
 
     def apply(self, weight: Tensor, start: int) -> Tensor:
-        """Return W' (size, k) of the rows that begin at column `start` of the target."""
+        """Return W' (size, k); weight: W0 (size, k), the rows of the target from row `start` on."""
         rows = slice(start, start + weight.shape[0])
         changed = weight + (self.down @ self.up[:, rows]).T
         return changed if self.scale is None else changed * self.scale[rows, None]
 
 
-def held_adapter(
+def read_exported_adapter(
     folder: Path, manifest: Manifest, layout: Layout, chosen: str | None, graph: Mapping[str, ir.Value]
-) -> tuple[dict[str, HeldFactors] | None, dict[str, Tensor]]:
-    """Return the chosen adapter's factors by target (None in a merged export), and the heads that it replaces."""
+) -> tuple[dict[str, ExportedFactors] | None, dict[str, Tensor]]:
+    """Return the chosen adapter's factors by target, and the weights that it replaces by name.
+
+    chosen: the adapter's name in the export; None for the base alone. graph: the initialisers by name. The factors are
+    None in a merged export, whose weights are the merged ones.
+    """
     if manifest.mode == "merged":
         return None, {}
     if chosen is None:
         return {}, {}
     if manifest.mode == "switchable":
-        held = {
+        tensors = {
             name: torch.from_numpy(value.numpy().copy())
             for name, value in load_tensors(folder / f"{chosen}{SUFFIX}", layout).items()
         }
-        heads = {tensor: held[name] for tensor, name in layout.heads.items() if name in held}
+        heads = {tensor: tensors[name] for tensor, name in layout.heads.items() if name in tensors}
     else:
         slot = int(manifest.adapters[chosen]["id"])
-        names = {name for one in layout.targets for name in (one.down_name, one.up_name, one.scale_name)}
-        held = {name: tensor_of(graph[name])[slot] for name in names if name in graph}
+        names = {name for target in layout.targets for name in (target.down_name, target.up_name, target.scale_name)}
+        tensors = {name: read_initialiser(graph[name])[slot] for name in names if name in graph}
         heads = {}
     factors = {}
     for target in layout.targets:
-        scale = held.get(target.scale_name)
-        if target.down_name in held or scale is not None:
-            factors[target.name] = HeldFactors(
-                held.get(target.down_name, torch.zeros(target.k, 0)).double(),
-                held.get(target.up_name, torch.zeros(0, target.n)).double(),
+        scale = tensors.get(target.scale_name)
+        if target.down_name in tensors or scale is not None:
+            factors[target.name] = ExportedFactors(
+                tensors.get(target.down_name, torch.zeros(target.k, 0)).double(),
+                tensors.get(target.up_name, torch.zeros(0, target.n)).double(),
                 None if scale is None else scale.reshape(-1).double(),
             )
     return factors, heads
 
 
-def tensor_of(value: ir.Value) -> Tensor:
-    """Return an initialiser in its own dtype."""
+def read_initialiser(value: ir.Value) -> Tensor:
+    """Return a stored initialiser as a tensor of the same shape and dtype."""
     assert value.const_value is not None
     array = value.const_value.numpy()
     if array.dtype.name == "bfloat16":

@@ -1,22 +1,22 @@
-"""Comparison of an export's weights with the adapter as trained, one by one; no model is run.
+"""Comparison of every weight of an export with the adapter as trained; no model runs.
 
-Exports of the model builder here, traced ones in traced_proof.py.
+This file compares exports of onnxruntime-genai's model builder, traced_proof.py those of torch.onnx.
 
-products    the matrix of every product against the linears of the checkpoint that it computes: the method's formula in
-            float64 where an adapter is merged into it, the base's values elsewhere; of quantised matrices, whether each
-            code is the nearest one to these values for its scale (packed_products.py)
-factors     switchable and batched: W0 + A B, times the row scale, from the tensors of the adapter's file or stack
-others      embeddings, norms and biases against the base's
+products    the matrix of every product is compared with the checkpoint's linears that it computes: with the method's
+            formula in float64 where an adapter is merged into it, with the base's values elsewhere. For a quantised
+            matrix, each code must be the nearest one to these values for its scale (block_quantised.py)
+factors     switchable and batched: W0 + A B, times the row scale, where A, B and the scale come from the adapter's file
+            or from its place in the stack
+others      embeddings, norms and biases are compared with the base's
 
-What the graph's metadata says of its products is not believed: the linears that belong to a product follow from the
-name that onnxruntime-genai's model builder gives it (targets.py) and from the base's own tensors.
+What the graph's metadata says about its products is not used. The linears of a product follow from the name that the
+model builder gives it (targets.py) and from the shapes of the base's tensors.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable, Collection, Mapping, Sequence
-from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -36,18 +36,18 @@ from adapter_merge.storage.tensor_io import read_tensor
 from adapter_merge.verification.compare_weights import WEIGHT_TOLERANCE, Progress, WeightFigures
 from adapter_merge.verification.whole_formulas import modules_by_tensor, whole_weight
 
-from .packed_products import PackedRows, is_packed, product_name, read_packed
-from .stored_adapter import HeldFactors, held_adapter, tensor_of
+from .block_quantised import QuantisedRows, is_quantised, read_quantised_rows, unquantised_name
+from .stored_adapter import ExportedFactors, read_exported_adapter, read_initialiser
 from .traced_proof import is_traced, verify_traced_weights
-from .verdict import find_adapter, header
+from .verdict import find_adapter, header, weights_report
 
 if TYPE_CHECKING:
     import onnx_ir as ir
 
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16, "int4": torch.float32}
 HEAD, EMBEDDINGS = "lm_head.weight", "model.embed_tokens.weight"
-FACTOR_ROUNDINGS = 4  # A, B and the scale are rounded once each; their product may be off by as many ulp
-OFFSET_NORMS = ("gemma",)  # families whose norms multiply by 1 + weight: the builder stores the sum
+FACTOR_ROUNDINGS = 4  # A, B and the row scale are rounded once each; their product may be off by as many ulp
+OFFSET_NORMS = ("gemma",)  # families whose norms multiply by 1 + weight; the builder stores 1 + weight
 
 
 def verify_weights(
@@ -62,9 +62,10 @@ def verify_weights(
 ) -> dict[str, Any]:
     """Compare every weight of the export in `artefact` with `adapter` on `base` (None: with the base alone).
 
-    Takes and returns what `verification.verify_onnx` does, without logits: "layers" (relative error of dW by weight),
-    "compared" (their number, the base's own tensors included), "notes" (initialisers that no tensor of the base
-    belongs to), "problems" and "passed".
+    Takes the arguments of `verification.verify_onnx`, without those about texts and logits. Returns "layers" (the
+    relative error of dW by weight), "compared" (the number of compared tensors, with those that no adapter changes),
+    "notes" (initialisers that were not compared), "problems" and "passed". Raises InputError or MismatchError when the
+    three do not belong together.
     """
     folder = Path(artefact)
     check_packages("onnx_ir")
@@ -81,87 +82,81 @@ def verify_weights(
     chosen = find_adapter(folder, manifest.adapters, adapter, name, manifest.mode)
     model, graph = _open(folder)
     layout = read_layout(model.metadata_props, str(folder / "model.onnx"))
-    held = {name for one in layout.targets for name in (one.down_name, one.up_name, one.scale_name)}
-    factors, heads = held_adapter(folder, manifest, layout, chosen, graph)
-    kept = torch.float16 if manifest.precision == "int4" and manifest.device == "cuda" else DTYPES[manifest.precision]
-    proof = _Proof(checkpoint, bound, kept, graph, factors, heads, held, progress)
+    stacks = {name for target in layout.targets for name in (target.down_name, target.up_name, target.scale_name)}
+    factors, heads = read_exported_adapter(folder, manifest, layout, chosen, graph)
+    dtype = torch.float16 if manifest.precision == "int4" and manifest.device == "cuda" else DTYPES[manifest.precision]
+    proof = _Proof(checkpoint, bound, dtype, graph, factors, heads, stacks, progress)
     proof.run(_all_nodes(model.graph))
     return {
         **header(folder, manifest, chosen, adapter),
-        "compared_with": "the method's formula in float64" if adapter else "the base's weights",
-        "layers": {key: asdict(value) for key, value in proof.layers.items()},
-        "half_precision": None,
-        "compared": proof.compared,
-        "notes": proof.notes(),
-        "problems": proof.problems,
-        "passed": not proof.problems,
+        **weights_report(adapter is not None, proof.layers, proof.compared, proof.notes(), proof.problems),
     }
 
 
 class _Proof:
-    """Collects the comparison of every initialiser of one graph."""
+    """The comparison of every initialiser of one graph with the checkpoint and the adapter."""
 
     def __init__(
         self,
         checkpoint: Checkpoint,
         bound: BoundAdapter | None,
-        kept: torch.dtype,
+        dtype: torch.dtype,  # of the export's weights
         graph: Mapping[str, ir.Value],
-        factors: Mapping[str, HeldFactors] | None,  # by target; None: merged into the products
-        heads: Mapping[str, Tensor],  # what a switchable adapter replaces, by the checkpoint's names
-        held: Collection[str],  # initialisers that hold the adapters of a batched export
+        factors: Mapping[str, ExportedFactors] | None,  # by target; None: merged into the products
+        heads: Mapping[str, Tensor],  # weights that a switchable adapter replaces, by the checkpoint's names
+        stacks: Collection[str],  # initialisers with the factors of a batched export's adapters
         progress: Progress | None,
     ) -> None:
-        self.checkpoint, self.kept, self.graph, self.factors, self.heads = checkpoint, kept, graph, factors, heads
+        self.checkpoint, self.dtype, self.graph, self.factors, self.heads = checkpoint, dtype, graph, factors, heads
         self.modules = modules_by_tensor(bound) if bound is not None else {}
         self.replacements = bound.replacements if bound is not None else {}
         self.progress = progress
         self.layers: dict[str, WeightFigures] = {}
         self.problems: list[str] = []
         self.compared = 0
-        self._used = set(held)  # initialisers
-        self._found: set[str] = set()  # tensors of the checkpoint
+        self._read_initialisers = set(stacks)
+        self._compared_tensors: set[str] = set()  # of the checkpoint
 
     def run(self, nodes: list[ir.Node]) -> None:
-        """Compare the products, then every other initialiser, then look for what is missing."""
-        products = {_name(node): node for node in nodes if node.op_type in ("MatMul", "Gemm") or is_packed(node)}
+        """Compare the products, then every other initialiser; add a problem for every weight that is missing."""
+        products = {_name(node): node for node in nodes if node.op_type in ("MatMul", "Gemm") or is_quantised(node)}
         shapes = {name: ref.shape for name, ref in self.checkpoint.tensors.items()}
         for target in decoder_targets([name for name in products if name], shapes, head=True):
             for node in nodes:
                 if _name(node) == target.nodes[0]:
-                    self._product(target, node)
-        self._others()
-        self._heads()
-        missing = sorted(set(self.checkpoint.tensors) - self._found - {HEAD})
+                    self._compare_product(target, node)
+        self._compare_named()
+        self._compare_heads()
+        missing = sorted(set(self.checkpoint.tensors) - self._compared_tensors - {HEAD})
         missing = [name for name in missing if not name.endswith("rotary_emb.inv_freq")]
         if missing:
             self.problems.append(f"{len(missing)} weights of the base are not in the graph, first {missing[0]}")
         lacking = sorted(set(self.modules) - set(self.layers))
         if lacking:
             self.problems.append(f"{len(lacking)} adapted weights are not in the graph, first {lacking[0]}")
-        bad = [name for name, one in self.layers.items() if not one.relative_error <= self._bar()]
+        bad = [name for name, layer in self.layers.items() if not layer.relative_error <= self._tolerance()]
         if bad:
-            text = f"weights with a relative error of dW above {self._bar():.2g}"
+            text = f"weights with a relative error of dW above {self._tolerance():.2g}"
             self.problems.append(f"{len(bad)} {text}, first {bad[0]}")
         if not self.compared:
             self.problems.append("nothing was compared: the graph has no product of the base")
 
     def notes(self) -> list[str]:
-        """Return what no tensor of the base stands for: caches of cosines, constants of the builder."""
+        """Return a note on the initialisers without a tensor in the base: constants of the builder."""
         rest = sorted(
             name
             for name, value in self.graph.items()
-            if name not in self._used and value.const_value is not None and value.const_value.size > 1
+            if name not in self._read_initialisers and value.const_value is not None and value.const_value.size > 1
         )
         return [f"not compared: {len(rest)} tensors that the builder computes ({', '.join(rest[:4])})"] if rest else []
 
-    def _bar(self) -> float:
-        if self.kept == torch.float32:
+    def _tolerance(self) -> float:
+        if self.dtype == torch.float32:
             return WEIGHT_TOLERANCE
-        return FACTOR_ROUNDINGS * torch.finfo(self.kept).eps
+        return FACTOR_ROUNDINGS * torch.finfo(self.dtype).eps
 
-    def _product(self, target: Target, node: ir.Node) -> None:
-        matrix = read_packed(node, self._read) if is_packed(node) else self._matrix(node)
+    def _compare_product(self, target: Target, node: ir.Node) -> None:
+        matrix = read_quantised_rows(node, self._read) if is_quantised(node) else self._read_matrix(node)
         if matrix is None:
             self.problems.append(f"{node.name} does not multiply by a stored matrix")
             return
@@ -169,139 +164,150 @@ class _Proof:
             self.problems.append(f"{node.name} multiplies by {tuple(matrix.shape)} instead of {(target.n, target.k)}")
             return
         for part in target.parts:
-            self._weight(f"{part.module}.weight", matrix[part.start : part.start + part.size], target, part.start)
+            self._compare_linear(
+                f"{part.module}.weight", matrix[part.start : part.start + part.size], target, part.start
+            )
             bias = self.graph.get(f"{_name(node).strip('/').replace('/', '.')[:-7]}.Add.bias")
             if bias is not None and bias.name is not None:
                 stated = self._read(bias.name)[part.start : part.start + part.size]
-                self._plain(f"{part.module}.bias", stated)
+                self._compare_unadapted(f"{part.module}.bias", stated)
 
-    def _matrix(self, node: ir.Node) -> Tensor | None:
-        """Return the matrix (n, k) of a product of floats; None where it is not stored."""
+    def _read_matrix(self, node: ir.Node) -> Tensor | None:
+        """Return the matrix (n, k) of a product that is not quantised; None where it is not stored."""
         value = node.inputs[1]
-        turned = value is not None and value.producer() is not None
-        if turned:
+        is_transposed = value is not None and value.producer() is not None
+        if is_transposed:
             producer = value.producer()
             value = producer.inputs[0] if producer is not None and producer.op_type == "Transpose" else None
         if value is None or value.name not in self.graph:
             return None
         stored = self._read(value.name)
-        return stored if turned else stored.T
+        return stored if is_transposed else stored.T
 
-    def _weight(self, name: str, got: Tensor | PackedRows, target: Target, start: int) -> None:
-        """Compare the rows of one linear, (size, k) as the graph has them, with the checkpoint's and the adapter's."""
+    def _compare_linear(self, name: str, got: Tensor | QuantisedRows, target: Target, start: int) -> None:
+        """Compare the rows of one linear with the checkpoint's and the adapter's.
+
+        got: (size, k), the rows from row `start` of the target's matrix on.
+        """
         source = name
         if name == HEAD and name not in self.checkpoint.tensors and name not in self.replacements:
-            source = EMBEDDINGS  # tied
+            source = EMBEDDINGS  # the head is tied to the embeddings
         items = self.modules.get(source)
         merged = self.factors is None
         if items is None or not merged:
-            self._plain(source, got, merged)
+            self._compare_unadapted(source, got, merged)
         if items is None:
             if self.factors is not None and target.name in self.factors:
                 base = self._base(source).double()
                 if not torch.equal(self.factors[target.name].apply(base, start), base):
                     self.problems.append(f"{source} is changed by the export, and not by the adapter")
             return
-        held = (self.factors or {}).get(target.name)
-        change = None if merged else (lambda base: base if held is None else held.apply(base, start))
-        self._adapted(source, items, got, change)
+        factors = (self.factors or {}).get(target.name)
+        change = None if merged else (lambda base: base if factors is None else factors.apply(base, start))
+        self._compare_adapted(source, items, got, change)
 
-    def _adapted(
+    def _compare_adapted(
         self,
         name: str,
         items: Sequence[BoundModule],
-        got: Tensor | PackedRows,
+        got: Tensor | QuantisedRows,
         change: Callable[[Tensor], Tensor] | None,
     ) -> None:
-        """Compare W' with the formula; change: what the export computes from W0, None where `got` is W' itself."""
+        """Compare W' with the method's formula by the relative error of dW.
+
+        change: the function by which the export computes W' from W0; None where `got` is W'.
+        """
         base, exact, slack = whole_weight(items)
-        half = 0.0
+        rounding = 0.0  # largest relative error of one rounding
         if change is not None:
-            off = (change(base) - exact).abs()
-        elif isinstance(got, PackedRows):
-            off = got.excess(exact)
+            errors = (change(base) - exact).abs()
+        elif isinstance(got, QuantisedRows):
+            errors = got.excess(exact)
         else:
-            off = (got.double().reshape(exact.shape) - exact).abs()
-            half = torch.finfo(self.kept).eps / 2 if self.kept != torch.float32 else 0.0
-        off = (off - half * exact.abs() - (slack if slack is not None else 0.0)).clamp_min(0)
+            errors = (got.double().reshape(exact.shape) - exact).abs()
+            rounding = torch.finfo(self.dtype).eps / 2 if self.dtype != torch.float32 else 0.0
+        errors = (errors - rounding * exact.abs() - (slack if slack is not None else 0.0)).clamp_min(0)
         size = float(torch.linalg.vector_norm(exact - base))
-        error = float(torch.linalg.vector_norm(off))
+        error = float(torch.linalg.vector_norm(errors))
         relative = error / size if size else error
         if relative != relative:
             relative = math.inf
         before = self.layers.get(name)
         worst = max(relative, before.relative_error if before is not None else 0.0)
-        self.layers[name] = WeightFigures(worst, 0.0, str(self.kept).removeprefix("torch."))
-        self._used_tensor(name, base.nbytes)
+        self.layers[name] = WeightFigures(worst, 0.0, str(self.dtype).removeprefix("torch."))
+        self._mark_compared(name, base.nbytes)
 
-    def _plain(self, name: str, got: Tensor | PackedRows, replaced: bool = True) -> None:
-        """Compare a tensor that no adapter changes, rounded once to the export's dtype or quantised."""
+    def _compare_unadapted(self, name: str, got: Tensor | QuantisedRows, replaced: bool = True) -> None:
+        """Compare a tensor without a delta, rounded once to the export's dtype or quantised.
+
+        replaced: the adapter's replacement of the tensor, where it has one, is what the graph must store.
+        """
         if name not in self.checkpoint.tensors:
             self.problems.append(f"{name} is in the graph, and not in the base")
             return
         ref = self.replacements.get(name) if replaced else None
         wanted = (read_tensor(ref) if ref is not None else self._base(name)).reshape(got.shape)
-        if isinstance(got, PackedRows):
+        if isinstance(got, QuantisedRows):
             is_same = not bool(got.excess(wanted.double()).any())
         else:
-            is_same = torch.equal(wanted.to(self.kept), got)
+            is_same = torch.equal(wanted.to(self.dtype), got)
         if not is_same:
             self.problems.append(f"{name} was changed")
-        self._used_tensor(name, wanted.nbytes)
+        self._mark_compared(name, wanted.nbytes)
 
-    def _used_tensor(self, name: str, size: int) -> None:
-        self._found.add(name)
+    def _mark_compared(self, name: str, size: int) -> None:
+        self._compared_tensors.add(name)
         self.compared += 1
         if self.progress is not None:
             self.progress(size)
 
-    def _others(self) -> None:
-        """Compare the initialisers that the builder names after the checkpoint's tensors."""
+    def _compare_named(self) -> None:
+        """Compare the initialisers whose names are those of the checkpoint's tensors."""
         offset = str(self.checkpoint.config.get("model_type", "")).startswith(OFFSET_NORMS)
         for name in list(self.graph):
-            own = name
-            if name.endswith(".final_norm_layernorm.weight"):
-                own = "model.norm.weight"
-            if name in self._used or own not in self.checkpoint.tensors:
+            tensor = "model.norm.weight" if name.endswith(".final_norm_layernorm.weight") else name
+            if name in self._read_initialisers or tensor not in self.checkpoint.tensors:
                 continue
             got = self._read(name)
-            if self.factors is None and own in self.modules:
-                self._adapted(own, self.modules[own], got, None)
+            if self.factors is None and tensor in self.modules:
+                self._compare_adapted(tensor, self.modules[tensor], got, None)
                 continue
-            norm = "norm" in own
-            if offset and norm:
-                stored = self._base(own)
-                once = (stored.float() + 1).to(self.kept)
-                twice = (stored.to(self.kept).float() + 1).to(self.kept)  # a merged model in half precision lay between
+            if offset and "norm" in tensor:
+                stored = self._base(tensor)
+                once = (stored.float() + 1).to(self.dtype)
+                # An export through a merged model in half precision has rounded the weight before the sum as well.
+                twice = (stored.to(self.dtype).float() + 1).to(self.dtype)
                 if not bool(((got == once) | (got == twice)).all()):
-                    self.problems.append(f"{own} was changed")
-                self._used_tensor(own, got.nbytes)
+                    self.problems.append(f"{tensor} was changed")
+                self._mark_compared(tensor, got.nbytes)
                 continue
-            self._plain(own, got, self.factors is None)
+            self._compare_unadapted(tensor, got, self.factors is None)
 
-    def _heads(self) -> None:
-        """Compare the weights that the adapter brings along and the export switches to."""
+    def _compare_heads(self) -> None:
+        """Compare the weights that a switchable adapter replaces."""
         for name, ref in self.replacements.items() if self.factors is not None else ():
-            held = self.heads.get(name)
-            if held is None or not torch.equal(read_tensor(ref).reshape(held.shape).to(self.kept), held):
-                self.problems.append(f"{name} of the adapter is {'missing' if held is None else 'another one'}")
+            got = self.heads.get(name)
+            if got is None:
+                self.problems.append(f"{name} of the adapter is missing")
+            elif not torch.equal(read_tensor(ref).reshape(got.shape).to(self.dtype), got):
+                self.problems.append(f"{name} differs from the adapter's")
             self.compared += 1
 
     def _base(self, name: str) -> Tensor:
         return read_tensor(self.checkpoint.tensors[name])
 
     def _read(self, name: str) -> Tensor:
-        self._used.add(name)
-        return tensor_of(self.graph[name])
+        self._read_initialisers.add(name)
+        return read_initialiser(self.graph[name])
 
 
 def _name(node: ir.Node) -> str:
-    """Return the model builder's name of a product."""
-    return product_name((node.name or "").removeprefix("plain"))
+    """Return the name that the model builder gave a product before it was branched or quantised."""
+    return unquantised_name((node.name or "").removeprefix("plain"))
 
 
 def _open(folder: Path) -> tuple[ir.Model, dict[str, ir.Value]]:
-    """Return the graph, whose weights are mapped and not read, and its initialisers by name."""
+    """Return the graph and its initialisers by name; the weights are memory-mapped."""
     import onnx_ir as ir
 
     model = ir.load(folder / "model.onnx")
@@ -309,7 +315,7 @@ def _open(folder: Path) -> tuple[ir.Model, dict[str, ir.Value]]:
 
 
 def _all_nodes(graph: ir.Graph) -> list[ir.Node]:
-    """Return the nodes of a graph and of the branches in it."""
+    """Return the nodes of a graph and of the subgraphs of its If nodes."""
     import onnx_ir as ir
 
     return list(ir.traversal.RecursiveGraphIterator(graph))

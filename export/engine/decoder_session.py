@@ -1,4 +1,4 @@
-"""An exported decoder under onnxruntime: one session, a KV cache updated in place, adapters switched between runs.
+"""An exported decoder in onnxruntime: one session, a KV cache updated in place, adapters switched between runs.
 
 Inputs and outputs are bound, so that the cache stays on its device. With bound inputs onnxruntime ignores
 RunOptions.add_active_adapter without an error and computes the base; the adapter's tensors are therefore bound as
@@ -39,7 +39,7 @@ class Cache:
     values: dict[str, Any]  # past name -> OrtValue (batch, kv heads, positions, head size)
     extra: dict[str, Any] = field(default_factory=dict)  # adapter tensors, adapter_ids
     length: int = 0
-    binding: Any = None  # reused while the tensors stay the same, so that hundreds of names are bound once
+    binding: Any = None  # reused for all steps that write to the same tensors
 
 
 class Decoder:
@@ -113,8 +113,8 @@ class Decoder:
     def start(self, capacity: int, adapters: str | Sequence[str | None] | None = None, past: int = 0) -> Cache:
         """Return a cache for `capacity` positions: one sequence, or one per entry of `adapters` (None: base).
 
-        It is empty, or holds `past` positions of `random_past`.
-        Different adapters in one batch need a batched export. Raises InputError.
+        past: the number of positions that `random_past` fills. Raises InputError for an unknown adapter, and for
+        different adapters in one batch unless the export is batched.
         """
         rows = [adapters] if adapters is None or isinstance(adapters, str) else list(adapters)
         extra: dict[str, Any] = {}
@@ -122,7 +122,7 @@ class Decoder:
             extra["adapter_ids"] = self._ids(rows)
         elif len(set(rows)) > 1:
             raise InputError(
-                f"{self.folder}: one batch, several adapters", expected="an export made with --mode batched"
+                f"{self.folder}: one batch cannot have several adapters", expected="an export made with --mode batched"
             )
         elif rows[0] is not None:
             extra = self.load(rows[0])
@@ -138,7 +138,7 @@ class Decoder:
         self,
         cache: Cache,
         tokens: NDArray[np.int64],  # (batch, new)
-        mask: NDArray[np.int64] | None = None,  # (batch, positions so far + new): 0 for padding; all valid when None
+        mask: NDArray[np.int64] | None = None,  # (batch, positions so far + new), 0 for padding; None: no padding
     ) -> NDArray[np.float32]:
         """Return logits (batch, new, vocabulary) of the next tokens; `cache` advances by that many positions."""
         import numpy as np
@@ -168,7 +168,7 @@ class Decoder:
         return values
 
     def _binding(self, cache: Cache) -> Any:
-        """Return the binding of cache and adapter; built once where every step writes into the same buffers."""
+        """Return the binding of cache and adapter; where every step writes to the same buffers, it is made once."""
         if cache.binding is None:
             cache.binding = self.session.io_binding()
             for name, value in cache.extra.items():
@@ -222,7 +222,7 @@ class Decoder:
 def pack_in_graph_order(tensors: Mapping[str, Any], layout: Layout) -> dict[str, Any]:
     """Copy the tensors into one block, in the order in which the graph reads them, each aligned to a cache line.
 
-    ONNX Runtime's format stores them in any order, aligned to four bytes only; the copy saves 1 % of decode at rank 16.
+    ONNX Runtime's format stores them in any order, aligned to four bytes. The copy saves 1 % of decode time at rank 16.
     """
     import numpy as np
     import onnxruntime

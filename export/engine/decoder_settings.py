@@ -1,4 +1,4 @@
-"""Settings of an exported decoder: onnxruntime-genai's configuration, under its own name or another one.
+"""Settings of an exported decoder: onnxruntime-genai's configuration, in genai_config.json or decoder_config.json.
 
 onnxruntime-genai ignores the input adapter_ids and would compute the base for every row. A batched export therefore
 stores the same settings as decoder_config.json: without genai_config.json, onnxruntime-genai refuses the folder.

@@ -1,4 +1,4 @@
-"""An exported encoder under onnxruntime: logits or hidden states of texts, with an adapter and its head, or without."""
+"""An exported encoder in onnxruntime: logits or hidden states of texts, with or without an adapter."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 
 class Classifier:
-    """An open encoder export; an adapter is chosen per call, and per text in a batched export."""
+    """An open encoder export. The caller chooses an adapter per call, or per text in a batched export."""
 
     def __init__(self, folder: Path, device: str = "cpu", threads: int | None = None) -> None:
         self.folder = folder
@@ -41,8 +41,8 @@ class Classifier:
         self,
         input_ids: NDArray[np.int64],  # (batch, sequence)
         attention_mask: NDArray[np.int64],  # (batch, sequence)
-        adapter: str | Sequence[str | None] | None = None,  # a name for each text: batched exports
-        token_type_ids: NDArray[np.int64] | None = None,  # (batch, sequence); zeros when not given
+        adapter: str | Sequence[str | None] | None = None,  # batched exports: one name per text
+        token_type_ids: NDArray[np.int64] | None = None,  # (batch, sequence); None: zeros
     ) -> dict[str, NDArray[np.float32]]:
         """Return output name -> values: (batch, labels or width), (batch, sequence, ...) or (batch, sequence).
 

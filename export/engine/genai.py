@@ -1,4 +1,4 @@
-"""A model of onnxruntime-genai on one device."""
+"""Opening of an export with onnxruntime-genai on one device."""
 
 from __future__ import annotations
 
@@ -28,5 +28,5 @@ def open_genai(folder: Path, device: str) -> Any:
         config.set_provider_option("cuda", "device_id", str(index))
     model = og.Model(config)
     if kind == "cuda" and "cuda" not in str(model.device_type).lower():
-        raise InputError(f"{device} was asked for but the model is on {model.device_type}")
+        raise InputError(f"onnxruntime-genai opened the model on {model.device_type}", expected=device)
     return model

@@ -1,4 +1,4 @@
-"""Input and sampling of a generation: chat template, length, choice of tokens."""
+"""Prompts and sampling: chat template, tokenizer, limit of the length, choice of the next token."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from .providers import check_packages
 
 @dataclass(frozen=True)
 class Sampling:
-    """Settings of the choice of the next token; temperature 0 is greedy."""
+    """How the next token is chosen; temperature 0 is greedy."""
 
     max_tokens: int = 128
     temperature: float = 0.0
@@ -42,10 +42,15 @@ class Prompter:
         self.stops = frozenset(stops if isinstance(stops, list) else [stops])
 
     def encode(self, prompt: str, system: str | None = None, raw: bool = False) -> list[int]:
-        """Return the token ids of `prompt`, in the chat template unless there is none or `raw` is set."""
+        """Return the token ids of `prompt` in the chat template; without it where raw is set or the model has none.
+
+        Raises InputError for an empty prompt, and for `system` without a chat template.
+        """
         if raw or not self.tokenizer.chat_template:
             if system is not None:
-                raise InputError("--system needs a chat template", hint="leave --raw out, or write it into the prompt")
+                raise InputError(
+                    "--system needs a chat template", hint="leave --raw out, or put the system text into the prompt"
+                )
             ids = self.tokenizer(prompt)["input_ids"]
         else:
             messages = [{"role": "system", "content": system}] if system is not None else []
@@ -57,7 +62,10 @@ class Prompter:
         return [int(token) for token in ids]
 
     def stream(self) -> Callable[[int], str]:
-        """Return a function from the next token to the text that it completes (a character may span tokens)."""
+        """Return a function from the next token to the text that it completes.
+
+        A character may consist of several tokens.
+        """
         tokens: list[int] = []
         shown = ""
 
@@ -74,7 +82,10 @@ class Prompter:
 
 
 def limit_to_context(folder: Path, prompt: int, sampling: Sampling) -> Sampling:
-    """Return `sampling` limited to the model's positions. Raises InputError for too long a prompt."""
+    """Return `sampling` with max_tokens limited to the rest of the context after `prompt` tokens.
+
+    Raises InputError for a prompt that fills the context.
+    """
     settings = decoder_settings(folder)
     if settings:
         limit = int(settings["model"]["context_length"])

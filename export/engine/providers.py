@@ -1,8 +1,8 @@
 """The installed onnxruntime: its package, its providers, and sessions on the requested device.
 
-onnxruntime and onnxruntime-gpu write the same folder: the one installed last wins, removing one breaks the
-other, and pip check says nothing. And a session that was asked for CUDA and cannot have it logs a line and
-runs on the CPU. Both are errors here.
+The packages onnxruntime and onnxruntime-gpu install the same folder: each overwrites the other's files, removing one
+breaks the other, and pip check does not report it. A session that cannot use CUDA logs a line and runs on the CPU. This
+module raises an error in both cases.
 """
 
 from __future__ import annotations
@@ -39,9 +39,9 @@ def check_packages(*modules: str) -> None:
         problems.append(
             Problem(
                 "more than one onnxruntime package is installed: they overwrite each other's files",
-                expected="onnxruntime or onnxruntime-gpu, never both",
+                expected="onnxruntime or onnxruntime-gpu, not both",
                 got=", ".join(f"{name} {number}" for name, number in packages.items()),
-                hint=f"pip uninstall -y {names}, then install the one you want again",
+                hint=f"pip uninstall -y {names}, then install one of them again",
             )
         )
     wanted = dict.fromkeys(("onnxruntime", *modules))
@@ -57,13 +57,13 @@ def check_packages(*modules: str) -> None:
 
 
 def check_runnable(precision: str) -> None:
-    """Raise MissingDependencyError when no provider here runs an export of `precision`, so that it can't be checked."""
+    """Raise MissingDependencyError when no provider of this onnxruntime runs an export of `precision`."""
     import onnxruntime
 
     if precision == "bf16" and "CUDAExecutionProvider" not in onnxruntime.get_available_providers():
         raise MissingDependencyError(
             "a bf16 export cannot be checked here: this onnxruntime has no CUDA provider",
-            hint="--no-check, and adapter-merge verify where it runs",
+            hint="export with --no-check, and run adapter-merge verify on a machine with CUDA",
         )
 
 
@@ -76,10 +76,10 @@ def parse_device(device: str) -> tuple[str, int]:
 
 
 def providers(device: str) -> list[tuple[str, dict[str, str]]]:
-    """Return execution providers with their options for `device`, the CPU last for the shape arithmetic.
+    """Return execution providers with their options for `device`; the CPU comes last and computes shapes.
 
-    CUDA: no TF32 (float32 means float32), the arena grows by what is asked for (an adapter more must not
-    double it), and copies stay on the compute stream, so that a bound output is complete when a run returns.
+    CUDA computes float32 without TF32. Its arena grows by the requested size, because doubling it for one more adapter
+    would waste memory. Its copies run on the compute stream, so that a bound output is complete when a run returns.
     Raises MissingDependencyError when this onnxruntime has no such provider.
     """
     import onnxruntime
@@ -91,7 +91,7 @@ def providers(device: str) -> list[tuple[str, dict[str, str]]]:
     available = onnxruntime.get_available_providers()
     if "CUDAExecutionProvider" not in available:
         raise MissingDependencyError(
-            f"{device} was asked for, but this onnxruntime has no CUDA provider",
+            f"this onnxruntime has no CUDA provider, which {device} needs",
             expected="CUDAExecutionProvider",
             got=", ".join(available),
             hint=f"pip uninstall -y onnxruntime onnxruntime-genai && {install_command('onnx-gpu')}",
@@ -106,20 +106,20 @@ def providers(device: str) -> list[tuple[str, dict[str, str]]]:
 
 
 def graph_file(folder: Path) -> Path:
-    """Return the graph of the export in `folder`: model.onnx, or an encoder's own in the folder onnx/."""
-    found = sorted((folder / "onnx").glob("model*.onnx"))
-    return found[0] if len(found) == 1 and not (folder / "model.onnx").is_file() else folder / "model.onnx"
+    """Return the file of the graph in `folder`: model.onnx, or onnx/model*.onnx of an encoder."""
+    encoders = sorted((folder / "onnx").glob("model*.onnx"))
+    return encoders[0] if len(encoders) == 1 and not (folder / "model.onnx").is_file() else folder / "model.onnx"
 
 
 def check_external_data(model_file: Path) -> None:
-    """Raise FileFormatError unless every external data file of `model_file` is there and long enough."""
+    """Raise FileFormatError unless every external data file of `model_file` exists and is long enough."""
     import onnx_ir as ir
 
     if not model_file.is_file():
         raise InputError(f"{model_file}: no such file", expected="an ONNX model")
     try:
         model = ir.load(model_file)
-    except Exception as error:  # protobuf raises its own kinds
+    except Exception as error:  # protobuf raises exceptions of its own
         raise FileFormatError(f"{model_file}: not an ONNX model ({error})") from error
     needed: dict[Path, int] = {}
     for value in model.graph.initializers.values():
@@ -142,7 +142,7 @@ def check_external_data(model_file: Path) -> None:
 def open_session(model_file: Path, device: str = "cpu", threads: int | None = None) -> Any:
     """Return an onnxruntime.InferenceSession of `model_file` on `device`.
 
-    Raises MissingDependencyError when the provider that was asked for did not load: never a silent fallback.
+    Raises MissingDependencyError when the provider of `device` does not load; the session never falls back to the CPU.
     """
     check_packages("onnx_ir")
     wanted = providers(device)
@@ -163,7 +163,7 @@ def open_session(model_file: Path, device: str = "cpu", threads: int | None = No
     loaded = session.get_providers()
     if wanted[0][0] not in loaded:
         raise MissingDependencyError(
-            f"{wanted[0][0]} was asked for but did not load",
+            f"{wanted[0][0]} did not load",
             expected=wanted[0][0],
             got=", ".join(loaded),
             hint="the CUDA and cuDNN libraries of this onnxruntime-gpu must be installed",

@@ -1,8 +1,8 @@
 """NAME.onnx_adapter: one adapter's tensors in ONNX Runtime's adapter format, for one export.
 
-Packed targets (q, k, v) get one A with the columns of all parts and one block-diagonal B: the zeros are exact, and one
-product replaces three. The file holds only the targets that the adapter changes; for all others the graph's default
-inputs (rank 0, scale 1) compute the base.
+A packed target (q, k, v) has one A with the columns of all parts and one block-diagonal B, so that one product replaces
+three; the zeros of B change no value. The file contains only the targets that the adapter changes. For all others the
+graph uses its default inputs (rank 0, scale 1), which compute the base.
 """
 
 from __future__ import annotations
@@ -42,9 +42,9 @@ def match_factors(factors: Factors, layout: Layout) -> None:
             continue
         target, part = places[module]
         shape = (part.size, target.k)
-        found_shape = (linear.up.shape[0], linear.down.shape[1])
-        if shape != found_shape:
-            problems.append(Problem(f"{factors.source}: {module} has another shape", str(shape), str(found_shape)))
+        got_shape = (linear.up.shape[0], linear.down.shape[1])
+        if shape != got_shape:
+            problems.append(Problem(f"{factors.source}: {module} has another shape", str(shape), str(got_shape)))
     problems.extend(
         Problem(
             f"{factors.source}: replaces {name}, which this export cannot switch",
@@ -98,7 +98,7 @@ def aligned(factors: Factors, layout: Layout) -> Factors:
 
 
 def packed(target: Target, linears: Mapping[str, LinearFactors]) -> tuple[Any, Any, Any] | None:
-    """Return A (k, R), B (R, n), s (n,) or None, float32, of one target; None when no part of it is adapted."""
+    """Return A (k, R), B (R, n) and s (n,) (or None) of one target in float32; None when no part of it is adapted."""
     import numpy as np
 
     present = [(part, linears[part.module]) for part in target.parts if part.module in linears]
@@ -121,7 +121,7 @@ def packed(target: Target, linears: Mapping[str, LinearFactors]) -> tuple[Any, A
 
 
 def adapter_tensors(factors: Factors, layout: Layout) -> dict[str, Any]:
-    """Return graph input -> float32 array for everything that differs from the base. Raises MismatchError."""
+    """Return graph input -> float32 array for every input that differs from its default. Raises MismatchError."""
     import numpy as np
 
     match_factors(factors, layout)
@@ -147,7 +147,7 @@ def adapter_tensors(factors: Factors, layout: Layout) -> dict[str, Any]:
 def write_adapter(factors: Factors, layout: Layout, file: Path) -> int:
     """Write `factors` for the export with `layout` to `file`, atomically; return its size in bytes.
 
-    Raises MismatchError, or OutputError when ONNX Runtime's format cannot hold the adapter.
+    Raises MismatchError, or OutputError for an adapter that is too large for ONNX Runtime's format.
     """
     import onnxruntime
 
@@ -156,7 +156,7 @@ def write_adapter(factors: Factors, layout: Layout, file: Path) -> int:
     size = sum(tensor.size for tensor in tensors.values()) * item
     if size > FORMAT_LIMIT:
         raise OutputError(
-            f"{file.name}: ONNX Runtime's adapter format ends at 2 GiB",
+            f"{file.name}: ONNX Runtime's adapter format is limited to 2 GiB",
             got=f"{size:,} bytes",
             hint="export this adapter with --mode merged, or with --precision fp16",
         )

@@ -25,7 +25,7 @@ def insert_stacks(
     layout: Layout,
     stacks: dict[str, tuple[Any, Any, Any]],  # target -> A (n, k, R), B (n, R, n_out), s (n, 1, n_out) or None
 ) -> None:
-    """Give the targets in `stacks` one adapter per sequence, gathered by the input adapter_ids (batch,)."""
+    """Add one adapter per sequence to the targets in `stacks`, in place; the input adapter_ids (batch,) selects it."""
     import numpy as np
     import onnx_ir as ir
 
@@ -87,7 +87,7 @@ def check_ids(graph: ir.Graph, ids: ir.Value, count: int) -> ir.Value:
     any_wrong = ir.node("Cast", most.outputs, {"to": ir.DataType.BOOL}, name=f"{CHECK}AnyWrong")
     sizes = [any_wrong.outputs[0], constant("impossible", [IMPOSSIBLE]), constant("as_given", [-1])]
     shape = ir.node("Where", sizes, name=f"{CHECK}Where")
-    checked = ir.node("Reshape", [ids, shape.outputs[0]], name=f"{CHECK}must lie between 0 and {count}")
+    checked = ir.node("Reshape", [ids, shape.outputs[0]], name=f"{CHECK}must be between 0 and {count}")
     made = [*outside, wrong, number, most, any_wrong, shape, checked]
     for node in made:
         node.outputs[0].name = f"{node.name}/output_0"
@@ -96,7 +96,7 @@ def check_ids(graph: ir.Graph, ids: ir.Value, count: int) -> ir.Value:
 
 
 def remove_stacks(model: ir.Model, layout: Layout) -> None:
-    """Remove what insert_stacks inserted, except adapter_ids."""
+    """Remove the nodes and initialisers that insert_stacks inserted, except adapter_ids."""
     import onnx_ir as ir
 
     graph = model.graph

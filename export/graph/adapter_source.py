@@ -16,16 +16,16 @@ NAME_CHARACTERS = frozenset("abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXY
 
 
 def is_factor_folder(folder: Path) -> bool:
-    """Return True when `folder` holds the factors that `adapter-merge factor` wrote."""
+    """Return True when `adapter-merge factor` wrote `folder`."""
     manifest = folder / "adapter_merge.json"
     return manifest.is_file() and read_json(manifest).get("artefact") == "factors"
 
 
 def factors_of(base: Path, adapter: Path, force: bool = False) -> Factors:
-    """Return the factors of `adapter` (any format) on `base`; reads only those weights of the base that it needs.
+    """Return the factors of `adapter`, in any format, on `base`, with all values in memory.
 
-    All values are read before it returns. Raises FileFormatError where a file of `adapter` changes during the reading,
-    MismatchError where evidence contradicts the base, unless `force`.
+    Of the base only the weights that the factorisation needs are read. Raises FileFormatError where a file of `adapter`
+    changes while it is read, and MismatchError where evidence contradicts the base, unless `force`.
     """
     from adapter_merge.combine.open_inputs import open_pair
     from adapter_merge.formats.stated_settings import ReadOptions

@@ -1,4 +1,4 @@
-"""A decoder graph that holds its layers twice, with and without adapters; one input selects the branch that runs.
+"""Duplication of a decoder's layers, with and without adapters; an input of the graph selects the branch that runs.
 
 An adapter needs four nodes at every product. On a small model they cost the base 3 to 6 % even when no adapter is
 active. The layers are therefore the two branches of one If, and without an adapter the branch without these nodes runs.
@@ -21,7 +21,7 @@ def split_into_branches(model: ir.Model, targets: Collection[str], dtype: ir.Dat
     """Move the nodes between those named in `targets` into an If; return the branch for the adapters.
 
     Adds the optional input ACTIVE. Nodes before the first target (embedding, mask) and after the last target (norm,
-    lm_head) stay outside and are not duplicated.
+    lm_head) are not duplicated.
     """
     import numpy as np
     import onnx_ir as ir
@@ -88,12 +88,12 @@ def add_optional_input(
 def _select_between(graph: ir.Graph, targets: Collection[str]) -> list[ir.Node]:
     """Return the targets and every node on a path from one target to another, in the graph's order."""
     nodes = list(graph)
-    behind: set[ir.Node] = set()
+    after_first: set[ir.Node] = set()
     for node in nodes:
-        if node.name in targets or any(parent in behind for parent in node.predecessors()):
-            behind.add(node)
-    before: set[ir.Node] = set()
+        if node.name in targets or any(parent in after_first for parent in node.predecessors()):
+            after_first.add(node)
+    before_last: set[ir.Node] = set()
     for node in reversed(nodes):
-        if node.name in targets or any(child in before for child in node.successors()):
-            before.add(node)
-    return [node for node in nodes if node in behind and node in before]
+        if node.name in targets or any(child in before_last for child in node.successors()):
+            before_last.add(node)
+    return [node for node in nodes if node in after_first and node in before_last]

@@ -1,10 +1,10 @@
-"""Changes of a decoder's graph for a plain onnxruntime loop: padding on any side, KV cache shapes, sliding windows.
+"""Changes of a decoder's graph for onnxruntime without onnxruntime-genai: padding, KV cache shapes, sliding windows.
 
-GroupQueryAttention counts a row's tokens (the sum of its attention mask) and reads them from the left. Padding on the
-right is therefore correct; with padding on the left it computes other tokens without an error. The inserted nodes move
-the tokens of a step to the left of their row, in order, before the embedding, and move the hidden states back before
-lm_head. Without padding both moves are the identity. Positions need no change: the operator derives them from the same
-sum.
+GroupQueryAttention takes the sum of a row's attention mask as the number of its tokens and reads them from the left.
+Padding on the right is therefore correct; with padding on the left it reads padding as tokens, without an error. The
+inserted nodes move the tokens of a step to the left of their row, in order, before the embedding, and move the hidden
+states back before lm_head. Without padding both moves are the identity. Positions need no change: the operator derives
+them from the same sum.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     import onnx_ir as ir
 
 NODE_PREFIX = "/padding"
-WINDOW = "sliding_window_cache"  # limits the KV cache to the window, which onnxruntime refuses for padded rows
+WINDOW = "sliding_window_cache"  # limits the KV cache to the window; onnxruntime then rejects padded rows
 
 
 def prepare_graph(model: ir.Model, settings: Mapping[str, Any], *, whole_cache: bool = False) -> None:
@@ -42,18 +42,18 @@ def prepare_graph(model: ir.Model, settings: Mapping[str, Any], *, whole_cache: 
 
 
 def accept_padding(model: ir.Model) -> None:
-    """Make the decoder `model` compute the same for any padding of a prompt, in place.
+    """Change the decoder `model` in place, so that the padding of a prompt does not change its logits.
 
-    The valid tokens (mask 1) of a step move to the left, the padding behind them: with m the mask's last S columns, the
-    new column is cumsum(m) - 1 where m is 1, else sum(m) + column - cumsum(m). Raises MismatchError for a graph without
-    input_ids, attention_mask or lm_head.
+    The valid tokens (mask 1) of a step move to the left, the padding moves to their right: with m the mask's last S
+    columns, the new column is cumsum(m) - 1 where m is 1, else sum(m) + column - cumsum(m). Raises MismatchError for a
+    graph without input_ids, attention_mask or lm_head.
     """
     graph = model.graph
     inputs = {value.name: value for value in graph.inputs}
     heads = [node for node in graph if HEAD.fullmatch(node.name or "")]
     if "input_ids" not in inputs or "attention_mask" not in inputs or len(heads) != 1:
         raise MismatchError(
-            "the builder's graph is not as expected",
+            "the graph of the model builder has other inputs or another head",
             expected="inputs input_ids and attention_mask, and one lm_head",
             got=f"inputs {', '.join(map(str, inputs))}, and {len(heads)} products named lm_head",
         )

@@ -1,4 +1,4 @@
-"""Models that torch.onnx exports here: encoders by family and task, and GPT-2; the class that is traced."""
+"""The models that are exported by torch.onnx (encoders, GPT-2), and the transformers class to trace for a task."""
 
 from __future__ import annotations
 
@@ -35,8 +35,9 @@ HEADS = ("classifier.", "qa_outputs.", "pooler.", "pre_classifier.", "head.")  #
 def task_class(checkpoint: Checkpoint, factors: Mapping[str, Factors], body: bool = False) -> str:
     """Return the transformers class to trace.
 
-    With `body` the model without its head. Else the task of the heads that the adapters carry, where the checkpoint
-    has none of its own; else the checkpoint's class (a checkpoint for pretraining: its masked language model).
+    body: return the class without a head. Otherwise it is the checkpoint's class where that has a head for a task, then
+    the class of the adapters' heads, then the checkpoint's class (its masked language model, for a checkpoint of
+    ForPreTraining).
     """
     architecture = str((checkpoint.config.get("architectures") or [""])[0])
     if architecture == GPT2:
@@ -55,7 +56,7 @@ def task_class(checkpoint: Checkpoint, factors: Mapping[str, Factors], body: boo
 
 
 def is_body(name_of_class: str) -> bool:
-    """Return True for a class without a head: it answers hidden states."""
+    """Return True for a class without a head, whose outputs are hidden states."""
     return name_of_class.endswith(BODY) and name_of_class != GPT2
 
 
@@ -69,7 +70,7 @@ def outputs_of(name_of_class: str, pooled: bool) -> tuple[str, ...]:
 
 
 def check_labels(checkpoint: Checkpoint, factors: Mapping[str, Factors], name_of_class: str) -> None:
-    """Raise UnsupportedError for a question-answering head of another size than transformers' own: start and end."""
+    """Raise UnsupportedError for a question-answering head without exactly two outputs, start and end."""
     if not name_of_class.endswith("ForQuestionAnswering"):
         return
     heads = {str(checkpoint.folder): {name: ref.shape for name, ref in checkpoint.tensors.items()}}
@@ -78,7 +79,7 @@ def check_labels(checkpoint: Checkpoint, factors: Mapping[str, Factors], name_of
     }
     problems = [
         Problem(
-            f"{source}: its head answers questions with {shapes['qa_outputs.weight'][0]} numbers a token",
+            f"{source}: its question-answering head has {shapes['qa_outputs.weight'][0]} outputs per token",
             "2: start and end",
         )
         for source, shapes in heads.items()

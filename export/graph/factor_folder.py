@@ -50,7 +50,7 @@ class Factors:
     error: float = 0.0  # largest relative error of a weight's change, where factoring measured one
     origin: str | None = None  # evidence of the base that the adapter was trained on, as a sentence
     contradictions: tuple[str, ...] = ()  # evidence against the base, where the adapter was used with force
-    frozen_positions: bool = False  # DeBERTa: the positional queries keep the frozen weight (DCFT with share_att_key)
+    frozen_positions: bool = False  # DeBERTa: the positional queries use the base's weight (DCFT with share_att_key)
 
     def evidence(self) -> dict[str, Any]:
         """Return the evidence of the base as keys of the manifest."""
@@ -86,7 +86,7 @@ def read_factors(folder: Path, source: Path | None = None) -> Factors:
 
     weights = folder / "adapter_model.safetensors"
     if not weights.is_file():
-        raise InputError(f"{name}: holds no factors", expected="adapter_model.safetensors")
+        raise InputError(f"{name}: has no factors", expected="adapter_model.safetensors")
     config = read_json(folder / "adapter_config.json")
     tensors = _read_arrays(weights)
     scales = _read_optional(folder / "row_scale.safetensors")
@@ -105,7 +105,7 @@ def read_factors(folder: Path, source: Path | None = None) -> Factors:
     linears = _pair_factors(tensors, scales, config, name, problems)
     problems += _check_unused(tensors, linears, replacements, name)
     problems += [
-        Problem(f"{name}: {key} holds NaN or infinity")
+        Problem(f"{name}: {key} contains NaN or infinity")
         for key, tensor in {**tensors, **scales}.items()
         if not np.isfinite(tensor).all()
     ]
@@ -139,7 +139,7 @@ def _pair_factors(
         if up is None or down.ndim != 2 or up.ndim != 2 or up.shape[1] != down.shape[0]:
             problems.append(
                 Problem(
-                    f"{module}: lora_A and lora_B do not fit each other",
+                    f"{module}: the shapes of lora_A and lora_B do not match",
                     "(R, in) and (out, R)",
                     f"{down.shape} and {None if up is None else up.shape}",
                 )
@@ -166,9 +166,9 @@ def _pair_factors(
 def _check_unused(
     tensors: Mapping[str, Any], linears: Iterable[str], replacements: Iterable[str], source: Path
 ) -> list[Problem]:
-    """Return a problem where the folder adapts an embedding, and one where it holds tensors that are not used."""
+    """Return a problem where the folder adapts an embedding, and one where it has tensors that are not used."""
     used = {f"{PREFIX}{module}{suffix}" for module in linears for suffix in (DOWN, UP, ".lora_magnitude_vector")}
-    for name in replacements:  # the folder holds them a second time, under PEFT's names
+    for name in replacements:  # the folder contains them a second time, under PEFT's names
         module, _, kind = name.rpartition(".")
         used |= {f"{PREFIX}{name}", f"{PREFIX}{module}.base_layer.{kind}"}
     embeddings = [name for name in tensors if name.endswith((".lora_embedding_A", ".lora_embedding_B"))]
@@ -183,7 +183,7 @@ def _check_unused(
             )
         )
     if unused:
-        problems.append(Problem(f"{source}: holds tensors that are not used", got=", ".join(unused[:5])))
+        problems.append(Problem(f"{source}: has tensors that are not used", got=", ".join(unused[:5])))
     return problems
 
 

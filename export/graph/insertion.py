@@ -126,11 +126,11 @@ def split_gemm(graph: ir.Graph, node: ir.Node) -> ir.Node:
     assert weight is not None
     new = []
     if attributes.get("transB", 0):
-        turn = ir.node("Transpose", [weight], {"perm": [1, 0]}, name=f"{node.name}/Transpose")
-        turn.outputs[0].name = f"{turn.name}/output_0"
-        turn.outputs[0].type = weight.type
-        weight = turn.outputs[0]
-        new.append(turn)
+        transpose = ir.node("Transpose", [weight], {"perm": [1, 0]}, name=f"{node.name}/Transpose")
+        transpose.outputs[0].name = f"{transpose.name}/output_0"
+        transpose.outputs[0].type = weight.type
+        weight = transpose.outputs[0]
+        new.append(transpose)
     product = ir.node("MatMul", [x, weight], name=f"{node.name}/MatMul")
     product.outputs[0].name = f"{product.name}/output_0"
     product.outputs[0].type = output.type

@@ -1,4 +1,4 @@
-"""Pooling of a sentence encoder: how its hidden states become one vector, from sentence-transformers' files or stated.
+"""Pooling of a sentence encoder: the computation of one vector from hidden states, as sentence-transformers stores it.
 
 modules.json lists the modules: Transformer, Pooling and perhaps Normalize. Pooling's settings are in the config.json of
 its folder (1_Pooling): one pooling_mode_* is true, or pooling_mode names it
@@ -26,7 +26,7 @@ MODULES = "modules.json"
 
 @dataclass(frozen=True)
 class Pooling:
-    """How hidden states become a sentence's vector."""
+    """The computation of a sentence's vector from its hidden states."""
 
     mode: str  # "mean", "cls" (the first token), "max" or "last" (the last token), of the tokens whose mask is 1
     normalised: bool  # to length 1
@@ -38,7 +38,7 @@ class Pooling:
 def read_pooling(folder: Path) -> Pooling | None:
     """Return the pooling that the modules of sentence-transformers in `folder` state; None without modules.json.
 
-    Raises FileFormatError for files that state none, UnsupportedError for a module or a mode that is not known here.
+    Raises FileFormatError for a damaged modules.json, UnsupportedError for an unknown module or mode.
     """
     file = folder / MODULES
     if not file.is_file():
@@ -52,10 +52,10 @@ def read_pooling(folder: Path) -> Pooling | None:
     kinds = [kind for kind, _ in modules]
     if kinds not in (["Transformer", "Pooling"], ["Transformer", "Pooling", "Normalize"]):
         raise UnsupportedError(
-            f"{file}: its modules are not known here",
+            f"{file}: its modules are not supported",
             expected="Transformer, Pooling and perhaps Normalize",
             got=", ".join(kinds),
-            hint="state --pooling, which leaves the other modules out",
+            hint="state --pooling: the export then has no other modules",
         )
     settings = read_json(folder / modules[1][1] / "config.json")
     return Pooling(_mode(settings, folder / modules[1][1] / "config.json"), len(kinds) == 3)
@@ -65,16 +65,16 @@ def _mode(settings: dict[str, Any], file: Path) -> str:
     named = settings.get("pooling_mode")
     if named is None:
         prefix = "pooling_mode_"
-        found = [key.removeprefix(prefix) for key, value in settings.items() if key.startswith(prefix) and value]
-        chosen = [mode for mode, name in MODES.items() if found == [name]]
+        names = [key.removeprefix(prefix) for key, value in settings.items() if key.startswith(prefix) and value]
+        chosen = [mode for mode, name in MODES.items() if names == [name]]
     else:
-        found = [named] if isinstance(named, str) else list(named)
-        chosen = [NAMES[found[0]]] if len(found) == 1 and found[0] in NAMES else []
+        names = [named] if isinstance(named, str) else list(named)
+        chosen = [NAMES[names[0]]] if len(names) == 1 and names[0] in NAMES else []
     if len(chosen) != 1 or settings.get("include_prompt") is False:
         raise UnsupportedError(
-            f"{file}: its pooling is not known here",
-            expected="one of " + ", ".join(MODES.values()) + ", prompts included",
-            got=", ".join(found) + ("" if settings.get("include_prompt", True) else ", prompts left out"),
+            f"{file}: its pooling is not supported",
+            expected="one of " + ", ".join(MODES.values()) + ", over prompts too",
+            got=", ".join(names) + ("" if settings.get("include_prompt", True) else ", without prompts"),
             hint="state another with --pooling",
         )
     return chosen[0]

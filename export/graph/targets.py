@@ -1,6 +1,6 @@
-"""The products of a graph that can carry an adapter, and the linear layers of the checkpoint that they compute.
+"""The products of a graph that can have an adapter, and the linear layers of the checkpoint that they compute.
 
-The model builder packs q, k and v into one product (and gate and up, on request): one target then has several parts,
+The model builder packs q, k and v into one product (and gate and up, on request). Such a target has several parts,
 which are ranges of its columns. The inputs of a target are named after the module's path, as in PEFT:
 `model.layers.0.self_attn.o_proj.lora_A.weight`, and for a packed target
 `model.layers.0.self_attn.qkv_proj.lora_A.weight`.
@@ -24,7 +24,7 @@ PREFIX = "adapter_merge."
 POSITIONS = ".positions"
 NODE = re.compile(r"/model/layers\.(?P<layer>\d+)/(?P<block>attn|mlp)/(?P<name>\w+)/MatMul(NBits|_Q\d+)?")
 HEAD = re.compile(r"/lm_head/MatMul(NBits|_Q\d+)?")
-# product of the builder -> linears of the checkpoint, the first row of which every part exists
+# product of the builder -> alternatives of linears; the first alternative that the checkpoint has is used
 LINEARS: Mapping[tuple[str, str], tuple[tuple[str, ...], ...]] = {
     ("attn", "qkv_proj"): (
         ("self_attn.qkv_proj",),
@@ -54,9 +54,9 @@ class ModuleSlice:
 
 @dataclass(frozen=True)
 class Target:
-    """One product x (.., k) -> y (.., n) of the graph that can carry an adapter."""
+    """One product x (.., k) -> y (.., n) of the graph that can have an adapter."""
 
-    name: str  # the path from which its three inputs are named
+    name: str  # the path with which the names of its three inputs begin
     nodes: tuple[str, ...]  # usually one; DeBERTa multiplies by the same key_proj twice in a layer
     k: int
     n: int
@@ -132,7 +132,7 @@ def read_layout(metadata: Mapping[str, str], source: str) -> Layout:
         branched = bool(json.loads(metadata.get(PREFIX + "branched", "false")))
     except (KeyError, ValueError, TypeError, AttributeError) as error:
         raise FileFormatError(
-            f"{source}: not an export of adapter-merge (its metadata lacks {error} or holds a wrong value)",
+            f"{source}: not an export of adapter-merge (its metadata has no {error}, or a wrong value)",
             expected=", ".join(PREFIX + key for key in KEYS),
         ) from error
     mode, base, precision, dtype = (values[key] for key in KEYS[:4])
@@ -156,9 +156,9 @@ def decoder_targets(
     *,
     head: bool = False,
 ) -> tuple[Target, ...]:
-    """Return the targets of a graph of the model builder, in the graph's order; with `head`, lm_head too.
+    """Return the targets of a graph of the model builder, in the graph's order.
 
-    Raises UnsupportedError for a product whose linears the checkpoint does not have.
+    head: lm_head is a target too. Raises UnsupportedError for a product whose linears the checkpoint does not have.
     """
     targets = []
     for node in node_names:
@@ -183,7 +183,7 @@ def decoder_targets(
             shape = shapes.get("lm_head.weight") or shapes["model.embed_tokens.weight"]  # tied
             targets.append(_target("lm_head", node, ["lm_head"], [shape]))
     if not targets:
-        raise UnsupportedError("no product of this graph can carry an adapter", hint="export with --mode merged")
+        raise UnsupportedError("no product of this graph can have an adapter", hint="export with --mode merged")
     return tuple(targets)
 
 

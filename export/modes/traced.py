@@ -1,13 +1,11 @@
-"""Export by torch.onnx of models that the builder does not support: encoders (building/encoder_task.py) and GPT-2.
+"""Export by torch.onnx of models that the builder does not support: encoders (graph/encoder_task.py) and GPT-2.
 
-A classifier's head is trained with its adapter. In a switchable export it is an adapter tensor like any other:
-an optional input, named as in the checkpoint, with the base's head as its default; its number of labels may
-differ from adapter to adapter.
+The head of a classifier is trained with its adapter. A switchable export therefore has the head as an optional input,
+named as in the checkpoint, whose default is the base's head. The number of labels may differ between adapters.
 """
 
 from __future__ import annotations
 
-import re
 import shutil
 import tempfile
 from collections.abc import Mapping
@@ -15,7 +13,6 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from adapter_merge.binding.positional import QUERY
 from adapter_merge.errors import InputError, Problem, UnsupportedError, raise_all
 from adapter_merge.export.building.checks_before_build import Request, export_bytes, figures, open_request
 from adapter_merge.export.building.child_process import run_module
@@ -36,9 +33,10 @@ from adapter_merge.export.graph.encoder_task import (
     task_class,
 )
 from adapter_merge.export.graph.factor_folder import Factors
-from adapter_merge.export.graph.insertion import insert_switches, make_optional, split_gemm
+from adapter_merge.export.graph.insertion import insert_switches, make_optional
 from adapter_merge.export.graph.pooling import MODULES, Pooling, read_pooling, write_modules
-from adapter_merge.export.graph.targets import POSITIONS, Layout, ModuleSlice, Target
+from adapter_merge.export.graph.targets import Layout
+from adapter_merge.export.graph.traced_targets import head_tensors, separate_sequences, traced_targets
 from adapter_merge.outputs.staging import staged
 from adapter_merge.quantisation.dense_view import open_base
 from adapter_merge.storage.checkpoint import Checkpoint
@@ -52,14 +50,12 @@ if TYPE_CHECKING:
 
     from adapter_merge.combine.recipe import Recipe
 
-LAYER = re.compile(r"(.*\.)?\d+\..*")
-
 
 @dataclass(frozen=True)
 class Traced:
-    """What is traced of a base."""
+    """The model that is traced."""
 
-    name_of_class: str  # of transformers
+    name_of_class: str  # transformers' class
     pooling: Pooling | None  # of a sentence encoder
 
     @property
@@ -68,7 +64,7 @@ class Traced:
 
     @property
     def labels_vary(self) -> bool:
-        """True for logits by label, of which another adapter's head may have another number."""
+        """True for a model with labels; their number may differ between the heads of adapters."""
         return self.name_of_class.endswith(tuple(TASKS))
 
     @property
@@ -89,28 +85,23 @@ def export_traced(
 ) -> dict[str, Any]:
     """Write the export of an encoder or GPT-2 to `output`; return the report. Options: see request.open_request.
 
-    pooling, normalize: of a sentence encoder ("none": hidden states alone); from the files of sentence-transformers
-    when not given. Raises InputError, MismatchError, UnsupportedError, OutputError or MissingDependencyError before the
-    trace.
+    pooling, normalize: of a sentence encoder ("none": only the hidden states); None: as the files of
+    sentence-transformers in the base state. Raises InputError, MismatchError, UnsupportedError, OutputError or
+    MissingDependencyError before the trace.
     """
     if mode == "batched" and not adapters:
-        raise InputError("a batched export without adapters", expected="at least one NAME=ADAPTER")
+        raise InputError("a batched export needs adapters", expected="at least one NAME=ADAPTER")
     request = open_request(base, adapters, output, mode=mode, traced=True, **options)
     needed = request.reserve(export_bytes(request.checkpoint, "fp32") * (2 if mode == "merged" and adapters else 1))
     factors = request.factors()
-    traced = what_to_trace(request.checkpoint, factors, pooling, normalize)
+    traced = choose_model(request.checkpoint, factors, pooling, normalize)
     check_task(request, factors, traced)
     plan = request.plan({name: figures(value) for name, value in factors.items()}) | {"class": traced.name_of_class}
     if traced.pooling is not None:
         plan["pooling"] = str(traced.pooling)
     if request.dry_run:
         return {**plan, "dry_run": True, "bytes_needed": needed}
-    said: dict[str, Any] = {"class": traced.name_of_class}
-    if traced.pooling is not None:
-        said["pooling"] = {"mode": traced.pooling.mode, "normalised": traced.pooling.normalised}
-    if traced.labels_vary:
-        said["labels"] = label_count(traced.name_of_class, tensor_shapes(request.checkpoint, factors))
-    manifest = request.manifest(traced.kind, **said)
+    manifest = request.manifest(traced.kind, **_manifest_options(request, factors, traced))
     write = {"merged": _write_merged, "switchable": _write_switchable, "batched": _write_batched}[mode]
     with staged(output, request.overwrite, request.checkpoint.snapshot) as staging:
         with tempfile.TemporaryDirectory(prefix=".traced-", dir=staging.parent) as temporary:
@@ -127,16 +118,26 @@ def export_traced(
     return {**plan, "adapter_bytes": sizes, **request.done(manifest)}
 
 
-def what_to_trace(
+def _manifest_options(request: Request, factors: Mapping[str, Factors], traced: Traced) -> dict[str, Any]:
+    options: dict[str, Any] = {"class": traced.name_of_class}
+    if traced.pooling is not None:
+        options["pooling"] = {"mode": traced.pooling.mode, "normalised": traced.pooling.normalised}
+    if traced.labels_vary:
+        options["labels"] = label_count(traced.name_of_class, tensor_shapes(request.checkpoint, factors))
+    return options
+
+
+def choose_model(
     checkpoint: Checkpoint, factors: Mapping[str, Factors], pooling: str | None, normalize: bool
 ) -> Traced:
-    """Return the class and the pooling.
+    """Return the class to trace, and the pooling of a sentence encoder.
 
-    A pooling that is stated asks for the body; so does one that the base's files state, where nobody brings a head.
+    A pooling is computed from the hidden states of the body. The body is traced where the caller states a pooling, and
+    where the base's files state one and neither the base nor an adapter has a head.
     """
     if pooling is not None:
-        found = None if pooling == "none" else Pooling(pooling, normalize)
-        return Traced(task_class(checkpoint, factors, body=True), found)
+        stated = None if pooling == "none" else Pooling(pooling, normalize)
+        return Traced(task_class(checkpoint, factors, body=True), stated)
     name_of_class = task_class(checkpoint, factors)
     if name_of_class == GPT2 or name_of_class.endswith(tuple(TASKS)):
         return Traced(name_of_class, None)
@@ -145,15 +146,19 @@ def what_to_trace(
 
 
 def check_task(request: Request, factors: Mapping[str, Factors], traced: Traced) -> None:
-    """Raise UnsupportedError, with every problem, for what cannot be traced in this precision or with these heads."""
+    """Raise UnsupportedError, with every problem, for a precision, a mode or a head that cannot be exported."""
     problems = []
     allowed = ("fp32",) if traced.kind == "decoder" else PRECISIONS
     if request.precision not in allowed:
         problems.append(
-            Problem(f"{request.precision} is not for {traced.name_of_class}", ", ".join(allowed), request.precision)
+            Problem(
+                f"{traced.name_of_class} cannot be exported in {request.precision}",
+                ", ".join(allowed),
+                request.precision,
+            )
         )
     if request.mode == "batched" and request.precision == "int8":
-        problems.append(Problem("int8 is for merged and switchable encoders", "fp32 or fp16 with --mode batched"))
+        problems.append(Problem("a batched encoder cannot be exported in int8", "fp32 or fp16 with --mode batched"))
     if request.mode == "batched":
         problems += [
             Problem(
@@ -166,8 +171,8 @@ def check_task(request: Request, factors: Mapping[str, Factors], traced: Traced)
     if is_body(traced.name_of_class):
         problems += [
             Problem(
-                f"{value.source}: brings a head ({name}), which a sentence encoder leaves out",
-                hint="export without --pooling, as the task of the head",
+                f"{value.source}: has a head ({name}), and a sentence encoder has none",
+                hint="export without --pooling",
             )
             for value in factors.values()
             for name in value.replacements
@@ -189,7 +194,7 @@ def _write_merged(
     weights = request.checkpoint.folder
     if request.adapters:
         weights = work / "model"
-        # in float32: the graph is converted as a whole
+        # The merge stays in float32, and the traced graph is converted to the precision.
         add_merged(manifest, merge_adapters(replace(request, precision="fp32"), recipe, weights), recipe)
     shapes = {name: ref.shape for name, ref in open_base(weights).tensors.items()}
     model = trace(request, weights, traced, shapes, (), staging, work)
@@ -231,10 +236,10 @@ def _write_batched(
     model, layout = _adapted(request, factors, traced, staging, work)
     layout = replace(layout, heads={}, adapters=tuple(factors))
     match_all(factors, layout)
-    fitting = {name: aligned(value, layout) for name, value in factors.items()}
-    slots = {target.name: [packed(target, value.linears) for value in fitting.values()] for target in layout.targets}
+    renamed = {name: aligned(value, layout) for name, value in factors.items()}
+    slots = {target.name: [packed(target, value.linears) for value in renamed.values()] for target in layout.targets}
     used = [target for target in layout.targets if any(value is not None for value in slots[target.name])]
-    by_sequence(model, used)
+    separate_sequences(model, used)
     if traced.kind == "decoder":
         _clean(model, traced)
         write_stacks(model, layout, slots, staging / DATA, staging / "model.onnx")
@@ -249,7 +254,7 @@ def _write_batched(
 def _adapted(
     request: Request, factors: Mapping[str, Factors], traced: Traced, staging: Path, work: Path
 ) -> tuple[ir.Model, Layout]:
-    """Return the traced base, in half precision for fp16, and the layout of what can be adapted in it."""
+    """Return the graph of the base, in float16 for fp16, and the layout of its targets and heads."""
     replaced = {name for value in factors.values() for name in value.replacements}
     shapes = tensor_shapes(request.checkpoint, factors)
     model = trace(request, request.checkpoint.folder, traced, shapes, tuple(sorted(replaced)), staging, work)
@@ -260,55 +265,23 @@ def _adapted(
 
 
 def tensor_shapes(checkpoint: Checkpoint, factors: Mapping[str, Factors]) -> dict[str, tuple[int, ...]]:
-    """Return the shapes of the base's tensors, and of the heads that it lacks and an adapter brings."""
-    brought = {name: tensor.shape for value in factors.values() for name, tensor in value.replacements.items()}
-    return {**brought, **{name: ref.shape for name, ref in checkpoint.tensors.items()}}
-
-
-def by_sequence(model: ir.Model, targets: list[Target]) -> None:
-    """Give every product of `targets` its tokens by sequence, (batch, sequence, k), in place.
-
-    GPT-2 multiplies (batch * sequence, k): its product takes what is reshaped there instead. Raises UnsupportedError
-    for a product that is computed once for all sequences, as a pooler's or those of DeBERTa's relative positions.
-    """
-    nodes = {node.name: node for node in model.graph}
-    batch = next(value for value in model.graph.inputs if value.name == "input_ids").shape
-    assert batch is not None
-    problems = []
-    for target in targets:
-        for name in target.nodes:
-            product = nodes[name]
-            x = product.inputs[0]
-            maker = x.producer() if x is not None else None
-            if maker is not None and maker.op_type == "Reshape" and _by_sequence(maker.inputs[0], batch[0]):
-                product.replace_input_with(0, maker.inputs[0])
-                product.outputs[0].shape = None
-            elif not _by_sequence(x, batch[0]):
-                problems.append(
-                    Problem(
-                        f"{target.name}: is not computed for each sequence of a batch alone",
-                        hint="export with --mode merged or switchable",
-                    )
-                )
-    raise_all(problems, UnsupportedError)
-
-
-def _by_sequence(value: Any, batch: Any) -> bool:
-    return value is not None and value.shape is not None and len(value.shape) == 3 and value.shape[0] == batch
+    """Return the shapes of the base's tensors, and of the adapters' heads that the base does not have."""
+    heads = {name: tensor.shape for value in factors.values() for name, tensor in value.replacements.items()}
+    return {**heads, **{name: ref.shape for name, ref in checkpoint.tensors.items()}}
 
 
 def trace(
     request: Request,
     weights: Path,
     traced: Traced,
-    shapes: Mapping[str, tuple[int, ...]],  # of the tensors, an adapter's heads among them
-    keep: tuple[str, ...],  # weights that keep their orientation
+    shapes: Mapping[str, tuple[int, ...]],  # of the tensors, with those of the adapters' heads
+    keep: tuple[str, ...],  # weights that are not stored transposed
     staging: Path,
     work: Path,
 ) -> ir.Model:
-    """Run trace_process on `weights`; return the graph, and write config.json into `staging`.
+    """Run trace_process on the checkpoint in `weights`; return the graph, and write config.json into `staging`.
 
-    A decoder's graph and weights lie in `staging`, an encoder's in `work`.
+    The files of a decoder's graph are written to `staging`, those of an encoder's to `work`.
     """
     import onnx_ir as ir
 
@@ -344,76 +317,8 @@ def _save(model: ir.Model, traced: Traced, staging: Path, precision: str) -> Non
         save_encoder(model, staging, precision)
 
 
-def traced_targets(model: ir.Model, named: set[str]) -> tuple[Target, ...]:
-    """Return the products by module path: the layers' linears, and those outside that an adapter names."""
-    graph = model.graph
-    products: dict[str, list[Any]] = {}
-    for node in list(graph):
-        module = node.metadata_props.get("module")
-        if module is None or node.op_type not in ("MatMul", "Gemm"):
-            continue
-        wanted = module in named or any(_same(module, name) for name in named)
-        if LAYER.fullmatch(module) is None and not wanted:
-            continue
-        weight = node.inputs[1]
-        own = weight is not None and weight.name == f"{module}.weight"
-        turned = weight is not None and weight.producer() is not None
-        if not own and not (turned and weight.producer().inputs[0].name == f"{module}.weight"):
-            continue  # attention scores, computed in the module's own forward
-        products.setdefault(module, []).append(split_gemm(graph, node) if node.op_type == "Gemm" else node)
-    targets = []
-    for path, nodes in _separate_positional(products).items():
-        module = path.removesuffix(POSITIONS)
-        weight = graph.initializers[f"{module}.weight"]
-        assert weight.shape is not None
-        rows, columns = (int(size) for size in weight.shape.numpy())
-        direct = nodes[0].inputs[1] is weight
-        k, n = (rows, columns) if direct else (columns, rows)
-        names = tuple(str(node.name) for node in nodes)
-        targets.append(Target(path, names, k, n, (ModuleSlice(path, 0, n),)))
-    return tuple(targets)
-
-
-def _separate_positional(products: Mapping[str, list[Any]]) -> dict[str, list[Any]]:
-    """Return the products by module path, with a DeBERTa's positional queries separate from its tokens'.
-
-    The product of the tokens has the input that value_proj has; the other one is of the relative embeddings.
-    """
-    apart: dict[str, list[Any]] = {}
-    for module, nodes in products.items():
-        if len(nodes) == 1 or not f".{module}".endswith(f".{QUERY}"):
-            apart[module] = nodes
-            continue
-        tokens = products[module.replace("query_proj", "value_proj")][0].inputs[0]
-        apart[module] = [node for node in nodes if node.inputs[0] is tokens]
-        apart[module + POSITIONS] = [node for node in nodes if node.inputs[0] is not tokens]
-        if [len(apart[module]), len(apart[module + POSITIONS])] != [1, 1]:
-            raise UnsupportedError(
-                f"{module}: which of its products is of the tokens?",
-                expected="two products, one with the input of value_proj",
-                got=f"{len(nodes)} products",
-                hint="export with --mode merged",
-            )
-    return apart
-
-
-def _same(path: str, name: str) -> bool:
-    """Return True when a module's path differs from an adapter's name by one leading component."""
-    return path.partition(".")[2] == name or name.partition(".")[2] == path
-
-
-def head_tensors(model: ir.Model, replaced: set[str]) -> list[str]:
-    """Return the weights outside layers and embeddings (pooler, classifier), and those that an adapter replaces."""
-    names = []
-    for name in model.graph.initializers:
-        outside = name.startswith(HEADS) or ".pooler." in name
-        if outside or any(name == other or _same(name, other) for other in replaced):
-            names.append(name)
-    return names
-
-
 def _clean(model: ir.Model, traced: Traced) -> None:
-    """Remove intermediate shapes (onnxruntime infers them; the number of labels may vary) and module paths."""
+    """Remove module paths and intermediate shapes, which would fix the number of labels; onnxruntime infers shapes."""
     import onnx_ir as ir
 
     for node in model.graph:
@@ -427,7 +332,7 @@ def _clean(model: ir.Model, traced: Traced) -> None:
 
 
 def copy_side_files(checkpoint: Checkpoint, folder: Path) -> None:
-    """Copy the checkpoint's tokenizer files; modules.json is written anew where there is a pooling."""
+    """Copy the checkpoint's tokenizer files, without modules.json, which only an export with a pooling has."""
     for relative in checkpoint.side_files:
         target = folder / relative
         if (

@@ -1,4 +1,4 @@
-"""From tokens to text: stop texts, log-probabilities and the reason of an answer's end."""
+"""The text of an answer, from its tokens: stop texts, and the reason why the answer ended."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ class Answer:
     reason: str = "length"
 
 
-def pieces(
+def stream_text(
     job: Job, push: Callable[[int], str], stops: Collection[int], texts: Collection[str], answer: Answer
 ) -> Iterator[str]:
     """Yield the text of `job` piece by piece, and record it in `answer`.

@@ -25,7 +25,7 @@ def serve_export(
     shutdown_timeout: int = 30,
     say: Callable[[str], None] = print,
 ) -> None:
-    """Serve the decoder export in `folder` on host:port; return when the process is told to stop.
+    """Serve the decoder export in `folder` on host:port until the process gets SIGINT or SIGTERM.
 
     Raises InputError for an export that generates no text, and MissingDependencyError.
     """
@@ -44,7 +44,7 @@ def serve_export(
     check_packages("onnx_ir", "transformers")
     manifest = read_export(folder)
     if manifest.kind != "decoder":
-        raise InputError(f"{folder}: generates no text", expected="an exported decoder")
+        raise InputError(f"{folder}: this export generates no text", expected="an exported decoder")
     stops = Prompter(folder).stops
     with_genai = manifest.mode != "batched" and (folder / GENAI).is_file()
     engine: Engine = (GenaiEngine if with_genai else DecoderEngine)(folder, manifest.device, stops)

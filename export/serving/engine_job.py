@@ -27,16 +27,16 @@ class Job:
     sampling: Sampling
     scored: bool = False  # log-probabilities of the prompt are wanted
     prompt_logprobs: list[float] = field(default_factory=list)  # of ids[1:], known before the first token
-    _made: queue.SimpleQueue[Token | Exception | None] = field(default_factory=queue.SimpleQueue)
+    _tokens: queue.SimpleQueue[Token | Exception | None] = field(default_factory=queue.SimpleQueue)
     _given_up: threading.Event = field(default_factory=threading.Event)
 
     def put(self, token: Token) -> None:
         """Pass the next token to the reader."""
-        self._made.put(token)
+        self._tokens.put(token)
 
     def end(self, error: Exception | None = None) -> None:
         """End the answer, with an error where one is given."""
-        self._made.put(error)
+        self._tokens.put(error)
 
     @property
     def given_up(self) -> bool:
@@ -44,11 +44,11 @@ class Job:
         return self._given_up.is_set()
 
     def tokens(self) -> Generator[Token, None, None]:
-        """Yield the tokens; when the reader stops early, so does the engine. Raises the engine's error."""
+        """Yield the tokens; a reader that stops early also stops the engine. Raises the engine's error."""
         try:
-            while (made := self._made.get()) is not None:
-                if isinstance(made, Exception):
-                    raise made
-                yield made
+            while (item := self._tokens.get()) is not None:
+                if isinstance(item, Exception):
+                    raise item
+                yield item
         finally:
             self._given_up.set()

@@ -1,7 +1,7 @@
 """Bodies of requests: the fields of OpenAI's API that this server implements.
 
-Any other field is refused with status 400, because ignoring it would change the answer silently. prompt_logprobs and
-return_token_ids are extensions of vLLM.
+The server refuses any other field with status 400; if it ignored the field, the answer would not be what was asked for.
+prompt_logprobs and return_token_ids are extensions of vLLM.
 """
 
 from __future__ import annotations

@@ -91,7 +91,7 @@ def verify(
             )  # by name: see pyproject.toml
             return Verification(weights.verify_weights(*inputs, progress=progress, **stated))
         exported = importlib.import_module("adapter_merge.export.checking.verification")
-        sampled = {"prompts": options.prompts, "generated": options.generated, "bar": options.tolerance}
+        sampled = {"prompts": options.prompts, "generated": options.generated, "tolerance": options.tolerance}
         return Verification(exported.verify_onnx(*inputs, **sampled, **stated))
     report: dict[str, Any] = {
         "artefact": kind,

@@ -94,7 +94,7 @@ def test_question_answering_with_other_heads(tmp_path: Path, labels: int) -> Non
         tmp_path / "base"
     )
     save_tokenizer(tmp_path / "base")
-    with pytest.raises(UnsupportedError, match=f"{labels} numbers a token"):
+    with pytest.raises(UnsupportedError, match=f"{labels} outputs per token"):
         export_model(tmp_path / "base", {}, tmp_path / "out")
 
 

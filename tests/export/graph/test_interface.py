@@ -119,7 +119,7 @@ def test_batched_graph_of_sliding_windows_takes_padding(reference: Reference, tm
 def test_an_unknown_adapter_number_fails(batched: Path, number: int) -> None:
     ids, mask, _ = padded("left")
     session = open_graph(batched)
-    with pytest.raises(Exception, match="adapter_ids must lie between 0 and 2"):
+    with pytest.raises(Exception, match="adapter_ids must be between 0 and 2"):
         run(session, ids, mask, {"adapter_ids": np.array([0, 1, number])})
     run(session, ids, mask, {"adapter_ids": np.array([0, 1, 2])})
 
@@ -136,7 +136,7 @@ def test_an_added_adapter_has_the_next_number(
     for row, tokens in enumerate(rows):
         expected = reference(pico, adapters["dora"], tokens + greedy[row][:-1]).numpy()
         assert np.abs(found[row] - expected).max() < 1e-4
-    with pytest.raises(Exception, match="adapter_ids must lie between 0 and 3"):
+    with pytest.raises(Exception, match="adapter_ids must be between 0 and 3"):
         run(session, ids, mask, {"adapter_ids": np.array([4, 0, 0])})
 
 

@@ -202,7 +202,7 @@ def test_unknown_adapters_and_mixed_batches_are_refused(batched: Path, switchabl
     decoder = Decoder(switchable)
     with pytest.raises(InputError, match="no adapter named 'nobody'"):
         decoder.start(8, "nobody")
-    with pytest.raises(InputError, match="several adapters"):
+    with pytest.raises(InputError, match="one batch cannot have several adapters"):
         decoder.start(8, ["lora", None])
 
 
