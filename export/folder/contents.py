@@ -10,9 +10,10 @@ from typing import TYPE_CHECKING, Any
 from adapter_merge.errors import FileFormatError, InputError, MismatchError, Problem, raise_all
 from adapter_merge.export.engine.providers import check_external_data, graph_file
 from adapter_merge.export.graph.targets import Layout, read_layout
+from adapter_merge.files.hashing import file_sha256
 from adapter_merge.outputs.manifest import MANIFEST, make_manifest, read_manifest
 from adapter_merge.outputs.manifest_seal import sealed
-from adapter_merge.outputs.staging import sha256, write_json, write_text
+from adapter_merge.outputs.staging import write_json, write_text
 from adapter_merge.outputs.unlisted_files import SIGNATURE
 
 from .card import export_card
@@ -50,7 +51,7 @@ def write_manifest(folder: Path, manifest: Manifest) -> None:
         entry = {"bytes": stat.st_size, "modified_ns": stat.st_mtime_ns}
         old = before.get(name, {})
         same = all(old.get(key) == entry[key] for key in entry)
-        files[name] = {**entry, "sha256": old["sha256"] if same else sha256(path)}
+        files[name] = {**entry, "sha256": old["sha256"] if same else file_sha256(path)}
     content = make_manifest(
         ARTEFACT,
         {

@@ -17,6 +17,7 @@ from adapter_merge.combine.origin import bind_checked
 from adapter_merge.errors import InputError, NumericsError, Problem, UnsupportedError, raise_all
 from adapter_merge.factoring.factor_folder import saved_modules, stated_modules
 from adapter_merge.factoring.supported import require_names, warn_unproved_heads
+from adapter_merge.files.hashing import file_sha256
 from adapter_merge.formats.detection import open_adapter
 from adapter_merge.formats.native_writer import (
     SafeFolder,
@@ -37,7 +38,7 @@ from adapter_merge.methods.lokr import LokrModule
 from adapter_merge.methods.lora import LoraModule
 from adapter_merge.outputs.manifest import make_manifest, write_manifest
 from adapter_merge.outputs.model_card import adapter_table, card
-from adapter_merge.outputs.staging import check_output, sha256, staged, write_json, write_text
+from adapter_merge.outputs.staging import check_output, staged, write_json, write_text
 from adapter_merge.quantisation.dense_view import open_base
 from adapter_merge.storage.tensor_io import read_tensor, write_safetensors
 
@@ -99,7 +100,7 @@ def convert(
         body = f"Converted by adapter-merge from:\n\n{adapter_table(content['adapters'])}\n"
         text = card(output.name, opened.base_name, "adapter", "peft", ["adapter-merge", opened.method.lower()], body)
         write_text(folder / "README.md", text)
-        content["files"] = {path.name: sha256(path) for path in sorted(folder.iterdir())}
+        content["files"] = {path.name: file_sha256(path) for path in sorted(folder.iterdir())}
         write_manifest(folder, content)
     return ConvertResult(output, content)
 

@@ -28,8 +28,9 @@ from adapter_merge.engine.devices import choose_device, exact_products
 from adapter_merge.errors import InputError, MismatchError, NumericsError, Problem, raise_all
 from adapter_merge.factoring.factor_folder import FolderConfig, WeightFactors, write_folder
 from adapter_merge.factoring.truncated_svd import truncate
+from adapter_merge.files.hashing import file_sha256
 from adapter_merge.outputs.manifest import make_manifest, write_manifest
-from adapter_merge.outputs.staging import check_output, sha256, staged
+from adapter_merge.outputs.staging import check_output, staged
 from adapter_merge.storage.checkpoint import Checkpoint, open_checkpoint
 from adapter_merge.storage.safetensors_header import FLOAT_DTYPES, TensorRef
 from adapter_merge.storage.tensor_comparison import same_bytes
@@ -174,7 +175,7 @@ def extract(
     with staged(output, options.overwrite, base_checkpoint.snapshot + tuned_checkpoint.snapshot) as folder:
         settings = FolderConfig(base_name, _find_task_type(base_checkpoint), conv1d)
         write_folder(folder, factors, replacements, settings)
-        content["files"] = {path.name: sha256(path) for path in sorted(folder.iterdir()) if path.is_file()}
+        content["files"] = {path.name: file_sha256(path) for path in sorted(folder.iterdir()) if path.is_file()}
         write_manifest(folder, content)
     return ExtractResult(output, content)
 

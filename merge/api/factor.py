@@ -60,11 +60,12 @@ from adapter_merge.factoring.supported import (
 )
 from adapter_merge.factoring.truncated_svd import Spectrum
 from adapter_merge.factoring.weight_factors import Factored, Factoriser
+from adapter_merge.files.hashing import file_sha256
 from adapter_merge.files.input_snapshot import InputSnapshot
 from adapter_merge.methods.adapter import Adapter
 from adapter_merge.outputs.manifest import make_manifest, write_manifest
 from adapter_merge.outputs.model_card import factor_card
-from adapter_merge.outputs.staging import check_output, sha256, staged, write_text
+from adapter_merge.outputs.staging import check_output, staged, write_text
 from adapter_merge.storage.tensor_io import read_tensor
 
 from .options import FactorOptions
@@ -162,7 +163,7 @@ def factor(
             content["certificate"]["end_to_end"] = compare(bound, folder, options.prompts)
         write_text(folder / "README.md", factor_card(content, opened, folder, output.name))
         files = sorted(path for path in folder.iterdir() if path.is_file())
-        content["files"] = {path.name: sha256(path) for path in files}
+        content["files"] = {path.name: file_sha256(path) for path in files}
         content["bytes"] = sum(path.stat().st_size for path in files)
         write_manifest(folder, content)
     return FactorResult(output, content)

@@ -41,11 +41,11 @@ from adapter_merge.verification.compare_weights import (
     find_weight_problems,
 )
 from adapter_merge.verification.live_adapter import require_tokens
-from adapter_merge.verification.live_probes import unlike_live
+from adapter_merge.verification.live_probes import find_formula_errors
 from adapter_merge.verification.opened_artefact import open_artefact
 from adapter_merge.verification.own_quantiser import quantiser_note
 from adapter_merge.verification.requantised_weights import requantised_weights
-from adapter_merge.verification.side_files import changed_side_files, other_tokens
+from adapter_merge.verification.side_files import changed_side_files, find_tokenizer_problems
 from adapter_merge.verification.streamed_adapter import streamed_trained
 
 from .options import VerifyOptions
@@ -116,7 +116,7 @@ def verify(
         report["notes"] += _truncation_notes(proof)
     if kind == "merged model":
         report["notes"] += changed_side_files(bound, open_base(folder))
-        problems += [] if options.weights_only else other_tokens(bound, folder, options.prompts)
+        problems += [] if options.weights_only else find_tokenizer_problems(bound, folder, options.prompts)
     if not proof.compared:
         problems.append("nothing was compared: the artefact and the adapter have no tensor in common")
     if not options.weights_only:
@@ -177,7 +177,9 @@ def _prove_logits(
     problems: list[str] = []
     require_tokens(bound.base.folder)
     say("live layers of the adapter as trained, in float64")
-    wrong = [name for part in parts_of(bound) for name in unlike_live(part, streamed_trained(part, torch.float64))]
+    wrong = [
+        name for part in parts_of(bound) for name in find_formula_errors(part, streamed_trained(part, torch.float64))
+    ]
     if wrong:
         problems.append(f"the live adapter computes other weights in {len(wrong)} tensors, first {wrong[0]}")
     paths = token_paths(bound, prompts, generated, say)

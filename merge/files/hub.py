@@ -66,7 +66,7 @@ def download(repository: str, revision: str | None = None, inside: str = "", hin
     """Download the files of `repository` that are needed; return their folder in the hub's cache.
 
     Without a connection, or with HF_HUB_OFFLINE=1, the files in the cache are used. Raises InputError, with `hint`,
-    where the repository or its files cannot be had.
+    where the repository or its files cannot be downloaded.
     """
     from huggingface_hub import HfApi, snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError

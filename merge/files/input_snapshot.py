@@ -15,8 +15,8 @@ from .input_errors import reading
 class InputSnapshot:
     """Device, inode, size and times of input files.
 
-    The time of the last change (ctime) cannot be set back by a program, unlike the time of the last write, so a file
-    that was changed and restored differs. Files are therefore not hashed again. Not detected: a write through a memory
+    A program can set back the time of the last write, but not that of the last change (ctime). A file that was changed
+    and restored therefore differs, and files need not be hashed again. Not detected: a write through a memory
     map that had written to the same page before the snapshot was taken.
     """
 

@@ -34,7 +34,7 @@ VERSIONS = ("ETag", "etag", "generation")  # what the file systems call the vers
 MANIFEST = "adapter_merge.json"
 PIECE_BYTES = 16 << 20  # of one request
 PARALLEL_FILES = 4
-ATTEMPTS = 2  # the clients try again themselves, several times
+ATTEMPTS = 2  # in addition to the clients' own retries
 FIRST_WAIT = 0.5  # seconds before the second attempt; each further wait is twice as long
 PATIENCE = 3600.0  # seconds to wait for another process that downloads the same files
 URL = re.compile(r"(?P<scheme>[a-z][a-z0-9+.-]*)://(?P<path>.+)", re.DOTALL)
@@ -56,9 +56,10 @@ def is_url(name: str) -> bool:
 def fetch(url: str) -> Path:
     """Return a local copy of the model or adapter at `url`: its folder, or its file where `url` names a GGUF file.
 
-    Only the files that are read are downloaded, in pieces. A piece whose connection breaks is asked for again, and a
-    run that was killed goes on where it stopped. Raises InputError for an unknown scheme, a missing client, an address
-    without files, refused access, a full disk, and files that cannot be read or that change meanwhile.
+    Only the files that are read are downloaded, in pieces. A piece whose connection breaks is requested again. After a
+    killed run, the next one downloads only the missing bytes. Raises InputError for an unknown scheme, a missing
+    client, an address without files, refused access, a full disk, and files that cannot be read or that change
+    meanwhile.
 
     Example: fetch("s3://models/llama/adapters/german")
     """
@@ -86,9 +87,9 @@ def list_objects(url: str, store: Any = None, root: str | None = None) -> dict[s
     if store is None:
         store, root = _open(url)
     assert root is not None
-    found: Mapping[str, Any] = _attempt(url, lambda: store.find(root, detail=True, refresh=True))
+    entries: Mapping[str, Any] = _attempt(url, lambda: store.find(root, detail=True, refresh=True))
     objects = {}
-    for path, about in found.items():
+    for path, about in entries.items():
         name = path.removeprefix(root).lstrip("/")
         if about.get("type") != "file" or (name == "" and path != root):
             continue
@@ -140,7 +141,7 @@ def upload(folder: Path, url: str) -> str:
         ) from error
     wrong = [name for name, path in files.items() if name not in stored or stored[name].nbytes != path.stat().st_size]
     if wrong:
-        raise OutputError(f"{url}: {len(wrong)} files are not there with their size", got=", ".join(wrong[:5]))
+        raise OutputError(f"{url}: {len(wrong)} files are missing or have another size", got=", ".join(wrong[:5]))
     return url
 
 
@@ -166,7 +167,10 @@ def _open(url: str) -> tuple[Any, str]:
 
 
 def _download(url: str, store: Any, root: str, chosen: Mapping[str, StoredObject], place: Path) -> None:
-    """Download `chosen` files below `root` into the new folder `place`; a later run goes on with a partial one."""
+    """Download `chosen` files below `root` into the new folder `place`.
+
+    A partial folder of an earlier run is completed.
+    """
     partial = place.with_name(f".partial-{place.name}")
     folder = partial / PurePosixPath(root).name
     needed = sum(item.nbytes for item in chosen.values())
@@ -221,12 +225,12 @@ def _copy_object(url: str, store: Any, path: str, target: Path, nbytes: int) -> 
 def _read_piece(store: Any, path: str, first: int, stop: int) -> bytes:
     piece: bytes = store.cat_file(path, start=first, end=stop)
     if len(piece) != stop - first:
-        raise OSError(f"{path}: {len(piece)} bytes came instead of {stop - first}")
+        raise OSError(f"{path}: got {len(piece)} bytes instead of {stop - first}")
     return piece
 
 
 def _attempt(url: str, request: Callable[[], T]) -> T:
-    """Run a request, up to ATTEMPTS times where it fails for a reason that may pass. Raises InputError."""
+    """Run a request, up to ATTEMPTS times where it fails for a temporary reason. Raises InputError."""
     for attempt in range(ATTEMPTS):
         try:
             return request()
@@ -239,7 +243,7 @@ def _attempt(url: str, request: Callable[[], T]) -> T:
             if type(error).__name__ == "NoCredentialsError" or attempt + 1 == ATTEMPTS:
                 raise InputError(
                     f"{url}: cannot be read", got=f"{type(error).__name__}: {_first_line(error)}",
-                    hint="run the command again: what was downloaded is kept",
+                    hint="run the command again: downloaded bytes are kept",
                 ) from error  # fmt: skip
             time.sleep(FIRST_WAIT * 2**attempt)
     raise AssertionError("unreachable")

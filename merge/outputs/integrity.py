@@ -63,7 +63,7 @@ def check_integrity(
             f"{folder}: there are no hashes to check",
             expected=f"a folder with an {MANIFEST} that holds hashes",
             got="no manifest" if manifest is None else "a manifest without hashes",
-            hint="was it written with --no-hashes, or copied without its manifest?",
+            hint="it was written with --no-hashes, or copied without its manifest",
         )
     expected = stated_hashes(folder, manifest["files"])
     content = list_content(folder, expected)
@@ -190,14 +190,14 @@ def inputs_of(folder: str | Path) -> tuple[str | None, str | Recipe, str | None,
     integrity = check_integrity(folder, inputs=True)
     manifest = read_manifest(folder) or {}
     base, adapters = manifest.get("base") or {}, manifest.get("adapters") or []
-    problems = [Problem(f"{name}: does not exist any more") for name in integrity.moved]
+    problems = [Problem(f"{name}: no longer exists") for name in integrity.moved]
     if not adapters or not base.get("path") or any("stated" not in entry for entry in adapters):
         problems.append(
             Problem(f"{folder / MANIFEST}: does not state the inputs of the output", hint="state BASE and ADAPTER")
         )
     raise_all(problems, InputError)
     if base.get("fingerprint") != open_checkpoint(base["path"]).fingerprint and not _holds_base(base, adapters):
-        raise InputError(f"{base['path']}: is not the base any more that {folder} was made from")
+        raise InputError(f"{base['path']}: is no longer the base that {folder} was made from")
     combination = (manifest.get("options") or {}).get("combination")
     if combination is None:
         entry = adapters[0]

@@ -1,4 +1,4 @@
-"""Files that a killed run leaves beside an output: how they are recognised, and their removal.
+"""Recognition and removal of the files that a killed run leaves beside an output.
 
     .OUT.lock       the lock file, which holds locks.MARK
     .OUT.partial    the staging folder

@@ -171,11 +171,21 @@ every weight.
 def _loading_section(
     base: str | None, title: str, task: object, scaled: bool, heads: bool, rank: int, experts: bool
 ) -> str:
+    """Return how PEFT, transformers, vLLM and ONNX Runtime load a factor folder.
+
+    scaled: it has row scales; heads: it replaces whole tensors; experts: it adapts experts.
+    """
     model = base or "BASE"
-    auto = AUTO_CLASSES.get(str(task), "AutoModel")
+    parts = [_python_loading(model, title, AUTO_CLASSES.get(str(task), "AutoModel"))]
+    parts.append(_vllm_loading(model, title, scaled, heads, rank, experts))
+    if scaled or not experts:
+        parts.append(_onnx_loading(model, title))
+    return "\n\n".join(parts)
+
+
+def _python_loading(model: str, title: str, auto: str) -> str:
     fence = code_fence(model, title)
-    parts = [
-        f"""PEFT:
+    return f"""PEFT:
 
 {fence}python
 from peft import PeftModel
@@ -183,56 +193,55 @@ from transformers import {auto}
 
 base = {auto}.from_pretrained({json.dumps(model, ensure_ascii=False)})
 model = PeftModel.from_pretrained(base, {json.dumps(title, ensure_ascii=False)})
-{fence}""",
-        f"""transformers (with peft installed):
+{fence}
+
+transformers (with peft installed):
 
 {fence}python
 from transformers import {auto}
 
 model = {auto}.from_pretrained({json.dumps(model, ensure_ascii=False)})
 model.load_adapter({json.dumps(title, ensure_ascii=False)})
-{fence}""",
-    ]
+{fence}"""
+
+
+def _vllm_loading(model: str, title: str, scaled: bool, heads: bool, rank: int, experts: bool) -> str:
+    fence = code_fence(model, title)
     if scaled:
-        parts.append(
-            f"""vLLM refuses DoRA; the plugin of adapter-merge serves it exactly, from `row_scale.safetensors`:
+        return f"""vLLM refuses DoRA; the plugin of adapter-merge serves it exactly, from `row_scale.safetensors`:
 
 {fence}bash
 adapter-merge serve {shlex.quote(model)} {shlex.quote(f"mine={title}")}
 {fence}"""
-        )
-    elif experts:
-        parts.append(
+    if experts:
+        return (
             "Experts are PEFT's target_parameters. vLLM (0.28 to 0.32) reads them where gate_up_proj and down_proj are "
             "both adapted: for classes that load stacked experts (Qwen3-VL-MoE, Qwen3.5-MoE, gpt-oss, InternS1-Pro), "
             "for other mixtures with --enable-mixed-moe-lora-format and is_3d_lora_weight in the LoRA request. "
             "adapter-merge did not run that: the merged model is served everywhere."
         )
-        return "\n\n".join(parts)
-    elif heads:
-        parts.append(
+    if heads:
+        return (
             "vLLM cannot serve this folder as a LoRA, since heads or biases were trained too: serve the merged model."
         )
-    elif rank > VLLM_RANKS[-1]:
-        parts.append(f"vLLM cannot serve rank {rank}, its limit is {VLLM_RANKS[-1]}: serve the merged model.")
-    else:
-        max_rank = next(size for size in VLLM_RANKS if size >= rank)
-        parts.append(
-            f"""vLLM:
+    if rank > VLLM_RANKS[-1]:
+        return f"vLLM cannot serve rank {rank}, its limit is {VLLM_RANKS[-1]}: serve the merged model."
+    max_rank = next(size for size in VLLM_RANKS if size >= rank)
+    return f"""vLLM:
 
 {fence}bash
 vllm serve {shlex.quote(model)} --enable-lora --max-lora-rank {max_rank} --lora-modules {shlex.quote(f"mine={title}")}
 {fence}"""
-        )
-    parts.append(
-        f"""ONNX Runtime, one graph in which adapters are switched at run time:
+
+
+def _onnx_loading(model: str, title: str) -> str:
+    fence = code_fence(model, title)
+    return f"""ONNX Runtime, one graph in which adapters are switched at run time:
 
 {fence}bash
 adapter-merge export {shlex.quote(model)} {shlex.quote(f"mine={title}")} -o onnx --mode switchable
 adapter-merge generate onnx --adapter mine --prompt "Hello"
 {fence}"""
-    )
-    return "\n\n".join(parts)
 
 
 def merged_card(content: Mapping[str, Any], title: str, config: Mapping[str, Any]) -> str:

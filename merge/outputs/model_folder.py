@@ -53,19 +53,19 @@ def _replaced(plan: MergePlan) -> set[Path]:
 
 
 def _base_side(plan: MergePlan) -> list[Path]:
-    """Return the base's files beside its weights, with its index, which are recorded and restored."""
+    """Return the base's side files and its index; the manifest records them, and `restore` writes them again."""
     first = next((name for name in CANDIDATES if (plan.base.folder / name).is_file()), "")
-    return [*_carried(plan), *([Path(first)] if first.endswith(".index.json") else [])]
+    return [*_side_files(plan), *([Path(first)] if first.endswith(".index.json") else [])]
 
 
-def _carried(plan: MergePlan) -> list[Path]:
-    """Return the base's side files, without the pre-image of an earlier merge."""
+def _side_files(plan: MergePlan) -> list[Path]:
+    """Return the base's side files that the output copies: all but the pre-image of an earlier merge."""
     return [path for path in plan.side_files if path.parts[0] != PREIMAGE_FOLDER]
 
 
 def planned_files(plan: MergePlan) -> list[str]:
     """Return the names of all files that a merge writes, without those of a pre-image."""
-    names = {path.as_posix() for path in _carried(plan)} | {shard.file for shard in plan.shards}
+    names = {path.as_posix() for path in _side_files(plan)} | {shard.file for shard in plan.shards}
     names |= {"README.md", MANIFEST} | ({"config.json"} if plan.config is not None else set())
     return sorted(names | ({plan.index_name} if len(plan.shards) > 1 else set()))
 
@@ -95,7 +95,7 @@ def output_files(folder: Path, finished: Mapping[str, FinishedShard]) -> dict[st
 
 def _copy_side_files(plan: MergePlan, folder: Path) -> None:
     """Copy the base's side files that the output does not replace."""
-    for relative in _carried(plan):
+    for relative in _side_files(plan):
         if relative in _replaced(plan):
             continue
         target = folder / relative

@@ -1,9 +1,9 @@
-"""Pre-images: the base's bytes that a merge changes, stored so that `restore` can write the base again bit for bit.
+"""Pre-images: the base's bytes that a merge changes, from which `restore` writes the base again, byte for byte.
 
     OUT/preimage/<file>.bin      frames: the base's bytes, XORed with the output's where those have the same layout
     OUT/preimage/<file>.json     the base's file name, its header, and for each tensor its frames
 
-The XOR of a bf16 weight has few bits set other than low mantissa bits. A frame is split into byte planes (all first
+The XOR of a bf16 weight has almost only low mantissa bits set. A frame is split into byte planes (all first
 bytes, all second bytes, ...), and each plane is deflated where that makes it smaller: the plane of signs and exponents
 is nearly all zeros.
 """

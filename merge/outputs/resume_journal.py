@@ -1,9 +1,8 @@
-"""Journal of a killed or split merge: one small file per finished output file, used after its hash is checked again.
+"""Journal of a merge, so that a killed or split one resumes: one entry per finished file, whose hash is checked again.
 
     .OUT.partial/
       model/            the output so far
       journal/          plan.json: the merge in progress; <file>.json: hashes and figures of a finished file
-
       split             exists while parts are made, so that no run removes the parts of other machines
 
 An entry is written (and synced) after its file is on the disk. A rerun keeps a file when the plan is the same and when
@@ -153,8 +152,8 @@ def workplace(
     check_output(output, overwrite)
     place = Workplace(staging_folder(output), plan, readers)
     split = place.staging / SPLIT
-    stays = keep or finishing or part is not None or split.exists()
-    left = "the finished shards were kept: run the same merge again to resume" if stays else "nothing was left behind"
+    is_kept = keep or finishing or part is not None or split.exists()
+    left = "the finished shards were kept: run the same merge again to resume" if is_kept else "nothing was left behind"
     with locked(output, shared=part is not None), disk_errors(output, left), ExitStack() as stack:
         if part is None:
             recover(output)

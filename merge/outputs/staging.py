@@ -1,4 +1,4 @@
-"""Atomic outputs: a folder is built under a hidden name, flushed to the disk and renamed last."""
+"""Atomic outputs: a folder is built under a hidden name, synced to the disk, and then renamed."""
 
 from __future__ import annotations
 
@@ -14,7 +14,6 @@ from pathlib import Path
 from typing import Any
 
 from adapter_merge.errors import OutputError
-from adapter_merge.files.hashing import file_sha256
 from adapter_merge.files.input_errors import reading, require_utf8
 from adapter_merge.files.input_snapshot import InputSnapshot
 from adapter_merge.files.locks import locked
@@ -227,8 +226,3 @@ def write_text(file: Path, text: str) -> None:
 def write_json(file: Path, content: Mapping[str, Any]) -> None:
     """Write and fsync an indented JSON object."""
     write_text(file, json.dumps(content, indent=2, ensure_ascii=False) + "\n")
-
-
-def sha256(file: Path) -> str:
-    """Return the file's sha256 in hex."""
-    return file_sha256(file)

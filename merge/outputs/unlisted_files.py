@@ -1,4 +1,4 @@
-"""Comparison of the entries of an output folder with its manifest: unlisted entries and links are problems."""
+"""Comparison of the entries of an output folder with its manifest; unlisted entries and links are problems."""
 
 from __future__ import annotations
 
@@ -91,7 +91,7 @@ ADDED = "it was added after the output was written"
 
 
 def holds_graph(folder: Path) -> bool:
-    """Return True for the folder of an ONNX export: a graph in it, or in its onnx/ and no checkpoint beside."""
+    """Return True for an ONNX export: a folder with a graph, or with a graph in onnx/ and no checkpoint."""
     if any(folder.glob("*.onnx")):
         return True
     return any(folder.glob("onnx/*.onnx")) and not any((folder / name).is_file() for name in CANDIDATES)

@@ -67,14 +67,14 @@ class Shard:
     file: Path
     tensors: tuple[TensorRef, ...]
     metadata: Mapping[str, str]
-    is_whole: bool = True  # False: not the tensors that the file holds, as in the dense view of a quantised base
+    is_whole: bool = True  # False: other tensors than those in the file, as in the dense view of a quantised base
 
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """A base model on disk, described by headers and config; no weight is read to build it.
+    """A base model on disk, described by its headers and config; no weight is read to create it.
 
-    `stored` is the checkpoint as it is on disk where this one is a view of it, with computed tensors.
+    stored: the checkpoint on disk, where this one is a view of it with computed tensors.
     """
 
     folder: Path
@@ -104,14 +104,15 @@ class Checkpoint:
 
     @property
     def stem(self) -> str:
-        """How the names of its weights files begin: diffusers' models have another than transformers'."""
+        """The beginning of the weights files' names; it differs between transformers and diffusers."""
         return "diffusion_pytorch_model" if "_class_name" in self.config else "model"
 
     @property
     def side_files(self) -> tuple[Path, ...]:
         """All files except the weights, relative to the folder: config, tokenizer, templates, remote code.
 
-        Raises InputError with every link that leads out of the folder, since an output would hold a copy of its target.
+        Raises InputError with every link that leads out of the folder, since an output would contain a copy of its
+        target.
         """
         files, problems = [], []
         for path in sorted(self.folder.rglob("*")):
@@ -121,8 +122,10 @@ class Checkpoint:
             if path.is_file() and not hidden and not left_out and not path.name.endswith(WEIGHT_SUFFIXES):
                 require_utf8(path)
                 if leads_outside(self.folder, path):
-                    hint = "replace the link by the file, or remove it: outputs hold copies of these files"
-                    problems.append(Problem(f"{path}: is a link out of its folder", got=str(path.resolve()), hint=hint))
+                    hint = "replace the link by the file, or remove it: outputs contain copies of these files"
+                    problems.append(
+                        Problem(f"{path}: is a link to a file outside its folder", got=str(path.resolve()), hint=hint)
+                    )
                 files.append(relative)
         raise_all(problems)
         return tuple(files)
@@ -146,7 +149,7 @@ class Checkpoint:
 
     @cached_property
     def fingerprint(self) -> str:
-        """Return the sha256 over every tensor's name, dtype, shape and first and last 4 KiB, whatever the sharding.
+        """Return the sha256 over every tensor's name, dtype, shape and first and last 4 KiB; it ignores the sharding.
 
         It distinguishes bases in milliseconds. It does not prove integrity; the hashes of files in the manifest do.
         """
@@ -272,69 +275,79 @@ def open_checkpoint(folder: str | Path) -> Checkpoint:
 
 def _read_headers(folder: Path) -> Checkpoint:
     """Read config, index and headers of a local folder. Raises InputError or FileFormatError with every problem."""
-    for candidate in CANDIDATES:
-        if (folder / candidate).is_file():
-            break
-    else:
-        if (folder / "model_index.json").is_file():
-            parts = sorted(
-                path.name for path in folder.iterdir() if any((path / name).is_file() for name in CANDIDATES)
-            )
-            raise InputError(
-                f"{folder}: a pipeline of several models",
-                expected="the folder of one of them as BASE",
-                got=", ".join(parts) or "no folder with weights",
-                hint=f"merge into each that the adapter changes, such as {folder / parts[0]}" if parts else None,
-            )
-        raise InputError(
-            f"{folder}: holds no model weights",
-            expected=" or ".join(CANDIDATES),
-            got=", ".join(sorted(path.name for path in folder.iterdir())[:12]) or "an empty folder",
-        )
-    config_file, index_file = folder / "config.json", folder / candidate
+    config_file, weights_file = folder / "config.json", _find_weights_file(folder)
     has_config = config_file.is_symlink() or config_file.exists()
     snapshot = InputSnapshot([config_file] if has_config else [])
     config = read_json(config_file) if has_config else {}
     check_types(config, MODEL_CONFIG, config_file)
-    if not candidate.endswith(".index.json"):
-        snapshot += InputSnapshot([index_file], may_be_linked=True)
-        shard = read_weights(index_file)
+    if not weights_file.name.endswith(".index.json"):
+        snapshot += InputSnapshot([weights_file], may_be_linked=True)
+        shard = read_weights(weights_file)
         raise_all(_unprintable((shard,)), FileFormatError)
         return Checkpoint(folder, (shard,), config, snapshot)
-
-    snapshot += InputSnapshot([index_file])
-    index = read_json(index_file)
-    check_types(index, INDEX, index_file)
-    weight_map = index.get("weight_map")
-    if not weight_map:
-        raise FileFormatError(f"{index_file}: has no weight_map")
-    names = list(dict.fromkeys(plain_name(name, index_file) for name in weight_map.values()))
-    problems = [
-        Problem(f"{index_file}: names a shard that does not exist", got=name)
-        for name in names
-        if not (folder / name).is_file()
-    ]
-    raise_all(problems, FileFormatError)
+    snapshot += InputSnapshot([weights_file])
+    weight_map = _read_weight_map(weights_file)
+    names = list(dict.fromkeys(weight_map.values()))
     snapshot += InputSnapshot([folder / name for name in names], may_be_linked=True)
     shards = tuple(read_weights(folder / name) for name in names)
-    problems += _unprintable(shards)
-    placed = {ref.name: shard.file.name for shard in shards for ref in shard.tensors}
-    for name, shard_name in weight_map.items():
-        if placed.get(name) != shard_name:
-            got = f"in {placed[name]}" if name in placed else "in no shard"
+    raise_all([*_unprintable(shards), *_compare_with_index(weights_file, weight_map, shards)], FileFormatError)
+    return Checkpoint(folder, shards, config, snapshot)
+
+
+def _find_weights_file(folder: Path) -> Path:
+    """Return the weights file or the index in a model's folder. Raises InputError where it has neither."""
+    for candidate in CANDIDATES:
+        if (folder / candidate).is_file():
+            return folder / candidate
+    if (folder / "model_index.json").is_file():
+        parts = sorted(path.name for path in folder.iterdir() if any((path / name).is_file() for name in CANDIDATES))
+        raise InputError(
+            f"{folder}: a pipeline of several models",
+            expected="the folder of one of them as BASE",
+            got=", ".join(parts) or "no folder with weights",
+            hint=f"merge into each that the adapter changes, such as {folder / parts[0]}" if parts else None,
+        )
+    raise InputError(
+        f"{folder}: holds no model weights",
+        expected=" or ".join(CANDIDATES),
+        got=", ".join(sorted(path.name for path in folder.iterdir())[:12]) or "an empty folder",
+    )
+
+
+def _read_weight_map(index_file: Path) -> dict[str, str]:
+    """Return tensor name -> name of its shard. Raises FileFormatError for shards that do not exist."""
+    index = read_json(index_file)
+    check_types(index, INDEX, index_file)
+    if not index.get("weight_map"):
+        raise FileFormatError(f"{index_file}: has no weight_map")
+    weight_map = {str(name): plain_name(shard, index_file) for name, shard in index["weight_map"].items()}
+    problems = [
+        Problem(f"{index_file}: names a shard that does not exist", got=name)
+        for name in dict.fromkeys(weight_map.values())
+        if not (index_file.parent / name).is_file()
+    ]
+    raise_all(problems, FileFormatError)
+    return weight_map
+
+
+def _compare_with_index(index_file: Path, weight_map: Mapping[str, str], shards: tuple[Shard, ...]) -> list[Problem]:
+    """Return a problem for each tensor that the shards and the index do not agree on."""
+    problems = []
+    shard_of = {ref.name: shard.file.name for shard in shards for ref in shard.tensors}
+    for name, stated in weight_map.items():
+        if shard_of.get(name) != stated:
+            got = f"in {shard_of[name]}" if name in shard_of else "in no shard"
             problems.append(
-                Problem(f"{index_file}: tensor {name!r} is not in the shard that the index names", shard_name, got)
+                Problem(f"{index_file}: tensor {name!r} is not in the shard that the index names", stated, got)
             )
-    count = sum(len(shard.tensors) for shard in shards)
-    if count != len(placed):
+    if sum(len(shard.tensors) for shard in shards) != len(shard_of):
         problems.append(Problem(f"{index_file}: some tensors are in two shards"))
-    extra = sorted(set(placed) - set(weight_map))
+    extra = sorted(set(shard_of) - set(weight_map))
     if extra:
         problems.append(
             Problem(f"{index_file}: the shards hold tensors that the index does not name", got=", ".join(extra[:5]))
         )
-    raise_all(problems, FileFormatError)
-    return Checkpoint(folder, shards, config, snapshot)
+    return problems
 
 
 def _unprintable(shards: tuple[Shard, ...]) -> list[Problem]:

@@ -36,7 +36,7 @@ class Sources:
             return
         try:
             pread_into(self._open(ref.file), buffer.numpy().data, ref.start + first, str(ref.file))
-        except OSError as error:  # named as an input, so that it is not taken for an error of the output's disk
+        except OSError as error:  # as an error of the input, not of the output's disk
             raise FileFormatError(
                 f"{ref.file}: cannot be read ({error.strerror or error})", hint="the file was moved, or its disk fails"
             ) from error

@@ -1,6 +1,6 @@
 """Proxy of torch that imports it on first use, so that reading headers and configs (`inspect`) does not import torch.
 
-A bare `import torch` takes more than a second. Modules that only describe files use `from .lazy_torch import torch`;
+`import torch` takes more than a second. Modules that only describe files use `from .lazy_torch import torch`;
 modules that compute import torch itself.
 """
 

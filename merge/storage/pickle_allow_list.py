@@ -88,7 +88,7 @@ class PickledTensor:
 
     @property
     def is_contiguous(self) -> bool:
-        """True when the elements lie in row-major order without a gap."""
+        """True when the elements are in row-major order without gaps."""
         expected = 1
         for size, step in zip(reversed(self.shape), reversed(self.strides), strict=True):
             if size != 1 and step != expected:
@@ -126,7 +126,7 @@ def _check_sizes(value: object) -> tuple[int, ...]:
 
 
 def _view(storage: object, dtype: str, offset: object, shape: object, strides: object) -> PickledTensor:
-    """Return a view after checking that it lies inside its storage; shape () is a scalar."""
+    """Return a view after checking that it is inside its storage; shape () is a scalar."""
     sizes, steps = _check_sizes(shape), _check_sizes(strides)
     if type(storage) is not PickledStorage or type(offset) is not int or offset < 0 or len(sizes) != len(steps):
         raise DamagedPickle("a tensor without storage, offset, shape and strides")
@@ -206,7 +206,7 @@ def _rebuild_with_attributes(function: Any, kind: Any, arguments: Any, state: ob
         "torch._utils._rebuild_parameter": _rebuild_parameter,
     }
     if kind not in (Global("torch.Tensor"), Global("torch.nn.parameter.Parameter")) or type(arguments) is not tuple:
-        raise DamagedPickle("a tensor of no known class")
+        raise DamagedPickle("a tensor of an unknown class")
     return allowed[function.name](*arguments)
 
 

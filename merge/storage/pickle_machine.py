@@ -3,7 +3,7 @@
 A pickle is a program for a stack machine. This machine knows the opcodes that torch.save emits (protocol 2; Python's
 Lib/pickletools.py describes them), and refuses all others. Dictionary keys are strings and numbers only, and
 there are no sets, since hashing a deeply nested tuple overflows the interpreter's C stack. The memo is a dictionary,
-so that an index of 2^32 - 1 costs nothing.
+so that a large index takes no memory.
 """
 
 from __future__ import annotations
@@ -80,11 +80,11 @@ class _Machine:
 
     def take(self, count: int) -> bytes:
         """Return the next `count` bytes and advance. Raises for a pickle that ends too early."""
-        taken = self.data[self.position : self.position + count]
-        if len(taken) < count:
+        data = self.data[self.position : self.position + count]
+        if len(data) < count:
             raise DamagedPickle("it ends too early")
         self.position += count
-        return taken
+        return data
 
     def unsigned(self, count: int) -> int:
         return int.from_bytes(self.take(count), "little")
@@ -161,7 +161,7 @@ def _global(machine: _Machine) -> None:
 def _call(machine: _Machine) -> None:
     arguments, function = machine.stack.pop(), machine.stack.pop()
     if type(arguments) is not tuple or type(function) is not Global or function.name not in FUNCTIONS:
-        raise DamagedPickle("calls what is no function")
+        raise DamagedPickle("calls a value that is not a function")
     machine.stack.append(FUNCTIONS[function.name](*arguments))
 
 
@@ -176,7 +176,7 @@ def _storage(machine: _Machine) -> None:
     """Turn ("storage", class, key, device, numel) into the storage; repeated names of one storage must agree."""
     kind, storage_class, key, location, numel = machine.stack.pop()
     if kind != "storage" or type(storage_class) is not Global or storage_class.name not in STORAGE_DTYPES:
-        raise DamagedPickle("a persistent id that is no storage")
+        raise DamagedPickle("a persistent id that is not a storage")
     if type(key) is not str or type(location) is not str or not is_size(numel):
         raise DamagedPickle("a storage without key, device and size")
     if location.partition(":")[0] not in DEVICES:
@@ -187,7 +187,9 @@ def _storage(machine: _Machine) -> None:
     storage = PickledStorage(key, STORAGE_DTYPES[storage_class.name], numel, is_untyped)
     known = machine.storages.setdefault(key, storage)
     if (known.dtype, known.numel) != (storage.dtype, storage.numel):
-        raise DamagedPickle(f"storage {key} is {known.numel} of {known.dtype} and {numel} of {storage.dtype} at once")
+        raise DamagedPickle(
+            f"storage {key} has two sizes: {known.numel} of {known.dtype} and {numel} of {storage.dtype}"
+        )
     machine.stack.append(storage)
 
 

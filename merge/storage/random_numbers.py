@@ -1,4 +1,4 @@
-"""Random numbers from a key and a position: equal on every machine and device, in any order, with any torch."""
+"""Random numbers computed from a key and a position: equal on every machine and device and with every torch."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ BITS = 53  # of each number
 def random_bits(key: int, first: int, count: int, device: torch.device | None = None) -> Tensor:
     """Return (count,) int64 of 0 .. 2^53 - 1: elements first .. first + count of the sequence of `key` (64 bits).
 
-    The output function of SplitMix64 (Steele, Lea and Flood 2014) of key + position * its odd constant.
+    Element i is the output function of SplitMix64 (Steele, Lea and Flood 2014) of key + i * 0x9E3779B97F4A7C15.
     """
     value = torch.arange(first, first + count, dtype=torch.int64, device=device)
     value = value * _signed(0x9E3779B97F4A7C15) + _signed(key)

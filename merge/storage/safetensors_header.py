@@ -109,31 +109,53 @@ def _shorten(value: object) -> str:
 
 def read_header(file: Path) -> Header:
     """Read and check the header of `file`. Raises FileFormatError for any malformed or inconsistent entry."""
+    text, size = _read_text(file)
+    content = _parse_text(file, text)
+    metadata = content.pop("__metadata__", None)
+    metadata = {} if metadata is None else metadata
+    if not isinstance(metadata, dict) or not all(isinstance(value, str) for value in metadata.values()):
+        _fail(file, "__metadata__ is not a map of strings")
+    data_start = 8 + len(text)
+    tensors = [_parse_entry(file, name, entry, data_start) for name, entry in content.items()]
+    tensors.sort(key=lambda ref: (ref.start, ref.stop))
+    position = data_start
+    for ref in tensors:
+        if ref.start != position:
+            _fail(file, f"tensor {ref.name!r} overlaps another tensor, or there is a gap before it")
+        position = ref.stop
+    if position != size:
+        _fail(file, "the file's length is wrong", expected=f"{position} bytes", got=f"{size} bytes")
+    return Header(file, tuple(tensors), metadata, data_start)
 
-    def fail(cause: str, *, expected: str | None = None, got: str | None = None) -> NoReturn:
-        hint = "the file is truncated or damaged: download it again"
-        raise FileFormatError(f"{file}: {cause}", expected=expected, got=got, hint=hint)
 
+def _fail(file: Path, cause: str, *, expected: str | None = None, got: str | None = None) -> NoReturn:
+    hint = "the file is truncated or damaged: download it again"
+    raise FileFormatError(f"{file}: {cause}", expected=expected, got=got, hint=hint)
+
+
+def _read_text(file: Path) -> tuple[bytes, int]:
+    """Return the bytes of the JSON header, and the size of the file."""
     try:
         with file.open("rb") as stream:
             size = os.fstat(stream.fileno()).st_size
             prefix = stream.read(8)
             if len(prefix) < 8:
-                fail("not a safetensors file", expected="at least 8 bytes", got=f"{len(prefix)} bytes")
+                _fail(file, "not a safetensors file", expected="at least 8 bytes", got=f"{len(prefix)} bytes")
             length = int.from_bytes(prefix, "little")
             if length > MAX_HEADER_BYTES or 8 + length > size:
-                fail(
-                    "the header's length is wrong",
-                    expected=f"at most {size - 8} bytes",
-                    got=f"{length} bytes",
-                )
-            text = stream.read(length)
+                expected = f"at most {size - 8} bytes"
+                _fail(file, "the header's length is wrong", expected=expected, got=f"{length} bytes")
+            return stream.read(length), size
     except OSError as error:
         raise FileFormatError(f"{file}: {error.strerror or error}") from error
+
+
+def _parse_text(file: Path, text: bytes) -> dict[str, Any]:
+    """Return the JSON object in the header."""
     try:
         if not text.startswith(b"{"):
-            fail("the header does not begin with {")
-        content = json.loads(
+            _fail(file, "the header does not begin with {")
+        content: dict[str, Any] = json.loads(
             text.decode("utf-8"),
             object_pairs_hook=_refuse_duplicates,
             parse_constant=_refuse_constant,
@@ -142,49 +164,35 @@ def read_header(file: Path) -> Header:
         if b"\\ud" in text.lower():  # half a surrogate pair can be read but not written
             json.dumps(content, ensure_ascii=False).encode("utf-8")
     except (ValueError, RecursionError) as error:
-        fail(f"the header is not valid JSON ({_shorten(error)})")
-    metadata = content.pop("__metadata__", None)
-    metadata = {} if metadata is None else metadata
-    if not isinstance(metadata, dict) or not all(isinstance(value, str) for value in metadata.values()):
-        fail("__metadata__ is not a map of strings")
+        _fail(file, f"the header is not valid JSON ({_shorten(error)})")
+    return content
 
-    data_start = 8 + length
-    tensors = []
-    for name, entry in content.items():
-        if not isinstance(entry, dict) or entry.keys() != ENTRY_KEYS:
-            fail(f"tensor {name!r} must have exactly the keys dtype, shape and data_offsets", got=_shorten(entry))
-        dtype, shape, offsets = entry["dtype"], entry["shape"], entry["data_offsets"]
-        if not isinstance(dtype, str) or dtype not in ITEM_BYTES:
-            fail(f"tensor {name!r} has an unknown dtype", expected=", ".join(ITEM_BYTES), got=_shorten(dtype))
-        if not isinstance(shape, list) or len(shape) > MAX_DIMENSIONS or not all(map(_is_size, shape)):
-            fail(
-                f"tensor {name!r} has an impossible shape",
-                expected=f"up to {MAX_DIMENSIONS} sizes below 2^63",
-                got=_shorten(shape),
-            )
-        if not isinstance(offsets, list) or len(offsets) != 2 or not all(_is_size(offset) for offset in offsets):
-            fail(f"tensor {name!r} has impossible offsets", got=_shorten(offsets))
-        need = ITEM_BYTES[dtype]
-        for count in shape:  # in this order: safetensors also refuses a shape that overflows before a size 0
-            need *= count
-            if need > MAX_SIZE:
-                fail(f"tensor {name!r} has an impossible shape", expected="below 2^63 bytes", got=_shorten(shape))
-        if offsets[1] - offsets[0] != need:
-            fail(
-                f"tensor {name!r}: its byte range does not hold its shape",
-                expected=f"{need} bytes for {dtype} {shape}",
-                got=f"{offsets[1] - offsets[0]} bytes",
-            )
-        tensors.append(TensorRef(name, file, dtype, tuple(shape), data_start + offsets[0], data_start + offsets[1]))
-    tensors.sort(key=lambda ref: (ref.start, ref.stop))
-    position = data_start
-    for ref in tensors:
-        if ref.start != position:
-            fail(f"tensor {ref.name!r} overlaps another tensor, or there is a gap before it")
-        position = ref.stop
-    if position != size:
-        fail("the file's length is wrong", expected=f"{position} bytes", got=f"{size} bytes")
-    return Header(file, tuple(tensors), metadata, data_start)
+
+def _parse_entry(file: Path, name: str, entry: Any, data_start: int) -> TensorRef:
+    """Return the location of the tensor that a header's entry describes; data_start: of the tensors' bytes."""
+    if not isinstance(entry, dict) or entry.keys() != ENTRY_KEYS:
+        _fail(file, f"tensor {name!r} must have exactly the keys dtype, shape and data_offsets", got=_shorten(entry))
+    dtype, shape, offsets = entry["dtype"], entry["shape"], entry["data_offsets"]
+    if not isinstance(dtype, str) or dtype not in ITEM_BYTES:
+        _fail(file, f"tensor {name!r} has an unknown dtype", expected=", ".join(ITEM_BYTES), got=_shorten(dtype))
+    if not isinstance(shape, list) or len(shape) > MAX_DIMENSIONS or not all(map(_is_size, shape)):
+        expected = f"up to {MAX_DIMENSIONS} sizes below 2^63"
+        _fail(file, f"tensor {name!r} has an impossible shape", expected=expected, got=_shorten(shape))
+    if not isinstance(offsets, list) or len(offsets) != 2 or not all(_is_size(offset) for offset in offsets):
+        _fail(file, f"tensor {name!r} has impossible offsets", got=_shorten(offsets))
+    need = ITEM_BYTES[dtype]
+    for count in shape:  # in this order: safetensors also refuses a shape that overflows before a size 0
+        need *= count
+        if need > MAX_SIZE:
+            _fail(file, f"tensor {name!r} has an impossible shape", expected="below 2^63 bytes", got=_shorten(shape))
+    if offsets[1] - offsets[0] != need:
+        _fail(
+            file,
+            f"tensor {name!r}: its byte range does not have the size of its shape",
+            expected=f"{need} bytes for {dtype} {shape}",
+            got=f"{offsets[1] - offsets[0]} bytes",
+        )
+    return TensorRef(name, file, dtype, tuple(shape), data_start + offsets[0], data_start + offsets[1])
 
 
 def layout(

@@ -27,7 +27,7 @@ def same_values(first: TensorRef, second: TensorRef) -> bool:
 def same_but_for_rounding(first: TensorRef, second: TensorRef) -> bool:
     """Return True for equal bytes, and for two float dtypes of which one holds the rounded values of the other.
 
-    Neither of float16 and bfloat16 holds all values of the other: both tensors may be roundings of a third one.
+    float16 and bfloat16 cannot represent all values of each other: both tensors may be roundings of a third one.
     """
     if first.dtype == second.dtype or first.shape != second.shape:
         return same_bytes(first, second)

@@ -62,7 +62,7 @@ def read_pickle(file: Path) -> dict[str, TensorRef]:
 
 
 def _find_state_dict(file: Path, content: Any) -> Mapping[str, PickledTensor]:
-    """Return the tensors by name. Raises FileFormatError where the file is no single flat state dict of tensors."""
+    """Return the tensors by name. Raises FileFormatError where the file is not one flat state dict."""
     if not isinstance(content, Mapping):
         raise FileFormatError(f"{file}: not a state dict", got=type(content).__name__)
     inner = {key: content[key] for key in WRAPPERS if _holds_tensors(content.get(key))}

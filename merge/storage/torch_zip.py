@@ -85,7 +85,7 @@ class TorchZip:
 def read_torch_zip(file: Path, stream: BinaryIO) -> TorchZip:
     """Read the archive in `stream`, which was opened from `file`.
 
-    Raises FileFormatError for a file that is no zip file of torch.save, and for one that two readers could read
+    Raises FileFormatError for a file that is not a zip file of torch.save, and for one that two readers could read
     differently: records that are compressed, encrypted, repeated or overlapping, bytes between records, local headers
     that differ from the directory, and header fields with values that neither torch nor Python's zipfile writes.
     """
@@ -224,7 +224,7 @@ def _locate_all(file: Path, stream: BinaryIO, named: Mapping[str, _Entry], direc
         records[name] = _locate(file, stream, entry)
         position = records[name].stop + _descriptor_bytes(file, stream, entry, records[name])
         if position > directory:
-            _refuse(file, f"its record {name!r} lies outside the file")
+            _refuse(file, f"its record {name!r} is outside the file")
     if position != directory:
         _refuse(file, "has bytes between its last record and its zip directory")
     return records
@@ -236,7 +236,7 @@ def _locate(file: Path, stream: BinaryIO, entry: _Entry) -> Record:
     stream.seek(entry.offset)
     head = stream.read(LOCAL_HEADER.size)
     if len(head) < LOCAL_HEADER.size:
-        _refuse(file, f"{what} lies outside the file")
+        _refuse(file, f"{what} is outside the file")
     magic, needed, flags, method, time, date, crc, packed, size, name_bytes, extra_bytes = LOCAL_HEADER.unpack(head)
     late = bool(flags & HAS_DESCRIPTOR)
     if (

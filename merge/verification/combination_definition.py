@@ -1,6 +1,6 @@
-"""Combinations computed by their definition: whole tensors in float64, by sorting. Slow, and used by proofs only.
+"""Combinations computed from their definition, on whole tensors in float64, by sorting; only `verify` uses this file.
 
-It shares only the random numbers with delta_ops.py: it has no blocks, no histograms and no factors.
+It shares only the random numbers with delta_ops.py: it uses no blocks, no histograms and no factors.
 """
 
 from __future__ import annotations
@@ -21,7 +21,10 @@ def defined_delta(
     settings: Settings,
     noise: Tensor | float = 0.0,  # of the tensor's shape: the possible error of float32 arithmetic
 ) -> tuple[Tensor, Tensor]:
-    """Return the combined delta, and a mask of elements so near a threshold or a sign that float32 may differ."""
+    """Return the combined delta, and a mask of the elements for which float32 may decide otherwise.
+
+    These elements are near a threshold, or their sum is near 0.
+    """
     unsure = torch.zeros_like(deltas[0], dtype=torch.bool)
     terms = []
     for delta, part in zip(deltas, parts, strict=True):

@@ -71,7 +71,7 @@ def token_paths(
 
 @torch.no_grad()
 def _greedy(model: Any, rows: Sequence[Tensor], count: int, say: Say) -> Tensor:
-    """Return (B, count): the greedy tokens after each prompt, never an end token; one batched forward per token."""
+    """Return the greedy tokens after each prompt (B, count), without end tokens; each step is one batched forward."""
     stated = getattr(model.generation_config, "eos_token_id", None)
     size = int(model.config.get_text_config().vocab_size)
     ends = torch.tensor(
@@ -79,11 +79,11 @@ def _greedy(model: Any, rows: Sequence[Tensor], count: int, say: Say) -> Tensor:
         dtype=torch.int64,
     )
     ids, mask = _padded(rows, 0, left=True)
-    fed, cache, chosen = ids, None, []
+    new_ids, cache, chosen = ids, None, []
     for step in range(count):
         say(f"the adapter as trained: token {step + 1} of {count}")
-        positions = (mask.cumsum(1) - 1).clamp_min(0)[:, -fed.shape[1] :]
-        inputs: dict[str, Any] = {"input_ids": fed, "attention_mask": mask}
+        positions = (mask.cumsum(1) - 1).clamp_min(0)[:, -new_ids.shape[1] :]
+        inputs: dict[str, Any] = {"input_ids": new_ids, "attention_mask": mask}
         if len({len(row) for row in rows}) > 1:
             inputs["position_ids"] = positions
         result = model(**inputs, **cache_argument(cache), use_cache=True)
@@ -91,7 +91,7 @@ def _greedy(model: Any, rows: Sequence[Tensor], count: int, say: Say) -> Tensor:
         chosen.append(token)
         ids, mask = torch.cat((ids, token), 1), torch.cat((mask, torch.ones_like(token)), 1)
         cache = cache_of(result)
-        fed = ids if cache is None else token
+        new_ids = ids if cache is None else token
     return torch.cat(chosen, 1)
 
 
@@ -145,7 +145,7 @@ def _prompt_ids(bound: BoundAdapter, prompts: Sequence[str] | None, model: Any) 
     if rows is not None:
         return rows
     if prompts:
-        raise InputError(f"{bound.base.folder}: has no tokenizer", hint="leave --prompt out: random tokens are used")
+        raise InputError(f"{bound.base.folder}: has no tokenizer", hint="without --prompt, random tokens are compared")
     size = int(model.config.get_text_config().vocab_size)
     source = torch.Generator().manual_seed(0)
     return list(torch.randint(min(5, size - 1), size, (4, 16), generator=source))
@@ -194,7 +194,9 @@ def all_logits(model: Any, paths: Sequence[TokenPath], folder: Path | None = Non
     if model.config.is_encoder_decoder:
         inputs["decoder_input_ids"] = ids
     batches = [inputs]
-    if not generates(model) and not isinstance(pad, int):  # a classifier on a decoder takes no batch without padding
+    if not generates(model) and not isinstance(
+        pad, int
+    ):  # a decoder with a classifier needs a padding token for a batch
         batches = [
             {key: value[row : row + 1, : len(path.ids)] for key, value in inputs.items()}
             for row, path in enumerate(paths)

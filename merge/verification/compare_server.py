@@ -1,8 +1,9 @@
-"""A server's log-probabilities and greedy tokens against the adapter as trained (live_adapter.py), and the base's.
+"""Comparison of a server's log-probabilities and greedy tokens with those of the adapter as trained and of the base.
 
-The tolerance is measured: the adapter as trained runs in the server's dtype and in a wider one, and the server may be a
-few times as far from the latter as the former is. The base's distance from the adapter on the same tokens, the effect,
-must exceed MARGIN tolerances: a server that ignores the adapter is then at least MARGIN - 1 tolerances away.
+The tolerance is measured. The adapter as trained (live_adapter.py) runs in the server's dtype and in a wider one; the
+server's distance from the wider one may be a few times that of the narrower one. The distance of the base on the same
+tokens, the adapter's effect, must exceed MARGIN tolerances. The distance of a server that ignores the adapter is then
+at least MARGIN - 1 tolerances.
 """
 
 from __future__ import annotations

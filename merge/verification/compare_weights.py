@@ -1,9 +1,9 @@
-"""Comparison of an artefact's adapted weights with the methods' formulas in float64, of all others with the base.
+"""Comparison of an artefact's weights: adapted ones with the methods' formulas in float64, all others with the base.
 
 Base and artefact are read in blocks of rows, with one worker per core. Only combinations need whole weights in memory.
 
     whole_formulas.py   the formula of each stored tensor
-    unchanged_tensors.py     tensors that are not adapted, and the config
+    unchanged_tensors.py   tensors that are not adapted, and the config
     compare_factors.py  other adapters: converted folders, factors
     truncation.py       whether truncated factors are the best of their rank
 """
@@ -25,7 +25,7 @@ from adapter_merge.storage.input_files import Sources
 from adapter_merge.storage.safetensors_header import TensorRef
 from adapter_merge.storage.tensor_io import TORCH_DTYPES
 
-from .unchanged_tensors import HALVES, compare_carried_over, find_config_problems
+from .unchanged_tensors import HALVES, compare_unadapted, find_config_problems
 from .weight_formulas import Formula, read_rows, row_blocks
 from .whole_formulas import FLOAT32_ERROR, formula_of, modules_by_tensor, typical_size
 
@@ -73,7 +73,7 @@ def compare_blocks(
     *,
     is_delta: bool = False,
 ) -> WeightFigures:
-    """Compare the artefact's rows, given by `got`, with those of the formula `exact`; both on the base weight `ref`."""
+    """Compare the artefact's rows, which `got` returns, with those of the formula `exact` on the base weight `ref`."""
     kept = TORCH_DTYPES[dtype]
     size, error, excess = 0.0, 0.0, 0.0
     for first, stop in row_blocks(ref):
@@ -89,8 +89,8 @@ def compare_blocks(
         error += _square(off)
         places = _differing(wanted.to(kept), stored)
         if places.numel():
-            near = base.reshape(-1)[places], change.reshape(-1)[places], kept, base
-            excess = max(excess, float(_excess(wanted.reshape(-1)[places], off.reshape(-1)[places].abs(), *near)))
+            context = base.reshape(-1)[places], change.reshape(-1)[places], kept, base
+            excess = max(excess, float(_excess(wanted.reshape(-1)[places], off.reshape(-1)[places].abs(), *context)))
     if math.isnan(error) or math.isnan(excess):
         return WeightFigures(math.inf, math.inf, dtype)
     return WeightFigures(math.sqrt(error / size) if size else math.sqrt(error), excess, dtype)
@@ -117,31 +117,31 @@ def _square(block: Tensor) -> float:
 
 
 def _excess(wanted: Tensor, off: Tensor, base: Tensor, change: Tensor, kept: torch.dtype, block: Tensor) -> Tensor:
-    """Return the largest part of `off` beyond float32 arithmetic and half an ulp, in ulp; NaN where a value is NaN."""
+    """Return the largest error `off` beyond float32 arithmetic and half an ulp, in ulp; NaN where a value is NaN."""
     _, exponent = torch.frexp(wanted.abs().clamp_min(torch.finfo(kept).tiny))
     ulp = torch.ldexp(torch.full_like(wanted, torch.finfo(kept).eps), exponent - 1)
     # Where W0 and dW cancel, the error of float32 arithmetic is relative to their size, not to that of the result.
     arithmetic = FLOAT32_ERROR * (base.abs() + change.abs() + typical_size(block))
-    found = (off - arithmetic) / ulp - 0.5
-    return found.max().clamp_min(0) if not bool(found.isnan().any()) else found.new_tensor(math.nan)
+    excess = (off - arithmetic) / ulp - 0.5
+    return excess.max().clamp_min(0) if not bool(excess.isnan().any()) else excess.new_tensor(math.nan)
 
 
 def compare_each(
     names: Sequence[str], compare: Callable[[str], WeightFigures], sizes: Mapping[str, int], progress: Progress | None
 ) -> dict[str, WeightFigures]:
     """Return `compare(name)` for each name, computed in parallel; sizes: bytes of each weight, for `progress`."""
-    found = {}
+    layers = {}
     with weight_pool(torch.device("cpu")) as run:
         for name, figures in zip(names, run(compare, names), strict=True):
-            found[name] = figures
+            layers[name] = figures
             if progress is not None:
                 progress(sizes[name])
-    return found
+    return layers
 
 
 def compare_stored(
     bound: BoundAdapter,
-    held: Mapping[str, TensorRef],  # the artefact's tensors by name
+    stored: Mapping[str, TensorRef],  # the artefact's tensors by name
     *,
     is_delta: bool = False,
     skipped: frozenset[str] = frozenset(),
@@ -150,9 +150,9 @@ def compare_stored(
     """Compare every adapted weight except `skipped` in a merged model, or its delta in a folder of deltas."""
     modules = modules_by_tensor(bound)
     problems, names = [], []
-    held = {name: _as_compared(ref, bound.base.tensors.get(name), modules.get(name)) for name, ref in held.items()}
+    refs = {name: _as_matrix(ref, bound.base.tensors.get(name), modules.get(name)) for name, ref in stored.items()}
     for name, items in modules.items():
-        ref = held.get(name)
+        ref = refs.get(name)
         if name in skipped:
             continue
         if ref is None:
@@ -166,7 +166,7 @@ def compare_stored(
     sources = Sources()
 
     def compare(name: str) -> WeightFigures:
-        items, ref = modules[name], held[name]
+        items, ref = modules[name], refs[name]
         for each in (items[0].weight, ref):
             sources.read_ahead(each)
         formula = formula_of(items, sources)
@@ -180,27 +180,27 @@ def compare_stored(
     return WeightProof(layers, problems + find_weight_problems(layers), len(layers))
 
 
-def _as_compared(ref: TensorRef, stored: TensorRef | None, items: Sequence[BoundModule] | None) -> TensorRef:
-    """Return the artefact's tensor, as a matrix where the formula has a convolution as one."""
+def _as_matrix(ref: TensorRef, stored: TensorRef | None, items: Sequence[BoundModule] | None) -> TensorRef:
+    """Return the artefact's tensor; a convolution is a matrix where its formula computes a matrix."""
     is_matrix = items is not None and stored is not None and items[0].weight.shape == stored.as_matrix().shape
     return ref.as_matrix() if is_matrix and stored is not None and ref.shape == stored.shape else ref
 
 
 def compare_merged(bound: BoundAdapter, merged: Checkpoint, progress: Progress | None = None) -> WeightProof:
     """Compare a merged model: adapted weights, all other tensors, and its config."""
-    found = compare_stored(bound, merged.tensors, progress=progress)
-    compared, problems = compare_carried_over(bound, merged, progress)
-    problems = [*found.problems, *problems, *find_config_problems(bound, merged)]
-    return WeightProof(found.layers, problems, found.compared + compared)
+    proof = compare_stored(bound, merged.tensors, progress=progress)
+    compared, problems = compare_unadapted(bound, merged, progress)
+    problems = [*proof.problems, *problems, *find_config_problems(bound, merged)]
+    return WeightProof(proof.layers, problems, proof.compared + compared)
 
 
 def compare_deltas(bound: BoundAdapter, folder: Path, progress: Progress | None = None) -> WeightProof:
     """Compare a folder of deltas."""
     refs = {ref.name: ref for ref in read_weights(folder / "delta.safetensors").tensors}
     extra = sorted(set(refs) - {item.name for item in bound.modules})
-    found = compare_stored(bound, refs, is_delta=True, progress=progress)
+    proof = compare_stored(bound, refs, is_delta=True, progress=progress)
     problems = [f"{len(extra)} deltas of weights that the adapter does not change, first {extra[0]}"] if extra else []
-    return WeightProof(found.layers, [*found.problems, *problems], found.compared)
+    return WeightProof(proof.layers, [*proof.problems, *problems], proof.compared)
 
 
 def find_weight_problems(layers: Mapping[str, WeightFigures]) -> list[str]:

@@ -54,9 +54,9 @@ def require(*packages: str, extra: str = "verify") -> None:
 
 
 def load_model(model: Any, config: Any = None) -> nn.Module:
-    """Load a transformers model, of its config's class, in its own dtype, in eval mode.
+    """Return the transformers model of the config's class, in the checkpoint's dtype, in eval mode.
 
-    model: a folder, or a Checkpoint with computed weights. A quantised one is loaded from its dequantised weights.
+    model: a folder, or a Checkpoint. A quantised checkpoint is loaded from its dequantised weights.
     """
     require("transformers")
     import transformers
@@ -77,25 +77,25 @@ def load_model(model: Any, config: Any = None) -> nn.Module:
 
 
 def require_tokens(folder: Path) -> None:
-    """Raise UnsupportedError for a model that takes no token ids alone, such as one of images or speech."""
+    """Raise UnsupportedError for a model that needs other inputs than token ids, such as images or speech."""
     require("transformers")
     import transformers
 
     config = model_config(folder)
     names = getattr(config, "architectures", None) or []
     kind = getattr(transformers, names[0], None) if names else None
-    taken = getattr(kind, "main_input_name", "input_ids")
-    if taken != "input_ids" or not hasattr(config.get_text_config(), "vocab_size"):
+    main_input = getattr(kind, "main_input_name", "input_ids")
+    if main_input != "input_ids" or not hasattr(config.get_text_config(), "vocab_size"):
         raise UnsupportedError(
             f"{folder}: logits are compared on text, and this model takes other inputs",
             expected="input_ids",
-            got=str(taken),
-            hint="compare weights alone: verify --weights-only, factor without --end-to-end",
+            got=str(main_input),
+            hint="compare only weights: verify --weights-only, factor without --end-to-end",
         )
 
 
 def adapted_model(bound: BoundAdapter, dtype: torch.dtype, model: nn.Module) -> nn.Module:
-    """Return `model`, which is changed, with a PEFT adapter live in it, unmerged, computing in `dtype`."""
+    """Return `model` with the live, unmerged PEFT adapter, computing in `dtype`; `model` is changed in place."""
     return with_heads(_load_in_peft(model, bound).to(dtype), bound.replacements).eval()
 
 
@@ -119,9 +119,9 @@ def model_config(folder: Any) -> Any:
 
 @torch.no_grad()
 def with_heads(model: nn.Module, heads: Mapping[str, TensorRef]) -> nn.Module:
-    """Return the model with trained heads and biases in their stored precision, which a half-precision base rounds.
+    """Return the model with trained heads and biases in their stored precision.
 
-    PEFT stores them in addition to the base's.
+    PEFT stores them beside those of the base, and loads them in the base's dtype, which may be a half precision.
     """
     named = {_plain(name): parameter for name, parameter in model.named_parameters()}
     for name, ref in heads.items():
@@ -147,19 +147,19 @@ def module_path(model: nn.Module, name: str) -> str:
 
 
 @torch.no_grad()
-def continued(model: nn.Module, ids: Tensor, count: int, *, all_of_it: bool = False) -> Tensor:
-    """Return ids (B, T) followed by `count` greedy tokens, or fewer where the answer ends."""
+def continued(model: nn.Module, ids: Tensor, count: int, *, exact_count: bool = False) -> Tensor:
+    """Return ids (B, T) followed by `count` greedy tokens; fewer where the answer ends, unless exact_count."""
     with quiet_libraries():
-        made: Tensor = model.generate(  # type: ignore[operator]
+        result: Tensor = model.generate(  # type: ignore[operator]
             input_ids=ids,
             attention_mask=torch.ones_like(ids),
             do_sample=False,
             num_beams=1,
-            min_new_tokens=count if all_of_it else None,
+            min_new_tokens=count if exact_count else None,
             max_new_tokens=count,
             pad_token_id=0,
         )
-    return made
+    return result
 
 
 def generates(model: nn.Module) -> bool:

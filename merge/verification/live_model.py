@@ -12,7 +12,7 @@ from .streamed_adapter import held_model, streamed_combination, streamed_trained
 
 
 def trained_model(bound: BoundAdapter, dtype: torch.dtype = torch.float32) -> nn.Module:
-    """Return the base with the adapter live in it, or with a combination, computing in `dtype`."""
+    """Return the base with the live adapter, or with a combination, computing in `dtype`; all weights are in memory."""
     wide = torch.float64 if dtype == torch.float64 else torch.float32
     if isinstance(bound, CombinedBound):
         return held_model(streamed_combination(bound, wide)).to(dtype)

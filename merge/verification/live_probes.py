@@ -1,8 +1,8 @@
 """Comparison of the weights' formulas with live layers: PEFT's, or the methods' own forwards.
 
-The figures of weights are based on weight_formulas.py. Here each adapted layer of the live model gets random inputs X
-(PROBES, in), and its output without the bias must be X W'^T. This detects a mistake in the formulas, or in what the
-readers read from a folder.
+The comparison of weights is based on weight_formulas.py. This file checks these formulas: for random inputs X (PROBES,
+in), the output of each adapted layer of the live model, without the bias, must be X W'^T. This detects errors in the
+formulas and in the reading of an adapter folder.
 """
 
 from __future__ import annotations
@@ -29,23 +29,23 @@ SIGNAL = 6  # positions per dimension of a convolution's input, beyond its kerne
 
 
 @torch.no_grad()
-def unlike_live(bound: BoundAdapter, streamed: StreamedModel) -> list[str]:
-    """Return the tensors whose live layer does not compute with the W' of the formulas.
+def find_formula_errors(bound: BoundAdapter, streamed: StreamedModel) -> list[str]:
+    """Return the names of the tensors whose live layer does not compute with the W' of the formula.
 
-    `streamed` is the adapter as trained, in float64.
+    streamed: the model with the live adapter, in float64.
     """
     source = torch.Generator().manual_seed(0)
-    wrong = []
+    disagreeing = []
     for name, items in modules_by_tensor(bound).items():
         weights = _Weights(*whole_weight(items))
         for path in dict.fromkeys(item.module.name for item in items):
             layer_items = [item for item in items if item.module.name == path]
             layer = live_layer(streamed.model, path)
             streamed.hold_module(path)
-            if not _computes(layer, layer_items, weights, source):
-                wrong.append(name)
+            if not _agrees(layer, layer_items, weights, source):
+                disagreeing.append(name)
                 break
-    return wrong
+    return disagreeing
 
 
 @dataclass(frozen=True, eq=False)
@@ -54,20 +54,20 @@ class _Weights:
 
     base: Tensor  # W0
     after: Tensor  # W'
-    slack: Tensor | None  # the uncertainty of W': a live layer rounds its residual itself
+    slack: Tensor | None  # the uncertainty of W'; the live layer may round its residual to the other neighbour
 
-    def each(self, change: Callable[[Tensor], Tensor]) -> _Weights:
+    def map(self, change: Callable[[Tensor], Tensor]) -> _Weights:
         """Return the weights with `change` applied to all three tensors."""
         return _Weights(change(self.base), change(self.after), None if self.slack is None else change(self.slack))
 
-    def gives(self, output: Tensor, x: Tensor) -> bool:
+    def agrees_with(self, output: Tensor, x: Tensor) -> bool:
         """Return True when `output` is x W'^T."""
         tolerance = 0.0 if self.slack is None else torch.linalg.vector_norm(x.abs() @ self.slack.T)
         return _is_close(output, x @ self.after.T, x @ self.base.T, tolerance)
 
 
-def _computes(layer: Any, items: Sequence[BoundModule], weights: _Weights, source: torch.Generator) -> bool:
-    """Return True where the live layer computes with W'; `items` are the modules of one adapter on it."""
+def _agrees(layer: Any, items: Sequence[BoundModule], weights: _Weights, source: torch.Generator) -> bool:
+    """Return True where the live layer computes with W'; items: the modules of one adapter on this layer."""
     item = items[0]
     if isinstance(item.module, ExpertModule) or hasattr(layer, "parameter_name"):
         return all(_is_same_expert(layer, expert, weights.base, weights.after) for expert in items)
@@ -77,9 +77,9 @@ def _computes(layer: Any, items: Sequence[BoundModule], weights: _Weights, sourc
         return _is_close(answer[0], weights.after, weights.base)
     if item.rows is not None:
         rows = slice(*item.rows)
-        weights = weights.each(lambda whole: whole.reshape(-1, whole.shape[-1])[rows])
+        weights = weights.map(lambda whole: whole.reshape(-1, whole.shape[-1])[rows])
     if item.transposed:
-        weights = weights.each(lambda whole: whole.T)
+        weights = weights.map(lambda whole: whole.T)
     if isinstance(innermost(layer), nn.Conv1d | nn.Conv2d | nn.Conv3d):
         return _is_same_convolution(layer, weights, source)
     if weights.after.dim() != 2:
@@ -93,7 +93,7 @@ def _computes(layer: Any, items: Sequence[BoundModule], weights: _Weights, sourc
     output = layer(x) - layer(torch.zeros_like(x))
     if isinstance(item.module, RowSliceModule):
         output = output[:, item.module.start : item.module.stop]
-    return weights.gives(output, x)
+    return weights.agrees_with(output, x)
 
 
 def _is_same_convolution(layer: Any, weights: _Weights, source: torch.Generator) -> bool:
@@ -115,7 +115,7 @@ def _inner_weight(layer: Any) -> tuple[int, int, bool]:
 
 
 def _is_same_expert(layer: Any, item: BoundModule, base: Tensor, after: Tensor) -> bool:
-    """Return True where PEFT's delta of one expert, or of a bare parameter, gives W'."""
+    """Return True where PEFT's delta of one expert, or of a parameter without a layer, leads to W'."""
     wrapper = layer
     factors = read_tensor(item.module.refs[0])
     while not (

@@ -1,4 +1,4 @@
-"""Opening of an adapter folder that is to be verified."""
+"""Opening of the adapter or factors that are compared with the adapter as trained."""
 
 from __future__ import annotations
 

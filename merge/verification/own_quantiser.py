@@ -1,9 +1,9 @@
-"""transformers' own quantiser for a quantised base, and the stored tensors that it dequantises while it loads them.
+"""transformers' quantiser for a quantised base, which dequantises the stored tensors while it loads them.
 
-A model that runs beside an artefact should not depend on the readers that made the artefact. Where transformers can
-load the base on a CPU, its weights are those of transformers and of the scheme's library: compressed-tensors,
-bitsandbytes, or transformers' own FP8 and MXFP4. Elsewhere they are the dequantised weights as they are read here, and
-`quantiser_note` says why.
+The models that `verify` runs should not depend on the readers that made the artefact. Where transformers can load the
+base on a CPU, transformers and the library of the scheme dequantise the weights: compressed-tensors, bitsandbytes, or
+transformers' own code for FP8 and MXFP4. Elsewhere this package's readers dequantise them, and `quantiser_note` says
+why.
 """
 
 from __future__ import annotations
@@ -26,14 +26,14 @@ from adapter_merge.storage.checkpoint import Checkpoint
 from .live_adapter import quiet_libraries
 
 Quantiser: TypeAlias = Any  # transformers.quantizers.HfQuantizer
-# The methods whose weights transformers dequantises on a CPU, with the packages that it needs for that.
+# The methods whose weights transformers dequantises on a CPU, and the packages that it needs for that.
 PACKAGES: Mapping[str, tuple[str, ...]] = {
     "compressed-tensors": ("compressed_tensors",),
     "bitsandbytes": ("bitsandbytes", "accelerate"),
     "fp8": ("accelerate",),
     "mxfp4": ("accelerate",),
 }
-# The stored parts of a weight that transformers collects before it dequantises (`serialized_names` of its quantisers).
+# The stored parts of a weight that transformers reads (`serialized_names` of its quantisers).
 PARTS: Mapping[str, tuple[str, ...]] = {
     "compressed-tensors": ("weight", "weight_scale", "weight_zero_point", "weight_global_scale", "weight_packed",
                            "weight_shape"),
@@ -42,9 +42,10 @@ PARTS: Mapping[str, tuple[str, ...]] = {
 
 
 def own_quantiser(base: Checkpoint) -> Quantiser | None:
-    """Return a new quantiser of transformers for the quantised `base`, or None where it does not give its weights.
+    """Return a new quantiser of transformers for a quantised base; None where transformers cannot dequantise it.
 
-    It is for one model, which it changes. Its weights come out dequantised: by its conversions, or by `dense_value`.
+    The quantiser is for one model, which it changes. Its conversions dequantise the weights; `dense_value` dequantises
+    those of bitsandbytes, which stay packed.
     """
     if base.stored is None:
         return None
@@ -63,27 +64,29 @@ def own_quantiser(base: Checkpoint) -> Quantiser | None:
 
 
 def quantiser_note(base: Checkpoint) -> str:
-    """Return the sentence that says where the weights of models on the quantised `base` come from."""
+    """Return a sentence that says what dequantises the weights of the models that run on a quantised base."""
     assert base.stored is not None
     configuration = read_configuration(base.stored)
     if is_simulated(base):
-        return "models are run from the weights that --trained-on states, quantised here by bitsandbytes' formulas"
+        return (
+            "models run on the weights that --trained-on states, and adapter-merge quantises by bitsandbytes' formulas"
+        )
     if configuration is None:
-        return "models are run from the base's dequantised weights, as the gguf package gives them"
+        return "models run on the base's weights as the gguf package dequantises them"
     obstacle = _obstacle(configuration, base)
     if obstacle is not None:
-        return f"models are run from the base's dequantised weights as they are read here: {obstacle}"
+        return f"models run on the base's weights as adapter-merge dequantises them: {obstacle}"
     package = PACKAGES[configuration.method][0]
     library = "" if package == "accelerate" else f" and {package.replace('_', '-')} {version(package)}"
     return (
-        f"models are run from the base's weights as transformers {version('transformers')}{library} dequantise them, "
-        "not as they are read here"
+        f"models run on the base's weights as transformers {version('transformers')}{library} dequantise them, "
+        "not as adapter-merge does"
     )
 
 
 @torch.no_grad()
 def dense_value(module: nn.Module, value: Tensor, dtype: torch.dtype) -> Tensor:
-    """Return the loaded parameter `value` of `module` in `dtype`; what bitsandbytes keeps packed, dequantised by it."""
+    """Return a loaded parameter of `module` in `dtype`; bitsandbytes dequantises those that it stores packed."""
     if type(value).__name__ not in ("Params4bit", "Int8Params"):
         return value.detach()
     from transformers.integrations.bitsandbytes import dequantize_bnb_weight
@@ -93,17 +96,17 @@ def dense_value(module: nn.Module, value: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 def _obstacle(configuration: Configuration, base: Checkpoint) -> str | None:
-    """Return why transformers does not give the weights of `base` on a CPU, or None where it does."""
+    """Return why transformers cannot dequantise the weights of `base` on a CPU; None where it can."""
     method = configuration.method
     if method not in PACKAGES:
-        return f"transformers loads no {method} on a CPU by itself"
+        return f"transformers cannot load {method} on a CPU"
     missing = [name for name in PACKAGES[method] if find_spec(name) is None]
     if missing:
         return f"transformers needs {' and '.join(missing)} for {method}"
     from transformers.quantizers import HfQuantizer
 
     if not hasattr(HfQuantizer, "get_load_operations"):
-        return f"transformers {version('transformers')} dequantises whole models alone"
+        return f"transformers {version('transformers')} can only dequantise whole models"
     weights = packed_weights(base)
     for name, weight in weights.items():
         for part in weight.parts.values():
@@ -119,17 +122,17 @@ def _obstacle(configuration: Configuration, base: Checkpoint) -> str | None:
 
 def _compressed_obstacle(configuration: Configuration, weights: Mapping[str, PackedWeight]) -> str | None:
     if len(configuration.settings["config_groups"]) > 1:
-        return "transformers dequantises the layers of several config_groups by one of them"
+        return "transformers dequantises all layers by one of several config_groups"
     for name, weight in weights.items():
         if ".experts." in name and not any(part.name.endswith(".weight_shape") for part in weight.parts.values()):
-            return f"transformers rounds experts otherwise than compressed-tensors ({name})"
+            return f"transformers rounds the weights of experts differently from compressed-tensors ({name})"
     return None
 
 
 def _bitsandbytes_obstacle(weights: Mapping[str, PackedWeight]) -> str | None:
     for name, weight in weights.items():
         if isinstance(weight, Bitsandbytes4Weight) and weight.shape[-1] % weight.block:
-            return f"bitsandbytes' CPU kernel begins new blocks in each row, which the format does not ({name})"
+            return f"bitsandbytes' CPU kernel starts a new block in each row, and the format does not ({name})"
     return None
 
 
@@ -137,5 +140,5 @@ def _fp8_obstacle(configuration: Configuration, weights: Mapping[str, PackedWeig
     block = configuration.settings.get("weight_block_size")
     for name, weight in weights.items():
         if block is not None and any(size % step for size, step in zip(weight.shape[-2:], block, strict=True)):
-            return f"transformers' FP8 takes other blocks where the last is smaller ({name})"
+            return f"transformers' FP8 divides a weight whose last block is smaller into other blocks ({name})"
     return None

@@ -1,13 +1,13 @@
-"""Comparison of a merged model in the base's own quantisation with the methods' formulas; other tensors byte for byte.
+"""Comparison of a merged model in the base's quantisation: adapted weights with formulas, all others byte for byte.
 
-For each adapted weight, with W' by the formula in float64 and Q the dequantised weight of the artefact:
+W' is the adapted weight by the formula in float64, Q the dequantised weight of the artefact. Three conditions hold:
 
-- every element of Q is, for the scales that the artefact holds, the value of its scheme that W' rounds to, or every one
-  is the neighbour of W' that its uniform numbers select (quantisation/rounding.py). Beside a tie, where W' and W' as
-  float32 computes it round apart, it is either value;
-- its requantisation_loss is that of the best way to quantise W' again (the base's scales or new ones, nearest or drawn
-  codes): values can be right for scales that are wrong, as those of scales that are all zero are;
-- the retention <Q - W, dW> / |dW|^2 of all weights together is at least the required one.
+- With the artefact's scales, every element of Q is W' rounded to the nearest value of the scheme, or every element is
+  W' rounded at random with the uniform numbers of this weight (quantisation/rounding.py). Near a tie, where float32 and
+  float64 may round W' differently, either value is accepted.
+- The requantisation_loss of Q is that of the best way to quantise W' again (the base's scales or new ones, rounded to
+  the nearest value or at random). This detects wrong scales: if all scales are 0, every Q is correctly rounded.
+- The retention <Q - W, dW> / |dW|^2 over all weights is at least the required one.
 """
 
 from __future__ import annotations
@@ -30,18 +30,18 @@ from .unchanged_tensors import find_config_problems
 from .whole_formulas import FLOAT32_ERROR, modules_by_tensor, whole_weight
 
 LOSS_MARGIN = 1.01  # allowed ratio to the smallest loss, for the errors of float32
-DRAW_NOISE = 1e-3  # of a step between two codes: the error of W' in float32
+DRAW_NOISE = 1e-3  # steps between two codes: the error of W' in float32
 CONFIG_KEYS = ("quantization_config", "compression_config")
 
 
 def requantised_weights(
     bound: BoundAdapter, merged: Checkpoint, least: float, progress: Progress | None = None
 ) -> WeightProof:
-    """Compare a merged model that is quantised; `least` is the required retention."""
+    """Compare a quantised merged model; least: the required retention."""
     stored, merged_stored = bound.base.stored, merged.stored
     assert merged_stored is not None
     if stored is None:
-        return WeightProof({}, ["the artefact is quantised, and the base is not"], 0)
+        return WeightProof({}, ["the artefact is quantised and the base is not"], 0)
     base, made = packed_weights(bound.base), packed_weights(merged)
     adapted = modules_by_tensor(bound)
     packed = {name: items for name, items in adapted.items() if name in base}
@@ -57,19 +57,19 @@ def requantised_weights(
         figures, exact = _compare(made[name], before, after.reshape(before.shape))
         layers[name] = figures
         if not exact:
-            problems.append(f"{name} does not hold the values of its scheme that the exact ones round to")
+            problems.append(f"{name}: its quantised values are not those that the exact ones round to")
         elif (
             not _compute_loss(figures)
             <= LOSS_MARGIN * _smallest_loss(base[name], before, after.reshape(before.shape)) + 1e-6
         ):
-            problems.append(f"{name}: is further from the exact weight than its scheme allows")
+            problems.append(f"{name}: its error is larger than that of the best quantisation of the exact weight")
         if progress is not None:
             progress(bound.base.tensors[name].nbytes)
     total = sum(layer.size**2 for layer in layers.values())
     retained = sum((layer.retention or 0.0) * layer.size**2 for layer in layers.values())
     retention = retained / total if total else 1.0
     if not retention >= least:
-        problems.append(f"quantised again, the weights keep {retention:.2f} of the adapter's change, below {least:g}")
+        problems.append(f"the quantised weights retain {retention:.2f} of the adapter's change, below {least:g}")
     plain = compare_stored(bound, merged.tensors, skipped=frozenset(packed))
     problems += [*plain.problems, *find_weight_problems(plain.layers), *find_config_problems(bound, merged)]
     for key in CONFIG_KEYS:
@@ -77,8 +77,8 @@ def requantised_weights(
             problems.append(f"config.json: {key} is not the base's")
     written = {part.name for name in layers for part in base[name].parts.values()}
     written |= {*plain.layers, *replaced}
-    compared, carried = _compare_carried(bound, stored, merged_stored, written)
-    return WeightProof(layers | plain.layers, [*problems, *carried], len(layers) + plain.compared + compared)
+    compared, changed = _compare_unadapted(bound, stored, merged_stored, written)
+    return WeightProof(layers | plain.layers, [*problems, *changed], len(layers) + plain.compared + compared)
 
 
 def _compare(made: PackedWeight, before: Tensor, after: Tensor) -> tuple[WeightFigures, bool]:
@@ -128,13 +128,13 @@ def _smallest_loss(weight: PackedWeight, before: Tensor, after: Tensor) -> float
 
 
 def _rounded(made: PackedWeight, after: Tensor, uniform: Tensor | None) -> Tensor:
-    """Return `after` rounded to the scales that `made` holds, by `uniform` or to the nearest; float64."""
+    """Return `after` rounded with the scales of `made`, at random by `uniform` or to the nearest; float64."""
     parts = next(iter(made.candidates(after.to(torch.float32), read_bytes, uniform)))
     read = replaced_parts(made.parts, parts, read_bytes)
     return made.uncached().rows(read, 0, made.row_count).to(torch.float64).reshape(after.shape)
 
 
-def _compare_carried(
+def _compare_unadapted(
     bound: BoundAdapter, stored: Checkpoint, merged_base: Checkpoint, written: set[str]
 ) -> tuple[int, list[str]]:
     """Compare the bytes of every stored tensor that the adapter does not change with the base's."""

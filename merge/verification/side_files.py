@@ -1,6 +1,6 @@
 """Comparison of a merged model's side files with the base's: tokenizer, chat template, generation settings.
 
-A comparison of weights does not cover them, and a changed file changes the model's answers.
+These files change the model's answers as weights do.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from .compare_logits import open_tokenizer, tokenized
 from .unchanged_tensors import WITHOUT_EFFECT
 
 COMPARED = (".json", ".jinja", ".model", ".txt", ".py")
-NAMED = 6  # files in a note
+NAMED = 6  # largest number of files that a note names
 
 
 def changed_side_files(bound: BoundAdapter, merged: Checkpoint) -> list[str]:
@@ -41,13 +41,13 @@ def changed_side_files(bound: BoundAdapter, merged: Checkpoint) -> list[str]:
                 [name for name, file in base.items() if name in made and not _same_content(file, made[name])],
                 "files that are not the base's",
             ),
-            (weights, "weights that are in no index"),
+            (weights, "weights that no index names"),
         )
         if names
     ]
 
 
-def other_tokens(bound: BoundAdapter, folder: Path, prompts: Sequence[str] | None) -> list[str]:
+def find_tokenizer_problems(bound: BoundAdapter, folder: Path, prompts: Sequence[str] | None) -> list[str]:
     """Return a problem where the artefact's tokenizer or chat template is not the base's."""
     base = open_tokenizer(bound.base.folder)
     if base is None:
@@ -61,7 +61,7 @@ def other_tokens(bound: BoundAdapter, folder: Path, prompts: Sequence[str] | Non
         return [error.problems[0].cause]
     count = sum(not torch.equal(first, second) for first, second in zip(expected, actual, strict=True))
     if count:
-        return [f"its tokenizer makes other tokens than the base's from {count} of {len(expected)} prompts"]
+        return [f"its tokenizer encodes {count} of {len(expected)} prompts differently from the base's"]
     if base.get_vocab() != made.get_vocab():
         return ["its tokenizer has another vocabulary than the base's"]
     return []

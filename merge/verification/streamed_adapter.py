@@ -1,8 +1,8 @@
-"""Streamed models of base, adapter as trained, and artefact, for logits and live layers.
+"""Streamed models of the base, of the adapter as trained, and of an artefact.
 
-A PEFT folder runs in PEFT, put into a model without weights; each part is adjusted once its weights are there: the
-residual of PiSSA and OLoRA is cut out of it by PEFT's own initialisation, in the dtype that it was trained beside.
-Anything else runs by its method's own forward (forward_formulas.py).
+PEFT loads a PEFT folder into a model without weights. Once a part's weights are loaded, PEFT's own initialisation
+subtracts the initial factors of PiSSA and OLoRA from them, in the dtype of the training. Other adapters run by the
+forward of their method (forward_formulas.py).
 """
 
 from __future__ import annotations
@@ -46,17 +46,17 @@ from .streamed_model import PartLoader, StreamedModel, skeleton, with_placeholde
 from .tensor_sources import Source, base_sources, file_sources
 from .whole_formulas import modules_by_tensor, whole_weight
 
-# Types whose layer PEFT builds from the values of the weight: these models are loaded whole, not part by part.
+# Methods whose layer PEFT computes from the values of the weight: their models are loaded as a whole.
 BUILT_FROM_WEIGHTS = ("LN_TUNING", "OSF", "PSOFT")
 
 
 def base_parts(base: Checkpoint, dtype: torch.dtype) -> PartLoader:
-    """Return a loader of the weights that `base` holds."""
+    """Return a loader of the base's weights."""
     return _loader(model_config(base.folder), base, dtype)
 
 
 def formula_parts(bound: BoundAdapter, dtype: torch.dtype) -> PartLoader:
-    """Return a loader of the base's weights with the adapter in them, computed by its formula when they are loaded."""
+    """Return a loader of the weights W' with the adapter, which its method's formula computes when a part is loaded."""
     config = model_config(bound.base.folder)
     _set(config, bound.config_changes)
     sources = file_sources({**bound.copies, **bound.replacements}, dtype)
@@ -67,7 +67,7 @@ def formula_parts(bound: BoundAdapter, dtype: torch.dtype) -> PartLoader:
 
 
 def streamed_base(base: Checkpoint, dtype: torch.dtype) -> StreamedModel:
-    """Return the model that `base` holds."""
+    """Return the model of the base."""
     return _streamed(base_parts(base, dtype), dtype)
 
 
@@ -76,14 +76,14 @@ def _streamed(loader: PartLoader, dtype: torch.dtype) -> StreamedModel:
 
 
 def streamed_trained(bound: BoundAdapter, dtype: torch.dtype) -> StreamedModel:
-    """Return the base with one adapter live in it, unmerged."""
+    """Return the base with one live, unmerged adapter."""
     config = model_config(bound.base.folder)
     is_peft = bound.adapter.format == AdapterFormat.PEFT
     tensors: dict[str, TensorRef] = {}
-    # As it was trained: DCFT's attention shares its projections, see deberta.py.
+    # A merge unties the shared projections of DCFT's attention; the training has them shared, see deberta.py.
     changes = {key: value for key, value in bound.config_changes.items() if key != "share_att_key"}
     if is_peft:
-        changes.pop("tie_word_embeddings", None)  # PEFT trains a copy beside the tie
+        changes.pop("tie_word_embeddings", None)  # PEFT trains a separate copy of the tied weight
     else:
         tensors |= {**bound.copies, **bound.replacements}
     known = {**bound.base.tensors, **tensors}
@@ -100,15 +100,15 @@ def streamed_trained(bound: BoundAdapter, dtype: torch.dtype) -> StreamedModel:
         return StreamedModel(adapted_model(bound, dtype, load_model(bound.base.folder)), loader)
     model = with_placeholders(skeleton(config, dtype))
     if not is_peft:
-        return StreamedModel(model, loader, _installed(model, bound, dtype))
+        return StreamedModel(model, loader, _replace_forwards(model, bound, dtype))
     live = with_heads(_in_peft(model, bound.adapter.folder, bound.base_kind), bound.replacements)
     return StreamedModel(live, loader, _residuals(live, bound, dtype))
 
 
 def streamed_combination(bound: CombinedBound, dtype: torch.dtype) -> StreamedModel:
-    """Return the base with a combination in its weights, each computed by its formula when its part is loaded.
+    """Return the base with the weights of a combination, which formulas compute when a part is loaded.
 
-    A combination has no live form: that each adapter's live layers compute its formula is shown apart (live_probes.py).
+    A combination has no live form. live_probes.py compares the formula of each of its adapters with live layers.
     """
     return _streamed(formula_parts(bound, dtype), dtype)
 
@@ -166,8 +166,10 @@ def _in_peft(model: nn.Module, folder: Path, base_kind: str) -> nn.Module:
     import peft
 
     with quiet_libraries():
-        # There is no weight to cut initial factors out of yet: see _residuals.
-        config = peft_config(folder, plain=_cuts(read_json(folder / "adapter_config.json").get("init_lora_weights")))
+        # The weights are not loaded yet, so that PEFT must not subtract initial factors here: see _residuals.
+        config = peft_config(
+            folder, plain=_changes_base(read_json(folder / "adapter_config.json").get("init_lora_weights"))
+        )
         config.inference_mode = True
         try:
             loaded: nn.Module = peft.PeftModel.from_pretrained(
@@ -179,24 +181,25 @@ def _in_peft(model: nn.Module, folder: Path, base_kind: str) -> nn.Module:
 
 
 def _without_untrained(live: nn.Module, folder: Path) -> nn.Module:
-    """Return the model without the adapter in layers that the config names and the file has no tensors of.
+    """Return the model without the adapter in layers that the config names but that have no tensors in the file.
 
-    PEFT starts their B at zero, so that they change nothing; loaded without memory, theirs is never set. Raises
-    UnsupportedError where that would leave none: an adapter of a model with other module paths, which PEFT passes over.
+    PEFT initialises their B to zero, so that they change nothing; loaded without memory, they would keep an undefined
+    B. Raises UnsupportedError where no layer has tensors: PEFT ignores an adapter whose module paths the model does not
+    have.
     """
     from peft.tuners.lora import LoraLayer
 
     weights = find_weights(folder)
-    held = [] if weights is None else [ref.name for ref in read_weights(weights).tensors]
+    names = [] if weights is None else [ref.name for ref in read_weights(weights).tensors]
     layers = {path: layer for path, layer in live.named_modules() if isinstance(layer, LoraLayer)}
-    untrained = [path for path in layers if not any(name.startswith(f"{path}.") for name in held)]
-    factors = [name for name in held if ".lora_" in name]
+    untrained = [path for path in layers if not any(name.startswith(f"{path}.") for name in names)]
+    factors = [name for name in names if ".lora_" in name]
     if layers and factors and len(untrained) == len(layers):
         raise UnsupportedError(
             f"{folder}: its tensors belong to no layer of {type(live.get_base_model()).__name__}",  # type: ignore[operator]
             expected=f"names like {untrained[0]}",
             got=factors[0],
-            hint="a base whose config names the class that the adapter was trained on",
+            hint="give a base whose config.json names the class that the adapter was trained in",
         )
     for path in untrained:
         layers[path].delete_adapter("default")
@@ -210,7 +213,7 @@ def _without_untrained(live: nn.Module, folder: Path) -> nn.Module:
     return live
 
 
-def _cuts(init: object) -> bool:
+def _changes_base(init: object) -> bool:
     """Return True for initialisations that change the base's weight."""
     return (isinstance(init, str) and init.startswith(("pissa", "corda"))) or init in ("olora", "loftq", "lora_ga")
 
@@ -222,19 +225,22 @@ def _residuals(live: nn.Module, bound: BoundAdapter, dtype: torch.dtype) -> dict
         module = item.module
         if isinstance(module, LoraModule) and module.initial is not None and bound.base_kind != "residual":
             layer = live_layer(live, module.name)
-            by_path[module.name] = _cutting(layer, item, module, module.initial, dtype)
+            by_path[module.name] = _residual_of(layer, item, module, module.initial, dtype)
     return by_path
 
 
-def _cutting(layer: Any, item: BoundModule, module: LoraModule, initial: Initial, dtype: torch.dtype) -> Any:
+def _residual_of(
+    layer: Any, item: BoundModule, module: LoraModule, initial: Initial, dtype: torch.dtype
+) -> Callable[[], None]:
+    """Return a function that replaces the layer's loaded weight by its residual W0 - s B0 A0."""
     kept = TORCH_DTYPES[initial.dtype or item.weight.dtype]
 
-    def cut() -> None:
+    def subtract() -> None:
         weight = layer.get_base_layer().weight
         if initial.refs or initial.method not in ("svd", "qr"):
             stored = (weight.data.T if item.transposed else weight.data).to(TORCH_DTYPES[item.weight.dtype])
-            left = subtracted_from(module, lambda: stored, stored.dtype).rows(stored)[0].to(dtype)
-            weight.data = left.T if item.transposed else left
+            residual = subtracted_from(module, lambda: stored, stored.dtype).rows(stored)[0].to(dtype)
+            weight.data = residual.T if item.transposed else residual
             return
         trained = layer.lora_A["default"].weight.data, layer.lora_B["default"].weight.data
         weight.data = weight.data.to(kept)
@@ -246,28 +252,28 @@ def _cutting(layer: Any, item: BoundModule, module: LoraModule, initial: Initial
         weight.data = weight.data.to(dtype).contiguous()
         layer.lora_A["default"].weight.data, layer.lora_B["default"].weight.data = trained
 
-    return cut
+    return subtract
 
 
-def _installed(model: nn.Module, bound: BoundAdapter, dtype: torch.dtype) -> dict[str, Callable[[], None]]:
-    """Replace the forward of each adapted module; return, by path, functions that prepare it after loading."""
+def _replace_forwards(model: nn.Module, bound: BoundAdapter, dtype: torch.dtype) -> dict[str, Callable[[], None]]:
+    """Replace the forward of each adapted module; return, by path, functions to call once its weight is loaded."""
     by_path: dict[str, Callable[[], None]] = {}
     for item in {item.module.name: item for item in bound.modules}.values():
         path = module_path(model, item.module.name)
-        by_path[path] = _install(model.get_submodule(path), item, dtype)
+        by_path[path] = _replace_forward(model.get_submodule(path), item, dtype)
     if any(isinstance(item.module, DcftModule) for item in bound.modules):
         use_authors_attention(model)
     return by_path
 
 
-def _install(layer: Any, item: BoundModule, dtype: torch.dtype) -> Callable[[], None]:
+def _replace_forward(layer: Any, item: BoundModule, dtype: torch.dtype) -> Callable[[], None]:
     plain: Callable[[Tensor], Tensor] = layer.forward
     forwards: list[Forward] = []
     layer.forward = lambda x: forwards[0](layer, plain, x)
 
     def prepare() -> None:
         weight = layer.weight
-        weight.data = weight.data.to(TORCH_DTYPES[item.weight.dtype])  # the residual is rounded as the base is
+        weight.data = weight.data.to(TORCH_DTYPES[item.weight.dtype])  # a residual is rounded to the base's dtype
         forwards[:] = [forward_of(item.module, layer, dtype)]
         weight.data = weight.data.to(dtype)
 

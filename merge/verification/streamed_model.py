@@ -1,10 +1,9 @@
 """A transformers model whose weights are read from a checkpoint when a forward needs them, and then dropped.
 
-The model is built without weights. Its parts (one decoder layer, a large embedding or head) are loaded the first time
-that one of their modules runs: tensors through our own readers, names and layouts through transformers' own
-conversion, quantised weights dequantised by its own quantiser, so that whatever from_pretrained can load can be
-streamed. Parts stay while all that is held is below KEPT_BYTES; the rest is read again in every forward. An 8B model
-runs in the memory of its largest part.
+The model is built without weights. A part of it (one decoder layer, a large embedding or head) is loaded when one of
+its modules runs. This package's readers read the tensors; transformers converts their names and layouts, and its
+quantiser dequantises them, so that every checkpoint that from_pretrained can load can be streamed. Loaded parts stay in
+memory up to KEPT_BYTES; every forward reads the others again. The memory for an 8B model is that of its largest part.
 """
 
 from __future__ import annotations
@@ -23,9 +22,9 @@ from .own_quantiser import Quantiser, dense_value
 from .tensor_sources import Source
 
 KEPT_BYTES = 1 << 30
-LARGE_LEAF = 64 << 20  # bytes from which an embedding or head is a part of its own
-WRAPPERS = ("base_layer", "original_module", "token_adapter")  # what PEFT puts into a module's path
-REST = ""
+LARGE_LEAF = 64 << 20  # an embedding or head of at least this size in bytes is a part
+WRAPPERS = ("base_layer", "original_module", "token_adapter")  # components that PEFT adds to a module's path
+REST = ""  # the part of all modules that belong to no other part
 
 Adjust = Callable[[], None]
 
@@ -57,8 +56,8 @@ def skeleton(config: Any, dtype: torch.dtype) -> nn.Module:
 def with_placeholders(model: nn.Module) -> nn.Module:
     """Return the skeleton with parameters on the CPU that take no memory.
 
-    They are NaN, so that reading one cannot pass for a weight; not on the meta device, since some models send their
-    inputs to the device of their embedding, and PEFT its factors to that of the weight.
+    Their values are NaN, so that a result that depends on one is NaN. They are not on the meta device, because some
+    models move their inputs to the device of the embedding, and PEFT moves its factors to that of the weight.
     """
     for module in model.modules():
         for name, parameter in list(module._parameters.items()):
@@ -70,9 +69,10 @@ def with_placeholders(model: nn.Module) -> nn.Module:
 
 
 class PartLoader:
-    """Loads the parameters of one part of a model at a time from a checkpoint.
+    """Loads the parameters of a model from a checkpoint, one part at a time.
 
-    quantiser: what transformers dequantises the stored tensors of `sources` with while it loads them, if it does.
+    sources: functions that read the stored tensors, by name. quantiser: dequantises them while transformers loads them;
+    None: `sources` returns dense tensors.
     """
 
     def __init__(
@@ -108,7 +108,7 @@ class PartLoader:
         self._tied = {name: source for name, source in tied.items() if name not in present}
 
     def part_of(self, path: str) -> str:
-        """Return the part that holds a plain path."""
+        """Return the part of the module or parameter at a plain path."""
         while path:
             if path in self.parts:
                 return path
@@ -121,7 +121,7 @@ class PartLoader:
         names = [name for name in self.model.state_dict() if self.part_of(name) == part]
         tied = {name: self._tied[name] for name in names if name in self._tied}
         keys = [key for part_name in {part, *map(self.part_of, tied.values())} for key in self._keys.get(part_name, ())]
-        if tied:  # of the other parts only what is tied
+        if tied:  # from the parts of tied weights, only those weights are read
             wanted = {*names, *tied.values()}
             keys = [key for key in keys if key in self._keys.get(part, ()) or self._target(key) in wanted]
         before = dict(self._slots([*names, *tied.values()]))
@@ -173,7 +173,7 @@ def _put(owner: nn.Module, name: str, value: Tensor) -> None:
 
 
 def _parts(model: nn.Module) -> set[str]:
-    """Return the plain paths of parts: elements of outermost lists, large embeddings, heads."""
+    """Return the plain paths of the parts: elements of outermost module lists, large embeddings and heads."""
     paths: set[str] = set()
     lists: list[str] = []
     for path, module in model.named_modules():
@@ -188,14 +188,14 @@ def _parts(model: nn.Module) -> set[str]:
 
 
 class StreamedModel:
-    """`model`, which has placeholders for parameters, with those of `loader` put in as they are needed.
+    """A model whose placeholders are replaced by the parameters of `loader` when a forward needs them.
 
-    model: of `with_placeholders`, or one that PEFT has put an adapter into; parameters that it holds already stay.
-    adjust: what to do to a part once it is there, by the plain path of a module in it.
+    model: the result of `with_placeholders`, to which PEFT may have added an adapter; other parameters stay. adjust:
+    functions to call once a part is loaded, by the plain path of a module in the part.
     """
 
     def __init__(self, model: nn.Module, loader: PartLoader, adjust: Mapping[str, Adjust] | None = None) -> None:
-        gc.collect()  # hooks and models refer to each other: an earlier model lives until then
+        gc.collect()  # frees earlier models, which refer to themselves through their hooks
         self.model = model
         self._loader = loader
         self._adjust: dict[str, list[Adjust]] = {}
@@ -218,22 +218,22 @@ class StreamedModel:
             if part != REST:
                 module.register_forward_pre_hook(lambda *_, part=part: self.hold(part))
         self._held: dict[str, int] = {}
-        self._passing: str | None = None
+        self._temporary: str | None = None
         self.hold(REST)
 
     @torch.no_grad()
     def hold(self, part: str) -> None:
-        """Load the part's weights."""
-        if part in self._held or part == self._passing:
+        """Load the part's weights; drop the part that was loaded last, unless it stays in memory."""
+        if part in self._held or part == self._temporary:
             return
-        if self._passing is not None:
-            self._drop(self._passing)
-            self._passing = None
+        if self._temporary is not None:
+            self._drop(self._temporary)
+            self._temporary = None
         values = self._loader.load(part)
         size = sum(value.nbytes for value in values.values())
         for module, name, empty, plain in self._slots.get(part, ()):
             value = values.get(plain)
-            if value is not None and value.shape == empty.shape:  # a head that is lacking stays NaN, and is seen
+            if value is not None and value.shape == empty.shape:  # a head that the checkpoint lacks stays NaN
                 module._parameters[name] = nn.Parameter(value, requires_grad=False)
         for path, module in self.model.named_modules():
             for name in module._buffers:
@@ -245,7 +245,7 @@ class StreamedModel:
         if part == REST or sum(self._held.values()) + size <= KEPT_BYTES:
             self._held[part] = size
         else:
-            self._passing = part
+            self._temporary = part
 
     def hold_module(self, path: str) -> None:
         """Load the weights of the module at `path`."""
@@ -257,7 +257,7 @@ class StreamedModel:
         for part in self._slots:
             self.hold(part)
             self._held.setdefault(part, 0)
-            self._passing = None
+            self._temporary = None
 
     def _drop(self, part: str) -> None:
         for module, name, empty, _ in self._slots.get(part, ()):

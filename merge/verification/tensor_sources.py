@@ -1,4 +1,4 @@
-"""Functions that read a model's tensors when they are needed, in the dtype that the model computes in."""
+"""Functions that read a model's tensors when a forward needs them, in the dtype of the computation."""
 
 from __future__ import annotations
 
@@ -26,10 +26,10 @@ def file_sources(tensors: Mapping[str, TensorRef], dtype: torch.dtype) -> dict[s
 def base_sources(
     base: Checkpoint, dtype: torch.dtype, changed: Mapping[str, Source] | None = None
 ) -> tuple[dict[str, Source], Quantiser | None]:
-    """Return a function per tensor of `base`, with `changed` (by dense name) in place of its own or beside them.
+    """Return a function per tensor of `base`, and the quantiser that dequantises what they read.
 
-    For a quantised base that transformers dequantises itself, the functions read the packed tensors as they are stored,
-    and the second value is the quantiser that they are for; else it is None.
+    changed: functions, by dense name, that replace those of the base or are added to them. Where transformers does not
+    dequantise the base, the functions return dense tensors and the quantiser is None.
     """
     changed = changed or {}
     quantiser = own_quantiser(base)
@@ -37,11 +37,11 @@ def base_sources(
         return {**file_sources(base.tensors, dtype), **changed}, None
     assert base.stored is not None
     packed = packed_weights(base)
-    dropped = {part.name for name in changed if name in packed for part in packed[name].parts.values()}
+    replaced = {part.name for name in changed if name in packed for part in packed[name].parts.values()}
     sources: dict[str, Source] = {}
     for name, ref in base.stored.tensors.items():
         if name in base.tensors and name not in packed:
             sources |= file_sources({name: ref}, dtype)
-        elif name not in dropped:
+        elif name not in replaced:
             sources[name] = lambda ref=ref: read_tensor(ref)  # type: ignore[misc]
     return {**sources, **changed}, quantiser

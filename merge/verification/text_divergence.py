@@ -1,4 +1,4 @@
-"""KL divergence of a merged model to the unmerged adapter on texts, the cost of quantising again.
+"""KL divergence between the unmerged adapter and a merged model on texts: the cost of quantising a merged model.
 
 At each token of a text, P is the distribution of the next token that the live, unmerged adapter computes on the base's
 dequantised weights, and Q that of the merged model:
@@ -42,10 +42,10 @@ class TextFigures:
 
 
 def check_texts(folder: Path, texts: Sequence[str]) -> None:
-    """Raise InputError where `texts` are none, or the model in `folder` has no tokenizer; MissingDependencyError."""
+    """Raise InputError for empty `texts` or a model without tokenizer, MissingDependencyError without transformers."""
     require("transformers")
     if not any(text.strip() for text in texts):
-        raise InputError("--texts: holds no text", expected="one text a line")
+        raise InputError("--texts: contains no text", expected="one text per line")
     if open_tokenizer(folder) is None:
         raise InputError(f"{folder}: has no tokenizer, and --texts compares on tokens", expected="tokenizer.json")
 
@@ -90,7 +90,7 @@ def _tokenize(folder: Path, texts: Sequence[str]) -> list[TokenPath]:
         rows = [tokenizer(text, return_tensors="pt")["input_ids"][0][:TEXT_TOKENS] for text in texts if text.strip()]
     paths = [TokenPath(ids, 0) for ids in rows if len(ids)]
     if not paths:
-        raise InputError("--texts: the tokenizer returns no tokens for them", expected="one text a line")
+        raise InputError("--texts: the tokenizer returns no tokens for them", expected="one text per line")
     return paths
 
 

@@ -2,7 +2,7 @@
 
 Calibrated factors, which were truncated for the outputs of a text, are the best in another norm, which depends on the
 text. Without the text two conditions are checked: they are a projection of dW onto as many directions of the output
-(truncated_svd.py), and these directions hold at least CALIBRATED_SHARE of the energy of the best ones.
+(truncated_svd.py), and these directions have at least CALIBRATED_SHARE of the energy of the best ones.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ OPTIMUM_TOLERANCE = 1e-4  # largest distance of truncated factors from the optim
 PROJECTION_TOLERANCE = 1e-3  # largest share of their error in their own rows and columns
 DENSE_SIDE = 2048  # above it the singular values come from a randomised decomposition
 CALIBRATED_SHARE = 0.5  # of the energy of dW that the best factors of the rank hold
-SPARE = 8  # directions beyond the rank, for accuracy
+SPARE = 8  # additional directions of the randomised decomposition, for its accuracy
 
 
 def find_truncation_fault(item: BoundModule, factors: BoundModule, *, calibrated: bool = False) -> str | None:
@@ -53,14 +53,17 @@ def find_truncation_fault(item: BoundModule, factors: BoundModule, *, calibrated
         delta = delta * scale
     elif scale is not None:
         if exact_scale is None or scale.shape != exact_scale.shape:
-            return "a scale that the adapter does not have"
+            return "it has a scale that the adapter does not have"
         scales = [value for value in (exact_scale, direction_and_scale(item, rounded=True)[1]) if value is not None]
         difference = min(
             float(torch.linalg.vector_norm(scale - value) / torch.linalg.vector_norm(value)) for value in scales
         )
         if not difference <= SCALE_TOLERANCE:
             return f"the scale differs by {difference:.3g}"
-        expected, delta = expected * scale, delta * scale  # the optimum of the scaled change, which is served
+        expected, delta = (
+            expected * scale,
+            delta * scale,
+        )  # the scaled change is what a server computes with, so its optimum counts
     size, remainder = torch.linalg.vector_norm(expected), expected - delta
     if not float(size):
         return "the adapter does not change it"
@@ -110,7 +113,7 @@ def direction_and_scale(item: BoundModule, *, rounded: bool = False) -> tuple[Te
 
 
 def _best_error(delta: Tensor, rank: int) -> float:
-    """The least relative error that factors of this rank can have."""
+    """Return the smallest relative error that factors of this rank can have."""
     total = float(delta.square().sum())
     if not total or rank >= min(delta.shape):
         return 0.0

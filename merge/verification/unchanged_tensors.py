@@ -1,4 +1,4 @@
-"""Comparison of a merged model's unchanged tensors with the base's, byte for byte, and of its config."""
+"""Comparison of a merged model's unadapted tensors with the base's, byte for byte, and of its config."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ HALVES = ("BF16", "F16")
 WITHOUT_EFFECT = ("dtype", "torch_dtype", "transformers_version", "_name_or_path")  # keys of config.json
 
 
-def compare_carried_over(
+def compare_unadapted(
     bound: BoundAdapter, merged: Checkpoint, progress: Callable[[int], None] | None = None
 ) -> tuple[int, list[str]]:
     """Return the number of compared unadapted tensors, and a problem for each missing, added or changed one."""
@@ -73,7 +73,7 @@ def find_config_problems(bound: BoundAdapter, merged: Checkpoint) -> list[str]:
 
 
 def same_values(ref: TensorRef, stored: TensorRef, sources: Sources) -> bool:
-    """Return True where `stored` holds the values of `ref`, rounded to its own dtype."""
+    """Return True where `stored` has the values of `ref`, rounded once to the dtype of `stored`."""
     if ref.dtype == stored.dtype:
         return same_bytes(ref, stored)
     if ref.shape != stored.shape or stored.dtype not in ("F64", "F32", *HALVES):

@@ -1,7 +1,8 @@
 """W' of one stored tensor in float64, by blocks of rows, from each method's own formula.
 
-The proof of weights is based on this file. It shares readers with the merge (headers, names, settings), but no
-arithmetic: no canonical form, no edit, no engine. live_probes.py compares its results with live layers.
+The comparison of weights is based on this file. It shares the readers of headers, names and settings with the merge,
+but no arithmetic: it uses neither the canonical form nor edits nor the engine. live_probes.py compares its results with
+live layers.
 
     after = scale_rows * (frozen + delta) * scale_columns
     frozen   W0, or the frozen residual W_f = round(W0 - s B0 A0) of PiSSA, OLoRA and DuDe
@@ -267,7 +268,7 @@ def _product(up: Tensor, down: Tensor) -> Delta:
 
 def _make_change(item: BoundModule) -> Adapted | Rows:
     """Return the change of one module. Raises UnsupportedError for a method without a formula."""
-    module, turned = item.module, item.transposed
+    module, transposed = item.module, item.transposed
     if isinstance(module, TokenModule):
         return Rows(torch.tensor(module.indices, dtype=torch.int64), _read(module.values))
     if isinstance(module, PeftLayerModule):
@@ -281,37 +282,37 @@ def _make_change(item: BoundModule) -> Adapted | Rows:
         return _lora(module, item, None)
     if isinstance(module, RowSliceModule):
         return _lora(module.whole, item, (module.start, module.stop))
-    delta, magnitude, by_column = _delta(module, turned)
-    columns = module.shape[0] if turned else module.shape[1]
-    return Adapted(delta, columns, magnitude, by_column=by_column != turned if magnitude is not None else False)
+    delta, magnitude, by_column = _delta(module, transposed)
+    columns = module.shape[0] if transposed else module.shape[1]
+    return Adapted(delta, columns, magnitude, by_column=by_column != transposed if magnitude is not None else False)
 
 
-def _delta(module: AdaptedModule, turned: bool) -> tuple[Delta, Tensor | None, bool]:
+def _delta(module: AdaptedModule, transposed: bool) -> tuple[Delta, Tensor | None, bool]:
     """Return the delta as it is stored, the magnitude, and True for one magnitude per input column."""
     magnitude: Tensor | None = None
     by_column = False
     if isinstance(module, ExpertModule):
         a = _read(module.a).reshape(module.experts, module.rank, -1)[module.index]
         b = _read(module.b).reshape(-1, module.rank, module.experts)[slice(*module.rows), :, module.index]
-        up, down = (a.T * module.scale, b.T) if turned else (b * module.scale, a)
+        up, down = (a.T * module.scale, b.T) if transposed else (b * module.scale, a)
         return _product(up, down), None, False
     if isinstance(module, VeraModule):
         a, b = (value.to(torch.float64) for value in module.projections.read(read_tensor))
         out, inner = module.shape
         up = _read(module.lambda_b)[:, None] * b[:out]
         down = _read(module.lambda_d)[:, None] * a[:, :inner]
-        return _product(*((down.T, up.T) if turned else (up, down))), None, False
+        return _product(*((down.T, up.T) if transposed else (up, down))), None, False
     if isinstance(module, DcftModule):
-        return _dcft(module, turned), None, False
+        return _dcft(module, transposed), None, False
     if isinstance(module, DcftReshapeModule):
         dense = _reshaped(module)
-        dense = dense.T if turned else dense
+        dense = dense.T if transposed else dense
         return (lambda first, stop: dense[first:stop]), None, False
     if isinstance(module, LokrModule | LohaModule):
         if module.magnitude is not None:
             magnitude, by_column = _read(module.magnitude).reshape(-1), module.magnitude_dim == 1
         return (
-            (_kron(module, turned) if isinstance(module, LokrModule) else _hadamard(module, turned)),
+            (_kron(module, transposed) if isinstance(module, LokrModule) else _hadamard(module, transposed)),
             (magnitude),
             by_column,
         )
@@ -326,15 +327,15 @@ def _lora(module: LoraModule, item: BoundModule, part: tuple[int, int] | None) -
     if module.e is not None:
         a = _read(module.e).reshape(-1, 1) * a
     up, down = b * module.scale, a
-    turned = module.embedding != item.transposed
-    if turned:
+    transposed = module.embedding != item.transposed
+    if transposed:
         up, down = down.T, up.T
     magnitude = None if module.magnitude is None else _read(module.magnitude).reshape(-1)
-    by_column = (module.magnitude_dim == 1) != turned
+    by_column = (module.magnitude_dim == 1) != transposed
     if part is not None:
         up = up[slice(*part)]
         magnitude = None if magnitude is None else magnitude[slice(*part)]
-    made = Adapted(
+    adapted = Adapted(
         _product(up, down),
         down.shape[1],
         magnitude,
@@ -342,21 +343,21 @@ def _lora(module: LoraModule, item: BoundModule, part: tuple[int, int] | None) -
         by_column and (magnitude is not None or module.own_magnitude),
     )
     if module.frozen is not None:
-        return replace(made, saved=module.frozen)
+        return replace(adapted, saved=module.frozen)
     if module.initial is None:
-        return made
+        return adapted
     subtracted = subtracted_from(module, item.oriented_weight, TORCH_DTYPES[item.weight.dtype])
-    return replace(made, subtracted=subtracted.transposed() if item.transposed else subtracted)
+    return replace(adapted, subtracted=subtracted.transposed() if item.transposed else subtracted)
 
 
-def _dcft(module: DcftModule, turned: bool) -> Delta:
-    """Return the delta dW (out, in) = Delta^T s, or Delta s where turned; computes only the needed rows."""
+def _dcft(module: DcftModule, transposed: bool) -> Delta:
+    """Return the delta dW (out, in) = Delta^T s, or Delta s where transposed; only the wanted rows are computed."""
     channels, r = module.c.shape[0], module.a.shape[-2]
     a = _read(module.a).reshape(channels, r, -1)  # (c, r, n0)
     b = _read(module.b).reshape(channels, -1, r)  # (c, n1, r)
     kernel, scale = _read(module.c), dcft_scale(module)
     bias = 0.0 if module.bias is None else float(_read(module.bias))
-    axis = 0 if turned else 1  # the axis of Delta that the rows of the stored tensor index
+    axis = 0 if transposed else 1  # the axis of Delta that the rows of the stored tensor index
     size, step = kernel.shape[2 + axis], module.stride[axis]
     steps = a.shape[2] if axis == 0 else b.shape[1]
 
@@ -381,12 +382,12 @@ def _reshaped(module: DcftReshapeModule) -> Tensor:  # (out, in), whole
     )
 
 
-def _kron(module: LokrModule, turned: bool) -> Delta:
+def _kron(module: LokrModule, transposed: bool) -> Delta:
     sides = []
     for side, core in ((module.w1, None), (module.w2, module.core)):
         parts = [_read(ref) for ref in side]
         whole = reduce(torch.matmul, parts) if core is None else _through_core(_read(core), *parts)
-        sides.append(whole.T if turned else whole)
+        sides.append(whole.T if transposed else whole)
     outer, inner = sides
 
     def rows(first: int, stop: int) -> Tensor:
@@ -398,17 +399,17 @@ def _kron(module: LokrModule, turned: bool) -> Delta:
 
 
 def _through_core(core: Tensor, wa: Tensor, wb: Tensor) -> Tensor:
-    """(out, in k k): sum over i, j of wa[i, o] core[i, j, k] wb[j, n], one place of the kernel after the other."""
+    """Return (out, in k k): the sum over i, j of wa[i, o] core[i, j, k] wb[j, n], for each kernel position k."""
     flat = core.flatten(2)
     return torch.stack([wa.T @ flat[..., place] @ wb for place in range(flat.shape[2])], dim=2).flatten(1)
 
 
-def _hadamard(module: LohaModule, turned: bool) -> Delta:
+def _hadamard(module: LohaModule, transposed: bool) -> Delta:
     up1, down1, up2, down2 = (_read(ref) for ref in (module.w1a, module.w1b, module.w2a, module.w2b))
     if module.cores is not None:
         first, second = (_read(core) for core in module.cores)
         dense = _through_core(first, up1, down1) * _through_core(second, up2, down2) * module.scale
-        return lambda first, stop: (dense.T if turned else dense)[first:stop]
-    if turned:
+        return lambda first, stop: (dense.T if transposed else dense)[first:stop]
+    if transposed:
         up1, down1, up2, down2 = down1.T, up1.T, down2.T, up2.T
     return lambda first, stop: (up1[first:stop] @ down1) * (up2[first:stop] @ down2) * module.scale

@@ -1,7 +1,8 @@
-"""The formula of every stored tensor, a combination's included, and whole weights computed by it.
+"""The formula of every stored tensor, for one adapter or a combination, and whole weights computed by it.
 
-A combination is computed in float64 from its definition (combination_definition.py), which shares nothing with the
-merge. Sums, and adapters in turn, are computed by blocks of rows; methods that sort all elements need the whole tensor.
+A combination is computed in float64 from its definition (combination_definition.py), which shares no code with the
+merge. Sums, and adapters applied one after the other, are computed by blocks of rows; methods that sort all elements
+need the whole tensor.
 """
 
 from __future__ import annotations
@@ -39,7 +40,7 @@ class _ComputedWeight:
 
 @dataclass(frozen=True, eq=False)
 class _WeightedSum:
-    """W0 + sum_i w_i (W_i - W0): a linear combination of the weights W_i that each adapter makes alone."""
+    """W0 + sum_i w_i (W_i - W0), where W_i is the weight with adapter i alone."""
 
     terms: tuple[tuple[float, Formula], ...]
 
@@ -59,13 +60,13 @@ def modules_by_tensor(bound: BoundAdapter) -> dict[str, list[BoundModule]]:
 
 
 def formula_of(items: Sequence[BoundModule], sources: Sources) -> Formula:
-    """Return the formula of one tensor; a combination's is its definition, which shares nothing with the merge."""
+    """Return the formula of one tensor: that of its adapter's method, or the definition of its combination."""
     item = items[0]
     return _combination_formula(item, sources) if isinstance(item, CombinedModule) else tensor_formula(items, sources)
 
 
 def _combination_formula(item: CombinedModule, sources: Sources) -> Formula:
-    """Return the formula of a combination: by blocks in turn and for sums, else the whole weight."""
+    """Return the formula of a combination; methods that sort all elements compute the whole weight."""
     combination = item.combination
     shares = [(share.replacement, share.modules) for share in combination.shares]
     if combination.in_turn:

@@ -51,7 +51,7 @@ class WithRest(Command):
 @option(
     "--adapter-dir",
     help="Serve the adapters in this folder by their folders' names; each is converted at its first request. "
-    "s3://bucket/folder and hf://org/name are copied, and looked at again every 30 s.",
+    "s3://bucket/folder and hf://org/name are copied, and updated every 30 s.",
 )
 @option("--preload", is_flag=True, help="Convert all adapters of --adapter-dir before the server starts.")
 @option(
@@ -196,7 +196,7 @@ def serve(
     mirror = Mirror(adapter_dir) if adapter_dir is not None and is_remote(adapter_dir) else None
     if mirror is not None:
         say(f"copying {adapter_dir} to {mirror.folder}")
-        mirror.renew()
+        mirror.update()
     folder = mirror.folder if mirror is not None else Path(adapter_dir) if adapter_dir is not None else None
     plan = make_plan(
         base,

@@ -1,4 +1,4 @@
-"""A local copy of an adapter folder on object storage or on the hub, renewed while a server runs."""
+"""A local copy of the adapters on object storage or in a hub repository, updated while a server runs."""
 
 from __future__ import annotations
 
@@ -19,15 +19,16 @@ from adapter_merge.files.object_storage import fetch, is_url, list_objects
 from adapter_merge.storage.checkpoint import HUB_ID
 
 log = logging.getLogger(__name__)
-SECONDS = 30.0  # between two looks at the source
+SECONDS = 30.0  # between two updates
 STATE = ".mirror.json"  # the version of each adapter that is in the folder
-PATIENCE = 600.0  # seconds to wait for another server that renews the same folder
+PATIENCE = 600.0  # seconds to wait for another server that updates the same folder
 
 
 class Mirror:
-    """The adapters below `source`, one folder each: s3://bucket/adapters, or hf://org/name with adapters in folders.
+    """A local copy of the adapters below `source`, one folder per adapter.
 
-    folder: the local copy; the server takes it as its --adapter-dir.
+    source: an address of object storage such as s3://bucket/adapters, or hf://org/name. folder: the local copy, which
+    the server uses as its --adapter-dir.
     """
 
     def __init__(self, source: str) -> None:
@@ -37,36 +38,39 @@ class Mirror:
         self._stop = threading.Event()
         self._thread: threading.Thread | None = None
 
-    def renew(self) -> list[str]:
-        """Bring the folder up to date; return the names that are new, changed or gone. Raises InputError."""
+    def update(self) -> list[str]:
+        """Update the folder; return the names of new, changed and removed adapters. Raises InputError."""
         self.folder.mkdir(parents=True, exist_ok=True)
         with locked(self.folder, patience=PATIENCE):
-            versions, get = self._look()
+            versions, download_adapter = self._list_source()
             state = self.folder / STATE
             before: dict[str, str] = json.loads(state.read_text()) if state.is_file() else {}
             present = {name: version for name, version in before.items() if (self.folder / name).is_dir()}
             changed = sorted(name for name in versions if versions[name] != present.get(name))
-            gone = sorted(set(present) - set(versions))
+            removed = sorted(set(present) - set(versions))
             for name in changed:
-                self._replace(name, get(name))
-            for name in gone:
+                self._replace(name, download_adapter(name))
+            for name in removed:
                 self._remove(name)
             temporary = state.with_suffix(".new")
             temporary.write_text(json.dumps(versions))
             temporary.replace(state)
-        return changed + gone
+        return changed + removed
 
     def start(self, say: Callable[[str], None]) -> None:
-        """Look at the source every SECONDS, on a thread, until `stop`; a failure is said once and tried again."""
+        """Start a thread that updates the folder every SECONDS until `stop`; repeated failures are reported once.
+
+        say: called with a text for each report.
+        """
 
         def run() -> None:
             failed = False
             while not self._stop.wait(SECONDS):
                 try:
-                    changed = self.renew()
+                    changed = self.update()
                 except (AdapterMergeError, OSError) as error:
                     if not failed:
-                        say(f"{self.source} cannot be looked at, its adapters stay as they are: {error}")
+                        say(f"{self.source} cannot be read; the server keeps the adapters that it has: {error}")
                     failed = True
                     continue
                 failed = False
@@ -82,8 +86,8 @@ class Mirror:
         if self._thread is not None:
             self._thread.join(timeout=5)
 
-    def _look(self) -> tuple[dict[str, str], Callable[[str], Path]]:
-        """Return the version of every adapter at the source, and what downloads one of them."""
+    def _list_source(self) -> tuple[dict[str, str], Callable[[str], Path]]:
+        """Return the version of every adapter at the source, and a function that downloads an adapter by its name."""
         if is_url(self.source):
             parts: dict[str, list[tuple[str, str]]] = {}
             for path, item in sorted(list_objects(self.source).items()):
@@ -94,12 +98,14 @@ class Mirror:
             return versions, lambda name: fetch(f"{self.source}/{name}")
         match = HUB_ID.fullmatch(self.source)
         if match is None or match["inside"]:
-            raise InputError(f"{self.source}: not a repository of adapters", expected="org/name or org/name@revision")
+            raise InputError(
+                f"{self.source}: not the name of a hub repository", expected="org/name or org/name@revision"
+            )
         commit, names = list_folders(match["repo"], match["revision"])
         return dict.fromkeys(names, commit), lambda name: download(match["repo"], commit, name)
 
     def _replace(self, name: str, copy: Path) -> None:
-        """Put the files of `copy` into the folder under `name`, in the place of those that were there."""
+        """Replace the adapter `name` in the folder by the files of `copy`."""
         fresh = self.folder / f".new-{name}"
         shutil.rmtree(fresh, ignore_errors=True)
         for file in sorted(copy.rglob("*")):

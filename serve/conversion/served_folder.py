@@ -171,9 +171,9 @@ class Converter:
         from importlib.metadata import version
 
         from adapter_merge.combine.origin import bind_checked
+        from adapter_merge.files.hashing import file_sha256
         from adapter_merge.formats.detection import open_adapter
         from adapter_merge.methods.peft_layer import PeftLayerModule
-        from adapter_merge.outputs.staging import sha256
 
         from .expert_layout import adapts_experts, find_expert_problems, target_of
 
@@ -240,7 +240,7 @@ class Converter:
             "package": version("adapter-merge"),
             "base": self.checkpoint.fingerprint,
             "base files": self.checkpoint.state,  # row scales depend on every element of the base
-            "files": {file.name: sha256(file) for file in files},
+            "files": {file.name: file_sha256(file) for file in files},
         }
         if stated.values:
             parts["stated"] = stated.identity()

@@ -130,7 +130,7 @@ def _is_inside(folder: Path, path: Path) -> bool:
 
 def _hash_content(path: Path) -> dict[str, str]:
     """Return file name -> sha256 of a file, or of all files in a folder."""
-    from adapter_merge.outputs.staging import sha256
+    from adapter_merge.files.hashing import file_sha256
 
     files = sorted(file for file in path.iterdir() if file.is_file()) if path.is_dir() else [path]
-    return {file.name: sha256(file) for file in files}
+    return {file.name: file_sha256(file) for file in files}

@@ -14,7 +14,7 @@ from adapter_merge.combine.open_inputs import open_pair
 from adapter_merge.formats.stated_settings import ReadOptions
 from adapter_merge.storage.input_files import Sources
 from adapter_merge.storage.tensor_io import read_tensor
-from adapter_merge.verification.live_probes import unlike_live
+from adapter_merge.verification.live_probes import find_formula_errors
 from adapter_merge.verification.streamed_adapter import streamed_trained
 from adapter_merge.verification.weight_formulas import Adapted, tensor_formula
 from adapter_merge.verification.whole_formulas import modules_by_tensor
@@ -35,14 +35,14 @@ def _half_precision_pair(kind: str, method: str, place: Path) -> tuple[Path, Pat
 def test_a_residual_that_rounds_to_its_other_side_is_no_other_weight(kind: str, method: str, tmp_path: Path) -> None:
     base, adapter = _half_precision_pair(kind, method, tmp_path)
     bound = open_pair(base, adapter, None, HALF)
-    assert unlike_live(bound, streamed_trained(bound, torch.float64)) == []
+    assert find_formula_errors(bound, streamed_trained(bound, torch.float64)) == []
 
     (tmp_path / "wrong").mkdir()  # a live adapter that is off by a thousandth in one weight is seen all the same
     (tmp_path / "wrong" / "adapter_config.json").write_bytes((adapter / "adapter_config.json").read_bytes())
     tensors = load_file(adapter / "adapter_model.safetensors")
     name = next(name for name in tensors if "lora_B" in name)
     save_file({**tensors, name: tensors[name] * 1.001}, tmp_path / "wrong" / "adapter_model.safetensors")
-    wrong = unlike_live(bound, streamed_trained(open_pair(base, tmp_path / "wrong", None, HALF), torch.float64))
+    wrong = find_formula_errors(bound, streamed_trained(open_pair(base, tmp_path / "wrong", None, HALF), torch.float64))
     assert len(wrong) == 1 and wrong[0].removesuffix(".weight") in name
 
 

@@ -149,7 +149,7 @@ def test_experts_that_are_stored_apart(tmp_path: Path, monkeypatch: pytest.Monke
         assert torch.equal(state[name], value), name
     rows = open_base(experts_base(tmp_path / "b", "rows"))
     assert own_quantiser.own_quantiser(rows) is None
-    assert "rounds experts otherwise" in own_quantiser.quantiser_note(rows)
+    assert "rounds the weights of experts differently" in own_quantiser.quantiser_note(rows)
 
 
 @pytest.mark.parametrize("kind", ["nf4", "W4A16", "FP8_BLOCK"])
@@ -184,10 +184,12 @@ def test_what_transformers_cannot_load_is_read_here_and_said(
     report = verify(base, loras(128), tmp_path / "out", VerifyOptions(generated=2))
     assert report.passed, report.problems
     assert [
-        note for note in report.as_json()["notes"] if f"as they are read here: transformers loads no {kind}" in note
+        note
+        for note in report.as_json()["notes"]
+        if f"as adapter-merge dequantises them: transformers cannot load {kind}" in note
     ]
     weights = verify(base, loras(128), tmp_path / "out", VerifyOptions(weights_only=True))
-    assert not [note for note in weights.as_json()["notes"] if "models are run" in note]
+    assert not [note for note in weights.as_json()["notes"] if "models run" in note]
 
 
 def test_what_transformers_dequantises_otherwise_is_read_here(
@@ -213,12 +215,12 @@ def test_what_transformers_dequantises_otherwise_is_read_here(
         view = open_base(folder)
         assert own_quantiser.own_quantiser(view) is None
         note = own_quantiser.quantiser_note(view)
-        assert "as they are read here" in note and words in note, note
+        assert "as adapter-merge dequantises them" in note and words in note, note
     stated = open_trained_base(nf4.with_name("nf4-plain"), "nf4")
     assert own_quantiser.own_quantiser(stated) is None
     assert "--trained-on states" in own_quantiser.quantiser_note(stated)
     with monkeypatch.context() as older:
         older.delattr(HfQuantizer, "get_load_operations")
-        assert "dequantises whole models alone" in own_quantiser.quantiser_note(open_base(int4))
+        assert "can only dequantise whole models" in own_quantiser.quantiser_note(open_base(int4))
     monkeypatch.setattr(own_quantiser, "find_spec", lambda name: None)
     assert "transformers needs compressed_tensors" in own_quantiser.quantiser_note(open_base(int4))

@@ -44,11 +44,15 @@ def edit(name: str, text: str) -> Callable[[Path], None]:
     "spoil, problem, note",
     [
         (swap_tokens, "another vocabulary", "not the base's: tokenizer.json"),
-        (edit("chat_template.jinja", "w9 {{ messages[0]['content'] }}"), "other tokens", "chat_template.jinja"),
+        (
+            edit("chat_template.jinja", "w9 {{ messages[0]['content'] }}"),
+            "differently from the base",
+            "chat_template.jinja",
+        ),
         (lambda folder: (folder / "tokenizer.json").unlink(), "cannot be loaded", "missing: tokenizer.json"),
         (edit("generation_config.json", '{"eos_token_id": 7}'), None, "not the base's: generation_config.json"),
         (edit("modeling_pico.py", "pass"), None, "does not have: modeling_pico.py"),
-        (lambda folder: torch.save({}, folder / "pytorch_model.bin"), None, "in no index: pytorch_model.bin"),
+        (lambda folder: torch.save({}, folder / "pytorch_model.bin"), None, "that no index names: pytorch_model.bin"),
         (lambda folder: None, None, None),
     ],
     ids=["vocabulary", "template", "no tokenizer", "generation", "code", "weights", "nothing"],

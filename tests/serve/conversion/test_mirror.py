@@ -22,11 +22,11 @@ def test_new_changed_and_removed_adapters(relay: Relay, qwen2: World) -> None:
     for name in ("lora-1", "dude-1"):
         put(qwen2.adapters[name].raw, f"adapters/{name}")
     mirror = Mirror(f"s3://{BUCKET}/adapters")
-    assert mirror.renew() == ["dude-1", "lora-1"]
+    assert mirror.update() == ["dude-1", "lora-1"]
     for name in ("lora-1", "dude-1"):
         assert content(mirror.folder / name) == content(qwen2.adapters[name].raw)
     before = relay.bytes
-    assert mirror.renew() == []
+    assert mirror.update() == []
     assert relay.bytes - before < 50_000
     put(qwen2.adapters["lora-2"].raw, "adapters/lora-1")
     put(qwen2.adapters["dcft-1"].raw, "adapters/dcft-1")
@@ -35,7 +35,7 @@ def test_new_changed_and_removed_adapters(relay: Relay, qwen2: World) -> None:
     client = boto3.client("s3")
     for item in client.list_objects_v2(Bucket=BUCKET, Prefix="adapters/dude-1/")["Contents"]:
         client.delete_object(Bucket=BUCKET, Key=item["Key"])
-    assert mirror.renew() == ["dcft-1", "lora-1", "dude-1"]
+    assert mirror.update() == ["dcft-1", "lora-1", "dude-1"]
     assert content(mirror.folder / "lora-1") == content(qwen2.adapters["lora-2"].raw)
     assert sorted(path.name for path in mirror.folder.iterdir() if path.is_dir()) == ["dcft-1", "lora-1"]
 
@@ -43,8 +43,8 @@ def test_new_changed_and_removed_adapters(relay: Relay, qwen2: World) -> None:
 def test_a_failure_leaves_what_is_there(relay: Relay, qwen2: World) -> None:
     put(qwen2.adapters["lora-1"].raw, "adapters/lora-1")
     mirror = Mirror(f"s3://{BUCKET}/adapters")
-    mirror.renew()
+    mirror.update()
     relay.stop = -1
     with pytest.raises(InputError, match="cannot be read"):
-        mirror.renew()
+        mirror.update()
     assert content(mirror.folder / "lora-1") == content(qwen2.adapters["lora-1"].raw)
