@@ -48,7 +48,7 @@ def measure_cublas_workspace(device: torch.device) -> int:
     return nbytes
 
 
-def _estimate_worker_memory(shards: Sequence[ShardPlan]) -> tuple[int, int, int]:
+def estimate_worker_memory(shards: Sequence[ShardPlan]) -> tuple[int, int, int]:
     """Return what one worker needs on a device: bytes of its edits, number of blocks, bytes of the smallest block."""
     jobs = [job for shard in shards for job in shard.jobs if job.edits]
     edits = max(map(estimate_edit_bytes, jobs), default=0)
@@ -72,7 +72,7 @@ def share_memory(
     """
     cores = max(1, len(os.sched_getaffinity(0)) // len(devices))
     most = workers or min(cores, HASHING_WORKERS if hashing else WORKERS)
-    edits, blocks, least = _estimate_worker_memory(shards)
+    edits, blocks, least = estimate_worker_memory(shards)
     sizes: list[tuple[torch.device, int]] = []
     for device in devices:
         cached = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)  # by this process's allocator

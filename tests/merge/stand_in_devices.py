@@ -3,16 +3,21 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, fields
+from typing import Any
 
 import pytest
 import torch
+from torch import Tensor
 
 from adapter_merge.engine import cuda_lanes, cuda_memory
 from adapter_merge.engine import execute as engine
 from adapter_merge.engine.chunked_file import aligned_bytes
-from adapter_merge.engine.lanes import Inline, Lane, Slot
+from adapter_merge.engine.lanes import Block, Inline, Lane, Slot
+from adapter_merge.methods.block_edits import BlockEdit
 
+Launch = Callable[[Slot, Block, Sequence[BlockEdit], Sequence[Tensor]], None]
 CPU = torch.device("cpu")
 WORKSPACE = 1 << 20
 
@@ -53,3 +58,19 @@ def stand_in_devices(
     patch.setattr(torch.cuda, "mem_get_info", lambda device: (free[device.index], 80 << 30))
     patch.setattr(cuda_memory.os, "sched_getaffinity", lambda pid: range(8))
     yield given
+
+
+@dataclass(frozen=True, kw_only=True)
+class WatchedLane(Lane):
+    """A lane that hands every launch to `watch`, which gets the lane and the launch of a plain lane."""
+
+    watch: Callable[..., None]
+
+    def launch(self, slot: Slot, block: Block, edits: Sequence[BlockEdit], targets: Sequence[Tensor]) -> None:
+        self.watch(self, super().launch, slot, block, edits, targets)
+
+
+def watched(lane: Lane, watch: Callable[..., None]) -> Lane:
+    """The lane with `watch` in the place of its launch."""
+    parts: dict[str, Any] = {part.name: getattr(lane, part.name) for part in fields(Lane)}
+    return WatchedLane(**parts, watch=watch)

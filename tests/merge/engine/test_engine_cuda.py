@@ -18,7 +18,7 @@ from typing import Any
 import pytest
 import torch
 from merge_models import base_tensors, expected, read_model, write_base, write_lora
-from stand_in_devices import CPU, WORKSPACE, device_slot, stand_in_devices
+from stand_in_devices import CPU, WORKSPACE, Launch, device_slot, stand_in_devices, watched
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.overrides import TorchFunctionMode
@@ -219,14 +219,13 @@ def test_the_engine_keeps_several_blocks_in_flight_and_waits_before_it_reads(
     log: list[str] = []
     flying: list[int] = []
     pending: deque[tuple[Slot, Any]] = deque()
-    real = Lane.launch
 
-    def late(self: Lane, slot: Slot, block: Block, forms: Any, targets: list[Tensor]) -> None:
+    def late(lane: Lane, real: Launch, slot: Slot, block: Block, forms: Any, targets: list[Tensor]) -> None:
         """Nothing of a block happens before somebody waits for its mark."""
         assert slot not in [held for held, _ in pending], "a slot is used again while its block is in flight"
         for target in targets:
             target.fill_(255)  # NaN, should anybody look too early
-        pending.append((slot, lambda: real(self, slot, block, forms, targets)))
+        pending.append((slot, lambda: real(slot, block, forms, targets)))
         flying.append(len(pending))
 
         class Late:
@@ -238,8 +237,7 @@ def test_the_engine_keeps_several_blocks_in_flight_and_waits_before_it_reads(
 
         slot.mark = Late()
 
-    monkeypatch.setattr(Lane, "launch", late)
-    monkeypatch.setattr(engine, "cpu_lane", lambda: recorded_lane(log, block_bytes=1 << 16))
+    monkeypatch.setattr(engine, "cpu_lane", lambda: watched(recorded_lane(log, block_bytes=1 << 16), late))
     (tmp_path / "out").mkdir()
     finished = engine.execute(plan, tmp_path / "out", CPU, workers=1)
     assert max(flying) == cuda_memory.DEPTH
@@ -286,10 +284,10 @@ def test_a_device_without_memory_is_no_bug_of_ours(tmp_path: Path, monkeypatch: 
     base = write_base(tmp_path / "base", tensors)
     adapter = write_lora(tmp_path / "adapter", tensors)
 
-    def launch(self: Lane, *arguments: Any) -> None:
+    def launch(lane: Lane, real: Launch, *arguments: Any) -> None:
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
 
-    monkeypatch.setattr(Lane, "launch", launch)
+    monkeypatch.setattr(engine, "cpu_lane", lambda: watched(lanes.cpu_lane(), launch))
     with pytest.raises(InputError, match=r"Tried to allocate 2\.00 GiB") as caught:
         merge(base, adapter, tmp_path / "out")
     assert "--vram" in str(caught.value)
@@ -308,28 +306,26 @@ def test_several_devices_share_the_shards(tmp_path: Path, monkeypatch: pytest.Mo
         (tmp_path / name).mkdir()
     engine.execute(plan, tmp_path / "one", CPU, workers=1)
     devices = [torch.device("cuda", index) for index in range(2)]
-    forms, blocks, _ = cuda_memory._estimate_worker_memory(plan.shards)
+    forms, blocks, _ = cuda_memory.estimate_worker_memory(plan.shards)
     each = forms + WORKSPACE + blocks * lanes.CPU_BLOCK_BYTES  # blocks of another size add up in another order
     free = tuple(int(share * (cuda_memory.HASHING_WORKERS + 1) * each / cuda_memory.VRAM_FRACTION) for share in (1, 3))
     computed: dict[torch.device, int] = dict.fromkeys(devices, 0)
     together = threading.Barrier(len(devices) * cuda_memory.HASHING_WORKERS)  # nobody is done before all have begun
     begun = threading.local()
     owner: dict[int, torch.device] = {}
-    real = Lane.launch
 
-    def launch(self: Lane, *arguments: Any) -> None:
+    def launch(lane: Lane, real: Launch, *arguments: Any) -> None:
         if not hasattr(begun, "yes"):
             begun.yes = True
             together.wait(60)
-        computed[owner[id(self)]] += 1
-        real(self, *arguments)
+        computed[owner[id(lane)]] += 1
+        real(*arguments)
 
     def lane_of(device: torch.device, size: int) -> Lane:
-        lane = recorded_lane([], block_bytes=size)
+        lane = watched(recorded_lane([], block_bytes=size), launch)
         owner[id(lane)] = device
         return lane
 
-    monkeypatch.setattr(Lane, "launch", launch)
     with stand_in_devices(monkeypatch, lane_of, free) as given:
         engine.execute(plan, tmp_path / "two", devices)
     for shard in plan.shards:

@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import contextlib
 import threading
+import time
+import weakref
 from collections import deque
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -14,17 +17,17 @@ import torch
 from combination_oracle import CONFIGS, recipe, train_all
 from merge_models import base_tensors, write_base, write_lora
 from pico_bases import llama, quiet
-from stand_in_devices import WORKSPACE, lagging_lane, stand_in_devices
+from stand_in_devices import WORKSPACE, Launch, lagging_lane, stand_in_devices, watched
 from torch import Tensor
+from torch.overrides import TorchFunctionMode
 
 from adapter_merge.api.merge import open_pair
 from adapter_merge.binding.bound import BoundModule
 from adapter_merge.combine.delta_ops import CombinedEdit
 from adapter_merge.engine import cuda_memory, schedule
 from adapter_merge.engine import execute as engine
-from adapter_merge.engine.lanes import Block, Inline, Lane, Mark, Slot
+from adapter_merge.engine.lanes import Block, Inline, Lane, Mark, Slot, cpu_lane
 from adapter_merge.engine.plan import MergePlan, plan_merge
-from adapter_merge.engine.schedule import Schedule
 from adapter_merge.engine.tasks import estimate_edit_bytes
 from adapter_merge.errors import InputError, NumericsError
 from adapter_merge.methods.canonical_form import CanonicalForm
@@ -46,17 +49,35 @@ def plan(tmp_path: Path) -> MergePlan:
 
 
 def most_forms_held(plan: MergePlan, folder: Path, workers: int, patch: pytest.MonkeyPatch) -> int:
-    """How many tensors' forms were there at once."""
-    most = 0
-    real = Schedule._prepare
+    """How many edits of tensors were in memory at once. The first block waits until no further one is prepared."""
+    held, most, has_begun, lock = 0, 0, False, threading.Condition()
+    real = BoundModule.stored_edit
 
-    def prepare(self: Schedule, *arguments: Any) -> Any:
-        nonlocal most
-        found = real(self, *arguments)
-        most = max(most, sum(tensor.edits is not None for tensor in self._prepared))
-        return found
+    def stored_edit(self: BoundModule, *arguments: Any) -> Any:
+        nonlocal held, most
+        edit = real(self, *arguments)
+        weakref.finalize(edit, release)
+        with lock:
+            held += 1
+            most = max(most, held)
+            lock.notify_all()
+        return edit
 
-    patch.setattr(Schedule, "_prepare", prepare)
+    def release() -> None:
+        nonlocal held
+        with lock:
+            held -= 1
+
+    def launch(lane: Lane, real_launch: Launch, *arguments: Any) -> None:
+        nonlocal has_begun
+        with lock:
+            while not has_begun and lock.wait(0.3):
+                pass
+            has_begun = True
+        real_launch(*arguments)
+
+    patch.setattr(BoundModule, "stored_edit", stored_edit)
+    patch.setattr(engine, "cpu_lane", lambda: watched(cpu_lane(), launch))
     engine.execute(plan, folder, CPU, workers)
     return most
 
@@ -80,16 +101,15 @@ def test_forms_ahead_of_their_blocks_have_a_limit_in_bytes(
 def test_a_block_fits_the_device_with_the_least_memory(
     plan: MergePlan, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    real = Lane.launch
     largest = 0
 
-    def launch(self: Lane, slot: Slot, block: Block, *rest: Any) -> None:
+    def launch(lane: Lane, real: Launch, slot: Slot, block: Block, *rest: Any) -> None:
         nonlocal largest
         largest = max(largest, block.elements * block.arithmetic.itemsize)
-        real(self, slot, block, *rest)
+        real(slot, block, *rest)
 
-    monkeypatch.setattr(Lane, "launch", launch)
-    with stand_in_devices(monkeypatch, lambda device, size: lagging_lane(size), (64 << 20, 8 << 30)) as given:
+    lane_of = lambda device, size: watched(lagging_lane(size), launch)  # noqa: E731
+    with stand_in_devices(monkeypatch, lane_of, (64 << 20, 8 << 30)) as given:
         engine.execute(plan, tmp_path / "out", DEVICES)
     sizes = {size for _, size in given}
     assert len(sizes) == 1
@@ -98,7 +118,7 @@ def test_a_block_fits_the_device_with_the_least_memory(
 
 def test_factors_count_as_device_memory(plan: MergePlan, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Blocks get what the largest factors leave; where they leave nothing, it is said before anything is written."""
-    forms, blocks, least = cuda_memory._estimate_worker_memory(plan.shards)
+    forms, blocks, least = cuda_memory.estimate_worker_memory(plan.shards)
     largest = max(
         module.stored_form().up.nbytes + module.stored_form().down.nbytes
         for bound in plan.adapters
@@ -119,7 +139,7 @@ def test_factors_count_as_device_memory(plan: MergePlan, tmp_path: Path, monkeyp
 def test_a_device_with_little_memory_has_fewer_workers(
     plan: MergePlan, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    forms, blocks, least = cuda_memory._estimate_worker_memory(plan.shards)
+    forms, blocks, least = cuda_memory.estimate_worker_memory(plan.shards)
     free = (3 * (forms + WORKSPACE + blocks * least) + 8, 4 << 30)
     with stand_in_devices(monkeypatch, lambda device, size: lagging_lane(size), free) as given:
         engine.execute(plan, tmp_path / "out", DEVICES, vram=1 << 30)
@@ -138,7 +158,7 @@ def test_every_share_of_a_combination_counts_as_device_memory(tmp_path: Path) ->
         rows, columns = job.source.shape
         assert estimate_edit_bytes(job) == 4 * (rows + columns) * 2 * (4 + 4)
     single = open_pair(base, adapters["one"])
-    alone, both = (cuda_memory._estimate_worker_memory(plan_merge(one.base, (one,)).shards) for one in (single, bound))
+    alone, both = (cuda_memory.estimate_worker_memory(plan_merge(one.base, (one,)).shards) for one in (single, bound))
     assert both[0] == 2 * alone[0]
     assert both[1] == alone[1] + 2 * cuda_memory.BLOCKS_PER_SHARE
 
@@ -157,28 +177,42 @@ def test_passes_of_a_device_are_taken_one_at_a_time_where_blocks_are_computed(
         (tmp_path / name).mkdir()
     engine.execute(plan, tmp_path / "cpu", CPU, 2)
     threads: set[str] = set()
+    devices: set[torch.device] = set()
     queues: list[Inline] = []
-    first, real = Schedule.__init__, CombinedEdit.pass_sums
+    real = CombinedEdit.pass_sums
 
-    def begin(self: Schedule, *arguments: Any, **options: Any) -> None:
-        first(self, *arguments, **options)
-        assert self.settings.device == DEVICES[0]
-        self.settings = replace(self.settings, device=CPU)  # there is no other one here
+    class OnCpu(TorchFunctionMode):
+        """Places on the CPU what the engine places on a device, since there is none here."""
+
+        def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            options = {name: self.move(value) for name, value in (kwargs or {}).items()}
+            return func(*map(self.move, args), **options)
+
+        @staticmethod
+        def move(value: Any) -> Any:
+            if not isinstance(value, torch.device) or value == CPU:
+                return value
+            devices.add(value)
+            return CPU
+
+    class DeviceQueue(Inline):
+        def activate(self) -> contextlib.AbstractContextManager[Any]:
+            return OnCpu()
 
     def pass_sums(self: CombinedEdit, block: Tensor, start: int) -> Tensor:
         threads.add(threading.current_thread().name)
         return real(self, block, start)
 
     def queue(device: torch.device) -> Inline:
-        queues.append(Inline())
+        queues.append(DeviceQueue())
         return queues[-1]
 
-    monkeypatch.setattr(Schedule, "__init__", begin)
     monkeypatch.setattr(CombinedEdit, "pass_sums", pass_sums)
     monkeypatch.setattr(schedule, "CudaQueue", queue)
     with stand_in_devices(monkeypatch, lambda device, size: lagging_lane(size), (8 << 30, 8 << 30)):
         engine.execute(plan, tmp_path / "device", DEVICES)
     assert threads == {"pass_0"}
+    assert devices == {DEVICES[0]}
     assert len(queues) == 1
     for shard in plan.shards:
         assert (tmp_path / "cpu" / shard.file).read_bytes() == (tmp_path / "device" / shard.file).read_bytes()
@@ -208,22 +242,20 @@ def test_a_failure_waits_for_the_blocks_in_flight(
     """Buffers with copies under way into them must not go back to an allocator."""
     flying: deque[object] = deque()
     waited: list[object] = []
-    real = Lane.launch
 
     class Late:
         def synchronize(self) -> None:
             waited.append(self)
 
-    def launch(self: Lane, slot: Slot, *rest: Any) -> None:
-        real(self, slot, *rest)
+    def launch(lane: Lane, real: Launch, slot: Slot, *rest: Any) -> None:
+        real(slot, *rest)
         slot.host_norm.fill_(float("nan"))
         for target in rest[-1]:
             target.fill_(255)  # NaN, in every float dtype
         slot.mark = Late()
         flying.append(slot.mark)
 
-    monkeypatch.setattr(Lane, "launch", launch)
-    monkeypatch.setattr(engine, "cpu_lane", lambda: lagging_lane(1 << 16))
+    monkeypatch.setattr(engine, "cpu_lane", lambda: watched(lagging_lane(1 << 16), launch))
     with pytest.raises(NumericsError):
         engine.execute(plan, tmp_path / "out", CPU, 1)
     assert len(flying) == cuda_memory.DEPTH
@@ -250,16 +282,11 @@ def test_a_launch_that_fails_midway_is_waited_for(
         def synchronize(self) -> None:
             ended.append(self.name)
 
-    def launch(self: Lane, *arguments: Any) -> None:
+    def launch(lane: Lane, real: Launch, *arguments: Any) -> None:
         raise NumericsError("midway")
 
     queues = {name: Queue(name) for name in ("upload", "compute", "download")}
-    monkeypatch.setattr(Lane, "launch", launch)
-    monkeypatch.setattr(
-        engine,
-        "cpu_lane",
-        lambda: replace(lagging_lane(1 << 16), **queues),
-    )
+    monkeypatch.setattr(engine, "cpu_lane", lambda: watched(replace(lagging_lane(1 << 16), **queues), launch))
     with pytest.raises(NumericsError, match="midway"):
         engine.execute(plan, tmp_path / "out", CPU, 1)
     assert ended == ["upload", "compute", "download"]
@@ -271,11 +298,14 @@ def test_a_failure_ends_what_was_to_be_decomposed(
     """Only the form that is being found is finished: the next ones may take minutes each."""
     begun: list[str] = []
     stopped = threading.Event()
-    real_stop, real_edit = Schedule.stop, BoundModule.stored_edit
+    real_shutdown, real_edit = ThreadPoolExecutor.shutdown, BoundModule.stored_edit
 
-    def stop(self: Schedule) -> None:
-        real_stop(self)
+    def shutdown(self: ThreadPoolExecutor, wait: bool = True, *, cancel_futures: bool = False) -> None:
+        if wait and stopped.is_set():
+            time.sleep(0.5)  # for the next ones to begin, had the first call not cancelled them
+        real_shutdown(self, False, cancel_futures=cancel_futures)
         stopped.set()
+        real_shutdown(self, wait, cancel_futures=cancel_futures)
 
     def stored_edit(self: BoundModule, *arguments: Any) -> Any:
         begun.append(self.name)
@@ -285,7 +315,8 @@ def test_a_failure_ends_what_was_to_be_decomposed(
     def progress(nbytes: int) -> None:
         raise ValueError("a callback that fails")
 
-    monkeypatch.setattr(Schedule, "stop", stop)
+    monkeypatch.setattr(schedule, "LOOK_AHEAD", 8)  # several adapted tensors are in the queue
+    monkeypatch.setattr(ThreadPoolExecutor, "shutdown", shutdown)
     monkeypatch.setattr(BoundModule, "stored_edit", stored_edit)
     with pytest.raises(ValueError, match="a callback that fails"):
         engine.execute(plan, tmp_path / "out", CPU, 1, progress)

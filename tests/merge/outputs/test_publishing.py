@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 from pathlib import Path
 
 import pytest
@@ -11,7 +12,6 @@ from adapter_merge.api.delta import delta
 from adapter_merge.api.merge import merge
 from adapter_merge.api.options import DeltaOptions, MergeOptions
 from adapter_merge.errors import OutputError
-from adapter_merge.outputs import staging as outputs
 from adapter_merge.outputs.integrity import check_integrity
 from adapter_merge.outputs.staging import check_space, nearest_folder
 
@@ -55,7 +55,9 @@ def test_an_output_that_cannot_be_replaced_stays(
             raise error
         return real(self, target)
 
-    monkeypatch.setattr(outputs, "_exchange", lambda one, other: False)
+    libraries = ctypes.CDLL
+    without_exchange = lambda name, **options: object() if name is None else libraries(name, **options)  # noqa: E731
+    monkeypatch.setattr(ctypes, "CDLL", without_exchange)  # a C library that has no renameat2
     with monkeypatch.context() as patch:
         patch.setattr(Path, "rename", rename)
         with pytest.raises((OutputError, KeyboardInterrupt)):

@@ -149,7 +149,7 @@ ATTACKS: dict[str, tuple[Any, str]] = {
     "short record that no weight uses": (unused_storage, "not the archive's"),
     "unknown record": (lambda: changed_records(**{"constants.pkl": b"x"}), "no torch.save"),
     "unknown version": (lambda: changed_records(version=b"99\n"), "version"),
-    "two dtypes": (two_dtypes, "at once"),
+    "two dtypes": (two_dtypes, "has two sizes"),
     "huge shape": (lambda: with_pickle(FOUR, LONG + b"\x85"), "after its storage"),
     "huge storage": (lambda: with_pickle(b"K\x04t", LONG + b"t"), "archive's"),
     "huge offset": (

@@ -209,7 +209,7 @@ def test_what_transformers_dequantises_otherwise_is_read_here(
     cases = {
         "weight_g_idx": rewrite(int4, tmp_path / "g_idx", sorted_columns),
         "several config_groups": rewrite(int4, tmp_path / "groups", tensors_of(int4), config_groups=two),
-        "new blocks in each row": nf4,
+        "a new block in each row": nf4,
     }
     for words, folder in cases.items():
         view = open_base(folder)

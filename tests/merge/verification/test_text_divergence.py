@@ -108,7 +108,7 @@ def test_refusals(base: Base, tmp_path: Path) -> None:
     folder, _, lora = base
     with pytest.raises(InputError, match="needs --as same"):
         merge(folder, lora, tmp_path / "out", MergeOptions(write_as="bfloat16", texts=TEXTS))
-    with pytest.raises(InputError, match="holds no text"):
+    with pytest.raises(InputError, match="contains no text"):
         merge(folder, lora, tmp_path / "out", MergeOptions(write_as="same", texts=[" "]))
     with pytest.raises(InputError, match="--finish"):
         merge(folder, lora, tmp_path / "out", MergeOptions(write_as="same", texts=TEXTS, part=(1, 2)))
