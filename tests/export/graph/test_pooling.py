@@ -54,8 +54,8 @@ def test_the_files_of_sentence_transformers(
 @pytest.mark.parametrize(
     ("kinds", "settings", "match"),
     [
-        (["Transformer", "Pooling", "Dense"], {"pooling_mode": "mean"}, "modules are not known"),
-        (["Transformer"], {}, "modules are not known"),
+        (["Transformer", "Pooling", "Dense"], {"pooling_mode": "mean"}, "modules are not supported"),
+        (["Transformer"], {}, "modules are not supported"),
         (
             ["Transformer", "Pooling"],
             {"pooling_mode_mean_tokens": True, "pooling_mode_cls_token": True},
@@ -63,7 +63,7 @@ def test_the_files_of_sentence_transformers(
         ),
         (["Transformer", "Pooling"], {"pooling_mode": ["mean", "max"]}, "pooling is not"),
         (["Transformer", "Pooling"], {"pooling_mode": "weightedmean"}, "pooling is not"),
-        (["Transformer", "Pooling"], {"pooling_mode": "mean", "include_prompt": False}, "prompts left out"),
+        (["Transformer", "Pooling"], {"pooling_mode": "mean", "include_prompt": False}, "without prompts"),
         (["Transformer", "Pooling"], {}, "pooling is not"),
     ],
 )

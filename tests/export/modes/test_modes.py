@@ -95,7 +95,7 @@ def test_merged_combines_as_merge_does(pico: Path, adapters: dict[str, Path], tm
         assert difference(run_all(Decoder(tmp_path / name, threads=1), None, TOKENS), expected) < BAR
         assert set(read_export(tmp_path / name).adapters) == {"lora", "dcft"}
     assert read_export(tmp_path / "ties").options["combination"]["method"] == "ties"
-    with pytest.raises(InputError, match="a combination is merged into it"):
+    with pytest.raises(InputError, match="it contains a merged combination"):
         verify_onnx(pico, adapters["lora"], tmp_path / "ties")
     refused = CliRunner().invoke(group, [*command[:-1], str(tmp_path / "no"), "--mode", "switchable"])
     assert isinstance(refused.exception, InputError)
