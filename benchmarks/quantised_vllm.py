@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import re
 import subprocess
 import sys
 import tempfile
@@ -65,8 +66,8 @@ def in_vllm(python: str, folder: Path, online: str | None = None) -> LogProbabil
     for line in run.stdout.splitlines():
         if line.startswith("FOUND "):
             return torch.tensor(json.loads(line.removeprefix("FOUND ")))
-    reasons = [line for line in run.stderr.splitlines() if "Error: " in line]
-    return (reasons or run.stderr.splitlines() or ["no output"])[-1][-150:]
+    reasons = re.findall(r"\w*Error: .*", run.stderr)
+    return (reasons or run.stderr.splitlines() or ["no output"])[-1][:150]
 
 
 def distance(found: LogProbabilities | str, right: LogProbabilities) -> str:
