@@ -104,7 +104,10 @@ def identity_of(bound: BoundAdapter) -> tuple[tuple[str, str], ...]:
         *((name, version(name)) for name in ("adapter-merge", "torch", "safetensors")),
         ("python", platform.python_version()),
         ("base", bound.base.fingerprint),
-        *((part.adapter.folder.name, combined_sha256(hash_adapter_files(part.adapter))) for part in parts_of(bound)),
+        *(
+            (f"adapter {number} ({part.adapter.folder.name})", combined_sha256(hash_adapter_files(part.adapter)))
+            for number, part in enumerate(parts_of(bound), 1)
+        ),
     )
 
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import os
+import shutil
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -52,6 +54,21 @@ def test_the_tasks_write_what_a_merge_writes(tmp_path: Path, pair: tuple[Path, P
         assert write_file(job, file, identity)["finished"].file == file
     assert shard_hashes(job.folder) == shard_hashes(tmp_path / "whole")
     assert list((job.folder / job.tasks).iterdir()) == []
+
+
+def test_a_combination_of_adapters_whose_folders_have_one_name(tmp_path: Path, pair: tuple[Path, Path]) -> None:
+    base, adapter = pair
+    shutil.copytree(adapter, tmp_path / "other" / "adapter")
+    file = tmp_path / "other" / "adapter" / "adapter_config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"lora_alpha": 2}))
+    recipe = make_recipe([Ingredient("a", str(adapter)), Ingredient("b", str(file.parent))], Settings())
+    merge(base, recipe, tmp_path / "whole", MergeOptions(device="cpu"))
+    bound = open_pair(base, recipe)
+    job = make_job(bound, base, recipe, MergeOptions(), tmp_path / "folder")
+    (job.folder / job.tasks).mkdir(parents=True)
+    for shard in make_plan(bound, MergeOptions()).shards:
+        assert "finished" in write_file(job, shard.file, shard.identity)
+    assert shard_hashes(job.folder) == shard_hashes(tmp_path / "whole")
 
 
 def test_a_task_begins_anew_after_one_that_was_killed(tmp_path: Path, pair: tuple[Path, Path]) -> None:
