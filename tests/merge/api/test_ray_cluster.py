@@ -25,7 +25,7 @@ pytestmark = pytest.mark.cluster
 
 WORKERS = 4
 SHARDS = 8
-KILLS = 5
+KILLS = 4
 
 
 @pytest.fixture(scope="module")
@@ -36,9 +36,9 @@ def cluster() -> Iterator[tuple[str, int]]:
 
 @pytest.fixture(scope="module")
 def pair(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
-    """A base of 200 MB in 8 files, and a DoRA: a file takes long enough to be killed in the middle of it."""
+    """A base of 140 MB in 8 files, and a DoRA: a file takes long enough to be killed in the middle of it."""
     folder = tmp_path_factory.mktemp("pair")
-    tensors = base_tensors(layers=12, factor=16)
+    tensors = base_tensors(layers=8, factor=16)
     return write_base(folder / "base", tensors, SHARDS), write_lora(folder / "adapter", tensors, dora=True)
 
 
@@ -57,16 +57,16 @@ def command(address: str, *arguments: str | Path) -> subprocess.Popen[str]:
 class Killer(threading.Thread):
     """Kills workers that run a task: in turn one at a random moment, and one that has an output file open."""
 
-    def __init__(self, ancestor: int, seed: int) -> None:
+    def __init__(self, ancestor: int, kills: int, seed: int) -> None:
         super().__init__()
-        self.ancestor = ancestor
+        self.ancestor, self.kills = ancestor, kills
         self.draw = random.Random(seed)
         self.stopped = threading.Event()
         self.at_random = 0
         self.while_writing = 0
 
     def run(self) -> None:
-        while self.at_random + self.while_writing < KILLS and not self.stopped.wait(0.01):
+        while self.at_random + self.while_writing < self.kills and not self.stopped.wait(0.01):
             running = running_tasks(self.ancestor)
             if self.at_random <= self.while_writing:
                 self.stopped.wait(self.draw.uniform(0, 0.5))
@@ -76,21 +76,20 @@ class Killer(threading.Thread):
                 self.while_writing += bool(writing) and kill(self.draw.choice(writing))
 
 
-def with_kills(process: subprocess.Popen[str], ancestor: int, capsys: pytest.CaptureFixture[str]) -> None:
-    """Wait for the command while workers are killed."""
+def with_kills(process: subprocess.Popen[str], ancestor: int, kills: int, capsys: pytest.CaptureFixture[str]) -> None:
+    """Wait for the command while workers are killed: half of them at random, half while they write."""
     seed = random.randrange(1 << 30)
-    killer = Killer(ancestor, seed)
+    killer = Killer(ancestor, kills, seed)
     killer.start()
     try:
-        printed, _ = process.communicate(timeout=240)
+        printed, _ = process.communicate(timeout=500)
     finally:
         killer.stopped.set()
         killer.join()
     with capsys.disabled():
         print(f" seed {seed}: {killer.at_random} workers killed, {killer.while_writing} while they wrote", end="")
     assert process.returncode == 0, printed
-    assert killer.at_random >= 2
-    assert killer.while_writing >= 1
+    assert (killer.at_random, killer.while_writing) == (kills // 2, kills // 2)
 
 
 def manifest_of(output: Path) -> dict[str, object]:
@@ -109,7 +108,7 @@ def test_a_merge_whose_workers_are_killed(
     whole = shard_hashes(tmp_path / "out")
     files, content = set(snapshot(tmp_path / "out")), manifest_of(tmp_path / "out")
     (tmp_path / "out").rename(tmp_path / "whole")
-    with_kills(command(address, "merge", *pair, "-o", tmp_path / "out"), ancestor, capsys)
+    with_kills(command(address, "merge", *pair, "-o", tmp_path / "out"), ancestor, KILLS, capsys)
     assert shard_hashes(tmp_path / "out") == whole
     assert set(snapshot(tmp_path / "out")) == files
     assert manifest_of(tmp_path / "out") == content
@@ -132,7 +131,7 @@ def test_deltas_whose_workers_are_killed(
          "--ray", address],
         stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=ENVIRONMENT,
     )  # fmt: skip
-    with_kills(process, ancestor, capsys)
+    with_kills(process, ancestor, KILLS // 2, capsys)
     name = "delta.safetensors"
     assert (tmp_path / "out" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
     assert manifest_of(tmp_path / "out") == manifest_of(tmp_path / "whole")
