@@ -26,7 +26,7 @@ TEXTS = [ROOT / "README.md", *(file for file in sorted(DOCS.rglob("*.md")) if fi
 # Options in the texts that belong to other programs.
 FOREIGN = {
     "--tensor-parallel-size", "--pipeline-parallel-size", "--distributed-executor-backend", "--private_key",
-    "--signature", "--save-trainable", "--enable-mixed-moe-lora-format", "--head", "--address",
+    "--signature", "--save-trainable", "--enable-mixed-moe-lora-format", "--head", "--address", "--quantization",
 }  # fmt: skip
 
 
