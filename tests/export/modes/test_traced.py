@@ -68,7 +68,7 @@ def classifier(tmp_path_factory: pytest.TempPathFactory) -> Exporter:
     def export(family: str) -> tuple[Path, dict[str, Path], Path]:
         if family not in made:
             root = tmp_path_factory.mktemp(family)
-            base = save_encoder(root / "base", family)
+            base = save_encoder(root / "base", family, layers=1 if family == "roberta" else 2)  # names as BERT's
             adapters = {
                 "dora": save_encoder_adapter(base, root / "dora", 1, use_dora=True),
                 "dcft": save_encoder_dcft(base, root / "dcft", 2),
@@ -106,7 +106,7 @@ def test_switchable_classifier(family: str, classifier: Exporter) -> None:
 @pytest.mark.slow(first=False)
 @pytest.mark.parametrize("family", ["roberta", "deberta-v2"])
 def test_merged_classifier(family: str, tmp_path: Path) -> None:
-    base = save_encoder(tmp_path / "base", family)
+    base = save_encoder(tmp_path / "base", family, layers=1)
     dcft = save_encoder_dcft(base, tmp_path / "dcft", 2)
     export_model(base, {"dcft": dcft}, tmp_path / "out", mode="merged")
     ids, mask = batch(30)
@@ -130,7 +130,7 @@ def test_verify_sees_a_wrong_adapter(classifier: Exporter) -> None:
 def test_question_answering(tmp_path: Path) -> None:
     from transformers import AutoModelForQuestionAnswering
 
-    base = save_encoder(tmp_path / "base", "deberta-v2", task="QuestionAnswering")
+    base = save_encoder(tmp_path / "base", "deberta-v2", task="QuestionAnswering", layers=1)
     export_model(base, {}, tmp_path / "out", mode="switchable")
     ids, mask = batch(20)
     got = Classifier(tmp_path / "out", threads=1).run(ids, mask)
