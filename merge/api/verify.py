@@ -30,7 +30,7 @@ from adapter_merge.outputs.manifest import read_manifest
 from adapter_merge.outputs.unlisted_files import holds_graph
 from adapter_merge.quantisation.dense_view import open_base
 from adapter_merge.storage.checkpoint import CANDIDATES, read_json, resolve
-from adapter_merge.verification.compare_factors import TRUNCATION, compare_adapters, compare_factors
+from adapter_merge.verification.compare_factors import TRUNCATION, calibrated_errors, compare_adapters, compare_factors
 from adapter_merge.verification.compare_logits import compare_logits, token_paths
 from adapter_merge.verification.compare_weights import (
     WEIGHT_TOLERANCE,
@@ -45,7 +45,7 @@ from adapter_merge.verification.live_probes import find_formula_errors
 from adapter_merge.verification.opened_artefact import open_artefact
 from adapter_merge.verification.own_quantiser import quantiser_note
 from adapter_merge.verification.requantised_weights import requantised_weights
-from adapter_merge.verification.side_files import changed_side_files, find_tokenizer_problems
+from adapter_merge.verification.side_files import changed_side_files, find_program_problems, find_tokenizer_problems
 from adapter_merge.verification.streamed_adapter import streamed_trained
 
 from .options import VerifyOptions
@@ -113,14 +113,15 @@ def verify(
     report["half_precision"], report["compared"] = proof.half, proof.compared
     problems = [*bases, *proof.problems]
     if kind == "factors":
-        report["notes"] += _truncation_notes(proof)
+        report["notes"] += _truncation_notes(proof, folder)
     if kind == "merged model":
         report["notes"] += changed_side_files(bound, open_base(folder))
+        problems += find_program_problems(bound, open_base(folder))
         problems += [] if options.weights_only else find_tokenizer_problems(bound, folder, options.prompts)
     if not proof.compared:
         problems.append("nothing was compared: the artefact and the adapter have no tensor in common")
     if not options.weights_only:
-        truncated = kind == "factors" and bool(_truncation_notes(proof))
+        truncated = kind == "factors" and bool(_truncation_notes(proof, folder))
         rounded = proof.half is not None or proof.is_requantised or truncated
         limit = options.tolerance if options.tolerance is not None else (math.inf if rounded else LOGIT_TOLERANCE)
         report["tolerance"] = None if math.isinf(limit) else limit
@@ -137,14 +138,16 @@ def verify(
     return Verification(report)
 
 
-def _truncation_notes(proof: WeightProof) -> list[str]:
+def _truncation_notes(proof: WeightProof, folder: Path) -> list[str]:
     """Return a note on the error of truncated factors; none where the factors are exact or have problems."""
     errors = [item.relative_error for item in proof.layers.values() if not item.relative_error <= WEIGHT_TOLERANCE]
     if not errors or proof.problems:
         return []
-    return [
-        f"{len(errors)} weights are truncated: the best of their rank, off by up to {max(errors):.2g} of the trained dW"
-    ]
+    if calibrated_errors(folder) is None:
+        text = "the best of their rank"
+    else:
+        text = "cut for a text, as their folder says: that they are the best for it was not checked"
+    return [f"{len(errors)} weights are truncated, off by up to {max(errors):.2g} of the trained dW: {text}"]
 
 
 def _prove_weights(

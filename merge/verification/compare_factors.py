@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -15,6 +16,7 @@ from adapter_merge.methods.lora import LoraModule
 from adapter_merge.outputs.manifest import read_manifest
 from adapter_merge.storage.checkpoint import read_weights
 from adapter_merge.storage.input_files import Sources
+from adapter_merge.storage.tensor_comparison import same_but_for_rounding
 from adapter_merge.storage.tensor_io import read_tensor
 
 from .compare_weights import WEIGHT_TOLERANCE, Progress, WeightFigures, WeightProof, compare_blocks, compare_each
@@ -23,6 +25,7 @@ from .truncation import direction_and_scale, find_truncation_fault
 from .unchanged_tensors import same_values
 from .whole_formulas import formula_of, modules_by_tensor
 
+ONE_EXPERT = re.compile(r"\.experts\.\d+\.")
 RECORDED_TOLERANCE = 1e-2  # relative, of a recorded error: it was computed in float32 before the factors were rounded
 TRUNCATION = "truncated factors that are not the best of their rank"
 
@@ -48,7 +51,8 @@ def compare_adapters(
     layers_saved = [
         name
         for name, ref in other.adapter.base_layers.items()
-        if name in saved and not torch.equal(read_tensor(ref), read_tensor(saved[name]))
+        if not (name in saved and torch.equal(read_tensor(ref), read_tensor(saved[name])))
+        and not (name in bound.base.tensors and same_but_for_rounding(ref, bound.base.tensors[name]))
     ]
     problems = [
         f"{len(names)} {problem}, first {names[0]}"
@@ -60,6 +64,8 @@ def compare_adapters(
         )
         if names
     ]
+    if not any(ONE_EXPERT.search(module.name) for module in other.adapter.modules):  # vLLM's form, which PEFT converts
+        problems += [problem.cause for problem in other.adapter.contradictions]  # PEFT reads these folders otherwise
     sources = Sources()
 
     def compare(name: str) -> WeightFigures:
@@ -95,7 +101,7 @@ def compare_factors(bound: BoundAdapter, folder: Path, progress: Progress | None
     proof, pairs = compare_adapters(bound, other, progress)
     problems = [*proof.problems, *_check_files_beside(bound, other, folder)]
     inexact = [name for name, item in proof.layers.items() if not item.relative_error <= WEIGHT_TOLERANCE]
-    recorded = _calibrated_errors(folder)
+    recorded = calibrated_errors(folder)
     worse = []
     for name in inexact:
         reason = find_truncation_fault(*pairs[name], calibrated=recorded is not None)
@@ -111,7 +117,7 @@ def compare_factors(bound: BoundAdapter, folder: Path, progress: Progress | None
     return WeightProof(proof.layers, problems, proof.compared)
 
 
-def _calibrated_errors(folder: Path) -> dict[str, float] | None:
+def calibrated_errors(folder: Path) -> dict[str, float] | None:
     """Return the relative errors by module that a folder of calibrated factors records; None for any other folder."""
     manifest = read_manifest(folder) or {}
     layers = manifest.get("layers")

@@ -25,7 +25,7 @@ from adapter_merge.storage.input_files import Sources
 from adapter_merge.storage.safetensors_header import TensorRef
 from adapter_merge.storage.tensor_io import TORCH_DTYPES
 
-from .unchanged_tensors import HALVES, compare_unadapted, find_config_problems
+from .unchanged_tensors import HALVES, compare_unadapted, find_config_problems, find_dtype_problems
 from .weight_formulas import Formula, read_rows, row_blocks
 from .whole_formulas import FLOAT32_ERROR, formula_of, modules_by_tensor, typical_size
 
@@ -190,7 +190,8 @@ def compare_merged(bound: BoundAdapter, merged: Checkpoint, progress: Progress |
     """Compare a merged model: adapted weights, all other tensors, and its config."""
     proof = compare_stored(bound, merged.tensors, progress=progress)
     compared, problems = compare_unadapted(bound, merged, progress)
-    problems = [*proof.problems, *problems, *find_config_problems(bound, merged)]
+    config = find_config_problems(bound, merged)
+    problems = [*proof.problems, *problems, *config, *find_dtype_problems(bound, merged)]
     return WeightProof(proof.layers, problems, proof.compared + compared)
 
 

@@ -26,12 +26,6 @@ NAMED = 6  # largest number of files that a note names
 def changed_side_files(bound: BoundAdapter, merged: Checkpoint) -> list[str]:
     """Return notes on side files of the merged model that are missing, added or changed."""
     base, made = _list_side_files(bound.base), _list_side_files(merged)
-    indexed = {file.name for file in merged.files}
-    weights = [
-        path.name
-        for path in sorted(merged.folder.iterdir())
-        if path.name.endswith(WEIGHT_SUFFIXES) and path.name not in indexed and not path.name.endswith(".index.json")
-    ]
     return [
         f"{text}: {', '.join(names[:NAMED])}{' ...' if len(names) > NAMED else ''}"
         for names, text in (
@@ -41,9 +35,33 @@ def changed_side_files(bound: BoundAdapter, merged: Checkpoint) -> list[str]:
                 [name for name, file in base.items() if name in made and not _same_content(file, made[name])],
                 "files that are not the base's",
             ),
-            (weights, "weights that no index names"),
         )
         if names
+    ]
+
+
+def find_program_problems(bound: BoundAdapter, merged: Checkpoint) -> list[str]:
+    """Return the problems of files that other programs load as the model: weights in no index, and the model's code.
+
+    vLLM reads every safetensors file of a folder without an index; transformers runs the code that `auto_map` names.
+    """
+    indexed = {file.name for file in merged.files}
+    weights = [
+        path.name
+        for path in sorted(merged.folder.iterdir())
+        if path.name.endswith(WEIGHT_SUFFIXES) and path.name not in indexed and not path.name.endswith(".index.json")
+    ]
+    base, made = _list_side_files(bound.base), _list_side_files(merged)
+    code = [name for name in sorted({*base, *made}) if name.endswith(".py") and "auto_map" in merged.config]
+    changed = [
+        name for name in code if name not in base or name not in made or not _same_content(base[name], made[name])
+    ]
+    return [
+        *(
+            [f"weights that no index names, which other programs may load: {', '.join(weights[:NAMED])}"]
+            * bool(weights)
+        ),
+        *([f"the model's code is not the base's: {', '.join(changed[:NAMED])}"] * bool(changed)),
     ]
 
 

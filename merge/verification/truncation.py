@@ -71,8 +71,11 @@ def find_truncation_fault(item: BoundModule, factors: BoundModule, *, calibrated
     by_rows, by_columns = (
         float(torch.linalg.vector_norm(product) / size**2) for product in (delta.T @ remainder, remainder @ delta.T)
     )
-    if calibrated and not item.module.embedding:
+    if calibrated and not item.module.embedding and best > WEIGHT_TOLERANCE:
         overlap = by_columns if item.transposed else by_rows
+        directions = _count_directions(delta, factors.module.rank)
+        if directions < factors.module.rank:
+            return f"only {directions} directions of rank {factors.module.rank}"
         if not 1 - error**2 >= CALIBRATED_SHARE * (1 - best**2):
             return f"relative error {error:.3g}, possible {best:.3g}: too large for a calibration"
     else:
@@ -112,15 +115,26 @@ def direction_and_scale(item: BoundModule, *, rounded: bool = False) -> tuple[Te
         sources.close()
 
 
+def _count_directions(delta: Tensor, rank: int) -> int:
+    """Return how many of the first `rank` singular values of `delta` are above the rounding of float32 factors."""
+    values = _leading_values(delta, rank)
+    return int((values > WEIGHT_TOLERANCE * values[0]).sum())
+
+
 def _best_error(delta: Tensor, rank: int) -> float:
     """Return the smallest relative error that factors of this rank can have."""
     total = float(delta.square().sum())
     if not total or rank >= min(delta.shape):
         return 0.0
+    return math.sqrt(max(0.0, 1 - float(_leading_values(delta, rank).square().sum()) / total))
+
+
+def _leading_values(delta: Tensor, rank: int) -> Tensor:
+    """Return the `rank` largest singular values."""
     if min(delta.shape) <= DENSE_SIDE:
-        values = torch.linalg.svdvals(delta)[:rank]
-    else:
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(0)
-            values = torch.svd_lowrank(delta, q=min(rank + SPARE, *delta.shape), niter=4)[1][:rank]
-    return math.sqrt(max(0.0, 1 - float(values.square().sum()) / total))
+        every: Tensor = torch.linalg.svdvals(delta)
+        return every[:rank]
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        values: Tensor = torch.svd_lowrank(delta, q=min(rank + SPARE, *delta.shape), niter=4)[1][:rank]
+    return values

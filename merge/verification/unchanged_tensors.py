@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -18,6 +18,7 @@ from adapter_merge.storage.tensor_io import TORCH_DTYPES
 from .weight_formulas import read_rows, row_blocks
 
 HALVES = ("BF16", "F16")
+CONFIG_DTYPES = {"F64": "float64", "F32": "float32", "BF16": "bfloat16", "F16": "float16"}
 WITHOUT_EFFECT = ("dtype", "torch_dtype", "transformers_version", "_name_or_path")  # keys of config.json
 
 
@@ -69,7 +70,41 @@ def find_config_problems(bound: BoundAdapter, merged: Checkpoint) -> list[str]:
     expected, stated = expected_config(bound), dict(merged.config)
     keys = sorted({*expected, *stated} - set(WITHOUT_EFFECT))
     bad = [key for key in keys if expected.get(key) != stated.get(key)]
-    return [f"config.json: {key} is {stated.get(key)!r} instead of {expected.get(key)!r}" for key in bad]
+    problems = [f"config.json: {key} is {stated.get(key)!r} instead of {expected.get(key)!r}" for key in bad]
+    dtype = _stated_dtype(stated)
+    if dtype != _stated_dtype(expected) and dtype != _most_common_dtype(merged):
+        problems.append(f"config.json: states {dtype!r}, and its weights are in {_most_common_dtype(merged)}")
+    return problems
+
+
+def find_dtype_problems(bound: BoundAdapter, merged: Checkpoint) -> list[str]:
+    """Return a problem where tensors that had one dtype in an unquantised base now have several."""
+    if bound.base.stored is not None or merged.stored is not None:
+        return []
+    written: dict[str, dict[str, str]] = {}  # dtype in the base -> dtype in the merged model -> name of a tensor
+    for name, ref in bound.base.tensors.items():
+        if name in merged.tensors and name not in bound.replacements:
+            written.setdefault(ref.dtype, {}).setdefault(merged.tensors[name].dtype, name)
+    return [
+        f"tensors of the base in {dtype} are now in several dtypes: "
+        + ", ".join(f"{name} in {other}" for other, name in names.items())
+        for dtype, names in written.items()
+        if len(names) > 1
+    ]
+
+
+def _stated_dtype(config: Mapping[str, Any]) -> object:
+    """Return the dtype in which transformers loads a model of this config, None where it states none."""
+    return config.get("dtype", config.get("torch_dtype"))
+
+
+def _most_common_dtype(model: Checkpoint) -> str | None:
+    """Return the dtype of most of the model's floating-point bytes, as configs name it."""
+    sizes: dict[str, int] = {}
+    for ref in model.tensors.values():
+        if ref.dtype in CONFIG_DTYPES:
+            sizes[ref.dtype] = sizes.get(ref.dtype, 0) + ref.nbytes
+    return CONFIG_DTYPES[max(sizes, key=lambda dtype: sizes[dtype])] if sizes else None
 
 
 def same_values(ref: TensorRef, stored: TensorRef, sources: Sources) -> bool:

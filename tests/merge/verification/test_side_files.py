@@ -52,7 +52,7 @@ def edit(name: str, text: str) -> Callable[[Path], None]:
         (lambda folder: (folder / "tokenizer.json").unlink(), "cannot be loaded", "missing: tokenizer.json"),
         (edit("generation_config.json", '{"eos_token_id": 7}'), None, "not the base's: generation_config.json"),
         (edit("modeling_pico.py", "pass"), None, "does not have: modeling_pico.py"),
-        (lambda folder: torch.save({}, folder / "pytorch_model.bin"), None, "that no index names: pytorch_model.bin"),
+        (lambda folder: torch.save({}, folder / "pytorch_model.bin"), "no index names", None),
         (lambda folder: None, None, None),
     ],
     ids=["vocabulary", "template", "no tokenizer", "generation", "code", "weights", "nothing"],
