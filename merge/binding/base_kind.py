@@ -18,7 +18,7 @@ from adapter_merge.methods.residual import (
 )
 from adapter_merge.storage.computed_tensor import ComputedRef
 from adapter_merge.storage.lazy_torch import torch
-from adapter_merge.storage.tensor_io import read_tensor
+from adapter_merge.storage.tensor_io import all_finite, read_tensor
 
 from .bound import BoundAdapter, BoundModule, Origin
 
@@ -116,6 +116,8 @@ def _find_weak_product(modules: Sequence[tuple[BoundModule, LoraModule]]) -> str
             return None
         weight = item.oriented_weight().to(torch.float32)
         a, b = read_tensor(module.a).to(torch.float32), read_tensor(module.b).to(torch.float32)
+        if not all(all_finite(tensor) for tensor in (weight, a, b)):  # reported where values are checked
+            return None
         product = torch.linalg.svdvals(torch.linalg.qr(b)[1] @ torch.linalg.qr(a.T)[1].T)[0] * abs(module.scale)
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(0)

@@ -40,6 +40,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 BLOCK_BYTES = 1 << 20
+FEWEST = 8  # magnitudes of one weight: fewer correlate, or do not, by chance
 SAMPLES = 6  # weights that are compared, spread over the model
 ALIKE = 0.9  # correlation of magnitudes and row norms from which they count as agreeing
 UNLIKE = 0.3  # correlation below which they contradict each other, where the magnitudes vary by at least SPREAD
@@ -96,7 +97,7 @@ def _check_magnitudes(bound: BoundAdapter) -> Origin:
         assert isinstance(module, LoraModule) and module.magnitude is not None
         norms = _compute_norms(item, module, bound.base_kind == "residual").clamp_min(1e-12).log()
         trained = read_tensor(module.magnitude).float().reshape(-1).abs().clamp_min(1e-12).log()
-        if norms.shape != trained.shape:
+        if norms.shape != trained.shape or norms.numel() < FEWEST:
             continue
         levels.append(float((trained - norms).abs().median()))
         spreads.append(float(trained.std(correction=0)))

@@ -93,11 +93,12 @@ def seeds() -> dict[str, Files]:
     frozen = base_tensors()
     torch.manual_seed(1)
     plain: dict[str, Any] = {"peft_type": "LORA", "r": RANK, "lora_alpha": 4, "target_modules": ["q_proj", "v_proj"]}
+    only_q = {"target_modules": ["q_proj"]}
     two = _pair(Q, OUT) | _pair(V, IN)
     rows, columns = (_moved(frozen[f"{Q}.weight"].norm(dim=dim)) for dim in (1, 0))
     magnitudes = {f"{PREFIX}{m}.lora_magnitude_vector": _moved(frozen[f"{m}.weight"].norm(dim=1)) for m in (Q, V)}
-    lokr = {f"{PREFIX}{Q}.lokr_w1": torch.randn(4, 4), f"{PREFIX}{Q}.lokr_w2_a": torch.randn(3, RANK),
-            f"{PREFIX}{Q}.lokr_w2_b": torch.randn(RANK, 2)}  # fmt: skip
+    lokr = {f"{PREFIX}{Q}.lokr_w1": torch.randn(4, 4), f"{PREFIX}{Q}.lokr_w2_a": torch.randn(3, 1),
+            f"{PREFIX}{Q}.lokr_w2_b": torch.randn(1, 2)}  # fmt: skip
     loha = {f"{PREFIX}{Q}.hada_w{i}_{s}": torch.randn(*((OUT, RANK) if s == "a" else (RANK, IN))) for i in (1, 2)
             for s in "ab"}  # fmt: skip
     vera = {f"{PREFIX}{Q}.vera_lambda_b": torch.randn(OUT), f"{PREFIX}{Q}.vera_lambda_d": torch.randn(RANK),
@@ -154,10 +155,10 @@ def seeds() -> dict[str, Files]:
                          "modules_to_save": ["lm_head"]}, heads),
         "embedding": folder({**plain, "target_modules": ["q_proj", "v_proj", "embed_tokens"]}, embeds),
         "tokens": folder({**plain, "trainable_token_indices": [1, 5, 7]}, tokens),
-        "adalora": folder({"peft_type": "ADALORA", "init_r": 3, "lora_alpha": 8}, ada),
-        "lokr": folder({"peft_type": "LOKR", "r": RANK, "alpha": 3}, lokr),
-        "loha": folder({"peft_type": "LOHA", "r": RANK, "alpha": 3}, loha),
-        "vera": folder({"peft_type": "VERA", "r": RANK, "projection_prng_key": 3}, vera),
+        "adalora": folder({"peft_type": "ADALORA", "init_r": 3, "lora_alpha": 8, **only_q}, ada),
+        "lokr": folder({"peft_type": "LOKR", "r": 1, "alpha": 3, **only_q}, lokr),
+        "loha": folder({"peft_type": "LOHA", "r": RANK, "alpha": 3, **only_q}, loha),
+        "vera": folder({"peft_type": "VERA", "r": RANK, "projection_prng_key": 3, **only_q}, vera),
         "dcft": folder({"peft_type": "DCFT", "format_version": 1, "lora_alpha": 8, "stride": [4, 4]}, dcft),
         "dude": folder({"peft_type": "DUDE", "format_version": 1, "r": RANK, "lora_alpha": 4, "base": "original",
                         "residual_dtype": "float32"}, dude),

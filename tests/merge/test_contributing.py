@@ -111,7 +111,9 @@ def outer_folder(base: Path, tmp_path: Path) -> Path:
         {f"base_model.model.{QUERY}.outer_{role}": factor for role, factor in factors.items()},
         path / "adapter_model.safetensors",
     )
-    (path / "adapter_config.json").write_text(json.dumps({"peft_type": "OUTER", "scale": 0.5, "bias": "none"}))
+    (path / "adapter_config.json").write_text(
+        json.dumps({"peft_type": "OUTER", "scale": 0.5, "bias": "none", "target_modules": ["q_proj"]})
+    )
     return path
 
 

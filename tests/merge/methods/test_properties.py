@@ -173,7 +173,7 @@ def write_adapter(
             tensors[f"base_model.model.{name}.lora_magnitude_vector"] = magnitude.to(dtype)
     save_file(tensors, folder / "adapter_model.safetensors", {"format": "pt"})
     config = {"peft_type": "LORA", "r": ranks[0], "lora_alpha": alpha, "use_dora": dora, "use_rslora": rslora,
-              "rank_pattern": {re.escape(MODULES[1]): ranks[1]}}  # fmt: skip
+              "rank_pattern": {re.escape(MODULES[1]): ranks[1]}, "target_modules": list(MODULES)}  # fmt: skip
     (folder / "adapter_config.json").write_text(json.dumps(config))
     return folder
 
