@@ -5,7 +5,7 @@ A `CombinedBound` is a `BoundAdapter`, which merge, delta, factor and verify tak
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +23,7 @@ from adapter_merge.methods.lora import ExpertModule, RowSliceModule
 from adapter_merge.methods.tokens import TokenModule
 from adapter_merge.storage.checkpoint import Checkpoint
 from adapter_merge.storage.safetensors_header import FLOAT_DTYPES, TensorRef
+from adapter_merge.storage.tensor_comparison import same_but_for_rounding
 
 from .combined_weight import CombinedModule, CombinedWeight, Share
 from .delta_ops import Settings
@@ -162,6 +163,9 @@ def _group_by_tensor(
             grouped.setdefault(module.name, []).append(module)
         for name, modules in grouped.items():
             ref = modules[0].weight
+            if recipe.in_turn and name in shares and _is_result_of(shares[name][-1], ref):
+                ref = weights[name]
+                modules = [replace(module, weight=ref) for module in modules]
             if weights.setdefault(name, ref) != ref:
                 problems.append(
                     Problem(
@@ -196,6 +200,11 @@ def _group_by_tensor(
         combination = CombinedWeight(name, shape, tuple(tensor_shares), recipe.settings, recipe.in_turn)
         combined.append(CombinedModule(combination, ref, turned, None if name == ref.name else name))
     return tuple(combined), problems
+
+
+def _is_result_of(share: Share, ref: TensorRef) -> bool:
+    """Return True where `ref`, saved beside a later adapter, is the weight that the earlier one put in place."""
+    return share.replacement is not None and same_but_for_rounding(share.replacement, ref)
 
 
 def _starts_from_base(bound: BoundModule) -> bool:
