@@ -205,7 +205,7 @@ def test_a_change_far_below_the_grid_is_refused(
     assert list(tmp_path.iterdir()) == []
     merge(base, loras(0.0003), tmp_path / "out", MergeOptions(write_as="same", min_retention=0.0))
     report = verify(base, loras(0.0003), tmp_path / "out", VerifyOptions(weights_only=True))
-    assert [problem for problem in report.problems if "keep" in problem]
+    assert [problem for problem in report.problems if "retain" in problem]
     with pytest.raises(InputError, match="contradict"):
         merge(base, loras(0.1), tmp_path / "no", MergeOptions(write_as="same", dtype="bfloat16"))
 

@@ -20,12 +20,16 @@ from adapter_merge.api.options import DeltaOptions, MergeOptions
 from adapter_merge.api.ray_tasks import TASK_CPUS
 from adapter_merge.outputs.integrity import check_integrity
 
-pytest.importorskip("ray")
 pytestmark = pytest.mark.cluster
 
 WORKERS = 4
 SHARDS = 8
 KILLS = 4
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _needs_ray() -> None:
+    pytest.importorskip("ray")  # not at the module's import, where it would count as a skip of a run without `cluster`
 
 
 @pytest.fixture(scope="module")
