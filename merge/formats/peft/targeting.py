@@ -41,7 +41,29 @@ def check_targets(config: Mapping[str, Any], tensors: PeftTensors) -> tuple[Prob
     outside = [name for name in tensors.groups if IN_A_LAYER.search(name) is None]
     if config.get("ensure_weight_tying") and any(adapts(config, name) for name in outside):
         left_out = [name for name in left_out if name not in outside]  # the weight that is tied to an adapted one
-    return (_make_problem(tensors, left_out),) if left_out else ()
+    problems = [_make_problem(tensors, left_out)] if left_out else []
+    return (*problems, *_check_biases(config, tensors))
+
+
+def _check_biases(config: Mapping[str, Any], tensors: PeftTensors) -> list[Problem]:
+    """Return the problem of biases under names that PEFT does not load: those of its layers are base_layer.bias."""
+    targets = config.get("target_modules")
+    is_certain = not (isinstance(targets, str) and pattern_fault(targets) is not None)
+    unloaded = []
+    for name, inside in sorted(tensors.biases.items()):
+        is_layer = name in tensors.groups or adapts(config, name)
+        if is_layer != inside and (inside or is_certain or name in tensors.groups):
+            unloaded.append(name)
+    if not unloaded:
+        return []
+    return [
+        Problem(
+            f"{tensors.weights}: holds biases of {len(unloaded)} modules, first {unloaded[0]}, under names that PEFT "
+            "does not load with this config",
+            expected="base_layer.bias for modules that target_modules selects, bias for others",
+            hint="use the adapter_config.json of the training; --force applies every tensor of the file",
+        )
+    ]
 
 
 def _make_problem(tensors: PeftTensors, left_out: list[str]) -> Problem:

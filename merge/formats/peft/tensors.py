@@ -41,6 +41,7 @@ class PeftTensors:
     groups: dict[str, dict[str, TensorRef]] = field(default_factory=dict)  # module -> role -> factor
     replacements: dict[str, TensorRef] = field(default_factory=dict)  # base tensor name -> tensor trained in full
     base_layers: dict[str, TensorRef] = field(default_factory=dict)  # base tensor name -> base weight saved beside it
+    biases: dict[str, bool] = field(default_factory=dict)  # module -> True where its bias is saved as a base layer's
     problems: list[Problem] = field(default_factory=list)
 
 
@@ -82,6 +83,8 @@ def group_tensors(refs: tuple[TensorRef, ...], weights: Path, roles: Mapping[str
             if ".base_layer." in target and target.endswith(".weight"):
                 tensors.base_layers[target.replace(".base_layer.", ".")] = ref
                 continue
+            if target.endswith(".bias") and ".modules_to_save." not in name:
+                tensors.biases[target.removesuffix(".bias").removesuffix(".base_layer")] = ".base_layer." in target
             target = target.replace(".base_layer.", ".")
             # bias="all" saves both classifier.bias and classifier.modules_to_save.bias: the trained copy counts.
             if target not in tensors.replacements or ".modules_to_save." in name:

@@ -36,6 +36,11 @@ def zero_one_side(config: dict[str, Any], tensors: dict[str, Tensor]) -> None:
     tensors["base_model.model.model.embed_tokens.lora_embedding_B"].zero_()
 
 
+def rename_bias(config: dict[str, Any], tensors: dict[str, Tensor]) -> None:
+    name = next(name for name in sorted(tensors) if name.endswith("q_proj.base_layer.bias"))
+    tensors[name.replace(".base_layer", "")] = tensors.pop(name)
+
+
 def drop(part: str) -> Edit:
     def edit(config: dict[str, Any], tensors: dict[str, Tensor]) -> None:
         for name in [name for name in tensors if part in name]:
@@ -48,6 +53,8 @@ CONTRADICTORY: dict[str, tuple[str, Edit, str]] = {  # name -> (case, edit, word
     "no target_modules": ("lora", without_targets, "does not adapt"),
     "all-linear and a head": ("head", setting(target_modules="all-linear"), "does not adapt"),
     "all-linear and embeddings": ("embedding", setting(target_modules="all-linear"), "does not adapt"),
+    "all-linear and other biases": ("bias all", setting(target_modules="all-linear"), "under names that PEFT"),
+    "a bias of no layer": ("bias lora_only", rename_bias, "under names that PEFT"),
     "tokens of another module": ("tokens alone", setting(target_modules=["q_proj"]), "does not adapt"),
     "tied weights untargeted": ("embedding, kept tied", setting(target_modules=["q_proj"]), "does not adapt"),
     "two sides of tied factors": ("embedding, kept tied", zero_one_side, "not those of the embeddings"),
