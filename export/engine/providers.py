@@ -7,6 +7,7 @@ module raises an error in both cases.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from importlib.metadata import PackageNotFoundError, version
 from importlib.util import find_spec
 from pathlib import Path
@@ -19,10 +20,10 @@ PACKAGES = ("onnxruntime", "onnxruntime-gpu", "onnxruntime-directml", "onnxrunti
 QUIET = 3  # errors only: onnxruntime warns once for every optional input of a graph
 
 
-def installed_packages() -> dict[str, str]:
-    """Return the installed distributions that provide the module onnxruntime, with their versions."""
+def installed_packages(names: Sequence[str] = PACKAGES) -> dict[str, str]:
+    """Return those of the distributions `names` that are installed, with their versions."""
     versions = {}
-    for name in PACKAGES:
+    for name in names:
         try:
             versions[name] = version(name)
         except PackageNotFoundError:

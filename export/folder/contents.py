@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from adapter_merge.errors import FileFormatError, InputError, MismatchError, Problem, raise_all
-from adapter_merge.export.engine.providers import check_external_data, graph_file
+from adapter_merge.export.engine.providers import PACKAGES, check_external_data, graph_file, installed_packages
 from adapter_merge.export.graph.targets import Layout, read_layout
 from adapter_merge.files.hashing import file_sha256
 from adapter_merge.outputs.manifest import MANIFEST, make_manifest, read_manifest
@@ -24,10 +23,7 @@ if TYPE_CHECKING:
 
 ARTEFACT = "ONNX model"
 FORMAT_VERSION = 1
-PACKAGES = (
-    "onnxruntime", "onnxruntime-gpu", "onnxruntime-genai", "onnxruntime-genai-cuda", "onnx_ir", "onnxscript",
-    "transformers",
-)  # fmt: skip
+RECORDED = (*PACKAGES, "onnxruntime-genai", "onnxruntime-genai-cuda", "onnx_ir", "onnxscript", "transformers")
 
 
 def write_manifest(folder: Path, manifest: Manifest) -> None:
@@ -69,7 +65,7 @@ def write_manifest(folder: Path, manifest: Manifest) -> None:
         parity=manifest.parity,
         files=files,
     )
-    content["versions"] |= _versions()
+    content["versions"] |= installed_packages(RECORDED)
     _replace(file, lambda path: write_json(path, sealed(content)))
 
 
@@ -142,13 +138,3 @@ def folder_layout(folder: Path) -> Layout:
     import onnx_ir as ir
 
     return read_layout(ir.load(file).metadata_props, str(file))
-
-
-def _versions() -> dict[str, str]:
-    versions = {}
-    for name in PACKAGES:
-        try:
-            versions[name] = version(name)
-        except PackageNotFoundError:
-            continue
-    return versions
