@@ -11,6 +11,7 @@ import sys
 import time
 import urllib.error
 import urllib.request
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +25,14 @@ def free_port() -> int:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return int(probe.getsockname()[1])
+
+
+def wait_until(condition: Callable[[], bool], limit: float = 60) -> None:
+    """Ask every 20 ms until `condition` is true. Raises AssertionError after `limit` seconds."""
+    deadline = time.monotonic() + limit
+    while not condition():
+        assert time.monotonic() < deadline, f"not so after {limit} s"
+        time.sleep(0.02)
 
 
 class Server:
@@ -84,6 +93,13 @@ class Server:
         if self.process.poll() is None:
             os.kill(self.process.pid, number)
         return self.process.wait(timeout=60)
+
+    def count_requests(self, *states: str) -> int:
+        """The engine's requests that are "running" or "waiting", by its own figures at /metrics."""
+        with urllib.request.urlopen(self.url.removesuffix("/v1") + "/metrics", timeout=30) as answer:
+            lines = answer.read().decode().splitlines()
+        names = tuple(f"vllm:num_requests_{state}{{" for state in states)
+        return round(sum(float(line.split()[-1]) for line in lines if line.startswith(names)))
 
     def post(self, path: str, **content: Any) -> tuple[int, str]:
         """(status, body) of a POST with a JSON body."""

@@ -13,7 +13,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
-from server import GREEDY, client_of
+from server import GREEDY, client_of, wait_until
 from world import Running, prompts
 
 from adapter_merge.serve.api_server.adapter_loader import LOOK_SECONDS
@@ -113,8 +113,11 @@ def test_requests_under_way_keep_the_adapter_they_began_with(running: Running) -
     shutil.copytree(running.world.adapters["dude-1"].raw, folder)
     assert running.server.complete("live", several[0], 1)[0] == 200
     with ThreadPoolExecutor(8) as pool:
-        long = [pool.submit(running.server.complete, "live", prompt, 200) for prompt in several[:2]]
-        time.sleep(0.5)
+        long = [pool.submit(running.server.complete, "live", prompt, 400) for prompt in several[:2]]
+        # A request that comes after the replacement gets the new adapter.
+        wait_until(
+            lambda: running.server.count_requests("running") + sum(future.done() for future in long) >= len(long)
+        )
         new = running.directory / ".new"
         shutil.copytree(running.world.adapters["dora-1"].raw, new)
         folder.rename(running.directory / ".old")
@@ -122,7 +125,7 @@ def test_requests_under_way_keep_the_adapter_they_began_with(running: Running) -
         short = [pool.submit(running.server.complete, "live", prompt, 40) for prompt in several]
         others = [pool.submit(running.server.complete, name, several[0], 40) for name in ("lora-1", "base")]
         for future, prompt in zip(long, several, strict=False):
-            assert future.result() == (200, running.world.expected("dude-1", prompt, 200)[0])
+            assert future.result() == (200, running.world.expected("dude-1", prompt, 400)[0])
         for future, prompt in zip(short, several, strict=True):
             assert future.result() == (200, running.world.expected("dora-1", prompt, 40)[0])
         for future, name in zip(others, ("lora-1", None), strict=True):
